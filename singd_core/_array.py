@@ -1,0 +1,85 @@
+"""The few array helpers that the Python Array API standard leaves open."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+from array_api_compat import array_namespace, device
+
+Array: TypeAlias = Any  # any array of a library that follows the Python Array API standard
+Scalar: TypeAlias = Any  # a Python number, or an array of the batch axes' shape (often 0-d)
+
+_NAMESPACES: dict[type, Any] = {}
+_HALF: dict[tuple[type, Any], bool] = {}
+
+
+def namespace(x: Array) -> Any:
+    """The array-API namespace of `x`, looked up once for each array type.
+
+    A dictionary look-up costs 0.07 µs, `array_namespace` 1.2 µs: more than a small matrix product.
+    """
+    kind = type(x)
+    xp = _NAMESPACES.get(kind)
+    if xp is None:
+        xp = _NAMESPACES[kind] = array_namespace(x)
+    return xp
+
+
+def is_half(x: Array) -> bool:
+    """Whether `x` is stored in 16 bits (float16 or bfloat16)."""
+    key = type(x), x.dtype
+    half = _HALF.get(key)
+    if half is None:
+        half = _HALF[key] = namespace(x).finfo(x.dtype).bits == 16
+    return half
+
+
+def widen(x: Array) -> Array:
+    """`x`, in float32 if it is stored in 16 bits: for sums, norms, fft and linalg."""
+    return namespace(x).astype(x, namespace(x).float32) if is_half(x) else x
+
+
+def cast(x: Array, like: Array) -> Array:
+    """`x` in the dtype of `like` (`x` itself if it has it already)."""
+    return x if x.dtype == like.dtype else namespace(x).astype(x, like.dtype)
+
+
+def expand(c: Scalar, like: Array) -> Scalar:
+    """The scalar `c`, ready to multiply `like`, whose first axes are the axes of `c`.
+
+    A Python number is returned as it is: it takes the array's dtype. An array is cast to it, since
+    0-d arrays promote in some libraries and not in others, and gets the trailing axes it lacks.
+    """
+    if isinstance(c, (int, float)):
+        return c
+    c = cast(c, like)
+    missing = like.ndim - c.ndim
+    return (
+        c if c.ndim == 0 or missing == 0 else namespace(c).reshape(c, (*c.shape, *(1,) * missing))
+    )
+
+
+def eye(d: int, *, like: Array, batch: Sequence[int] = ()) -> Array:
+    """The identity, shape (*batch, d, d), with the dtype and device of `like`."""
+    xp = namespace(like)
+    identity = xp.eye(d, dtype=like.dtype, device=device(like))
+    return xp.broadcast_to(identity, (*batch, d, d)) if batch else identity
+
+
+def full(shape: Sequence[int], value: float, *, like: Array) -> Array:
+    """An array of `value` everywhere, with the dtype and device of `like`."""
+    return namespace(like).full(tuple(shape), value, dtype=like.dtype, device=device(like))
+
+
+def sum_of_squares(x: Array, axes: int) -> Array:
+    """The sum of squares over the last `axes` axes, accumulated in at least float32."""
+    x = widen(x)
+    norm = namespace(x).linalg.vector_norm(x, axis=tuple(range(-axes, 0)))
+    return norm * norm
+
+
+def concat(parts: Sequence[Array], axis: int) -> Array:
+    """The non-empty parts joined along `axis`; a single one is returned without a copy."""
+    parts = [part for part in parts if part.shape[axis]] or list(parts[:1])
+    return parts[0] if len(parts) == 1 else namespace(parts[0]).concat(parts, axis=axis)

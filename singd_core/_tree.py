@@ -1,0 +1,79 @@
+"""Dataclasses of arrays: named, mapped and rebuilt as one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
+
+from singd_core._array import Array
+
+T = TypeVar("T")
+
+_STATIC = (int, float, type(None))
+
+
+class Tree:
+    """A frozen dataclass of arrays, trees, dictionaries of such, and plain numbers or None.
+
+    `classes` lists all subclasses and `listeners` are called with each new one, so that a frontend
+    can register every tree, those of users included, with its own tree library.
+    """
+
+    classes: ClassVar[list[type[Tree]]] = []
+    listeners: ClassVar[list[Callable[[type[Tree]], None]]] = []
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Announce the class."""
+        super().__init_subclass__(**kwargs)
+        Tree.classes.append(cls)
+        for listener in Tree.listeners:
+            listener(cls)
+
+    @classmethod
+    def field_names(cls) -> tuple[str, ...]:
+        """The names of the fields, in the order of the constructor."""
+        return tuple(f.name for f in dataclasses.fields(cls))  # type: ignore[arg-type]
+
+    def named_arrays(self, prefix: str = "") -> Iterator[tuple[str, Array]]:
+        """The arrays with their names, nested ones' as `outer.inner`."""
+        for name in self.field_names():
+            yield from _named(prefix + name, getattr(self, name))
+
+    def map(self, function: Callable[..., Array], *others: Self) -> Self:
+        """The tree of `function(array, *arrays of the others)`; other values stay as they are."""
+        return type(self)(
+            *(
+                _mapped(function, getattr(self, name), [getattr(other, name) for other in others])
+                for name in self.field_names()
+            )
+        )
+
+    def rebuild(self, arrays: Iterable[Array]) -> Self:
+        """The same tree with other arrays, in the order of `named_arrays`."""
+        new = iter(arrays)
+        return self.map(lambda _: next(new))
+
+
+def _named(name: str, value: Any) -> Iterator[tuple[str, Array]]:
+    if isinstance(value, Tree):
+        yield from value.named_arrays(name + ".")
+    elif isinstance(value, dict):
+        for key, entry in value.items():
+            yield from _named(f"{name}.{key}", entry)
+    elif not isinstance(value, _STATIC):
+        yield name, value
+
+
+def _mapped(function: Callable[..., Array], value: Any, others: list[Any]) -> Any:
+    if isinstance(value, Tree):
+        return value.map(function, *others)
+    if isinstance(value, dict):
+        return {k: _mapped(function, v, [o[k] for o in others]) for k, v in value.items()}
+    return value if isinstance(value, _STATIC) else function(value, *others)
+
+
+@dataclass_transform(frozen_default=True, eq_default=False)
+def tree(cls: type[T]) -> type[T]:
+    """Make a frozen dataclass, compared and hashed by identity: arrays have no truth value."""
+    return dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)

@@ -1,0 +1,221 @@
+"""What a structure is: a linear space of square matrices that is closed under multiplication."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, ClassVar, Self
+
+from singd_core._array import Array, Scalar, cast, expand, eye, namespace, sum_of_squares, widen
+from singd_core._tree import Tree
+from singd_core._tree import tree as structure
+
+__all__ = ["Pattern", "Structure", "family", "structure"]
+
+
+class Structure(Tree):
+    """A structured matrix `L`, or a stack of them: a frozen dataclass of arrays.
+
+    The class stands for a linear subspace 𝔤 of d × d matrices that holds the identity, closed
+    under multiplication, so that the update `K ← K (I − β m)` stays in it. Its arrays may have
+    leading batch axes; every operation works on the trailing ones.
+
+    A new structure is a class decorated with `structure` whose fields are arrays (or structures) and
+    that writes two methods:
+
+    - `restrict(M)`, a linear retraction of any matrix onto 𝔤, and
+    - `dense()`, its inverse on 𝔤.
+
+    Everything else has a correct version here, by way of d × d matrices: override it to be fast.
+    `singd_core.testing` checks the result.
+    """
+
+    name: ClassVar[str] = ""
+    made_by: ClassVar[tuple[Callable[..., type[Structure]], tuple[Any, ...]] | None] = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Name the class."""
+        super().__init_subclass__(**kwargs)
+        cls.name = cls.__dict__.get("name", cls.__name__.lower())
+
+    # ---- what a structure must write ------------------------------------------------------------
+
+    @classmethod
+    def restrict(cls, M: Array) -> Self:
+        """The member of 𝔤 that agrees with `M`, shape (..., d, d), on what a member stores."""
+        raise NotImplementedError(f"{cls.__name__} must define restrict(M)")
+
+    def dense(self) -> Array:
+        """The matrix itself, shape (..., d, d)."""
+        raise NotImplementedError(f"{type(self).__name__} must define dense()")
+
+    # ---- the projection -------------------------------------------------------------------------
+
+    @classmethod
+    def project(cls, M: Array) -> Self:
+        """Π̂(M) of a *symmetric* `M`, shape (..., d, d).
+
+        It is fixed by ¼⟨Π̂(M) + Π̂(M)ᵀ, S + Sᵀ⟩ = ⟨M, S⟩ for all S in 𝔤 (docs/mathematics.md,
+        section 4). With R the orthogonal projection onto 𝔤 the solution is 2 R(M) − R(R(M)ᵀ), the
+        version given here: a structure whose `restrict` is not orthogonal must write its own.
+        """
+        R = cls.restrict(M)
+        return R.scale(2.0) - cls.restrict(R.dense().mT)
+
+    @classmethod
+    def outer(cls, X: Array) -> Self:
+        """Π̂(X Xᵀ) of a tall array `X`, shape (..., d, n)."""
+        return cls.project(X @ X.mT)
+
+    def congruence(self, X: Array) -> Self:
+        """Π̂(Lᵀ X Xᵀ L) of a tall array `X`, shape (..., d, n)."""
+        return self.outer(self.apply_t(X))
+
+    def gram(self) -> Self:
+        """Π̂(Lᵀ L)."""
+        L = self.dense()
+        return self.project(L.mT @ L)
+
+    # ---- products -------------------------------------------------------------------------------
+
+    def matmul(self, other: Self) -> Self:
+        """The product `L L'` with a member of the same structure."""
+        return self.restrict(self.dense() @ other.dense())
+
+    def __matmul__(self, other: Self) -> Self:
+        """`L @ L'`; products with arrays are `apply` and `apply_t`."""
+        return self.matmul(other)
+
+    def apply(self, X: Array) -> Array:
+        """`L X` for `X` of shape (..., d, n)."""
+        return self.dense() @ X
+
+    def apply_t(self, X: Array) -> Array:
+        """`Lᵀ X` for `X` of shape (..., d, n)."""
+        return self.dense().mT @ X
+
+    def precondition(self, X: Array) -> Array:
+        """`L Lᵀ X` for `X` of shape (..., d, n)."""
+        return self.apply(self.apply_t(X))
+
+    # ---- the linear space -----------------------------------------------------------------------
+
+    @classmethod
+    def identity(cls, d: int, *, like: Array, batch: Sequence[int] = ()) -> Self:
+        """The identity (a stack of shape `batch`), with the dtype and device of `like`."""
+        return cls.restrict(eye(d, like=like, batch=batch))
+
+    def __add__(self, other: Self) -> Self:
+        """`L + L'`."""
+        return self.map(lambda a, b: a + b, other)
+
+    def __sub__(self, other: Self) -> Self:
+        """`L − L'`."""
+        return self.map(lambda a, b: a - b, other)
+
+    def scale(self, c: Scalar) -> Self:
+        """`c L`, for a number or an array of the batch axes' shape."""
+        return self.map(lambda a: a * expand(c, a))
+
+    def add_identity(self, c: Scalar) -> Self:
+        """`L + c I`, for a number or an array of the batch axes' shape."""
+        *batch, d, _ = self.shape
+        return self + self.identity(d, like=self.like, batch=batch).scale(c)
+
+    # ---- numbers --------------------------------------------------------------------------------
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(*batch, d, d)."""
+        return tuple(self.dense().shape)
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """The shape of the batch axes, `()` for a single matrix."""
+        return self.shape[:-2]
+
+    @classmethod
+    def numbers(cls, d: int) -> int:
+        """How many numbers are stored for one d × d matrix."""
+        import numpy as np
+
+        return sum(a.size for _, a in cls.identity(d, like=np.zeros(())).named_arrays())
+
+    def trace(self) -> Array:
+        """The trace, of the batch axes' shape, in at least float32."""
+        xp, L = namespace(self.like), self.dense()
+        return xp.sum(widen(xp.linalg.diagonal(L)), axis=-1)
+
+    def norm(self) -> Array:
+        """The Frobenius norm, of the batch axes' shape, in at least float32."""
+        return namespace(self.like).sqrt(sum_of_squares(self.dense(), 2))
+
+    def max_abs(self) -> Array:
+        """The largest absolute value of an entry, of the batch axes' shape."""
+        xp = namespace(self.like)
+        return xp.max(xp.abs(self.dense()), axis=(-2, -1))
+
+    # ---- the arrays -----------------------------------------------------------------------------
+
+    @property
+    def like(self) -> Array:
+        """One of the arrays: it tells namespace, dtype and device."""
+        return next(self.named_arrays())[1]
+
+    def astype(self, like: Array) -> Self:
+        """The same matrix in the dtype of `like`."""
+        return self.map(lambda a: cast(a, like))
+
+    def __repr__(self) -> str:
+        """Name, shape and dtype; `dense()` shows the numbers."""
+        return f"{type(self).__name__}(shape={self.shape}, dtype={self.like.dtype})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle a class that a factory made by the factory's call."""
+        values = tuple(getattr(self, name) for name in self.field_names())
+        return _rebuild, (self.made_by or type(self), values)
+
+
+def _rebuild(origin: Any, values: tuple[Any, ...]) -> Structure:
+    cls = origin if isinstance(origin, type) else origin[0](*origin[1])
+    return cls(*values)  # type: ignore[no-any-return]
+
+
+@cache
+def family(
+    factory: Callable[..., type[Structure]],
+    parameters: tuple[int, ...],
+    base: type[Structure],
+    **attributes: Any,
+) -> type[Any]:
+    """The subclass of `base` with these class attributes that `factory(*parameters)` returns.
+
+    Equal calls give the same class, named `factory:p1,p2` and pickled as a call of `factory`.
+    """
+    name = f"{factory.__name__}:{','.join(map(str, parameters))}"
+    title = base.__name__ + "_".join(map(str, parameters))
+    return type(title, (base,), attributes | {"name": name, "made_by": (factory, parameters)})
+
+
+class Pattern(Structure):
+    """A structure in which each stored number is one entry of the matrix (a zero pattern).
+
+    Closed under multiplication exactly when the pattern is a preorder: `(i, i)` always, and with
+    `(i, j)` and `(j, k)` also `(i, k)`. Norms need no dense matrix here.
+    """
+
+    def norm(self) -> Array:
+        axes = len(self.batch)
+        squares = [
+            sum_of_squares(a, a.ndim - axes) for _, a in self.named_arrays() if 0 not in a.shape
+        ]
+        return namespace(squares[0]).sqrt(sum(squares[1:], squares[0]))
+
+    def max_abs(self) -> Array:
+        axes, xp = len(self.batch), namespace(self.like)
+        largest: Array = None
+        for _, a in self.named_arrays():
+            if 0 not in a.shape:
+                new = xp.max(xp.abs(a), axis=tuple(range(axes, a.ndim)))
+                largest = new if largest is None else xp.maximum(largest, new)
+        return largest

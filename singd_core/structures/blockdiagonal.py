@@ -1,0 +1,101 @@
+"""Block-diagonal matrices of equal blocks, with a smaller last one for the remainder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, Self
+
+from singd_core._array import Array, Scalar, concat, expand, eye, full, namespace, widen
+from singd_core.structures.base import Pattern, family, structure
+
+
+@structure
+class BlockDiagonal(Pattern):
+    """⌊d/b⌋ dense blocks of side `b` and a last one of side d mod b: about d b numbers.
+
+    Attributes:
+        blocks: Shape (..., ⌊d/b⌋, b, b).
+        last: Shape (..., d mod b, d mod b), possibly empty.
+    """
+
+    b: ClassVar[int]
+
+    blocks: Array
+    last: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        q, b = self.blocks.shape[-3:-1]
+        d = q * b + self.last.shape[-1]
+        return (*self.last.shape[:-2], d, d)
+
+    @classmethod
+    def numbers(cls, d: int) -> int:
+        return d // cls.b * cls.b**2 + (d % cls.b) ** 2
+
+    @classmethod
+    def restrict(cls, M: Array) -> Self:
+        xp, b = namespace(M), cls.b
+        *batch, d, _ = M.shape
+        q = d // b
+        blocks = [M[..., i * b : i * b + b, i * b : i * b + b] for i in range(q)]
+        stacked = xp.stack(blocks, axis=-3) if q else full((*batch, 0, b, b), 0.0, like=M)
+        return cls(stacked, M[..., q * b :, q * b :])
+
+    project = restrict
+
+    def dense(self) -> Array:
+        d = self.shape[-1]
+        return self.apply(eye(d, like=self.last, batch=self.batch))
+
+    @classmethod
+    def identity(cls, d: int, *, like: Array, batch: Sequence[int] = ()) -> Self:
+        q, r = divmod(d, cls.b)
+        blocks = eye(cls.b, like=like, batch=(*batch, q))
+        return cls(blocks, eye(r, like=like, batch=batch))
+
+    @classmethod
+    def _split(cls, X: Array) -> tuple[Array, Array]:
+        """The rows of `X` by blocks, shape (..., ⌊d/b⌋, b, n), and the remaining ones."""
+        *batch, d, n = X.shape
+        q = d // cls.b
+        head = X if q * cls.b == d else X[..., : q * cls.b, :]
+        return namespace(X).reshape(head, (*batch, q, cls.b, n)), X[..., q * cls.b :, :]
+
+    def _join(self, blocks: Array, last: Array) -> Array:
+        *batch, q, b, n = blocks.shape
+        return concat([namespace(blocks).reshape(blocks, (*batch, q * b, n)), last], axis=-2)
+
+    @classmethod
+    def outer(cls, X: Array) -> Self:
+        blocks, last = cls._split(X)
+        return cls(blocks @ blocks.mT, last @ last.mT)
+
+    def gram(self) -> Self:
+        return type(self)(self.blocks.mT @ self.blocks, self.last.mT @ self.last)
+
+    def matmul(self, other: Self) -> Self:
+        return type(self)(self.blocks @ other.blocks, self.last @ other.last)
+
+    def apply(self, X: Array) -> Array:
+        blocks, last = self._split(X)
+        return self._join(self.blocks @ blocks, self.last @ last)
+
+    def apply_t(self, X: Array) -> Array:
+        blocks, last = self._split(X)
+        return self._join(self.blocks.mT @ blocks, self.last.mT @ last)
+
+    def add_identity(self, c: Scalar) -> Self:
+        return self.map(lambda a: a + expand(c, a) * eye(a.shape[-1], like=a))
+
+    def trace(self) -> Array:
+        xp = namespace(self.last)
+        blocks = xp.sum(widen(xp.linalg.diagonal(self.blocks)), axis=(-2, -1))
+        return blocks + xp.sum(widen(xp.linalg.diagonal(self.last)), axis=-1)
+
+
+def blockdiagonal(b: int) -> type[BlockDiagonal]:
+    """Block-diagonal matrices with blocks of side `b` ≥ 1."""
+    if b < 1:
+        raise ValueError(f"b must be at least 1, got {b}")
+    return family(blockdiagonal, (b,), BlockDiagonal, b=b)

@@ -1,0 +1,96 @@
+"""Dense matrices, and dense triangular ones."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from singd_core._array import Array, namespace
+from singd_core.structures.base import Pattern, structure
+
+
+@structure
+class _Square(Pattern):
+    """Stored as one d × d array."""
+
+    matrix: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.matrix.shape)
+
+    @classmethod
+    def numbers(cls, d: int) -> int:
+        return d * d
+
+    def dense(self) -> Array:
+        return self.matrix
+
+    def matmul(self, other: Self) -> Self:
+        return type(self)(self.matrix @ other.matrix)
+
+    def congruence(self, X: Array) -> Self:
+        """Π̂(Lᵀ X Xᵀ L), by the order of products that multiplies less.
+
+        `LᵀX` first costs 2 n d², `X Xᵀ` first n d² + 2 d³.
+        """
+        d, n = X.shape[-2:]
+        if n <= 2 * d:
+            return self.outer(self.matrix.mT @ X)
+        return self.project(self.matrix.mT @ (X @ X.mT) @ self.matrix)
+
+
+@structure
+class Dense(_Square):
+    """Any matrix: d² numbers. Π̂ is the identity, so SINGD with dense factors is INGD.
+
+    Attributes:
+        matrix: Shape (..., d, d).
+    """
+
+    matrix: Array
+
+    @classmethod
+    def restrict(cls, M: Array) -> Self:
+        return cls(M)
+
+    project = restrict
+
+
+@structure
+class Tril(_Square):
+    """Lower triangular, held in d² numbers. Π̂ doubles the entries below the diagonal.
+
+    Attributes:
+        matrix: Shape (..., d, d), zero above the diagonal.
+    """
+
+    matrix: Array
+
+    @classmethod
+    def restrict(cls, M: Array) -> Self:
+        return cls(namespace(M).tril(M))
+
+    @classmethod
+    def project(cls, M: Array) -> Self:
+        xp = namespace(M)
+        return cls(xp.tril(M) + xp.tril(M, k=-1))
+
+
+@structure
+class Triu(_Square):
+    """Upper triangular, held in d² numbers. Π̂ doubles the entries above the diagonal.
+
+    Attributes:
+        matrix: Shape (..., d, d), zero below the diagonal.
+    """
+
+    matrix: Array
+
+    @classmethod
+    def restrict(cls, M: Array) -> Self:
+        return cls(namespace(M).triu(M))
+
+    @classmethod
+    def project(cls, M: Array) -> Self:
+        xp = namespace(M)
+        return cls(xp.triu(M) + xp.triu(M, k=1))

@@ -1,0 +1,69 @@
+"""Diagonal matrices: with them an update costs what a first-order optimizer costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Self
+
+from singd_core._array import Array, Scalar, expand, eye, full, namespace, sum_of_squares, widen
+from singd_core.structures.base import Pattern, structure
+
+
+@structure
+class Diagonal(Pattern):
+    """Diagonal: d numbers, every operation O(d n).
+
+    Attributes:
+        diag: Shape (..., d).
+    """
+
+    diag: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.diag.shape, self.diag.shape[-1])
+
+    @classmethod
+    def numbers(cls, d: int) -> int:
+        return d
+
+    @classmethod
+    def restrict(cls, M: Array) -> Self:
+        return cls(namespace(M).linalg.diagonal(M))
+
+    project = restrict
+
+    def dense(self) -> Array:
+        return self.diag[..., None] * eye(self.diag.shape[-1], like=self.diag)
+
+    @classmethod
+    def identity(cls, d: int, *, like: Array, batch: Sequence[int] = ()) -> Self:
+        return cls(full((*batch, d), 1.0, like=like))
+
+    @classmethod
+    def outer(cls, X: Array) -> Self:
+        return cls(namespace(X).astype(sum_of_squares(X, 1), X.dtype))
+
+    def congruence(self, X: Array) -> Self:
+        """diag(Lᵀ X Xᵀ L), without the scaled copy of `X`."""
+        return type(self)(self.diag * self.diag * self.outer(X).diag)
+
+    def gram(self) -> Self:
+        return type(self)(self.diag * self.diag)
+
+    def matmul(self, other: Self) -> Self:
+        return type(self)(self.diag * other.diag)
+
+    def apply(self, X: Array) -> Array:
+        return self.diag[..., None] * X
+
+    apply_t = apply
+
+    def precondition(self, X: Array) -> Array:
+        return (self.diag * self.diag)[..., None] * X
+
+    def add_identity(self, c: Scalar) -> Self:
+        return type(self)(self.diag + expand(c, self.diag))
+
+    def trace(self) -> Array:
+        return namespace(self.diag).sum(widen(self.diag), axis=-1)

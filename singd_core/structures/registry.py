@@ -1,0 +1,119 @@
+"""Names of structures: `get("hierarchical:15,15")`, `register("mine", Mine)`, `names()`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import TypeAlias
+
+from singd_core.structures.base import Structure
+from singd_core.structures.blockdiagonal import blockdiagonal
+from singd_core.structures.blocktriangular import (
+    hierarchical,
+    trilbottomrightdiag,
+    triltopleftdiag,
+    triubottomrightdiag,
+    triutopleftdiag,
+)
+from singd_core.structures.dense import Dense, Tril, Triu
+from singd_core.structures.diagonal import Diagonal
+from singd_core.structures.toeplitz import TrilToeplitz, TriuToeplitz
+
+Family: TypeAlias = type[Structure] | Callable[..., type[Structure]]
+
+_FAMILIES: dict[str, Family] = {
+    "dense": Dense,
+    "diagonal": Diagonal,
+    "blockdiagonal": blockdiagonal,
+    "tril": Tril,
+    "triu": Triu,
+    "triltoeplitz": TrilToeplitz,
+    "triutoeplitz": TriuToeplitz,
+    "trilbottomrightdiag": trilbottomrightdiag,
+    "triltopleftdiag": triltopleftdiag,
+    "triubottomrightdiag": triubottomrightdiag,
+    "triutopleftdiag": triutopleftdiag,
+    "hierarchical": hierarchical,
+    # the names of the authors' package
+    "block30diagonal": blockdiagonal(30),
+    "hierarchical15_15": hierarchical(15, 15),
+}
+
+
+def get(name: str | type[Structure]) -> type[Structure]:
+    """The structure of a name, its parameters after a colon; a structure is returned as it is.
+
+    >>> get("blockdiagonal:4").numbers(10)
+    36
+
+    Raises:
+        ValueError: If there is no such name, or if the parameters do not fit it.
+    """
+    if isinstance(name, type):
+        return name
+    if not isinstance(name, str):
+        raise ValueError(f"{name!r} is neither a structure nor a name; there are {_known()}")
+    family, _, text = name.partition(":")
+    if family not in _FAMILIES:
+        raise ValueError(f'there is no structure "{name}"; there are {_known()}')
+    found = _FAMILIES[family]
+    if isinstance(found, type):
+        if text:
+            raise ValueError(f'"{name}": {family} takes no parameters; there are {_known()}')
+        return found
+    try:
+        parameters = [int(part) for part in text.split(",")] if text else []
+        inspect.signature(found).bind(*parameters)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f'"{name}": expected "{_usage(family)}" with integers; there are {_known()}'
+        ) from None
+    try:
+        return found(*parameters)
+    except ValueError as error:
+        raise ValueError(f'"{name}": {error}; there are {_known()}') from None
+
+
+def register(name: str, structure: Family) -> None:
+    """Add a structure under a name, for `get` and for the `structures=` of every frontend.
+
+    Args:
+        name: A new name without a colon.
+        structure: A subclass of `Structure`, or a function of integers that makes one; its
+            parameters are then given after a colon, as in `"name:2,3"`.
+
+    Raises:
+        ValueError: If the name is taken or holds a colon.
+        TypeError: If `structure` is neither.
+    """
+    if ":" in name or not name:
+        raise ValueError(f"{name!r} cannot name a structure: a name is not empty and has no colon")
+    if name in _FAMILIES:
+        raise ValueError(f'the name "{name}" is taken; there are {_known()}')
+    if not (
+        issubclass(structure, Structure) if isinstance(structure, type) else callable(structure)
+    ):
+        raise TypeError(
+            f"{structure!r} is neither a subclass of Structure nor a function making one"
+        )
+    _FAMILIES[name] = structure
+
+
+def names() -> list[str]:
+    """All names, with their parameters; one in brackets may be left out."""
+    return [_usage(family) for family in _FAMILIES]
+
+
+def _usage(family: str) -> str:
+    found = _FAMILIES[family]
+    if isinstance(found, type):
+        return family
+    text = ""
+    for i, p in enumerate(inspect.signature(found).parameters.values()):
+        part = ("," if i else ":") + p.name
+        text += part if p.default is inspect.Parameter.empty else f"[{part}]"
+    return family + text
+
+
+def _known() -> str:
+    return ", ".join(names())

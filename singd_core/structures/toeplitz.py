@@ -1,0 +1,165 @@
+"""Triangular Toeplitz matrices: d numbers, every product a convolution by FFT."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Self
+
+from array_api_compat import device
+
+from singd_core._array import (
+    Array,
+    Scalar,
+    cast,
+    concat,
+    expand,
+    full,
+    namespace,
+    sum_of_squares,
+    widen,
+)
+from singd_core.structures.base import Structure, structure
+
+
+@structure
+class _Toeplitz(Structure):
+    """Entry j is the constant value of the j-th off-diagonal; entry 0 that of the diagonal."""
+
+    entries: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.entries.shape, self.entries.shape[-1])
+
+    @classmethod
+    def numbers(cls, d: int) -> int:
+        return d
+
+    @classmethod
+    def identity(cls, d: int, *, like: Array, batch: Sequence[int] = ()) -> Self:
+        return cls(full((*batch, d), 0.0, like=like)).add_identity(1.0)
+
+    @classmethod
+    def project(cls, M: Array) -> Self:
+        # Rows of length 2 d, read as rows of 2 d − 1, move by one each: diagonals turn upright.
+        xp, d = namespace(M), M.shape[-1]
+        padded = xp.concat([xp.flip(M, axis=-1), full(M.shape, 0.0, like=M)], axis=-1)
+        flat = xp.reshape(padded, (*M.shape[:-2], 2 * d * d))[..., : d * (2 * d - 1)]
+        upright = xp.reshape(flat, (*M.shape[:-2], d, 2 * d - 1))[..., d - 1 :]
+        return cls._from_sums(xp.sum(widen(upright), axis=-2), M)
+
+    @classmethod
+    def _from_sums(cls, sums: Array, like: Array) -> Self:
+        """Π̂ from the off-diagonals' sums: the mean of the diagonal, twice those of the others."""
+        means = sums / _lengths(sums)
+        return cls(cast(concat([means[..., :1], 2.0 * means[..., 1:]], axis=-1), like))
+
+    @classmethod
+    def outer(cls, X: Array) -> Self:
+        """Π̂(X Xᵀ): the sums of the off-diagonals are the columns' autocorrelations."""
+        xp, d = namespace(X), X.shape[-2]
+        F = xp.fft.rfft(widen(X), n=2 * d, axis=-2)
+        power = xp.sum(xp.real(F * xp.conj(F)), axis=-1)
+        sums = xp.fft.irfft(xp.astype(power, F.dtype), n=2 * d, axis=-1)[..., :d]
+        return cls._from_sums(sums, X)
+
+    def gram(self) -> Self:
+        """Π̂(LᵀL): off-diagonal j of LᵀL sums to Σₘ (d − j − m) cₘ cₘ₊ⱼ, a correlation."""
+        c, d = widen(self.entries), self.entries.shape[-1]
+        xp = namespace(c)
+        F = xp.fft.rfft(c, n=2 * d, axis=-1)
+        weighted = xp.fft.rfft(c * _lengths(c), n=2 * d, axis=-1)
+        sums = xp.fft.irfft(xp.conj(F) * weighted, n=2 * d, axis=-1)[..., :d]
+        return self._from_sums(sums, self.entries)
+
+    def matmul(self, other: Self) -> Self:
+        product = _convolve(self.entries, other.entries[..., None], adjoint=False)
+        return type(self)(product[..., 0])
+
+    def add_identity(self, c: Scalar) -> Self:
+        first = self.entries[..., :1]
+        return type(self)(concat([first + expand(c, first), self.entries[..., 1:]], axis=-1))
+
+    def trace(self) -> Array:
+        return widen(self.entries[..., 0]) * self.entries.shape[-1]
+
+    def norm(self) -> Array:
+        c, xp = widen(self.entries), namespace(self.entries)
+        return xp.sqrt(sum_of_squares(c * xp.sqrt(_lengths(c)), 1))
+
+    def max_abs(self) -> Array:
+        return namespace(self.entries).max(namespace(self.entries).abs(self.entries), axis=-1)
+
+    def _upper(self) -> Array:
+        """The upper triangular Toeplitz matrix of the entries (`project` the other way round)."""
+        c, xp = self.entries, namespace(self.entries)
+        *batch, d = c.shape
+        row = xp.concat([c, full(c.shape, 0.0, like=c)], axis=-1)[..., None, :]
+        flat = xp.reshape(xp.broadcast_to(row, (*batch, d, 2 * d)), (*batch, 2 * d * d))
+        return xp.reshape(flat[..., : d * (2 * d - 1)], (*batch, d, 2 * d - 1))[..., :d]
+
+
+@structure
+class TrilToeplitz(_Toeplitz):
+    """Lower triangular Toeplitz: d numbers, products O(n d log d).
+
+    Attributes:
+        entries: The first column, shape (..., d).
+    """
+
+    entries: Array
+
+    @classmethod
+    def restrict(cls, M: Array) -> Self:
+        return cls(M[..., 0])
+
+    def dense(self) -> Array:
+        return self._upper().mT
+
+    def apply(self, X: Array) -> Array:
+        return _convolve(self.entries, X, adjoint=False)
+
+    def apply_t(self, X: Array) -> Array:
+        return _convolve(self.entries, X, adjoint=True)
+
+
+@structure
+class TriuToeplitz(_Toeplitz):
+    """Upper triangular Toeplitz: d numbers, products O(n d log d).
+
+    Attributes:
+        entries: The first row, shape (..., d).
+    """
+
+    entries: Array
+
+    @classmethod
+    def restrict(cls, M: Array) -> Self:
+        return cls(M[..., 0, :])
+
+    def dense(self) -> Array:
+        return self._upper()
+
+    def apply(self, X: Array) -> Array:
+        return _convolve(self.entries, X, adjoint=True)
+
+    def apply_t(self, X: Array) -> Array:
+        return _convolve(self.entries, X, adjoint=False)
+
+
+def _lengths(c: Array) -> Array:
+    """d, d − 1, ..., 1: the lengths of the off-diagonals, in the dtype and on the device of `c`."""
+    d = c.shape[-1]
+    return namespace(c).arange(d, 0, -1, dtype=c.dtype, device=device(c))
+
+
+def _convolve(c: Array, X: Array, *, adjoint: bool) -> Array:
+    """`L X` of the lower triangular Toeplitz `L` with first column `c`, or `Lᵀ X`.
+
+    Shapes (..., d) and (..., d, n). Padded to 2 d, the circular convolution is the linear one.
+    """
+    xp, d = namespace(c), c.shape[-1]
+    F = xp.fft.rfft(widen(c), n=2 * d, axis=-1)[..., None]
+    F = xp.conj(F) if adjoint else F
+    product = xp.fft.irfft(F * xp.fft.rfft(widen(X), n=2 * d, axis=-2), n=2 * d, axis=-2)
+    return cast(product[..., :d, :], X)

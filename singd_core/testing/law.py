@@ -1,0 +1,96 @@
+"""What a law is, and the error that names a broken one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from singd_core.structures.base import Structure
+
+if TYPE_CHECKING:
+    from singd_core.testing.draw import Case
+
+
+def nightly() -> bool:
+    """Whether the laws run with many more examples: SINGD_LAWS=nightly in the environment."""
+    return os.environ.get("SINGD_LAWS", "") == "nightly"
+
+
+class LawError(AssertionError):
+    """A structure breaks a law; the message names both and shows the smallest case found.
+
+    Attributes:
+        law: The name of the law.
+        structure: The structure.
+        backend: The name of the array library.
+        dtype: The name of the dtype.
+        d: The side of the matrices.
+    """
+
+    law: str
+    structure: type[Structure]
+    backend: str
+    dtype: str
+    d: int
+
+
+@dataclass(frozen=True)
+class Law:
+    """A promise that a structure keeps.
+
+    Attributes:
+        name: Its name, that of the function that checks it.
+        promise: One sentence, the first line of that function's docstring.
+        check: Raises if the promise is broken in a case.
+        backends: The array libraries in which it says something; empty for all.
+        dtypes: The dtypes in which it says something; empty for all.
+        guard: It speaks of arrays and not of numbers, so it goes first where numbers went wrong.
+        sizes: The sides to try, None for those of the structure.
+        examples: Draws for each side in the fast profile.
+        floats: Also drawn with float data.
+        skip: Says of a structure why the law does not speak of it, or None.
+    """
+
+    name: str
+    promise: str
+    check: Callable[[Case], None]
+    backends: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
+    guard: bool = False
+    sizes: tuple[int, ...] | None = None
+    examples: int = 3
+    floats: bool = True
+    skip: Callable[[type[Structure]], str | None] = field(default=lambda S: None)
+
+    def speaks_of(self, backend: str, dtype: str) -> bool:
+        """Whether the law says something about a backend (with or without device) and a dtype."""
+        of_backend = not self.backends or backend in self.backends
+        of_backend = of_backend or backend.partition(":")[0] in self.backends
+        return of_backend and (not self.dtypes or dtype in self.dtypes)
+
+
+LAWS: dict[str, Law] = {}
+
+
+def law(
+    *,
+    backends: tuple[str, ...] = (),
+    dtypes: tuple[str, ...] = (),
+    guard: bool = False,
+    sizes: tuple[int, ...] | None = None,
+    examples: int = 3,
+    floats: bool = True,
+    skip: Callable[[type[Structure]], str | None] = lambda S: None,
+) -> Callable[[Callable[[Case], None]], Callable[[Case], None]]:
+    """Make a function of a case a law, in the order of definition."""
+
+    def add(check: Callable[[Case], None]) -> Callable[[Case], None]:
+        promise = (check.__doc__ or "").strip().split("\n")[0]
+        LAWS[check.__name__] = Law(
+            check.__name__, promise, check, backends, dtypes, guard, sizes, examples, floats, skip
+        )
+        return check
+
+    return add

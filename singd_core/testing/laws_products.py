@@ -1,0 +1,128 @@
+"""Laws of the products with tall arrays, of the projection Π̂, and of trace, norm and largest entry."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+
+from singd_core.structures.base import Structure
+from singd_core.testing.draw import Case, require
+from singd_core.testing.law import law
+
+
+@law()
+def apply(case: Case) -> None:
+    """`L.apply(X)` is L X."""
+    L, X = case.member(), case.rows()
+    case.same(L.apply(X), lambda L, X: L @ X, L, X)
+
+
+@law()
+def apply_t(case: Case) -> None:
+    """`L.apply_t(X)` is Lᵀ X."""
+    L, X = case.member(), case.rows()
+    case.same(L.apply_t(X), lambda L, X: L.T @ X, L, X)
+
+
+@law()
+def precondition(case: Case) -> None:
+    """`L.precondition(X)` is L Lᵀ X."""
+    L, X = case.member(), case.rows()
+    case.same(L.precondition(X), lambda L, X: L @ L.T @ X, L, X)
+
+
+@cache
+def basis(S: type[Structure], d: int) -> np.ndarray:
+    """A spanning set of 𝔤, shape (d², d, d): the restrictions of the matrices with a single 1."""
+    ones = np.eye(d * d).reshape(d * d, d, d)
+    return np.stack([np.asarray(S.restrict(E).dense()) for E in ones])
+
+
+@law()
+def projection(case: Case) -> None:
+    """`project(M)` is the P with ¼⟨P + Pᵀ, S + Sᵀ⟩ = ⟨M, S⟩ for every S of a basis of 𝔤."""
+    if case.d > 40:
+        return  # its basis has d² matrices of d² numbers
+    B, M = basis(case.S, case.d), case.symmetric()
+    P = case.numpy(case.S.project(M))
+    left = 0.25 * np.einsum("kij,ij->k", B + B.swapaxes(1, 2), P + P.T)
+    case.same(left, lambda M: np.einsum("kij,ij->k", B, M), M)
+
+
+@law()
+def projection_is_a_member(case: Case) -> None:
+    """`project(M)` is in 𝔤: restricting it changes nothing."""
+    P = case.S.project(case.symmetric())
+    case.same(case.S.restrict(P.dense()), lambda P: P, P)
+
+
+@law()
+def projection_as_in_numpy(case: Case) -> None:
+    """`project(M)` is the same matrix as with NumPy in float64."""
+    M = case.symmetric()
+    case.same(case.S.project(M), lambda M: case.S.project(M).dense(), M)
+
+
+@law()
+def outer(case: Case) -> None:
+    """`outer(X)` is Π̂(X Xᵀ)."""
+    X = case.rows()
+    case.same(case.S.outer(X), lambda X: case.S.project(X @ X.T).dense(), X)
+
+
+@law()
+def congruence(case: Case) -> None:
+    """`L.congruence(X)` is Π̂(Lᵀ X Xᵀ L), for few columns and for many."""
+    L = case.member()
+    for X in (case.rows("X", 3), case.rows("Y", 2 * case.d + 1)):
+        case.same(L.congruence(X), lambda L, X: case.S.project(L.T @ X @ X.T @ L).dense(), L, X)
+
+
+@law()
+def gram(case: Case) -> None:
+    """`L.gram()` is Π̂(Lᵀ L)."""
+    L = case.member()
+    case.same(L.gram(), lambda L: case.S.project(L.T @ L).dense(), L)
+
+
+@law()
+def no_columns(case: Case) -> None:
+    """Without columns, `apply` and `apply_t` give none, and `outer` and `congruence` zero."""
+    L, X = case.member(), case.rows(n=0)
+    case.equal(L.apply(X), np.zeros((case.d, 0)), "apply")
+    case.equal(L.apply_t(X), np.zeros((case.d, 0)), "apply_t")
+    case.equal(case.S.outer(X), np.zeros((case.d, case.d)), "outer")
+    case.equal(L.congruence(X), np.zeros((case.d, case.d)), "congruence")
+
+
+@law()
+def trace(case: Case) -> None:
+    """`L.trace()` is the trace."""
+    L = case.member()
+    case.same(L.trace(), np.trace, L)
+
+
+@law()
+def norm(case: Case) -> None:
+    """`L.norm()` is the Frobenius norm."""
+    L = case.member()
+    case.same(L.norm(), np.linalg.norm, L, exact=False)
+
+
+@law()
+def max_abs(case: Case) -> None:
+    """`L.max_abs()` is the largest absolute value of an entry."""
+    L = case.member()
+    case.same(L.max_abs(), lambda L: np.max(np.abs(L)), L)
+
+
+@law(dtypes=("bfloat16", "float16"), examples=1, floats=False, sizes=(300,))
+def sums_are_wide(case: Case) -> None:
+    """In 16 bits, the trace and the norm of 256 I with d = 300 come out as in float32."""
+    # 300 ones add up to 256 in bfloat16; the squares overflow float16
+    L = case.S.identity(case.d, like=case.to(0.0)).scale(256.0)
+    for name, expected in (("trace", 256.0 * 300.0), ("norm", 256.0 * 300.0**0.5)):
+        got = float(case.numpy(getattr(L, name)()))
+        # float32 rounds some hundred times
+        require(abs(got / expected - 1.0) < 2.0**-16, f"{name}: expected {expected:.7g}, got {got:.7g}")

@@ -1,0 +1,57 @@
+"""Every operation of a structure under its name, for the laws that hold for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+from singd_core._array import Array, Scalar
+from singd_core.structures.base import Structure
+
+# of two members of side d, a tall array, a symmetric matrix and a scalar
+Operation: TypeAlias = Callable[[Any, Any, Array, Array, Scalar], Any]
+
+OPERATIONS: dict[str, Operation] = {
+    "restrict": lambda L, R, X, M, c: L.restrict(M),
+    "dense": lambda L, R, X, M, c: L.dense(),
+    "project": lambda L, R, X, M, c: L.project(M),
+    "outer": lambda L, R, X, M, c: L.outer(X),
+    "congruence": lambda L, R, X, M, c: L.congruence(X),
+    "gram": lambda L, R, X, M, c: L.gram(),
+    "matmul": lambda L, R, X, M, c: L.matmul(R),
+    "apply": lambda L, R, X, M, c: L.apply(X),
+    "apply_t": lambda L, R, X, M, c: L.apply_t(X),
+    "precondition": lambda L, R, X, M, c: L.precondition(X),
+    "identity": lambda L, R, X, M, c: L.identity(L.shape[-1], like=X, batch=L.batch),
+    "__add__": lambda L, R, X, M, c: L + R,
+    "__sub__": lambda L, R, X, M, c: L - R,
+    "scale": lambda L, R, X, M, c: L.scale(c),
+    "add_identity": lambda L, R, X, M, c: L.add_identity(c),
+    "trace": lambda L, R, X, M, c: L.trace(),
+    "norm": lambda L, R, X, M, c: L.norm(),
+    "max_abs": lambda L, R, X, M, c: L.max_abs(),
+}
+
+# what may form d × d matrices: the three whose argument or result is one
+DENSE = ("restrict", "dense", "project")
+# what sums up all entries, in at least float32
+SUMS = ("trace", "norm")
+
+
+def arrays(result: Any) -> Iterator[tuple[str, Array]]:
+    """The arrays of a result with names: those of a structure, or the array itself."""
+    if isinstance(result, Structure):
+        yield from result.named_arrays()
+    else:
+        yield "", result
+
+
+def everything(L: Any, R: Any, X: Array, M: Array, c: Scalar) -> dict[str, Any]:
+    """The results of all operations."""
+    return {name: operation(L, R, X, M, c) for name, operation in OPERATIONS.items()}
+
+
+def step(K: Any, X: Array, beta: Scalar) -> Any:
+    """K (I − β m) with m = ½ (Π̂(Kᵀ X Xᵀ K) − I): the heart of the update."""
+    m = K.congruence(X).add_identity(-1.0).scale(0.5)
+    return K - K.matmul(m).scale(beta)

@@ -1,0 +1,129 @@
+"""What a refresh is told of a layer's curvature, and the running averages it keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Self
+
+from array_api_compat import device
+
+from singd_core._array import Array, Scalar, cast, namespace, sum_of_squares, widen
+from singd_core._tree import Tree, tree
+from singd_core.settings import Rate, Settings
+from singd_core.structures.base import Structure
+
+
+@tree
+class Measured(Tree):
+    """Sums over the rows X of one factor, which add up over micro-batches and uses of a weight.
+
+    Attributes:
+        S: Π̂(Lᵀ XᵀX L), with L the matrix that the update measures with.
+        squares: ‖X‖² per batch index, in at least float32.
+    """
+
+    S: Structure
+    squares: Array
+
+    def __add__(self, other: Self) -> Self:
+        """The sums over both sets of rows."""
+        return self.map(lambda a, b: a + b, other)
+
+
+def measure(L: Structure, rows: Array, *, identity: bool = False) -> Measured:
+    """The sums of rows, shape (..., n, d), in the dtype of `L` (float32 if that is float16).
+
+    float16 is widened since a sum of squares overflows it. `identity` measures with L = I.
+    """
+    X = cast(rows, L.like)
+    if X.dtype == namespace(X).float16:
+        X = widen(X)
+    S = L.outer(X.mT) if identity else L.astype(X).congruence(X.mT)
+    return Measured(S, sum_of_squares(X, 2))
+
+
+@tree
+class Curvature(Tree):
+    """The curvature U ⊗ G of one layer as a refresh wants it.
+
+    Attributes:
+        H_K: Π̂(Kᵀ U K), with the K of the state it will update (for KFAC Π̂(U)).
+        H_C: Π̂(Cᵀ G C).
+        t_U: The mean diagonal entry of U, of the batch axes' shape, in at least float32.
+        t_G: That of G.
+    """
+
+    H_K: Structure
+    H_C: Structure
+    t_U: Array
+    t_G: Array
+
+    @classmethod
+    def of(cls, inputs: Measured, N: Scalar, outputs: Measured, M: Scalar) -> Self:
+        """From the sums of N rows of inputs, and of output gradients of a mean over M terms."""
+        d_in, d_out, N = inputs.S.shape[-1], outputs.S.shape[-1], max(N, 1)
+        t_U = inputs.squares * (1.0 / (N * d_in))
+        t_G = outputs.squares * (M / d_out)
+        return cls(inputs.S.scale(1.0 / N), outputs.S.scale(float(M)), t_U, t_G)
+
+
+@tree
+class Averages(Tree):
+    """Running mean diagonals of U and G, and the number k of refreshes, of the batch axes' shape.
+
+    Arrays and not numbers: a refresh without a finite, non-zero curvature must leave them alone
+    without the host waiting to know.
+    """
+
+    t_U: Array
+    t_G: Array
+    k: Array
+
+    @classmethod
+    def zeros(cls, batch: Sequence[int], like: Array) -> Self:
+        """Before the first refresh, on the device of `like`."""
+        xp, dtype = namespace(like), widen(like[..., :0]).dtype
+        return cls(*(xp.zeros(tuple(batch), dtype=dtype, device=device(like)) for _ in range(3)))
+
+    def _usable(self, curvature: Curvature, s: Settings) -> Array:
+        """Where a curvature is usable: all-zero rows have no scale, and start K at infinity."""
+        if s.relative_damping or s.scaled_start:
+            return (curvature.t_U > 0.0) & (curvature.t_G > 0.0)
+        return namespace(self.k).ones_like(self.k) > 0.0
+
+    def update(self, curvature: Curvature, lr_cov: Rate, s: Settings) -> Self:
+        """Average the new mean diagonals: equal weights at first, then forgetting at `lr_cov`."""
+        xp = namespace(self.k)
+        usable = self._usable(curvature, s)
+        weight = xp.maximum(1.0 / (self.k + 1.0), xp.zeros_like(self.k) + lr_cov)
+        weight = xp.where(usable, weight, xp.zeros_like(weight))
+        t_U = self.t_U + weight * (cast(curvature.t_U, self.t_U) - self.t_U)
+        t_G = self.t_G + weight * (cast(curvature.t_G, self.t_G) - self.t_G)
+        return type(self)(t_U, t_G, self.k + xp.astype(usable, self.k.dtype))
+
+    def step_size(self, curvature: Curvature, lr_cov: Rate, s: Settings) -> Array:
+        """β₁ of refresh k: at least min(½, 1/(k + 1)) with early averaging; 0 without curvature."""
+        xp = namespace(self.k)
+        beta = xp.zeros_like(self.k) + lr_cov
+        if s.early_averaging:
+            beta = xp.maximum(beta, 1.0 / xp.maximum(self.k + 1.0, xp.full_like(self.k, 2.0)))
+        return xp.where(self._usable(curvature, s), beta, xp.zeros_like(beta))
+
+    def damping(self, s: Settings) -> tuple[Scalar, Scalar]:
+        """λ_K and λ_C: `damping` itself, or that share of the mean diagonals."""
+        if s.relative_damping:
+            return s.damping * self.t_U, s.damping * self.t_G
+        return s.damping, s.damping
+
+    def start(
+        self, lambda_K: Scalar, lambda_C: Scalar, new: Averages, s: Settings
+    ) -> tuple[Scalar, Scalar]:
+        """The scales by which the first refresh multiplies the identity at which K and C start."""
+        if not s.scaled_start:
+            return 1.0, 1.0
+        xp = namespace(self.k)
+        ones = xp.ones_like(self.k)
+        first = (self.k == 0.0) & (new.k > 0.0)
+        K_start = xp.where(first, new.t_U + lambda_K, ones) ** -0.5
+        C_start = xp.where(first, new.t_G + lambda_C, ones) ** -0.5
+        return K_start, C_start

@@ -1,0 +1,63 @@
+"""KFAC with its inverses, the baseline that the inverse-free update replaces."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from singd_core._array import Array, Scalar, cast, namespace, widen
+from singd_core._tree import Tree, tree
+from singd_core.settings import Rate, Settings
+from singd_core.structures.base import Structure
+from singd_core.structures.dense import Dense
+from singd_core.updates.curvature import Averages, Curvature, Measured, measure
+
+
+@tree
+class KFAC(Tree):
+    """The averaged factors of one layer's curvature and their damped inverses, all dense.
+
+    Attributes:
+        S_K: Average of U, side d_in.
+        S_C: Average of G, side d_out.
+        P_K: (S_K + λ_K I)⁻¹.
+        P_C: (S_C + λ_C I)⁻¹.
+        averages: Mean diagonals of U and G so far.
+    """
+
+    S_K: Dense
+    S_C: Dense
+    P_K: Dense
+    P_C: Dense
+    averages: Averages
+
+    def measure(self, A: Array, B: Array) -> tuple[Measured, Measured]:
+        """AᵀA and BᵀB of rows A, shape (..., n, d_in), and B, shape (..., n, d_out)."""
+        return measure(self.S_K, A, identity=True), measure(self.S_C, B, identity=True)
+
+    def precondition(self, gradient: Array) -> Array:
+        """(S_C + λ_C I)⁻¹ ∇W (S_K + λ_K I)⁻¹ of a gradient, shape (..., d_out, d_in)."""
+        right = self.P_K.apply(cast(gradient, self.P_K.matrix).mT).mT
+        return cast(self.P_C.apply(cast(right, self.P_C.matrix)), gradient)
+
+    def refresh(self, curvature: Curvature, lr_cov: Rate, s: Settings) -> Self:
+        """S ← (1 − β₁) S + β₁ U, and the inverses anew (docs/mathematics.md, section 2)."""
+        averages = self.averages.update(curvature, lr_cov, s)
+        lambda_K, lambda_C = averages.damping(s)
+        K_start, C_start = self.averages.start(lambda_K, lambda_C, averages, s)
+        beta = self.averages.step_size(curvature, lr_cov, s)
+        S_K = average(self.S_K, curvature.H_K, beta, K_start)
+        S_C = average(self.S_C, curvature.H_C, beta, C_start)
+        P_K, P_C = damped_inverse(S_K, lambda_K), damped_inverse(S_C, lambda_C)
+        return type(self)(S_K, S_C, P_K, P_C, averages)
+
+
+def average(S: Dense, U: Structure, beta: Scalar, start: Scalar) -> Dense:
+    """(1 − β₁) S + β₁ U; the first refresh of a scaled start divides S = I by start²."""
+    wide = S.astype(U.like).scale(1.0 / (start * start))
+    return (wide + (Dense(U.dense()) - wide).scale(beta)).astype(S.like)
+
+
+def damped_inverse(S: Dense, damping: Scalar) -> Dense:
+    """(S + λI)⁻¹, inverted in at least float32 and stored in the dtype of S."""
+    damped = S.astype(widen(S.matrix)).add_identity(damping)
+    return Dense(cast(namespace(S.matrix).linalg.inv(damped.matrix), S.matrix))

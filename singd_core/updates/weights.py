@@ -1,0 +1,69 @@
+"""The step of the weights: the bounds, the momentum and the decay of a natural gradient."""
+
+from __future__ import annotations
+
+from array_api_compat import size
+
+from singd_core._array import Array, Scalar, cast, expand, namespace, sum_of_squares, widen
+from singd_core.settings import Rate, Settings
+
+
+def inner(gradient: Array, natural: Array) -> Array:
+    """⟨∇W, n⟩, a 0-d array in at least float32. It is finite only if both are."""
+    xp = namespace(gradient)
+    return xp.sum(xp.vecdot(widen(gradient), widen(natural), axis=-1))
+
+
+def kl_scale(energy: Array, kl_bound: float) -> Scalar:
+    """min(1, √(κ / E)) with E = Σ lr² ⟨∇W, n⟩: scales the natural gradient into a trust region.
+
+    ½ E is the KL divergence of a step of rate lr along n, to second order.
+    """
+    if kl_bound == float("inf"):
+        return 1.0
+    xp, zero = namespace(energy), namespace(energy).zeros_like(energy)
+    return 1.0 / xp.maximum(xp.sqrt(xp.maximum(energy, zero) / kl_bound), zero + 1.0)
+
+
+def direction(
+    natural: Array, decay: Array | None, momentum: Array | None, scale: Scalar, s: Settings
+) -> tuple[Array, Array | None]:
+    """The direction u of the step W ← W − lr u, and the new momentum m.
+
+    m ← α₂ m + n (+ γ W unless the decay is decoupled);  u = m, or n + α₂ m (Nesterov);
+    u ← u min(1, bound / RMS(u)).
+
+    Args:
+        natural: n, shape (..., d_out, d_in).
+        decay: γ W in the same shape if `couples_decay(s)`, else None.
+        momentum: m, or None without momentum.
+        scale: Factor of n, from `kl_scale`.
+        s: The settings.
+    """
+    u = natural * expand(scale, natural)
+    if decay is not None:
+        u = u + decay
+    if momentum is not None:
+        momentum = momentum * expand(s.momentum, momentum) + u
+        u = u + momentum * expand(s.momentum, momentum) if s.nesterov else momentum
+    if s.rms_bound != float("inf"):
+        xp = namespace(u)
+        rms = xp.sqrt(sum_of_squares(u, u.ndim) / size(u))
+        u = u * cast(1.0 / xp.maximum(rms / s.rms_bound, xp.ones_like(rms)), u)
+    return u, momentum
+
+
+def weight_change(u: Array, weight: Array, s: Settings) -> Array:
+    """−lr u, and −lr γ W for a decoupled decay."""
+    if s.decoupled_weight_decay and _is_on(s.weight_decay):
+        u = u + weight * expand(s.weight_decay, weight)
+    return u * expand(-1.0 * s.lr, u)
+
+
+def couples_decay(s: Settings) -> bool:
+    """Whether the weight decay goes through the momentum."""
+    return not s.decoupled_weight_decay and _is_on(s.weight_decay)
+
+
+def _is_on(value: Rate) -> bool:
+    return not (isinstance(value, (int, float)) and value == 0.0)

@@ -1,0 +1,127 @@
+"""What README.md, docs/ and the docstrings show is true: all their examples run."""
+
+import doctest
+import importlib
+import re
+import sys
+import textwrap
+import types
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PACKAGES = [ROOT / "singd_core", *sorted((ROOT / "frontends").glob("singd_*"))]
+FENCE = re.compile(r"[ >]*(?P<fence>`{3,}|~{3,})[ ]*(?P<info>[^`]*)")
+
+
+class Block(NamedTuple):
+    """A fenced block of a page: its info string, the line its code starts on, and the code."""
+
+    info: str
+    line: int
+    code: str
+
+
+def blocks(markdown: str) -> list[Block]:
+    """All fenced blocks; a fence inside a longer fence is text, as in Markdown."""
+    found: list[Block] = []
+    lines = iter(enumerate(markdown.splitlines(), start=1))
+    for number, line in lines:
+        if not (opening := FENCE.fullmatch(line)):
+            continue
+        fence = opening["fence"]
+        code = []
+        for _, inner in lines:
+            stripped = inner.strip()
+            if len(stripped) >= len(fence) and set(stripped) == {fence[0]}:
+                break
+            code.append(inner)
+        else:
+            raise ValueError(f"the block that opens on line {number} is never closed")
+        found.append(
+            Block(opening["info"].strip(), number + 1, textwrap.dedent("\n".join(code)) + "\n")
+        )
+    return found
+
+
+def modules() -> list[str]:
+    """The names of all modules of all packages, found without importing them."""
+    names = []
+    for package in PACKAGES:
+        for path in sorted(package.rglob("*.py")):
+            parts = path.relative_to(package.parent).with_suffix("").parts
+            if parts[-1] != "__main__":
+                names.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
+    return names
+
+
+def skip_without_framework(module: str) -> None:
+    """Skip the test when `module` belongs to a frontend whose framework is not installed."""
+    framework = module.split(".")[0].removeprefix("singd_")
+    if framework != "core":
+        pytest.importorskip(framework)
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    """Examples write their files into a temporary directory and their figures to no screen."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_the_python_examples_of_a_page_run(page, monkeypatch):
+    # A registered module, because dataclasses and pickle look for the module of a class.
+    module = types.ModuleType("page")
+    monkeypatch.setitem(sys.modules, "page", module)
+    for info, line, code in blocks(page.read_text(encoding="utf-8")):
+        if not info or info.split()[0] != "python":
+            continue
+        # Leading empty lines make a traceback point at the line in the page.
+        program = compile("\n" * (line - 1) + code, str(page), "exec", dont_inherit=True)
+        if info != "python no-run":
+            exec(program, vars(module))
+
+
+@pytest.mark.parametrize("name", modules())
+def test_the_examples_in_docstrings_run(name):
+    skip_without_framework(name)
+    module = importlib.import_module(name)
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    # Failures are printed, and pytest shows what a failed test has printed.
+    assert doctest.testmod(module, optionflags=flags).failed == 0
+
+
+def test_blocks_reads_fences_as_markdown_does():
+    page = textwrap.dedent(
+        """\
+        ```python
+        a = 1
+        ```
+        Text with `code`, and ```code```.
+        - an item
+            ```python no-run
+            if a:
+                b = 2
+            ```
+        ````markdown
+        ```python
+        not a block
+        ```
+        ````
+        ~~~text
+        ```
+        ~~~
+        """
+    )
+    assert blocks(page) == [
+        Block("python", 2, "a = 1\n"),
+        Block("python no-run", 7, "if a:\n    b = 2\n"),
+        Block("markdown", 11, "```python\nnot a block\n```\n"),
+        Block("text", 16, "```\n"),
+    ]
+    with pytest.raises(ValueError, match="line 1 "):
+        blocks("```python\na = 1\n")
