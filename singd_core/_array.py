@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-from array_api_compat import array_namespace, device
+from array_api_compat import array_namespace
 
 Array: TypeAlias = Any  # any array of a library that follows the Python Array API standard
 Scalar: TypeAlias = Any  # a Python number, or an array of the batch axes' shape (often 0-d)
@@ -24,6 +24,14 @@ def namespace(x: Array) -> Any:
     if xp is None:
         xp = _NAMESPACES[kind] = array_namespace(x)
     return xp
+
+
+def device(x: Array) -> Any:
+    """The device of `x`; None, which means the default one, for a traced JAX array.
+
+    `array_api_compat.device` does the same, and makes torch.compile warn.
+    """
+    return getattr(x, "device", None)
 
 
 def is_half(x: Array) -> bool:

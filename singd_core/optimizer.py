@@ -6,10 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
-from array_api_compat import device
-
 from singd_core import preconditioner
-from singd_core._array import Array, expand, full, namespace
+from singd_core._array import Array, device, expand, full, namespace
 from singd_core._tree import Tree, tree
 from singd_core.curvature import LayerKind, Linear
 from singd_core.settings import rate, settings
@@ -99,7 +97,7 @@ class Optimizer:
     ) -> None:
         self.settings = settings(recipe, **given)
         self.layers = None if layers is None else dict(layers)
-        self.structures = preconditioner.resolve(structures, self.settings)
+        self.structures = preconditioner.resolve(structures, kfac=self.settings.kfac)
         self.kfac_approx, self.loss_average = kfac_approx, loss_average
         self.preconditioner_dtype = preconditioner_dtype
         self.fallback = fallback or Fallback()

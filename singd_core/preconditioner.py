@@ -16,7 +16,7 @@ Factors: TypeAlias = InverseFree | KFAC
 Structures: TypeAlias = Sequence[str | type[Structure]]
 
 
-def resolve(structures: Structures, settings: Settings) -> tuple[type[Structure], type[Structure]]:
+def resolve(structures: Structures, *, kfac: bool) -> tuple[type[Structure], type[Structure]]:
     """The structures of K and C from their names.
 
     Raises:
@@ -30,7 +30,7 @@ def resolve(structures: Structures, settings: Settings) -> tuple[type[Structure]
             found.append(get(name))
         except ValueError as error:
             raise ValueError(f"structures[{i}] = {error}") from None
-        if settings.kfac and found[i] is not Dense:
+        if kfac and found[i] is not Dense:
             raise ValueError(
                 f'structures[{i}] = "{found[i].name}": KFAC inverts dense factors; choose "dense", '
                 "or the inverse-free update (kfac=False)"

@@ -20,7 +20,7 @@ class Structure(Tree):
     under multiplication, so that the update `K ← K (I − β m)` stays in it. Its arrays may have
     leading batch axes; every operation works on the trailing ones.
 
-    A new structure is a class decorated with `structure` whose fields are arrays (or structures) and
+    A new structure is a class decorated with `structure` whose fields are arrays or structures and
     that writes two methods:
 
     - `restrict(M)`, a linear retraction of any matrix onto 𝔤, and
@@ -37,6 +37,11 @@ class Structure(Tree):
         """Name the class."""
         super().__init_subclass__(**kwargs)
         cls.name = cls.__dict__.get("name", cls.__name__.lower())
+
+    @classmethod
+    def field_names(cls) -> tuple[str, ...]:
+        """The names of the fields, in the order of the constructor."""
+        return cls.__match_args__  # torch.compile cannot trace dataclasses.fields of a class
 
     # ---- what a structure must write ------------------------------------------------------------
 

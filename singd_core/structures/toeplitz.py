@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Self
 
-from array_api_compat import device
-
 from singd_core._array import (
     Array,
     Scalar,
     cast,
     concat,
+    device,
     expand,
     full,
     namespace,

@@ -85,7 +85,8 @@ def _torch_cuda() -> Backend:
 def _jax() -> Backend:
     jax = importlib.import_module("jax")
     jnp = importlib.import_module("jax.numpy")
-    x64 = getattr(jax, "enable_x64", None) or jax.experimental.enable_x64
+    new = hasattr(jax, "enable_x64")
+    x64 = jax.enable_x64 if new else importlib.import_module("jax.experimental").enable_x64
     return Backend(
         "jax",
         ALL,

@@ -130,7 +130,7 @@ class Case:
         self.rounded = True
         absolute = [np.abs(a) for a in arrays]
         bound = float(np.max(np.abs(oracle(*absolute)), initial=0.0))
-        integers = all(np.array_equal(a, np.round(a)) for a in arrays)
+        integers = all(np.array_equal(a, np.round(a)) for a in (*arrays, expected))
         if exact and self.exact and integers and bound <= INTEGERS[self.dtype]:
             raise Mismatch(_difference(expected, got, "to the last bit, since all is integer"))
         largest = float(np.prod([np.max(a, initial=0.0) for a in absolute]))

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Self
 
-from array_api_compat import device
-
-from singd_core._array import Array, cast, expand, namespace, widen
+from singd_core._array import Array, cast, device, expand, namespace, widen
 from singd_core._tree import Tree, tree
 from singd_core.settings import Rate
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Self
 
-from array_api_compat import device
-
-from singd_core._array import Array, Scalar, cast, namespace, sum_of_squares, widen
+from singd_core._array import Array, Scalar, cast, device, namespace, sum_of_squares, widen
 from singd_core._tree import Tree, tree
 from singd_core.settings import Rate, Settings
 from singd_core.structures.base import Structure
@@ -64,7 +62,7 @@ class Curvature(Tree):
         d_in, d_out, N = inputs.S.shape[-1], outputs.S.shape[-1], max(N, 1)
         t_U = inputs.squares * (1.0 / (N * d_in))
         t_G = outputs.squares * (M / d_out)
-        return cls(inputs.S.scale(1.0 / N), outputs.S.scale(float(M)), t_U, t_G)
+        return cls(inputs.S.scale(1.0 / N), outputs.S.scale(M), t_U, t_G)
 
 
 @tree

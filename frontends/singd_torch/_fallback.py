@@ -1,0 +1,74 @@
+"""AdamW, torch's own, for the parameters that no layer owns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+
+def step(
+    group: dict[str, Any],
+    params: Sequence[nn.Parameter],
+    grads: Sequence[Tensor],
+    state: dict[Any, dict[str, Any]],
+    skip: Tensor | None,
+) -> None:
+    """One step of the group's fallback parameters.
+
+    Args:
+        group: The parameter group.
+        params: Its fallback parameters that have a gradient.
+        grads: Their gradients.
+        state: The optimizer's state, extended where it is missing.
+        skip: On an accelerator, 1 where nothing may change, else 0.
+    """
+    for p in params:
+        if "exp_avg" not in state[p]:
+            on = p.device if skip is not None else None
+            state[p]["step"] = torch.zeros((), dtype=torch.float32, device=on)
+            state[p]["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            state[p]["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+    beta1, beta2 = group["fallback_betas"]
+    ratio = group["lr"] / group["base_lr"] if group["base_lr"] else 1.0
+    fused = skip is not None
+    adamw(
+        list(params),
+        list(grads),
+        [state[p]["exp_avg"] for p in params],
+        [state[p]["exp_avg_sq"] for p in params],
+        [],
+        [state[p]["step"] for p in params],
+        foreach=not fused,
+        fused=fused,
+        found_inf=skip,
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=group["fallback_lr"] * ratio,
+        weight_decay=group["fallback_weight_decay"],
+        eps=group["fallback_eps"],
+        maximize=False,
+    )
+
+
+def norms(grads: Sequence[Tensor]) -> Tensor:
+    """The sum of the gradients' norms: finite only if all of them are."""
+    norms = torch._foreach_norm(list(grads))
+    return torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms]).sum()
+
+
+def check(group: dict[str, Any]) -> None:
+    """Check the settings of the fallback.
+
+    Raises:
+        ValueError: Naming the setting, its value and its range.
+    """
+    for name in ("fallback_lr", "fallback_eps", "fallback_weight_decay"):
+        if not group[name] >= 0.0:
+            raise ValueError(f"{name}={group[name]!r}: must be at least 0")
+    if not all(0.0 <= beta < 1.0 for beta in group["fallback_betas"]):
+        raise ValueError(f"fallback_betas={group['fallback_betas']!r}: both must be in [0, 1)")

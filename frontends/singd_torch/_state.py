@@ -1,0 +1,123 @@
+"""The state as flat tensors under stable names, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from singd_core import preconditioner
+from singd_core.preconditioner import Factors
+from singd_core.settings import Settings
+from singd_torch._layers import Layer
+from singd_torch._step import MOMENTUM
+
+
+def initial(layer: Layer, s: Settings) -> Factors:
+    """The factors of a layer before the first refresh, on the device of its weight."""
+    dtypes = layer.group["preconditioner_dtype"]
+    like_K, like_C = (
+        torch.empty(0, dtype=dtype or layer.weight.dtype, device=layer.weight.device)
+        for dtype in dtypes
+    )
+    return preconditioner.init(layer.structures, layer.shape, s, like_K, like_C)
+
+
+def restored(template: Factors, saved: Mapping[str, Tensor], name: str) -> Factors:
+    """The factors with the saved tensors.
+
+    Raises:
+        ValueError: Naming the first entry that is missing or does not fit.
+    """
+    arrays = []
+    for key, array in template.named_arrays():
+        if key not in saved:
+            raise ValueError(
+                f"the checkpoint has no {key!r} for {name!r}: it was saved with another structure, "
+                f"recipe or model (it has {sorted(saved)})"
+            )
+        if saved[key].shape != array.shape:
+            raise ValueError(
+                f"{key!r} of {name!r} has shape {tuple(saved[key].shape)} in the checkpoint, "
+                f"but {tuple(array.shape)} is needed"
+            )
+        arrays.append(saved[key])
+    return template.rebuild(arrays)
+
+
+def portable(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state dict of tensors and plain values alone: structures by name, without functions."""
+    groups = [dict(group) for group in state_dict["param_groups"]]
+    for group in groups:
+        group["structures"] = _names(group["structures"])
+        if callable(group["lr_cov"]):
+            group["lr_cov"] = None
+    return state_dict | {"param_groups": groups}
+
+
+def completed(state_dict: Mapping[str, Any], live: list[dict[str, Any]]) -> dict[str, Any]:
+    """A saved state dict with what `portable` left out taken from the live groups.
+
+    Raises:
+        ValueError: If the groups do not fit.
+    """
+    saved = [dict(group) for group in state_dict["param_groups"]]
+    sizes = [[len(group["params"]) for group in groups] for groups in (saved, live)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"the parameter groups have {sizes[0]} parameters in the checkpoint, here {sizes[1]}"
+        )
+    for group, own in zip(saved, live, strict=True):
+        if group.get("lr_cov") is None:
+            group["lr_cov"] = own["lr_cov"]
+        if group["structures"] == _names(own["structures"]):
+            group["structures"] = own["structures"]
+    return dict(state_dict) | {"param_groups": saved}
+
+
+def by_parameter(
+    saved: Mapping[str, Any], live: list[dict[str, Any]]
+) -> dict[nn.Parameter, dict[str, Any]]:
+    """The saved entries of each parameter, copied to its device in the dtype they were saved in.
+
+    Raises:
+        ValueError: If a moment does not have its parameter's shape.
+    """
+    entries = {}
+    for group, own in zip(saved["param_groups"], live, strict=True):
+        for index, p in zip(group["params"], own["params"], strict=True):
+            found = saved["state"].get(index, {})
+            if "exp_avg" in found and found["exp_avg"].shape != p.shape:
+                raise ValueError(
+                    f"parameter {index} has a moment of shape {tuple(found['exp_avg'].shape)} in "
+                    f"the checkpoint, but is of shape {tuple(p.shape)}"
+                )
+            entries[p] = {
+                name: value.detach().to(p.device, copy=True) if isinstance(value, Tensor) else value
+                for name, value in found.items()
+            }
+    return entries
+
+
+def checked(layer: Layer, entries: Mapping[str, Tensor], s: Settings) -> Factors | None:
+    """The saved factors of a layer, None if it had none yet.
+
+    Raises:
+        ValueError: Naming the first entry that does not fit.
+    """
+    if not any("." in name for name in entries):
+        return None
+    batch, d_out, d_in = layer.shape
+    momentum = entries.get(MOMENTUM)
+    if momentum is not None and momentum.shape != (*batch, d_out, d_in):
+        raise ValueError(
+            f"{MOMENTUM!r} of {layer.name!r} has shape {tuple(momentum.shape)} in the checkpoint, "
+            f"but {(*batch, d_out, d_in)} is needed"
+        )
+    return restored(initial(layer, s), entries, layer.name)
+
+
+def _names(structures: Iterable[Any]) -> tuple[str, ...]:
+    return tuple(cls if isinstance(cls, str) else cls.name for cls in structures)

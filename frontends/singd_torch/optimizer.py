@@ -1,0 +1,404 @@
+"""SINGD as a torch optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from singd_core import preconditioner
+from singd_core.curvature.base import is_expand, loss_terms
+from singd_core.preconditioner import Factors
+from singd_core.settings import Settings, settings, validate
+from singd_torch import _capture, _fallback, _state, _table
+from singd_torch._layers import Layer, find
+from singd_torch._pending import Pending
+from singd_torch._step import Scales, Work, apply, prepare
+
+_SETTINGS = tuple(f.name for f in dataclasses.fields(Settings))
+
+
+class SINGD(torch.optim.Optimizer):
+    """Structured inverse-free natural gradient descent (arXiv 2312.05705) for any model.
+
+    The weights of `nn.Linear` and `nn.Conv1d`, `2d`, `3d`, with their biases, are preconditioned by
+    structured factors of the inverse Fisher matrix; every other parameter is trained by AdamW.
+    `print(optimizer)` shows which is which. The arguments up to `normalize_lr_cov` are those of the
+    authors' package `singd` 0.0.5; those left at None are filled by the recipe.
+
+    Args:
+        model: The model; its layers are watched to learn their inputs and output gradients.
+        params: What to train: parameters or groups of them; None for all that require a gradient.
+        lr: Learning rate (β₂).
+        momentum: Momentum of the weights (α₂).
+        damping: Damping (λ).
+        alpha1: Riemannian momentum of the factors (α₁).
+        weight_decay: Weight decay (γ) of the preconditioned weights.
+        T: Steps between two refreshes of the factors.
+        loss_average: What the loss is a mean of: "batch", "batch+sequence", or None for a sum.
+        lr_cov: Step size of the factors (β₁), or a function of the number of steps taken.
+        structures: Of the factors K (inputs) and C (outputs), by name or class.
+        kfac_approx: "expand" or "reduce": how positions that share the weight are treated.
+        warn_unsupported: Warn with the names of parameters that AdamW trains.
+        kfac_like: The IKFAC form of the update.
+        preconditioner_dtype: Of K and of C; None is the weight's.
+        init_grad_scale: Accepted for compatibility; the scale is read when a step is taken.
+        normalize_lr_cov: The authors' normalization of the factor step.
+        recipe: "robust" or "paper": values for all settings not given.
+        kfac: Use KFAC with its inverses, the baseline.
+        average_groups: Average the groups of a grouped convolution as the authors do, in place of
+            exact factors for each group.
+        fallback_lr: AdamW's rate. It follows `lr`: a schedule that halves one halves the other.
+        fallback_betas: AdamW's betas.
+        fallback_eps: AdamW's epsilon.
+        fallback_weight_decay: AdamW's weight decay.
+        **given: Any further setting of `singd_core.settings.Settings`, e.g. `nesterov=False`.
+
+    Raises:
+        ValueError: If a setting or a name is wrong, a parameter is given twice or not of the
+            model, or there is nothing to train.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.LayerNorm(8), nn.Linear(8, 2))
+        >>> optimizer = SINGD(model, structures=("diagonal", "dense"))
+        >>> x, y = torch.randn(16, 3), torch.randint(2, (16,))
+        >>> for _ in range(3):
+        ...     optimizer.zero_grad()
+        ...     nn.functional.cross_entropy(model(x), y).backward()
+        ...     optimizer.step()
+    """
+
+    _step_supports_amp_scaling = True  # torch.amp.GradScaler then hands over its scale
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Iterable[Any] | None = None,
+        lr: Any = None,
+        momentum: Any = None,
+        damping: Any = None,
+        alpha1: Any = None,
+        weight_decay: Any = None,
+        T: int | None = None,
+        loss_average: str | None = "batch",
+        lr_cov: Any = None,
+        structures: preconditioner.Structures = ("dense", "dense"),
+        kfac_approx: str = "expand",
+        warn_unsupported: bool = False,
+        kfac_like: bool | None = None,
+        preconditioner_dtype: tuple[torch.dtype | None, torch.dtype | None] = (None, None),
+        init_grad_scale: float = 1.0,
+        normalize_lr_cov: bool | None = None,
+        *,
+        recipe: str = "robust",
+        kfac: bool | None = None,
+        average_groups: bool = False,
+        fallback_lr: float = 1e-3,
+        fallback_betas: tuple[float, float] = (0.9, 0.999),
+        fallback_eps: float = 1e-8,
+        fallback_weight_decay: float = 0.01,
+        **given: Any,
+    ) -> None:
+        _check_model(model)
+        given |= {
+            "lr": lr,
+            "momentum": momentum,
+            "damping": damping,
+            "alpha1": alpha1,
+            "weight_decay": weight_decay,
+            "T": T,
+            "lr_cov": lr_cov,
+            "kfac_like": kfac_like,
+            "normalize_lr_cov": normalize_lr_cov,
+            "kfac": kfac,
+        }
+        defaults = dataclasses.asdict(settings(recipe, **given)) | {
+            "loss_average": loss_average,
+            "structures": structures,
+            "kfac_approx": kfac_approx,
+            "preconditioner_dtype": preconditioner_dtype,
+            "average_groups": average_groups,
+            "fallback_lr": fallback_lr,
+            "fallback_betas": fallback_betas,
+            "fallback_eps": fallback_eps,
+            "fallback_weight_decay": fallback_weight_decay,
+        }
+        self._model = model
+        self._names = {p: name for name, p in model.named_parameters()}
+        self._layers: list[Layer] = []
+        self._fallback: list[nn.Parameter] = []
+        self._hooked: set[nn.Module] = set()
+        self._skipped: Tensor | int = 0
+        self._warned: set[str] = set()
+        self._scale_of_rows: float | None = None
+        if params is None:
+            params = [p for p in model.parameters() if p.requires_grad]
+            if not params:
+                raise ValueError("the model has no parameter that requires a gradient")
+        super().__init__(params, defaults)
+        self._route()
+        if warn_unsupported and self._fallback:
+            names = ", ".join(self._names.get(p, "?") for p in self._fallback)
+            warnings.warn(f"trained by AdamW, not preconditioned: {names}", stacklevel=2)
+
+    # ---- parameters -----------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters with settings of its own.
+
+        Raises:
+            ValueError: If a setting is wrong or a parameter is given twice.
+        """
+        group = dict(param_group)
+        params = group["params"]
+        group["params"] = params = [params] if isinstance(params, Tensor) else list(params)
+        if len({id(p) for p in params}) < len(params):
+            raise ValueError("a parameter is given twice in one parameter group")
+        unknown = set(group) - set(self.defaults) - {"params", "param_names", "steps", "base_lr"}
+        if unknown:
+            raise ValueError(f"a parameter group has no setting {sorted(unknown)}")
+        _check_group(self.defaults | group)
+        super().add_param_group(group)
+        added = self.param_groups[-1]
+        added.setdefault("steps", 0)
+        added.setdefault("base_lr", added["lr"])
+        if self._layers or self._fallback:  # after construction
+            self._route()
+
+    def _route(self) -> None:
+        """Decide which parameters form layers, keeping what is known of those that stay."""
+        old = {layer.weight: layer for layer in self._layers}
+        self._layers = find(self._model, self.param_groups)
+        for layer in self._layers:
+            known = old.get(layer.weight)
+            if known is not None and known.bias is layer.bias:
+                layer.factors, layer.pending, layer.seen = known.factors, known.pending, known.seen
+            for module in layer.modules:
+                if module not in self._hooked:
+                    _capture.install(self, layer.weight, module)
+                    self._hooked.add(module)
+        self._by_weight = {layer.weight: layer for layer in self._layers}
+        self._group_of = {p: group for group in self.param_groups for p in group["params"]}
+        owned = {p for layer in self._layers for p in layer.parameters}
+        self._fallback = [p for p in self._group_of if p not in owned]
+
+    # ---- rows -----------------------------------------------------------------------------------
+
+    def rows_wanted(self, weight: nn.Parameter) -> Callable[[Tensor, Tensor], None] | None:
+        """What takes the rows of a layer in the current step, or None when it is not due."""
+        layer = self._by_weight.get(weight)
+        if layer is None or not weight.requires_grad:
+            return None
+        due = layer.group["steps"] % layer.group["T"] == 0 or not layer.seen
+        return partial(self._take_rows, layer) if due else None
+
+    def _take_rows(self, layer: Layer, x: Tensor, g: Tensor) -> None:
+        group, bias = layer.group, layer.bias is not None
+        how, average = group["kfac_approx"], group["loss_average"]
+        A, N = layer.kind.inputs(x, bias=bias, kfac_approx=how)
+        B, M = layer.kind.outputs(g, kfac_approx=how, loss_average=average)
+        if N == 0:
+            return
+        inputs, outputs = self._factors(layer).measure(A, B)
+        new = Pending(inputs, N, outputs, 0, M, _capture.backward_pass())
+        pending = layer.pending
+        layer.pending = new if pending is None else pending.add(new, mean=average is not None)
+
+    def _factors(self, layer: Layer) -> Factors:
+        if layer.factors is None:
+            layer.factors = _state.initial(layer, settings_of(layer.group))
+            self.state[layer.weight].update(layer.factors.named_arrays())
+        return layer.factors
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients, and with them the rows that were captured."""
+        super().zero_grad(set_to_none)
+        for layer in self._layers:
+            layer.pending = None
+
+    # ---- the step -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step. If a gradient or row is not finite, it changes nothing and is counted.
+
+        Args:
+            closure: Evaluates the model, calls `backward` and returns the loss.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            RuntimeError: If a gradient is sparse.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        chosen = {id(group): settings_of(group) for group in self.param_groups}
+        scales = self._scales()
+        works, others = [], [p for p in self._fallback if p.grad is not None]
+        for layer in self._layers:
+            if layer.weight.grad is None:
+                continue
+            layer.seen = layer.seen or layer.pending is not None
+            if layer.seen:
+                works.append(prepare(layer, self._factors(layer), chosen[id(layer.group)], scales))
+            else:
+                self._warn_unseen(layer)
+                others += [p for p in layer.parameters if p.grad is not None]
+        if works or others:
+            self._take_step(works, others, chosen, scales)
+        for layer in self._layers:
+            layer.pending = None
+        for group in self.param_groups:
+            group["steps"] += 1
+        return loss
+
+    def _take_step(
+        self,
+        works: list[Work],
+        others: list[nn.Parameter],
+        chosen: dict[int, Settings],
+        scales: Scales,
+    ) -> None:
+        device = (works[0].natural if works else others[0]).device
+        grads = [p.grad for p in others if p.grad is not None]
+        if scales.grads is not None:
+            grads = [g / scales.grads for g in grads]
+        total = sum((work.energy.to(device) for work in works), torch.zeros((), device=device))
+        checked = total if not grads else total + _fallback.norms(grads).to(device)
+        finite = torch.isfinite(checked)
+        ok = skip = None
+        if device.type == "cpu":  # the host knows already: nothing is masked
+            if not finite:
+                self._skipped += 1
+                self._warn_skipped()
+                return
+        else:
+            ok, skip = finite, (~finite).to(torch.float32)
+            self._skipped = self._skipped + skip
+
+        apply(works, self.state, lambda p: chosen[id(self._group_of[p])], total, ok)
+        for group in self.param_groups:
+            mine = [i for i, p in enumerate(others) if self._group_of[p] is group]
+            if mine:
+                of_group = [others[i] for i in mine], [grads[i] for i in mine]
+                _fallback.step(group, *of_group, self.state, skip)
+
+    @property
+    def skipped(self) -> int:
+        """How many steps changed nothing, as a gradient or row was not finite (a host sync)."""
+        count = int(self._skipped)
+        if count:
+            self._warn_skipped()
+        return count
+
+    def _warn_unseen(self, layer: Layer) -> None:
+        self._warn_once(
+            f"no rows of {layer.name!r} have been seen, since its module was not called like one, "
+            "or inside torch.compile: until then AdamW trains it"
+        )
+
+    def _warn_skipped(self) -> None:
+        self._warn_once(
+            "a gradient or a layer's row was NaN or infinite: the step changed nothing. "
+            "`optimizer.skipped` counts such steps"
+        )
+
+    def _warn_once(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            warnings.warn(text, stacklevel=3)
+
+    # ---- gradient scaling -----------------------------------------------------------------------
+
+    def set_current_grad_scale(self, scale: float) -> None:
+        """Tell the scale of the loss of the next step, if `scaler.unscale_` comes before it."""
+        self._scale_of_rows = scale
+
+    def _scales(self) -> Scales:
+        """What torch.amp.GradScaler left in the gradients, and what was in the rows."""
+        scale, given = getattr(self, "grad_scale", None), self._scale_of_rows
+        self._scale_of_rows = None
+        if scale is not None:
+            return Scales(scale, scale)
+        if given is None and getattr(self, "found_inf", None) is not None:
+            raise RuntimeError(
+                "the gradients were unscaled before the step, so the scale of the captured rows is "
+                "unknown: call optimizer.set_current_grad_scale(scaler.get_scale()) before "
+                "scaler.step(optimizer)"
+            )
+        return Scales(None, 1.0 if given is None else given)
+
+    # ---- checkpoints ----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as flat tensors and plain values; `torch.load(weights_only=True)` takes it.
+
+        A function given as `lr_cov` is left out: the optimizer that loads it keeps its own.
+        """
+        return _state.portable(super().state_dict())
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a saved state, tensors in the dtypes they were saved in.
+
+        Raises:
+            ValueError: Naming the first entry that does not fit; nothing is changed then.
+        """
+        saved = _state.completed(state_dict, self.param_groups)
+        entries = _state.by_parameter(saved, self.param_groups)
+        groups = [
+            group | {"params": own["params"]}
+            for group, own in zip(saved["param_groups"], self.param_groups, strict=True)
+        ]
+        factors = {
+            layer.weight: _state.checked(layer, entries[layer.weight], settings_of(layer.group))
+            for layer in find(self._model, groups)
+        }
+        super().load_state_dict(saved)
+        for p, found in entries.items():  # torch casts every tensor to the parameter's dtype
+            if found:
+                self.state[p] = found
+        self._route()
+        for layer in self._layers:
+            layer.pending, layer.factors = None, factors[layer.weight]
+            layer.seen = layer.factors is not None and bool(layer.factors.averages.k.max() > 0)
+
+    # ---- what a person sees ---------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        """Who owns each parameter, with which structures, and what state it costs."""
+        header = ("parameter", "shape", "rule", "K", "C", "bytes of state")
+        body = _table.rows(self._layers, self._fallback, self._names)
+        return f"{type(self).__name__}\n{_table.render(header, body)}"
+
+
+def settings_of(group: dict[str, Any]) -> Settings:
+    """The settings of a parameter group."""
+    return Settings(**{name: group[name] for name in _SETTINGS})
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    validate(settings_of(group))
+    preconditioner.resolve(group["structures"], kfac=group["kfac"])
+    is_expand(group["kfac_approx"])
+    loss_terms(group["loss_average"], 1, ())
+    if len(group["preconditioner_dtype"]) != 2:
+        raise ValueError("preconditioner_dtype: give two, those of K and of C")
+    _fallback.check(group)
+
+
+def _check_model(model: nn.Module) -> None:
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise TypeError(
+            f"{type(model).__name__} is not supported yet: each process would learn its own factors"
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

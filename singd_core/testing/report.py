@@ -1,0 +1,158 @@
+"""`check_structure`: all laws of a structure, on all array libraries, with a report to read."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from singd_core.structures.base import Structure
+from singd_core.testing.backends import Backend, backends
+from singd_core.testing.law import LAWS, Law, LawError
+from singd_core.testing.laws_arrays import dense_operations
+from singd_core.testing.run import run
+
+_SHORT = {"float64": "64", "float32": "32", "bfloat16": "b16", "float16": "16"}
+
+
+@dataclass
+class Report:
+    """Which laws a structure keeps, on which array library and in which dtype.
+
+    Attributes:
+        structure: The structure.
+        results: For each law, backend and dtype that was tried, the error or None.
+        seconds: The time it took.
+        dense: The inherited operations that form d × d matrices though few numbers are stored.
+    """
+
+    structure: type[Structure]
+    results: dict[tuple[str, str, str], LawError | None] = field(default_factory=dict)
+    seconds: float = 0.0
+    dense: list[str] = field(default_factory=list)
+
+    @property
+    def errors(self) -> list[LawError]:
+        """The errors, the one to look at first in front."""
+        return [error for error in self.results.values() if error is not None]
+
+    @property
+    def broken(self) -> list[str]:
+        """The names of the laws that do not hold."""
+        return list(dict.fromkeys(error.law for error in self.errors))
+
+    def __repr__(self) -> str:
+        columns = list(dict.fromkeys((b, t) for _, b, t in self.results))
+        laws = [name for name in LAWS if any(law == name for law, _, _ in self.results)]
+        width = max(map(len, laws), default=0)
+        # a group of columns for each array library, of at least its name's width
+        lines = ["", ""]
+        rows = {law: f"{law:{width}}" for law in laws}
+        for backend in dict.fromkeys(b for b, _ in columns):
+            group = [t for b, t in columns if b == backend]
+            room = max(len(backend), 4 * len(group) - 1)
+            lines[0] += f"  {backend:{room}}"
+            lines[1] += "  " + f"{' '.join(f'{_SHORT[t]:>3}' for t in group):{room}}"
+            for law in laws:
+                marks = " ".join(f"{self._mark(law, backend, t):>3}" for t in group)
+                rows[law] += f"  {marks:{room}}"
+        lines = [" " * width + line for line in lines] + list(rows.values())
+        lines = [line.rstrip() for line in lines]
+        return "\n".join([self.summary, *lines, *self._notes()])
+
+    def _mark(self, law: str, backend: str, dtype: str) -> str:
+        if (law, backend, dtype) not in self.results:
+            return ""
+        return "✓" if self.results[law, backend, dtype] is None else "✗"
+
+    @property
+    def summary(self) -> str:
+        """One line: how many laws hold."""
+        laws = {law for law, _, _ in self.results}
+        verdict = f"breaks {', '.join(self.broken)}" if self.broken else "keeps all laws"
+        return (
+            f"{label(self.structure)} {verdict} "
+            f"({len(laws)} laws, {len(self.results)} cases, {self.seconds:.1f} s)"
+        )
+
+    def _notes(self) -> Iterator[str]:
+        if self.dense:
+            yield (
+                f"inherited, and so forming d × d matrices: {', '.join(self.dense)}; "
+                "override them to be fast"
+            )
+        if self.errors:
+            yield f"\n{self.errors[0]}"
+
+
+def label(S: type[Structure]) -> str:
+    """What to call a structure: its class, or the factory with its parameters."""
+    return S.name if S.made_by else S.__name__
+
+
+def cases(chosen: Sequence[Backend] | None = None) -> Iterator[tuple[Law, Backend, str]]:
+    """Every law with every backend and dtype it speaks of, in the order that explains most.
+
+    NumPy in float64 comes first, since a wrong equation is wrong everywhere. Laws of arrays come
+    before those of numbers, since an array in a wrong dtype or place spoils the numbers too.
+    """
+    laws = sorted(LAWS.values(), key=lambda law: not law.guard)
+    for backend in chosen or backends():
+        for dtype in backend.dtypes:
+            for law in laws:
+                if law.speaks_of(backend.name, dtype):
+                    yield law, backend, dtype
+
+
+def check_structure(
+    S: type[Structure],
+    *,
+    sizes: Sequence[int] | None = None,
+    backends: Sequence[Backend] | None = None,
+    raises: bool = True,
+) -> Report:
+    """Check every law of a structure, on every array library that is installed, in every dtype.
+
+    It stops after the first array library and dtype with a broken law.
+
+    >>> from singd_core.structures import Diagonal
+    >>> check_structure(Diagonal, sizes=[1, 2]).broken
+    []
+
+    Args:
+        S: The structure.
+        sizes: Sides of the matrices to try, in place of 1, 2, 3, 5, 8 and those that the parameters
+            of a factory suggest: some should be smaller than its blocks, and no multiple of them.
+        backends: The array libraries, in place of all.
+        raises: Whether a broken law is raised, or only reported.
+
+    Raises:
+        LawError: Naming the law, the array library, the dtype and the side, with the smallest
+            counterexample found.
+    """
+    report, start, place = Report(S), time.perf_counter(), None
+    for law, backend, dtype in cases(backends):
+        if report.errors and (backend.name, dtype) != place:
+            break
+        place = backend.name, dtype
+        report.results[law.name, backend.name, dtype] = _error(law, S, backend, dtype, sizes)
+    report.seconds = time.perf_counter() - start
+    if report.errors and raises:
+        first, *others = report.broken
+        error = report.errors[0]
+        if others:
+            error.add_note(f"Broken as well: {', '.join(others)}.")
+        raise error
+    if not report.errors:
+        report.dense = dense_operations(S)
+    return report
+
+
+def _error(
+    law: Law, S: type[Structure], backend: Backend, dtype: str, sizes: Sequence[int] | None
+) -> LawError | None:
+    try:
+        run(law, S, backend, dtype, law.sizes or sizes)
+    except LawError as error:
+        return error
+    return None
