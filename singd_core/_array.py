@@ -48,6 +48,12 @@ def widen(x: Array) -> Array:
     return namespace(x).astype(x, namespace(x).float32) if is_half(x) else x
 
 
+def ranged(x: Array) -> Array:
+    """`x`, in float32 if it is float16: for what leaves the range of that, e.g. sums of squares."""
+    xp = namespace(x)
+    return xp.astype(x, xp.float32) if x.dtype == xp.float16 else x
+
+
 def cast(x: Array, like: Array) -> Array:
     """`x` in the dtype of `like` (`x` itself if it has it already)."""
     return x if x.dtype == like.dtype else namespace(x).astype(x, like.dtype)

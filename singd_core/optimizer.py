@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from singd_core import preconditioner
-from singd_core._array import Array, device, expand, full, namespace
+from singd_core._array import Array, device, expand, full, namespace, ranged
 from singd_core._tree import Tree, tree
 from singd_core.curvature import LayerKind, Linear
 from singd_core.settings import rate, settings
@@ -61,7 +61,7 @@ class Optimizer:
         structures: Of K and of C, by name or class.
         kfac_approx: "expand" or "reduce": how positions that share the weight are treated.
         loss_average: What the loss is a mean of: "batch", "batch+sequence", or None for a sum.
-        preconditioner_dtype: Of K and of C; None is the weight's.
+        preconditioner_dtype: Of K and of C; None is the weight's, float32 for float16.
         fallback: Settings of AdamW.
         **given: Settings that win over the recipe, e.g. `lr=0.01` or `T=10`.
 
@@ -119,7 +119,9 @@ class Optimizer:
                 likes = [_empty(weight, dtype) for dtype in self.preconditioner_dtype]
                 factors = preconditioner.init(self.structures, shape, self.settings, *likes)
                 momentum = (
-                    None if s.momentum == 0.0 else full((*shape[0], *shape[1:]), 0.0, like=weight)
+                    None
+                    if s.momentum == 0.0
+                    else full((*shape[0], *shape[1:]), 0.0, like=ranged(weight))
                 )
                 layers[name] = LayerState(factors, momentum)
             elif isinstance(parameter, tuple):
@@ -276,5 +278,8 @@ def _shapes(parameter: Parameter) -> list[tuple[int, ...]]:
 
 
 def _empty(like: Array, dtype: Any) -> Array:
-    """An empty array on the device of `like`, in its dtype unless another is given."""
-    return namespace(like).empty((0,), dtype=dtype or like.dtype, device=device(like))
+    """An empty array on the device of `like`, in `dtype` or else one that holds its factors."""
+    xp = namespace(like)
+    return (
+        ranged(like[..., :0]) if dtype is None else xp.empty((0,), dtype=dtype, device=device(like))
+    )

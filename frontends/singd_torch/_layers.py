@@ -6,9 +6,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from singd_core import preconditioner
+from singd_core._array import ranged
 from singd_core.curvature import Convolution, LayerKind, Linear
 from singd_core.preconditioner import Factors
 from singd_core.structures import Structure
@@ -52,6 +54,13 @@ class Layer:
     def shape(self) -> tuple[tuple[int, ...], int, int]:
         """The batch axes, d_out and d_in of the matrix."""
         return self.kind.shape(tuple(self.weight.shape), self.bias is not None)
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+        """Of K, of C and of the momentum: float16 has no range for them."""
+        own = ranged(self.weight[..., :0]).dtype
+        K, C = self.group["preconditioner_dtype"]
+        return K or own, C or own, own
 
     def matrix(self, parts: Sequence[Tensor]) -> Tensor:
         """The matrix whose parts belong to `parameters`."""

@@ -17,11 +17,8 @@ from singd_torch._step import MOMENTUM
 
 def initial(layer: Layer, s: Settings) -> Factors:
     """The factors of a layer before the first refresh, on the device of its weight."""
-    dtypes = layer.group["preconditioner_dtype"]
-    like_K, like_C = (
-        torch.empty(0, dtype=dtype or layer.weight.dtype, device=layer.weight.device)
-        for dtype in dtypes
-    )
+    device = layer.weight.device
+    like_K, like_C = (torch.empty(0, dtype=dtype, device=device) for dtype in layer.dtypes[:2])
     return preconditioner.init(layer.structures, layer.shape, s, like_K, like_C)
 
 

@@ -74,7 +74,7 @@ def apply(
             decay = layer.matrix(decayed)
         momentum = entries.get(MOMENTUM)
         if momentum is None and s.momentum != 0.0:
-            momentum = torch.zeros_like(work.natural)
+            momentum = torch.zeros_like(work.natural, dtype=layer.dtypes[2])
         u, new_momentum = direction(work.natural, decay, momentum, kl_scale(total, s.kl_bound), s)
         factors = work.factors
         if ok is not None:

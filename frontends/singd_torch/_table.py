@@ -32,10 +32,9 @@ def layer_bytes(layer: Layer) -> int:
     stack = 1
     for n in batch:
         stack *= n
-    itemsize = layer.weight.element_size()
-    sizes = [dtype.itemsize if dtype else itemsize for dtype in group["preconditioner_dtype"]]
+    *sizes, momentum = (dtype.itemsize for dtype in layer.dtypes)
     copies = 2 if group["kfac"] or (group["alpha1"] and not group["kfac_like"]) else 1
-    total = d_out * d_in * itemsize if group["momentum"] else 0
+    total = d_out * d_in * momentum if group["momentum"] else 0
     for cls, d, size in zip(layer.structures, (d_in, d_out), sizes, strict=True):
         total += copies * cls.numbers(d) * size
     return stack * total

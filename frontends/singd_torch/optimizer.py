@@ -46,7 +46,7 @@ class SINGD(torch.optim.Optimizer):
         kfac_approx: "expand" or "reduce": how positions that share the weight are treated.
         warn_unsupported: Warn with the names of parameters that AdamW trains.
         kfac_like: The IKFAC form of the update.
-        preconditioner_dtype: Of K and of C; None is the weight's.
+        preconditioner_dtype: Of K and of C; None is the weight's, float32 for float16.
         init_grad_scale: Accepted for compatibility; the scale is read when a step is taken.
         normalize_lr_cov: The authors' normalization of the factor step.
         recipe: "robust" or "paper": values for all settings not given.

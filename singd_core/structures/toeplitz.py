@@ -57,6 +57,8 @@ class _Toeplitz(Structure):
     def outer(cls, X: Array) -> Self:
         """Π̂(X Xᵀ): the sums of the off-diagonals are the columns' autocorrelations."""
         xp, d = namespace(X), X.shape[-2]
+        if X.shape[-1] == 0:  # torch's fft refuses empty arrays
+            return cls(full(X.shape[:-1], 0.0, like=X))
         F = xp.fft.rfft(widen(X), n=2 * d, axis=-2)
         power = xp.sum(xp.real(F * xp.conj(F)), axis=-1)
         sums = xp.fft.irfft(xp.astype(power, F.dtype), n=2 * d, axis=-1)[..., :d]

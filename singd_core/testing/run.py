@@ -29,7 +29,7 @@ def sizes_of(S: type[Structure], backend: str = "numpy", dtype: str = "float64")
     elif backend == "numpy":
         sides = {1, 2, 3, 5, 8, *large}
     elif backend == "jax":
-        sides = {1, 2, 5, *large[-1:]} if dtype == "float32" else {5}
+        sides = {1, 5, *large[-1:]} if dtype == "float32" else {5}
     else:
         sides = {1, 2, 5, *large[-1:]}
     return tuple(sorted(sides))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Self
 
-from singd_core._array import Array, Scalar, cast, device, namespace, sum_of_squares, widen
+from singd_core._array import Array, Scalar, cast, device, namespace, ranged, sum_of_squares, widen
 from singd_core._tree import Tree, tree
 from singd_core.settings import Rate, Settings
 from singd_core.structures.base import Structure
@@ -29,13 +29,8 @@ class Measured(Tree):
 
 
 def measure(L: Structure, rows: Array, *, identity: bool = False) -> Measured:
-    """The sums of rows, shape (..., n, d), in the dtype of `L` (float32 if that is float16).
-
-    float16 is widened since a sum of squares overflows it. `identity` measures with L = I.
-    """
-    X = cast(rows, L.like)
-    if X.dtype == namespace(X).float16:
-        X = widen(X)
+    """The sums of rows, shape (..., n, d), in the dtype of `L`; `identity` measures with L = I."""
+    X = ranged(cast(rows, L.like))
     S = L.outer(X.mT) if identity else L.astype(X).congruence(X.mT)
     return Measured(S, sum_of_squares(X, 2))
 

@@ -34,9 +34,9 @@ class InverseFree(Tree):
         return measure(self.K, A), measure(self.C, B)
 
     def precondition(self, gradient: Array) -> Array:
-        """The natural gradient C Cᵀ ∇W K Kᵀ of a gradient, shape (..., d_out, d_in)."""
+        """The natural gradient C Cᵀ ∇W K Kᵀ of ∇W, shape (..., d_out, d_in), in the dtype of C."""
         right = self.K.precondition(cast(gradient, self.K.like).mT).mT
-        return cast(self.C.precondition(cast(right, self.C.like)), gradient)
+        return self.C.precondition(cast(right, self.C.like))
 
     def refresh(self, curvature: Curvature, lr_cov: Rate, s: Settings) -> Self:
         """One step of K and C (docs/mathematics.md, section 3)."""

@@ -37,7 +37,7 @@ class KFAC(Tree):
     def precondition(self, gradient: Array) -> Array:
         """(S_C + λ_C I)⁻¹ ∇W (S_K + λ_K I)⁻¹ of a gradient, shape (..., d_out, d_in)."""
         right = self.P_K.apply(cast(gradient, self.P_K.matrix).mT).mT
-        return cast(self.P_C.apply(cast(right, self.P_C.matrix)), gradient)
+        return self.P_C.apply(cast(right, self.P_C.matrix))
 
     def refresh(self, curvature: Curvature, lr_cov: Rate, s: Settings) -> Self:
         """S ← (1 − β₁) S + β₁ U, and the inverses anew (docs/mathematics.md, section 2)."""

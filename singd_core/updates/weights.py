@@ -10,8 +10,8 @@ from singd_core.settings import Rate, Settings
 
 def inner(gradient: Array, natural: Array) -> Array:
     """⟨∇W, n⟩, a 0-d array in at least float32. It is finite only if both are."""
-    xp = namespace(gradient)
-    return xp.sum(xp.vecdot(widen(gradient), widen(natural), axis=-1))
+    n = widen(natural)
+    return namespace(n).sum(namespace(n).vecdot(cast(gradient, n), n, axis=-1))
 
 
 def kl_scale(energy: Array, kl_bound: float) -> Scalar:
@@ -42,10 +42,10 @@ def direction(
     """
     u = natural * expand(scale, natural)
     if decay is not None:
-        u = u + decay
+        u = u + cast(decay, u)
     if momentum is not None:
-        momentum = momentum * expand(s.momentum, momentum) + u
-        u = u + momentum * expand(s.momentum, momentum) if s.nesterov else momentum
+        momentum = momentum * expand(s.momentum, momentum) + cast(u, momentum)
+        u = cast(u, momentum) + momentum * expand(s.momentum, momentum) if s.nesterov else momentum
     if s.rms_bound != float("inf"):
         xp = namespace(u)
         rms = xp.sqrt(sum_of_squares(u, u.ndim) / size(u))
@@ -54,7 +54,8 @@ def direction(
 
 
 def weight_change(u: Array, weight: Array, s: Settings) -> Array:
-    """−lr u, and −lr γ W for a decoupled decay."""
+    """−lr u, and −lr γ W for a decoupled decay, in the dtype of W."""
+    u = cast(u, weight)
     if s.decoupled_weight_decay and _is_on(s.weight_decay):
         u = u + weight * expand(s.weight_decay, weight)
     return u * expand(-1.0 * s.lr, u)
