@@ -25,11 +25,11 @@ class LayerState(Tree):
 
     Attributes:
         factors: Its preconditioner.
-        momentum: The momentum of its weight matrix, bias included, or None.
+        momentum_buffer: The momentum of its weight matrix, bias included, or None.
     """
 
     factors: preconditioner.Factors
-    momentum: Array | None
+    momentum_buffer: Array | None
 
 
 @tree
@@ -215,7 +215,7 @@ class Optimizer:
             kind, (weight, bias) = kinds[name], _pair(params[name])
             matrix = kind.matrix(weight, bias)
             decay = matrix * expand(s.weight_decay, matrix) if couples_decay(s) else None
-            u, momentum = direction(naturals[name], decay, layer.momentum, scale, s)
+            u, momentum = direction(naturals[name], decay, layer.momentum_buffer, scale, s)
             change = weight_change(u, matrix, s)
             parts = kind.split(change, tuple(weight.shape), bias is not None)
             updates[name] = parts if isinstance(params[name], tuple) else parts[0]

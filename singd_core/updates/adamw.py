@@ -22,33 +22,33 @@ class Fallback:
 
 @tree
 class Moments(Tree):
-    """The running first and second moment of one parameter's gradient.
+    """The running moments of one parameter's gradient, named as in torch.optim.AdamW.
 
     Attributes:
-        first: Average of the gradient, shaped like it.
-        second: Average of its square, shaped like it, in at least float32.
-        steps: How many steps were averaged, 0-d.
+        exp_avg: Average of the gradient, shaped like it.
+        exp_avg_sq: Average of its square, shaped like it, in at least float32.
+        step: How many steps were averaged, 0-d.
     """
 
-    first: Array
-    second: Array
-    steps: Array
+    exp_avg: Array
+    exp_avg_sq: Array
+    step: Array
 
     @classmethod
     def zeros(cls, weight: Array) -> Self:
         """Before the first step."""
         xp = namespace(weight)
         wide = xp.zeros_like(widen(weight))
-        steps = xp.zeros((), dtype=wide.dtype, device=device(weight))
-        return cls(xp.zeros_like(weight), wide, steps)
+        step = xp.zeros((), dtype=wide.dtype, device=device(weight))
+        return cls(xp.zeros_like(weight), wide, step)
 
     def update(self, gradient: Array, weight: Array, s: Fallback) -> tuple[Array, Self]:
         """The change of the weight, and the new moments (Loshchilov & Hutter, arXiv 1711.05101)."""
         (beta1, beta2), g = s.betas, widen(gradient)
-        steps = self.steps + 1.0
-        first = self.first * beta1 + cast(g * (1.0 - beta1), self.first)
-        second = self.second * beta2 + g * g * (1.0 - beta2)
-        mean = widen(first) / (1.0 - beta1**steps)
-        scale = namespace(g).sqrt(second / (1.0 - beta2**steps)) + s.eps
+        step = self.step + 1.0
+        first = self.exp_avg * beta1 + cast(g * (1.0 - beta1), self.exp_avg)
+        second = self.exp_avg_sq * beta2 + g * g * (1.0 - beta2)
+        mean = widen(first) / (1.0 - beta1**step)
+        scale = namespace(g).sqrt(second / (1.0 - beta2**step)) + s.eps
         u = cast(mean / scale, weight) + weight * expand(s.weight_decay, weight)
-        return u * expand(s.lr, u) * -1.0, type(self)(first, second, steps)
+        return u * expand(s.lr, u) * -1.0, type(self)(first, second, step)

@@ -1,0 +1,64 @@
+"""The state as a flat dictionary of arrays: the same names in every frontend.
+
+    <layer>.K.<array>, <layer>.C.<array>      the factors (and m_K, m_C; for KFAC S_K, S_C, P_K, P_C)
+    <layer>.averages.t_U, .t_G, .k            what the refreshes average, and their number
+    <layer>.momentum_buffer                   the momentum of the weight matrix, bias included
+    <parameter>.exp_avg, .exp_avg_sq, .step   of a parameter that AdamW trains
+    step, skipped                             counts of the whole optimizer
+
+Any format that stores named arrays holds it: `numpy.savez`, safetensors, orbax.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from singd_core._array import Array, device, namespace
+from singd_core.optimizer import State
+
+_FACTORS = "factors."
+
+
+def flatten(state: State) -> dict[str, Any]:
+    """The arrays of a state, and the number `step`, under their names."""
+    return {"step": state.step} | dict(_named(state))
+
+
+def unflatten(template: State, flat: Mapping[str, Any]) -> State:
+    """The state with the arrays of a flat dictionary, in their dtypes, on the template's devices.
+
+    Args:
+        template: A state of the same parameters and settings, e.g. a new one from `init`.
+        flat: What `flatten` returned; arrays of any library.
+
+    Raises:
+        ValueError: Naming the first entry that is missing, left over or of another shape.
+    """
+    arrays = []
+    expected = dict(_named(template))
+    for name in flat:
+        if name != "step" and name not in expected:
+            raise ValueError(f"the saved state has {name!r}, which this optimizer does not")
+    for name, array in expected.items():
+        if name not in flat:
+            raise ValueError(f"the saved state has no {name!r}: another structure or recipe?")
+        saved = namespace(array).asarray(flat[name], device=device(array), copy=True)
+        if saved.shape != array.shape:
+            raise ValueError(
+                f"{name!r} has shape {tuple(saved.shape)} in the saved state, "
+                f"but {tuple(array.shape)} is needed"
+            )
+        arrays.append(saved)
+    return dataclasses.replace(template.rebuild(arrays), step=int(flat["step"]))
+
+
+def _named(state: State) -> list[tuple[str, Array]]:
+    """The arrays in the order of `state.named_arrays`, under the names of a checkpoint."""
+    named = [("skipped", state.skipped)]
+    for name, layer in state.layers.items():
+        named += [(f"{name}.{key.removeprefix(_FACTORS)}", a) for key, a in layer.named_arrays()]
+    for name, moments in state.fallback.items():
+        named += moments.named_arrays(f"{name}.")
+    return named
