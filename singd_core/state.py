@@ -1,6 +1,6 @@
 """The state as a flat dictionary of arrays: the same names in every frontend.
 
-    <layer>.K.<array>, <layer>.C.<array>      the factors (and m_K, m_C; for KFAC S_K, S_C, P_K, P_C)
+    <layer>.K.<array>, <layer>.C.<array>      the factors, and m_K, m_C (KFAC: S_K, S_C, P_K, P_C)
     <layer>.averages.t_U, .t_G, .k            what the refreshes average, and their number
     <layer>.momentum_buffer                   the momentum of the weight matrix, bias included
     <parameter>.exp_avg, .exp_avg_sq, .step   of a parameter that AdamW trains
