@@ -1,5 +1,6 @@
 """SINGD for PyTorch: a drop-in optimizer for any model."""
 
+from singd_torch._kinds import register_layer
 from singd_torch.optimizer import SINGD
 
-__all__ = ["SINGD"]
+__all__ = ["SINGD", "register_layer"]

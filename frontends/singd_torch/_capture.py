@@ -8,7 +8,6 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 # Takes the input of a call and the gradient of the loss at its output.
 Rows: TypeAlias = Callable[[Tensor, Tensor], None]
@@ -36,6 +35,30 @@ class _Probe(torch.autograd.Function):
         return g, None, None
 
 
+def probed(
+    owner: Any,
+    source: Any,
+    x: Tensor,
+    output: Tensor,
+    arrange: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor | None:
+    """The output with a probe on it, or None where no rows are wanted or can be had.
+
+    `arrange` brings input and output gradient into the layout that the rows are taken from.
+    """
+    if not (torch.is_grad_enabled() and output.requires_grad) or torch.compiler.is_compiling():
+        return None
+    if torch._C._are_functorch_transforms_active():
+        return None
+    rows = owner.rows_wanted(source)
+    if rows is None:
+        return None
+    if arrange is not None:
+        take = rows
+        rows = lambda x, g: take(arrange(x), arrange(g))  # noqa: E731
+    return _Probe.apply(output, x.detach(), rows)  # type: ignore[no-untyped-call,no-any-return]
+
+
 class Hook:
     """A forward hook that probes the output where its owner wants the rows.
 
@@ -43,27 +66,20 @@ class Hook:
     inert hooks.
     """
 
-    def __init__(self, owner: Any, key: Any) -> None:
-        """`owner.rows_wanted(key)` returns what takes the rows, or None."""
+    def __init__(self, owner: Any, source: Any) -> None:
+        """`owner.rows_wanted(source)` returns what takes the rows, or None."""
         self._owner = None if owner is None else weakref.ref(owner)
-        self._key = key
+        self._source = source
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         """The probed output, or None to leave it as it is."""
         owner = None if self._owner is None else self._owner()
-        if owner is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        x = args[0] if args else kwargs.get("input", kwargs.get("x"))
+        if owner is None or not isinstance(x, Tensor) or not isinstance(output, Tensor):
             return None
-        if not (isinstance(output, Tensor) and output.requires_grad):
-            return None
-        x = args[0] if args else kwargs.get("input")
-        if not isinstance(x, Tensor) or torch._C._are_functorch_transforms_active():
-            return None
-        rows = owner.rows_wanted(self._key)
-        if rows is None:
-            return None
-        return _Probe.apply(output, x.detach(), rows)  # type: ignore[no-untyped-call]
+        return probed(owner, self._source, x, output)
 
     def __deepcopy__(self, memo: Any) -> Hook:
         """An inert hook."""
@@ -74,11 +90,10 @@ class Hook:
         return Hook, (None, None)
 
 
-def install(owner: Any, key: Any, module: nn.Module) -> RemovableHandle:
-    """Hook a module, until the handle's `remove` or the end of the owner."""
-    handle = module.register_forward_hook(Hook(owner, key), with_kwargs=True)
+def install(owner: Any, source: Any, module: nn.Module) -> None:
+    """Hook a module until the end of the owner."""
+    handle = module.register_forward_hook(Hook(owner, source), with_kwargs=True)
     weakref.finalize(owner, handle.remove)
-    return handle
 
 
 def backward_pass() -> int:

@@ -4,17 +4,41 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from singd_core import preconditioner
 from singd_core._array import ranged
-from singd_core.curvature import Convolution, LayerKind, Linear
+from singd_core.curvature import Convolution, Embedding, LayerKind, Linear
 from singd_core.preconditioner import Factors
-from singd_core.structures import Structure
-from singd_torch._pending import Pending
+from singd_core.structures import Diagonal, Structure
+from singd_core.updates.curvature import Curvature
+from singd_core.updates.inverse_free import InverseFree
+from singd_torch import _capture
+from singd_torch._kinds import uses
+from singd_torch._pending import Pending, Rows
+
+Key: TypeAlias = tuple[int | None, bool]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Source:
+    """How the calls of a module give rows to a layer.
+
+    Attributes:
+        weight: The weight of the layer.
+        kind: What turns input and output gradient into rows.
+        part: Which part of a stack of layers they are rows of, or None.
+        swapped: Whether inputs are rows of C and output gradients rows of K, as for a table of
+            embeddings whose weight is that of the linear map tied to it.
+    """
+
+    weight: Tensor
+    kind: LayerKind
+    part: int | None = None
+    swapped: bool = False
 
 
 @dataclasses.dataclass(eq=False)
@@ -26,11 +50,11 @@ class Layer:
         kind: How the weight is a matrix, and what its rows are.
         weight: The weight.
         bias: Its bias, or None if it has none that is trained.
-        modules: The modules whose calls give rows.
+        sources: The modules whose calls give rows, and how.
         group: The parameter group of the weight.
         structures: Of K and of C.
         factors: The preconditioner, None until it is first needed.
-        pending: The rows of the current step, summed up, or None.
+        pending: The rows of the current step, summed up, by part and role.
         seen: Whether rows have ever reached the factors.
     """
 
@@ -38,11 +62,11 @@ class Layer:
     kind: LayerKind
     weight: nn.Parameter
     bias: nn.Parameter | None
-    modules: list[nn.Module]
+    sources: list[tuple[nn.Module, Source]]
     group: dict[str, Any]
     structures: tuple[type[Structure], type[Structure]]
     factors: Factors | None = None
-    pending: Pending | None = None
+    pending: dict[Key, Pending] = dataclasses.field(default_factory=dict)
     seen: bool = False
 
     @property
@@ -62,6 +86,53 @@ class Layer:
         K, C = self.group["preconditioner_dtype"]
         return K or own, C or own, own
 
+    def fits(self) -> bool:
+        """Whether the factors are on the weight's device, in the dtypes that go with it."""
+        K, C, _ = self.dtypes
+        factors, device = self.factors, self.weight.device
+        assert factors is not None
+        sides = (
+            (factors.K, factors.C)
+            if isinstance(factors, InverseFree)
+            else (factors.S_K, factors.S_C)
+        )
+        return all(
+            side.like.dtype == dtype and side.like.device == device
+            for side, dtype in zip(sides, (K, C), strict=True)
+        )
+
+    def take(self, source: Source, x: Tensor, g: Tensor, mask: Tensor | None) -> None:
+        """Add the rows of one call, from its input and the gradient at its output."""
+        assert self.factors is not None
+        group = self.group
+        rows = Rows.of(
+            source.kind,
+            x,
+            g,
+            bias=self.bias is not None,
+            kfac_approx=group["kfac_approx"],
+            loss_average=group["loss_average"],
+            mask=mask,
+        )
+        if rows.A.shape[-2] == 0 or rows.B.shape[-2] == 0:
+            return
+        factors = self.factors
+        if source.part is not None:
+            factors = factors.map(lambda a: a[source.part])
+        new = Pending.of(factors, rows, _capture.backward_pass(), swapped=source.swapped)
+        key = source.part, source.swapped
+        if key in self.pending:
+            new = self.pending[key].add(new, mean=group["loss_average"] is not None)
+        self.pending[key] = new
+
+    def curvature(self, grad_scale: Any) -> Curvature:
+        """The curvature of the pending rows, of gradients that were multiplied by `grad_scale`."""
+        found = {key: pending.curvature(grad_scale) for key, pending in self.pending.items()}
+        parts = [found[key] for key in sorted(found, key=str)]
+        if next(iter(found))[0] is not None:
+            return parts[0].map(lambda *arrays: torch.stack(arrays), *parts[1:])
+        return parts[0] if len(parts) == 1 else parts[0].joined(parts[1])
+
     def matrix(self, parts: Sequence[Tensor]) -> Tensor:
         """The matrix whose parts belong to `parameters`."""
         matrix: Tensor = self.kind.matrix(*parts)
@@ -73,66 +144,60 @@ class Layer:
         return tuple(part for part in parts if part is not None)
 
 
-def kind_of(module: nn.Module, average_groups: bool = False) -> LayerKind | None:
-    """The kind of layer that a module is, or None if it is none that gives rows."""
-    # The projection inside nn.MultiheadAttention is used by a fused call, never called itself.
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return None
-    if isinstance(module, nn.Linear):
-        return Linear()
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return Convolution(
-            kernel_size=module.kernel_size,
-            stride=module.stride,
-            padding=module.padding,
-            dilation=module.dilation,
-            groups=module.groups,
-            padding_mode=module.padding_mode,
-            average_groups=average_groups,
-        )
-    return None
-
-
 @dataclasses.dataclass
-class _Use:
-    """A weight that modules of one kind use, with the biases and modules."""
+class _Shared:
+    """A weight, and everything that uses it."""
 
     name: str
-    kind: LayerKind
-    biases: list[nn.Parameter | None]
-    modules: list[nn.Module]
+    uses: list[tuple[nn.Module, LayerKind, nn.Parameter | None]]
 
 
 def find(model: nn.Module, groups: Sequence[dict[str, Any]]) -> list[Layer]:
     """The layers of a model whose weight is trained by one of the groups.
 
-    A weight used by several modules is one layer if they are of one kind; its bias belongs to the
-    layer if all of them have the same one. All other parameters are left to the fallback.
+    A weight that several modules use is one layer if they are of one kind, or a table of embeddings
+    and the linear map tied to it. Its bias belongs to the layer if all of them have the same one.
+    All other parameters are left to the fallback.
     """
-    uses: dict[nn.Parameter, _Use | None] = {}
-    average_groups = {p: group["average_groups"] for group in groups for p in group["params"]}
-    for path, module in model.named_modules():
-        # a parametrized or spectrally normalized weight is computed and not a parameter
-        weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
-        kind = kind_of(module, average_groups.get(weight, False))
-        if weight is None or kind is None or isinstance(weight, nn.UninitializedParameter):
-            continue
-        use = uses.setdefault(weight, _Use(f"{path}.weight".lstrip("."), kind, [], []))
-        if use is None or use.kind != kind:
-            uses[weight] = None
-            continue
-        use.biases.append(bias)
-        use.modules.append(module)
-
     group_of = {p: group for group in groups for p in group["params"]}
+    found: dict[nn.Parameter, _Shared] = {}
+    for path, module in model.named_modules():
+        for use in uses(module):
+            # a parametrized or spectrally normalized weight is computed and not a parameter
+            weight = module._parameters.get(use.weight)
+            bias = module._parameters.get(use.bias) if use.bias else None
+            if weight is None or weight not in group_of or not weight.is_floating_point():
+                continue
+            kind = use.kind
+            if isinstance(kind, Convolution) and group_of[weight]["average_groups"]:
+                kind = dataclasses.replace(kind, average_groups=True)
+            shared = found.setdefault(weight, _Shared(f"{path}.{use.weight}".lstrip("."), []))
+            shared.uses.append((module, kind, bias))
+
     layers = []
-    for weight, use in uses.items():
-        if use is None or weight not in group_of or not weight.requires_grad:
+    for weight, shared in found.items():
+        common, group = _common([kind for _, kind, _ in shared.uses]), group_of[weight]
+        tied = any(kind != common for _, kind, _ in shared.uses)
+        if common is None or (group["kfac"] and (tied or common.diagonal_inputs)):
             continue
-        bias, group = use.biases[0], group_of[weight]
-        shared = all(other is bias for other in use.biases)
-        trained = bias is not None and bias in group_of and bias.requires_grad
-        structures = preconditioner.resolve(group["structures"], kfac=group["kfac"])
-        own_bias = bias if shared and trained else None
-        layers.append(Layer(use.name, use.kind, weight, own_bias, use.modules, group, structures))
+        K, C = preconditioner.resolve(group["structures"], kfac=group["kfac"])
+        if tied:
+            C = Diagonal
+        elif common.diagonal_inputs:
+            K = Diagonal
+        biases = [bias for _, kind, bias in shared.uses if kind == common]
+        bias = biases[0]
+        own = bias is not None and bias in group_of and bias.requires_grad
+        bias = bias if own and all(other is bias for other in biases) else None
+        sources = [(m, Source(weight, kind, swapped=kind != common)) for m, kind, _ in shared.uses]
+        layers.append(Layer(shared.name, common, weight, bias, sources, group, (K, C)))
     return layers
+
+
+def _common(kinds: Sequence[LayerKind]) -> LayerKind | None:
+    """The kind of a layer with uses of these kinds: the one, or Linear for a tied table."""
+    several = set(kinds)
+    if len(several) == 1:
+        return kinds[0]
+    tables = {kind for kind in several if isinstance(kind, Embedding)}
+    return Linear() if len(tables) == 1 and several - tables == {Linear()} else None

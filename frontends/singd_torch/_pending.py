@@ -5,7 +5,60 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from torch import Tensor
+
+from singd_core.curvature import Embedding, LayerKind
+from singd_core.preconditioner import Factors
 from singd_core.updates.curvature import Curvature, Measured
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The rows of one call: A and their number N, B and the number M of terms of the loss."""
+
+    A: Tensor
+    N: Any
+    B: Tensor
+    M: Any
+
+    @classmethod
+    def of(
+        cls,
+        kind: LayerKind,
+        x: Tensor,
+        g: Tensor,
+        *,
+        bias: bool,
+        kfac_approx: str,
+        loss_average: str | None,
+        mask: Tensor | None,
+    ) -> Rows:
+        """From the input of a call and the gradient at its output.
+
+        `mask`, of the first axes of `x`, is False at positions that are no rows, such as padding.
+        """
+        lookup = kind.entries if isinstance(kind, Embedding) else None
+        fits = mask is not None and x.shape[: mask.ndim] == mask.shape
+        if mask is None or not fits or (x.ndim == mask.ndim and lookup is None):
+            A, N = kind.inputs(x, bias=bias, kfac_approx=kfac_approx)
+            B, M = kind.outputs(g, kfac_approx=kfac_approx, loss_average=loss_average)
+            return cls(A, N, B, M)
+        kept = mask.sum().clamp(min=1)
+        g = g * mask[..., None]
+        if lookup is not None:  # beyond the last entry nothing is counted
+            x = x.where(mask, lookup)
+        elif kfac_approx == "reduce":  # the mean over the kept positions of each sample
+            shared = tuple(range(1, mask.ndim))
+            share = mask.to(x.dtype).mean(shared, keepdim=True).clamp(min=1 / mask[0].numel())
+            x = x * (mask / share)[..., None]
+        A, N = kind.inputs(x, bias=bias, kfac_approx=kfac_approx)
+        B, M = kind.outputs(g, kfac_approx=kfac_approx, loss_average=loss_average)
+        if lookup is None and kfac_approx == "expand":
+            A = A * mask.reshape(-1, 1)
+        per_position = lookup is not None or kfac_approx == "expand"
+        return cls(
+            A, kept if per_position else N, B, kept if loss_average == "batch+sequence" else M
+        )
 
 
 @dataclasses.dataclass(eq=False)
@@ -17,34 +70,46 @@ class Pending:
     their N add up, their M does not.
 
     Attributes:
-        inputs: Sums over the N rows of inputs.
-        N: Their number.
-        outputs: Sums over the rows of output gradients.
+        inputs: Sums over the N rows of K.
+        N: The number of inputs.
+        outputs: Sums over the rows of C.
         M: Terms of the losses of earlier backward passes.
         M_now: Terms of the loss of the current one.
         backward: Which backward pass that is.
+        swapped: Whether the rows of K are those of output gradients.
     """
 
     inputs: Measured
-    N: int
+    N: Any
     outputs: Measured
-    M: int
-    M_now: int
+    M: Any
+    M_now: Any
     backward: int
+    swapped: bool
 
-    def add(self, other: Pending, *, mean: bool) -> Pending:
-        """With the rows of one more use; `mean` if the loss is a mean and not a sum."""
-        same = self.backward == other.backward
+    @classmethod
+    def of(cls, factors: Factors, rows: Rows, backward: int, *, swapped: bool) -> Pending:
+        """The sums over the rows of one call."""
+        A, B = (rows.B, rows.A) if swapped else (rows.A, rows.B)
+        inputs, outputs = factors.measure(A, B)
+        return cls(inputs, rows.N, outputs, 0, rows.M, backward, swapped)
+
+    def add(self, new: Pending, *, mean: bool) -> Pending:
+        """With the rows of one more call; `mean` if the loss is a mean and not a sum."""
+        same = self.backward == new.backward
         return Pending(
-            self.inputs + other.inputs,
-            self.N + other.N,
-            self.outputs + other.outputs,
+            self.inputs + new.inputs,
+            self.N + new.N,
+            self.outputs + new.outputs,
             self.M if same or not mean else self.M + self.M_now,
-            max(self.M_now, other.M_now) if same else other.M_now,
-            other.backward,
+            self.M_now if same else new.M_now,
+            new.backward,
+            self.swapped,
         )
 
     def curvature(self, grad_scale: Any) -> Curvature:
         """The curvature, of gradients that were multiplied by `grad_scale`."""
-        M = self.M + self.M_now
-        return Curvature.of(self.inputs, self.N, self.outputs, M / (grad_scale * grad_scale))
+        M = (self.M + self.M_now) / (grad_scale * grad_scale)
+        if self.swapped:
+            return Curvature.of(self.inputs, 1.0 / M, self.outputs, 1.0 / self.N)
+        return Curvature.of(self.inputs, self.N, self.outputs, M)

@@ -22,6 +22,16 @@ def initial(layer: Layer, s: Settings) -> Factors:
     return preconditioner.init(layer.structures, layer.shape, s, like_K, like_C)
 
 
+def moved(layer: Layer, s: Settings) -> Factors:
+    """The factors of a layer on the device of its weight, in the dtypes that go with it."""
+    template = dict(initial(layer, s).named_arrays())
+    assert layer.factors is not None
+    return layer.factors.rebuild(
+        array.to(template[name].device, template[name].dtype)
+        for name, array in layer.factors.named_arrays()
+    )
+
+
 def restored(template: Factors, saved: Mapping[str, Tensor], name: str) -> Factors:
     """The factors with the saved tensors.
 

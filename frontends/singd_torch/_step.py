@@ -39,9 +39,9 @@ class Scales:
 
 def prepare(layer: Layer, factors: Factors, s: Settings, scales: Scales) -> Work:
     """The natural gradient of a layer, with its factors refreshed by the rows that are pending."""
-    if layer.pending is not None:
+    if layer.pending:
         lr_cov = rate(s.lr_cov, layer.group["steps"])
-        factors = factors.refresh(layer.pending.curvature(scales.rows), lr_cov, s)
+        factors = factors.refresh(layer.curvature(scales.rows), lr_cov, s)
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in layer.parameters]
     gradient = layer.matrix(grads)
     if scales.grads is not None:

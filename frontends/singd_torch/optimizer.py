@@ -15,9 +15,8 @@ from singd_core import preconditioner
 from singd_core.curvature.base import is_expand, loss_terms
 from singd_core.preconditioner import Factors
 from singd_core.settings import Settings, settings, validate
-from singd_torch import _capture, _fallback, _state, _table
-from singd_torch._layers import Layer, find
-from singd_torch._pending import Pending
+from singd_torch import _attention, _capture, _fallback, _state, _table
+from singd_torch._layers import Layer, Source, find
 from singd_torch._step import Scales, Work, apply, prepare
 
 _SETTINGS = tuple(f.name for f in dataclasses.fields(Settings))
@@ -136,6 +135,7 @@ class SINGD(torch.optim.Optimizer):
         self._skipped: Tensor | int = 0
         self._warned: set[str] = set()
         self._scale_of_rows: float | None = None
+        self._mask: Tensor | None = None
         if params is None:
             params = [p for p in model.parameters() if p.requires_grad]
             if not params:
@@ -178,48 +178,60 @@ class SINGD(torch.optim.Optimizer):
             known = old.get(layer.weight)
             if known is not None and known.bias is layer.bias:
                 layer.factors, layer.pending, layer.seen = known.factors, known.pending, known.seen
-            for module in layer.modules:
+            for module, source in layer.sources:
                 if module not in self._hooked:
-                    _capture.install(self, layer.weight, module)
                     self._hooked.add(module)
-        self._by_weight = {layer.weight: layer for layer in self._layers}
+                    if isinstance(module, nn.MultiheadAttention):
+                        _attention.install(self, module)
+                    else:
+                        _capture.install(self, source, module)
+        self._by_weight: dict[Tensor, Layer] = {layer.weight: layer for layer in self._layers}
         self._group_of = {p: group for group in self.param_groups for p in group["params"]}
         owned = {p for layer in self._layers for p in layer.parameters}
         self._fallback = [p for p in self._group_of if p not in owned]
 
     # ---- rows -----------------------------------------------------------------------------------
 
-    def rows_wanted(self, weight: nn.Parameter) -> Callable[[Tensor, Tensor], None] | None:
+    def rows_wanted(self, source: Source) -> Callable[[Tensor, Tensor], None] | None:
         """What takes the rows of a layer in the current step, or None when it is not due."""
-        layer = self._by_weight.get(weight)
-        if layer is None or not weight.requires_grad:
+        layer = self._by_weight.get(source.weight)
+        if layer is None or not layer.weight.requires_grad:
             return None
         due = layer.group["steps"] % layer.group["T"] == 0 or not layer.seen
-        return partial(self._take_rows, layer) if due else None
+        return partial(self._take_rows, layer, source) if due else None
 
-    def _take_rows(self, layer: Layer, x: Tensor, g: Tensor) -> None:
-        group, bias = layer.group, layer.bias is not None
-        how, average = group["kfac_approx"], group["loss_average"]
-        A, N = layer.kind.inputs(x, bias=bias, kfac_approx=how)
-        B, M = layer.kind.outputs(g, kfac_approx=how, loss_average=average)
-        if N == 0:
-            return
-        inputs, outputs = self._factors(layer).measure(A, B)
-        new = Pending(inputs, N, outputs, 0, M, _capture.backward_pass())
-        pending = layer.pending
-        layer.pending = new if pending is None else pending.add(new, mean=average is not None)
+    def _take_rows(self, layer: Layer, source: Source, x: Tensor, g: Tensor) -> None:
+        self._factors(layer)
+        layer.take(source, x, g, self._mask)
 
     def _factors(self, layer: Layer) -> Factors:
         if layer.factors is None:
             layer.factors = _state.initial(layer, settings_of(layer.group))
             self.state[layer.weight].update(layer.factors.named_arrays())
+        elif not layer.fits():  # the model was moved or cast
+            layer.factors = _state.moved(layer, settings_of(layer.group))
+            self.state[layer.weight].update(layer.factors.named_arrays())
         return layer.factors
+
+    def mask_rows(self, mask: Tensor | None) -> None:
+        """Leave rows out of the factors until the next step, such as those of padding.
+
+        Args:
+            mask: Boolean, shape (batch, ...), False at positions that are left out. It concerns the
+                layers whose input has these first axes, and only their factors: the loss has to
+                leave the positions out by itself. None for no mask.
+        """
+        self._mask = mask
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, and with them the rows that were captured."""
         super().zero_grad(set_to_none)
+        self._forget_rows()
+
+    def _forget_rows(self) -> None:
+        self._mask = None
         for layer in self._layers:
-            layer.pending = None
+            layer.pending = {}
 
     # ---- the step -------------------------------------------------------------------------------
 
@@ -244,20 +256,19 @@ class SINGD(torch.optim.Optimizer):
         scales = self._scales()
         works, others = [], [p for p in self._fallback if p.grad is not None]
         for layer in self._layers:
-            if layer.weight.grad is None:
-                continue
-            layer.seen = layer.seen or layer.pending is not None
-            if layer.seen:
+            layer.seen = layer.seen or bool(layer.pending)
+            if layer.weight.grad is None:  # a frozen weight may have a trained bias
+                others += [p for p in layer.parameters if p.grad is not None]
+            elif layer.seen:
                 works.append(prepare(layer, self._factors(layer), chosen[id(layer.group)], scales))
             else:
                 self._warn_unseen(layer)
                 others += [p for p in layer.parameters if p.grad is not None]
         if works or others:
             self._take_step(works, others, chosen, scales)
-        for layer in self._layers:
-            layer.pending = None
         for group in self.param_groups:
             group["steps"] += 1
+        self._forget_rows()
         return loss
 
     def _take_step(
@@ -368,7 +379,7 @@ class SINGD(torch.optim.Optimizer):
                 self.state[p] = found
         self._route()
         for layer in self._layers:
-            layer.pending, layer.factors = None, factors[layer.weight]
+            layer.pending, layer.factors = {}, factors[layer.weight]
             layer.seen = layer.factors is not None and bool(layer.factors.averages.k.max() > 0)
 
     # ---- what a person sees ---------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from singd_core.curvature.base import LayerKind
 from singd_core.curvature.convolution import Convolution
+from singd_core.curvature.embedding import Embedding
 from singd_core.curvature.linear import Linear
+from singd_core.curvature.stacked import StackedLinear
 
-__all__ = ["Convolution", "LayerKind", "Linear"]
+__all__ = ["Convolution", "Embedding", "LayerKind", "Linear", "StackedLinear"]

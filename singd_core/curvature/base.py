@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from math import prod
+from typing import ClassVar
 
 from singd_core._array import Array, concat, namespace
 
@@ -24,7 +25,12 @@ class LayerKind(ABC):
     leading axes `*groups` below are layers of their own that share a call; most kinds have none.
 
     Array arguments are arrays of any library that follows the Python Array API standard.
+
+    Attributes:
+        diagonal_inputs: Whether `inputs` returns rows that are only good for a diagonal K.
     """
+
+    diagonal_inputs: ClassVar[bool] = False
 
     @abstractmethod
     def inputs(self, x: Array, *, bias: bool, kfac_approx: str) -> tuple[Array, int]:

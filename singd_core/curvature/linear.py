@@ -21,8 +21,8 @@ from singd_core.curvature.base import (
 class Linear(LayerKind):
     """`z = W a + b` on the last axis: input `(batch, *shared, d_in)`, weight `(d_out, d_in)`.
 
-    The first axis is the batch; a single vector counts as a batch of one. All axes between the
-    first and the last share the weight.
+    With `transposed` the weight is stored as `(d_in, d_out)`. The first axis is the batch; a single
+    vector counts as a batch of one. All axes between the first and the last share the weight.
 
     Example:
         >>> import numpy as np
@@ -32,6 +32,8 @@ class Linear(LayerKind):
         >>> A.shape, N, B.shape, M
         ((40, 4), 40, (40, 2), 8)
     """
+
+    transposed: bool = False
 
     def inputs(self, x: Array, *, bias: bool, kfac_approx: str) -> tuple[Array, int]:
         """The rows `A`, shape `(N, d_in [+ 1])`, of the input `(batch, *shared, d_in)`; and `N`."""
@@ -52,18 +54,19 @@ class Linear(LayerKind):
         return _as_rows(g), M
 
     def matrix(self, weight: Array, bias: Array | None = None) -> Array:
-        """The weight `(d_out, d_in)` with the bias `(d_out,)` as its last column."""
-        return append_bias(weight, bias)
+        """The weight as `(d_out, d_in)` with the bias `(d_out,)` as its last column."""
+        return append_bias(weight.mT if self.transposed else weight, bias)
 
     def split(
         self, matrix: Array, weight_shape: Sequence[int], bias: bool
     ) -> tuple[Array, Array | None]:
-        """Views of the weight `(d_out, d_in)` and of the bias `(d_out,)`."""
-        return (matrix[..., :-1], matrix[..., -1]) if bias else (matrix, None)
+        """Views of the weight and of the bias `(d_out,)`."""
+        weight = matrix[..., :-1] if bias else matrix
+        return (weight.mT if self.transposed else weight), (matrix[..., -1] if bias else None)
 
     def shape(self, weight_shape: Sequence[int], bias: bool) -> tuple[Shape, int, int]:
         """`((), d_out, d_in [+ 1])`."""
-        d_out, d_in = weight_shape
+        d_out, d_in = reversed(weight_shape) if self.transposed else weight_shape
         return (), d_out, d_in + bias
 
 

@@ -54,10 +54,25 @@ class Curvature(Tree):
     @classmethod
     def of(cls, inputs: Measured, N: Scalar, outputs: Measured, M: Scalar) -> Self:
         """From the sums of N rows of inputs, and of output gradients of a mean over M terms."""
-        d_in, d_out, N = inputs.S.shape[-1], outputs.S.shape[-1], max(N, 1)
+        d_in, d_out = inputs.S.shape[-1], outputs.S.shape[-1]
         t_U = inputs.squares * (1.0 / (N * d_in))
         t_G = outputs.squares * (M / d_out)
         return cls(inputs.S.scale(1.0 / N), outputs.S.scale(M), t_U, t_G)
+
+    def joined(self, other: Self) -> Self:
+        """One Kronecker product near the sum of two, U ⊗ G + U' ⊗ G', for a weight of two roles.
+
+        (U + s U') ⊗ (G + G'/s) has two terms too many; s makes the sum of their traces least.
+        """
+        xp, one = namespace(self.t_U), self.t_U * 0.0 + 1.0
+        ratio = (self.t_U * other.t_G) / xp.where(other.t_U > 0.0, other.t_U * self.t_G, one)
+        s = xp.where((self.t_G > 0.0) & (ratio > 0.0), xp.sqrt(ratio), one)
+        return type(self)(
+            self.H_K + other.H_K.scale(s),
+            self.H_C + other.H_C.scale(1.0 / s),
+            self.t_U + other.t_U * s,
+            self.t_G + other.t_G / s,
+        )
 
 
 @tree

@@ -1,0 +1,51 @@
+"""The rows of linear layers whose weights are stored as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from singd_core._array import Array, namespace
+from singd_core.curvature.base import LayerKind, Shape, append_bias
+from singd_core.curvature.linear import Linear
+
+
+@dataclass(frozen=True)
+class StackedLinear(LayerKind):
+    """`parts` linear layers in one weight `(parts · d_out, d_in)`: attention's query, key, value.
+
+    Each part has factors of its own, on a batch axis. `inputs` and `outputs` are those of one part:
+    the parts may see different rows, of different number.
+    """
+
+    parts: int
+
+    def inputs(self, x: Array, *, bias: bool, kfac_approx: str) -> tuple[Array, int]:
+        """The rows `A`, shape `(N, d_in [+ 1])`, of one part's input; and `N`."""
+        return Linear().inputs(x, bias=bias, kfac_approx=kfac_approx)
+
+    def outputs(self, g: Array, *, kfac_approx: str, loss_average: str | None) -> tuple[Array, int]:
+        """The rows `B`, shape `(N, d_out)`, of one part's output gradient; and `M`."""
+        return Linear().outputs(g, kfac_approx=kfac_approx, loss_average=loss_average)
+
+    def matrix(self, weight: Array, bias: Array | None = None) -> Array:
+        """The parts, `(parts, d_out, d_in)`, each with its bias as the last column."""
+        d_in = weight.shape[-1]
+        stacked = namespace(weight).reshape(weight, (self.parts, -1, d_in))
+        if bias is not None:
+            bias = namespace(bias).reshape(bias, (self.parts, -1))
+        return append_bias(stacked, bias)
+
+    def split(
+        self, matrix: Array, weight_shape: Sequence[int], bias: bool
+    ) -> tuple[Array, Array | None]:
+        """The weight and the bias."""
+        xp = namespace(matrix)
+        weight = matrix[..., :-1] if bias else matrix
+        weight = xp.reshape(weight, tuple(weight_shape))
+        return weight, xp.reshape(matrix[..., -1], (weight_shape[0],)) if bias else None
+
+    def shape(self, weight_shape: Sequence[int], bias: bool) -> tuple[Shape, int, int]:
+        """`((parts,), d_out, d_in [+ 1])`."""
+        d_out, d_in = weight_shape
+        return (self.parts,), d_out // self.parts, d_in + bias
