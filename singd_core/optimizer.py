@@ -11,6 +11,7 @@ from singd_core._array import Array, device, expand, full, namespace, ranged
 from singd_core._tree import Tree, tree
 from singd_core.curvature import LayerKind, Linear
 from singd_core.settings import rate, settings
+from singd_core.structures import Diagonal
 from singd_core.updates.adamw import Fallback, Moments
 from singd_core.updates.curvature import Curvature
 from singd_core.updates.weights import couples_decay, direction, inner, kl_scale, weight_change
@@ -58,7 +59,8 @@ class Optimizer:
     Args:
         layers: The kind of each layer; None takes each tuple and each matrix as `Linear()`.
         recipe: "robust" or "paper": the settings not given. See `singd_core.settings.Settings`.
-        structures: Of K and of C, by name or class.
+        structures: Of K and of C, by name or class; None for the richest that hold no more numbers
+            than the weight.
         kfac_approx: "expand" or "reduce": how positions that share the weight are treated.
         loss_average: What the loss is a mean of: "batch", "batch+sequence", or None for a sum.
         preconditioner_dtype: Of K and of C; None is the weight's, float32 for float16.
@@ -88,7 +90,7 @@ class Optimizer:
         layers: Mapping[str, LayerKind] | None = None,
         *,
         recipe: str = "robust",
-        structures: preconditioner.Structures = ("dense", "dense"),
+        structures: preconditioner.Structures | str | None = None,
         kfac_approx: str = "expand",
         loss_average: str | None = "batch",
         preconditioner_dtype: tuple[Any, Any] = (None, None),
@@ -97,7 +99,8 @@ class Optimizer:
     ) -> None:
         self.settings = settings(recipe, **given)
         self.layers = None if layers is None else dict(layers)
-        self.structures = preconditioner.resolve(structures, kfac=self.settings.kfac)
+        preconditioner.resolve(structures, ((), 1, 1), kfac=self.settings.kfac)
+        self.structures = structures
         self.kfac_approx, self.loss_average = kfac_approx, loss_average
         self.preconditioner_dtype = preconditioner_dtype
         self.fallback = fallback or Fallback()
@@ -117,7 +120,9 @@ class Optimizer:
                 weight, bias = _pair(parameter)
                 shape = kinds[name].shape(tuple(weight.shape), bias is not None)
                 likes = [_empty(weight, dtype) for dtype in self.preconditioner_dtype]
-                factors = preconditioner.init(self.structures, shape, self.settings, *likes)
+                K, C = preconditioner.resolve(self.structures, shape, kfac=s.kfac)
+                K = Diagonal if kinds[name].diagonal_inputs else K
+                factors = preconditioner.init((K, C), shape, s, *likes)
                 momentum = (
                     None
                     if s.momentum == 0.0

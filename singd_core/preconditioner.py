@@ -7,21 +7,38 @@ from typing import TypeAlias
 
 from singd_core._array import Array
 from singd_core.settings import Settings
-from singd_core.structures import Dense, Structure, get
+from singd_core.structures import Dense, Diagonal, Structure, blockdiagonal, get
 from singd_core.updates.curvature import Averages
 from singd_core.updates.inverse_free import InverseFree
 from singd_core.updates.kfac import KFAC
 
 Factors: TypeAlias = InverseFree | KFAC
 Structures: TypeAlias = Sequence[str | type[Structure]]
+Shape: TypeAlias = tuple[Sequence[int], int, int]  # batch axes, d_out, d_in
 
 
-def resolve(structures: Structures, *, kfac: bool) -> tuple[type[Structure], type[Structure]]:
-    """The structures of K and C from their names.
+def resolve(
+    structures: Structures | str | None, shape: Shape, *, kfac: bool
+) -> tuple[type[Structure], type[Structure]]:
+    """The structures of K and C of one layer.
+
+    Args:
+        structures: Two names or classes; `"auto:b"` for the richest of at most b numbers a row; or
+            None for the richest that hold no more numbers than the weight matrix.
+        shape: The batch axes, d_out and d_in.
+        kfac: Whether they have to be dense.
 
     Raises:
-        ValueError: If they are not two known names, or not dense for KFAC.
+        ValueError: If a name is unknown, or not dense for KFAC.
     """
+    _, d_out, d_in = shape
+    if kfac and structures is None:
+        return Dense, Dense
+    if structures is None:
+        return within(d_in, d_out), within(d_out, d_in)
+    if isinstance(structures, str) and structures.startswith("auto:"):
+        b = int(structures.removeprefix("auto:"))
+        return within(d_in, b), within(d_out, b)
     if isinstance(structures, str) or len(structures) != 2:
         raise ValueError(f"structures={structures!r}: give two, those of K and of C")
     found = []
@@ -38,9 +55,19 @@ def resolve(structures: Structures, *, kfac: bool) -> tuple[type[Structure], typ
     return found[0], found[1]
 
 
+def within(d: int, b: int) -> type[Structure]:
+    """The richest structure of side d with at most b numbers a row: dense, blocks, or diagonal.
+
+    More than 16 blocks are left to the diagonal: an update costs as much as b rows of the batch.
+    """
+    if d <= b:
+        return Dense
+    return blockdiagonal(b) if b > 1 and d <= 16 * b else Diagonal
+
+
 def init(
     structures: tuple[type[Structure], type[Structure]],
-    shape: tuple[Sequence[int], int, int],
+    shape: Shape,
     settings: Settings,
     like_K: Array,
     like_C: Array,

@@ -1,6 +1,7 @@
 """SINGD for PyTorch: a drop-in optimizer for any model."""
 
+from singd_torch._estimate import Estimate, estimate
 from singd_torch._kinds import register_layer
 from singd_torch.optimizer import SINGD
 
-__all__ = ["SINGD", "register_layer"]
+__all__ = ["SINGD", "Estimate", "estimate", "register_layer"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from singd_core import preconditioner
 from singd_core._array import ranged
-from singd_core.curvature import Convolution, Embedding, LayerKind, Linear
+from singd_core.curvature import Convolution, Embedding, LayerKind, Linear, StackedLinear
 from singd_core.preconditioner import Factors
 from singd_core.structures import Diagonal, Structure
 from singd_core.updates.curvature import Curvature
@@ -103,7 +103,6 @@ class Layer:
 
     def take(self, source: Source, x: Tensor, g: Tensor, mask: Tensor | None) -> None:
         """Add the rows of one call, from its input and the gradient at its output."""
-        assert self.factors is not None
         group = self.group
         rows = Rows.of(
             source.kind,
@@ -116,14 +115,31 @@ class Layer:
         )
         if rows.A.shape[-2] == 0 or rows.B.shape[-2] == 0:
             return
-        factors = self.factors
-        if source.part is not None:
-            factors = factors.map(lambda a: a[source.part])
+        factors = self._factors_of(source.part)
         new = Pending.of(factors, rows, _capture.backward_pass(), swapped=source.swapped)
         key = source.part, source.swapped
         if key in self.pending:
             new = self.pending[key].add(new, mean=group["loss_average"] is not None)
         self.pending[key] = new
+
+    def roles(self) -> list[Key]:
+        """The parts and roles of which there can be rows."""
+        roles = {source.swapped for _, source in self.sources}
+        parts = range(self.kind.parts) if isinstance(self.kind, StackedLinear) else (None,)
+        return [(part, swapped) for part in parts for swapped in sorted(roles)]
+
+    def no_rows(self, key: Key) -> Pending:
+        """What is pending of a part and role that was not used."""
+        assert self.factors is not None
+        (part, swapped), (_, d_out, d_in) = key, self.shape
+        groups = self.shape[0] if part is None else ()
+        A, B = (self.weight.new_zeros(*groups, 1, d) for d in (d_in, d_out))
+        rows = Rows(B, 0, A, 0) if swapped else Rows(A, 0, B, 0)
+        return Pending.of(self._factors_of(part), rows, 0, swapped=swapped)
+
+    def _factors_of(self, part: int | None) -> Factors:
+        assert self.factors is not None
+        return self.factors if part is None else self.factors.map(lambda a: a[part])
 
     def curvature(self, grad_scale: Any) -> Curvature:
         """The curvature of the pending rows, of gradients that were multiplied by `grad_scale`."""
@@ -180,15 +196,15 @@ def find(model: nn.Module, groups: Sequence[dict[str, Any]]) -> list[Layer]:
         tied = any(kind != common for _, kind, _ in shared.uses)
         if common is None or (group["kfac"] and (tied or common.diagonal_inputs)):
             continue
-        K, C = preconditioner.resolve(group["structures"], kfac=group["kfac"])
+        biases = [bias for _, kind, bias in shared.uses if kind == common]
+        own = biases[0] is not None and biases[0] in group_of and biases[0].requires_grad
+        bias = biases[0] if own and all(other is biases[0] for other in biases) else None
+        shape = common.shape(tuple(weight.shape), bias is not None)
+        K, C = preconditioner.resolve(group["structures"], shape, kfac=group["kfac"])
         if tied:
             C = Diagonal
         elif common.diagonal_inputs:
             K = Diagonal
-        biases = [bias for _, kind, bias in shared.uses if kind == common]
-        bias = biases[0]
-        own = bias is not None and bias in group_of and bias.requires_grad
-        bias = bias if own and all(other is bias for other in biases) else None
         sources = [(m, Source(weight, kind, swapped=kind != common)) for m, kind, _ in shared.uses]
         layers.append(Layer(shared.name, common, weight, bias, sources, group, (K, C)))
     return layers

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from singd_core.curvature import Embedding, LayerKind
@@ -113,3 +115,24 @@ class Pending:
         if self.swapped:
             return Curvature.of(self.inputs, 1.0 / M, self.outputs, 1.0 / self.N)
         return Curvature.of(self.inputs, self.N, self.outputs, M)
+
+    def tensors(self) -> list[Tensor]:
+        """All sums as tensors, in a fixed order."""
+        arrays = [a for part in (self.inputs, self.outputs) for _, a in part.named_arrays()]
+        like = self.inputs.squares
+        counts = [torch.as_tensor(n, dtype=like.dtype, device=like.device) for n in self._counts()]
+        return [*arrays, *counts]
+
+    def of_all(self, sums: Sequence[Tensor], processes: int, *, mean: bool) -> Pending:
+        """The pending rows of all processes, from the sums of their `tensors`.
+
+        The averaged gradients are those of a loss divided by the number of processes.
+        """
+        *arrays, N, M = sums
+        split = len(list(self.inputs.named_arrays()))
+        inputs, outputs = self.inputs.rebuild(arrays[:split]), self.outputs.rebuild(arrays[split:])
+        M = (M if mean else torch.ones_like(M)) / processes**2
+        return Pending(inputs, N.clamp(min=1), outputs, 0, M, self.backward, self.swapped)
+
+    def _counts(self) -> tuple[Any, Any]:
+        return self.N, self.M + self.M_now

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -126,5 +126,7 @@ def checked(layer: Layer, entries: Mapping[str, Tensor], s: Settings) -> Factors
     return restored(initial(layer, s), entries, layer.name)
 
 
-def _names(structures: Iterable[Any]) -> tuple[str, ...]:
+def _names(structures: Any) -> Any:
+    if structures is None or isinstance(structures, str):
+        return structures
     return tuple(cls if isinstance(cls, str) else cls.name for cls in structures)

@@ -14,6 +14,7 @@ from singd_core.preconditioner import Factors
 from singd_core.settings import Settings, rate
 from singd_core.updates.weights import couples_decay, direction, inner, kl_scale, weight_change
 from singd_torch._layers import Layer
+from singd_torch._scaling import Scales
 
 MOMENTUM = "momentum_buffer"
 
@@ -27,14 +28,6 @@ class Work:
     factors: Factors
     natural: Tensor
     energy: Tensor
-
-
-@dataclasses.dataclass(frozen=True)
-class Scales:
-    """The scale of the loss that is still in the gradients, and the one in the captured rows."""
-
-    grads: Tensor | None = None
-    rows: Any = 1.0
 
 
 def prepare(layer: Layer, factors: Factors, s: Settings, scales: Scales) -> Work:

@@ -10,20 +10,25 @@ from torch import nn
 from singd_torch._layers import Layer
 
 
-def rows(
+def table(
     layers: Iterable[Layer], fallback: Iterable[nn.Parameter], names: dict[nn.Parameter, str]
-) -> list[tuple[str, ...]]:
-    """A row for each layer and each other parameter: names, shape, rule, structures, bytes."""
-    found: list[tuple[str, ...]] = []
+) -> str:
+    """A line for each layer and each other parameter: names, shape, rule, structures, bytes."""
+    lines: list[tuple[str, ...]] = [("parameter", "shape", "rule", "K", "C", "bytes of state")]
     for layer in layers:
         name = layer.name if layer.bias is None else f"{layer.name} + {_last(names, layer.bias)}"
         rule = "KFAC" if layer.group["kfac"] else "SINGD"
         K, C = (cls.name for cls in layer.structures)
-        found.append((name, _shape(layer.weight), rule, K, C, _bytes(layer_bytes(layer))))
+        lines.append((name, _shape(layer.weight), rule, K, C, f"{layer_bytes(layer):,}"))
     for p in fallback:
-        size = 2 * p.numel() * p.element_size()
-        found.append((names.get(p, "(not of the model)"), _shape(p), "AdamW", "", "", _bytes(size)))
-    return found
+        name, size = names.get(p, "(not of the model)"), fallback_bytes(p)
+        lines.append((name, _shape(p), "AdamW", "", "", f"{size:,}"))
+    return _render(lines)
+
+
+def fallback_bytes(p: nn.Parameter) -> int:
+    """Bytes of state of a parameter that AdamW trains: two moments."""
+    return 2 * p.numel() * p.element_size()
 
 
 def layer_bytes(layer: Layer) -> int:
@@ -40,14 +45,14 @@ def layer_bytes(layer: Layer) -> int:
     return stack * total
 
 
-def render(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """The rows in aligned columns, numbers to the right."""
-    widths = [max(len(row[i]) for row in (header, *body)) for i in range(len(header))]
-    lines = []
-    for row in (header, *body):
-        cells = [cell.ljust(width) for cell, width in zip(row[:-1], widths[:-1], strict=True)]
-        lines.append("  ".join([*cells, row[-1].rjust(widths[-1])]).rstrip())
-    return "\n".join(lines)
+def _render(lines: Sequence[Sequence[str]]) -> str:
+    """The lines in aligned columns, the last one to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = []
+    for *cells, last in lines:
+        left = [cell.ljust(width) for cell, width in zip(cells, widths, strict=False)]
+        text.append("  ".join([*left, last.rjust(widths[-1])]).rstrip())
+    return "\n".join(text)
 
 
 def _last(names: dict[nn.Parameter, str], p: nn.Parameter) -> str:
@@ -56,7 +61,3 @@ def _last(names: dict[nn.Parameter, str], p: nn.Parameter) -> str:
 
 def _shape(p: Any) -> str:
     return "×".join(map(str, p.shape)) or "1"
-
-
-def _bytes(n: int) -> str:
-    return f"{n:,}"

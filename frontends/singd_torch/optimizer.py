@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -12,14 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from singd_core import preconditioner
-from singd_core.curvature.base import is_expand, loss_terms
 from singd_core.preconditioner import Factors
-from singd_core.settings import Settings, settings, validate
-from singd_torch import _attention, _capture, _fallback, _state, _table
+from singd_core.settings import Settings, settings
+from singd_torch import _attention, _capture, _fallback, _scaling, _state, _table
+from singd_torch._distributed import reduce_rows
+from singd_torch._estimate import automatic
+from singd_torch._groups import check_group, settings_of
 from singd_torch._layers import Layer, Source, find
-from singd_torch._step import Scales, Work, apply, prepare
-
-_SETTINGS = tuple(f.name for f in dataclasses.fields(Settings))
+from singd_torch._scaling import Scales
+from singd_torch._step import Work, apply, prepare
 
 
 class SINGD(torch.optim.Optimizer):
@@ -41,7 +43,9 @@ class SINGD(torch.optim.Optimizer):
         T: Steps between two refreshes of the factors.
         loss_average: What the loss is a mean of: "batch", "batch+sequence", or None for a sum.
         lr_cov: Step size of the factors (β₁), or a function of the number of steps taken.
-        structures: Of the factors K (inputs) and C (outputs), by name or class.
+        structures: Of the factors K (inputs) and C (outputs), by name or class. None takes for each
+            layer the richest that hold no more numbers than its weight; "auto" the richest that fit
+            the memory budget.
         kfac_approx: "expand" or "reduce": how positions that share the weight are treated.
         warn_unsupported: Warn with the names of parameters that AdamW trains.
         kfac_like: The IKFAC form of the update.
@@ -49,6 +53,7 @@ class SINGD(torch.optim.Optimizer):
         init_grad_scale: Accepted for compatibility; the scale is read when a step is taken.
         normalize_lr_cov: The authors' normalization of the factor step.
         recipe: "robust" or "paper": values for all settings not given.
+        memory_budget: With `structures="auto"`, the bytes that all of the state may take.
         kfac: Use KFAC with its inverses, the baseline.
         average_groups: Average the groups of a grouped convolution as the authors do, in place of
             exact factors for each group.
@@ -86,7 +91,7 @@ class SINGD(torch.optim.Optimizer):
         T: int | None = None,
         loss_average: str | None = "batch",
         lr_cov: Any = None,
-        structures: preconditioner.Structures = ("dense", "dense"),
+        structures: preconditioner.Structures | str | None = None,
         kfac_approx: str = "expand",
         warn_unsupported: bool = False,
         kfac_like: bool | None = None,
@@ -95,6 +100,7 @@ class SINGD(torch.optim.Optimizer):
         normalize_lr_cov: bool | None = None,
         *,
         recipe: str = "robust",
+        memory_budget: int | None = None,
         kfac: bool | None = None,
         average_groups: bool = False,
         fallback_lr: float = 1e-3,
@@ -103,7 +109,11 @@ class SINGD(torch.optim.Optimizer):
         fallback_weight_decay: float = 0.01,
         **given: Any,
     ) -> None:
-        _check_model(model)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        self._processes = None
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            self._processes, model = model.process_group, model.module
         given |= {
             "lr": lr,
             "momentum": momentum,
@@ -136,11 +146,17 @@ class SINGD(torch.optim.Optimizer):
         self._warned: set[str] = set()
         self._scale_of_rows: float | None = None
         self._mask: Tensor | None = None
+        self._sampled: str | None = None
         if params is None:
             params = [p for p in model.parameters() if p.requires_grad]
             if not params:
                 raise ValueError("the model has no parameter that requires a gradient")
         super().__init__(params, defaults)
+        if any(group["structures"] == "auto" for group in self.param_groups):
+            chosen = automatic(model, self.param_groups, memory_budget)
+            for group in self.param_groups:
+                if group["structures"] == "auto":
+                    group["structures"] = chosen
         self._route()
         if warn_unsupported and self._fallback:
             names = ", ".join(self._names.get(p, "?") for p in self._fallback)
@@ -162,7 +178,7 @@ class SINGD(torch.optim.Optimizer):
         unknown = set(group) - set(self.defaults) - {"params", "param_names", "steps", "base_lr"}
         if unknown:
             raise ValueError(f"a parameter group has no setting {sorted(unknown)}")
-        _check_group(self.defaults | group)
+        check_group(self.defaults | group)
         super().add_param_group(group)
         added = self.param_groups[-1]
         added.setdefault("steps", 0)
@@ -197,12 +213,12 @@ class SINGD(torch.optim.Optimizer):
         layer = self._by_weight.get(source.weight)
         if layer is None or not layer.weight.requires_grad:
             return None
-        due = layer.group["steps"] % layer.group["T"] == 0 or not layer.seen
-        return partial(self._take_rows, layer, source) if due else None
+        return partial(self._take_rows, layer, source) if _is_due(layer) else None
 
     def _take_rows(self, layer: Layer, source: Source, x: Tensor, g: Tensor) -> None:
-        self._factors(layer)
-        layer.take(source, x, g, self._mask)
+        if self._sampled in (None, "inside"):
+            self._factors(layer)
+            layer.take(source, x, g, self._mask)
 
     def _factors(self, layer: Layer) -> Factors:
         if layer.factors is None:
@@ -212,6 +228,28 @@ class SINGD(torch.optim.Optimizer):
             layer.factors = _state.moved(layer, settings_of(layer.group))
             self.state[layer.weight].update(layer.factors.named_arrays())
         return layer.factors
+
+    @contextlib.contextmanager
+    def sampled_labels(self) -> Iterator[None]:
+        """Take the rows of this step from backward passes inside the block, and only from them.
+
+        With the loss of labels sampled from the model's own predictions inside, the factors are
+        those of the Fisher matrix and not of the empirical one. Gradients come from outside alone:
+
+            with optimizer.sampled_labels():
+                F.cross_entropy(logits, sample(logits)).backward(retain_graph=True)
+        """
+        self._forget_rows()
+        gradients = [(p, p.grad) for p in self._model.parameters()]
+        for p, _ in gradients:
+            p.grad = None
+        self._sampled = "inside"
+        try:
+            yield
+        finally:
+            self._sampled = "outside"
+            for p, gradient in gradients:
+                p.grad = gradient
 
     def mask_rows(self, mask: Tensor | None) -> None:
         """Leave rows out of the factors until the next step, such as those of padding.
@@ -229,7 +267,7 @@ class SINGD(torch.optim.Optimizer):
         self._forget_rows()
 
     def _forget_rows(self) -> None:
-        self._mask = None
+        self._mask = self._sampled = self._scale_of_rows = None
         for layer in self._layers:
             layer.pending = {}
 
@@ -253,7 +291,12 @@ class SINGD(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         chosen = {id(group): settings_of(group) for group in self.param_groups}
-        scales = self._scales()
+        scales = _scaling.scales(self, self._scale_of_rows)
+        if self._processes is not None:
+            due = [layer for layer in self._layers if _is_due(layer)]
+            for layer in due:
+                self._factors(layer)
+            reduce_rows(due, self._processes)
         works, others = [], [p for p in self._fallback if p.grad is not None]
         for layer in self._layers:
             layer.seen = layer.seen or bool(layer.pending)
@@ -330,22 +373,8 @@ class SINGD(torch.optim.Optimizer):
     # ---- gradient scaling -----------------------------------------------------------------------
 
     def set_current_grad_scale(self, scale: float) -> None:
-        """Tell the scale of the loss of the next step, if `scaler.unscale_` comes before it."""
+        """Tell the scale of the loss of the next step; torch.amp.GradScaler is asked by itself."""
         self._scale_of_rows = scale
-
-    def _scales(self) -> Scales:
-        """What torch.amp.GradScaler left in the gradients, and what was in the rows."""
-        scale, given = getattr(self, "grad_scale", None), self._scale_of_rows
-        self._scale_of_rows = None
-        if scale is not None:
-            return Scales(scale, scale)
-        if given is None and getattr(self, "found_inf", None) is not None:
-            raise RuntimeError(
-                "the gradients were unscaled before the step, so the scale of the captured rows is "
-                "unknown: call optimizer.set_current_grad_scale(scaler.get_scale()) before "
-                "scaler.step(optimizer)"
-            )
-        return Scales(None, 1.0 if given is None else given)
 
     # ---- checkpoints ----------------------------------------------------------------------------
 
@@ -386,30 +415,9 @@ class SINGD(torch.optim.Optimizer):
 
     def __repr__(self) -> str:
         """Who owns each parameter, with which structures, and what state it costs."""
-        header = ("parameter", "shape", "rule", "K", "C", "bytes of state")
-        body = _table.rows(self._layers, self._fallback, self._names)
-        return f"{type(self).__name__}\n{_table.render(header, body)}"
+        table = _table.table(self._layers, self._fallback, self._names)
+        return f"{type(self).__name__}\n{table}"
 
 
-def settings_of(group: dict[str, Any]) -> Settings:
-    """The settings of a parameter group."""
-    return Settings(**{name: group[name] for name in _SETTINGS})
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    validate(settings_of(group))
-    preconditioner.resolve(group["structures"], kfac=group["kfac"])
-    is_expand(group["kfac_approx"])
-    loss_terms(group["loss_average"], 1, ())
-    if len(group["preconditioner_dtype"]) != 2:
-        raise ValueError("preconditioner_dtype: give two, those of K and of C")
-    _fallback.check(group)
-
-
-def _check_model(model: nn.Module) -> None:
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        raise TypeError(
-            f"{type(model).__name__} is not supported yet: each process would learn its own factors"
-        )
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+def _is_due(layer: Layer) -> bool:
+    return layer.group["steps"] % layer.group["T"] == 0 or not layer.seen

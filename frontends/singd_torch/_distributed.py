@@ -1,0 +1,38 @@
+"""Data parallelism: the rows of all processes, summed in one collective."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from singd_torch._layers import Layer
+
+
+def reduce_rows(layers: Sequence[Layer], group: dist.ProcessGroup) -> None:
+    """Give every process the pending rows of all, in one flattened all-reduce.
+
+    DistributedDataParallel averages the gradients, so each is that of a loss divided by the number
+    of processes: the rows of C are to be divided by it. A layer that some processes did not use
+    takes part with zeros; all processes have to call this with the same layers.
+    """
+    world = dist.get_world_size(group)
+    entries = [
+        (layer, key, layer.pending.get(key) or layer.no_rows(key))
+        for layer in layers
+        for key in layer.roles()
+    ]
+    tensors = [t for _, _, pending in entries for t in pending.tensors()]
+    if not tensors:
+        return
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    flat = torch.cat([t.reshape(-1).to(dtype) for t in tensors])
+    dist.all_reduce(flat, group=group)
+    parts = iter(torch.split(flat, [t.numel() for t in tensors]))
+    for layer, key, pending in entries:
+        sums = [next(parts).reshape(t.shape).to(t.dtype) for t in pending.tensors()]
+        # only a layer that never had rows is asked, on the host, whether it has now
+        if layer.seen or sums[-2] > 0:
+            mean = layer.group["loss_average"] is not None
+            layer.pending[key] = pending.of_all(sums, world, mean=mean)

@@ -1,0 +1,119 @@
+"""What the state will cost, before anything is allocated."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from singd_core import preconditioner
+from singd_core.settings import settings
+from singd_torch import _table
+from singd_torch._layers import Layer, find
+
+OPTIONS: dict[str, Any] = {
+    "loss_average": "batch",
+    "structures": None,
+    "kfac_approx": "expand",
+    "preconditioner_dtype": (None, None),
+    "average_groups": False,
+}
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Estimate:
+    """Bytes of state for each layer and each parameter that AdamW trains.
+
+    Attributes:
+        bytes: By the name of the weight or parameter.
+        table: Lines with names, shapes, structures and bytes.
+    """
+
+    bytes: dict[str, int]
+    table: str
+
+    @property
+    def total(self) -> int:
+        """Bytes of state in all."""
+        return sum(self.bytes.values())
+
+    def __repr__(self) -> str:
+        """The table, and the sum."""
+        return f"{self.table}\n{self.total:,} bytes in all"
+
+
+def estimate(
+    model: nn.Module,
+    structures: preconditioner.Structures | str | None = None,
+    *,
+    memory_budget: int | None = None,
+    recipe: str = "robust",
+    **given: Any,
+) -> Estimate:
+    """The bytes of state that `SINGD(model, structures=..., ...)` will hold.
+
+    Args:
+        model: The model; it may be on the `meta` device.
+        structures: As for `SINGD`.
+        memory_budget: As for `SINGD`, with `structures="auto"`.
+        recipe: As for `SINGD`.
+        **given: Settings, and `preconditioner_dtype`, `average_groups`.
+
+    Raises:
+        ValueError: If a setting is wrong, or nothing fits the budget.
+
+    Example:
+        >>> estimate(nn.Linear(1000, 10), structures=("diagonal", "dense")).total
+        44444
+    """
+    options = {name: given.pop(name) for name in tuple(given) if name in OPTIONS}
+    group = dataclasses.asdict(settings(recipe, **given)) | OPTIONS | options
+    params = [p for p in model.parameters() if p.requires_grad]
+    group |= {"params": params, "structures": structures}
+    if structures == "auto":
+        group["structures"] = automatic(model, [group], memory_budget)
+    layers = find(model, [group])
+    owned = {p for layer in layers for p in layer.parameters}
+    fallback = [p for p in params if p not in owned]
+    names = {p: name for name, p in model.named_parameters()}
+    sizes = {layer.name: _table.layer_bytes(layer) for layer in layers}
+    sizes |= {names[p]: _table.fallback_bytes(p) for p in fallback}
+    return Estimate(sizes, _table.table(layers, fallback, names))
+
+
+def automatic(model: nn.Module, groups: Sequence[dict[str, Any]], budget: int | None) -> str:
+    """`"auto:b"` with the largest b for which the state fits the budget, in bytes.
+
+    Raises:
+        ValueError: If there is no budget, or not even diagonal factors fit it.
+    """
+    if budget is None:
+        raise ValueError('structures="auto" needs memory_budget=, in bytes')
+    params = [p for group in groups for p in group["params"]]
+
+    def cost(b: int) -> int:
+        auto = [
+            group | {"structures": f"auto:{b}"} if group["structures"] == "auto" else group
+            for group in groups
+        ]
+        return _cost(find(model, auto), params)
+
+    if cost(1) > budget:
+        raise ValueError(
+            f"memory_budget={budget:,}: diagonal factors already need {cost(1):,} bytes"
+        )
+    layers = find(model, [group | {"structures": "auto:1"} for group in groups])
+    low, high = 1, max((max(layer.shape[1:]) for layer in layers), default=1)
+    while low < high:  # the cost grows with b
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if cost(middle) <= budget else (low, middle - 1)
+    return f"auto:{low}"
+
+
+def _cost(layers: Iterable[Layer], params: Iterable[nn.Parameter]) -> int:
+    layers = list(layers)
+    owned = {p for layer in layers for p in layer.parameters}
+    of_layers = sum(map(_table.layer_bytes, layers))
+    return of_layers + sum(_table.fallback_bytes(p) for p in params if p not in owned)

@@ -1,0 +1,44 @@
+"""Gradient scaling: what torch.amp.GradScaler multiplied the loss by."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Scales:
+    """The scale of the loss that is still in the gradients, and the one in the captured rows."""
+
+    grads: Tensor | None = None
+    rows: Any = 1.0
+
+
+def scales(optimizer: Any, given: float | None) -> Scales:
+    """The scales of a step; `given` is that of the rows if the user told it.
+
+    A scaler sets `optimizer.grad_scale` and `optimizer.found_inf` for the time of the step; after
+    `scaler.unscale_` it no longer hands its scale over, but the rows still have it.
+    """
+    scale = getattr(optimizer, "grad_scale", None)
+    if scale is not None:
+        return Scales(scale, scale)
+    if given is None and getattr(optimizer, "found_inf", None) is not None:
+        given = _scale_of_caller()
+    return Scales(None, 1.0 if given is None else given)
+
+
+def _scale_of_caller() -> Any:
+    """The scale of the gradient scaler that takes this step, found among the callers."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, torch.amp.GradScaler):
+            return caller._get_scale_async()
+        frame = frame.f_back
+    raise RuntimeError("the scale of the loss is unknown: call optimizer.set_current_grad_scale")
