@@ -168,6 +168,16 @@ class Optimizer:
             found[name] = Curvature.of(inputs, N, outputs, M)
         return found
 
+    def refresh(
+        self, state: State, curvature: Mapping[str, Curvature]
+    ) -> dict[str, preconditioner.Factors]:
+        """The factors of the layers whose curvature is given, one refresh later."""
+        lr_cov = rate(self.settings.lr_cov, state.step)
+        return {
+            name: state.layers[name].factors.refresh(measured, lr_cov, self.settings)
+            for name, measured in curvature.items()
+        }
+
     def update(
         self,
         grads: Mapping[str, Parameter],
@@ -176,6 +186,7 @@ class Optimizer:
         rows: Mapping[str, Rows] | None = None,
         *,
         curvature: Mapping[str, Curvature] | None = None,
+        refreshed: Mapping[str, preconditioner.Factors] | None = None,
     ) -> tuple[dict[str, Parameter], State]:
         """The changes of the parameters, and the new state.
 
@@ -185,6 +196,7 @@ class Optimizer:
             params: The current parameters.
             rows: What `curvature` takes, when `due(state)`; layers without keep their factors.
             curvature: In place of rows, the curvature itself.
+            refreshed: In place of both, what `refresh` returned.
 
         Returns:
             The changes, to be added (`apply` does), and the new state. If anything among gradients
@@ -198,12 +210,10 @@ class Optimizer:
         kinds = self._kinds(params)
         if curvature is None:
             curvature = {} if rows is None else self.curvature(rows, state, params)
-        lr_cov = rate(s.lr_cov, state.step)
+        refreshed = self.refresh(state, curvature) if refreshed is None else refreshed
         factors, naturals, inners = {}, {}, []
         for name, layer in state.layers.items():
-            new = layer.factors
-            if name in curvature:
-                new = new.refresh(curvature[name], lr_cov, s)
+            new = refreshed.get(name, layer.factors)
             gradient = kinds[name].matrix(*_pair(grads[name]))
             naturals[name], factors[name] = new.precondition(gradient), new
             inners.append(inner(gradient, naturals[name]))

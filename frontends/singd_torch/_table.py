@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from singd_core._array import ranged
 from singd_torch._layers import Layer
 
 
@@ -21,7 +22,7 @@ def rows(
         K, C = (cls.name for cls in layer.structures)
         found.append((name, _shape(layer.weight), rule, K, C, _bytes(layer_bytes(layer))))
     for p in fallback:
-        size = 2 * p.numel() * p.element_size()
+        size = 2 * p.numel() * ranged(p.new_empty(0)).element_size()
         found.append((names.get(p, "(not of the model)"), _shape(p), "AdamW", "", "", _bytes(size)))
     return found
 

@@ -166,7 +166,7 @@ class SINGD(torch.optim.Optimizer):
         super().add_param_group(group)
         added = self.param_groups[-1]
         added.setdefault("steps", 0)
-        added.setdefault("base_lr", added["lr"])
+        added.setdefault("base_lr", float(added["lr"]))  # a schedule changes a tensor in place
         if self._layers or self._fallback:  # after construction
             self._route()
 
@@ -178,6 +178,8 @@ class SINGD(torch.optim.Optimizer):
             known = old.get(layer.weight)
             if known is not None and known.bias is layer.bias:
                 layer.factors, layer.pending, layer.seen = known.factors, known.pending, known.seen
+            elif known is not None:  # with or without a bias, the matrix has another shape
+                self.state[layer.weight].clear()
             for module in layer.modules:
                 if module not in self._hooked:
                     _capture.install(self, layer.weight, module)
@@ -275,7 +277,7 @@ class SINGD(torch.optim.Optimizer):
         checked = total if not grads else total + _fallback.norms(grads).to(device)
         finite = torch.isfinite(checked)
         ok = skip = None
-        if device.type == "cpu":  # the host knows already: nothing is masked
+        if _on_host(device):  # the host knows already: nothing is masked
             if not finite:
                 self._skipped += 1
                 self._warn_skipped()
@@ -369,7 +371,7 @@ class SINGD(torch.optim.Optimizer):
         self._route()
         for layer in self._layers:
             layer.pending, layer.factors = None, factors[layer.weight]
-            layer.seen = layer.factors is not None and bool(layer.factors.averages.k.max() > 0)
+            layer.seen = layer.factors is not None  # they are made when rows are first seen
 
     # ---- what a person sees ---------------------------------------------------------------------
 
@@ -378,6 +380,11 @@ class SINGD(torch.optim.Optimizer):
         header = ("parameter", "shape", "rule", "K", "C", "bytes of state")
         body = _table.rows(self._layers, self._fallback, self._names)
         return f"{type(self).__name__}\n{_table.render(header, body)}"
+
+
+def _on_host(device: torch.device) -> bool:
+    """Whether reading a tensor's value costs the host no wait."""
+    return device.type == "cpu"
 
 
 def settings_of(group: dict[str, Any]) -> Settings:

@@ -54,7 +54,9 @@ class Curvature(Tree):
     @classmethod
     def of(cls, inputs: Measured, N: Scalar, outputs: Measured, M: Scalar) -> Self:
         """From the sums of N rows of inputs, and of output gradients of a mean over M terms."""
-        d_in, d_out, N = inputs.S.shape[-1], outputs.S.shape[-1], max(N, 1)
+        d_in, d_out = inputs.S.shape[-1], outputs.S.shape[-1]
+        # where the rows were counted on the device there may be none of them
+        N = max(N, 1) if isinstance(N, int) else namespace(N).maximum(N, namespace(N).ones_like(N))
         t_U = inputs.squares * (1.0 / (N * d_in))
         t_G = outputs.squares * (M / d_out)
         return cls(inputs.S.scale(1.0 / N), outputs.S.scale(M), t_U, t_G)
