@@ -10,7 +10,7 @@ from singd_core import preconditioner
 from singd_core._array import Array, device, expand, full, namespace, ranged
 from singd_core._tree import Tree, tree
 from singd_core.curvature import LayerKind, Linear
-from singd_core.settings import rate, settings
+from singd_core.settings import STRUCTURES, rate, settings
 from singd_core.structures import Diagonal
 from singd_core.updates.adamw import Fallback, Moments
 from singd_core.updates.curvature import Curvature
@@ -59,8 +59,8 @@ class Optimizer:
     Args:
         layers: The kind of each layer; None takes each tuple and each matrix as `Linear()`.
         recipe: "robust" or "paper": the settings not given. See `singd_core.settings.Settings`.
-        structures: Of K and of C, by name or class; None for the richest that hold no more numbers
-            than the weight.
+        structures: Of K and of C, by name or class; None is dense for the recipe "paper", and
+            else the richest that hold no more numbers than the weight.
         kfac_approx: "expand" or "reduce": how positions that share the weight are treated.
         loss_average: What the loss is a mean of: "batch", "batch+sequence", or None for a sum.
         preconditioner_dtype: Of K and of C; None is the weight's, float32 for float16.
@@ -100,7 +100,7 @@ class Optimizer:
         self.settings = settings(recipe, **given)
         self.layers = None if layers is None else dict(layers)
         preconditioner.resolve(structures, ((), 1, 1), kfac=self.settings.kfac)
-        self.structures = structures
+        self.structures = STRUCTURES[recipe] if structures is None else structures
         self.kfac_approx, self.loss_average = kfac_approx, loss_average
         self.preconditioner_dtype = preconditioner_dtype
         self.fallback = fallback or Fallback()
@@ -173,6 +173,16 @@ class Optimizer:
             found[name] = Curvature.of(inputs, N, outputs, M)
         return found
 
+    def refresh(
+        self, state: State, curvature: Mapping[str, Curvature]
+    ) -> dict[str, preconditioner.Factors]:
+        """The factors of the layers whose curvature is given, one refresh later."""
+        lr_cov = rate(self.settings.lr_cov, state.step)
+        return {
+            name: state.layers[name].factors.refresh(measured, lr_cov, self.settings)
+            for name, measured in curvature.items()
+        }
+
     def update(
         self,
         grads: Mapping[str, Parameter],
@@ -181,6 +191,7 @@ class Optimizer:
         rows: Mapping[str, Rows] | None = None,
         *,
         curvature: Mapping[str, Curvature] | None = None,
+        refreshed: Mapping[str, preconditioner.Factors] | None = None,
     ) -> tuple[dict[str, Parameter], State]:
         """The changes of the parameters, and the new state.
 
@@ -190,6 +201,7 @@ class Optimizer:
             params: The current parameters.
             rows: What `curvature` takes, when `due(state)`; layers without keep their factors.
             curvature: In place of rows, the curvature itself.
+            refreshed: In place of both, what `refresh` returned.
 
         Returns:
             The changes, to be added (`apply` does), and the new state. If anything among gradients
@@ -203,12 +215,10 @@ class Optimizer:
         kinds = self._kinds(params)
         if curvature is None:
             curvature = {} if rows is None else self.curvature(rows, state, params)
-        lr_cov = rate(s.lr_cov, state.step)
+        refreshed = self.refresh(state, curvature) if refreshed is None else refreshed
         factors, naturals, inners = {}, {}, []
         for name, layer in state.layers.items():
-            new = layer.factors
-            if name in curvature:
-                new = new.refresh(curvature[name], lr_cov, s)
+            new = refreshed.get(name, layer.factors)
             gradient = kinds[name].matrix(*_pair(grads[name]))
             naturals[name], factors[name] = new.precondition(gradient), new
             inners.append(inner(gradient, naturals[name]))

@@ -86,6 +86,10 @@ RECIPES: dict[str, Settings] = {
 }
 
 
+# The structures of K and C where none are given; None takes what fits each weight.
+STRUCTURES: dict[str, tuple[str, str] | None] = {"paper": ("dense", "dense"), "robust": None}
+
+
 def settings(recipe: str = "robust", **given: Any) -> Settings:
     """The recipe's settings, with those given (not None) in their place.
 

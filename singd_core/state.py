@@ -51,7 +51,13 @@ def unflatten(template: State, flat: Mapping[str, Any]) -> State:
                 f"but {tuple(array.shape)} is needed"
             )
         arrays.append(saved)
-    return dataclasses.replace(template.rebuild(arrays), step=int(flat["step"]))
+    step: Any = template.step  # an array where a compiled step counts on the device
+    if isinstance(step, int):
+        step = int(flat["step"])
+    else:
+        step = namespace(step).asarray(flat["step"], dtype=step.dtype, device=device(step))
+    restored = dataclasses.replace(template, step=0).rebuild(arrays)
+    return dataclasses.replace(restored, step=step)
 
 
 def _named(state: State) -> list[tuple[str, Array]]:

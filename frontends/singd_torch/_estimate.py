@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from singd_core import preconditioner
-from singd_core.settings import settings
+from singd_core.settings import STRUCTURES, settings
 from singd_torch import _table
 from singd_torch._layers import Layer, find
 
@@ -71,7 +71,8 @@ def estimate(
     options = {name: given.pop(name) for name in tuple(given) if name in OPTIONS}
     group = dataclasses.asdict(settings(recipe, **given)) | OPTIONS | options
     params = [p for p in model.parameters() if p.requires_grad]
-    group |= {"params": params, "structures": structures}
+    group |= {"params": params}
+    group["structures"] = STRUCTURES[recipe] if structures is None else structures
     if structures == "auto":
         group["structures"] = automatic(model, [group], memory_budget)
     layers = find(model, [group])

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from singd_core._array import ranged
+
 
 def step(
     group: dict[str, Any],
@@ -30,14 +32,18 @@ def step(
         if "exp_avg" not in state[p]:
             on = p.device if skip is not None else None
             state[p]["step"] = torch.zeros((), dtype=torch.float32, device=on)
-            state[p]["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            state[p]["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            state[p]["exp_avg"] = torch.zeros_like(ranged(p), memory_format=torch.preserve_format)
+            state[p]["exp_avg_sq"] = torch.zeros_like(state[p]["exp_avg"])
     beta1, beta2 = group["fallback_betas"]
     ratio = group["lr"] / group["base_lr"] if group["base_lr"] else 1.0
     fused = skip is not None
+    if not fused:  # without a device that would have to be waited for, torch wants a number
+        ratio = float(ratio)
+    # In float16 squares and epsilon fall to 0, and 0 / 0 is NaN: such parameters step as copies.
+    wide = [ranged(p) for p in params]
     adamw(
-        list(params),
-        list(grads),
+        wide,
+        [ranged(g) for g in grads],
         [state[p]["exp_avg"] for p in params],
         [state[p]["exp_avg_sq"] for p in params],
         [],
@@ -53,11 +59,14 @@ def step(
         eps=group["fallback_eps"],
         maximize=False,
     )
+    for p, stepped in zip(params, wide, strict=True):
+        if stepped is not p:
+            p.copy_(stepped)
 
 
 def norms(grads: Sequence[Tensor]) -> Tensor:
     """The sum of the gradients' norms: finite only if all of them are."""
-    norms = torch._foreach_norm(list(grads))
+    norms = torch._foreach_norm([ranged(g) for g in grads])
     return torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms]).sum()
 
 

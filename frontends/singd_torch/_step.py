@@ -62,9 +62,11 @@ def apply(
     for work in works:
         layer, s, entries = work.layer, work.s, state[work.layer.weight]
         decay = None
-        if couples_decay(s):
-            decayed = [p * settings_of(p).weight_decay for p in layer.parameters]
-            decay = layer.matrix(decayed)
+        own = [settings_of(p) for p in layer.parameters]
+        if any(map(couples_decay, own)):
+            gammas = [o.weight_decay if couples_decay(o) else 0.0 for o in own]
+            parts = zip(layer.parameters, gammas, strict=True)
+            decay = layer.matrix([p * gamma for p, gamma in parts])
         momentum = entries.get(MOMENTUM)
         if momentum is None and s.momentum != 0.0:
             momentum = torch.zeros_like(work.natural, dtype=layer.dtypes[2])

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from singd_core._array import ranged
 from singd_torch._layers import Layer
 
 
@@ -28,7 +29,7 @@ def table(
 
 def fallback_bytes(p: nn.Parameter) -> int:
     """Bytes of state of a parameter that AdamW trains: two moments."""
-    return 2 * p.numel() * p.element_size()
+    return 2 * p.numel() * ranged(p.new_empty(0)).element_size()
 
 
 def layer_bytes(layer: Layer) -> int:

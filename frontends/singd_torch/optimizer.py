@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from singd_core import preconditioner
 from singd_core.preconditioner import Factors
-from singd_core.settings import Settings, settings
+from singd_core.settings import STRUCTURES, Settings, settings
 from singd_torch import _attention, _capture, _fallback, _scaling, _state, _table
 from singd_torch._distributed import reduce_rows
 from singd_torch._estimate import automatic
@@ -43,8 +43,8 @@ class SINGD(torch.optim.Optimizer):
         T: Steps between two refreshes of the factors.
         loss_average: What the loss is a mean of: "batch", "batch+sequence", or None for a sum.
         lr_cov: Step size of the factors (β₁), or a function of the number of steps taken.
-        structures: Of the factors K (inputs) and C (outputs), by name or class. None takes for each
-            layer the richest that hold no more numbers than its weight; "auto" the richest that fit
+        structures: Of the factors K (inputs) and C (outputs), by name or class. None is dense for the
+            recipe "paper", and else the richest that hold no more numbers than the layer's weight; "auto" the richest that fit
             the memory budget.
         kfac_approx: "expand" or "reduce": how positions that share the weight are treated.
         warn_unsupported: Warn with the names of parameters that AdamW trains.
@@ -128,7 +128,7 @@ class SINGD(torch.optim.Optimizer):
         }
         defaults = dataclasses.asdict(settings(recipe, **given)) | {
             "loss_average": loss_average,
-            "structures": structures,
+            "structures": STRUCTURES[recipe] if structures is None else structures,
             "kfac_approx": kfac_approx,
             "preconditioner_dtype": preconditioner_dtype,
             "average_groups": average_groups,
@@ -182,7 +182,7 @@ class SINGD(torch.optim.Optimizer):
         super().add_param_group(group)
         added = self.param_groups[-1]
         added.setdefault("steps", 0)
-        added.setdefault("base_lr", added["lr"])
+        added.setdefault("base_lr", float(added["lr"]))  # a schedule changes a tensor in place
         if self._layers or self._fallback:  # after construction
             self._route()
 
@@ -194,6 +194,8 @@ class SINGD(torch.optim.Optimizer):
             known = old.get(layer.weight)
             if known is not None and known.bias is layer.bias:
                 layer.factors, layer.pending, layer.seen = known.factors, known.pending, known.seen
+            elif known is not None:  # with or without a bias, the matrix has another shape
+                self.state[layer.weight].clear()
             for module, source in layer.sources:
                 if module not in self._hooked:
                     self._hooked.add(module)
@@ -329,7 +331,7 @@ class SINGD(torch.optim.Optimizer):
         checked = total if not grads else total + _fallback.norms(grads).to(device)
         finite = torch.isfinite(checked)
         ok = skip = None
-        if device.type == "cpu":  # the host knows already: nothing is masked
+        if _on_host(device):  # the host knows already: nothing is masked
             if not finite:
                 self._skipped += 1
                 self._warn_skipped()
@@ -409,7 +411,7 @@ class SINGD(torch.optim.Optimizer):
         self._route()
         for layer in self._layers:
             layer.pending, layer.factors = {}, factors[layer.weight]
-            layer.seen = layer.factors is not None and bool(layer.factors.averages.k.max() > 0)
+            layer.seen = layer.factors is not None  # they are made when rows are first seen
 
     # ---- what a person sees ---------------------------------------------------------------------
 
@@ -421,3 +423,8 @@ class SINGD(torch.optim.Optimizer):
 
 def _is_due(layer: Layer) -> bool:
     return layer.group["steps"] % layer.group["T"] == 0 or not layer.seen
+
+
+def _on_host(device: torch.device) -> bool:
+    """Whether reading a tensor's value costs the host no wait."""
+    return device.type == "cpu"

@@ -178,7 +178,8 @@ class Structure(Tree):
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle a class that a factory made by the factory's call."""
         values = tuple(getattr(self, name) for name in self.field_names())
-        return _rebuild, (self.made_by or type(self), values)
+        # of the class itself, since a subclass inherits the attribute
+        return _rebuild, (type(self).__dict__.get("made_by") or type(self), values)
 
 
 def _rebuild(origin: Any, values: tuple[Any, ...]) -> Structure:

@@ -160,6 +160,8 @@ def _convolve(c: Array, X: Array, *, adjoint: bool) -> Array:
     Shapes (..., d) and (..., d, n). Padded to 2 d, the circular convolution is the linear one.
     """
     xp, d = namespace(c), c.shape[-1]
+    if X.shape[-1] == 0:
+        return X
     F = xp.fft.rfft(widen(c), n=2 * d, axis=-1)[..., None]
     F = xp.conj(F) if adjoint else F
     product = xp.fft.irfft(F * xp.fft.rfft(widen(X), n=2 * d, axis=-2), n=2 * d, axis=-2)

@@ -8,6 +8,7 @@ environment they try ten times as many examples and more sizes.
 from singd_core.testing import laws_space  # isort: skip # the order of the laws is that of the table
 from singd_core.testing import laws_products  # isort: skip
 from singd_core.testing import laws_arrays  # isort: skip
+from singd_core.testing import laws_update  # isort: skip
 from singd_core.testing import laws_jax  # isort: skip
 from singd_core.testing import laws_torch  # isort: skip
 

@@ -47,7 +47,7 @@ def laws(
             for law, backend, dtype in cases():
                 why = reasons.get((S, law.name), reasons.get(law.name))
                 marks = [pytest.mark.xfail(reason=why, strict=True)] if why else []
-                check = functools.partial(run, law, S, backend, dtype, law.sizes or sizes)
+                check = functools.partial(run, law, S, backend, dtype, None if law.sizes else sizes)
                 name = f"{label(S)}-{law.name}-{backend.name}-{dtype}"
                 yield pytest.param(check, id=name, marks=marks)
 

@@ -88,7 +88,7 @@ class Case:
 
     def to(self, x: Any) -> Array:
         """An array of the backend in the dtype of the case."""
-        return self.backend.to(np.asarray(x, dtype=np.float64), self.dtype)
+        return self.backend.to(np.array(x, dtype=np.float64, order="C"), self.dtype)
 
     def numpy(self, x: Any) -> np.ndarray:
         """A result in NumPy float64; of a structure its dense matrix."""
@@ -152,13 +152,20 @@ def require(condition: bool, message: str) -> None:
 
 
 def show(x: np.ndarray) -> str:
-    """An array in few characters, all integers if it holds nothing else."""
+    """An array in few characters: all integers if it holds nothing else, without zeros if large."""
     if x.size and np.all(np.isfinite(x)) and np.array_equal(x, np.round(x)):
         x = x.astype(np.int64)
-    return np.array2string(x, precision=4, threshold=200, edgeitems=3)
+    if x.size > 150 and np.count_nonzero(x) <= 20:
+        places = [f"{list(map(int, i))}: {x[tuple(i)]:.5g}" for i in np.argwhere(x)]
+        return f"zero, shape {x.shape}" + (", but for " if places else "") + ", ".join(places)
+    return np.array2string(x, precision=4, threshold=150, edgeitems=3)
 
 
 def _difference(expected: np.ndarray, got: np.ndarray, how: str) -> str:
+    if expected.size > 150 and expected.shape == got.shape:
+        places = np.argwhere(expected != got)
+        lines = [f"  at {list(map(int, i))}: {expected[tuple(i)]:.7g}, got {got[tuple(i)]:.7g}" for i in places[:5]]
+        return f"expected ({how}), in {len(places)} places of {expected.size}\n" + "\n".join(lines)
     return f"expected ({how})\n{_indent(show(expected))}\ngot\n{_indent(show(got))}"
 
 

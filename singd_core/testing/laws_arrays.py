@@ -66,6 +66,8 @@ def dtype_of_the_leaf(case: Case) -> None:
     """Every result has the dtype of the arrays (sums at least float32), whatever that of a scalar."""
     leaf = case.to(0.0)
     others = [case.backend.to(np.asarray(0.5), t) for t in ("float32", "float64")]
+    if case.backend.name == "numpy":
+        others += [c[()] for c in others]  # NumPy's scalars: its own sums are no 0-d arrays
     for c in (0.5, *others):
         for name in OPERATIONS if isinstance(c, float) else ("scale", "add_identity"):
             result = _evaluate(case, name, arguments(case, c=c))

@@ -32,6 +32,14 @@ def precondition(case: Case) -> None:
     case.same(L.precondition(X), lambda L, X: L @ L.T @ X, L, X)
 
 
+@law()
+def associative(case: Case) -> None:
+    """`(L R) X` is `L (R X)`."""
+    L, R, X = case.member("L"), case.member("R"), case.rows()
+    case.same(L.matmul(R).apply(X), lambda L, R, X: L @ R @ X, L, R, X)
+    case.same(L.apply(R.apply(X)), lambda L, R, X: L @ R @ X, L, R, X)
+
+
 @cache
 def basis(S: type[Structure], d: int) -> np.ndarray:
     """A spanning set of 𝔤, shape (d², d, d): the restrictions of the matrices with a single 1."""

@@ -105,11 +105,3 @@ def product(case: Case) -> None:
     L, R = case.member("L"), case.member("R")
     case.same(L.matmul(R), lambda L, R: L @ R, L, R)
     case.same(L @ R, lambda L, R: L @ R, L, R)
-
-
-@law()
-def associative(case: Case) -> None:
-    """`(L R) X` is `L (R X)`."""
-    L, R, X = case.member("L"), case.member("R"), case.rows()
-    case.same(L.matmul(R).apply(X), lambda L, R, X: L @ R @ X, L, R, X)
-    case.same(L.apply(R.apply(X)), lambda L, R, X: L @ R @ X, L, R, X)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import contextlib
 import importlib
 import warnings
+from collections.abc import Callable
 from typing import Any
 
+from singd_core._tree import Tree
+from singd_core.settings import settings
 from singd_core.structures.base import Structure
 from singd_core.testing.draw import Case, require
 from singd_core.testing.fake_cuda import fake_cuda
 from singd_core.testing.law import law
 from singd_core.testing.laws_arrays import arguments, dtype_of
 from singd_core.testing.laws_jax import check_gradient, compare, in_numpy, scalar
+from singd_core.testing.laws_update import SINGD, update_arguments, whole_update
 from singd_core.testing.operations import OPERATIONS, arrays, everything
 
 
@@ -59,7 +63,7 @@ def torch_vmap(case: Case) -> None:
     compare(case, found, everything(*in_numpy(case, *stack)))
 
 
-@law(backends=("torch",), dtypes=("float64",), examples=1, sizes=(5,))
+@law(backends=("torch",), dtypes=("float32",), examples=1, sizes=(5,))
 def torch_grad(case: Case) -> None:
     """`torch.autograd` of a function of a member agrees with its differences."""
     torch, case.floats = _torch(), True
@@ -100,3 +104,42 @@ def torch_fake_cuda(case: Case) -> None:
     torch = _torch()
     move = lambda a: torch.empty(a.shape, dtype=a.dtype, device="cuda")  # noqa: E731
     _without_data(case, move, "cuda", fake_cuda())
+
+
+def _update_without_data(case: Case, place: str, context: Callable[[], Any]) -> None:
+    torch = _torch()
+    for s in (SINGD, settings("robust")):
+        given = update_arguments(case, s)
+        with context():
+            moved = [
+                x.map(lambda a: torch.empty(a.shape, dtype=a.dtype, device=place))
+                if isinstance(x, Tree)
+                else torch.empty(x.shape, dtype=x.dtype, device=place)
+                for x in given
+            ]
+            factors, natural = whole_update(case.S, s)(*moved)
+        for name, a in (("the gradient", natural), *factors.named_arrays()):
+            require(a.device.type == place, f"{name}: expected {place}, got {a.device}")
+
+
+@law(backends=("torch",), dtypes=("float32", "bfloat16"), examples=1, sizes=(4,))
+def torch_update_without_data(case: Case) -> None:
+    """A whole update runs on the device `meta` and on a fake GPU."""
+    _update_without_data(case, "meta", contextlib.nullcontext)
+    _update_without_data(case, "cuda", fake_cuda)
+
+
+@law(backends=("torch",), dtypes=("float32",), examples=1, sizes=(4,))
+def torch_update_compiles(case: Case) -> None:
+    """A whole update compiles into one graph, and gives the same."""
+    torch = _torch()
+    for s in (SINGD, settings("robust")):
+        function, given = whole_update(case.S, s), update_arguments(case, s)
+        torch._dynamo.reset()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*lru_cache", category=UserWarning)
+            factors, natural = torch.compile(function, fullgraph=True, backend="eager")(*given)
+        eager, expected = function(*given)
+        case.same(natural, lambda x: x, expected, exact=False)
+        for (_, new), (_, old) in zip(factors.named_arrays(), eager.named_arrays(), strict=True):
+            case.same(new, lambda x: x, old, exact=False)

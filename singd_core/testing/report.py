@@ -152,7 +152,7 @@ def _error(
     law: Law, S: type[Structure], backend: Backend, dtype: str, sizes: Sequence[int] | None
 ) -> LawError | None:
     try:
-        run(law, S, backend, dtype, law.sizes or sizes)
+        run(law, S, backend, dtype, None if law.sizes else sizes)
     except LawError as error:
         return error
     return None

@@ -55,6 +55,10 @@ class Curvature(Tree):
     def of(cls, inputs: Measured, N: Scalar, outputs: Measured, M: Scalar) -> Self:
         """From the sums of N rows of inputs, and of output gradients of a mean over M terms."""
         d_in, d_out = inputs.S.shape[-1], outputs.S.shape[-1]
+        if isinstance(N, (int, float)):
+            N = N or 1
+        else:  # counted on the device, where there may be none
+            N = namespace(N).where(N > 0, N, namespace(N).ones_like(N))
         t_U = inputs.squares * (1.0 / (N * d_in))
         t_G = outputs.squares * (M / d_out)
         return cls(inputs.S.scale(1.0 / N), outputs.S.scale(M), t_U, t_G)

@@ -88,10 +88,11 @@ def step(
     Returns:
         The new K and m_K, in their dtypes.
     """
-    half = 0.5 * (1.0 - s.alpha1) if s.normalize_lr_cov else 0.5
+    alpha1 = 0.0 if s.kfac_like else s.alpha1
+    half = 0.5 * (1.0 - alpha1) if s.normalize_lr_cov else 0.5
     m = (H_K.scale(half * h) + KtK.scale(half * damping)).add_identity(-half)
     if m_K is not None and not s.kfac_like:
-        m = m + m_K.astype(m.like).scale(s.alpha1)
+        m = m + m_K.astype(m.like).scale(alpha1)
     xp = namespace(m.like)
     if s.normalize_lr_cov:
         beta = beta / xp.maximum(m.max_abs(), xp.ones_like(m.max_abs()))

@@ -1,0 +1,24 @@
+"""SINGD for JAX: an optax optimizer for unmodified models."""
+
+from singd_jax._check import check
+from singd_jax._curvature import value_and_curvature
+from singd_jax._find import find_layers
+from singd_jax._layers import Layer, Layers
+from singd_jax._pytree import register_trees
+from singd_jax._state import SingdState, flatten, unflatten
+from singd_jax._transform import scale_by_singd, singd
+
+__all__ = [
+    "Layer",
+    "Layers",
+    "SingdState",
+    "check",
+    "find_layers",
+    "flatten",
+    "scale_by_singd",
+    "singd",
+    "unflatten",
+    "value_and_curvature",
+]
+
+register_trees()

@@ -1,0 +1,229 @@
+"""Where the axes of a value come from, when it is a rearranged parameter.
+
+An axis is a group of atoms `(axis of the leaf, stride, size)`: it splits and merges by reshapes,
+moves by transposes. Head splits, channel groups and stacks of layers all become such groups.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+Atom: TypeAlias = tuple[int, int, int]
+Group: TypeAlias = tuple[Atom, ...]
+Region: TypeAlias = tuple[tuple[int, int], ...]  # (start, size) along each axis of a leaf
+
+# Equations that change neither the shape nor which entry is where.
+_KEEPS = {
+    "convert_element_type",
+    "copy",
+    "copy_p",
+    "mesh_cast",
+    "name",
+    "optimization_barrier",
+    "pcast",
+    "pvary",
+    "reduce_precision",
+    "reshard",
+    "sharding_constraint",
+}
+
+
+def size(group: Group) -> int:
+    """The length of an axis."""
+    return math.prod(n for *_, n in group)
+
+
+def axes_of(shape: Sequence[int]) -> tuple[Group, ...]:
+    """The axes of a value itself; an axis of length 1 has no atoms."""
+    return tuple(((d, 1, n),) if n != 1 else () for d, n in enumerate(shape))
+
+
+def merged(atoms: Sequence[Atom]) -> Group:
+    """The atoms with neighbours joined that lie next to each other in the leaf."""
+    out: list[Atom] = []
+    for d, stride, n in atoms:
+        if out and out[-1][0] == d and out[-1][1] == stride * n:
+            out[-1] = (d, stride, out[-1][2] * n)
+        else:
+            out.append((d, stride, n))
+    return tuple(out)
+
+
+def reshaped(dims: Sequence[Group], shape: Sequence[int]) -> tuple[Group, ...] | None:
+    """The axes after a reshape, or None if it cuts an atom in two unevenly."""
+    atoms, out = [atom for group in dims for atom in group], []
+    for n in shape:
+        group: list[Atom] = []
+        while n > 1:
+            if not atoms:
+                return None
+            d, stride, m = atoms.pop(0)
+            if n % m == 0:
+                group.append((d, stride, m))
+                n //= m
+            elif m % n == 0:
+                group.append((d, stride * (m // n), n))
+                atoms.insert(0, (d, stride, m // n))
+                n = 1
+            else:
+                return None
+        out.append(merged(group))
+    return None if atoms else tuple(out)
+
+
+def rearranged(name: str, p: Mapping[str, Any], dims: tuple[Group, ...]) -> Any:
+    """The axes after an equation that only rearranges its first operand, else None."""
+    if name in _KEEPS:
+        return dims
+    if name == "transpose":
+        return tuple(dims[i] for i in p["permutation"])
+    if name == "squeeze":
+        return tuple(group for i, group in enumerate(dims) if i not in p["dimensions"])
+    if name == "expand_dims":
+        return reshaped(dims, p["shape"])
+    if name == "reshape":
+        return reshaped(dims, p["new_sizes"])
+    if name == "broadcast_in_dim":
+        source = dict(zip(p["broadcast_dimensions"], dims, strict=True))
+        return tuple(source.get(i, ()) for i in range(len(p["shape"])))
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """A value that is a rearranged region of a parameter leaf.
+
+    Attributes:
+        leaf: The number of the leaf.
+        region: The region, along each axis of the leaf.
+        dims: The value's axes, as atoms of the region.
+        stack: Axes that enclosing scans have taken one index of.
+        scans: Which scans those are.
+        flips: Axes of the leaf that are reversed.
+    """
+
+    leaf: int
+    region: Region
+    dims: tuple[Group, ...]
+    stack: tuple[Group, ...] = ()
+    scans: tuple[Any, ...] = ()
+    flips: frozenset[int] = frozenset()
+
+    @classmethod
+    def of_leaf(cls, leaf: int, shape: Sequence[int]) -> View:
+        """A whole leaf."""
+        return cls(leaf, tuple((0, n) for n in shape), axes_of(shape))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The lengths of its axes."""
+        return tuple(size(group) for group in self.dims)
+
+    def apply(self, name: str, params: Mapping[str, Any]) -> View | None:
+        """The view after an equation that rearranges it, else None."""
+        if name == "slice":
+            return self._sliced(params)
+        if name == "rev":
+            return self._reversed(params["dimensions"])
+        dims = rearranged(name, params, self.dims)
+        return None if dims is None else dataclasses.replace(self, dims=dims)
+
+    def narrow(self, axis: int, start: int, length: int) -> View | None:
+        """The view of some entries of an axis, if they are a region of the leaf, else None."""
+        group = self.dims[axis]
+        if start == 0 and length == size(group):
+            return self
+        if not group:
+            return None
+        (d, stride, n), *rest = group
+        inner = size(tuple(rest))
+        offset, outer = self.region[d]
+        # Whole steps of the outermost atom of a leaf's axis are one piece of it.
+        if start % inner or length % inner or stride * n != outer or d in self.flips:
+            return None
+        first, count = start // inner, length // inner
+        region = list(self.region)
+        region[d] = (offset + first * stride, count * stride)
+        kept = [(d, stride, count)] if count > 1 else []
+        dims = list(self.dims)
+        dims[axis] = (*kept, *rest)
+        return dataclasses.replace(self, region=tuple(region), dims=tuple(dims))
+
+    def enter_scan(self, scan: Any) -> View:
+        """The view of one index of the first axis, inside a scan over it."""
+        stack = (*self.stack, self.dims[0])
+        return dataclasses.replace(self, stack=stack, scans=(*self.scans, scan), dims=self.dims[1:])
+
+    def _sliced(self, params: Mapping[str, Any]) -> View | None:
+        if params.get("strides") is not None and any(s != 1 for s in params["strides"]):
+            return None
+        view: View | None = self
+        for axis, (start, stop) in enumerate(
+            zip(params["start_indices"], params["limit_indices"], strict=True)
+        ):
+            view = None if view is None else view.narrow(axis, start, stop - start)
+        return view
+
+    def _reversed(self, dimensions: Sequence[int]) -> View | None:
+        flips = set(self.flips)
+        for axis in dimensions:
+            group = self.dims[axis]
+            if len(group) != 1 or group[0][1:] != (1, self.region[group[0][0]][1]):
+                return None
+            flips ^= {group[0][0]}
+        return dataclasses.replace(self, flips=frozenset(flips))
+
+
+@dataclasses.dataclass(frozen=True)
+class Join:
+    """Several views concatenated along one axis."""
+
+    axis: int
+    views: tuple[View, ...]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The lengths of the views along the axis."""
+        return tuple(size(view.dims[self.axis]) for view in self.views)
+
+    def apply(self, name: str, params: Mapping[str, Any]) -> Join | None:
+        """The same after an equation that rearranges it, else None."""
+        shape = list(self.views[0].shape)
+        shape[self.axis] = sum(self.sizes)
+        moved = joined_axis(name, params, shape, self.axis)
+        if moved is None:
+            return None
+        key = {"reshape": "new_sizes", "broadcast_in_dim": "shape"}.get(name)
+        views = []
+        for view, n in zip(self.views, self.sizes, strict=True):
+            own = dict(params)
+            if key is not None:
+                own[key] = [n if i == moved else m for i, m in enumerate(params[key])]
+            new = view.apply(name, own)
+            if new is None:
+                return None
+            views.append(new)
+        return Join(moved, tuple(views))
+
+
+def joined_axis(
+    name: str, params: Mapping[str, Any], shape: Sequence[int], axis: int
+) -> int | None:
+    """Where an equation moves one axis to, None if it touches its entries."""
+    if name in _KEEPS:
+        return axis
+    if name == "transpose":
+        return list(params["permutation"]).index(axis)
+    if name == "squeeze":
+        return axis - sum(i < axis for i in params["dimensions"])
+    if name == "broadcast_in_dim":
+        return int(params["broadcast_dimensions"][axis])
+    if name == "reshape":
+        before, new = math.prod(shape[:axis]), params["new_sizes"]
+        for j, n in enumerate(new):
+            if n == shape[axis] and math.prod(new[:j]) == before:
+                return j
+    return None

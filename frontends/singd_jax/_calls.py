@@ -1,0 +1,256 @@
+"""What one product of a parameter with data says of its layer, and the rows it gives.
+
+Everything here only rearranges: the rows themselves are made by the core's kinds of layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from singd_core._array import Array
+from singd_core.curvature import Convolution, Linear
+from singd_jax._axes import Atom, Group, View, merged, reshaped, size
+
+EXPAND = "expand"
+Cut: TypeAlias = tuple[int, int, int]  # axis, start, length
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One product of a view with data.
+
+    Attributes:
+        kind: What a person calls it.
+        view: The parameter.
+        stack: Axes over which it is a stack of layers of their own; those of scans come first.
+        outs: The atoms of the matrix's rows, in order, not merged.
+        ins: Those of its columns.
+        along: For each axis of the product the atoms of the parameter, empty for rows.
+        rows: How many rows it has.
+        inputs: The rows A of the other operand, as `inputs(x, bias, kfac_approx)`.
+        outputs: The rows B of the gradient, as `outputs(g, kfac_approx)`.
+        product: BᵀA, the gradient of the matrix, where A is not written out.
+        reduces: Whether rows of one example can be told from those of another.
+        takes_bias: Whether its rows can have a column of ones.
+    """
+
+    kind: str
+    view: View
+    stack: tuple[Group, ...]
+    outs: tuple[Atom, ...]
+    ins: tuple[Atom, ...]
+    along: tuple[tuple[Atom, ...], ...]
+    rows: int
+    inputs: Callable[[Array, bool, str], Array]
+    outputs: Callable[[Array, str], Array]
+    product: Callable[[Array, Array], Array] | None = None
+    reduces: bool = True
+    takes_bias: bool = True
+
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        """What two products of one layer must have in common."""
+        return self.stack, merged(self.outs), merged(self.ins), self.view.flips
+
+    @property
+    def transposed(self) -> tuple[Any, ...]:
+        """The layout of the transposed matrix."""
+        return self.stack, merged(self.ins), merged(self.outs), self.view.flips
+
+    def of_part(self, x: Cut | None, g: Cut | None) -> Call:
+        """The same, of operand and gradient that belong to it only in part."""
+        inputs, outputs = self.inputs, self.outputs
+        return dataclasses.replace(
+            self,
+            inputs=lambda a, bias, how: inputs(_cut(a, x), bias, how),
+            outputs=lambda b, how: outputs(_cut(b, g), how),
+        )
+
+
+def dot_general(
+    params: Mapping[str, Any], side: int, view: View, x: Sequence[int], batch_size: int | None
+) -> Call:
+    """A `dot_general` whose operand number `side` is the parameter, the other of shape `x`."""
+    contract, batch = params["dimension_numbers"]
+    wc, wb, xc, xb = contract[side], batch[side], contract[1 - side], batch[1 - side]
+    wf = [i for i in range(len(view.dims)) if i not in (*wc, *wb)]
+    xf = [i for i in range(len(x)) if i not in (*xc, *xb)]
+    nb, nf, nw = len(xb), len(xf), len(wf)
+    of_batch = [k for k, i in enumerate(xf) if x[i] == batch_size][:1]
+    order = [*of_batch, *(k for k in range(nf) if k not in of_batch)]
+    y_free = [nb + k if side == 1 else nb + nw + k for k in order]
+    y_outs = [nb + nf + k if side == 1 else nb + k for k in range(nw)]
+    ins, outs = [_atoms(view, dims) for dims in (wc, wf)]
+    along: list[tuple[Atom, ...]] = [()] * (nb + nf + nw)
+    for k, i in enumerate(wb):
+        along[k] = view.dims[i]
+    for k, i in zip(y_outs, wf, strict=True):
+        along[k] = view.dims[i]
+
+    def inputs(x: Array, bias: bool, how: str) -> Array:
+        x = _features(x, xb, [xf[k] for k in order], xc, ins)
+        how = how if of_batch else EXPAND
+        return _stacked(lambda a: Linear().inputs(a, bias=bias, kfac_approx=how)[0], nb)(x)
+
+    def outputs(g: Array, how: str) -> Array:
+        g = _features(g, range(nb), y_free, y_outs, outs)
+        how = how if of_batch else EXPAND
+        rows = _stacked(lambda b: Linear().outputs(b, kfac_approx=how, loss_average=None)[0], nb)
+        return rows(g)
+
+    return Call(
+        kind="dense",
+        view=view,
+        stack=view.stack + tuple(view.dims[i] for i in wb),
+        outs=_in_order(outs),
+        ins=_in_order(ins),
+        along=tuple(along),
+        rows=math.prod(x[i] for i in xf),
+        inputs=inputs,
+        outputs=outputs,
+        reduces=bool(of_batch) or nf == 0,
+    )
+
+
+def convolution(params: Mapping[str, Any], view: View, y: Sequence[int]) -> Call | str:
+    """A convolution with a parameter as its kernel and a result of shape `y`; or why not."""
+    numbers, groups = params["dimension_numbers"], params["feature_group_count"]
+    if params["batch_group_count"] != 1:
+        return "kernel of a convolution with batch groups"
+    o, i, *spatial = numbers.rhs_spec
+    kernel = tuple(view.shape[d] for d in spatial)
+    split = reshaped((view.dims[o],), (groups, view.shape[o] // groups))
+    if split is None:
+        return "kernel of a convolution whose groups are no part of it"
+    stack, outs = split if groups > 1 else ((), split[1])
+    dilated = any(n != 1 for n in params["lhs_dilation"])
+    negative = any(n < 0 for pair in params["padding"] for n in pair)
+    padding = 0 if dilated or negative else tuple(tuple(pair) for pair in params["padding"])
+    layer = Convolution(
+        kernel,
+        stride=tuple(params["window_strides"]),
+        padding=padding,
+        dilation=tuple(params["rhs_dilation"]),
+        groups=groups,
+    )
+
+    def inputs(x: Array, bias: bool, how: str) -> Array:
+        x = jnp.transpose(x, numbers.lhs_spec)
+        if dilated or negative:
+            zeros = zip(params["padding"], params["lhs_dilation"], strict=True)
+            along = [(0, 0, 0)] * 2 + [(lo, hi, n - 1) for (lo, hi), n in zeros]
+            x = jax.lax.pad(x, jnp.zeros((), x.dtype), along)
+        return layer.inputs(x, bias=bias, kfac_approx=how)[0]
+
+    def outputs(g: Array, how: str) -> Array:
+        g = jnp.transpose(g, numbers.out_spec)
+        return layer.outputs(g, kfac_approx=how, loss_average=None)[0]
+
+    along: list[tuple[Atom, ...]] = [()] * len(y)
+    along[numbers.out_spec[1]] = (*stack, *outs)
+    grouped = f", {groups} groups" if groups > 1 else ""
+    return Call(
+        kind=f"{'transposed ' * dilated}convolution {len(kernel)}d{grouped}",
+        view=view,
+        stack=view.stack + ((stack,) if groups > 1 else ()),
+        outs=outs,
+        ins=_atoms(view, (i, *spatial)),
+        along=tuple(along),
+        rows=math.prod(y) // y[numbers.out_spec[1]],
+        inputs=inputs,
+        outputs=outputs,
+    )
+
+
+def gather(
+    params: Mapping[str, Any], view: View, index: Sequence[int], y: Sequence[int]
+) -> Call | str:
+    """Rows looked up in a parameter by an index of shape `index`; or why it is no embedding."""
+    numbers = params["dimension_numbers"]
+    batching = getattr(numbers, "operand_batching_dims", ())
+    if len(numbers.collapsed_slice_dims) != 1 or batching:
+        return "indexed along several axes"
+    (axis,) = numbers.collapsed_slice_dims
+    rest = [d for d in range(len(view.dims)) if d != axis]
+    whole = all(params["slice_sizes"][d] == view.shape[d] for d in rest)
+    if tuple(numbers.start_index_map) != (axis,) or not whole or not view.dims[axis]:
+        return "indexed in part"
+    free = [d for d in range(len(y)) if d not in numbers.offset_dims]
+    outs, entries = _atoms(view, rest), view.shape[axis]
+    # The diagonal of U is that of one row √counts: the one-hot rows are never written out.
+    embedded = Linear()
+
+    def inputs(x: Array, bias: bool, how: str) -> Array:
+        del bias, how
+        counts = jnp.zeros(entries, jnp.float32).at[x.reshape(-1)].add(1.0, mode="drop")
+        return jnp.sqrt(counts)[None, :]
+
+    def outputs(g: Array, how: str) -> Array:
+        del how
+        g = _features(g, (), free, list(numbers.offset_dims), outs)
+        return embedded.outputs(g, kfac_approx=EXPAND, loss_average=None)[0]
+
+    def product(x: Array, g: Array) -> Array:
+        B = outputs(g, EXPAND)
+        return jnp.zeros((B.shape[-1], entries), B.dtype).at[:, x.reshape(-1)].add(B.T, mode="drop")
+
+    along: list[tuple[Atom, ...]] = [()] * len(y)
+    return Call(
+        kind="embedding",
+        view=view,
+        stack=view.stack,
+        outs=_in_order(outs),
+        ins=view.dims[axis],
+        along=tuple(along),
+        rows=math.prod(index[:-1]),
+        inputs=inputs,
+        outputs=outputs,
+        product=product,
+        reduces=False,
+        takes_bias=False,
+    )
+
+
+def _atoms(view: View, dims: Sequence[int]) -> tuple[Atom, ...]:
+    return tuple(atom for i in dims for atom in view.dims[i])
+
+
+def _order(atoms: Sequence[Atom]) -> list[int]:
+    return sorted(range(len(atoms)), key=lambda i: (atoms[i][0], -atoms[i][1]))
+
+
+def _in_order(atoms: Sequence[Atom]) -> tuple[Atom, ...]:
+    return tuple(atoms[i] for i in _order(atoms))
+
+
+def _features(
+    x: Array,
+    stack: Sequence[int],
+    free: Sequence[int],
+    features: Sequence[int],
+    atoms: Sequence[Atom],
+) -> Array:
+    """`x` as (*stack, *free, features), the features in the order that the leaf has them in."""
+    x = jnp.transpose(x, (*stack, *free, *features))
+    kept = x.shape[: len(stack) + len(free)]
+    if len(atoms) > 1:
+        x = x.reshape(*kept, *(n for *_, n in atoms))
+        first = len(kept)
+        x = jnp.transpose(x, (*range(first), *(first + i for i in _order(atoms))))
+    return x.reshape(*kept, size(tuple(atoms)))
+
+
+def _stacked(f: Callable[[Array], Array], times: int) -> Callable[[Array], Array]:
+    for _ in range(times):
+        f = jax.vmap(f)
+    return f
+
+
+def _cut(x: Array, cut: Cut | None) -> Array:
+    return x if cut is None else jax.lax.slice_in_dim(x, cut[1], cut[1] + cut[2], axis=cut[0])

@@ -1,0 +1,97 @@
+"""The check that needs no oracle: the rows of every layer multiply to its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+
+from singd_core._array import Array
+from singd_jax._calls import EXPAND, Call
+from singd_jax._curvature import Tapped
+from singd_jax._layers import Layer, Layers
+from singd_jax._loss import Leaves
+
+
+def check(
+    loss: Callable[..., Any], layers: Layers, *, tolerance: float = 1e-4, has_aux: bool = False
+) -> Callable[..., dict[str, float]]:
+    """Whether `Bᵀ A = ∇W` holds for the rows captured of every layer.
+
+    A layer whose weight is read by something else as well, e.g. by a penalty, has more in its
+    gradient than its rows say: it is reported and not held to the tolerance.
+
+    Args:
+        loss: The loss that the layers were found in.
+        layers: What `find_layers` returned.
+        tolerance: Of the difference, relative to the norm of ∇W.
+        has_aux: Whether the loss returns a pair of which the second is auxiliary.
+
+    Returns:
+        A function of `params, *batch` that returns the relative difference of each layer.
+
+    Raises:
+        AssertionError: Naming the layers whose difference is larger.
+
+    Example:
+        >>> from singd_jax import find_layers
+        >>> loss = lambda params, x: jnp.mean(jnp.tanh(x @ params["w"]) ** 2)
+        >>> params, x = {"w": jnp.ones((3, 2))}, jnp.ones((8, 3))
+        >>> layers = find_layers(loss)(params, x)
+        >>> {name: round(gap, 3) for name, gap in check(loss, layers)(params, x).items()}
+        {'w': 0.0}
+    """
+
+    def function(params: Any, *batch: Any, **keywords: Any) -> dict[str, float]:
+        leaves = Leaves.of(params)
+        arrays = dict(zip(leaves.names, leaves.arrays, strict=True))
+        slots = {name: jnp.zeros_like(layer.matrix(arrays)) for name, layer in layers.items()}
+        tapped = Tapped(loss, layers, None, None, _product)
+        _, grads, products, _ = tapped.value_and_grad(params, slots, {}, batch, keywords, has_aux)
+        flat = Leaves.of(grads)
+        gradients = dict(zip(flat.names, flat.arrays, strict=True))
+        found = {}
+        for name, layer in layers.items():
+            matrix = layer.matrix(gradients)
+            gap = jnp.linalg.norm((products[name] - matrix).ravel())
+            found[name] = float(gap / (jnp.linalg.norm(matrix.ravel()) + 1e-30))
+        wrong = [
+            f"{name} ({gap:.2g})"
+            for name, gap in found.items()
+            if not gap <= tolerance and not layers[name].elsewhere
+        ]
+        if wrong:
+            raise AssertionError(
+                "the rows of these layers do not multiply to their gradient, which is a bug in "
+                f"singd_jax: {', '.join(wrong)}"
+            )
+        return found
+
+    return function
+
+
+def _product(call: Call, layer: Layer, kfac_approx: str) -> Callable[..., Array]:
+    """The rule that returns BᵀA."""
+
+    def rule(x: Array, g: Array, factors: Any) -> Array:
+        del factors
+        swapped = call.layout != (
+            layer.weight.stack,
+            layer.weight.outs,
+            layer.weight.ins,
+            layer.weight.flips,
+        )
+        bias = layer.bias is not None
+        if call.product is not None:
+            matrix = call.product(x, g)
+        else:
+            A, B = call.inputs(x, bias and not swapped, EXPAND), call.outputs(g, EXPAND)
+            matrix = B.mT @ A
+        if swapped:
+            matrix = matrix.mT
+            column = [(0, 0)] * (matrix.ndim - 1) + [(0, int(bias))]
+            matrix = jnp.pad(matrix, column)
+        return matrix
+
+    return rule

@@ -1,0 +1,97 @@
+"""Every use of what jax does not promise to keep: its jaxprs, and types that vary over a mesh.
+
+Written for jax 0.6 to 0.12. Primitives are matched by name: their objects move between modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import jax
+from jax.extend import core
+
+Jaxpr: TypeAlias = Any
+Equation: TypeAlias = Any
+Variable: TypeAlias = Any
+
+# The equations that call other jaxprs, under their old and new names.
+CALLS: Mapping[str, str] = {
+    "jit": "inline",
+    "pjit": "inline",
+    "closed_call": "inline",
+    "core_call": "inline",
+    "remat": "remat",
+    "remat2": "remat",
+    "checkpoint": "remat",
+    "scan": "scan",
+    "cond": "cond",
+    "shard_map": "shard_map",
+}
+
+
+def is_literal(v: Variable) -> bool:
+    """Whether an operand is a constant written into the jaxpr."""
+    return isinstance(v, core.Literal)
+
+
+def evaluate(eqn: Equation, values: Sequence[Any]) -> list[Any]:
+    """The results of one equation, by jax's own evaluator: rules of differentiation are kept."""
+    given = {
+        v: x for v, x in zip(eqn.invars, values, strict=True) if not isinstance(v, core.Literal)
+    }
+    jaxpr = core.Jaxpr([], list(given), list(eqn.outvars), [eqn], eqn.effects)
+    return list(core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, []))(*given.values()))
+
+
+def inner_jaxpr(eqn: Equation) -> tuple[Jaxpr, Sequence[Any]]:
+    """The jaxpr that a call runs, and its constants."""
+    found = eqn.params.get("jaxpr") or eqn.params["call_jaxpr"]
+    return (found.jaxpr, found.consts) if isinstance(found, core.ClosedJaxpr) else (found, ())
+
+
+def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
+    """The numbers of constants and of carried values of a scan (a tree from jax 0.11 on)."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, *_ = (len(list(part)) for part in params["ft_in"].unpack())
+    return consts, carry
+
+
+def shard_map(eqn: Equation, f: Callable[..., Any], extra_specs: Any) -> Callable[..., Any]:
+    """`f(operands, extra)` under the shard_map of an equation, `extra` sharded as told."""
+    p = eqn.params
+    manual = p.get("newly_manual_axes", p.get("manual_axes"))
+    return jax.shard_map(  # type: ignore[no-any-return]
+        f,
+        mesh=p["mesh"],
+        in_specs=(list(p["in_specs"]), extra_specs),
+        out_specs=list(p["out_specs"]),
+        check_vma=p["check_vma"],
+        axis_names=set(manual),
+    )
+
+
+def varying(x: Any) -> frozenset[Any]:
+    """The mesh axes over which `x` differs between devices, inside shard_map."""
+    kind = jax.typeof(x)
+    manual = getattr(kind, "manual_axis_type", None)
+    return frozenset(getattr(manual, "varying", None) or getattr(kind, "vma", None) or ())
+
+
+def vary(x: Any, axes: frozenset[Any]) -> Any:
+    """`x` marked as different between devices: autodiff then sums its gradient over them."""
+    new = tuple(axes - varying(x))
+    if not new:
+        return x
+    pcast = getattr(jax.lax, "pcast", None)
+    return jax.lax.pvary(x, new) if pcast is None else pcast(x, new, to="varying")
+
+
+def auto_sharded(f: Callable[..., Any], like: Any) -> Callable[..., Any]:
+    """`f` with its shardings left to XLA, the result sharded like `like`, on explicit meshes."""
+    mesh = getattr(jax.sharding, "get_abstract_mesh", lambda: None)()
+    if mesh is None or not getattr(mesh, "explicit_axes", ()):
+        return f
+    specs = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding, like)
+    return jax.sharding.auto_axes(f, out_sharding=specs)  # type: ignore[no-any-return]

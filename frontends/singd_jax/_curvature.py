@@ -1,0 +1,186 @@
+"""The gradient of a loss and the curvature of its layers in one backward pass."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from singd_core._array import Array
+from singd_core.preconditioner import Factors
+from singd_core.updates.curvature import Curvature, Measured
+from singd_core.updates.inverse_free import InverseFree
+from singd_jax._calls import Call
+from singd_jax._layers import Layer, Layers
+from singd_jax._loss import Leaves, evaluate, size_of_batch
+from singd_jax._state import find_state
+from singd_jax._tap import Port, tap
+from singd_jax._trace import Key, Ports, Tracer
+
+
+class Sums(NamedTuple):
+    """What the taps of a layer add up, the stack's axes first.
+
+    Attributes:
+        inputs: Of the rows of inputs.
+        outputs: Of the rows of output gradients.
+        N: The number of rows.
+        terms: Their number if every position is one.
+    """
+
+    inputs: Measured
+    outputs: Measured
+    N: Array
+    terms: Array
+
+
+def value_and_curvature(
+    loss: Callable[..., Any], layers: Layers, *, has_aux: bool = False
+) -> Callable[..., tuple[Any, Any, dict[str, Curvature]]]:
+    """A function of `params, state, *batch` returning the loss, its gradient and the curvature.
+
+    It is `jax.value_and_grad` with one more result, for `tx.update(..., curvature=curvature)`. In
+    steps that do not refresh the factors (see `T`) the curvature is zeros, and is not computed.
+
+    Args:
+        loss: The loss that the layers were found in.
+        layers: What `find_layers` returned.
+        has_aux: Whether the loss returns a pair of which the second is auxiliary.
+
+    Returns:
+        A function of the parameters, the optimizer's state and the batch. The value is that of
+        `jax.value_and_grad`; gradients of what is not trained are None.
+
+    Raises:
+        ValueError: If the state has no state of singd in it.
+    """
+
+    def function(
+        params: Any, state: Any, *batch: Any, **keywords: Any
+    ) -> tuple[Any, Any, dict[str, Curvature]]:
+        own = find_state(state)
+        factors = {
+            name: _measuring(layer.factors)
+            for name, layer in own.core.layers.items()
+            if name in layers
+        }
+        needed = layers.loss_average == "batch" or layers.kfac_approx == "reduce"
+        n = size_of_batch(layers.batch_size, batch, keywords) if needed else None
+        tapped = Tapped(loss, layers, n, own.due)
+        slots = {name: _slot(layers[name], factors[name]) for name in factors}
+        value, grads, sums, seen = tapped.value_and_grad(
+            params, slots, factors, batch, keywords, has_aux
+        )
+        curvature = {
+            name: _curvature(sums[name], layers, n, layers[name].uses)
+            for name in factors
+            if name in seen
+        }
+        return value, grads, curvature
+
+    return function
+
+
+@dataclasses.dataclass(frozen=True)
+class Tapped:
+    """A loss whose layers return something as the gradient of a slot.
+
+    Attributes:
+        loss: The loss.
+        layers: Its layers.
+        batch_size: The number of examples.
+        due: Where it is to be returned; None is always.
+        rule: Makes what is returned from the product, the layer and `kfac_approx`.
+    """
+
+    loss: Callable[..., Any]
+    layers: Layers
+    batch_size: int | None
+    due: Array | None
+    rule: Callable[[Call, Layer, str], Callable[..., Any]] | None = None
+
+    def value_and_grad(
+        self,
+        params: Any,
+        slots: Mapping[str, Any],
+        factors: Mapping[str, Any],
+        batch: tuple[Any, ...],
+        keywords: Mapping[str, Any],
+        has_aux: bool,
+    ) -> tuple[Any, Any, dict[str, Any], set[str]]:
+        """The value, the gradient, what the slots got, and which layers gave something."""
+        leaves, seen = Leaves.of(params), set[str]()
+        index = {name: i for i, name in enumerate(leaves.names)}
+        keys: dict[Key, str] = {}
+        for name in slots:
+            weight = self.layers[name].weight
+            keys[index[weight.name], weight.region] = name
+
+        def visit(key: Key, call: Call, x: Array, y: Array, ports: Ports) -> Array:
+            name = keys.get(key)
+            if name is None or key not in ports or not self._wanted(self.layers[name], call):
+                return y
+            seen.add(name)
+            rule = (self.rule or _measure)(call, self.layers[name], self.layers.kfac_approx)
+            return tap(rule, y, x, ports[key], self.due)
+
+        def function(arrays: list[Array], slots: Mapping[str, Any]) -> Any:
+            ports = {key: Port(slots[name], factors.get(name)) for key, name in keys.items()}
+            tracer = Tracer(self.batch_size, visit)
+            return evaluate(self.loss, tracer, leaves, arrays, ports, batch, keywords)
+
+        value, (grads, got) = jax.value_and_grad(function, argnums=(0, 1), has_aux=has_aux)(
+            list(leaves.arrays), dict(slots)
+        )
+        return value, leaves.gradients(grads), got, seen
+
+    def _wanted(self, layer: Layer, call: Call) -> bool:
+        w = layer.weight
+        layout = w.stack, w.outs, w.ins, w.flips
+        return call.layout == layout or (self.rule is not None and call.transposed == layout)
+
+
+def _measure(call: Call, layer: Layer, kfac_approx: str) -> Callable[..., Sums]:
+    """The rule that measures the rows with the layer's factors."""
+
+    def rule(x: Array, g: Array, factors: Factors) -> Sums:
+        A = call.inputs(x, layer.bias is not None, kfac_approx)
+        B = call.outputs(g, kfac_approx)
+        inputs, outputs = factors.measure(A, B)
+        stack = B.shape[:-2]
+        N, terms = (jnp.full(stack, n, jnp.float32) for n in (B.shape[-2], call.rows))
+        return Sums(inputs, outputs, N, terms)
+
+    return rule
+
+
+def _measuring(factors: Factors) -> Factors:
+    """The factors with only what `measure` needs."""
+    if isinstance(factors, InverseFree):
+        return dataclasses.replace(factors, m_K=None, m_C=None, averages=None)  # type: ignore[arg-type]
+    return dataclasses.replace(factors, P_K=None, P_C=None, averages=None)  # type: ignore[arg-type]
+
+
+def _slot(layer: Layer, factors: Factors) -> Sums:
+    """Zeros of the shapes that `measure` returns."""
+    stack, d_out, d_in = layer.shape
+
+    def shaped(factors: Factors) -> Sums:
+        A, B = (jnp.zeros((*stack, 1, d), jnp.float32) for d in (d_in, d_out))
+        number = jnp.zeros(stack, jnp.float32)
+        return Sums(*factors.measure(A, B), number, number)
+
+    shapes = jax.eval_shape(shaped, factors)
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)  # type: ignore[no-any-return]
+
+
+def _curvature(sums: Sums, layers: Layers, batch_size: int | None, uses: int) -> Curvature:
+    M: Any = 1
+    if layers.loss_average == "batch":
+        M = batch_size
+    elif layers.loss_average == "batch+sequence":
+        M = sums.terms / uses
+    return Curvature.of(sums.inputs, sums.N, sums.outputs, M)

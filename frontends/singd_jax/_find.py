@@ -1,0 +1,235 @@
+"""Finding the layers of a loss from its shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from singd_core import preconditioner
+from singd_core._array import Array
+from singd_core.curvature.base import is_expand, loss_terms
+from singd_jax._axes import merged
+from singd_jax._bias import Bias
+from singd_jax._calls import Call
+from singd_jax._layers import Layer, Layers, Part, pair
+from singd_jax._loss import Leaves, evaluate, size_of_batch
+from singd_jax._trace import Key, Path, Ports, Tracer
+
+
+def find_layers(
+    loss: Callable[..., Any],
+    *,
+    structures: str | preconditioner.Structures = ("dense", "dense"),
+    kfac_approx: str = "expand",
+    loss_average: str | None = "batch",
+    batch_size: Any = None,
+) -> Callable[..., Layers]:
+    """The layers of a loss `loss(params, *batch)`, found without computing anything.
+
+    Args:
+        loss: A function that `jax.grad` takes; with auxiliary output or without.
+        structures: Of the factors K (inputs) and C (outputs), or one for both: what the table
+            shows, and what the optimizer takes unless it is told others.
+        kfac_approx: "expand" or "reduce": how positions that share the weight are treated.
+        loss_average: What the loss is a mean of: "batch", "batch+sequence", or None for a sum.
+        batch_size: How many examples the batch holds: a number, or a function of `*batch`. None
+            reads it off the first axis of the arrays in the batch, which must agree. Inside
+            shard_map, where the batch is a part of the whole, it must be given.
+
+    Returns:
+        A function of `params, *batch`, arrays or their shapes, that returns the layers.
+
+    Raises:
+        ValueError: If an option is unknown, or the batch size is not to be seen.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> def loss(params, x, y):
+        ...     return jnp.mean((jnp.tanh(x @ params["w"] + params["b"]) * params["s"] - y) ** 2)
+        >>> params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2), "s": jnp.ones(2)}
+        >>> print(find_layers(loss)(params, jnp.ones((8, 3)), jnp.ones((8, 2))))
+        parameter  shape  kind   matrix  K      C      bytes of factors
+        w + b      3×2    dense  2×4     dense  dense                80
+        s          2      AdamW                                          multiplied entry by entry
+    """
+    is_expand(kfac_approx)
+    loss_terms(loss_average, 1, ())
+    preconditioner.resolve(pair(structures), kfac=False)
+
+    def find(params: Any, *batch: Any, **keywords: Any) -> Layers:
+        leaves = Leaves.of(params)
+        needed = loss_average == "batch" or kfac_approx == "reduce"
+        n = size_of_batch(batch_size, batch, keywords) if needed else None
+        tracer = Tracer(n, _untouched)
+        jax.eval_shape(
+            lambda arrays: evaluate(loss, tracer, leaves, arrays, {}, batch, keywords),
+            list(leaves.arrays),
+        )
+        search = _Search(tracer, leaves)
+        search.run(kfac_approx)
+        return Layers(
+            found=search.layers,
+            others=search.others(),
+            shapes={k: tuple(a.shape) for k, a in zip(leaves.names, leaves.arrays, strict=True)},
+            itemsizes={
+                k: a.dtype.itemsize for k, a in zip(leaves.names, leaves.arrays, strict=True)
+            },
+            structures=pair(structures),
+            kfac_approx=kfac_approx,
+            loss_average=loss_average,
+            batch_size=batch_size,
+        )
+
+    return find
+
+
+def _untouched(key: Key, call: Call, x: Array, y: Array, ports: Ports) -> Array:
+    return y
+
+
+class _Search:
+    """Decides, from what a tracer saw, which parameters form layers."""
+
+    def __init__(self, tracer: Tracer, leaves: Leaves) -> None:
+        self.tracer, self.leaves = tracer, leaves
+        self.layers: dict[str, Layer] = {}
+        self.reasons: dict[str, str] = {}
+
+    def run(self, kfac_approx: str) -> None:
+        candidates = []
+        for key in sorted(self.tracer.calls):
+            layer = self._layer(key, self.tracer.calls[key], kfac_approx)
+            if layer is not None:
+                candidates.append(layer)
+        candidates = self._without_shared_biases(candidates)
+        while True:  # a bias that is let go may leave another leaf uncovered
+            kept = self._covered(candidates)
+            if kept == candidates:
+                break
+            candidates = kept
+        self.layers = {layer.name: self._with_other_reads(layer) for layer in candidates}
+
+    def others(self) -> dict[str, str]:
+        """Why the remaining parameters belong to no layer."""
+        owned = {name for layer in self.layers.values() for name in layer.leaves}
+        found = {}
+        for i, name in enumerate(self.leaves.names):
+            if name not in owned:
+                read = "; ".join(self.tracer.reads.get(i, ()))
+                found[name] = self.reasons.get(name) or read or "not read by the loss"
+        return found
+
+    def _layer(self, key: Key, calls: dict[Path, Call], kfac_approx: str) -> Layer | None:
+        """The layer of a region of a leaf, or None with a reason."""
+        leaf, region = key
+        name = self.leaves.names[leaf]
+        embeddings = [call for call in calls.values() if call.kind == "embedding"]
+        main = next((c for c in calls.values() if c.kind != "embedding"), *embeddings[:1])
+        uses = {path: call for path, call in calls.items() if call.layout == main.layout}
+        rest = [call for path, call in calls.items() if path not in uses]
+        if any(call.layout != main.transposed for call in rest):
+            self.reasons[name] = "used as two different matrices"
+            return None
+        weight = self._part(leaf, main.view, main.stack, main.outs, main.ins)
+        if weight.numbers != math.prod(n for _, n in region):
+            self.reasons[name] = "used as a matrix only in part"
+            return None
+        notes, diagonal = [], ""
+        if embeddings:
+            diagonal = "K" if embeddings[0].layout == main.layout else "C"
+        if rest:
+            notes.append("also used transposed: its curvature is that of the other use")
+        if kfac_approx == "reduce" and not all(call.reduces for call in uses.values()):
+            notes.append('no axis of the batch: rows as in "expand"')
+        kind = main.kind if len(uses) == 1 else f"{main.kind}, {len(uses)} uses"
+        if embeddings and main.kind != "embedding":
+            kind += " and embedding"
+        own = "" if weight.whole else _region(weight)
+        return Layer(
+            name + own,
+            kind,
+            weight,
+            self._bias(key, uses),
+            len(uses),
+            diagonal,
+            notes=tuple(notes),
+        )
+
+    def _bias(self, key: Key, uses: dict[Path, Call]) -> Part | None:
+        """The bias that every use has."""
+        found = [self.tracer.biases[key].get(path) for path in uses]
+        parts = {None if bias is None else self._bias_part(bias) for bias in found}
+        if len(parts) == 1:
+            return parts.pop()
+        for part in parts:
+            if part is not None:
+                self.reasons[part.name] = "added to some uses of a weight and not to others"
+        return None
+
+    def _bias_part(self, bias: Bias) -> Part:
+        return self._part(bias.view.leaf, bias.view, bias.stack, bias.outs, ())
+
+    def _part(self, leaf: int, view: Any, stack: Any, outs: Any, ins: Any) -> Part:
+        return Part(
+            self.leaves.names[leaf],
+            tuple(self.leaves.arrays[leaf].shape),
+            view.region,
+            view.flips,
+            tuple(stack),
+            merged(outs),
+            merged(ins),
+        )
+
+    def _with_other_reads(self, layer: Layer) -> Layer:
+        indices = [self.leaves.names.index(name) for name in layer.leaves]
+        reads = {reason: None for i in indices for reason in self.tracer.reads.get(i, ())}
+        return dataclasses.replace(layer, elsewhere=tuple(reads))
+
+    def _without_shared_biases(self, layers: list[Layer]) -> list[Layer]:
+        counts: dict[Any, int] = {}
+        for layer in layers:
+            if layer.bias is not None:
+                where = layer.bias.name, layer.bias.region
+                counts[where] = counts.get(where, 0) + 1
+        kept = []
+        for layer in layers:
+            if layer.bias is not None and counts[layer.bias.name, layer.bias.region] > 1:
+                self.reasons[layer.bias.name] = "the bias of several layers"
+                layer = dataclasses.replace(layer, bias=None)
+            kept.append(layer)
+        return kept
+
+    def _covered(self, layers: list[Layer]) -> list[Layer]:
+        """Without the layers and biases whose leaf is not made of such parts alone."""
+        numbers: dict[str, int] = {}
+        for layer in layers:
+            for part in (layer.weight, layer.bias):
+                if part is not None:
+                    numbers[part.name] = numbers.get(part.name, 0) + part.numbers
+        sizes = {
+            name: math.prod(array.shape)
+            for name, array in zip(self.leaves.names, self.leaves.arrays, strict=True)
+        }
+        kept = []
+        for layer in layers:
+            if numbers[layer.weight.name] != sizes[layer.weight.name]:
+                self.reasons[layer.weight.name] = "used in parts that overlap or leave some out"
+                continue
+            bias = layer.bias
+            if bias is not None and numbers[bias.name] != sizes[bias.name]:
+                self.reasons[bias.name] = "a bias only in part"
+                layer = dataclasses.replace(layer, bias=None)
+            kept.append(layer)
+        return kept
+
+
+def _region(part: Part) -> str:
+    def along(axis: int, start: int, n: int) -> str:
+        whole = part.shape[axis]
+        return ":" if n == whole else str(start) if n == 1 else f"{start}:{start + n}"
+
+    return f"[{','.join(along(i, *span) for i, span in enumerate(part.region))}]"

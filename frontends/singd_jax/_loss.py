@@ -1,0 +1,130 @@
+"""A user's loss as a function of the leaves of its parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from singd_core._array import Array
+from singd_jax._axes import View
+from singd_jax._trace import Ports, Tracer
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaves:
+    """The trainable leaves of any pytree (a dict, an nnx state, an Equinox module).
+
+    Attributes:
+        names: Their names: the path's keys joined by dots.
+        arrays: The leaves.
+        join: Puts leaves back into the pytree.
+    """
+
+    names: tuple[str, ...]
+    arrays: tuple[Array, ...]
+    join: Callable[[Sequence[Any]], Any]
+
+    @classmethod
+    def of(cls, params: Any) -> Leaves:
+        """Those that are arrays of floating-point numbers."""
+        flat, tree = jax.tree_util.tree_flatten_with_path(params)
+        trained = [_is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating) for _, leaf in flat]
+        names = [_name(path) for path, _ in flat]
+        if len(set(names)) < len(names):  # {"a.b": ...} beside {"a": {"b": ...}}
+            names = [jax.tree_util.keystr(path) for path, _ in flat]
+
+        def join(leaves: Sequence[Any], other: Any = None) -> Any:
+            new = iter(leaves)
+            pairs = zip(flat, trained, strict=True)
+            return tree.unflatten([next(new) if own else leaf for (_, leaf), own in pairs])
+
+        chosen = [i for i, own in enumerate(trained) if own]
+        return cls(tuple(names[i] for i in chosen), tuple(flat[i][1] for i in chosen), join)
+
+    def gradients(self, leaves: Sequence[Array]) -> Any:
+        """The pytree of gradients: None in place of what is not trained."""
+        paired = self.join([_Gradient(leaf) for leaf in leaves])
+        return jax.tree.map(
+            lambda leaf: leaf.value if isinstance(leaf, _Gradient) else None,
+            paired,
+            is_leaf=lambda leaf: isinstance(leaf, _Gradient),
+        )
+
+
+class _Gradient:
+    """A gradient that is told apart from what is not trained."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def evaluate(
+    loss: Callable[..., Any],
+    tracer: Tracer,
+    params: Leaves,
+    leaves: Sequence[Array],
+    ports: Ports,
+    batch: tuple[Any, ...],
+    keywords: Mapping[str, Any],
+) -> Any:
+    """What the loss returns, evaluated by a tracer."""
+    flat, tree = jax.tree.flatten((batch, dict(keywords)))
+    which = [i for i, value in enumerate(flat) if _is_array(value)]
+
+    def function(leaves: Any, arrays: Any) -> Any:
+        full = list(flat)
+        for i, array in zip(which, arrays, strict=True):
+            full[i] = array
+        args, named = tree.unflatten(full)
+        return loss(params.join(leaves), *args, **named)
+
+    arrays = [flat[i] for i in which]
+    closed, shape = jax.make_jaxpr(function, return_shape=True)(list(leaves), arrays)
+    views = [View.of_leaf(i, leaf.shape) for i, leaf in enumerate(leaves)]
+    origins = [*views, *[None] * len(arrays)]
+    args = [*leaves, *arrays]
+    results, _ = tracer.run(closed.jaxpr, closed.consts, args, origins, ports)
+    return jax.tree.unflatten(jax.tree.structure(shape), results)
+
+
+def size_of_batch(given: Any, batch: tuple[Any, ...], keywords: Mapping[str, Any]) -> int:
+    """The batch size: the first axis of the arrays in the batch, unless it is given.
+
+    Raises:
+        ValueError: If the arrays do not agree on it.
+    """
+    if given is not None:
+        return int(given(*batch, **keywords)) if callable(given) else int(given)
+    flat, _ = jax.tree_util.tree_flatten_with_path((batch, dict(keywords)))
+    sizes = {
+        ("batch" + jax.tree_util.keystr(path[1:])): value.shape[0]
+        for path, value in flat
+        if _is_array(value) and value.ndim > 0 and not _is_key(value)
+    }
+    if len(set(sizes.values())) != 1:
+        told = ", ".join(f"{name} {n}" for name, n in sizes.items()) or "there is no array"
+        raise ValueError(
+            "the batch size is not to be seen from the first axes of the arguments after the "
+            f"parameters ({told}): give find_layers(loss, batch_size=...), a number or a function "
+            "of these arguments"
+        )
+    return next(iter(sizes.values()))
+
+
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "shape") and hasattr(value, "dtype")
+
+
+def _is_key(value: Any) -> bool:
+    """Whether it is a key of a random generator, typed or of two numbers."""
+    if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+        return True
+    return value.dtype == jnp.uint32 and value.shape == (2,)
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".") or "params"

@@ -1,0 +1,47 @@
+"""Structures, states and all other trees of the core, as pytrees of jax."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+
+from singd_core._tree import Tree
+
+_done: set[type[Tree]] = set()
+
+
+def register_trees() -> None:
+    """Make every tree of the core a pytree of jax, those included that are defined later.
+
+    Rebuilding skips `__init__`, since jax also rebuilds trees of things that are no arrays.
+    """
+    if _register not in Tree.listeners:
+        Tree.listeners.append(_register)
+    for cls in Tree.classes:
+        _register(cls)
+
+
+def _register(cls: type[Tree]) -> None:
+    if cls in _done:
+        return
+    _done.add(cls)
+
+    def flatten(tree: Tree) -> tuple[tuple[Any, ...], None]:
+        return tuple(getattr(tree, n) for n in cls.field_names()), None
+
+    def flatten_with_keys(tree: Tree) -> tuple[tuple[tuple[Any, Any], ...], None]:
+        names = cls.field_names()
+        return tuple((jax.tree_util.GetAttrKey(n), getattr(tree, n)) for n in names), None
+
+    def unflatten(_: None, children: Iterable[Any]) -> Tree:
+        new = object.__new__(cls)
+        for n, child in zip(cls.field_names(), children, strict=True):
+            object.__setattr__(new, n, child)
+        return new
+
+    try:
+        jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    except ValueError:  # singd_core.testing has registered it, in the same form
+        pass

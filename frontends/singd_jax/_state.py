@@ -1,0 +1,75 @@
+"""The state of the optimizer: a pytree of arrays, and its flat form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from singd_core import state as flat_state
+from singd_core._array import Array
+from singd_core.optimizer import State
+
+
+class SingdState(NamedTuple):
+    """The state of `singd` and `scale_by_singd`.
+
+    Attributes:
+        core: The state as every frontend has it; see `singd_core.optimizer.State`.
+        T: Steps between two refreshes of the factors, or None if it is every step.
+    """
+
+    core: State
+    T: Array | None
+
+    @property
+    def due(self) -> Array | None:
+        """Whether the next step refreshes the factors; None if every step does."""
+        return None if self.T is None else self.core.step % self.T == 0
+
+
+def find_state(opt_state: Any) -> SingdState:
+    """The one `SingdState` inside an optimizer's state, e.g. of `optax.chain`.
+
+    Raises:
+        ValueError: If there is none, or more than one.
+    """
+    found = [leaf for leaf in jax.tree.leaves(opt_state, is_leaf=_is_state) if _is_state(leaf)]
+    if len(found) != 1:
+        raise ValueError(
+            f"the optimizer's state holds {len(found)} states of singd where one is needed: pass "
+            "what `tx.init(params)` returned"
+        )
+    return found[0]  # type: ignore[no-any-return]
+
+
+def flatten(opt_state: Any) -> dict[str, Any]:
+    """The state of singd as named arrays, as in every frontend (see `singd_core.state`)."""
+    return flat_state.flatten(find_state(opt_state).core)
+
+
+def unflatten(opt_state: Any, flat: Mapping[str, Any]) -> Any:
+    """The optimizer's state with that of singd taken from named arrays.
+
+    Args:
+        opt_state: A state of the same parameters and settings, e.g. from `tx.init`.
+        flat: What `flatten` returned, or another frontend's state under the same names.
+
+    Raises:
+        ValueError: Naming the first entry that is missing, left over or of another shape.
+    """
+    find_state(opt_state)
+
+    def restored(leaf: Any) -> Any:
+        if not _is_state(leaf):
+            return leaf
+        arrays = {name: jnp.asarray(array) for name, array in flat.items()}
+        return leaf._replace(core=flat_state.unflatten(leaf.core, arrays))
+
+    return jax.tree.map(restored, opt_state, is_leaf=_is_state)
+
+
+def _is_state(leaf: Any) -> bool:
+    return isinstance(leaf, SingdState)

@@ -1,0 +1,75 @@
+"""An identity on a layer's output whose gradient is the layer's curvature."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from singd_core._array import Array
+from singd_jax import _compat
+
+# Takes the layer's input, the gradient at its output and the factors; returns a tree like `slot`.
+Rule: TypeAlias = Callable[[Array, Array, Any], Any]
+
+
+class Port(NamedTuple):
+    """What a tap of a layer needs; the stack's axes come first in every array.
+
+    Attributes:
+        slot: Zeros. The gradient with respect to it is the sum of what the rule returns.
+        factors: What the rule measures with.
+    """
+
+    slot: Any
+    factors: Any
+
+
+def tap(rule: Rule, y: Array, x: Array, port: Port, due: Array | None) -> Array:
+    """`y`. Where `due`, `rule(x, g, factors)` of its gradient g is added to that of the slot.
+
+    Sums over the steps of a scan, over devices, micro-batches and uses of a weight are autodiff's.
+    """
+    axes = _compat.varying(y) | _compat.varying(x)
+    slot = jax.tree.map(lambda s: _compat.vary(s, axes), port.slot)
+    return _tap(rule, y, x, slot, port.factors, due)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _tap(rule: Rule, y: Array, x: Array, slot: Any, factors: Any, due: Any) -> Array:
+    return y
+
+
+def _forward(
+    rule: Rule, y: Array, x: Array, slot: Any, factors: Any, due: Any
+) -> tuple[Array, Any]:
+    return y, (x, slot, factors, due)
+
+
+def _backward(rule: Rule, residuals: Any, g: Array) -> tuple[Any, ...]:
+    x, slot, factors, due = residuals
+
+    def measured(x: Array, g: Array, factors: Any) -> Any:
+        found = rule(x, g, factors)
+        return jax.tree.map(_like, found, slot)
+
+    def nothing(x: Array, g: Array, factors: Any) -> Any:
+        return jax.tree.map(lambda s: _like(jnp.zeros(s.shape, s.dtype), s), slot)
+
+    def curvature(x: Array, g: Array, factors: Any, due: Any) -> Any:
+        if due is None:
+            return measured(x, g, factors)
+        return jax.lax.cond(due, measured, nothing, x, g, factors)
+
+    found = _compat.auto_sharded(curvature, slot)(x, g, factors, due)
+    return g, None, found, None, None
+
+
+def _like(value: Array, slot: Array) -> Array:
+    return _compat.vary(value.astype(slot.dtype), _compat.varying(slot))
+
+
+_tap.defvjp(_forward, _backward)

@@ -1,0 +1,58 @@
+"""The built-in structures under all laws, with parameters smaller and larger than the matrix."""
+
+import pytest
+
+from singd_core.structures import (
+    Dense,
+    Diagonal,
+    Tril,
+    TrilToeplitz,
+    Triu,
+    TriuToeplitz,
+    blockdiagonal,
+    hierarchical,
+    names,
+    trilbottomrightdiag,
+    triltopleftdiag,
+    triubottomrightdiag,
+    triutopleftdiag,
+)
+from singd_core.testing import laws
+from singd_core.testing.laws_arrays import dense_operations
+
+STRUCTURES = [
+    Dense,
+    Diagonal,
+    Tril,
+    Triu,
+    TrilToeplitz,
+    TriuToeplitz,
+    blockdiagonal(1),
+    blockdiagonal(3),
+    blockdiagonal(30),
+    trilbottomrightdiag(),
+    trilbottomrightdiag(3),
+    triltopleftdiag(2),
+    triubottomrightdiag(2),
+    triutopleftdiag(1),
+    triutopleftdiag(9),
+    hierarchical(1, 1),
+    hierarchical(2, 3),
+    hierarchical(15, 15),
+]
+
+
+@laws(*STRUCTURES)
+def test_a_built_in_structure_keeps_the_law(law):
+    law()
+
+
+@pytest.mark.parametrize("S", STRUCTURES, ids=lambda S: S.name)
+def test_no_operation_of_few_numbers_is_left_dense(S):
+    assert dense_operations(S) == []
+
+
+def test_every_registered_family_is_tested():
+    tested = {S.name.partition(":")[0] for S in STRUCTURES}
+    families = {name.partition(":")[0].partition("[")[0] for name in names()}
+    assert families - tested == {"block30diagonal", "hierarchical15_15"}

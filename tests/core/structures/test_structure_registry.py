@@ -1,0 +1,98 @@
+"""Names of structures, and what is said of a wrong one."""
+
+import pytest
+
+from singd_core.structures import (
+    BlockDiagonal,
+    Diagonal,
+    blockdiagonal,
+    get,
+    hierarchical,
+    names,
+    register,
+    registry,
+    trilbottomrightdiag,
+)
+
+
+def test_a_name_gives_its_structure():
+    assert get("diagonal") is Diagonal
+    assert get("blockdiagonal:4") is blockdiagonal(4)
+    assert get("hierarchical:2,3") is hierarchical(2, 3)
+    assert get("trilbottomrightdiag") is trilbottomrightdiag(1)
+    assert get("trilbottomrightdiag:1") is get("trilbottomrightdiag")
+
+
+def test_the_authors_names_are_known():
+    assert get("block30diagonal") is blockdiagonal(30)
+    assert get("hierarchical15_15") is hierarchical(15, 15)
+
+
+def test_a_structure_is_its_own_name():
+    assert get(Diagonal) is Diagonal
+
+
+def test_names_show_parameters():
+    assert "blockdiagonal:b" in names()
+    assert "trilbottomrightdiag[:k]" in names()
+    assert "hierarchical:k1,k2" in names()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("diagnoal", 'there is no structure "diagnoal"; there are dense, diagonal, '),
+        ("diagonal:3", '"diagonal:3": diagonal takes no parameters'),
+        ("hierarchical:2", '"hierarchical:2": expected "hierarchical:k1,k2" with integers'),
+        ("hierarchical:2,3,4", '"hierarchical:2,3,4": expected "hierarchical:k1,k2" with integers'),
+        ("blockdiagonal", '"blockdiagonal": expected "blockdiagonal:b" with integers'),
+        ("blockdiagonal:x", '"blockdiagonal:x": expected "blockdiagonal:b" with integers'),
+        ("blockdiagonal:0", '"blockdiagonal:0": b must be at least 1, got 0'),
+        ("hierarchical:0,4", '"hierarchical:0,4": k1 must be at least 1, got 0'),
+        ("", 'there is no structure ""'),
+        (3, "3 is neither a structure nor a name"),
+        (int, "<class 'int'> is neither a structure nor a name"),
+    ],
+)
+def test_a_wrong_name_is_explained(name, message):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        get(name)
+    assert str(caught.value).startswith(message)
+    assert "hierarchical:k1,k2" in str(caught.value)
+
+
+@pytest.fixture
+def families(monkeypatch):
+    monkeypatch.setattr(registry, "_FAMILIES", dict(registry._FAMILIES))
+
+
+@pytest.mark.usefixtures("families")
+def test_a_registered_name_is_found_with_its_parameters():
+    register("mine", Diagonal)
+    register("blocks", blockdiagonal)
+    assert get("mine") is Diagonal
+    assert get("blocks:2") is blockdiagonal(2)
+    assert "mine" in names()
+    assert "blocks:b" in names()
+
+
+@pytest.mark.usefixtures("families")
+@pytest.mark.parametrize(
+    ("name", "structure", "error", "message"),
+    [
+        ("diagonal", Diagonal, ValueError, 'the name "diagonal" is taken'),
+        ("a:b", Diagonal, ValueError, "'a:b' cannot name a structure"),
+        ("", Diagonal, ValueError, "'' cannot name a structure"),
+        ("mine", int, TypeError, "is neither a subclass of Structure nor a function"),
+        ("mine", "diagonal", TypeError, "is neither a subclass of Structure nor a function"),
+    ],
+)
+def test_what_cannot_be_registered_is_explained(name, structure, error, message):
+    with pytest.raises(error, match=message):
+        register(name, structure)
+
+
+def test_equal_parameters_give_the_same_class():
+    assert blockdiagonal(7) is blockdiagonal(7)
+    assert issubclass(blockdiagonal(7), BlockDiagonal)
+    assert blockdiagonal(7).name == "blockdiagonal:7"

@@ -1,0 +1,31 @@
+"""The laws are tested too: every planted bug is found under the name one expects, by every law one."""
+
+import pytest
+
+from planted import BUGS
+from singd_core.testing import LAWS, LawError, backends, check_structure
+
+FOUND: dict[str, list[str]] = {}
+
+
+def _backends(names):
+    missing = [n for n in names if n not in [b.name for b in backends()]]
+    if missing:
+        pytest.skip(f"{', '.join(missing)} is not installed")
+    return [b for b in backends() if b.name in names]
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.structure.__name__)
+def test_a_planted_bug_is_found_under_the_expected_name(bug):
+    report = check_structure(bug.structure, backends=_backends(bug.backends), raises=False)
+    assert report.broken, "nothing was found"
+    assert report.broken[0] == bug.law, report
+    error = report.errors[0]
+    assert isinstance(error, LawError)
+    assert (error.law, error.structure) == (bug.law, bug.structure)
+    assert f'"{bug.law}"' in str(error)
+    assert error.backend in bug.backends
+
+
+def test_every_law_is_expected_of_a_planted_bug():
+    assert {bug.law for bug in BUGS} == set(LAWS)

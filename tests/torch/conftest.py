@@ -1,0 +1,14 @@
+"""What the tests of the torch frontend share."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def fresh_seed() -> Iterator[None]:
+    """Every test draws the same numbers, alone or after others, and leaves the generator alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield

@@ -1,0 +1,396 @@
+"""Wrong arguments are named at once, and wrong numbers do no harm."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from singd_torch import SINGD
+
+INF, NAN = float("inf"), float("nan")
+
+
+def network() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(6, 8), nn.LayerNorm(8), nn.Tanh(), nn.Unflatten(1, (2, 4)), nn.Conv1d(2, 3, 2),
+        nn.Flatten(), nn.Linear(9, 3),
+    )  # fmt: skip
+
+
+def loss_of(model: nn.Module, x: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(model(x).float(), torch.arange(len(x)) % 3)
+
+
+def step(model: nn.Module, optimizer: SINGD, x: Tensor | None = None) -> None:
+    optimizer.zero_grad()
+    loss_of(model, torch.randn(9, 6) if x is None else x).backward()
+    optimizer.step()
+
+
+# ---- arguments ---------------------------------------------------------------------------------
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "recipe": ({"recipe": "robsut"}, r"recipe='robsut': there are 'paper', 'robust'"),
+    "setting": ({"learning_rate": 0.1}, r"no setting 'learning_rate'; there are lr, momentum"),
+    "lr": ({"lr": -0.1}, r"lr=-0\.1: must be at least 0"),
+    "lr NaN": ({"lr": NAN}, r"lr=nan"),
+    "lr infinite": ({"lr": INF}, r"lr=inf"),
+    "momentum": ({"momentum": 1.0}, r"momentum=1\.0: must be in \[0, 1\)"),
+    "negative momentum": ({"momentum": -0.1}, r"momentum=-0\.1"),
+    "damping": ({"damping": -1e-3}, r"damping=-0\.001"),
+    "alpha1": ({"alpha1": 1.5}, r"alpha1=1\.5"),
+    "weight_decay": ({"weight_decay": -0.1}, r"weight_decay=-0\.1"),
+    "lr_cov": ({"lr_cov": -0.1}, r"lr_cov=-0\.1"),
+    "T": ({"T": 0}, r"T=0: must be an integer of at least 1"),
+    "T, a fraction": ({"T": 2.5}, r"T=2\.5"),
+    "order": ({"order": 0}, r"order=0"),
+    "factor_bound": ({"factor_bound": 0.0}, r"factor_bound=0\.0: must be positive"),
+    "kl_bound": ({"kl_bound": -1.0}, r"kl_bound=-1\.0"),
+    "rms_bound": ({"rms_bound": NAN}, r"rms_bound=nan"),
+    "loss_average": ({"loss_average": "mean"}, r"loss_average = 'mean': choose 'batch'"),
+    "kfac_approx": ({"kfac_approx": "shrink"}, r"kfac_approx = 'shrink': choose 'expand'"),
+    "first structure": (
+        {"structures": ("dens", "dense")},
+        r'structures\[0\] = there is no structure "dens"; there are dense, diagonal',
+    ),
+    "second structure": (
+        {"structures": ("dense", "hierarchical:0,4")},
+        r'structures\[1\] = "hierarchical:0,4": k1 must be at least 1',
+    ),
+    "structure's parameter": (
+        {"structures": ("blockdiagonal:x", "dense")},
+        r'structures\[0\] = "blockdiagonal:x": expected "blockdiagonal:b" with integers',
+    ),
+    "one structure": ({"structures": "dense"}, r"structures='dense': give two"),
+    "three structures": ({"structures": ("dense",) * 3}, r"give two, those of K and of C"),
+    "KFAC with structure": (
+        {"kfac": True, "structures": ("dense", "diagonal")},
+        r'structures\[1\] = "diagonal": KFAC inverts dense factors',
+    ),
+    "dtypes": ({"preconditioner_dtype": (torch.float32,)}, r"preconditioner_dtype: give two"),
+    "fallback_lr": ({"fallback_lr": -1.0}, r"fallback_lr=-1\.0: must be at least 0"),
+    "fallback_betas": ({"fallback_betas": (0.9, 1.0)}, r"fallback_betas=\(0\.9, 1\.0\)"),
+    "fallback_eps": ({"fallback_eps": -1e-8}, r"fallback_eps"),
+    "fallback_weight_decay": ({"fallback_weight_decay": -1.0}, r"fallback_weight_decay"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_setting_is_named(case: str) -> None:
+    given, message = WRONG[case]
+    with pytest.raises(ValueError, match=message):
+        SINGD(network(), **given)
+
+
+@pytest.mark.parametrize("case", [case for case in WRONG if case not in ("recipe", "setting")])
+def test_a_wrong_setting_of_a_group_is_named(case: str) -> None:
+    given, message = WRONG[case]
+    model = network()
+    groups = [{"params": model[0].parameters()}, {"params": model[6].parameters()} | given]
+    with pytest.raises(ValueError, match=message):
+        SINGD(model, groups)
+    optimizer = SINGD(model, groups[0]["params"] or model[0].parameters())
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": model[4].parameters()} | given)
+    assert len(optimizer.param_groups) == 1
+
+
+def test_an_unknown_setting_of_a_group_is_named() -> None:
+    model = network()
+    with pytest.raises(ValueError, match=r"no setting \['learning_rate'\]"):
+        SINGD(model, [{"params": model.parameters(), "learning_rate": 0.1}])
+
+
+def test_a_parameter_given_twice_is_an_error() -> None:
+    model = network()
+    p = model[0].weight
+    with pytest.raises(ValueError, match="twice"):
+        SINGD(model, [p, p])
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        SINGD(model, [{"params": [p]}, {"params": [p]}])
+    optimizer = SINGD(model, [p])
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        optimizer.add_param_group({"params": [p]})
+
+
+def test_a_parameter_of_another_model_is_an_error() -> None:
+    with pytest.raises(ValueError, match="model"):
+        SINGD(network(), network().parameters())
+
+
+@pytest.mark.parametrize("model", [nn.Tanh(), nn.Linear(3, 2).requires_grad_(False)])
+def test_a_model_with_nothing_to_train_is_an_error(model: nn.Module) -> None:
+    with pytest.raises(ValueError, match="no parameter that requires a gradient"):
+        SINGD(model)
+
+
+def test_no_parameters_are_an_error() -> None:
+    with pytest.raises(ValueError, match="empty"):
+        SINGD(network(), [])
+
+
+@pytest.mark.parametrize("model", [None, "model", [nn.Linear(1, 1)]])
+def test_something_that_is_no_model_is_an_error(model: Any) -> None:
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module"):
+        SINGD(model)
+
+
+def test_parameters_in_place_of_the_model_are_an_error() -> None:
+    """What every other torch optimizer takes first."""
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got generator"):
+        SINGD(network().parameters())
+
+
+def test_data_parallel_is_an_error() -> None:
+    with pytest.raises(TypeError, match="DataParallel is not supported yet"):
+        SINGD(nn.DataParallel(network()))
+
+
+# ---- numbers -----------------------------------------------------------------------------------
+
+CASES: dict[str, dict[str, Any]] = {
+    "robust": {},
+    "paper": {"recipe": "paper", "T": 1, "damping": 0.1, "weight_decay": 0.01},
+    "normalized": {"recipe": "paper", "T": 1, "normalize_lr_cov": True},
+    "kfac": {"kfac": True},
+    "diagonal": {"structures": ("diagonal", "diagonal")},
+    "blocks": {"structures": ("blockdiagonal:3", "blockdiagonal:2")},
+    "triangular": {"structures": ("tril", "triu")},
+    "toeplitz": {"structures": ("triltoeplitz", "triutoeplitz")},
+    "hierarchical": {"structures": ("hierarchical:2,2", "hierarchical:1,1")},
+}
+
+
+def everything(model: nn.Module, optimizer: SINGD) -> dict[str, Tensor]:
+    found = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        found |= {f"{name} | {k}": v.clone() for k, v in optimizer.state[p].items()}
+    return found
+
+
+def assert_same(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert torch.equal(value, after[name]), name
+
+
+def poison_input(model: nn.Module, value: float) -> None:
+    x = torch.randn(9, 6)
+    x[3, 2] = value
+    loss_of(model, x).backward()
+
+
+def poison_gradient(index: int, name: str) -> Callable[[nn.Module, float], None]:
+    def poison(model: nn.Module, value: float) -> None:
+        loss_of(model, torch.randn(9, 6)).backward()
+        getattr(model[index], name).grad.flatten()[-1] = value
+
+    return poison
+
+
+def poison_row(index: int, of_output: bool) -> Callable[[nn.Module, float], None]:
+    """Gradients stay finite: the row alone is not."""
+
+    def poison(model: nn.Module, value: float) -> None:
+        loss_of(model, torch.randn(9, 6)).backward()
+        (hook,) = model[index]._forward_hooks.values()
+        rows = hook._owner().rows_wanted(model[index].weight)
+        x, z = {0: ((9, 6), (9, 8)), 4: ((9, 2, 4), (9, 3, 3)), 6: ((9, 9), (9, 3))}[index]
+        x, z = torch.randn(x), torch.randn(z)
+        (z if of_output else x).view(-1)[5] = value
+        with torch.no_grad():
+            rows(x, z)
+
+    return poison
+
+
+POISONS = {
+    "an input": poison_input,
+    "gradient of a weight": poison_gradient(0, "weight"),
+    "gradient of a bias": poison_gradient(6, "bias"),
+    "gradient of a convolution": poison_gradient(4, "weight"),
+    "gradient of a fallback parameter": poison_gradient(1, "weight"),
+    "row of an input": poison_row(6, False),
+    "row of an output": poison_row(0, True),
+    "row of a convolution": poison_row(4, True),
+}
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF], ids=str)
+@pytest.mark.parametrize("poison", POISONS)
+def test_what_is_not_finite_changes_nothing_is_counted_and_warned_about_once(
+    poison: str, value: float
+) -> None:
+    model = network()
+    optimizer = SINGD(model)
+    for _ in range(2):
+        step(model, optimizer)
+    before = everything(model, optimizer)
+    for count, expectation in ((1, pytest.warns(UserWarning, match="NaN or infinite")), (2, None)):
+        optimizer.zero_grad()
+        POISONS[poison](model, value)
+        if expectation is None:
+            optimizer.step()  # a second warning would be an error
+        else:
+            with expectation as caught:
+                optimizer.step()
+            assert len(caught) == 1
+        assert optimizer.skipped == count
+        assert_same(before, everything(model, optimizer))
+    step(model, optimizer)  # goes on
+    assert optimizer.skipped == 2
+    after = everything(model, optimizer)
+    assert all(torch.isfinite(value).all() for value in after.values())
+    assert not torch.equal(after["0.weight"], before["0.weight"])
+
+
+@pytest.mark.filterwarnings("ignore:a gradient or a layer's row was NaN")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_every_rule_and_structure_survives_nan(case: str, dtype: torch.dtype) -> None:
+    model = network().to(dtype)
+    optimizer = SINGD(model, **CASES[case])
+    poisoned = torch.randn(9, 6, dtype=dtype)
+    poisoned[0, 0] = NAN
+    step(model, optimizer, poisoned)  # before any state
+    for _ in range(2):
+        step(model, optimizer, torch.randn(9, 6, dtype=dtype))
+    before = everything(model, optimizer)
+    step(model, optimizer, poisoned)
+    assert_same(before, everything(model, optimizer))
+    step(model, optimizer, torch.randn(9, 6, dtype=dtype))
+    assert optimizer.skipped == 2
+    assert all(torch.isfinite(value).all() for value in everything(model, optimizer).values())
+
+
+def test_a_skipped_step_is_a_step_for_the_schedule_of_refreshes() -> None:
+    model = network()
+    optimizer = SINGD(model, T=2)
+    with pytest.warns(UserWarning, match="NaN or infinite"):
+        step(model, optimizer, torch.full((9, 6), NAN))
+    assert optimizer.param_groups[0]["steps"] == 1
+
+
+def test_rows_that_overflow_are_not_finite() -> None:
+    """Inputs of 1e25 have a float32 square of infinity, and a gradient that is finite."""
+    model = nn.Linear(6, 3)
+    optimizer = SINGD(model)
+    x = torch.randn(9, 6)
+    step(model, optimizer, x)
+    before = everything(model, optimizer)
+    optimizer.zero_grad()
+    (model(x * 1e25) * 1e-27).mean().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    with pytest.warns(UserWarning, match="NaN or infinite"):
+        optimizer.step()
+    assert_same(before, everything(model, optimizer))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_empty_batch_does_no_harm(case: str) -> None:
+    model = network()
+    optimizer = SINGD(model, **CASES[case])
+    step(model, optimizer)
+    optimizer.zero_grad()
+    model(torch.randn(0, 6)).sum().backward()  # zeros
+    optimizer.step()
+    with pytest.warns(UserWarning, match="NaN or infinite"):  # the mean of nothing
+        optimizer.zero_grad()
+        model(torch.randn(0, 6)).mean().mul(NAN).backward()
+        for p in model.parameters():
+            p.grad.fill_(NAN)
+        optimizer.step()
+    step(model, optimizer)
+    assert optimizer.skipped == 1
+    assert all(torch.isfinite(value).all() for value in everything(model, optimizer).values())
+
+
+@pytest.mark.filterwarnings("ignore:no rows of")
+def test_empty_first_batch_does_no_harm() -> None:
+    model = network()
+    optimizer = SINGD(model)
+    model(torch.randn(0, 6)).sum().backward()
+    optimizer.step()
+    step(model, optimizer)
+    assert optimizer.skipped == 0
+    assert all(torch.isfinite(value).all() for value in everything(model, optimizer).values())
+
+
+def losses(model: nn.Module, optimizer: SINGD, n: int = 30) -> list[float]:
+    x, found = torch.randn(9, 6).to(model[0].weight.dtype), []
+    for _ in range(n):
+        optimizer.zero_grad()
+        loss = loss_of(model, x)
+        loss.backward()
+        optimizer.step()
+        found.append(loss.item())
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_head_that_starts_at_zero(case: str, dtype: torch.dtype) -> None:
+    """It sends no gradient down in the first step: rows of zeros for every layer below it."""
+    model = network()
+    nn.init.zeros_(model[6].weight)
+    nn.init.zeros_(model[6].bias)
+    before = copy.deepcopy(model).to(dtype)
+    optimizer = SINGD(model.to(dtype), **CASES[case])
+    found = losses(model, optimizer)
+    assert optimizer.skipped == 0
+    assert found[-1] < found[0]
+    assert not torch.equal(model[0].weight, before[0].weight)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_layer_that_is_dead_from_the_start_and_one_that_dies(case: str) -> None:
+    model = network()
+    model.add_module("7", nn.Linear(3, 3))
+    kill = {"now": True}
+    model[3].register_forward_hook(lambda m, args, out: out * 0.0 if kill["now"] else None)
+    optimizer = SINGD(model, **CASES[case])
+    for now in (True, False, True, False):  # inputs of zero above, gradients of zero below
+        kill["now"] = now
+        for _ in range(4):
+            step(model, optimizer)
+            assert optimizer.skipped == 0
+            state = everything(model, optimizer)
+            assert all(torch.isfinite(value).all() for value in state.values())
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e-12, 1e-16, 1e-20, 1e-24])
+def test_tiny_gradients_skip_no_step(scale: float) -> None:
+    """Their squares leave the range of float32 on the way down."""
+    model = network()
+    optimizer = SINGD(model)
+    for _ in range(5):
+        optimizer.zero_grad()
+        (loss_of(model, torch.randn(9, 6)) * scale).backward()
+        optimizer.step()
+    assert optimizer.skipped == 0
+    assert all(torch.isfinite(value).all() for value in everything(model, optimizer).values())
+
+
+def test_sparse_gradient_is_an_error_that_says_so() -> None:
+    model = nn.Sequential(nn.Embedding(5, 4, sparse=True), nn.Linear(4, 3))
+    optimizer = SINGD(model)
+    loss_of(model, torch.arange(5)).backward()
+    before = everything(model, optimizer)
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step()
+    for name, p in model.named_parameters():
+        assert torch.equal(before[name], p)
+
+
+def test_warning_names_the_line_of_the_user() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = SINGD(model)
+    model(torch.full((3, 2), NAN)).sum().backward()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.step()
+    assert len(caught) == 1

@@ -1,0 +1,429 @@
+"""What every torch optimizer does, and users rely on."""
+
+import copy
+import pickle
+import re
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from singd_torch import SINGD
+
+
+class Network(nn.Module):
+    """Layers, and parameters of every kind that no layer owns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 6)
+        self.conv = nn.Conv1d(5, 5, 3, padding=1, groups=5)
+        self.norm = nn.LayerNorm(6)
+        self.shift = nn.Parameter(torch.zeros(6))
+        self.hidden = nn.Linear(6, 8)
+        self.out = nn.Linear(8, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(self.norm(self.embed(x)) + self.shift).mean(1)
+        return self.out(torch.tanh(self.hidden(x)))
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    return torch.randint(7, (12, 5)), torch.randint(3, (12,))
+
+
+def loss_of(model: nn.Module, data: tuple[Tensor, Tensor]) -> Tensor:
+    x, y = data
+    return nn.functional.cross_entropy(model(x), y)
+
+
+def step(model: nn.Module, optimizer: Any, data: tuple[Tensor, Tensor] | None = None) -> None:
+    optimizer.zero_grad()
+    loss_of(model, data or batch()).backward()
+    optimizer.step()
+
+
+def moved(model: nn.Module, before: nn.Module) -> dict[str, float]:
+    pairs = zip(model.named_parameters(), before.parameters(), strict=True)
+    return {name: (p - q).abs().max().item() for (name, p), q in pairs}
+
+
+def test_every_parameter_is_trained() -> None:
+    model = Network()
+    before, optimizer = copy.deepcopy(model), SINGD(model)
+    step(model, optimizer)
+    assert min(moved(model, before).values()) > 0.0
+    owned = {p for p in model.parameters() if optimizer.state[p]}
+    biases = {model.conv.bias, model.hidden.bias}  # their state is that of their weight
+    assert owned == set(model.parameters()) - biases
+
+
+def test_fallback_is_torch_adamw() -> None:
+    """Frozen layers aside, what remains takes the steps of torch.optim.AdamW."""
+    model = nn.Sequential(nn.Embedding(7, 6), nn.LayerNorm(6))
+    twin = copy.deepcopy(model)
+    settings = dict(betas=(0.8, 0.99), eps=1e-6, weight_decay=0.1)
+    ours = SINGD(model, fallback_lr=0.01, **{f"fallback_{k}": v for k, v in settings.items()})
+    theirs = torch.optim.AdamW(twin.parameters(), lr=0.01, foreach=True, **settings)
+    for _ in range(5):
+        x = torch.randint(7, (12,))
+        for net, optimizer in ((model, ours), (twin, theirs)):
+            optimizer.zero_grad()
+            net(x).sin().mean().backward()
+            optimizer.step()
+    assert all(map(torch.equal, model.parameters(), twin.parameters()))
+
+
+# ---- parameter groups --------------------------------------------------------------------------
+
+
+def test_a_bias_in_another_group_has_its_own_rate_and_decay() -> None:
+    model, data = nn.Linear(4, 3), (torch.randn(9, 4), torch.randint(3, (9,)))
+    nn.init.ones_(model.bias)
+    given = dict(recipe="paper", lr=0.1, momentum=0.0)
+
+    def change(params: Any) -> dict[str, Tensor]:
+        net = copy.deepcopy(model)
+        named = dict(net.named_parameters())
+        groups = [{"params": [named[n] for n in names], **own} for names, own in params]
+        step(net, SINGD(net, groups, **given), data)
+        return {n: (p - q).detach() for (n, p), q in zip(named.items(), model.parameters())}
+
+    together = change([(["weight", "bias"], {})])
+    for own, factor, decay in [
+        ({"lr": 0.05}, 0.5, 0.0),
+        ({"lr": 0.0}, 0.0, 0.0),
+        ({"weight_decay": 0.2}, 1.0, 0.2),
+        ({"weight_decay": 0.2, "decoupled_weight_decay": True}, 1.0, 0.2),
+    ]:
+        found = change([(["weight"], {}), (["bias"], own)])
+        assert torch.equal(found["weight"], together["weight"])
+        # a bias of 1 moves in steps of 2⁻²⁴
+        expected = factor * together["bias"] - 0.1 * decay
+        torch.testing.assert_close(found["bias"], expected, rtol=0, atol=2.0**-22)
+    decayed = change([(["weight"], {"weight_decay": 0.2}), (["bias"], {})])
+    assert torch.equal(decayed["bias"], together["bias"])
+    expected = together["weight"] - 0.1 * 0.2 * model.weight
+    torch.testing.assert_close(decayed["weight"], expected.detach(), rtol=0, atol=2.0**-22)
+
+
+def test_groups_have_settings_of_their_own() -> None:
+    model = Network()
+    rest = [p for n, p in model.named_parameters() if not n.startswith(("hidden", "out"))]
+    optimizer = SINGD(
+        model,
+        [
+            {"params": model.hidden.parameters(), "structures": ("diagonal", "dense"), "T": 2},
+            {"params": model.out.parameters(), "kfac": True, "lr": 1e-3},
+            {"params": rest, "fallback_lr": 0.0, "lr": 0.0},
+        ],
+    )
+    before = copy.deepcopy(model)
+    for _ in range(3):
+        step(model, optimizer)
+    assert "K.diag" in optimizer.state[model.hidden.weight]
+    assert "P_K.matrix" in optimizer.state[model.out.weight]
+    assert optimizer.state[model.hidden.weight]["averages.k"] == 2
+    assert optimizer.state[model.out.weight]["averages.k"] == 3
+    still = {name for name, distance in moved(model, before).items() if distance == 0.0}
+    assert still == {n for n, p in model.named_parameters() if any(p is q for q in rest)}
+
+
+def test_add_param_group_trains_what_was_added() -> None:
+    model = Network()
+    optimizer = SINGD(model, model.hidden.parameters())
+    before = copy.deepcopy(model)
+    step(model, optimizer)
+    changed = {n for n, distance in moved(model, before).items() if distance > 0.0}
+    assert changed == {"hidden.weight", "hidden.bias"}
+    factors = optimizer.state[model.hidden.weight]["K.matrix"].clone()
+
+    optimizer.add_param_group({"params": model.out.weight, "structures": ("diagonal", "diagonal")})
+    optimizer.add_param_group({"params": [model.shift], "fallback_lr": 0.1})
+    assert torch.equal(optimizer.state[model.hidden.weight]["K.matrix"], factors)
+    before = copy.deepcopy(model)
+    step(model, optimizer)
+    assert optimizer.state[model.hidden.weight]["averages.k"] == 2
+    changed = {n for n, distance in moved(model, before).items() if distance > 0.0}
+    assert changed == {"hidden.weight", "hidden.bias", "out.weight", "shift"}
+    assert moved(model, before)["shift"] == pytest.approx(0.1, rel=1e-3)  # AdamW's first step
+
+
+def test_a_bias_added_later_joins_its_layer() -> None:
+    model = Network()
+    optimizer = SINGD(model, [model.hidden.weight])
+    step(model, optimizer)
+    optimizer.add_param_group({"params": [model.hidden.bias]})
+    before = copy.deepcopy(model)
+    for _ in range(2):
+        step(model, optimizer)
+    changed = {n for n, distance in moved(model, before).items() if distance > 0.0}
+    assert changed == {"hidden.weight", "hidden.bias"}
+    assert optimizer.skipped == 0
+
+
+def test_parameters_may_come_with_their_names() -> None:
+    model = Network()
+    before, optimizer = copy.deepcopy(model), SINGD(model, model.named_parameters())
+    step(model, optimizer)
+    assert min(moved(model, before).values()) > 0.0
+
+
+# ---- schedules ---------------------------------------------------------------------------------
+
+
+def test_the_rate_of_the_fallback_follows_the_schedule() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    optimizer = SINGD(model, lr=0.2, fallback_lr=0.1, fallback_weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    x = torch.randn(9, 4)
+    for factor in (1.0, 0.5, 0.25):
+        before = model[1].bias.detach().clone()
+        optimizer.zero_grad()
+        (model(x).sum(1) * torch.arange(9.0)).mean().backward()
+        optimizer.step()
+        schedule.step()
+        # the bias' gradient is constant, so each of AdamW's steps is its rate
+        change = (model[1].bias - before).abs()
+        torch.testing.assert_close(change, torch.full((4,), 0.1 * factor), rtol=1e-4, atol=0)
+
+
+SCHEDULES = {
+    "cosine": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 5),
+    "warm-up": lambda o: torch.optim.lr_scheduler.LinearLR(o, 0.1, total_iters=3),
+    "one cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.02, total_steps=6),
+    "cyclic": lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.01, 0.02, step_size_up=2),
+    "lambda": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedules_of_torch_work(schedule: str) -> None:
+    model = Network()
+    optimizer = SINGD(model)
+    steps = SCHEDULES[schedule](optimizer)
+    rates = set()
+    for _ in range(5):
+        step(model, optimizer)
+        steps.step()
+        rates.add(optimizer.param_groups[0]["lr"])
+    assert len(rates) > 1
+    assert optimizer.skipped == 0
+
+
+def test_plateau_schedule_works() -> None:
+    model = Network()
+    optimizer = SINGD(model)
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+    for _ in range(3):
+        step(model, optimizer)
+        schedule.step(1.0)
+    assert optimizer.param_groups[0]["lr"] < 0.02
+
+
+def test_a_rate_that_is_a_tensor_is_the_number_it_holds() -> None:
+    model, data = Network(), [batch() for _ in range(4)]
+    twin = copy.deepcopy(model)
+    optimizers = SINGD(model, lr=torch.tensor(0.02)), SINGD(twin, lr=0.02)
+    schedules = [torch.optim.lr_scheduler.StepLR(o, 2, gamma=0.5) for o in optimizers]
+    for one in data:
+        for net, optimizer, schedule in zip((model, twin), optimizers, schedules, strict=True):
+            step(net, optimizer, one)
+            schedule.step()
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        # 0.02 is rounded to float32 in one, and in float64 in the other
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6, msg=name)
+
+
+# ---- calls -------------------------------------------------------------------------------------
+
+
+def test_closure_is_evaluated_once_and_its_loss_returned() -> None:
+    model, data = Network(), batch()
+    twin = copy.deepcopy(model)
+    optimizer, other = SINGD(model), SINGD(twin)
+    calls = []
+
+    def closure() -> Tensor:
+        calls.append(torch.is_grad_enabled())
+        optimizer.zero_grad()
+        loss = loss_of(model, data)
+        loss.backward()
+        return loss
+
+    expected = loss_of(twin, data).item()
+    step(twin, other, data)
+    with torch.no_grad():
+        loss = optimizer.step(closure)
+    assert calls == [True]
+    assert loss.item() == expected
+    assert all(map(torch.equal, model.parameters(), twin.parameters()))
+    assert SINGD(nn.Linear(1, 1)).step() is None
+
+
+def test_step_without_any_gradient_changes_nothing() -> None:
+    model = Network()
+    before, optimizer = copy.deepcopy(model), SINGD(model)
+    optimizer.step()
+    assert max(moved(model, before).values()) == 0.0
+    step(model, optimizer)
+    before = copy.deepcopy(model)
+    optimizer.zero_grad()
+    optimizer.step()
+    assert max(moved(model, before).values()) == 0.0
+
+
+def test_step_hooks_of_torch_are_called() -> None:
+    model = Network()
+    optimizer, calls = SINGD(model), []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    step(model, optimizer)
+    assert calls == ["before", "after"]
+
+
+def test_zero_grad_may_keep_tensors() -> None:
+    model = Network()
+    optimizer = SINGD(model)
+    step(model, optimizer)
+    optimizer.zero_grad(set_to_none=False)
+    assert all(torch.count_nonzero(p.grad) == 0 for p in model.parameters())
+    optimizer.step()
+    assert optimizer.skipped == 0
+
+
+def test_gradients_are_left_as_they_were() -> None:
+    model = Network()
+    optimizer = SINGD(model, weight_decay=0.1)
+    loss_of(model, batch()).backward()
+    before = [p.grad.clone() for p in model.parameters()]
+    optimizer.step()
+    assert all(map(torch.equal, before, (p.grad for p in model.parameters())))
+
+
+def test_weights_stay_in_their_memory() -> None:
+    """A view of a weight, or a flat buffer behind it, sees the steps."""
+    model = Network()
+    optimizer = SINGD(model)
+    pointers = [p.data_ptr() for p in model.parameters()]
+    step(model, optimizer)
+    assert pointers == [p.data_ptr() for p in model.parameters()]
+
+
+def test_model_in_another_memory_format_trains_alike() -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 2, 2))
+    twin = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    for net in (model, twin):
+        optimizer, g = SINGD(net), torch.Generator().manual_seed(0)
+        for _ in range(3):
+            optimizer.zero_grad()
+            net(torch.randn(5, 3, 6, 6, generator=g)).sin().mean().backward()
+            optimizer.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)  # float32 sums in another order
+
+
+# ---- the table ---------------------------------------------------------------------------------
+
+
+def table(optimizer: SINGD) -> dict[str, list[str]]:
+    _, header, *rows = repr(optimizer).splitlines()
+    assert re.split(r"  +", header) == ["parameter", "shape", "rule", "K", "C", "bytes of state"]
+    cells = [re.split(r"  +", row.strip()) for row in rows]
+    return {name: rest for name, *rest in cells}
+
+
+def test_print_shows_who_owns_each_parameter() -> None:
+    model = Network()
+    shown = table(SINGD(model, structures=("diagonal", "blockdiagonal:2")))
+    assert list(shown) == [
+        "conv.weight + bias",
+        "hidden.weight + bias",
+        "out.weight",
+        "shift",
+        "embed.weight",
+        "norm.weight",
+        "norm.bias",
+    ]
+    assert shown["hidden.weight + bias"][:-1] == ["8×6", "SINGD", "diagonal", "blockdiagonal:2"]
+    assert shown["embed.weight"][:-1] == ["7×6", "AdamW"]
+
+
+STATES: dict[str, dict[str, Any]] = {
+    "robust": {},
+    "paper": {"recipe": "paper"},
+    "no momentum": {"momentum": 0.0},
+    "kfac": {"kfac": True},
+    "factors of another dtype": {"preconditioner_dtype": (torch.bfloat16, torch.float64)},
+    "diagonal": {"structures": ("diagonal", "diagonal")},
+    "blocks": {"structures": ("blockdiagonal:4", "blockdiagonal:3")},
+    "toeplitz": {"structures": ("triltoeplitz", "triutoeplitz")},
+    "hierarchical": {"structures": ("hierarchical:2,3", "hierarchical15_15")},
+    "rank one": {"structures": ("trilbottomrightdiag", "triutopleftdiag")},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", STATES)
+def test_bytes_in_the_table_are_those_of_the_state(case: str, dtype: torch.dtype) -> None:
+    model = Network().to(dtype)
+    optimizer = SINGD(model, **STATES[case])
+    shown = table(optimizer)
+    step(model, optimizer)
+    assert table(optimizer) == shown
+    for name, (*_, size) in shown.items():
+        entries = optimizer.state[model.get_parameter(name.removesuffix(" + bias"))]
+        # the count of steps and the mean diagonals are a number each, and not shown
+        arrays = [v for k, v in entries.items() if not k.startswith(("averages.", "step"))]
+        assert int(size.replace(",", "")) == sum(a.numel() * a.element_size() for a in arrays), name
+
+
+# ---- copies ------------------------------------------------------------------------------------
+
+
+def test_warn_unsupported_names_what_adamw_trains() -> None:
+    with pytest.warns(UserWarning, match=r"shift, embed\.weight, norm\.weight, norm\.bias"):
+        SINGD(Network(), warn_unsupported=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SINGD(Network())
+        SINGD(nn.Linear(2, 2), warn_unsupported=True)
+
+
+def test_arguments_of_the_authors_package_are_accepted_in_their_order() -> None:
+    """`lr`, `momentum`, … by position, as singd 0.0.5 takes them."""
+    model = nn.Linear(3, 2)
+    optimizer = SINGD(
+        model, None, 0.1, 0.8, 0.2, 0.3, 0.4, 5, None, 0.6, ("diagonal", "dense"), "reduce", False,
+        False, (torch.float64, None), 4.0, True,
+    )  # fmt: skip
+    expected = {
+        "lr": 0.1, "momentum": 0.8, "damping": 0.2, "alpha1": 0.3, "weight_decay": 0.4, "T": 5,
+        "loss_average": None, "lr_cov": 0.6, "structures": ("diagonal", "dense"),
+        "kfac_approx": "reduce", "kfac_like": False, "preconditioner_dtype": (torch.float64, None),
+        "normalize_lr_cov": True,
+    }  # fmt: skip
+    assert {name: optimizer.param_groups[0][name] for name in expected} == expected
+
+
+def test_compiled_model_is_trained_by_the_fallback_and_says_so() -> None:
+    """No rows come out of a compiled graph yet."""
+    model = nn.Sequential(nn.Linear(4, 3))
+    optimizer = SINGD(model)
+    compiled = torch.compile(model, backend="eager")
+    before = copy.deepcopy(model)
+    compiled(torch.randn(5, 4)).sin().mean().backward()
+    with pytest.warns(UserWarning, match="no rows of '0.weight' have been seen"):
+        optimizer.step()
+    assert min(moved(model, before).values()) > 0.0
+
+
+def test_pickled_model_with_hooks_loads() -> None:
+    model = Network()
+    optimizer = SINGD(model)
+    step(model, optimizer)
+    twin = pickle.loads(pickle.dumps(model))
+    assert all(map(torch.equal, twin.parameters(), model.parameters()))

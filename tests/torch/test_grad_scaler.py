@@ -1,0 +1,139 @@
+"""torch.amp.GradScaler: the scale is undone in the gradients and in the captured rows."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from singd_torch import SINGD
+
+SCALE = 2.0**10  # a power of two: scaling with it rounds nothing, so results are equal in every bit
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    x, y = batch
+    return nn.functional.cross_entropy(model(x), y)
+
+
+def batches(n: int = 5) -> list[tuple[Tensor, Tensor]]:
+    return [(torch.randn(8, 6), torch.randint(3, (8,))) for _ in range(n)]
+
+
+def scaler(**given: Any) -> Any:
+    return torch.amp.GradScaler("cpu", init_scale=SCALE, **given)
+
+
+def plainly(model: nn.Module, data: list[Any], **given: Any) -> SINGD:
+    optimizer = SINGD(model, **given)
+    for batch in data:
+        optimizer.zero_grad()
+        loss_of(model, batch).backward()
+        optimizer.step()
+    return optimizer
+
+
+def scaled(
+    model: nn.Module,
+    data: list[Any],
+    before_step: Callable[[SINGD, Any], None] = lambda optimizer, scaler: None,
+    **given: Any,
+) -> SINGD:
+    optimizer, amp = SINGD(model, **given), scaler(growth_interval=2)
+    for batch in data:
+        optimizer.zero_grad()
+        amp.scale(loss_of(model, batch)).backward()
+        before_step(optimizer, amp)
+        amp.step(optimizer)
+        amp.update()
+    assert amp.get_scale() > SCALE  # it grew on the way
+    return optimizer
+
+
+def unscaled(optimizer: SINGD, amp: Any) -> None:
+    amp.unscale_(optimizer)
+    optimizer.set_current_grad_scale(amp.get_scale())
+
+
+def assert_same(model: nn.Module, a: SINGD, twin: nn.Module, b: SINGD) -> None:
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
+        for name, value in a.state[p].items():
+            assert torch.equal(value, b.state[q][name]), name
+
+
+GIVEN = [{}, {"recipe": "paper", "T": 2}, {"kfac": True}]
+
+
+@pytest.mark.parametrize("given", GIVEN, ids=["robust", "paper", "kfac"])
+@pytest.mark.parametrize("before_step", [lambda o, s: None, unscaled], ids=["", "unscale_"])
+def test_scaled_training_is_unscaled_training(before_step: Any, given: dict[str, Any]) -> None:
+    model, data = network(), batches()
+    twin = copy.deepcopy(model)
+    plain, amp = plainly(model, data, **given), scaled(twin, data, before_step, **given)
+    assert_same(model, plain, twin, amp)
+
+
+def test_clipping_between_unscale_and_step_is_possible() -> None:
+    def clip(optimizer: SINGD, amp: Any) -> None:
+        unscaled(optimizer, amp)
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(params, 1e-3)
+        assert norm < 100.0  # of the loss itself, not of the scaled one
+
+    scaled(network(), batches(), clip)
+
+
+def test_unscaling_without_telling_the_scale_is_an_error() -> None:
+    model = network()
+    optimizer, amp = SINGD(model), scaler()
+    amp.scale(loss_of(model, batches(1)[0])).backward()
+    amp.unscale_(optimizer)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match="set_current_grad_scale"):
+        amp.step(optimizer)
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+@pytest.mark.parametrize("before_step", [lambda o, s: None, unscaled], ids=["", "unscale_"])
+def test_overflow_skips_the_step_and_lowers_the_scale(before_step: Any) -> None:
+    model, data = network(), batches(3)
+    twin = copy.deepcopy(model)
+    plain = plainly(model, [data[0], data[2]])
+
+    optimizer, amp = SINGD(twin), scaler()
+    for i, batch in enumerate(data):
+        optimizer.zero_grad()
+        amp.scale(loss_of(twin, batch) * (float("inf") if i == 1 else 1.0)).backward()
+        before_step(optimizer, amp)
+        if i == 1:
+            with pytest.warns(UserWarning, match="was NaN or infinite"):
+                amp.step(optimizer)
+        else:
+            amp.step(optimizer)
+        amp.update()
+    assert optimizer.skipped == 1
+    assert amp.get_scale() == SCALE / 2
+    assert_same(model, plain, twin, optimizer)
+
+
+def test_a_told_scale_holds_for_one_step() -> None:
+    model, data = network(), batches(2)
+    twin = copy.deepcopy(model)
+    plain = plainly(model, data)
+    optimizer = SINGD(twin)
+    loss_of(twin, data[0]).mul(SCALE).backward()
+    for p in twin.parameters():
+        p.grad /= SCALE
+    optimizer.set_current_grad_scale(SCALE)
+    optimizer.step()
+    optimizer.zero_grad()
+    loss_of(twin, data[1]).backward()
+    optimizer.step()
+    assert_same(model, plain, twin, optimizer)

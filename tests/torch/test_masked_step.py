@@ -1,0 +1,181 @@
+"""On an accelerator a step masks with `torch.where` and never waits: shown without one."""
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import singd_torch.optimizer
+from singd_torch import SINGD
+
+BF16 = torch.bfloat16
+
+CASES: dict[str, dict[str, Any]] = {
+    "robust": {},
+    "paper": {"recipe": "paper", "T": 2, "weight_decay": 0.01},
+    "normalized": {"recipe": "paper", "normalize_lr_cov": True},
+    "kfac": {"kfac": True},
+    "diagonal": {"structures": ("diagonal", "diagonal")},
+    "hierarchical": {"structures": ("hierarchical:2,2", "hierarchical:1,1")},
+    "toeplitz": {"structures": ("triltoeplitz", "triutoeplitz")},
+    "no momentum, reduce": {"momentum": 0.0, "kfac_approx": "reduce"},
+}
+
+
+def network() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, groups=2),
+        nn.ReLU(inplace=True),
+        nn.Flatten(),
+        nn.LayerNorm(16),
+        nn.Linear(16, 8),
+        nn.Tanh(),
+        nn.Linear(8, 3, bias=False),
+    )
+
+
+def backward(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    nn.functional.cross_entropy(model(x).float(), y).backward()
+
+
+def batch(poison: float = 0.0) -> tuple[Tensor, Tensor]:
+    x = torch.randn(8, 2, 4, 4)
+    x[3, 1, 2, 2] += poison
+    return x, torch.randint(3, (8,))
+
+
+class NoSync(TorchDispatchMode):
+    """Forbids the operations by which the host reads a tensor's value."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket._qualified_op_name
+        if name in ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::equal"):
+            raise AssertionError(f"{name}: the host waits for the device")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def masked(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """The path of an accelerator, on the CPU with its real numbers."""
+    monkeypatch.setattr(singd_torch.optimizer, "_on_host", lambda device: False)
+    return monkeypatch
+
+
+def numbers(model: nn.Module, optimizer: SINGD) -> dict[str, Tensor]:
+    found = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        found |= {f"{name} | {k}": v.clone() for k, v in optimizer.state[p].items()}
+    return found
+
+
+def run(given: dict[str, Any], poisons: list[float], sync: bool) -> tuple[dict[str, Tensor], int]:
+    torch.manual_seed(0)
+    model = network()
+    optimizer = SINGD(model, **given)
+    for poison in poisons:
+        optimizer.zero_grad()
+        backward(model, *batch(poison))
+        if sync:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="a gradient or a layer's row was NaN")
+                optimizer.step()
+        else:
+            with NoSync():
+                optimizer.step()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="a gradient or a layer's row was NaN")
+        return numbers(model, optimizer), optimizer.skipped
+
+
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.mark.parametrize("poisons", [[0.0] * 4, [0.0, NAN, 0.0, INF, 0.0]], ids=["finite", "not"])
+@pytest.mark.parametrize("case", CASES)
+def test_masked_step_takes_the_steps_of_the_host_and_never_syncs(
+    case: str, poisons: list[float], masked: pytest.MonkeyPatch
+) -> None:
+    ours, skipped = run(CASES[case], poisons, sync=False)
+    masked.undo()
+    expected, expected_skipped = run(CASES[case], poisons, sync=True)
+    assert skipped == expected_skipped == sum(p != 0.0 for p in poisons)
+    assert ours.keys() == expected.keys()
+    for name, value in ours.items():
+        # the fused AdamW of accelerators rounds in another order than the one of the host
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_masked_step_that_is_not_finite_changes_no_bit(
+    case: str, masked: pytest.MonkeyPatch
+) -> None:
+    model = network()
+    optimizer = SINGD(model, **CASES[case])
+    for _ in range(2):
+        optimizer.zero_grad()
+        backward(model, *batch())
+        optimizer.step()
+    before = numbers(model, optimizer)
+    optimizer.zero_grad()
+    backward(model, *batch(NAN))
+    optimizer.step()  # without a warning: that would wait for the device
+    after = numbers(model, optimizer)
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert torch.equal(value, after[name]), name
+    with pytest.warns(UserWarning, match="was NaN or infinite"):
+        assert optimizer.skipped == 1
+
+
+def test_first_step_that_is_not_finite_leaves_a_fresh_state(masked: pytest.MonkeyPatch) -> None:
+    """The masked path has made its state by then: it must be as good as none."""
+    given = CASES["robust"]
+    ours, _ = run(given, [NAN, 0.0, 0.0], sync=False)
+    masked.undo()
+    expected, _ = run(given, [NAN, 0.0, 0.0], sync=True)
+    for name, value in expected.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+META = [*((case, torch.float32) for case in CASES), ("robust", BF16), ("paper", torch.float16)]
+
+
+@pytest.mark.parametrize(("case", "dtype"), META, ids=str)
+def test_step_runs_on_the_meta_device(case: str, dtype: torch.dtype) -> None:
+    """There are shapes, dtypes and a device, and no values that could be read."""
+    model = network().to("meta", dtype)
+    optimizer = SINGD(model, **CASES[case])
+    for _ in range(3):
+        optimizer.zero_grad()
+        x, y = batch()
+        backward(model, x.to("meta", dtype), y.to("meta"))
+        optimizer.step()
+    values = [v for p in model.parameters() for v in optimizer.state[p].values()]
+    assert {v.device.type for v in values} == {"meta"}
+    factors = optimizer.state[model[4].weight].items()
+    wide = torch.float32 if dtype == torch.float16 else dtype
+    assert {v.dtype for name, v in factors if "averages" not in name} == {wide}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("case", CASES)
+def test_step_on_a_gpu_never_syncs_and_equals_the_host(case: str) -> None:
+    model = network()
+    twin = copy.deepcopy(model).to("cuda")
+    host, gpu = SINGD(model, **CASES[case]), SINGD(twin, **CASES[case])
+    for _ in range(3):
+        x, y = batch()
+        for net, optimizer, device in ((model, host, "cpu"), (twin, gpu, "cuda")):
+            optimizer.zero_grad()
+            backward(net, x.to(device), y.to(device))
+            torch.cuda.set_sync_debug_mode("error" if device == "cuda" else "default")
+            try:
+                optimizer.step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q.cpu(), rtol=1e-3, atol=1e-4)
