@@ -108,13 +108,16 @@ class Layer:
             source.kind,
             x,
             g,
-            bias=self.bias is not None,
+            bias=self.bias is not None and not source.swapped,
             kfac_approx=group["kfac_approx"],
             loss_average=group["loss_average"],
             mask=mask,
         )
         if rows.A.shape[-2] == 0 or rows.B.shape[-2] == 0:
             return
+        if source.swapped and self.bias is not None:  # a look-up does not see the bias
+            B = torch.nn.functional.pad(rows.B, (0, 1))
+            rows = dataclasses.replace(rows, B=B)
         factors = self._factors_of(source.part)
         new = Pending.of(factors, rows, _capture.backward_pass(), swapped=source.swapped)
         key = source.part, source.swapped

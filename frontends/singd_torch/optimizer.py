@@ -43,9 +43,9 @@ class SINGD(torch.optim.Optimizer):
         T: Steps between two refreshes of the factors.
         loss_average: What the loss is a mean of: "batch", "batch+sequence", or None for a sum.
         lr_cov: Step size of the factors (β₁), or a function of the number of steps taken.
-        structures: Of the factors K (inputs) and C (outputs), by name or class. None is dense for the
-            recipe "paper", and else the richest that hold no more numbers than the layer's weight; "auto" the richest that fit
-            the memory budget.
+        structures: Of the factors K (inputs) and C (outputs), by name or class. None is dense for
+            the recipe "paper", else the richest that hold no more numbers than the layer's weight;
+            "auto" is the richest that fit the memory budget.
         kfac_approx: "expand" or "reduce": how positions that share the weight are treated.
         warn_unsupported: Warn with the names of parameters that AdamW trains.
         kfac_like: The IKFAC form of the update.

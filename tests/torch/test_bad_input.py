@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-
 from singd_torch import SINGD
+from torch import Tensor, nn
 
 INF, NAN = float("inf"), float("nan")
 

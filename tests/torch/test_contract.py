@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-
 from singd_torch import SINGD
+from torch import Tensor, nn
 
 
 class Network(nn.Module):

@@ -1,0 +1,147 @@
+"""The projections inside attention's fused call are preconditioned from their true rows."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from singd_torch import SINGD
+from singd_torch._attention import _Fused
+from torch import Tensor, nn
+
+# Relative, float64: sums of at most 60 rows in another order than autograd's.
+CLOSE = 1e-12
+
+
+class Watched(SINGD):
+    """Keeps the product BᵀA of the rows of each layer and part."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.products: dict[tuple[str, int | None], Tensor] = {}
+        super().__init__(*args, **kwargs)
+
+    def _take_rows(self, layer: Any, source: Any, x: Tensor, g: Tensor) -> None:
+        how = {"kfac_approx": "expand"}
+        A, _ = source.kind.inputs(x, bias=layer.bias is not None, **how)
+        B, self.terms = source.kind.outputs(g, loss_average="batch", **how)
+        key = layer.name, source.part
+        self.products[key] = self.products.get(key, 0.0) + B.mT @ A
+        super()._take_rows(layer, source, x, g)
+
+    def explains(self) -> bool:
+        """Whether the rows of every layer explain its gradient."""
+        for layer in self._layers:
+            gradient = layer.matrix([p.grad for p in layer.parameters])
+            parts = [
+                v for (name, _), v in sorted(self.products.items(), key=str) if name == layer.name
+            ]
+            product = torch.stack(parts) if gradient.ndim == 3 else sum(parts)
+            if not (product - gradient).norm() <= CLOSE * gradient.norm():
+                return False
+        return bool(self._layers)
+
+
+def attention(**kwargs: Any) -> nn.MultiheadAttention:
+    return nn.MultiheadAttention(6, 2, dtype=torch.float64, **kwargs)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_self_attention(batch_first: bool, need_weights: bool, bias: bool) -> None:
+    model = attention(batch_first=batch_first, bias=bias)
+    x = torch.randn(5, 4, 6, dtype=torch.float64)
+    optimizer = Watched(model)
+    model(x, x, x, need_weights=need_weights)[0].sin().mean().backward()
+    assert len(optimizer._layers) == 2
+    assert optimizer.explains()
+    assert optimizer.terms == (5 if batch_first else 4)  # the batch, wherever its axis is
+
+
+def test_cross_attention_of_other_length() -> None:
+    model = attention(batch_first=True)
+    q, k = torch.randn(3, 4, 6, dtype=torch.float64), torch.randn(3, 7, 6, dtype=torch.float64)
+    optimizer = Watched(model)
+    model(q, k, k + 1.0)[0].sin().mean().backward()
+    assert optimizer.explains()
+    assert {key: pending.N for key, pending in optimizer._layers[0].pending.items()} == {
+        (0, False): 12,
+        (1, False): 21,
+        (2, False): 21,
+    }
+
+
+def test_keys_and_values_of_other_width() -> None:
+    model = attention(batch_first=True, kdim=3, vdim=5)
+    q, k, v = (torch.randn(3, 4, d, dtype=torch.float64) for d in (6, 3, 5))
+    optimizer = Watched(model)
+    model(q, k, v)[0].sin().mean().backward()
+    assert len(optimizer._layers) == 4
+    assert optimizer.explains()
+
+
+@pytest.mark.parametrize("layer", [nn.TransformerEncoderLayer, nn.TransformerDecoderLayer])
+def test_transformer_layers_are_unchanged_and_explained(layer: Any) -> None:
+    model = layer(6, 2, 8, dropout=0.0, batch_first=True, dtype=torch.float64)
+    plain = copy.deepcopy(model)
+    x = torch.randn(3, 4, 6, dtype=torch.float64)
+    optimizer = Watched(model)
+    for m in (model, plain):
+        (m(x) if isinstance(m, nn.TransformerEncoderLayer) else m(x, x)).sin().mean().backward()
+    assert optimizer.explains()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        assert p.grad is not None
+        assert q.grad is not None
+        assert (p.grad - q.grad).norm() <= CLOSE * q.grad.norm()
+
+
+def test_nothing_is_intercepted_between_refreshes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = attention(batch_first=True), torch.randn(2, 3, 6, dtype=torch.float64)
+    optimizer = SINGD(model, T=2)
+    entered = 0
+
+    def enter(self: _Fused) -> Any:
+        nonlocal entered
+        entered += 1
+        return original(self)
+
+    original = _Fused.__enter__
+    monkeypatch.setattr(_Fused, "__enter__", enter)
+    for expected in (1, 1, 2):
+        model(x, x, x)[0].sin().mean().backward()
+        optimizer.step()
+        assert entered == expected
+
+
+def test_an_error_in_the_call_leaves_no_mode_behind() -> None:
+    model = attention(batch_first=True)
+    optimizer = SINGD(model)
+    bad = torch.randn(2, 3, 5, dtype=torch.float64)
+    with pytest.raises((AssertionError, RuntimeError)):
+        model(bad, bad, bad)
+    assert torch.overrides._get_current_function_mode() is None
+    del optimizer
+
+
+def test_a_copy_of_the_model_is_not_watched() -> None:
+    model = attention(batch_first=True)
+    optimizer = SINGD(model)
+    x = torch.randn(2, 3, 6, dtype=torch.float64)
+    copy.deepcopy(model)(x, x, x)[0].mean().backward()
+    assert not any(layer.pending for layer in optimizer._layers)
+
+
+def test_it_trains_and_every_parameter_moves() -> None:
+    model = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = SINGD(model)
+    x = torch.randn(16, 5, 8)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = (model(x) - x.roll(1, 1)).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))

@@ -1,0 +1,116 @@
+"""DistributedDataParallel: the factors are those of the whole batch, in one all-reduce."""
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from singd_torch import SINGD
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+STEPS = 4
+
+
+class Branches(nn.Module):
+    """Attention and two branches, of which a batch may use one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.left, self.right, self.head = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor, branch: str) -> torch.Tensor:
+        x = self.attention(x, x, x)[0]
+        return self.head(getattr(self, branch)(x).tanh().mean(1))
+
+
+def data() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(STEPS, 16, 3, 4, generator=generator, dtype=torch.float64)
+    return x, torch.randint(3, (STEPS, 16), generator=generator)
+
+
+def new_model() -> nn.Module:
+    torch.manual_seed(0)
+    return Branches().double()
+
+
+def backward(model: nn.Module, x: Any, y: Any, branch: str, share: float = 1.0) -> None:
+    (nn.functional.cross_entropy(model(x, branch), y) * share).backward()
+
+
+def train(rank: int, world: int, folder: str, how: str) -> None:
+    """One process: its share of each batch; the first saves the weights."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    model = DistributedDataParallel(new_model(), find_unused_parameters=True)
+    optimizer = SINGD(model, T=2)
+    calls = 0
+    original = dist.all_reduce
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return original(*args, **kwargs)
+
+    dist.all_reduce = counted
+    X, Y = data()
+    for step in range(STEPS):
+        x, y = X[step].chunk(world)[rank], Y[step].chunk(world)[rank]
+        optimizer.zero_grad()
+        if how == "accumulate":
+            with model.no_sync():
+                backward(model, x[: len(x) // 2], y[: len(x) // 2], "left", 0.5)
+            backward(model, x[len(x) // 2 :], y[len(x) // 2 :], "left", 0.5)
+        elif how == "uneven":  # a branch is used by one process only
+            backward(model, x, y, "left" if rank == 0 else "right")
+        else:
+            backward(model, x, y, "left")
+        before = calls
+        optimizer.step()
+        # one at a refresh, none between; a layer that never had rows keeps asking for them
+        assert calls - before == (1 if step % 2 == 0 or how != "uneven" else 0), (step, calls)
+    weights = [p.detach().clone() for p in model.parameters()]
+    gathered = [torch.empty_like(torch.cat([w.flatten() for w in weights])) for _ in range(world)]
+    dist.all_gather(gathered, torch.cat([w.flatten() for w in weights]))
+    assert all(torch.equal(gathered[0], other) for other in gathered)
+    if rank == 0:
+        torch.save(weights, f"{folder}/weights.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", ["plain", "accumulate", "uneven"])
+def test_processes_train_like_one_with_the_whole_batch(
+    world: int, how: str, tmp_path: Path
+) -> None:
+    mp.spawn(train, args=(world, str(tmp_path), how), nprocs=world)
+    model = new_model()
+    optimizer = SINGD(model, T=2)
+    X, Y = data()
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        if how == "uneven":
+            parts = zip(X[step].chunk(world), Y[step].chunk(world), strict=True)
+            loss = torch.zeros((), dtype=torch.float64)
+            for rank, (x, y) in enumerate(parts):
+                logits = model(x, "left" if rank == 0 else "right")
+                loss = loss + nn.functional.cross_entropy(logits, y, reduction="sum") / len(X[step])
+            loss.backward()
+        else:
+            backward(model, X[step], Y[step], "left")
+        optimizer.step()
+    if how == "uneven":
+        return  # calls of one pass with parts of the batch: only agreement of the processes counts
+    for p, q in zip(model.parameters(), torch.load(tmp_path / "weights.pt"), strict=True):
+        assert torch.allclose(p, q, rtol=1e-9, atol=1e-12)

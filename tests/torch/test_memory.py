@@ -1,0 +1,65 @@
+"""What the state costs: known before, bounded by default, and within a budget by choice."""
+
+import pytest
+import torch
+from singd_torch import SINGD, estimate
+from torch import nn
+
+
+def model() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.GroupNorm(2, 8), nn.Flatten(), nn.Linear(8 * 36, 10)
+    )
+
+
+def state_bytes(model: nn.Module, optimizer: SINGD) -> int:
+    """What the state holds after a step, but for the counts and mean diagonals (numbers)."""
+    model(torch.randn(4, 3, 8, 8)).square().mean().backward()
+    optimizer.step()
+    tensors = [t for entries in optimizer.state.values() for t in entries.values()]
+    return sum(t.nbytes for t in tensors if t.ndim)
+
+
+@pytest.mark.parametrize(
+    "structures", [None, ("dense", "dense"), ("diagonal", "hierarchical:4,4"), "auto"]
+)
+@pytest.mark.parametrize("recipe", ["robust", "paper"])
+def test_the_estimate_is_what_the_state_holds(structures: object, recipe: str) -> None:
+    budget = 30_000 if structures == "auto" else None
+    kwargs = {"structures": structures, "recipe": recipe, "memory_budget": budget}
+    m = model()
+    guess = estimate(m, **kwargs)  # type: ignore[arg-type]
+    held = state_bytes(m, SINGD(m, **kwargs))  # type: ignore[arg-type]
+    assert guess.total == held
+    assert budget is None or held <= budget
+
+
+def test_the_estimate_allocates_nothing() -> None:
+    with torch.device("meta"):
+        huge = nn.Linear(50_000, 50_000)
+    assert estimate(huge, structures=("dense", "dense")).total > 20e9
+
+
+def test_by_default_no_factor_holds_more_than_its_weight() -> None:
+    with torch.device("meta"):
+        m = nn.Sequential(nn.Embedding(50_257, 768), nn.Linear(768, 3072), nn.Linear(768, 50_257))
+        m.append(nn.Conv2d(64, 128, 3)).append(nn.Linear(1024, 10)).append(nn.Linear(64, 64))
+    for layer in SINGD(m)._layers:
+        (_, d_out, d_in), (K, C) = layer.shape, layer.structures
+        assert K.numbers(d_in) <= d_out * d_in
+        assert C.numbers(d_out) <= d_out * d_in
+
+
+def test_a_richer_budget_gives_richer_structures() -> None:
+    totals = [
+        estimate(model(), "auto", memory_budget=budget).total for budget in (20_000, 40_000, 10**9)
+    ]
+    assert totals == sorted(totals)
+    assert totals[-1] == estimate(model(), ("dense", "dense")).total
+
+
+def test_a_budget_that_nothing_fits_is_an_error() -> None:
+    with pytest.raises(ValueError, match="diagonal factors already need"):
+        SINGD(model(), structures="auto", memory_budget=1000)
+    with pytest.raises(ValueError, match="memory_budget"):
+        SINGD(model(), structures="auto")

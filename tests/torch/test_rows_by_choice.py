@@ -1,0 +1,127 @@
+"""Which rows reach the factors: masks, sampled labels, and layers that a user registers."""
+
+import copy
+
+import pytest
+import torch
+from singd_torch import SINGD, register_layer
+from singd_torch._kinds import _TABLE
+from torch import Tensor, nn
+
+from singd_core import Linear
+
+
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+@pytest.mark.parametrize("loss_average", ["batch", "batch+sequence"])
+def test_masked_positions_are_no_rows(kfac_approx: str, loss_average: str) -> None:
+    """Padded sequences with a mask train like the sequences without the padding."""
+    padded = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).double()
+    short = copy.deepcopy(padded)
+    x = torch.randn(5, 7, 4, dtype=torch.float64)
+    mask = torch.arange(7).expand(5, 7) < 4
+    kwargs = {"kfac_approx": kfac_approx, "loss_average": loss_average}
+    optimizers = SINGD(padded, **kwargs), SINGD(short, **kwargs)
+    terms = 5 if loss_average == "batch" else 20
+    for _ in range(4):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        optimizers[0].mask_rows(mask)
+        ((padded(x) - 1.0).square().sum(-1) * mask).sum().div(terms).backward()
+        (short(x[:, :4]) - 1.0).square().sum().div(terms).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q in zip(padded.parameters(), short.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=1e-10)
+
+
+def test_masked_entries_of_a_table_are_not_counted() -> None:
+    table = nn.Embedding(4, 3)
+    optimizer = SINGD(table, recipe="paper", structures=("dense", "dense"))
+    x, mask = torch.tensor([[0, 1, 3], [2, 1, 3]]), torch.tensor([[1, 1, 0], [1, 1, 0]]).bool()
+    optimizer.mask_rows(mask)
+    table(x).square().sum().backward()
+    U = optimizer._layers[0].curvature(1.0).H_K.diag
+    assert torch.allclose(U, torch.tensor([0.25, 0.5, 0.25, 0.0]))
+
+
+def test_a_mask_concerns_one_step() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = SINGD(model)
+    optimizer.mask_rows(torch.zeros(4, 5, dtype=torch.bool))
+    model(torch.randn(4, 5, 3)).sum().backward()
+    optimizer.step()
+    model(torch.randn(4, 5, 3)).sum().backward()
+    assert next(iter(optimizer._layers[0].pending.values())).N == 20
+
+
+def test_sampled_labels_give_the_rows_and_no_gradient() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    plain = copy.deepcopy(model)
+    x, y = torch.randn(8, 4, dtype=torch.float64), torch.randint(3, (8,))
+    sampled = torch.randint(3, (8,))
+    optimizer = SINGD(model, recipe="paper", T=1)
+
+    logits = model(x)
+    with optimizer.sampled_labels():
+        nn.functional.cross_entropy(logits, sampled).backward(retain_graph=True)
+    nn.functional.cross_entropy(logits, y).backward()
+
+    nn.functional.cross_entropy(plain(x), y).backward()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        assert p.grad is not None
+        assert q.grad is not None
+        assert torch.allclose(p.grad, q.grad)
+    last = optimizer._layers[1].curvature(1.0)
+    rows = logits.detach().softmax(-1) - nn.functional.one_hot(sampled, 3)
+    assert torch.allclose(last.H_C.matrix, rows.T @ rows / 8)
+
+    optimizer.step()
+    nn.functional.cross_entropy(model(x), y).backward()  # the next step is an ordinary one
+    assert all(layer.pending for layer in optimizer._layers)
+
+
+def test_sampled_labels_keep_what_was_accumulated() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = SINGD(model)
+    model(torch.randn(4, 3)).sum().backward()
+    gradient = model.weight.grad
+    with optimizer.sampled_labels():
+        model(torch.randn(4, 3)).sum().backward()
+    assert model.weight.grad is gradient
+
+
+class Scaled(nn.Module):
+    """A linear layer under names of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(2, 3))
+        self.offset = nn.Parameter(torch.randn(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.matrix.T + self.offset
+
+
+def test_a_registered_layer_is_preconditioned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("singd_torch._kinds._TABLE", dict(_TABLE))
+    assert not SINGD(Scaled())._layers
+    register_layer(Scaled, Linear(), weight="matrix", bias="offset")
+    own, builtin = Scaled(), nn.Linear(3, 2)
+    builtin.weight.data.copy_(own.matrix)
+    builtin.bias.data.copy_(own.offset)
+    optimizers = SINGD(own), SINGD(builtin)
+    x = torch.randn(8, 3)
+    for _ in range(3):
+        for model, optimizer in zip((own, builtin), optimizers, strict=True):
+            optimizer.zero_grad()
+            (model(x) - 1.0).square().mean().backward()
+            optimizer.step()
+    assert torch.allclose(own.matrix, builtin.weight)
+    assert torch.allclose(own.offset, builtin.bias)
+
+
+def test_registering_nonsense_is_an_error() -> None:
+    with pytest.raises(TypeError, match="subclass"):
+        register_layer(int, Linear())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="LayerKind"):
+        register_layer(Scaled, 3)  # type: ignore[arg-type]

@@ -1,0 +1,109 @@
+"""Embeddings, tied or not: the factor of the entries is the diagonal of their frequencies."""
+
+import pytest
+import torch
+from singd_torch import SINGD
+from torch import nn
+from torch.nn.functional import one_hot
+
+from singd_core.structures import Diagonal
+
+
+def test_the_input_factor_has_the_entries_frequencies() -> None:
+    table = nn.Embedding(5, 3, padding_idx=4)
+    optimizer = SINGD(table, structures=("dense", "dense"), recipe="paper")
+    x = torch.tensor([[0, 1, 1], [3, 1, 4]])
+    table(x).square().sum(-1).sum().div(2).backward()
+    layer = optimizer._layers[0]
+    assert layer.structures[0] is Diagonal
+    curvature = layer.curvature(1.0)
+    # K = I at the start, so H_K is U: the mean of the one-hot rows' squares, without the padding
+    assert torch.equal(curvature.H_K.diag, torch.tensor([1, 3, 0, 1, 0]) / 6)
+    rows = table.weight.detach()[x].reshape(-1, 3)  # of a mean over 2 terms: times 2 a row
+    assert torch.allclose(curvature.H_C.matrix, 2 * rows.T @ rows)
+
+
+def test_one_hot_rows_give_the_same_step() -> None:
+    """A table is a linear layer of one-hot rows with a diagonal K."""
+    table, linear = nn.Embedding(5, 3).double(), nn.Linear(5, 3, bias=False).double()
+    linear.weight.data.copy_(table.weight.data.T)
+    x = torch.randint(5, (20, 4))
+    structures = ("diagonal", "dense")
+    models = (table, x), (linear, one_hot(x, 5).double())
+    optimizers = [SINGD(model, structures=structures) for model, _ in models]
+    for _ in range(5):
+        for (model, inputs), optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            (model(inputs).sin() - 0.3).square().mean().backward()
+            optimizer.step()
+    # the roots of the counts are taken in float32: 1e-7 in a factor
+    assert torch.allclose(table.weight.T, linear.weight, rtol=1e-6)
+
+
+class Tied(nn.Module):
+    """A table and a linear map with one weight."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.table = nn.Embedding(7, 4)
+        self.middle = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 7, bias=bias)
+        self.head.weight = self.table.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.middle(self.table(x)).tanh())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_tied_weight_is_one_layer_with_the_rows_of_both_uses(bias: bool) -> None:
+    model = Tied(bias).double()
+    optimizer = SINGD(model)
+    x = torch.randint(7, (6, 5))
+    nn.functional.cross_entropy(model(x).flatten(0, 1), x.roll(1).flatten()).backward()
+    layers = {layer.name: layer for layer in optimizer._layers}
+    assert set(layers) == {"table.weight", "middle.weight"}
+    tied = layers["table.weight"]
+    assert set(tied.pending) == {(None, False), (None, True)}
+    head, lookup = (tied.pending[None, swapped].curvature(1.0) for swapped in (False, True))
+    # the entries are the outputs of the head: their frequencies are on the side of C
+    assert torch.allclose(
+        lookup.H_C.diag, torch.bincount(x.flatten(), minlength=7).double() / x.numel()
+    )
+    # one Kronecker product near the sum of two: exact in trace but for the two mixed terms
+    both = tied.curvature(1.0)
+    s = ((both.t_U - head.t_U) / lookup.t_U).item()
+    assert s > 0
+    assert torch.allclose(both.t_G, head.t_G + lookup.t_G / s)
+    mixed = s * lookup.t_U * head.t_G, head.t_U * lookup.t_G / s
+    assert torch.allclose(*mixed)  # at the least sum the two are equal
+
+
+def test_a_tied_model_trains_and_resumes() -> None:
+    model = Tied(True)
+    optimizer = SINGD(model)
+    x = torch.randint(7, (32, 5))
+
+    def train(model: nn.Module, optimizer: SINGD, steps: int) -> float:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x).flatten(0, 1), x.flatten())
+            loss.backward()
+            optimizer.step()
+        return loss.item()
+
+    first = train(model, optimizer, 1)
+    train(model, optimizer, 29)
+    other = Tied(True)
+    other.load_state_dict(model.state_dict())
+    resumed = SINGD(other)
+    resumed.load_state_dict(optimizer.state_dict())
+    last = train(model, optimizer, 5)
+    assert train(other, resumed, 5) == last
+    assert last < 0.8 * first
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"sparse": True}, {"scale_grad_by_freq": True}, {"max_norm": 1.0}]
+)
+def test_tables_with_other_gradients_are_left_to_the_fallback(kwargs: dict[str, object]) -> None:
+    assert not SINGD(nn.Embedding(5, 3, **kwargs))._layers
