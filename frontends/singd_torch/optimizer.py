@@ -129,7 +129,6 @@ class SINGD(torch.optim.Optimizer):
             "fallback_weight_decay": fallback_weight_decay,
         }
         self._model = model
-        self._names = {p: name for name, p in model.named_parameters()}
         self._layers: list[Layer] = []
         self._fallback: list[nn.Parameter] = []
         self._hooked: set[nn.Module] = set()
@@ -159,6 +158,14 @@ class SINGD(torch.optim.Optimizer):
         group["params"] = params = [params] if isinstance(params, Tensor) else list(params)
         if len({id(p) for p in params}) < len(params):
             raise ValueError("a parameter is given twice in one parameter group")
+        self._names = {p: name for name, p in self._model.named_parameters()}
+        for p in params:
+            p = p[1] if isinstance(p, tuple) else p  # with its name
+            if isinstance(p, Tensor) and p not in self._names:
+                raise ValueError(
+                    f"a parameter of shape {tuple(p.shape)} is not of the model: "
+                    "give it to an optimizer of its own"
+                )
         unknown = set(group) - set(self.defaults) - {"params", "param_names", "steps", "base_lr"}
         if unknown:
             raise ValueError(f"a parameter group has no setting {sorted(unknown)}")
@@ -242,6 +249,12 @@ class SINGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for p in self._group_of:
+            if p.grad is not None and p.grad.is_sparse:
+                raise RuntimeError(
+                    f"the gradient of {self._names[p]!r} is sparse, which SINGD does not take: "
+                    "give its module sparse=False, or an optimizer of its own"
+                )
         chosen = {id(group): settings_of(group) for group in self.param_groups}
         scales = self._scales()
         works, others = [], [p for p in self._fallback if p.grad is not None]

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-
 from singd_torch import SINGD
+from torch import Tensor, nn
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -64,7 +63,6 @@ def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     for name, value in ours.items():
         assert value.dtype == theirs[name].dtype, name
         assert torch.equal(value, theirs[name]), name
-
 
 
 def check_resumed(

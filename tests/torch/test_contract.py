@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-
 from singd_torch import SINGD
+from torch import Tensor, nn
 
 
 class Network(nn.Module):
@@ -64,7 +63,7 @@ def test_fallback_is_torch_adamw() -> None:
     """Frozen layers aside, what remains takes the steps of torch.optim.AdamW."""
     model = nn.Sequential(nn.Embedding(7, 6), nn.LayerNorm(6))
     twin = copy.deepcopy(model)
-    settings = dict(betas=(0.8, 0.99), eps=1e-6, weight_decay=0.1)
+    settings = {"betas": (0.8, 0.99), "eps": 1e-6, "weight_decay": 0.1}
     ours = SINGD(model, fallback_lr=0.01, **{f"fallback_{k}": v for k, v in settings.items()})
     theirs = torch.optim.AdamW(twin.parameters(), lr=0.01, foreach=True, **settings)
     for _ in range(5):
@@ -82,14 +81,16 @@ def test_fallback_is_torch_adamw() -> None:
 def test_a_bias_in_another_group_has_its_own_rate_and_decay() -> None:
     model, data = nn.Linear(4, 3), (torch.randn(9, 4), torch.randint(3, (9,)))
     nn.init.ones_(model.bias)
-    given = dict(recipe="paper", lr=0.1, momentum=0.0)
+    given = {"recipe": "paper", "lr": 0.1, "momentum": 0.0}
 
     def change(params: Any) -> dict[str, Tensor]:
         net = copy.deepcopy(model)
         named = dict(net.named_parameters())
         groups = [{"params": [named[n] for n in names], **own} for names, own in params]
         step(net, SINGD(net, groups, **given), data)
-        return {n: (p - q).detach() for (n, p), q in zip(named.items(), model.parameters())}
+        return {
+            n: (p - q).detach() for (n, p), q in zip(named.items(), model.parameters(), strict=True)
+        }
 
     together = change([(["weight", "bias"], {})])
     for own, factor, decay in [

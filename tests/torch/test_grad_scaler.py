@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-
 from singd_torch import SINGD
+from torch import Tensor, nn
 
 SCALE = 2.0**10  # a power of two: scaling with it rounds nothing, so results are equal in every bit
 

@@ -5,12 +5,11 @@ import warnings
 from typing import Any
 
 import pytest
+import singd_torch.optimizer
 import torch
+from singd_torch import SINGD
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-
-import singd_torch.optimizer
-from singd_torch import SINGD
 
 BF16 = torch.bfloat16
 
@@ -51,9 +50,16 @@ def batch(poison: float = 0.0) -> tuple[Tensor, Tensor]:
 class NoSync(TorchDispatchMode):
     """Forbids the operations by which the host reads a tensor's value."""
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         name = function.overloadpacket._qualified_op_name
-        if name in ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::equal"):
+        if name in (
+            "aten::_local_scalar_dense",
+            "aten::is_nonzero",
+            "aten::nonzero",
+            "aten::equal",
+        ):
             raise AssertionError(f"{name}: the host waits for the device")
         return function(*args, **(kwargs or {}))
 
