@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import pydoc_data.topics
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -76,7 +77,7 @@ def _mean(function: Loss, model: nn.Module, x: Tensor, y: Tensor) -> float:
     return total / len(x)
 
 
-# ---- data -----------------------------------------------------------------------------------------
+# ---- data ---------------------------------------------------------------------------------------
 
 
 def _split(x: Tensor, y: Tensor, train: int) -> tuple[Split, Split]:
@@ -128,7 +129,7 @@ def text() -> tuple[Split, Split]:
     return (x[:train], y[:train]), (x[last], y[last])
 
 
-# ---- networks -------------------------------------------------------------------------------------
+# ---- networks -----------------------------------------------------------------------------------
 
 
 def mlp() -> nn.Module:
@@ -137,9 +138,9 @@ def mlp() -> nn.Module:
 
 
 def cnn(channels: list[int]) -> nn.Module:
-    """Convolutions, each followed by pooling, and a linear layer on what is left: 2 × 2 or 3 × 3."""
+    """Convolutions with pooling, and a linear layer on the 2 × 2 or 3 × 3 pixels that are left."""
     layers: list[nn.Module] = []
-    for c_in, c_out in zip([1, *channels[:-1]], channels, strict=True):
+    for c_in, c_out in itertools.pairwise([1, *channels]):
         layers += [nn.Conv2d(c_in, c_out, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
     left = 4 if len(channels) == 2 else 9
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels[-1] * left, 10))
@@ -152,7 +153,7 @@ def autoencoder() -> nn.Module:
 
 def _dense(widths: list[int], activation: type[nn.Module]) -> list[nn.Module]:
     layers: list[nn.Module] = []
-    for d_in, d_out in zip(widths[:-1], widths[1:], strict=True):
+    for d_in, d_out in itertools.pairwise(widths):
         layers += [nn.Linear(d_in, d_out), activation()]
     return layers[:-1]
 
@@ -194,7 +195,7 @@ def transformer() -> nn.Module:
     return Transformer(int(x.max()) + 1)
 
 
-# ---- tasks ----------------------------------------------------------------------------------------
+# ---- tasks --------------------------------------------------------------------------------------
 
 
 def character_loss(logits: Tensor, ids: Tensor) -> Tensor:
@@ -212,9 +213,7 @@ def squared_error(logits: Tensor, images: Tensor) -> Tensor:
     return F.mse_loss(logits.sigmoid(), images)
 
 
-_classify = functools.partial(
-    Task, loss=F.cross_entropy, metric=accuracy, metric_name="accuracy"
-)
+_classify = functools.partial(Task, loss=F.cross_entropy, metric=accuracy, metric_name="accuracy")
 
 TASKS = {
     "digits-mlp": _classify(title="MLP on digits", data=digits, model=mlp, steps=150),
@@ -222,7 +221,10 @@ TASKS = {
         title="CNN on digits", data=digits, model=functools.partial(cnn, [16, 32]), steps=120
     ),
     "mnist-cnn": _classify(
-        title="CNN on 4000 of MNIST", data=mnist, model=functools.partial(cnn, [8, 16, 32]), steps=150
+        title="CNN on 4000 of MNIST",
+        data=mnist,
+        model=functools.partial(cnn, [8, 16, 32]),
+        steps=150,
     ),
     "autoencoder": Task(
         title="autoencoder of MNIST at 14 × 14",

@@ -51,7 +51,7 @@ def widen(x: Array) -> Array:
 def ranged(x: Array) -> Array:
     """`x`, in float32 if it is float16: for what leaves the range of that, e.g. sums of squares."""
     # by its range: the standard, and so array-api-strict, knows no name `float16`
-    return widen(x) if is_half(x) and namespace(x).finfo(x.dtype).max < 1e5 else x
+    return widen(x) if is_half(x) and float(namespace(x).finfo(x.dtype).max) < 1e5 else x
 
 
 def cast(x: Array, like: Array) -> Array:
@@ -66,7 +66,7 @@ def expand(c: Scalar, like: Array) -> Scalar:
     0-d arrays promote in some libraries and not in others, and gets the trailing axes it lacks.
     """
     if isinstance(c, (int, float)):
-        return c
+        return float(c)  # NumPy's float64 scalars, which are floats too, would promote
     c = cast(c, like)
     missing = like.ndim - c.ndim
     return (

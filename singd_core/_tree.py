@@ -10,7 +10,8 @@ from singd_core._array import Array
 
 T = TypeVar("T")
 
-_STATIC = (int, float, type(None))
+# Exactly these: NumPy's float64 scalars, which are floats too, are 0-d arrays.
+_STATIC = {int, float, type(None)}
 
 
 class Tree:
@@ -61,7 +62,7 @@ def _named(name: str, value: Any) -> Iterator[tuple[str, Array]]:
     elif isinstance(value, dict):
         for key, entry in value.items():
             yield from _named(f"{name}.{key}", entry)
-    elif not isinstance(value, _STATIC):
+    elif type(value) not in _STATIC:
         yield name, value
 
 
@@ -70,7 +71,7 @@ def _mapped(function: Callable[..., Array], value: Any, others: list[Any]) -> An
         return value.map(function, *others)
     if isinstance(value, dict):
         return {k: _mapped(function, v, [o[k] for o in others]) for k, v in value.items()}
-    return value if isinstance(value, _STATIC) else function(value, *others)
+    return value if type(value) in _STATIC else function(value, *others)
 
 
 @dataclass_transform(frozen_default=True, eq_default=False)

@@ -10,6 +10,7 @@ from singd_core import preconditioner
 from singd_core._array import Array, device, expand, full, namespace, ranged
 from singd_core._tree import Tree, tree
 from singd_core.curvature import LayerKind, Linear
+from singd_core.curvature.base import is_expand, loss_terms
 from singd_core.settings import STRUCTURES, rate, settings
 from singd_core.structures import Diagonal
 from singd_core.updates.adamw import Fallback, Moments
@@ -99,8 +100,10 @@ class Optimizer:
     ) -> None:
         self.settings = settings(recipe, **given)
         self.layers = None if layers is None else dict(layers)
-        preconditioner.resolve(structures, ((), 1, 1), kfac=self.settings.kfac)
+        preconditioner.resolve(structures, kfac=self.settings.kfac)
         self.structures = STRUCTURES[recipe] if structures is None else structures
+        is_expand(kfac_approx)  # both are checked here, before any rows come
+        loss_terms(loss_average, 1, ())
         self.kfac_approx, self.loss_average = kfac_approx, loss_average
         self.preconditioner_dtype = preconditioner_dtype
         self.fallback = fallback or Fallback()
@@ -125,7 +128,7 @@ class Optimizer:
                 factors = preconditioner.init((K, C), shape, s, *likes)
                 momentum = (
                     None
-                    if s.momentum == 0.0
+                    if isinstance(s.momentum, (int, float)) and s.momentum == 0.0
                     else full((*shape[0], *shape[1:]), 0.0, like=ranged(weight))
                 )
                 layers[name] = LayerState(factors, momentum)
@@ -246,7 +249,7 @@ class Optimizer:
         for name, change in updates.items():
             masked = [xp.where(ok, u, xp.zeros_like(u)) for u in _parts(change)]
             updates[name] = tuple(masked) if isinstance(change, tuple) else masked[0]
-        return updates, dataclasses.replace(kept, skipped=skipped)
+        return updates, dataclasses.replace(kept, step=stepped.step, skipped=skipped)
 
     def apply(
         self, params: Mapping[str, Parameter], updates: Mapping[str, Parameter]

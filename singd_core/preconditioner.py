@@ -18,14 +18,14 @@ Shape: TypeAlias = tuple[Sequence[int], int, int]  # batch axes, d_out, d_in
 
 
 def resolve(
-    structures: Structures | str | None, shape: Shape, *, kfac: bool
+    structures: Structures | str | None, shape: Shape = ((), 1, 1), *, kfac: bool
 ) -> tuple[type[Structure], type[Structure]]:
     """The structures of K and C of one layer.
 
     Args:
         structures: Two names or classes; `"auto:b"` for the richest of at most b numbers a row; or
             None for the richest that hold no more numbers than the weight matrix.
-        shape: The batch axes, d_out and d_in.
+        shape: The batch axes, d_out and d_in; two names do not ask for it.
         kfac: Whether they have to be dense.
 
     Raises:

@@ -73,7 +73,7 @@ RECIPES: dict[str, Settings] = {
         decoupled_weight_decay=True,
         T=1,
         lr_cov=0.05,
-        damping=0.1,
+        damping=0.3,
         relative_damping=True,
         alpha1=0.0,
         kfac_like=True,
@@ -103,7 +103,7 @@ def settings(recipe: str = "robust", **given: Any) -> Settings:
         if name not in known:
             raise ValueError(f"there is no setting {name!r}; there are {', '.join(known)}")
     chosen = dataclasses.replace(
-        RECIPES[recipe], **{k: v for k, v in given.items() if v is not None}
+        RECIPES[recipe], **{k: _plain(v) for k, v in given.items() if v is not None}
     )
     validate(chosen)
     return chosen
@@ -135,4 +135,14 @@ def validate(s: Settings) -> None:
 
 def rate(value: Rate | Callable[[int], Rate], step: int) -> Rate:
     """The value of a rate that may be a schedule, after `step` steps."""
-    return value(step) if callable(value) else value
+    return _plain(value(step) if callable(value) else value)
+
+
+def is_bound(value: Rate) -> bool:
+    """Whether a bound bounds anything: an array does, as nobody can wait to know its value."""
+    return not (isinstance(value, (int, float)) and value == math.inf)
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's float64 scalars, which would promote arrays in float32, as Python floats."""
+    return float(value) if isinstance(value, float) else value

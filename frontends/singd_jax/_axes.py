@@ -85,7 +85,8 @@ def rearranged(name: str, p: Mapping[str, Any], dims: tuple[Group, ...]) -> Any:
     if name == "expand_dims":
         return reshaped(dims, p["shape"])
     if name == "reshape":
-        return reshaped(dims, p["new_sizes"])
+        order = p.get("dimensions")  # a reshape may transpose first
+        return reshaped(dims if order is None else [dims[i] for i in order], p["new_sizes"])
     if name == "broadcast_in_dim":
         source = dict(zip(p["broadcast_dimensions"], dims, strict=True))
         return tuple(source.get(i, ()) for i in range(len(p["shape"])))
@@ -221,7 +222,7 @@ def joined_axis(
         return axis - sum(i < axis for i in params["dimensions"])
     if name == "broadcast_in_dim":
         return int(params["broadcast_dimensions"][axis])
-    if name == "reshape":
+    if name == "reshape" and params.get("dimensions") is None:
         before, new = math.prod(shape[:axis]), params["new_sizes"]
         for j, n in enumerate(new):
             if n == shape[axis] and math.prod(new[:j]) == before:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from singd_core._array import Array
@@ -48,14 +49,20 @@ def check(
         arrays = dict(zip(leaves.names, leaves.arrays, strict=True))
         slots = {name: jnp.zeros_like(layer.matrix(arrays)) for name, layer in layers.items()}
         tapped = Tapped(loss, layers, None, None, _product)
-        _, grads, products, _ = tapped.value_and_grad(params, slots, {}, batch, keywords, has_aux)
-        flat = Leaves.of(grads)
-        gradients = dict(zip(flat.names, flat.arrays, strict=True))
-        found = {}
-        for name, layer in layers.items():
-            matrix = layer.matrix(gradients)
-            gap = jnp.linalg.norm((products[name] - matrix).ravel())
-            found[name] = float(gap / (jnp.linalg.norm(matrix.ravel()) + 1e-30))
+
+        @jax.jit
+        def gaps(arrays: Any) -> dict[str, Array]:
+            _, grads, products, _ = tapped.value_and_grad(
+                leaves.join(arrays), slots, {}, batch, keywords, has_aux
+            )
+            flat = Leaves.of(grads)
+            gradients = dict(zip(flat.names, flat.arrays, strict=True))
+            return {
+                name: _gap(products[name], layer.matrix(gradients))
+                for name, layer in layers.items()
+            }
+
+        found = {name: float(gap) for name, gap in gaps(leaves.arrays).items()}
         wrong = [
             f"{name} ({gap:.2g})"
             for name, gap in found.items()
@@ -69,6 +76,11 @@ def check(
         return found
 
     return function
+
+
+def _gap(got: Array, expected: Array) -> Array:
+    norm = jnp.linalg.norm(expected.ravel())
+    return jnp.linalg.norm((got - expected).ravel()) / jnp.maximum(norm, 1e-30)
 
 
 def _product(call: Call, layer: Layer, kfac_approx: str) -> Callable[..., Array]:

@@ -5,6 +5,8 @@ Written for jax 0.6 to 0.12. Primitives are matched by name: their objects move 
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -40,8 +42,19 @@ def evaluate(eqn: Equation, values: Sequence[Any]) -> list[Any]:
     given = {
         v: x for v, x in zip(eqn.invars, values, strict=True) if not isinstance(v, core.Literal)
     }
-    jaxpr = core.Jaxpr([], list(given), list(eqn.outvars), [eqn], eqn.effects)
+    names = {"arg_names": ("",) * len(given), "result_paths": ("",) * len(eqn.outvars)}
+    told = {"debug_info": _debug_info()._replace(**names)} if _TOLD else {}
+    jaxpr = core.Jaxpr([], list(given), list(eqn.outvars), [eqn], eqn.effects, **told)
     return list(core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, []))(*given.values()))
+
+
+# From jax 0.6 on a jaxpr wants to know whose it is.
+_TOLD = "debug_info" in inspect.signature(core.Jaxpr.__init__).parameters
+
+
+@functools.cache
+def _debug_info() -> Any:
+    return jax.make_jaxpr(lambda: 0)().jaxpr.debug_info
 
 
 def inner_jaxpr(eqn: Equation) -> tuple[Jaxpr, Sequence[Any]]:
@@ -93,5 +106,5 @@ def auto_sharded(f: Callable[..., Any], like: Any) -> Callable[..., Any]:
     mesh = getattr(jax.sharding, "get_abstract_mesh", lambda: None)()
     if mesh is None or not getattr(mesh, "explicit_axes", ()):
         return f
-    specs = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding, like)
+    specs = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, like)
     return jax.sharding.auto_axes(f, out_sharding=specs)  # type: ignore[no-any-return]

@@ -26,7 +26,7 @@ def check_group(group: dict[str, Any]) -> None:
     """
     validate(settings_of(group))
     if group["structures"] != "auto":
-        preconditioner.resolve(group["structures"], ((), 1, 1), kfac=group["kfac"])
+        preconditioner.resolve(group["structures"], kfac=group["kfac"])
     is_expand(group["kfac_approx"])
     loss_terms(group["loss_average"], 1, ())
     if len(group["preconditioner_dtype"]) != 2:

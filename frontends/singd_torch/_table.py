@@ -29,7 +29,8 @@ def table(
 
 def fallback_bytes(p: nn.Parameter) -> int:
     """Bytes of state of a parameter that AdamW trains: two moments."""
-    return 2 * p.numel() * ranged(p.new_empty(0)).element_size()
+    itemsize: int = ranged(p.new_empty(0)).element_size()
+    return 2 * p.numel() * itemsize
 
 
 def layer_bytes(layer: Layer) -> int:

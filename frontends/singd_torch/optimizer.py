@@ -111,6 +111,8 @@ class SINGD(torch.optim.Optimizer):
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if isinstance(model, nn.DataParallel):
+            raise TypeError("nn.DataParallel is not supported: use DistributedDataParallel")
         self._processes = None
         if isinstance(model, nn.parallel.DistributedDataParallel):
             self._processes, model = model.process_group, model.module
@@ -138,7 +140,6 @@ class SINGD(torch.optim.Optimizer):
             "fallback_weight_decay": fallback_weight_decay,
         }
         self._model = model
-        self._names = {p: name for name, p in model.named_parameters()}
         self._layers: list[Layer] = []
         self._fallback: list[nn.Parameter] = []
         self._hooked: set[nn.Module] = set()
@@ -175,6 +176,7 @@ class SINGD(torch.optim.Optimizer):
         group["params"] = params = [params] if isinstance(params, Tensor) else list(params)
         if len({id(p) for p in params}) < len(params):
             raise ValueError("a parameter is given twice in one parameter group")
+        self._names = {p: name for name, p in self._model.named_parameters()}
         unknown = set(group) - set(self.defaults) - {"params", "param_names", "steps", "base_lr"}
         if unknown:
             raise ValueError(f"a parameter group has no setting {sorted(unknown)}")
@@ -292,6 +294,13 @@ class SINGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for p in self._group_of:
+            if p.grad is not None and p.grad.is_sparse:
+                name = self._names.get(p, "a parameter")
+                raise RuntimeError(
+                    f"the gradient of {name!r} is sparse, which SINGD does not take: "
+                    "give its module sparse=False, or an optimizer of its own"
+                )
         chosen = {id(group): settings_of(group) for group in self.param_groups}
         scales = _scaling.scales(self, self._scale_of_rows)
         if self._processes is not None:

@@ -41,7 +41,9 @@ class Structure(Tree):
     @classmethod
     def field_names(cls) -> tuple[str, ...]:
         """The names of the fields, in the order of the constructor."""
-        return cls.__match_args__  # torch.compile cannot trace dataclasses.fields of a class
+        # torch.compile cannot trace dataclasses.fields of a class
+        names: tuple[str, ...] = getattr(cls, "__match_args__")  # noqa: B009
+        return names
 
     # ---- what a structure must write ------------------------------------------------------------
 

@@ -1,16 +1,17 @@
 """The laws of a structure, to test a new one: see docs/new_structure.md.
 
-`check_structure(S)` checks all of them and returns a report, `@laws(S)` makes a pytest case of each,
-and `python -m singd_core.testing package.module:Name` prints a table. With SINGD_LAWS=nightly in the
-environment they try ten times as many examples and more sizes.
+`check_structure(S)` checks all of them and returns a report, `@laws(S)` makes a pytest case of
+each, and `python -m singd_core.testing package.module:Name` prints a table. With
+SINGD_LAWS=nightly in the environment they try ten times as many examples and more sizes.
 """
 
-from singd_core.testing import laws_space  # isort: skip # the order of the laws is that of the table
-from singd_core.testing import laws_products  # isort: skip
-from singd_core.testing import laws_arrays  # isort: skip
-from singd_core.testing import laws_update  # isort: skip
-from singd_core.testing import laws_jax  # isort: skip
-from singd_core.testing import laws_torch  # isort: skip
+# The order of the laws is that of the table.
+import singd_core.testing.laws_space  # isort: skip
+import singd_core.testing.laws_products  # isort: skip
+import singd_core.testing.laws_arrays  # isort: skip
+import singd_core.testing.laws_update  # isort: skip
+import singd_core.testing.laws_jax  # isort: skip
+import singd_core.testing.laws_torch  # isort: skip # noqa: F401
 
 from singd_core.testing.backends import Backend, backends, no_host_sync
 from singd_core.testing.cases import laws

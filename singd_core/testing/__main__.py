@@ -12,7 +12,7 @@ from singd_core.testing.report import check_structure
 
 
 def find(name: str) -> type[Structure]:
-    """The structure of `package.module:Name`, or of a registered name such as `hierarchical:2,2`."""
+    """The structure of `package.module:Name`, or of a registered name like `hierarchical:2,2`."""
     module, _, attribute = name.partition(":")
     if not attribute or all(part.strip().isdigit() for part in attribute.split(",")):
         return get(name)

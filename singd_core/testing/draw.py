@@ -1,7 +1,7 @@
 """One case of a law: what it draws, and how it compares with the oracle, NumPy in float64.
 
 A member is the structure's own restriction of a random matrix, so a user writes no strategy. The
-matrices hold small integers of which few are not zero: sums stay below 256, the largest integer up to
+matrices hold small integers of which few are not zero: sums stay below 256, the integer up to
 which bfloat16 holds all, and an operation that only multiplies and adds is right to the last bit in
 every dtype. Float data, and operations that round already in NumPy float64 (fft, means, norms), are
 compared with a tolerance.
@@ -23,7 +23,7 @@ from singd_core.testing.backends import EPS, Backend
 INTEGERS = {"float64": 2.0**53, "float32": 2.0**24, "bfloat16": 256.0, "float16": 2048.0}
 
 
-class Mismatch(AssertionError):
+class MismatchError(AssertionError):
     """Two results that should be equal are not."""
 
 
@@ -63,7 +63,9 @@ class Case:
                 new = rng.standard_normal(shape)
             else:
                 share = min(0.7, 4.0 / (self.d + 1))
-                new = rng.choice([-2.0, -1.0, -1.0, 1.0, 1.0, 2.0], shape) * (rng.random(shape) < share)
+                new = rng.choice([-2.0, -1.0, -1.0, 1.0, 1.0, 2.0], shape) * (
+                    rng.random(shape) < share
+                )
             self.drawn[name] = new
         return self.drawn[name]
 
@@ -111,7 +113,7 @@ class Case:
 
         Integers below the dtype's limit have to agree to the last bit, unless the operation rounds
         already in NumPy float64. All else has to agree up to 4 √(d + 4) roundings (of two to three
-        sums of d terms, growing as a random walk does) of the oracle's value at the absolute values,
+        sums of d terms, growing as a random walk does) of the oracle's value at absolute values,
         or of the product of the largest inputs: what fft's error is relative to.
 
         Args:
@@ -124,7 +126,7 @@ class Case:
         arrays = [self.numpy(x) for x in inputs]
         expected, got = np.asarray(oracle(*arrays), dtype=np.float64), self.numpy(actual)
         if got.shape != expected.shape:
-            raise Mismatch(f"expected shape {expected.shape}, got {got.shape}")
+            raise MismatchError(f"expected shape {expected.shape}, got {got.shape}")
         if np.array_equal(got, expected):
             return
         self.rounded = True
@@ -132,23 +134,25 @@ class Case:
         bound = float(np.max(np.abs(oracle(*absolute)), initial=0.0))
         integers = all(np.array_equal(a, np.round(a)) for a in (*arrays, expected))
         if exact and self.exact and integers and bound <= INTEGERS[self.dtype]:
-            raise Mismatch(_difference(expected, got, "to the last bit, since all is integer"))
+            raise MismatchError(_difference(expected, got, "to the last bit, since all is integer"))
         largest = float(np.prod([np.max(a, initial=0.0) for a in absolute]))
         tolerance = 4.0 * (self.d + 4) ** 0.5 * EPS[self.dtype] * max(bound, largest, scale)
         if not np.max(np.abs(got - expected)) <= tolerance:
-            raise Mismatch(_difference(expected, got, f"up to {tolerance:.2g}"))
+            raise MismatchError(_difference(expected, got, f"up to {tolerance:.2g}"))
 
     def equal(self, actual: Any, expected: Any, what: str = "") -> None:
         """Compare two results that have to agree to the last bit."""
         a, e = self.numpy(actual), self.numpy(expected)
         if a.shape != e.shape or not np.array_equal(a, e):
-            raise Mismatch((f"{what}: " if what else "") + _difference(e, a, "to the last bit"))
+            raise MismatchError(
+                (f"{what}: " if what else "") + _difference(e, a, "to the last bit")
+            )
 
 
 def require(condition: bool, message: str) -> None:
     """Raise a mismatch with a message unless the condition holds."""
     if not condition:
-        raise Mismatch(message)
+        raise MismatchError(message)
 
 
 def show(x: np.ndarray) -> str:
@@ -164,7 +168,10 @@ def show(x: np.ndarray) -> str:
 def _difference(expected: np.ndarray, got: np.ndarray, how: str) -> str:
     if expected.size > 150 and expected.shape == got.shape:
         places = np.argwhere(expected != got)
-        lines = [f"  at {list(map(int, i))}: {expected[tuple(i)]:.7g}, got {got[tuple(i)]:.7g}" for i in places[:5]]
+        lines = [
+            f"  at {list(map(int, i))}: {expected[tuple(i)]:.7g}, got {got[tuple(i)]:.7g}"
+            for i in places[:5]
+        ]
         return f"expected ({how}), in {len(places)} places of {expected.size}\n" + "\n".join(lines)
     return f"expected ({how})\n{_indent(show(expected))}\ngot\n{_indent(show(got))}"
 

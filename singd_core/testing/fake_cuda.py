@@ -12,8 +12,9 @@ from typing import Any
 def fake_cuda() -> Iterator[None]:
     """Within it tensors can be made on `cuda`, with no GPU and no CUDA build of torch.
 
-    A build without CUDA refuses to index a fake tensor (`x[..., 1:]` asks for the device's guard), so
-    indexing with slices, integers, None and an ellipsis is taken apart into functions that it allows.
+    A build without CUDA refuses to index a fake tensor (`x[..., 1:]` asks for a device
+    guard), so indexing with slices, integers, None and an ellipsis is taken apart into functions
+    that it allows.
     """
     torch: Any = importlib.import_module("torch")
     fake: Any = importlib.import_module("torch._subclasses").FakeTensorMode

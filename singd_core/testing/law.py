@@ -70,9 +70,9 @@ class Law:
         jax compiles every operation for each shape and dtype: laws of single operations are checked
         in float32, and the law of `jit` compares all operations in every dtype.
         """
-        if backend == "jax" and dtype != "float32" and not nightly():
-            if not (self.backends or self.dtypes or self.guard):
-                return False
+        general = not (self.backends or self.dtypes or self.guard)
+        if backend == "jax" and dtype != "float32" and general and not nightly():
+            return False
         of_backend = not self.backends or backend in self.backends
         of_backend = of_backend or backend.partition(":")[0] in self.backends
         return of_backend and (not self.dtypes or dtype in self.dtypes)

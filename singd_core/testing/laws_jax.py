@@ -21,7 +21,7 @@ def _jax() -> Any:
 
 
 def compare(case: Case, actual: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Compare results with those of NumPy, array by array, up to rounding, and check their dtype."""
+    """Compare results with those of NumPy, array by array up to rounding, and their dtype."""
     for name, result in expected.items():
         for (array, new), (_, old) in zip(arrays(actual[name]), arrays(result), strict=True):
             where = name + (f", array {array!r}" if array else "")
@@ -107,7 +107,7 @@ def scalar(L: Structure, X: Any, xp: Any) -> Any:
 
 
 def check_gradient(case: Case, L: Structure, R: Structure, X: Any, gradient: Structure) -> None:
-    """Compare ⟨gradient, R⟩ with the central difference of `scalar` in the direction R, in NumPy."""
+    """Compare ⟨gradient, R⟩ with NumPy's central difference of `scalar` in the direction R."""
     # the difference rounds by 1e-16 / h and is off by h²; the gradient, in float32, by some 1e-7
     h = 1e-5
     L, R, X, gradient = in_numpy(case, L, R, X, gradient)

@@ -1,12 +1,12 @@
-"""Laws of the products with tall arrays, of the projection Π̂, and of trace, norm and largest entry."""
+"""Laws of products with tall arrays, the projection Π̂, and trace, norm and largest entry."""
 
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import numpy as np
 
-from singd_core.structures.base import Structure
 from singd_core.testing.draw import Case, require
 from singd_core.testing.law import law
 
@@ -41,7 +41,7 @@ def associative(case: Case) -> None:
 
 
 @cache
-def basis(S: type[Structure], d: int) -> np.ndarray:
+def basis(S: Any, d: int) -> np.ndarray:
     """A spanning set of 𝔤, shape (d², d, d): the restrictions of the matrices with a single 1."""
     ones = np.eye(d * d).reshape(d * d, d, d)
     return np.stack([np.asarray(S.restrict(E).dense()) for E in ones])
@@ -52,7 +52,8 @@ def projection(case: Case) -> None:
     """`project(M)` is the P with ¼⟨P + Pᵀ, S + Sᵀ⟩ = ⟨M, S⟩ for every S of a basis of 𝔤."""
     if case.d > 40:
         return  # its basis has d² matrices of d² numbers
-    B, M = basis(case.S, case.d), case.symmetric()
+    S: Any = case.S
+    B, M = basis(S, case.d), case.symmetric()
     P = case.numpy(case.S.project(M))
     left = 0.25 * np.einsum("kij,ij->k", B + B.swapaxes(1, 2), P + P.T)
     case.same(left, lambda M: np.einsum("kij,ij->k", B, M), M)
@@ -133,4 +134,6 @@ def sums_are_wide(case: Case) -> None:
     for name, expected in (("trace", 256.0 * 300.0), ("norm", 256.0 * 300.0**0.5)):
         got = float(case.numpy(getattr(L, name)()))
         # float32 rounds some hundred times
-        require(abs(got / expected - 1.0) < 2.0**-16, f"{name}: expected {expected:.7g}, got {got:.7g}")
+        require(
+            abs(got / expected - 1.0) < 2.0**-16, f"{name}: expected {expected:.7g}, got {got:.7g}"
+        )

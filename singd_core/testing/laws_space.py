@@ -1,4 +1,4 @@
-"""Laws of the linear space 𝔤: its retraction, sums, multiples and identity; closure under products."""
+"""Laws of the linear space 𝔤: its retraction, sums, multiples and identity; its products."""
 
 from __future__ import annotations
 

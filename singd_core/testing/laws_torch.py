@@ -1,4 +1,4 @@
-"""Laws of torch: compiled, mapped, differentiated, and without data, a structure stays what it is."""
+"""Laws of torch: compiled, mapped, differentiated and without data, a structure is the same."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _torch() -> Any:
 
 @law(backends=("torch",), dtypes=("float32",), guard=True, examples=1, sizes=(5,))
 def torch_pytree(case: Case) -> None:
-    """A structure is a pytree of torch: its leaves are its arrays, and it is rebuilt of anything."""
+    """A structure is a pytree of torch: its leaves are its arrays, it is rebuilt of anything."""
     _torch()
     pytree, L = importlib.import_module("torch.utils._pytree"), case.member()
     leaves, spec = pytree.tree_flatten(L)

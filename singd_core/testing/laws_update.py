@@ -66,7 +66,8 @@ def page(case: Case, rows: Sequence[Rows], s: Settings) -> tuple[np.ndarray, np.
     def project(M: np.ndarray) -> np.ndarray:
         return np.asarray(case.S.project(M).dense())
 
-    beta, lam, alpha1 = s.lr_cov, s.damping, 0.0 if s.kfac_like else s.alpha1
+    beta: Any = s.lr_cov
+    lam, alpha1 = s.damping, 0.0 if s.kfac_like else s.alpha1
     K, C = np.eye(case.d), np.eye(case.d + 1)
     m_K, m_C = 0.0 * K, 0.0 * C
     for pair in rows:
@@ -137,9 +138,7 @@ def ikfac_is_kfac_to_second_order(case: Case) -> None:
     require(3.3 < ratio < 4.7, f"halving β₁ divides the gap {gaps[0]:.2g} by {ratio:.2f}, not by 4")
 
 
-@law(
-    backends=("numpy", "torch", "cupy"), dtypes=("float64", "float32"), examples=2, sizes=(1, 4)
-)
+@law(backends=("numpy", "torch", "cupy"), dtypes=("float64", "float32"), examples=2, sizes=(1, 4))
 def update_stays_positive_definite(case: Case) -> None:
     """Under the default bounds K Kᵀ stays positive definite for rows of any scale, 1e±6 too."""
     case.floats = True

@@ -138,7 +138,7 @@ def check_structure(
         report.results[law.name, backend.name, dtype] = _error(law, S, backend, dtype, sizes)
     report.seconds = time.perf_counter() - start
     if report.errors and raises:
-        first, *others = report.broken
+        others = report.broken[1:]
         error = report.errors[0]
         if others:
             error.add_note(f"Broken as well: {', '.join(others)}.")

@@ -100,7 +100,9 @@ class Averages(Tree):
     def _usable(self, curvature: Curvature, s: Settings) -> Array:
         """Where a curvature is usable: all-zero rows have no scale, and start K at infinity."""
         if s.relative_damping or s.scaled_start:
-            return (curvature.t_U > 0.0) & (curvature.t_G > 0.0)
+            # below the smallest normal number the inverse would overflow
+            tiny = float(namespace(self.k).finfo(self.k.dtype).smallest_normal)
+            return (curvature.t_U > tiny) & (curvature.t_G > tiny)
         return namespace(self.k).ones_like(self.k) > 0.0
 
     def update(self, curvature: Curvature, lr_cov: Rate, s: Settings) -> Self:

@@ -6,7 +6,7 @@ from typing import Self
 
 from singd_core._array import Array, Scalar, cast, namespace
 from singd_core._tree import Tree, tree
-from singd_core.settings import Rate, Settings
+from singd_core.settings import Rate, Settings, is_bound
 from singd_core.structures.base import Structure
 from singd_core.updates.curvature import Averages, Curvature, Measured, measure
 
@@ -96,7 +96,7 @@ def step(
     xp = namespace(m.like)
     if s.normalize_lr_cov:
         beta = beta / xp.maximum(m.max_abs(), xp.ones_like(m.max_abs()))
-    if s.factor_bound != float("inf"):
+    if is_bound(s.factor_bound):
         norm = m.norm() * (1.0 / s.factor_bound) * beta
         beta = beta / xp.maximum(norm, xp.ones_like(norm))
     wide = K.astype(m.like)

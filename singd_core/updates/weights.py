@@ -5,21 +5,22 @@ from __future__ import annotations
 from array_api_compat import size
 
 from singd_core._array import Array, Scalar, cast, expand, namespace, sum_of_squares, widen
-from singd_core.settings import Rate, Settings
+from singd_core.settings import Rate, Settings, is_bound
 
 
 def inner(gradient: Array, natural: Array) -> Array:
     """⟨∇W, n⟩, a 0-d array in at least float32. It is finite only if both are."""
     n = widen(natural)
-    return namespace(n).sum(namespace(n).vecdot(cast(gradient, n), n, axis=-1))
+    g, xp = cast(gradient, n), namespace(n)
+    return xp.sum(xp.vecdot(g, n, axis=-1)) if n.ndim else g * n
 
 
-def kl_scale(energy: Array, kl_bound: float) -> Scalar:
+def kl_scale(energy: Array, kl_bound: Rate) -> Scalar:
     """min(1, √(κ / E)) with E = Σ lr² ⟨∇W, n⟩: scales the natural gradient into a trust region.
 
     ½ E is the KL divergence of a step of rate lr along n, to second order.
     """
-    if kl_bound == float("inf"):
+    if not is_bound(kl_bound):
         return 1.0
     xp, zero = namespace(energy), namespace(energy).zeros_like(energy)
     return 1.0 / xp.maximum(xp.sqrt(xp.maximum(energy, zero) / kl_bound), zero + 1.0)
@@ -46,7 +47,7 @@ def direction(
     if momentum is not None:
         momentum = momentum * expand(s.momentum, momentum) + cast(u, momentum)
         u = cast(u, momentum) + momentum * expand(s.momentum, momentum) if s.nesterov else momentum
-    if s.rms_bound != float("inf"):
+    if is_bound(s.rms_bound):
         xp = namespace(u)
         rms = xp.sqrt(sum_of_squares(u, u.ndim) / size(u))
         u = u * cast(1.0 / xp.maximum(rms / s.rms_bound, xp.ones_like(rms)), u)

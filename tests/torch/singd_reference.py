@@ -7,7 +7,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from singd.optim.optimizer import SINGD as Reference
+from singd.optim import optimizer as theirs
 from singd.structures import blockdiagonal, hierarchical, triltoeplitz, triutoeplitz
 from singd.structures.base import StructuredMatrix
 from singd.structures.blockdiagonal import BlockDiagonalMatrixTemplate
@@ -15,6 +15,7 @@ from torch import Tensor
 
 __all__ = ["STRUCTURES", "Reference", "corrected", "in_float64", "reference"]
 
+Reference = theirs.SINGD
 StructuredMatrix.WARN_NAIVE = False  # Toeplitz traces and norms are naive there, and say so
 
 STRUCTURES = tuple(Reference.SUPPORTED_STRUCTURES)

@@ -177,7 +177,11 @@ def test_recurrent_loop() -> None:
             h = torch.tanh(m.inward(x[:, t]) + m.again(h))
         return m.out(h)
 
-    layers = dict(inward=nn.Linear(5, 5), again=nn.Linear(5, 5, bias=False), out=nn.Linear(5, 2))
+    layers = {
+        "inward": nn.Linear(5, 5),
+        "again": nn.Linear(5, 5, bias=False),
+        "out": nn.Linear(5, 2),
+    }
     assert check(calls(call, **layers), draw(9, 4, 5)).calls["again.weight"] == 4
 
 
@@ -239,7 +243,7 @@ def test_checkpointing(use_reentrant: bool) -> None:
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])
 def test_checkpointing_keeps_no_activation_alive(use_reentrant: bool) -> None:
     block = net(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4))
-    optimizer = SINGD(block)
+    optimizer = SINGD(block, structures=("dense", "dense"))
     alive: list[weakref.ref[Tensor]] = []
     block[1].register_forward_hook(lambda module, args, output: alive.append(weakref.ref(output)))
     z = checkpoint(block, draw(9, 5).requires_grad_(), use_reentrant=use_reentrant)
@@ -356,7 +360,7 @@ def test_micro_batches_are_one_large_batch(
     kfac_approx: str, recipe: str, average: str | None
 ) -> None:
     x = draw(12, 3, 8)
-    given = dict(average=average, recipe=recipe, kfac_approx=kfac_approx)
+    given = {"average": average, "recipe": recipe, "kfac_approx": kfac_approx}
     large = state_after([x], **given)
     for split in ([4, 4, 4], [1, 11], [7, 3, 2]):
         for name, value in state_after(list(x.split(split)), **given).items():
@@ -440,7 +444,7 @@ def test_second_optimizer_on_the_same_model() -> None:
 
 
 def test_module_whose_call_was_never_seen_is_trained_and_named() -> None:
-    """Here the weight is used without a call of its module; AdamW takes over, and a warning says so."""
+    """Here the weight is used without a call of its module; AdamW takes over and says so."""
     model = calls(lambda m, x: m.out(x @ m.odd.weight.mT), odd=nn.Linear(5, 4), out=nn.Linear(4, 2))
     optimizer = SINGD(model)
     before = model.odd.weight.detach().clone()

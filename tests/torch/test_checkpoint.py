@@ -173,9 +173,10 @@ def test_a_schedule_of_the_factors_is_left_out_and_kept_by_who_loads() -> None:
 def test_dtypes_are_those_that_were_saved() -> None:
     """torch casts every loaded tensor to its parameter's dtype; factors must come back as saved."""
     model = Network().to(BF16)
-    optimizer = SINGD(model, preconditioner_dtype=(F32, F32))
+    given = {"preconditioner_dtype": (F32, F32), "structures": ("dense", "dense")}
+    optimizer = SINGD(model, **given)
     train(model, optimizer, batches(BF16, 1))
-    again = SINGD(Network().to(BF16), preconditioner_dtype=(F32, F32))
+    again = SINGD(Network().to(BF16), **given)
     again.load_state_dict(through_a_file(optimizer.state_dict()))
     (entries,) = (e for p, e in again.state.items() if p is again.param_groups[0]["params"][-1])
     assert {k: e.dtype for k, e in entries.items()}["K.matrix"] == F32
@@ -293,11 +294,12 @@ def test_settings_come_from_the_checkpoint_as_with_any_torch_optimizer() -> None
 
 @pytest.mark.parametrize("missing", ["K.matrix", "averages.k"])
 def test_missing_entry_is_named(missing: str) -> None:
-    state = saved_by({})
+    dense = {"structures": ("dense", "dense")}
+    state = saved_by(dense)
     for entries in state["state"].values():
         entries.pop(missing, None)
     with pytest.raises(ValueError, match=rf"no '{missing}' for 'conv\.weight'"):
-        SINGD(Network()).load_state_dict(state)
+        SINGD(Network(), **dense).load_state_dict(state)
 
 
 def test_momentum_of_another_shape_is_named() -> None:

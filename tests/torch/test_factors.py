@@ -96,7 +96,7 @@ def test_kfac_averages_the_independent_factors(case: Any, kfac_approx: str) -> N
     model, x, average = case()
     batch = labelled(model.double(), x)
     U, G = independent(model, [batch], kfac_approx)
-    given = dict(kfac_approx=kfac_approx, loss_average=average)
+    given = {"kfac_approx": kfac_approx, "loss_average": average}
     optimizer = SINGD(model, recipe="paper", kfac=True, lr_cov=1.0, **given)
     state = ours(model, optimizer, [batch])
     assert state.keys() == U.keys() == G.keys()
@@ -114,7 +114,7 @@ def test_the_first_inverse_free_step_is_along_the_independent_factors(
     model, x, average = case()
     batch = labelled(model.double(), x)
     U, G = independent(model, [batch], kfac_approx)
-    given = dict(kfac_approx=kfac_approx, loss_average=average, damping=0.1)
+    given = {"kfac_approx": kfac_approx, "loss_average": average, "damping": 0.1}
     optimizer = SINGD(model, recipe="paper", kfac_like=True, lr_cov=1.0, **given)
     for name, entries in ours(model, optimizer, [batch]).items():
         for key, expected in (("K.matrix", U[name]), ("C.matrix", G[name])):
@@ -130,7 +130,7 @@ def test_micro_batches_of_unequal_kind_are_one_data_set(kfac_approx: str) -> Non
     model, x, average = images()
     batches = [labelled(model.double(), x + shift) for shift in (0.0, 0.5, 2.0)]
     U, G = independent(model, batches, kfac_approx)
-    given = dict(kfac_approx=kfac_approx, loss_average=average)
+    given = {"kfac_approx": kfac_approx, "loss_average": average}
     optimizer = SINGD(model, recipe="paper", kfac=True, lr_cov=1.0, **given)
     for name, entries in ours(model, optimizer, batches).items():
         assert difference(entries["S_K.matrix"], U[name]) < CLOSE

@@ -89,14 +89,33 @@ def test_clipping_between_unscale_and_step_is_possible() -> None:
     scaled(network(), batches(), clip)
 
 
-def test_unscaling_without_telling_the_scale_is_an_error() -> None:
+def test_after_unscaling_the_scaler_is_asked_for_its_scale() -> None:
+    """`unscale_`, `clip_grad_norm_`, `step`, `update`: the same step as without a scaler."""
+    model, data = network(), batches(3)
+    twin = copy.deepcopy(model)
+    ours, plain, amp = SINGD(model), SINGD(twin), scaler()
+    for batch in data:
+        for net, optimizer in ((model, ours), (twin, plain)):
+            optimizer.zero_grad()
+            loss = loss_of(net, batch)
+            (amp.scale(loss) if net is model else loss).backward()
+        amp.unscale_(ours)
+        for net in (model, twin):
+            nn.utils.clip_grad_norm_(net.parameters(), 0.1)
+        amp.step(ours)
+        amp.update()
+        plain.step()
+    assert all(map(torch.equal, model.parameters(), twin.parameters()))
+
+
+def test_an_unknown_scale_is_an_error() -> None:
     model = network()
-    optimizer, amp = SINGD(model), scaler()
-    amp.scale(loss_of(model, batches(1)[0])).backward()
-    amp.unscale_(optimizer)
+    optimizer = SINGD(model)
+    loss_of(model, batches(1)[0]).backward()
     before = [p.detach().clone() for p in model.parameters()]
+    optimizer.found_inf = torch.zeros(())  # as a scaler sets it, but no scaler is there to ask
     with pytest.raises(RuntimeError, match="set_current_grad_scale"):
-        amp.step(optimizer)
+        optimizer.step()
     assert all(map(torch.equal, before, model.parameters()))
 
 

@@ -33,7 +33,9 @@ def _cases():
 
 
 @pytest.mark.parametrize("d", [1, 2, 4, 5, 8])
-@pytest.mark.parametrize(("name", "theirs"), list(_cases()), ids=lambda x: x if type(x) is str else "")
+@pytest.mark.parametrize(
+    ("name", "theirs"), list(_cases()), ids=lambda x: x if type(x) is str else ""
+)
 @pytest.mark.filterwarnings("ignore")  # theirs says where it is naive
 def test_projections_and_products_are_the_authors(name, theirs, d):
     ours = get(name)

@@ -51,7 +51,6 @@ def test_names_show_parameters():
         ("hierarchical:0,4", '"hierarchical:0,4": k1 must be at least 1, got 0'),
         ("", 'there is no structure ""'),
         (3, "3 is neither a structure nor a name"),
-        (int, "<class 'int'> is neither a structure nor a name"),
     ],
 )
 def test_a_wrong_name_is_explained(name, message):

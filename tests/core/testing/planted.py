@@ -371,7 +371,8 @@ class Undecorated(Structure):
 @bug("dtype_of_the_leaf")
 class ScalarLeaks(Diagonal):
     def scale(self, c):
-        return type(self)(self.diag * (c if isinstance(c, float) or c.ndim == 0 else c[..., None]))
+        plain = type(c) in (int, float) or c.ndim == 0
+        return type(self)(self.diag * (c if plain else c[..., None]))
 
 
 @bug("dtype_of_the_leaf")
@@ -588,7 +589,9 @@ class FieldsWhenCast(Diagonal):
 @bug("torch_meta", "torch")
 class ReadsTheNumbers(Diagonal):
     def max_abs(self):
-        return namespace(self.diag).abs(self.diag).sort(-1).values[..., -1] + 0 * len(self.diag.tolist())
+        return namespace(self.diag).abs(self.diag).sort(-1).values[..., -1] + 0 * len(
+            self.diag.tolist()
+        )
 
 
 @bug("torch_fake_cuda", "torch")

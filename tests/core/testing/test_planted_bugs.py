@@ -1,8 +1,8 @@
-"""The laws are tested too: every planted bug is found under the name one expects, by every law one."""
+"""The laws are tested too: each planted bug is found under the name that one expects."""
 
 import pytest
-
 from planted import BUGS
+
 from singd_core.testing import LAWS, LawError, backends, check_structure
 
 FOUND: dict[str, list[str]] = {}

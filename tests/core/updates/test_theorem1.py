@@ -79,6 +79,6 @@ def test_the_second_order_closes_a_third_of_the_gap(seed: int) -> None:
 def test_the_adaptive_update_is_not_kfac() -> None:
     """So that the theorem is not kept by everything: with INGD the gap is of first order in β."""
     numpy, rows = backends()[0], curvatures(0)
-    given = dict(damping=LAMBDA, alpha1=0.0)
+    given = {"damping": LAMBDA, "alpha1": 0.0}
     one, half = (gaps(rows, settings("paper", lr_cov=b, **given), numpy) for b in BETAS[:2])
     assert np.all(np.abs(one / half - 2.0) < SLOPE * BETAS[0])

@@ -1,0 +1,111 @@
+"""Settings: two recipes, what is given wins, and what cannot be is named."""
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from singd_core import RECIPES, Settings, settings
+from singd_core.settings import rate
+
+
+def test_there_are_two_recipes_and_robust_is_the_default() -> None:
+    assert set(RECIPES) == {"paper", "robust"}
+    assert settings() == settings("robust") == RECIPES["robust"]
+
+
+def test_paper_is_what_the_authors_package_does_by_default() -> None:
+    """Compared with the signature of singd 0.0.5 itself."""
+    import inspect
+
+    optimizer = pytest.importorskip("singd.optim.optimizer").SINGD
+    theirs = {n: p.default for n, p in inspect.signature(optimizer).parameters.items()}
+    ours = dataclasses.asdict(settings("paper"))
+    common = theirs.keys() & ours.keys()
+    assert common == {
+        "lr", "momentum", "damping", "alpha1", "weight_decay", "T", "lr_cov", "kfac_like",
+        "normalize_lr_cov",
+    }  # fmt: skip
+    assert {n: ours[n] for n in common} == {n: theirs[n] for n in common}
+    bounds = {"factor_bound", "kl_bound", "rms_bound"}
+    assert all(ours[name] == math.inf for name in bounds)
+    assert ours["order"] == 1
+    assert not any(ours[name] for name in ours.keys() - common - bounds - {"order"})
+
+
+def test_a_scalar_of_numpy_is_the_number_it_holds() -> None:
+    """It is a float, but would make float64 of arrays in float32."""
+    chosen = settings(lr=np.float64(0.5), lr_cov=lambda step: np.float64(0.25))
+    assert type(chosen.lr) is float
+    assert type(rate(chosen.lr_cov, 0)) is float
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("field", dataclasses.fields(Settings), ids=lambda field: field.name)
+def test_every_setting_can_be_given_and_wins(field: Any, recipe: str) -> None:
+    other = {
+        "lr": 0.5, "momentum": 0.5, "weight_decay": 0.5, "T": 7, "lr_cov": 0.5, "damping": 0.7,
+        "alpha1": 0.25, "factor_bound": 0.1, "order": 3, "kl_bound": 0.1, "rms_bound": 0.1,
+    }  # fmt: skip
+    recipes_value = getattr(RECIPES[recipe], field.name)
+    value = other.get(field.name, not recipes_value)
+    chosen = settings(recipe, **{field.name: value})
+    assert chosen == dataclasses.replace(RECIPES[recipe], **{field.name: value})
+    assert getattr(chosen, field.name) != recipes_value
+    assert settings(recipe, **{field.name: None}) == RECIPES[recipe]
+
+
+def test_settings_cannot_be_changed_behind_the_optimizers_back() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        settings().lr = 1.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("lr", [-0.1, math.nan, math.inf], "must be at least 0 and finite"),
+        ("weight_decay", [-1e-9, math.nan], "must be at least 0 and finite"),
+        ("lr_cov", [-0.1, math.inf], "must be at least 0 and finite"),
+        ("damping", [-0.1, math.nan], "must be at least 0 and finite"),
+        ("momentum", [-0.1, 1.0, 2, math.nan], r"must be in \[0, 1\)"),
+        ("alpha1", [-0.1, 1.0, math.nan], r"must be in \[0, 1\)"),
+        ("factor_bound", [0.0, -1.0, math.nan], "must be positive"),
+        ("kl_bound", [0.0, -1, math.nan], "must be positive"),
+        ("rms_bound", [0.0, math.nan], "must be positive"),
+        ("T", [0, -1, 1.0, 2.5, "10"], "must be an integer of at least 1"),
+        ("order", [0, 1.5], "must be an integer of at least 1"),
+    ],
+)
+def test_a_value_out_of_range_is_named(name: str, values: list[Any], message: str) -> None:
+    for value in values:
+        with pytest.raises(ValueError, match=f"{name}={value!r}: {message}".replace("'", ".")):
+            settings(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay", "lr_cov", "damping", "momentum", "alpha1"])
+def test_zero_is_a_rate(name: str) -> None:
+    assert getattr(settings(**{name: 0.0}), name) == 0.0
+
+
+def test_an_array_is_not_looked_into() -> None:
+    """Its value may be on a device that would have to be waited for."""
+    value = np.asarray(-1.0)
+    assert settings(lr=value).lr is value
+
+
+def test_unknown_names_are_errors_that_list_what_there_is() -> None:
+    with pytest.raises(ValueError, match=r"recipe='fast': there are 'paper', 'robust'"):
+        settings("fast")
+    with pytest.raises(
+        ValueError, match=r"no setting 'learning_rate'; there are lr, momentum, nes"
+    ):
+        settings(learning_rate=0.1)
+
+
+def test_a_schedule_is_called_with_the_number_of_steps_taken() -> None:
+    assert rate(lambda step: 0.5**step, 3) == 0.125
+    assert rate(0.25, 3) == 0.25
+    schedule = settings(lr_cov=lambda step: 0.1).lr_cov
+    assert callable(schedule)

@@ -1,0 +1,102 @@
+"""The update of one linear layer as the pages write it: dense, in NumPy, and slow."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from singd_core import get
+
+
+class Page:
+    """Sections 2 and 3 of the mathematics page, and the recipe of defaults.md.
+
+    Args:
+        W: The weight with its bias as the last column.
+        structures: Of K and C, whose projections are taken.
+        **s: The settings, and `rule`: "kfac", "singd", "ikfac" or "robust".
+    """
+
+    def __init__(
+        self, W: np.ndarray, structures: tuple[str, str] = ("dense", "dense"), **s: Any
+    ) -> None:
+        self.W, self.s, self.k, self.t = W, s, 0, 0
+        self.d_out, self.d_in = W.shape
+        self.S_K = self.K = np.eye(self.d_in)
+        self.S_C = self.C = np.eye(self.d_out)
+        self.m_K, self.m_C, self.m_W = 0.0 * self.K, 0.0 * self.C, 0.0 * W
+        self.t_U = self.t_G = 0.0
+        self.P_K, self.P_C = map(_projection, structures)
+
+    def step(self, grad: np.ndarray, A: np.ndarray, B: np.ndarray) -> np.ndarray:
+        s = self.s
+        if self.t % s.get("T", 1) == 0:
+            U, G = A.T @ A / len(A), len(B) * B.T @ B
+            {"kfac": self.kfac, "robust": self.robust}.get(s["rule"], self.inverse_free)(U, G)
+        self.t += 1
+        if s["rule"] == "kfac":
+            inverses = [
+                np.linalg.inv(S + s["damping"] * np.eye(len(S))) for S in (self.S_C, self.S_K)
+            ]
+            natural = inverses[0] @ grad @ inverses[1]
+        else:
+            natural = self.C @ self.C.T @ grad @ self.K @ self.K.T
+        if s["rule"] == "robust":
+            energy = s["lr"] ** 2 * np.sum(grad * natural)
+            natural = natural * min(1.0, np.sqrt(s["kl_bound"] / energy))
+            self.m_W = s["momentum"] * self.m_W + natural
+            u = natural + s["momentum"] * self.m_W
+            u = u * min(1.0, s["rms_bound"] / np.sqrt(np.mean(u * u)))
+            self.W = self.W - s["lr"] * u - s["lr"] * s["weight_decay"] * self.W
+        else:
+            self.m_W = s["momentum"] * self.m_W + natural + s["weight_decay"] * self.W
+            self.W = self.W - s["lr"] * self.m_W
+        return self.W
+
+    def kfac(self, U: np.ndarray, G: np.ndarray) -> None:
+        beta = self.s["lr_cov"]
+        self.S_K = (1 - beta) * self.S_K + beta * U
+        self.S_C = (1 - beta) * self.S_C + beta * G
+
+    def inverse_free(self, U: np.ndarray, G: np.ndarray) -> None:
+        s, K, C = self.s, self.K, self.C
+        H_K, H_C = self.P_K(K.T @ U @ K), self.P_C(C.T @ G @ C)
+        KtK, CtC = self.P_K(K.T @ K), self.P_C(C.T @ C)
+        h_K = h_C = 1.0
+        lambda_K = lambda_C = s["damping"]
+        alpha1 = s["alpha1"]
+        if s["rule"] == "ikfac":
+            alpha1 = 0.0
+        else:
+            h_K, h_C = np.trace(H_C) / self.d_out, np.trace(H_K) / self.d_in
+            lambda_K = s["damping"] * np.trace(CtC) / self.d_out
+            lambda_C = s["damping"] * np.trace(KtK) / self.d_in
+        self.m_K = alpha1 * self.m_K + 0.5 * (h_K * H_K + lambda_K * KtK - np.eye(self.d_in))
+        self.m_C = alpha1 * self.m_C + 0.5 * (h_C * H_C + lambda_C * CtC - np.eye(self.d_out))
+        self.K = K @ (np.eye(self.d_in) - s["lr_cov"] * self.m_K)
+        self.C = C @ (np.eye(self.d_out) - s["lr_cov"] * self.m_C)
+
+    def robust(self, U: np.ndarray, G: np.ndarray) -> None:
+        s = self.s
+        mean_U, mean_G = np.trace(U) / self.d_in, np.trace(G) / self.d_out
+        weight = max(1.0 / (self.k + 1), s["lr_cov"])
+        self.t_U += weight * (mean_U - self.t_U)
+        self.t_G += weight * (mean_G - self.t_G)
+        lambda_K, lambda_C = s["damping"] * self.t_U, s["damping"] * self.t_G
+        if self.k == 0:
+            self.K = (self.t_U + lambda_K) ** -0.5 * self.K
+            self.C = (self.t_G + lambda_C) ** -0.5 * self.C
+        beta = max(s["lr_cov"], min(0.5, 1.0 / (self.k + 1)))
+        self.k += 1
+        for name, P, M, damping in (
+            ("K", self.P_K, U, lambda_K),
+            ("C", self.P_C, G, lambda_C),
+        ):
+            L = getattr(self, name)
+            m = 0.5 * (P(L.T @ M @ L) + damping * P(L.T @ L) - np.eye(len(L)))
+            bounded = min(beta, s["factor_bound"] / np.linalg.norm(m))
+            setattr(self, name, L @ (np.eye(len(L)) - bounded * m))
+
+
+def _projection(name: str) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda M: np.asarray(get(name).project(M).dense())

@@ -1,0 +1,134 @@
+"""The optimizer's steps are those of the mathematics page, and of the recipe in defaults.md."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+from page import Page
+
+from singd_core import Optimizer, names, settings
+
+PAPER = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.03, "damping": 0.2, "lr_cov": 0.05}
+INGD = PAPER | {"alpha1": 0.6}
+ROBUST = PAPER | {
+    "nesterov": True,
+    "decoupled_weight_decay": True,
+    "relative_damping": True,
+    "kfac_like": True,
+    "scaled_start": True,
+    "early_averaging": True,
+    "factor_bound": 0.5,
+    "kl_bound": 1e-2,
+    "rms_bound": 0.2,
+}
+DEFAULTS = dataclasses.asdict(settings("robust"))
+RULES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # for the optimizer, for the page
+    "kfac": (PAPER | {"kfac": True}, PAPER | {"rule": "kfac"}),
+    "ingd": (INGD, INGD | {"rule": "singd"}),
+    "ikfac": (INGD | {"kfac_like": True}, INGD | {"rule": "ikfac"}),
+    "ingd without Riemannian momentum": (
+        PAPER | {"alpha1": 0.0},
+        PAPER | {"alpha1": 0.0, "rule": "singd"},
+    ),
+}
+
+# Relative, float64: eight steps of small products; the two write them in another order.
+CLOSE = 1e-12
+
+
+def rows(n: int) -> list[tuple[np.ndarray, ...]]:
+    """Inputs and output gradients of n steps, and the gradient Σ BᵀA that belongs to them."""
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(n):
+        x, B = rng.standard_normal((12, 6)) * 1.5, rng.standard_normal((12, 5)) / 12
+        A = np.concatenate([x, np.ones((12, 1))], axis=1)
+        found.append((x, A, B, B.T @ A))
+    return found
+
+
+def compare(given: dict[str, Any], page: Page, structures: tuple[str, str], recipe: str) -> None:
+    optimizer = Optimizer(recipe=recipe, structures=structures, **given)
+    params: dict[str, Any] = {"map": (page.W[:, :-1], page.W[:, -1])}
+    state = optimizer.init(params)
+    for x, A, B, grad in rows(8):
+        pair = {"map": (x, B)} if optimizer.due(state) else None
+        grads = {"map": (grad[:, :-1], grad[:, -1])}
+        updates, state = optimizer.update(grads, state, params, pair)
+        params = optimizer.apply(params, updates)
+        W = page.step(grad, A, B)
+        weight, bias = params["map"]
+        np.testing.assert_allclose(weight, W[:, :-1], rtol=CLOSE, atol=CLOSE)
+        np.testing.assert_allclose(bias, W[:, -1], rtol=CLOSE, atol=CLOSE)
+    assert state.skipped == 0
+
+
+def weights() -> np.ndarray:
+    return np.random.default_rng(1).standard_normal((5, 7))
+
+
+@pytest.mark.parametrize("T", [1, 3], ids="T{}".format)
+@pytest.mark.parametrize("rule", RULES)
+def test_paper_recipe_is_the_page(rule: str, T: int) -> None:
+    given, page = RULES[rule]
+    compare(given | {"T": T}, Page(weights(), T=T, **page), ("dense", "dense"), "paper")
+
+
+PARAMETERS = {"blockdiagonal": ":3", "hierarchical": ":2,2"}
+FAMILIES = [name.partition("[")[0].partition(":")[0] for name in names()]
+STRUCTURES = [name + PARAMETERS.get(name, "") for name in FAMILIES]
+
+
+@pytest.mark.parametrize("rule", ["ingd", "ikfac"])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_structures_are_the_page_with_their_projection(structure: str, rule: str) -> None:
+    given, page = RULES[rule]
+    both = structure, structure
+    compare(given | {"T": 1}, Page(weights(), both, **page), both, "paper")
+
+
+@pytest.mark.parametrize("given", [{}, ROBUST], ids=["defaults", "other values"])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_robust_recipe_is_that_of_the_defaults_page(structure: str, given: dict[str, Any]) -> None:
+    both = structure, structure
+    compare(given, Page(weights(), both, rule="robust", **DEFAULTS | given), both, "robust")
+
+
+@pytest.mark.parametrize("bound", ["factor_bound", "kl_bound", "rms_bound"])
+def test_each_bound_of_the_robust_recipe_bites_there(bound: str) -> None:
+    """Else the test above would prove nothing of it."""
+    page = Page(weights(), rule="robust", **DEFAULTS | ROBUST | {bound: np.inf})
+    with pytest.raises(AssertionError):
+        compare(ROBUST, page, ("dense", "dense"), "robust")
+
+
+def test_singd_with_dense_factors_is_ingd_whatever_the_structure_is_called() -> None:
+    """One block, or a hierarchical matrix with one dense block, is dense."""
+    runs = []
+    for name in ("dense", "blockdiagonal:7", "hierarchical:7,1"):
+        optimizer = Optimizer(recipe="paper", structures=(name, name), **INGD)
+        params = {"map": (weights()[:, :-1], weights()[:, -1])}
+        state = optimizer.init(params)
+        for x, _, B, grad in rows(4):
+            grads = {"map": (grad[:, :-1], grad[:, -1])}
+            updates, state = optimizer.update(grads, state, params, {"map": (x, B)})
+            params = optimizer.apply(params, updates)
+        runs.append(params["map"][0])
+    for other in runs[1:]:
+        np.testing.assert_allclose(other, runs[0], rtol=CLOSE, atol=CLOSE)
+
+
+def test_ikfac_is_singd_without_momentum_and_with_unit_traces() -> None:
+    """With tr H_C = d_out, tr CᵀC = d_out and likewise for K the adaptive factors are 1."""
+    x = np.random.default_rng(0).standard_normal((12, 7))
+    A = x @ np.linalg.inv(np.linalg.cholesky(x.T @ x / 12)).T  # U = I
+    y = np.random.default_rng(1).standard_normal((12, 5))
+    B = y @ np.linalg.inv(np.linalg.cholesky(y.T @ y * 12)).T  # G = I
+    found = []
+    for given in ({"kfac_like": True}, {"alpha1": 0.0}):
+        optimizer = Optimizer(recipe="paper", **PAPER | given)
+        p = {"map": weights()}
+        updates, _ = optimizer.update({"map": B.T @ A}, optimizer.init(p), p, {"map": (A, B)})
+        found.append(updates["map"])
+    np.testing.assert_allclose(*found, rtol=CLOSE)

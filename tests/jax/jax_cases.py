@@ -1,0 +1,613 @@
+"""Losses of unmodified models, a name for each thing that a user could do."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+N = 6  # the batch size of all cases
+
+
+@dataclasses.dataclass
+class Case:
+    """A loss with parameters and a batch; the layers that must be found, and what must not be."""
+
+    loss: Callable[..., Any]
+    params: Any
+    batch: tuple[Any, ...]
+    layers: set[str]
+    others: set[str] = dataclasses.field(default_factory=set)
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+CASES: dict[str, Callable[[], Case]] = {}
+
+
+def case(make: Callable[[], Case]) -> Callable[[], Case]:
+    CASES[make.__name__] = make
+    return make
+
+
+def array(*shape: int, seed: int = 0) -> Any:
+    rng = np.random.default_rng([seed, *shape])
+    return jnp.asarray(rng.standard_normal(shape), jnp.float32) * 0.5
+
+
+def mean_square(z: Any) -> Any:
+    """A mean over the batch of a loss without symmetry."""
+    return jnp.mean(jnp.sum((jnp.tanh(z) - 0.3) ** 2, axis=tuple(range(1, z.ndim))))
+
+
+X = array(N, 4)
+SEQUENCE = array(N, 3, 4)
+IMAGES = array(N, 5, 6, 2)
+
+# ---- dense --------------------------------------------------------------------------------------
+
+
+@case
+def raw_mlp() -> Case:
+    def loss(params, x):
+        for layer in params:
+            x = jnp.tanh(x @ layer["w"] + layer["b"])
+        return mean_square(x)
+
+    params = [{"w": array(4, 5), "b": array(5)}, {"w": array(5, 3), "b": array(3)}]
+    return Case(loss, params, (X,), {"0.w", "1.w"})
+
+
+@case
+def without_bias() -> Case:
+    return Case(lambda p, x: mean_square(x @ p), array(4, 3), (X,), {"params"})
+
+
+@case
+def weight_first_under_vmap() -> Case:
+    def loss(p, x):
+        return mean_square(jax.vmap(lambda row: p["W"] @ row + p["b"])(x))
+
+    return Case(loss, {"W": array(3, 4), "b": array(3)}, (X,), {"W"})
+
+
+@case
+def transposed_storage() -> Case:
+    def loss(p, x):
+        return mean_square(x @ p["W"].T + p["b"][None, :])
+
+    return Case(loss, {"W": array(3, 4), "b": array(3)}, (X,), {"W"})
+
+
+@case
+def mixed_precision() -> Case:
+    def loss(p, x):
+        y = x.astype(jnp.bfloat16) @ p["w"].astype(jnp.bfloat16)
+        return mean_square(y.astype(jnp.float32) + p["b"])
+
+    return Case(loss, {"w": array(4, 3), "b": array(3)}, (X,), {"w"})
+
+
+@case
+def residual_before_bias() -> Case:
+    def loss(p, x):
+        return mean_square((x @ p["w"] + x) + p["b"])
+
+    return Case(loss, {"w": array(4, 4), "b": array(4)}, (X,), {"w"})
+
+
+@case
+def on_sequences() -> Case:
+    def loss(p, x):
+        return mean_square(jnp.einsum("bsi,io->bso", x, p["w"]) + p["b"])
+
+    return Case(loss, {"w": array(4, 3), "b": array(3)}, (SEQUENCE,), {"w"})
+
+
+@case
+def bias_of_several_layers() -> Case:
+    def loss(p, x):
+        return mean_square(jnp.tanh(x @ p["v"] + p["b"]) @ p["w"] + p["b"])
+
+    params = {"v": array(4, 4), "w": array(4, 4, seed=1), "b": array(4)}
+    return Case(loss, params, (X,), {"v", "w"}, {"b"})
+
+
+@case
+def output_read_before_its_bias() -> Case:
+    def loss(p, x):
+        y = x @ p["w"]
+        return mean_square(y + p["b"]) + mean_square(y)
+
+    return Case(loss, {"w": array(4, 3), "b": array(3)}, (X,), {"w"}, {"b"})
+
+
+@case
+def used_twice_with_its_bias() -> Case:
+    def loss(p, x):
+        for _ in range(2):
+            x = jnp.tanh(x @ p["w"] + p["b"])
+        return mean_square(x)
+
+    return Case(loss, {"w": array(4, 4), "b": array(4)}, (X,), {"w"})
+
+
+# ---- flax, Equinox ------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        y = nn.LayerNorm()(x)
+        y = nn.MultiHeadDotProductAttention(num_heads=2)(y, y)
+        return nn.Dense(4)(nn.gelu(nn.Dense(5)(x + y)))
+
+
+@case
+def linen_transformer_block() -> Case:
+    model = Block()
+    params = model.init(jax.random.key(0), SEQUENCE)
+
+    def loss(params, x):
+        return mean_square(model.apply(params, x))
+
+    block = "params.MultiHeadDotProductAttention_0."
+    layers = {f"{block}{name}.kernel" for name in ("query", "key", "value", "out")}
+    layers |= {"params.Dense_0.kernel", "params.Dense_1.kernel"}
+    others = {"params.LayerNorm_0.scale", "params.LayerNorm_0.bias"}
+    return Case(loss, params, (SEQUENCE,), layers, others)
+
+
+@case
+def nnx_mlp() -> Case:
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.first, self.norm = nnx.Linear(4, 5, rngs=rngs), nnx.LayerNorm(5, rngs=rngs)
+            self.last = nnx.Linear(5, 3, rngs=rngs)
+
+        def __call__(self, x):
+            return self.last(jnp.tanh(self.norm(self.first(x))))
+
+    graph, params = nnx.split(Model(nnx.Rngs(0)))
+
+    def loss(params, x):
+        return mean_square(nnx.merge(graph, params)(x))
+
+    layers = {"first.kernel.value", "last.kernel.value"}
+    return Case(loss, params, (X,), layers, {"norm.scale.value", "norm.bias.value"})
+
+
+@case
+def equinox_mlp() -> Case:
+    model = eqx.nn.MLP(4, 3, 5, 1, key=jax.random.key(0))
+
+    def loss(model, x):
+        return mean_square(jax.vmap(model)(x))
+
+    return Case(loss, model, (X,), {"layers.0.weight", "layers.1.weight"})
+
+
+# ---- control flow -------------------------------------------------------------------------------
+
+
+@case
+def scan_over_layers() -> Case:
+    def loss(p, x):
+        def layer(x, own):
+            return jnp.tanh(x @ own["w"] + own["b"]), None
+
+        return mean_square(lax.scan(layer, x, p)[0])
+
+    return Case(loss, {"w": array(3, 4, 4), "b": array(3, 4)}, (X,), {"w"})
+
+
+@case
+def scan_over_time() -> Case:
+    def loss(p, x):
+        def step(h, x):
+            h = jnp.tanh(x @ p["W"] + h @ p["U"] + p["b"])
+            return h, h
+
+        return mean_square(lax.scan(step, jnp.zeros((N, 3)), x.swapaxes(0, 1))[0])
+
+    params = {"W": array(4, 3), "U": array(3, 3), "b": array(3)}
+    return Case(loss, params, (SEQUENCE,), {"W", "U"})
+
+
+@case
+def scan_of_scan() -> Case:
+    def loss(p, x):
+        def inner(x, own):
+            return jnp.tanh(x @ own), None
+
+        def outer(x, own):
+            return lax.scan(inner, x, own)[0], None
+
+        return mean_square(lax.scan(outer, x, p)[0])
+
+    return Case(loss, array(2, 2, 4, 4), (X,), {"params"})
+
+
+@case
+def remat_inside_scan() -> Case:
+    def loss(p, x):
+        @jax.checkpoint
+        def layer(x, own):
+            return jnp.tanh(x @ own["w"] + own["b"]), None
+
+        return mean_square(lax.scan(layer, x, p)[0])
+
+    return Case(loss, {"w": array(2, 4, 4), "b": array(2, 4)}, (X,), {"w"})
+
+
+@case
+def cond() -> Case:
+    def loss(p, x):
+        y = lax.cond(x[0, 0] > -9.0, lambda x: x @ p["w"] + p["b"], lambda x: x[:, :3] * 2.0, x)
+        return mean_square(y)
+
+    return Case(loss, {"w": array(4, 3), "b": array(3)}, (X,), {"w"})
+
+
+@case
+def nested_jit_called_twice() -> Case:
+    @jax.jit
+    def dense(x, w, b):
+        return jax.jit(jnp.matmul)(x, w) + b
+
+    def loss(p, x):
+        x = dense(jax.nn.relu(dense(x, p["v"], p["a"])), p["w"], p["b"])
+        return mean_square(dense(jax.nn.silu(x), p["w"], p["b"]))
+
+    params = {"v": array(4, 4), "a": array(4), "w": array(4, 4, seed=1), "b": array(4, seed=1)}
+    return Case(loss, params, (X,), {"v", "w"})
+
+
+@case
+def vmap_over_seeds() -> Case:
+    def loss(p, x):
+        y = jax.vmap(lambda w, b: jnp.tanh(x @ w + b))(p["w"], p["b"])
+        return mean_square(jnp.moveaxis(y, 0, 1))
+
+    return Case(loss, {"w": array(2, 4, 3), "b": array(2, 3)}, (X,), {"w"})
+
+
+@case
+def vmap_over_examples() -> Case:
+    def loss(p, x):
+        def one(x):
+            return jnp.sum((jnp.tanh(x @ p["w"] + p["b"]) - 0.3) ** 2)
+
+        return jnp.mean(jax.vmap(one)(x))
+
+    return Case(loss, {"w": array(4, 3), "b": array(3)}, (SEQUENCE,), {"w"})
+
+
+@case
+def accumulation_inside_the_loss() -> Case:
+    def loss(p, x):
+        def part(total, x):
+            return total + mean_square(x @ p["w"] + p["b"]) / 2, None
+
+        return lax.scan(part, 0.0, x.reshape(2, N // 2, 4))[0]
+
+    return Case(loss, {"w": array(4, 3), "b": array(3)}, (X,), {"w"})
+
+
+@case
+def inner_gradient() -> Case:
+    def loss(p, x):
+        def energy(x):
+            return jnp.sum(jnp.tanh(x @ p["w"] + p["b"]) ** 2)
+
+        return mean_square(jax.grad(energy)(x))
+
+    return Case(loss, {"w": array(4, 3), "b": array(3)}, (X,), {"w"})
+
+
+@case
+def inside_custom_vjp() -> Case:
+    @jax.custom_vjp
+    def product(w, x):
+        return x @ w
+
+    product.defvjp(lambda w, x: (x @ w, (w, x)), lambda s, g: (s[1].T @ g, g @ s[0].T))
+
+    def loss(p, x):
+        return mean_square(product(p["w"], x) @ p["v"])
+
+    return Case(loss, {"w": array(4, 4), "v": array(4, 3)}, (X,), {"v"}, {"w"})
+
+
+# ---- layouts ------------------------------------------------------------------------------------
+
+
+@case
+def head_split_kernels() -> Case:
+    def loss(p, x):
+        q = jnp.einsum("bsd,dhk->bshk", x, p["q"]) + p["c"]
+        k = jnp.einsum("bsd,hkd->bhks", x, p["k"])
+        a = jax.nn.softmax(jnp.einsum("bshk,bhkt->bhst", q, k))
+        y = jnp.einsum("bhst,bthk->bshk", a, q)
+        return mean_square(jnp.einsum("bshk,hkd->bsd", y, p["o"]) + p["b"])
+
+    params = {
+        "q": array(4, 2, 3),
+        "c": array(2, 3),
+        "k": array(2, 3, 4),
+        "o": array(2, 3, 4, seed=1),
+        "b": array(4),
+    }
+    return Case(loss, params, (SEQUENCE,), {"q", "k", "o"})
+
+
+@case
+def reshaped_kernel() -> Case:
+    def loss(p, x):
+        w = p["w"].transpose(1, 0, 2).reshape(6, 4)  # (heads, width, out) of (width, heads, out)
+        y = jnp.concatenate([x, x[:, :2]], axis=1) @ w
+        return mean_square(y + p["b"].reshape(2, 2).T.reshape(4))
+
+    return Case(loss, {"w": array(3, 2, 4), "b": array(4)}, (X,), {"w"})
+
+
+@case
+def experts() -> Case:
+    def loss(p, x):
+        gate = jax.nn.softmax(x @ p["gate"])
+        y = jnp.einsum("bi,eio->ebo", x, p["w"]) + p["b"][:, None, :]
+        return mean_square(jnp.einsum("be,ebo->bo", gate, y))
+
+    params = {"gate": array(4, 2), "w": array(2, 4, 3), "b": array(2, 3)}
+    return Case(loss, params, (X,), {"gate", "w"})
+
+
+@case
+def tied_transposed() -> Case:
+    def loss(p, x):
+        return mean_square(jnp.tanh(x @ p["w"] + p["b"]) @ p["w"].T + p["c"])
+
+    params = {"w": array(4, 3), "b": array(3), "c": array(4)}
+    return Case(loss, params, (X,), {"w"}, {"c"})
+
+
+@case
+def packed_qkv_sliced() -> Case:
+    def loss(p, x):
+        q, k, v = (x @ p["w"][:, 4 * i : 4 * i + 4] + p["b"][4 * i : 4 * i + 4] for i in range(3))
+        return mean_square(jax.nn.softmax(q @ k.mT) @ v)
+
+    layers = {"w[:,0:4]", "w[:,4:8]", "w[:,8:12]"}
+    return Case(loss, {"w": array(4, 12), "b": array(12)}, (SEQUENCE,), layers)
+
+
+@case
+def packed_qkv_split() -> Case:
+    def loss(p, x):
+        q, k, v = jnp.split(x @ p["w"] + p["b"], 3, axis=-1)
+        return mean_square(jax.nn.softmax(q @ k.mT) @ v)
+
+    return Case(loss, {"w": array(4, 12), "b": array(12)}, (SEQUENCE,), {"w"})
+
+
+@case
+def split_weight() -> Case:
+    def loss(p, x):
+        v, w = jnp.split(p["w"], 2)
+        return mean_square(jnp.tanh(x @ v) @ w)
+
+    return Case(loss, {"w": array(8, 4)}, (X,), {"w[0:4,:]", "w[4:8,:]"})
+
+
+@case
+def stacked_leaf_in_a_loop() -> Case:
+    def loss(p, x):
+        for i in range(2):
+            x = jnp.tanh(x @ p["w"][i] + p["b"][i])
+        return mean_square(x)
+
+    layers = {"w[0,:,:]", "w[1,:,:]"}
+    return Case(loss, {"w": array(2, 4, 4), "b": array(2, 4)}, (X,), layers)
+
+
+@case
+def concatenated_outputs() -> Case:
+    def loss(p, x):
+        w = jnp.concatenate([p["v"], p["w"]], axis=1)
+        b = jnp.concatenate([p["a"], p["b"]])
+        return mean_square(x @ w + b)
+
+    params = {"v": array(4, 3), "w": array(4, 2), "a": array(3), "b": array(2)}
+    return Case(loss, params, (X,), {"v", "w"})
+
+
+@case
+def concatenated_inputs() -> Case:
+    def loss(p, x):
+        w = jnp.concatenate([p["v"], p["w"]], axis=0)
+        return mean_square(x @ w)
+
+    return Case(loss, {"v": array(3, 3), "w": array(1, 3)}, (X,), {"v", "w"})
+
+
+@case
+def linen_lstm() -> Case:
+    model = nn.RNN(nn.OptimizedLSTMCell(3))
+    params = model.init(jax.random.key(0), SEQUENCE)
+
+    def loss(params, x):
+        return mean_square(model.apply(params, x))
+
+    cell = "params.cell."
+    layers = {f"{cell}{part}{gate}.kernel" for part in "hi" for gate in "figo"}
+    return Case(loss, params, (SEQUENCE,), layers)
+
+
+@case
+def embedding() -> Case:
+    def loss(p, tokens):
+        return mean_square(p["table"][tokens] @ p["w"])
+
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 7, (N, 3)))
+    return Case(loss, {"table": array(7, 4), "w": array(4, 3)}, (tokens,), {"table", "w"})
+
+
+@case
+def tied_embedding() -> Case:
+    model = nn.Embed(7, 4)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 7, (N, 3)))
+    params = model.init(jax.random.key(0), tokens)
+
+    def loss(params, tokens):
+        return mean_square(model.apply(params, model.apply(params, tokens), method="attend"))
+
+    return Case(loss, params, (tokens,), {"params.embedding"})
+
+
+@case
+def penalized() -> Case:
+    def loss(p, x):
+        return mean_square(x @ p["w"]) + 0.1 * jnp.sum(p["w"] ** 2)
+
+    return Case(loss, {"w": array(4, 3)}, (X,), {"w"})
+
+
+@case
+def scaled_weight() -> Case:
+    def loss(p, x):
+        return mean_square(x @ (p["w"] * p["c"]) + x @ p["v"])
+
+    return Case(loss, {"w": array(4, 3), "c": array(3), "v": array(4, 3)}, (X,), {"v"}, {"w", "c"})
+
+
+@case
+def reversed_weight() -> Case:
+    return Case(lambda p, x: mean_square(x @ p["w"][::-1]), {"w": array(4, 3)}, (X,), {"w"})
+
+
+# ---- convolutions -------------------------------------------------------------------------------
+
+
+def convolution_case(kernel, x, bias=True, **how) -> Case:
+    spatial = "DHW"[3 - (x.ndim - 2) :]
+    how = {"window_strides": (1,) * len(spatial), "padding": "SAME"} | how
+    numbers = (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C")
+
+    def loss(p, x):
+        y = lax.conv_general_dilated(x, p["w"], dimension_numbers=numbers, **how)
+        return mean_square(y + p["b"] if bias else y)
+
+    params = {"w": array(*kernel)} | ({"b": array(kernel[-1])} if bias else {})
+    return Case(loss, params, (x,), {"w"})
+
+
+@case
+def convolution_1d() -> Case:
+    return convolution_case((3, 4, 5), SEQUENCE, padding=[(2, 0)])  # causal
+
+
+@case
+def convolution_2d_strided() -> Case:
+    return convolution_case((3, 2, 2, 3), IMAGES, window_strides=(2, 1))
+
+
+@case
+def convolution_2d_dilated() -> Case:
+    return convolution_case((2, 2, 2, 3), IMAGES, rhs_dilation=(1, 2), padding="VALID", bias=False)
+
+
+@case
+def convolution_3d() -> Case:
+    return convolution_case((2, 1, 2, 2, 3), array(N, 3, 3, 4, 2))
+
+
+@case
+def convolution_grouped() -> Case:
+    return convolution_case((3, 3, 2, 6), array(N, 4, 4, 4), feature_group_count=2)
+
+
+@case
+def convolution_depthwise() -> Case:
+    return convolution_case((3, 3, 1, 4), array(N, 4, 4, 4), feature_group_count=4)
+
+
+@case
+def convolution_transposed() -> Case:
+    model = nn.ConvTranspose(3, (3, 2), strides=(2, 1))
+    params = model.init(jax.random.key(0), IMAGES)
+
+    def loss(params, x):
+        return mean_square(model.apply(params, x))
+
+    return Case(loss, params, (IMAGES,), {"params.kernel"})
+
+
+@case
+def convolution_transposed_kernel_reversed() -> Case:
+    def loss(p, x):
+        return mean_square(lax.conv_transpose(
+            x, p["w"], (2,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"), transpose_kernel=True
+        ))
+
+    return Case(loss, {"w": array(3, 5, 4)}, (SEQUENCE,), {"w"})
+
+
+@case
+def linen_cnn() -> Case:
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(nn.Conv(3, (3, 3), strides=2)(x))
+            return nn.Dense(2)(x.reshape(x.shape[0], -1))
+
+    model = Model()
+    params = model.init(jax.random.key(0), IMAGES)
+
+    def loss(params, x):
+        return mean_square(model.apply(params, x))
+
+    return Case(loss, params, (IMAGES,), {"params.Conv_0.kernel", "params.Dense_0.kernel"})
+
+
+@case
+def linen_batch_norm() -> Case:
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.BatchNorm(use_running_average=False)(nn.Conv(3, (2, 2))(x))
+            return nn.Dense(2)(nn.relu(x).mean((1, 2)))
+
+    model = Model()
+    variables = model.init(jax.random.key(0), IMAGES)
+    stats = variables["batch_stats"]
+
+    def loss(params, stats, x):
+        all_variables = {"params": params, "batch_stats": stats}
+        y, new = model.apply(all_variables, x, mutable=["batch_stats"])
+        return mean_square(y), new
+
+    return Case(
+        loss,
+        variables["params"],
+        (stats, IMAGES),
+        {"Conv_0.kernel", "Dense_0.kernel"},
+        {"BatchNorm_0.scale", "BatchNorm_0.bias"},
+        {"batch_size": lambda stats, x: len(x), "has_aux": True},
+    )
+
+
+@case
+def vmapped_convolutions() -> Case:
+    def loss(p, x):
+        def one(w, x):
+            numbers = ("NWC", "WIO", "NWC")
+            return lax.conv_general_dilated(x, w, (1,), "VALID", dimension_numbers=numbers)
+
+        return mean_square(jnp.moveaxis(jax.vmap(one, (0, None))(p["w"], x), 0, 1))
+
+    return Case(loss, {"w": array(2, 2, 4, 3)}, (SEQUENCE,), {"w"})

@@ -1,0 +1,164 @@
+"""Run by test_jax_sharding.py in a process with eight fake devices; prints what it found as JSON."""
+
+import functools
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import singd_jax
+
+
+def array(*shape):
+    rng = np.random.default_rng(list(shape))
+    return jnp.asarray(rng.standard_normal(shape), jnp.float32) * 0.5
+
+
+PARAMS = {"v": array(4, 8), "a": array(8), "w": array(2, 8, 8), "b": array(2, 8), "s": array(8)}
+X, BATCH = array(16, 4), 16
+SPECS = {"v": P(None, "model"), "a": P("model"), "w": P(None, "model"), "b": P(), "s": P()}
+
+
+def model(p, x):
+    x = jnp.tanh(x @ p["v"] + p["a"])
+    x, _ = jax.lax.scan(lambda x, l: (jnp.tanh(x @ l[0] + l[1]), None), x, (p["w"], p["b"]))
+    return jnp.sum((x * p["s"] - 0.3) ** 2, axis=1)
+
+
+def loss(p, x):
+    return jnp.mean(model(p, x))
+
+
+def steps(loss, params, x, structures, place=lambda state: state, wrap=lambda f: f, **options):
+    """The parameters after three steps, as NumPy."""
+    layers = singd_jax.find_layers(loss, **options)(params, x)
+    tx = singd_jax.singd(0.05, layers=layers, structures=structures, T=2)
+
+    def step(params, state, x):
+        _, grads, curvature = singd_jax.value_and_curvature(loss, layers)(params, state, x)
+        updates, state = tx.update(grads, state, params, curvature=curvature)
+        return optax.apply_updates(params, updates), state
+
+    step = jax.jit(wrap(step))
+    state = place(tx.init(params))
+    for _ in range(3):
+        params, state = step(params, state, x)
+    assert int(state.core.skipped) == 0
+    return jax.tree.map(np.asarray, params)
+
+
+def gap(got, expected):
+    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
+    return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs)
+
+
+def placed(mesh, x_spec, specs):
+    params = {k: jax.device_put(v, NamedSharding(mesh, specs[k])) for k, v in PARAMS.items()}
+    return params, jax.device_put(X, NamedSharding(mesh, x_spec))
+
+
+def factors_sharded(mesh, state):
+    """Every factor whose last axis the mesh divides is sharded along it."""
+
+    def place(leaf):
+        spec = P(*[None] * (leaf.ndim - 1), "model") if leaf.ndim and leaf.shape[-1] == 8 else P()
+        return jax.device_put(leaf, NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, state)
+
+
+def gspmd(structures):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    params, x = placed(mesh, P("data"), SPECS)
+    return steps(loss, params, x, structures, functools.partial(factors_sharded, mesh))
+
+
+def explicit(structures):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        params, x = placed(mesh, P("data"), dict.fromkeys(SPECS, P()))
+        return steps(loss, params, x, structures)
+
+
+def shard_map_in_the_loss(structures, check_vma=True):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(P(), P("data")), out_specs=P(), check_vma=check_vma
+    )
+    def sharded(p, x):
+        return jax.lax.pmean(jnp.mean(model(p, x)), "data")
+
+    if not check_vma:
+        return singd_jax.find_layers(sharded)(PARAMS, X)
+    params, x = placed(mesh, P("data"), dict.fromkeys(SPECS, P()))
+    replicated = NamedSharding(mesh, P())
+    return steps(sharded, params, x, structures, lambda s: jax.device_put(s, replicated))
+
+
+def step_in_shard_map(structures):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    wrap = functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(P(), P(), P("data")), out_specs=(P(), P())
+    )
+
+    def local(p, x):
+        return jax.lax.pmean(jnp.mean(model(p, x)), "data")
+
+    found = singd_jax.find_layers(loss)(PARAMS, X)  # the same layers, outside
+    layers = singd_jax.find_layers(loss, batch_size=BATCH)(PARAMS, X)
+    assert set(found) == set(layers)
+    tx = singd_jax.singd(0.05, layers=layers, structures=structures, T=2)
+
+    def step(params, state, x):
+        _, grads, curvature = singd_jax.value_and_curvature(local, layers)(params, state, x)
+        updates, state = tx.update(grads, state, params, curvature=curvature)
+        return optax.apply_updates(params, updates), state
+
+    step = jax.jit(wrap(step))
+    params, x = placed(mesh, P("data"), dict.fromkeys(SPECS, P()))
+    state = jax.device_put(tx.init(params), NamedSharding(mesh, P()))
+    for _ in range(3):
+        params, state = step(params, state, x)
+    return jax.tree.map(np.asarray, params)
+
+
+def all_reduces():
+    """How many a data-parallel step needs, for the gradient and with the curvature."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    params, x = placed(mesh, P("data"), dict.fromkeys(SPECS, P()))
+    counts = []
+    for T in (None, 1, 2):
+        if T is None:
+            lowered = jax.jit(jax.value_and_grad(loss)).lower(params, x)
+        else:
+            layers = singd_jax.find_layers(loss)(params, x)
+            state = singd_jax.singd(layers=layers, T=T).init(params)
+            function = jax.jit(singd_jax.value_and_curvature(loss, layers))
+            lowered = function.lower(params, state, x)
+        text = lowered.compile().as_text()
+        counts.append(text.count(" all-reduce("))
+    return counts
+
+
+def main():
+    assert len(jax.devices()) == 8
+    found = {}
+    for structures in ("dense", "diagonal"):
+        expected = steps(loss, PARAMS, X, structures)
+        for run in (gspmd, explicit, shard_map_in_the_loss, step_in_shard_map):
+            if len(sys.argv) > 1 and run.__name__ not in sys.argv[1:]:
+                continue
+            found[f"{run.__name__}, {structures}"] = gap(run(structures), expected)
+    layers = shard_map_in_the_loss("dense", check_vma=False)
+    found["unchecked"] = [len(layers), layers.others["v"]]
+    found["all-reduces"] = all_reduces()
+    print(json.dumps(found))
+
+
+main()

@@ -1,0 +1,219 @@
+"""U and G are those of a computation example by example, and gradient and loss stay the same."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax_cases import CASES, IMAGES, SEQUENCE, N, X, array
+
+import singd_jax
+
+# ---- models, written with a function for their products so that the oracle can look inside -------
+
+
+def dense(name, x, w, b):
+    return x @ w + b
+
+
+def mlp(p, x, product=dense):
+    x = jnp.tanh(product("v", x, p["v"], p["a"]))
+    return jnp.sum((product("w", x, p["w"], p["b"]) - 0.3) ** 2, axis=range(1, x.ndim))
+
+
+def layers_in_a_scan(p, x, product=dense):
+    if product is dense:
+        x = lax.scan(lambda x, own: (jnp.tanh(dense("w", x, *own)), None), x, (p["w"], p["b"]))[0]
+    else:
+        for i in range(len(p["w"])):
+            x = jnp.tanh(product(f"w.{i}", x, p["w"][i], p["b"][i]))
+    return jnp.sum((x - 0.3) ** 2, axis=range(1, x.ndim))
+
+
+def convolve(name, x, w, b):
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, w, (2, 1), ((0, 1), (1, 0)), dimension_numbers=numbers) + b
+
+
+def cnn(p, x, product=convolve):
+    return jnp.sum((jnp.tanh(product("w", x, p["w"], p["b"])) - 0.3) ** 2, axis=(1, 2, 3))
+
+
+def patches(x, w):
+    """The patches of `convolve`, channel first, as (positions, C K1 K2)."""
+    x = np.pad(np.asarray(x), ((0, 1), (1, 0), (0, 0)))
+    K1, K2 = w.shape[:2]
+    rows = [
+        x[i : i + K1, j : j + K2].transpose(2, 0, 1).ravel()
+        for i in range(0, x.shape[0] - K1 + 1, 2)
+        for j in range(0, x.shape[1] - K2 + 1)
+    ]
+    return np.array(rows)
+
+
+def oracle(model, params, x, unfold=lambda x, w: x.reshape(-1, x.shape[-1])):
+    """For each product the inputs and gradients of the loss of each example, (N, shared, d)."""
+    rows = {}
+    for example in x:
+        inputs, shapes = {}, {}
+
+        def loss(probes, example=example, inputs=inputs, shapes=shapes):
+            def product(name, x, w, b):
+                base = dense if model is not cnn else convolve
+                y = base(name, x, w, b)
+                inputs[name], shapes[name] = unfold(lax.stop_gradient(x)[0], w), y.shape
+                return y + probes.get(name, 0.0)
+
+            return model(params, example[None], product)[0]
+
+        loss({})
+        probes = {name: jnp.zeros(shape) for name, shape in shapes.items()}
+        saved = dict(inputs)
+        grads = jax.grad(loss)(probes)
+        for name, g in grads.items():
+            a = np.asarray(saved[name])
+            a = np.concatenate([a, np.ones_like(a[:, :1])], axis=1)  # the bias
+            rows.setdefault(name, []).append((a, np.asarray(g).reshape(-1, g.shape[-1])))
+    return {name: [np.array(part) for part in zip(*found)] for name, found in rows.items()}
+
+
+def factors(A, B, kfac_approx):
+    """U and G of rows (N, shared, d) of the losses of single examples."""
+    n = len(A)
+    if kfac_approx == "reduce":
+        A, B = A.mean(1, keepdims=True), B.sum(1, keepdims=True)
+    A, B = A.reshape(-1, A.shape[-1]), B.reshape(-1, B.shape[-1])
+    return A.T @ A / len(A), B.T @ B / n
+
+
+def measured(loss, params, *batch, has_aux=False, **options):
+    """The value, gradient, and U and G (which KFAC measures with K = C = I) of each layer."""
+    layers = singd_jax.find_layers(loss, **options)(params, *batch)
+    tx = singd_jax.singd(layers=layers, kfac=True, T=1)
+    function = jax.jit(singd_jax.value_and_curvature(loss, layers, has_aux=has_aux))
+    value, grads, curvature = function(params, tx.init(params), *batch)
+    dense = {k: (np.asarray(c.H_K.dense()), np.asarray(c.H_C.dense())) for k, c in curvature.items()}
+    return value, grads, dense
+
+
+def mlp_params():
+    return {"v": array(4, 5), "a": array(5), "w": array(5, 3), "b": array(3)}
+
+
+def close(got, expected):
+    # float32, sums of at most 60 products
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+@pytest.mark.parametrize("x", [X, SEQUENCE], ids=["vectors", "sequences"])
+def test_factors_of_dense_layers(x, kfac_approx):
+    params = mlp_params()
+    _, _, found = measured(
+        lambda p, x: jnp.mean(mlp(p, x)), params, x, kfac_approx=kfac_approx
+    )
+    for name, rows in oracle(mlp, params, x).items():
+        for got, expected in zip(found[name], factors(*rows, kfac_approx), strict=True):
+            close(got, expected)
+
+
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+def test_factors_of_convolutions(kfac_approx):
+    params = {"w": array(3, 2, 2, 3), "b": array(3)}
+    _, _, found = measured(
+        lambda p, x: jnp.mean(cnn(p, x)), params, IMAGES, kfac_approx=kfac_approx
+    )
+    rows = oracle(cnn, params, IMAGES, patches)["w"]
+    for got, expected in zip(found["w"], factors(*rows, kfac_approx), strict=True):
+        close(got, expected)
+
+
+def test_each_layer_of_a_scan_has_its_own_factors():
+    params = {"w": array(2, 4, 4), "b": array(2, 4)}
+    _, _, found = measured(lambda p, x: jnp.mean(layers_in_a_scan(p, x)), params, X)
+    for name, rows in oracle(layers_in_a_scan, params, X).items():
+        i = int(name.removeprefix("w."))
+        for got, expected in zip(found["w"], factors(*rows, "expand"), strict=True):
+            close(got[i], expected)
+
+
+def test_a_sum_and_a_mean_over_positions_are_scaled_as_told():
+    params, x = mlp_params(), SEQUENCE
+
+    def mean(p, x):
+        return jnp.mean(mlp(p, x))
+
+    _, _, expected = measured(mean, params, x)
+    _, _, summed = measured(lambda p, x: N * mean(p, x), params, x, loss_average=None)
+    # the mean over batch and sequence of terms S times as large
+    _, _, both = measured(mean, params, x, loss_average="batch+sequence")
+    S = x.shape[1]
+    for name, (U, G) in expected.items():
+        close(summed[name][0], U)
+        close(summed[name][1], G * N)
+        close(both[name][0], U)
+        close(both[name][1], G * S)
+
+
+def test_micro_batches_inside_the_loss_are_one_batch():
+    params = mlp_params()
+
+    def in_parts(p, x):
+        total, _ = lax.scan(
+            lambda t, x: (t + jnp.sum(mlp(p, x)), None), 0.0, x.reshape(2, N // 2, 4)
+        )
+        return total / N
+
+    _, _, expected = measured(lambda p, x: jnp.mean(mlp(p, x)), params, X)
+    _, _, found = measured(in_parts, params, X)
+    for name in expected:
+        for got, want in zip(found[name], expected[name], strict=True):
+            close(got, want)
+
+
+@pytest.mark.parametrize(
+    "name", ["linen_transformer_block", "remat_inside_scan", "linen_batch_norm", "tied_embedding"]
+)
+def test_value_and_gradient_are_those_of_jax(name):
+    case = CASES[name]()
+    has_aux = case.options.pop("has_aux", False)
+    value, grads, _ = measured(
+        case.loss, case.params, *case.batch, has_aux=has_aux, **case.options
+    )
+    expected = jax.jit(jax.value_and_grad(case.loss, has_aux=has_aux))(case.params, *case.batch)
+    assert jax.tree.structure((value, grads)) == jax.tree.structure(expected)
+    for got, want in zip(*map(jax.tree.leaves, ((value, grads), expected)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_one_hot_rows_have_the_diagonal_of_their_counts():
+    case = CASES["embedding"]()
+    layers = singd_jax.find_layers(case.loss)(case.params, *case.batch)
+    tx = singd_jax.singd(layers=layers, recipe="paper", T=1)
+    function = jax.jit(singd_jax.value_and_curvature(case.loss, layers))
+    _, _, curvature = function(case.params, tx.init(case.params), *case.batch)
+    counts = np.bincount(np.asarray(case.batch[0]).ravel(), minlength=7)
+    close(curvature["table"].H_K.diag, counts / counts.sum())  # K = I
+    close(curvature["table"].t_U, 1 / 7)
+
+
+def test_curvature_is_measured_with_the_factors_of_the_state():
+    params = mlp_params()
+
+    def loss(p, x):
+        return jnp.mean(mlp(p, x))
+
+    layers = singd_jax.find_layers(loss, structures=("dense", "diagonal"))(params, X)
+    tx = singd_jax.singd(layers=layers, T=1)
+    function = jax.jit(singd_jax.value_and_curvature(loss, layers))
+    state = tx.init(params)
+    for _ in range(2):
+        _, grads, curvature = function(params, state, X)
+        used = state.core.layers["v"].factors
+        _, state = jax.jit(tx.update)(grads, state, params, curvature=curvature)
+    _, _, plain = measured(loss, params, X)
+    U, G = plain["v"]
+    K, C = np.asarray(used.K.dense()), np.asarray(used.C.dense())
+    assert np.abs(K - np.eye(5)).max() > 0.01
+    close(curvature["v"].H_K.dense(), K.T @ U @ K)
+    close(curvature["v"].H_C.diag, np.diag(C.T @ G @ C))

@@ -1,0 +1,22 @@
+"""Which layers are found in which models, and that their rows multiply to their gradients."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax_cases import CASES, N, X, array, mean_square
+
+import singd_jax
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_layers_are_found_and_their_rows_multiply_to_their_gradients(name):
+    case = CASES[name]()
+    has_aux = case.options.pop("has_aux", False)
+    layers = singd_jax.find_layers(case.loss, **case.options)(case.params, *case.batch)
+    assert set(layers) == case.layers, layers
+    assert set(layers.others) == case.others, layers
+    # float32; bfloat16 in one case rounds what it multiplies to 8 bits, in another order
+    tolerance = 2e-2 if name == "mixed_precision" else 2e-5
+    check = singd_jax.check(case.loss, layers, tolerance=tolerance, has_aux=has_aux)
+    gaps = check(case.params, *case.batch)
+    assert set(gaps) == case.layers

@@ -1,0 +1,343 @@
+"""SINGD among the transformations of optax, and under those of jax."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax_cases import CASES, N, X, array, mean_square
+
+import singd_jax
+from singd_core.optimizer import Fallback
+from singd_jax._state import find_state
+
+
+def loss(p, x):
+    x = jnp.tanh(x @ p["v"] + p["a"]) * p["scale"]
+    return mean_square(x @ p["w"] + p["b"])
+
+
+def start():
+    return {
+        "v": array(4, 5),
+        "a": array(5),
+        "scale": 1.0 + array(5),
+        "w": array(5, 3),
+        "b": array(3),
+    }
+
+
+LAYERS = singd_jax.find_layers(loss)(start(), X)
+
+
+def stepper(tx, loss=loss, layers=LAYERS, **jit):
+    @functools.partial(jax.jit, **jit)
+    def step(params, state, *batch):
+        value, grads, curvature = singd_jax.value_and_curvature(loss, layers)(params, state, *batch)
+        updates, state = tx.update(grads, state, params, curvature=curvature)
+        return optax.apply_updates(params, updates), state, value
+
+    return step
+
+
+def run(tx, steps=4, params=None, state=None, step=None):
+    params = start() if params is None else params
+    state = tx.init(params) if state is None else state
+    step = step or stepper(tx)
+    for _ in range(steps):
+        params, state, _ = step(params, state, X)
+    return params, state
+
+
+def assert_close(got, expected, tolerance=1e-6):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, tolerance, tolerance), got, expected)
+
+
+def test_the_table_tells_who_owns_each_parameter():
+    assert str(LAYERS).splitlines() == [
+        "parameter  shape  kind   matrix  K      C      bytes of factors",
+        "v + a      4×5    dense  5×5     dense  dense               200",
+        "w + b      5×3    dense  3×6     dense  dense               180",
+        "scale      5      AdamW                                          multiplied entry by entry",
+    ]
+    assert "diagonal" in LAYERS.table("diagonal")
+
+
+def test_parameters_of_no_layer_follow_optax_adamw():
+    fallback = Fallback(lr=0.01, weight_decay=0.1)
+    params, state = run(singd_jax.singd(0.0, layers=LAYERS, fallback=fallback))
+    # with a rate of 0 only `scale` moves, so optax sees the same gradients
+    adamw = optax.adamw(0.01, weight_decay=0.1)
+    expected = start()
+    adam_state = adamw.init(expected["scale"])
+    for _ in range(4):
+        g = jax.grad(lambda s: loss(expected | {"scale": s}, X))(expected["scale"])  # noqa: B023
+        u, adam_state = adamw.update(g, adam_state, expected["scale"])
+        expected["scale"] = expected["scale"] + u
+    assert_close(params, expected)
+    assert set(state.core.fallback) == {"scale"}
+
+
+def test_between_refreshes_the_factors_stay_and_the_curvature_is_zeros():
+    tx = singd_jax.singd(0.02, layers=LAYERS, T=3, recipe="paper")
+    state, params = tx.init(start()), start()
+    vac = jax.jit(singd_jax.value_and_curvature(loss, LAYERS))
+    update = jax.jit(tx.update)
+    for i in range(5):
+        _, grads, curvature = vac(params, state, X)
+        updates, new = update(grads, state, params, curvature=curvature)
+        moved = not np.array_equal(
+            new.core.layers["w"].factors.K.dense(), state.core.layers["w"].factors.K.dense()
+        )
+        assert moved == (i % 3 == 0) == bool(np.any(curvature["w"].H_K.dense() != 0.0))
+        params, state = optax.apply_updates(params, updates), new
+    assert int(state.core.step) == 5
+    assert int(state.core.layers["w"].factors.averages.k) == 2
+
+
+def test_without_curvature_the_factors_stay():
+    tx = singd_jax.singd(0.02, layers=LAYERS, T=1)
+    params = start()
+    state = tx.init(params)
+    grads = jax.grad(loss)(params, X)
+    updates, new = jax.jit(tx.update)(grads, state, params)
+    assert_close(new.core.layers["v"].factors, state.core.layers["v"].factors, 0.0)
+    assert float(jnp.abs(updates["v"]).max()) > 0.0
+    with pytest.raises(ValueError, match="needs the parameters"):
+        tx.update(grads, state)
+
+
+@pytest.mark.parametrize("where", ["gradient", "curvature"])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(where):
+    tx = singd_jax.singd(0.02, layers=LAYERS, T=1)
+    params, state = run(tx, steps=2)
+    _, grads, curvature = jax.jit(singd_jax.value_and_curvature(loss, LAYERS))(params, state, X)
+    if where == "gradient":
+        grads["scale"] = grads["scale"].at[0].set(jnp.nan)
+    else:
+        curvature["v"] = jax.tree.map(lambda a: a * jnp.inf, curvature["v"])
+    with jax.transfer_guard_device_to_host("disallow"):  # and the host does not wait to know
+        updates, new = jax.jit(tx.update)(grads, state, params, curvature=curvature)
+    assert all(not np.any(u) for u in jax.tree.leaves(updates))
+    assert_close(new.core.layers, state.core.layers, 0.0)
+    assert_close(new.core.fallback, state.core.fallback, 0.0)
+    assert (int(new.core.skipped), int(new.core.step)) == (1, 3)
+
+
+def test_schedules_of_every_rate():
+    def falling(count):
+        return 0.05 / (1 + count)
+
+    rates = ("learning_rate", "momentum", "weight_decay", "lr_cov", "damping", "alpha1")
+    fallback = Fallback(lr=falling, weight_decay=falling)
+    given = dict.fromkeys(rates, falling)
+    tx = singd_jax.singd(layers=LAYERS, recipe="paper", T=1, fallback=fallback, **given)
+    params, _ = run(tx, steps=3)
+
+    expected, state = start(), tx.init(start())
+    for i in range(3):  # the same with plain numbers, one step at a time
+        plain = Fallback(lr=falling(i), weight_decay=falling(i))
+        numbers = dict.fromkeys(rates, falling(i))
+        one = singd_jax.singd(layers=LAYERS, recipe="paper", T=1, fallback=plain, **numbers)
+        expected, state = run(one, 1, expected, state)
+    assert_close(params, expected)
+
+
+def test_inject_hyperparams():
+    tx = optax.inject_hyperparams(singd_jax.singd)(
+        learning_rate=lambda count: 0.02 / (1 + count), layers=LAYERS, damping=0.2, T=2, kl_bound=1e-3
+    )
+    params, state = run(tx)
+    plain = singd_jax.singd(lambda c: 0.02 / (1 + c), layers=LAYERS, damping=0.2, T=2, kl_bound=1e-3)
+    assert_close(params, run(plain)[0])
+    assert float(state.hyperparams["damping"]) == np.float32(0.2)
+    state.hyperparams["damping"] = jnp.asarray(0.5)
+    other, _ = run(tx, 1, params, state)
+    assert not np.allclose(other["v"], run(tx, 1, params, run(tx)[1])[0]["v"])
+
+
+def test_chain_finds_its_state_and_passes_the_curvature_on():
+    tx = optax.chain(optax.clip_by_global_norm(1e9), singd_jax.singd(0.02, layers=LAYERS, T=2))
+    assert_close(run(tx)[0], run(singd_jax.singd(0.02, layers=LAYERS, T=2))[0])
+    with pytest.raises(ValueError, match="holds 0 states of singd"):
+        run(optax.sgd(0.1))
+
+
+def test_masked_leaves_parameters_out():
+    tx = optax.masked(
+        singd_jax.singd(0.02, layers=LAYERS, T=1), {k: k not in ("v", "a") for k in start()}
+    )
+    state = tx.init(start())
+    assert set(find_state(state).core.layers) == {"w"}
+    _, grads, curvature = jax.jit(singd_jax.value_and_curvature(loss, LAYERS))(start(), state, X)
+    assert set(curvature) == {"w"}
+    updates, _ = jax.jit(tx.update)(grads, state, start(), curvature=curvature)
+    assert_close(updates["v"], grads["v"], 0.0)  # what masked does with the rest
+
+
+def test_multi_steps_accumulate_gradients():
+    plain = singd_jax.singd(0.02, layers=LAYERS, T=1)
+    tx = optax.MultiSteps(plain, every_k_schedule=2)
+    params, state = run(tx, steps=4)  # of equal batches: two steps of the plain one
+    assert int(state.gradient_step) == 2
+    assert_close(params, run(plain, steps=2)[0])
+
+
+def test_scale_by_singd_is_the_bare_preconditioner():
+    given = {"layers": LAYERS, "recipe": "paper", "T": 2, "damping": 0.1}
+    tx = optax.chain(singd_jax.scale_by_singd(**given), optax.scale(-0.05))
+    params, _ = run(tx)
+    whole = singd_jax.singd(0.05, momentum=0.0, **given)
+    expected = start()
+    state = whole.init(expected)
+    step = stepper(whole)
+    for _ in range(4):
+        g = jax.grad(loss)(expected, X)
+        new, state, _ = step(expected, state, X)
+        expected = new | {"scale": expected["scale"] - 0.05 * g["scale"]}
+    assert_close(params, expected)
+
+
+def test_auxiliary_output():
+    def with_aux(p, x):
+        return loss(p, x), {"norm": jnp.sum(x)}
+
+    tx = singd_jax.singd(0.02, layers=LAYERS)
+    function = singd_jax.value_and_curvature(with_aux, LAYERS, has_aux=True)
+    (value, aux), _, curvature = jax.jit(function)(start(), tx.init(start()), X)
+    assert_close((value, aux["norm"]), (loss(start(), X), jnp.sum(X)))
+    assert set(curvature) == {"v", "w"}
+
+
+def test_donated_buffers():
+    tx = singd_jax.singd(0.02, layers=LAYERS, T=2)
+    step = stepper(tx, donate_argnums=(0, 1))
+    params, state = start(), tx.init(start())
+    for _ in range(3):
+        params, state, _ = step(params, state, X)
+    assert_close(params, run(tx, 3)[0])
+
+
+def test_keys_and_keyword_arguments_pass_through():
+    def noisy(p, x, key, *, rate, mode):
+        assert mode == "train"
+        return loss(p, x * jax.random.bernoulli(key, rate, x.shape))
+
+    for key in (jax.random.key(1), jax.random.PRNGKey(1)):
+        layers = singd_jax.find_layers(noisy)(start(), X, key, rate=0.5, mode="train")
+        assert set(layers) == {"v", "w"}
+        state = singd_jax.singd(layers=layers).init(start())
+        function = singd_jax.value_and_curvature(noisy, layers)
+        value, _, _ = jax.jit(functools.partial(function, rate=0.5, mode="train"))(
+            start(), state, X, key
+        )
+        assert_close(value, noisy(start(), X, key, rate=0.5, mode="train"))
+
+
+def test_the_batch_size_must_be_seen_or_told():
+    def indexed(p, x, rows):
+        return loss(p, x[rows])
+
+    rows = jnp.array([1, 2])
+    with pytest.raises(ValueError, match=r"batch\[0\] 6, batch\[1\] 2"):
+        singd_jax.find_layers(indexed)(start(), X, rows)
+    layers = singd_jax.find_layers(indexed, batch_size=lambda x, rows: len(rows))(start(), X, rows)
+    assert set(layers) == {"v", "w"}
+
+
+def test_an_equinox_module_is_trained_as_it_is():
+    case = CASES["equinox_mlp"]()
+    layers = singd_jax.find_layers(case.loss)(case.params, X)
+    tx = singd_jax.singd(0.05, layers=layers)
+    import equinox as eqx
+
+    arrays, rest = eqx.partition(case.params, eqx.is_inexact_array)
+
+    def of_arrays(arrays, x):
+        return case.loss(eqx.combine(arrays, rest), x)
+
+    params, state, first = stepper(tx, of_arrays, layers)(arrays, tx.init(arrays), X)
+    model = eqx.combine(params, rest)
+
+    state = tx.init(eqx.filter(case.params, eqx.is_inexact_array))
+    function = eqx.filter_jit(singd_jax.value_and_curvature(case.loss, layers))
+    value, grads, curvature = function(case.params, state, X)
+    updates, _ = tx.update(grads, state, case.params, curvature=curvature)
+    other = eqx.apply_updates(case.params, updates)
+    assert_close(value, first)
+    assert_close(eqx.filter(other, eqx.is_array), eqx.filter(model, eqx.is_array))
+
+
+def test_a_run_under_vmap_is_several_runs():
+    tx = singd_jax.singd(0.02, layers=LAYERS, T=2)
+    step = stepper(tx)
+    single = start()
+    params = jax.tree.map(lambda a: jnp.stack([a, 0.5 * a]), single)
+    state = jax.vmap(tx.init)(params)
+    both = jax.jit(jax.vmap(lambda p, s: step(p, s, X)))
+    for _ in range(3):
+        params, state, _ = both(params, state)
+    assert_close(jax.tree.map(lambda a: a[0], params), run(tx, 3)[0], 1e-5)
+
+
+@pytest.mark.parametrize("name", ["embedding", "tied_embedding", "linen_lstm", "experts"])
+def test_training_lowers_the_loss(name):
+    case = CASES[name]()
+    layers = singd_jax.find_layers(case.loss, structures="diagonal")(case.params, *case.batch)
+    tx = singd_jax.singd(0.05, layers=layers, T=2)
+    step = stepper(tx, case.loss, layers)
+    params, state = case.params, tx.init(case.params)
+    values = []
+    for _ in range(8):
+        params, state, value = step(params, state, *case.batch)
+        values.append(float(value))
+    assert values[-1] < 0.98 * values[0]
+    assert int(state.core.skipped) == 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_parameters(dtype):
+    params = jax.tree.map(lambda a: a.astype(dtype), start())
+    x = X.astype(dtype)
+    layers = singd_jax.find_layers(loss)(params, x)
+    tx = singd_jax.singd(0.02, layers=layers, T=2)
+    step = stepper(tx, layers=layers)
+    state = tx.init(params)
+    values = []
+    for _ in range(6):
+        params, state, value = step(params, state, x)
+        values.append(float(value))
+    assert values[-1] < values[0]
+    assert int(state.core.skipped) == 0
+    assert {a.dtype.name for a in jax.tree.leaves(params)} == {dtype}
+    factor = "float32" if dtype == "float16" else dtype
+    assert state.core.layers["v"].factors.K.matrix.dtype == factor
+
+
+def test_float64():
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda a: a.astype("float64"), start())
+        x = X.astype("float64")
+        layers = singd_jax.find_layers(loss)(params, x)
+        tx = singd_jax.singd(0.02, layers=layers, T=2)
+        step = stepper(tx, layers=layers)
+        state = tx.init(params)
+        for _ in range(3):
+            params, state, _ = step(params, state, x)
+        assert {a.dtype.name for a in jax.tree.leaves(params)} == {"float64"}
+        assert state.core.layers["v"].factors.K.matrix.dtype == "float64"
+        gaps = singd_jax.check(loss, layers)(params, x)
+        assert max(gaps.values()) < 1e-14
+    assert_close(params, run(singd_jax.singd(0.02, layers=LAYERS, T=2), 3)[0], 1e-5)
+
+
+def test_setting_errors_name_the_setting():
+    with pytest.raises(ValueError, match="T=0"):
+        singd_jax.singd(layers=LAYERS, T=0)
+    with pytest.raises(ValueError, match="structures"):
+        singd_jax.singd(layers=LAYERS, structures="dens")
+    with pytest.raises(ValueError, match="loss_average"):
+        singd_jax.find_layers(loss, loss_average="mean")
+    assert N == 6

@@ -1,0 +1,17 @@
+"""The table of docs/settings.md shows the recipes as they are."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+from singd_core import RECIPES, Settings
+
+PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
+ROW = re.compile(r"\| `(\w+)` \| `([^`]+)` \| `([^`]+)` \|")
+
+
+def test_the_table_of_settings_shows_both_recipes():
+    shown = [match.groups() for match in ROW.finditer(PAGE.read_text(encoding="utf-8"))]
+    names = [field.name for field in dataclasses.fields(Settings)]
+    paper, robust = RECIPES["paper"], RECIPES["robust"]
+    assert shown == [(n, repr(getattr(paper, n)), repr(getattr(robust, n))) for n in names]
