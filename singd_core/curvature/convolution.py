@@ -34,9 +34,10 @@ class Convolution(LayerKind):
 
     Args:
         kernel_size: One entry for each spatial axis.
-        stride, dilation: A number, or one for each spatial axis.
+        stride: A number, or one for each spatial axis.
         padding: A number, or for each spatial axis a number or a pair (before, after); or `"same"`
             (only with stride 1) or `"valid"`.
+        dilation: A number, or one for each spatial axis.
         groups: The number of channel groups.
         padding_mode: `"zeros"`, `"reflect"`, `"replicate"` or `"circular"`, as in torch.
         average_groups: Average the channel groups instead of keeping them apart.

@@ -63,8 +63,9 @@ class Structure(Tree):
         """Π̂(M) of a *symmetric* `M`, shape (..., d, d).
 
         It is fixed by ¼⟨Π̂(M) + Π̂(M)ᵀ, S + Sᵀ⟩ = ⟨M, S⟩ for all S in 𝔤 (docs/mathematics.md,
-        section 4). With R the orthogonal projection onto 𝔤 the solution is 2 R(M) − R(R(M)ᵀ), the
-        version given here: a structure whose `restrict` is not orthogonal must write its own.
+        section 4). The version given here, 2 R(M) − R(R(M)ᵀ), solves it if R = `restrict` is the
+        orthogonal projection onto 𝔤 and what a member has outside 𝔤ᵀ is orthogonal to 𝔤ᵀ, as in
+        every zero pattern. Any other structure must write its own.
         """
         R = cls.restrict(M)
         return R.scale(2.0) - cls.restrict(R.dense().mT)

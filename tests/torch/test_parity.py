@@ -16,11 +16,11 @@ from singd_core import structures
 STEPS = 20
 
 # Relative to the norm of a weight, float64. The promise is 1e-9. Both sides do the same sums in
-# another order: 20 steps of sums over up to 300 rows round by about 20 · √300 · 2⁻⁵² ≈ 1e-13, which
-# the products of unlike matrices in between (condition below 100 here) may enlarge.
-FLOAT64 = 1e-11
-# The same count with 2⁻²⁴ in place of 2⁻⁵³.
-FLOAT32 = 2e-5
+# another order: 20 steps of sums over up to 300 rows round by about 20 · √300 · 2⁻⁵³ ≈ 4e-14, which
+# the products of unlike matrices in between may enlarge some ten times. Measured: 7e-16.
+FLOAT64 = 1e-12
+# The same with 2⁻²⁴ in place of 2⁻⁵³ is 2e-5, of which a tenth is enough. Measured: 3e-7.
+FLOAT32 = 2e-6
 
 SETTINGS = {
     "lr": 0.05,
@@ -265,7 +265,7 @@ def test_the_uncorrected_block_diagonal_leads_elsewhere() -> None:
     batches = list(torch.randn(STEPS, 8, 37, dtype=torch.float64))
     model, given = nn.Linear(37, 3), SETTINGS | {"structures": BLOCKS}
     with in_float64():
-        assert compare(copy.deepcopy(model), batches, given) > 1e-6
+        assert compare(copy.deepcopy(model), batches, given) > 1e-3
         with corrected():
             assert compare(model, batches, given) < FLOAT64
 
