@@ -164,8 +164,8 @@ class Row:
     def cells(self, ahead: bool) -> list[str]:
         losses = [r.loss for r in self.results]
         rate = "default" if self.rate is None else f"{self.rate:g} of {len(RATES[self.method])}"
-        loss, metric = f"{self.loss:.4f}", statistics.fmean(r.metric for r in self.results)
-        spread = f"{min(losses):.4f} to {max(losses):.4f}"
+        loss, metric = f"{self.loss:.3g}", statistics.fmean(r.metric for r in self.results)
+        spread = f"{min(losses):.3g} to {max(losses):.3g}"
         seconds = statistics.median(r.seconds for r in self.results)
         loss = f"**{loss}**" if ahead else loss
         return [self.method, rate, loss, spread, f"{metric:.4f}", f"{1e3 * seconds:.1f}"]
