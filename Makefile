@@ -64,7 +64,7 @@ $(VENV)/.stamp-%: $(VENV)/.stamp-venv pyproject.toml constraints.txt
 
 $(VENV)/.stamp-demo: EXTRAS := demo,torch
 $(VENV)/.stamp-test: EXTRAS := test,torch,jax
-$(VENV)/.stamp-lint: EXTRAS := lint,torch
+$(VENV)/.stamp-lint: EXTRAS := lint,torch,jax
 $(VENV)/.stamp-docs: EXTRAS := docs
 
 $(VENV)/.stamp-bench: $(VENV)/.stamp-venv pyproject.toml constraints.txt

@@ -185,7 +185,7 @@ class Transformer(nn.Module):
         self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, vocabulary)
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.characters(ids) + self.positions.weight[: ids.shape[1]]
+        x = self.characters(ids) + self.positions(torch.arange(ids.shape[1]))
         return self.head(self.norm(self.blocks(x)))
 
 

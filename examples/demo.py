@@ -16,9 +16,10 @@ from picture import draw
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from singd_torch import SINGD
 from sklearn.datasets import load_digits
 from torch import nn
+
+from singd_torch import SINGD
 
 # KFAC and IKFAC share these settings: up to O(lr_cov²) they have the same preconditioner, KFAC by
 # inverting matrices, IKFAC without. Of lr 0.003, 0.01, 0.03 and damping 0.001, 0.01 they are the

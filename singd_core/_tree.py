@@ -34,7 +34,9 @@ class Tree:
     @classmethod
     def field_names(cls) -> tuple[str, ...]:
         """The names of the fields, in the order of the constructor."""
-        return tuple(f.name for f in dataclasses.fields(cls))  # type: ignore[arg-type]
+        # torch.compile cannot trace dataclasses.fields of a class
+        names: tuple[str, ...] = getattr(cls, "__match_args__")  # noqa: B009
+        return names
 
     def named_arrays(self, prefix: str = "") -> Iterator[tuple[str, Array]]:
         """The arrays with their names, nested ones' as `outer.inner`."""

@@ -15,7 +15,14 @@ from singd_core.settings import STRUCTURES, rate, settings
 from singd_core.structures import Diagonal
 from singd_core.updates.adamw import Fallback, Moments
 from singd_core.updates.curvature import Curvature
-from singd_core.updates.weights import couples_decay, direction, inner, kl_scale, weight_change
+from singd_core.updates.weights import (
+    bounded,
+    couples_decay,
+    direction,
+    inner,
+    kl_scale,
+    weight_change,
+)
 
 Parameter: TypeAlias = Array | tuple[Array, Array]  # a weight, or a weight with its bias
 Rows: TypeAlias = tuple[Array, Array]  # a layer's input, and the loss's gradient at its output
@@ -223,8 +230,9 @@ class Optimizer:
         for name, layer in state.layers.items():
             new = refreshed.get(name, layer.factors)
             gradient = kinds[name].matrix(*_pair(grads[name]))
-            naturals[name], factors[name] = new.precondition(gradient), new
-            inners.append(inner(gradient, naturals[name]))
+            natural, factors[name] = new.precondition(gradient), new
+            naturals[name], energy = bounded(natural, inner(gradient, natural), s)
+            inners.append(energy)
         scale = kl_scale(s.lr**2 * sum(inners), s.kl_bound) if inners else 1.0
 
         updates: dict[str, Parameter] = {}

@@ -217,14 +217,14 @@ def joined_axis(
     if name in _KEEPS:
         return axis
     if name == "transpose":
-        return list(params["permutation"]).index(axis)
+        return tuple(map(int, params["permutation"])).index(axis)
     if name == "squeeze":
-        return axis - sum(i < axis for i in params["dimensions"])
+        return axis - len([i for i in params["dimensions"] if i < axis])
     if name == "broadcast_in_dim":
         return int(params["broadcast_dimensions"][axis])
     if name == "reshape" and params.get("dimensions") is None:
         before, new = math.prod(shape[:axis]), params["new_sizes"]
         for j, n in enumerate(new):
             if n == shape[axis] and math.prod(new[:j]) == before:
-                return j
+                return int(j)
     return None

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from singd_core._array import Array
-from singd_core.curvature import Convolution, Linear
+from singd_core.curvature import Convolution, Embedding, Linear
 from singd_jax._axes import Atom, Group, View, merged, reshaped, size
 
 EXPAND = "expand"
@@ -183,18 +183,14 @@ def gather(
         return "indexed in part"
     free = [d for d in range(len(y)) if d not in numbers.offset_dims]
     outs, entries = _atoms(view, rest), view.shape[axis]
-    # The diagonal of U is that of one row √counts: the one-hot rows are never written out.
-    embedded = Linear()
+    layer = Embedding(entries)
 
     def inputs(x: Array, bias: bool, how: str) -> Array:
-        del bias, how
-        counts = jnp.zeros(entries, jnp.float32).at[x.reshape(-1)].add(1.0, mode="drop")
-        return jnp.sqrt(counts)[None, :]
+        return layer.inputs(x[..., 0], bias=bias, kfac_approx=how)[0]
 
     def outputs(g: Array, how: str) -> Array:
-        del how
         g = _features(g, (), free, list(numbers.offset_dims), outs)
-        return embedded.outputs(g, kfac_approx=EXPAND, loss_average=None)[0]
+        return layer.outputs(g, kfac_approx=how, loss_average=None)[0]
 
     def product(x: Array, g: Array) -> Array:
         B = outputs(g, EXPAND)

@@ -88,12 +88,7 @@ def _product(call: Call, layer: Layer, kfac_approx: str) -> Callable[..., Array]
 
     def rule(x: Array, g: Array, factors: Any) -> Array:
         del factors
-        swapped = call.layout != (
-            layer.weight.stack,
-            layer.weight.outs,
-            layer.weight.ins,
-            layer.weight.flips,
-        )
+        swapped = call.layout != layer.weight.layout
         bias = layer.bias is not None
         if call.product is not None:
             matrix = call.product(x, g)

@@ -71,14 +71,15 @@ def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
     return consts, carry
 
 
-def shard_map(eqn: Equation, f: Callable[..., Any], extra_specs: Any) -> Callable[..., Any]:
-    """`f(operands, extra)` under the shard_map of an equation, `extra` sharded as told."""
+def shard_map(eqn: Equation, f: Callable[..., Any]) -> Callable[..., Any]:
+    """`f(operands, extra)` under the shard_map of an equation, `extra` the same everywhere."""
+    partition: Any = jax.sharding.PartitionSpec
     p = eqn.params
     manual = p.get("newly_manual_axes", p.get("manual_axes"))
-    return jax.shard_map(  # type: ignore[no-any-return]
+    return jax.shard_map(
         f,
         mesh=p["mesh"],
-        in_specs=(list(p["in_specs"]), extra_specs),
+        in_specs=(list(p["in_specs"]), partition()),
         out_specs=list(p["out_specs"]),
         check_vma=p["check_vma"],
         axis_names=set(manual),
@@ -97,8 +98,8 @@ def vary(x: Any, axes: frozenset[Any]) -> Any:
     new = tuple(axes - varying(x))
     if not new:
         return x
-    pcast = getattr(jax.lax, "pcast", None)
-    return jax.lax.pvary(x, new) if pcast is None else pcast(x, new, to="varying")
+    lax: Any = jax.lax
+    return lax.pcast(x, new, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, new)
 
 
 def auto_sharded(f: Callable[..., Any], like: Any) -> Callable[..., Any]:

@@ -38,7 +38,7 @@ class Sums(NamedTuple):
 
 
 def value_and_curvature(
-    loss: Callable[..., Any], layers: Layers, *, has_aux: bool = False
+    loss: Callable[..., Any], layers: Layers, *, has_aux: bool = False, branch: str = "step"
 ) -> Callable[..., tuple[Any, Any, dict[str, Curvature]]]:
     """A function of `params, state, *batch` returning the loss, its gradient and the curvature.
 
@@ -49,14 +49,20 @@ def value_and_curvature(
         loss: The loss that the layers were found in.
         layers: What `find_layers` returned.
         has_aux: Whether the loss returns a pair of which the second is auxiliary.
+        branch: What decides, where T > 1, whether the curvature is computed: "step", one
+            `lax.cond` between two backward passes, or "layer", one in every layer. The latter
+            compiles one backward pass instead of two; but each branch is a wait for an accelerator,
+            and devices add up the curvature of each layer by itself.
 
     Returns:
         A function of the parameters, the optimizer's state and the batch. The value is that of
         `jax.value_and_grad`; gradients of what is not trained are None.
 
     Raises:
-        ValueError: If the state has no state of singd in it.
+        ValueError: If `branch` is unknown, or the state has no state of singd in it.
     """
+    if branch not in ("step", "layer"):
+        raise ValueError(f'branch = {branch!r}: choose "step" or "layer"')
 
     def function(
         params: Any, state: Any, *batch: Any, **keywords: Any
@@ -69,11 +75,21 @@ def value_and_curvature(
         }
         needed = layers.loss_average == "batch" or layers.kfac_approx == "reduce"
         n = size_of_batch(layers.batch_size, batch, keywords) if needed else None
-        tapped = Tapped(loss, layers, n, own.due)
         slots = {name: _slot(layers[name], factors[name]) for name in factors}
-        value, grads, sums, seen = tapped.value_and_grad(
-            params, slots, factors, batch, keywords, has_aux
-        )
+        whole = own.due is None or branch == "layer"
+        tapped, seen = Tapped(loss, layers, n, own.due if whole else None), set[str]()
+
+        def measured() -> tuple[Any, Any, dict[str, Any]]:
+            value, grads, sums, names = tapped.value_and_grad(
+                params, slots, factors, batch, keywords, has_aux
+            )
+            seen.update(names)
+            return value, grads, sums
+
+        def plain() -> tuple[Any, Any, dict[str, Any]]:
+            return *_value_and_grad(loss, params, batch, keywords, has_aux), slots
+
+        value, grads, sums = measured() if whole else jax.lax.cond(own.due, measured, plain)
         curvature = {
             name: _curvature(sums[name], layers, n, layers[name].uses)
             for name in factors
@@ -138,9 +154,21 @@ class Tapped:
         return value, leaves.gradients(grads), got, seen
 
     def _wanted(self, layer: Layer, call: Call) -> bool:
-        w = layer.weight
-        layout = w.stack, w.outs, w.ins, w.flips
+        layout = layer.weight.layout
         return call.layout == layout or (self.rule is not None and call.transposed == layout)
+
+
+def _value_and_grad(
+    loss: Callable[..., Any], params: Any, batch: Any, keywords: Any, has_aux: bool
+) -> tuple[Any, Any]:
+    """The value and the gradient alone."""
+    leaves = Leaves.of(params)
+
+    def function(arrays: list[Array]) -> Any:
+        return loss(leaves.join(arrays), *batch, **keywords)
+
+    value, grads = jax.value_and_grad(function, has_aux=has_aux)(list(leaves.arrays))
+    return value, leaves.gradients(grads)
 
 
 def _measure(call: Call, layer: Layer, kfac_approx: str) -> Callable[..., Sums]:

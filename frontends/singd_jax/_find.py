@@ -23,7 +23,7 @@ from singd_jax._trace import Key, Path, Ports, Tracer
 def find_layers(
     loss: Callable[..., Any],
     *,
-    structures: str | preconditioner.Structures = ("dense", "dense"),
+    structures: Any = None,
     kfac_approx: str = "expand",
     loss_average: str | None = "batch",
     batch_size: Any = None,
@@ -32,8 +32,9 @@ def find_layers(
 
     Args:
         loss: A function that `jax.grad` takes; with auxiliary output or without.
-        structures: Of the factors K (inputs) and C (outputs), or one for both: what the table
-            shows, and what the optimizer takes unless it is told others.
+        structures: Of the factors K (inputs) and C (outputs), one for both, or "auto:b" (see
+            `singd_core.preconditioner.resolve`): what the table shows, and what the optimizer takes
+            unless it is told others. None is the recipe's.
         kfac_approx: "expand" or "reduce": how positions that share the weight are treated.
         loss_average: What the loss is a mean of: "batch", "batch+sequence", or None for a sum.
         batch_size: How many examples the batch holds: a number, or a function of `*batch`. None
@@ -51,7 +52,8 @@ def find_layers(
         >>> def loss(params, x, y):
         ...     return jnp.mean((jnp.tanh(x @ params["w"] + params["b"]) * params["s"] - y) ** 2)
         >>> params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2), "s": jnp.ones(2)}
-        >>> print(find_layers(loss)(params, jnp.ones((8, 3)), jnp.ones((8, 2))))
+        >>> found = find_layers(loss, structures="dense")
+        >>> print(found(params, jnp.ones((8, 3)), jnp.ones((8, 2))))
         parameter  shape  kind   matrix  K      C      bytes of factors
         w + b      3×2    dense  2×4     dense  dense                80
         s          2      AdamW                                          multiplied entry by entry

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 
@@ -13,6 +13,9 @@ from singd_core._array import Array
 from singd_core.curvature.base import append_bias
 from singd_core.structures import Diagonal, Structure
 from singd_jax._axes import Group, Region, size
+
+# Two names or classes, "auto:b", or None for what fits each weight; see preconditioner.resolve.
+Wanted: TypeAlias = preconditioner.Structures | str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +49,11 @@ class Part:
     def whole(self) -> bool:
         """Whether it is the whole leaf."""
         return self.region == tuple((0, n) for n in self.shape)
+
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        """How it lies in its region: products of the same layout are uses of one matrix."""
+        return self.stack, self.outs, self.ins, self.flips
 
     def take(self, leaf: Array) -> Array:
         """The matrix, shape (*stack, d_out, d_in)."""
@@ -125,11 +133,9 @@ class Layer:
             self.bias.name: self.bias.put(leaves[self.bias.name], matrix[..., -1]),
         }
 
-    def structures(
-        self, wanted: tuple[type[Structure], type[Structure]]
-    ) -> tuple[type[Structure], type[Structure]]:
+    def structures(self, wanted: Wanted, *, kfac: bool) -> tuple[type[Structure], type[Structure]]:
         """Those of K and of C: what was asked for, or diagonal where it must be."""
-        K, C = wanted
+        K, C = preconditioner.resolve(wanted, self.shape, kfac=kfac)
         return (
             Diagonal if "K" in self.diagonal else K,
             Diagonal if "C" in self.diagonal else C,
@@ -145,7 +151,7 @@ class Layers(Mapping[str, Layer]):
         others: For each other parameter the reason.
         shapes: The shape of each parameter.
         itemsizes: The bytes of one entry of each parameter.
-        structures: Of K and C, unless the optimizer is told others.
+        structures: Of K and C, unless the optimizer is told others; None takes what fits each.
         kfac_approx: "expand" or "reduce".
         loss_average: What the loss is a mean of.
         batch_size: The batch size, a function of the batch that returns it, or None to read it off
@@ -156,7 +162,7 @@ class Layers(Mapping[str, Layer]):
     others: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
     itemsizes: dict[str, int]
-    structures: preconditioner.Structures
+    structures: Wanted
     kfac_approx: str
     loss_average: str | None
     batch_size: Any = None
@@ -179,27 +185,24 @@ class Layers(Mapping[str, Layer]):
 
     __str__ = __repr__
 
-    def table(self, structures: preconditioner.Structures | None = None) -> str:
+    def table(self, structures: Any = None) -> str:
         """Which parameters form layers, of which kind and structures, or why they do not.
 
         Args:
             structures: Of K and C, in place of those that the layers know.
         """
-        names = structures or self.structures
-        wanted = preconditioner.resolve(pair(names), kfac=False)
+        wanted = self.structures if structures is None else pair(structures)
         header = ("parameter", "shape", "kind", "matrix", "K", "C", "bytes of factors", "")
-        body = [header]
+        body: list[tuple[str, ...]] = [header]
         for layer in self.found.values():
             body.append(self._row(layer, wanted))
         for name, reason in self.others.items():
             body.append((name, _times(self.shapes[name]), "AdamW", "", "", "", "", reason))
         return _render(body)
 
-    def _row(
-        self, layer: Layer, wanted: tuple[type[Structure], type[Structure]]
-    ) -> tuple[str, ...]:
+    def _row(self, layer: Layer, wanted: Wanted) -> tuple[str, ...]:
         (stack, d_out, d_in), itemsize = layer.shape, self.itemsizes[layer.weight.name]
-        K, C = layer.structures(wanted)
+        K, C = layer.structures(wanted, kfac=False)
         count = 1
         for n in stack:
             count *= n
@@ -211,8 +214,10 @@ class Layers(Mapping[str, Layer]):
         return layer.name + bias, shape, layer.kind, matrix, K.name, C.name, f"{total:,}", notes
 
 
-def pair(structures: Any) -> preconditioner.Structures:
-    """Two structures, from two or from one for both."""
+def pair(structures: Any) -> Wanted:
+    """Two structures, from two or from one for both; "auto:b" and None as they are."""
+    if structures is None or (isinstance(structures, str) and structures.startswith("auto:")):
+        return structures
     if isinstance(structures, (str, type)):
         return (structures, structures)
     return tuple(structures)

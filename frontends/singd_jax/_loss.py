@@ -31,7 +31,7 @@ class Leaves:
     @classmethod
     def of(cls, params: Any) -> Leaves:
         """Those that are arrays of floating-point numbers."""
-        flat, tree = jax.tree_util.tree_flatten_with_path(params)
+        flat, tree = _flatten_with_path(params)
         trained = [_is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating) for _, leaf in flat]
         names = [_name(path) for path, _ in flat]
         if len(set(names)) < len(names):  # {"a.b": ...} beside {"a": {"b": ...}}
@@ -72,6 +72,7 @@ def evaluate(
     keywords: Mapping[str, Any],
 ) -> Any:
     """What the loss returns, evaluated by a tracer."""
+    tree: Any
     flat, tree = jax.tree.flatten((batch, dict(keywords)))
     which = [i for i, value in enumerate(flat) if _is_array(value)]
 
@@ -99,7 +100,7 @@ def size_of_batch(given: Any, batch: tuple[Any, ...], keywords: Mapping[str, Any
     """
     if given is not None:
         return int(given(*batch, **keywords)) if callable(given) else int(given)
-    flat, _ = jax.tree_util.tree_flatten_with_path((batch, dict(keywords)))
+    flat, _ = _flatten_with_path((batch, dict(keywords)))
     sizes = {
         ("batch" + jax.tree_util.keystr(path[1:])): value.shape[0]
         for path, value in flat
@@ -112,7 +113,7 @@ def size_of_batch(given: Any, batch: tuple[Any, ...], keywords: Mapping[str, Any
             f"parameters ({told}): give find_layers(loss, batch_size=...), a number or a function "
             "of these arguments"
         )
-    return next(iter(sizes.values()))
+    return int(next(iter(sizes.values())))
 
 
 def _is_array(value: Any) -> bool:
@@ -121,10 +122,14 @@ def _is_array(value: Any) -> bool:
 
 def _is_key(value: Any) -> bool:
     """Whether it is a key of a random generator, typed or of two numbers."""
-    if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         return True
-    return value.dtype == jnp.uint32 and value.shape == (2,)
+    return bool(value.dtype == jnp.uint32) and tuple(value.shape) == (2,)
 
 
 def _name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".") or "params"
+
+
+def _flatten_with_path(tree: Any) -> Any:
+    return jax.tree_util.tree_flatten_with_path(tree)

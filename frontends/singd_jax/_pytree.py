@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -41,7 +42,5 @@ def _register(cls: type[Tree]) -> None:
             object.__setattr__(new, n, child)
         return new
 
-    try:
+    with contextlib.suppress(ValueError):  # singd_core.testing may have done the same
         jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
-    except ValueError:  # singd_core.testing has registered it, in the same form
-        pass

@@ -192,8 +192,7 @@ class Tracer:
         def body(values: Any, ports: Any) -> Any:
             return self.run(jaxpr, consts, values, inside, ports)[0]
 
-        everywhere = jax.sharding.PartitionSpec()
-        results = _compat.shard_map(eqn, body, everywhere)(values, dict(ports))
+        results = _compat.shard_map(eqn, body)(values, dict(ports))
         return results, [None] * len(results)
 
     def _opaque(self, eqn: Any, values: Any, origins: Any, reason: str) -> Any:
@@ -252,7 +251,7 @@ class Tracer:
             if n != 1 and i != joined and not views[0].dims[i]:
                 self._note(origin, "repeated by a broadcast")
                 return None
-        cuts = [(None, None)] * len(views)
+        cuts: list[tuple[Cut | None, Cut | None]] = [(None, None)] * len(views)
         if isinstance(origin, Join):
             found = _cuts(eqn, side, origin, x.ndim)
             if found is None:

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import optax
+import optax  # type: ignore[import-untyped]
 
 from singd_core import preconditioner
 from singd_core._array import Array, ranged
@@ -32,7 +32,7 @@ def singd(
     learning_rate: Rate = None,
     *,
     layers: Layers,
-    structures: str | preconditioner.Structures | None = None,
+    structures: Any = None,
     recipe: str = "robust",
     momentum: Rate = None,
     nesterov: bool | None = None,
@@ -67,7 +67,8 @@ def singd(
     Args:
         learning_rate: Learning rate (β₂).
         layers: What `find_layers` returned.
-        structures: Of K and C, or one for both; None takes those of `layers`.
+        structures: Of K and C, one for both, or "auto:b"; None takes those of `layers`, or else
+            the recipe's.
         recipe: "robust" or "paper": the values of all settings left at None.
         momentum: Momentum of the weights (α₂).
         nesterov: See `singd_core.settings.Settings`, as for all that follow.
@@ -142,7 +143,7 @@ def singd(
 def scale_by_singd(
     *,
     layers: Layers,
-    structures: str | preconditioner.Structures | None = None,
+    structures: Any = None,
     recipe: str = "robust",
     T: Any = None,
     preconditioner_dtype: tuple[Any, Any] = (None, None),
@@ -156,7 +157,8 @@ def scale_by_singd(
 
     Args:
         layers: What `find_layers` returned.
-        structures: Of K and C, or one for both; None takes those of `layers`.
+        structures: Of K and C, one for both, or "auto:b"; None takes those of `layers`, or else
+            the recipe's.
         recipe: "robust" or "paper": the values of all settings not given.
         T: Steps between two refreshes of the factors.
         preconditioner_dtype: Of K and of C; None is the weight's, float32 for float16.
@@ -312,7 +314,7 @@ class _Steps:
 
     def _layer_state(self, layer: Layer, arrays: Mapping[str, Array]) -> LayerState:
         optimizer, weight = self.optimizer, arrays[layer.weight.name]
-        structures = layer.structures(optimizer.structures)
+        structures = layer.structures(optimizer.structures, kfac=optimizer.settings.kfac)
         own = ranged(jnp.zeros((0,), weight.dtype))
         likes = [own if d is None else jnp.zeros((0,), d) for d in optimizer.preconditioner_dtype]
         factors = preconditioner.init(structures, layer.shape, optimizer.settings, *likes)

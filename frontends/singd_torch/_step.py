@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from singd_core.preconditioner import Factors
 from singd_core.settings import Settings, rate
-from singd_core.updates.weights import couples_decay, direction, inner, kl_scale, weight_change
+from singd_core.updates.weights import (
+    bounded,
+    couples_decay,
+    direction,
+    inner,
+    kl_scale,
+    weight_change,
+)
 from singd_torch._layers import Layer
 from singd_torch._scaling import Scales
 
@@ -40,7 +47,8 @@ def prepare(layer: Layer, factors: Factors, s: Settings, scales: Scales) -> Work
     if scales.grads is not None:
         gradient = gradient / scales.grads
     natural = factors.precondition(gradient)
-    return Work(layer, s, factors, natural, s.lr**2 * inner(gradient, natural))
+    natural, energy = bounded(natural, inner(gradient, natural), s)
+    return Work(layer, s, factors, natural, s.lr**2 * energy)
 
 
 def apply(

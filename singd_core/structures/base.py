@@ -38,13 +38,6 @@ class Structure(Tree):
         super().__init_subclass__(**kwargs)
         cls.name = cls.__dict__.get("name", cls.__name__.lower())
 
-    @classmethod
-    def field_names(cls) -> tuple[str, ...]:
-        """The names of the fields, in the order of the constructor."""
-        # torch.compile cannot trace dataclasses.fields of a class
-        names: tuple[str, ...] = getattr(cls, "__match_args__")  # noqa: B009
-        return names
-
     # ---- what a structure must write ------------------------------------------------------------
 
     @classmethod
@@ -78,6 +71,10 @@ class Structure(Tree):
     def congruence(self, X: Array) -> Self:
         """Π̂(Lᵀ X Xᵀ L) of a tall array `X`, shape (..., d, n)."""
         return self.outer(self.apply_t(X))
+
+    def measured(self, X: Array) -> tuple[Self, Array]:
+        """Π̂(Lᵀ X Xᵀ L), and ‖X‖² of the batch axes' shape, in at least float32."""
+        return self.congruence(X), sum_of_squares(X, 2)
 
     def gram(self) -> Self:
         """Π̂(Lᵀ L)."""

@@ -48,6 +48,12 @@ class Diagonal(Pattern):
         """diag(Lᵀ X Xᵀ L), without the scaled copy of `X`."""
         return type(self)(self.diag * self.diag * self.outer(X).diag)
 
+    def measured(self, X: Array) -> tuple[Self, Array]:
+        # Both from one pass: XLA would write X ∘ X to memory for two of them, +8 % at the peak.
+        xp, squares = namespace(X), sum_of_squares(X, 1)
+        H = type(self)(self.diag * self.diag * xp.astype(squares, X.dtype))
+        return H, xp.sum(squares, axis=-1)
+
     def gram(self) -> Self:
         return type(self)(self.diag * self.diag)
 

@@ -40,7 +40,7 @@ _FAMILIES: dict[str, Family] = {
 }
 
 
-def get(name: str | type[Structure]) -> type[Structure]:
+def get(name: object) -> type[Structure]:
     """The structure of a name, its parameters after a colon; a structure is returned as it is.
 
     >>> get("blockdiagonal:4").numbers(10)
@@ -49,7 +49,7 @@ def get(name: str | type[Structure]) -> type[Structure]:
     Raises:
         ValueError: If there is no such name, or if the parameters do not fit it.
     """
-    if isinstance(name, type):
+    if isinstance(name, type) and issubclass(name, Structure):
         return name
     if not isinstance(name, str):
         raise ValueError(f"{name!r} is neither a structure nor a name; there are {_known()}")

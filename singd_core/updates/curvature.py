@@ -31,8 +31,9 @@ class Measured(Tree):
 def measure(L: Structure, rows: Array, *, identity: bool = False) -> Measured:
     """The sums of rows, shape (..., n, d), in the dtype of `L`; `identity` measures with L = I."""
     X = ranged(cast(rows, L.like))
-    S = L.outer(X.mT) if identity else L.astype(X).congruence(X.mT)
-    return Measured(S, sum_of_squares(X, 2))
+    if identity:
+        return Measured(L.outer(X.mT), sum_of_squares(X, 2))
+    return Measured(*L.astype(X).measured(X.mT))
 
 
 @tree

@@ -102,6 +102,6 @@ def step(
     wide = K.astype(m.like)
     K_new = term = wide.scale(start)
     for j in range(1, s.order + 1):
-        term = (term @ m).scale(-beta / j)
+        term = term.matmul(m).scale(-beta / j)  # torch.compile cannot trace `@`
         K_new = K_new + term
     return K_new.astype(K.like), None if m_K is None else m.astype(m_K.like)

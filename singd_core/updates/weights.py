@@ -15,6 +15,17 @@ def inner(gradient: Array, natural: Array) -> Array:
     return xp.sum(xp.vecdot(g, n, axis=-1)) if n.ndim else g * n
 
 
+def bounded(natural: Array, energy: Array, s: Settings) -> tuple[Array, Array]:
+    """N min(1, bound / RMS(n)), and with it ⟨∇W, n⟩ or a multiple of that.
+
+    Before the momentum: a huge n in it would outlast what the KL bound later allows to undo it.
+    """
+    if not is_bound(s.rms_bound):
+        return natural, energy
+    c = _within_rms(natural, s.rms_bound)
+    return natural * cast(c, natural), energy * cast(c, energy)
+
+
 def kl_scale(energy: Array, kl_bound: Rate) -> Scalar:
     """min(1, √(κ / E)) with E = Σ lr² ⟨∇W, n⟩: scales the natural gradient into a trust region.
 
@@ -35,7 +46,7 @@ def direction(
     u ← u min(1, bound / RMS(u)).
 
     Args:
-        natural: n, shape (..., d_out, d_in).
+        natural: n, shape (..., d_out, d_in), from `bounded`.
         decay: γ W in the same shape if `couples_decay(s)`, else None.
         momentum: m, or None without momentum.
         scale: Factor of n, from `kl_scale`.
@@ -48,9 +59,7 @@ def direction(
         momentum = momentum * expand(s.momentum, momentum) + cast(u, momentum)
         u = cast(u, momentum) + momentum * expand(s.momentum, momentum) if s.nesterov else momentum
     if is_bound(s.rms_bound):
-        xp = namespace(u)
-        rms = xp.sqrt(sum_of_squares(u, u.ndim) / size(u))
-        u = u * cast(1.0 / xp.maximum(rms / s.rms_bound, xp.ones_like(rms)), u)
+        u = u * cast(_within_rms(u, s.rms_bound), u)
     return u, momentum
 
 
@@ -65,6 +74,13 @@ def weight_change(u: Array, weight: Array, s: Settings) -> Array:
 def couples_decay(s: Settings) -> bool:
     """Whether the weight decay goes through the momentum."""
     return not s.decoupled_weight_decay and _is_on(s.weight_decay)
+
+
+def _within_rms(x: Array, bound: Rate) -> Array:
+    """min(1, bound / RMS(x)), 0-d, in at least float32."""
+    xp = namespace(x)
+    rms = xp.sqrt(sum_of_squares(x, x.ndim) / size(x))
+    return 1.0 / xp.maximum(rms / bound, xp.ones_like(rms))
 
 
 def _is_on(value: Rate) -> bool:

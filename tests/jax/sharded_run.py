@@ -1,4 +1,4 @@
-"""Run by test_jax_sharding.py in a process with eight fake devices; prints what it found as JSON."""
+"""Run by test_jax_sharding.py in a process with eight fake devices; prints JSON."""
 
 import functools
 import json
@@ -139,6 +139,7 @@ def all_reduces():
         else:
             layers = singd_jax.find_layers(loss)(params, x)
             state = singd_jax.singd(layers=layers, T=T).init(params)
+            state = jax.device_put(state, NamedSharding(mesh, P()))
             function = jax.jit(singd_jax.value_and_curvature(loss, layers))
             lowered = function.lower(params, state, x)
         text = lowered.compile().as_text()

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import jax_layout_cases  # noqa: F401 - adds its cases
 import numpy as np
 import pytest
 from jax import lax
@@ -46,35 +47,35 @@ def patches(x, w):
     rows = [
         x[i : i + K1, j : j + K2].transpose(2, 0, 1).ravel()
         for i in range(0, x.shape[0] - K1 + 1, 2)
-        for j in range(0, x.shape[1] - K2 + 1)
+        for j in range(x.shape[1] - K2 + 1)
     ]
     return np.array(rows)
 
 
 def oracle(model, params, x, unfold=lambda x, w: x.reshape(-1, x.shape[-1])):
     """For each product the inputs and gradients of the loss of each example, (N, shared, d)."""
+    base = convolve if model is cnn else dense
     rows = {}
     for example in x:
-        inputs, shapes = {}, {}
 
-        def loss(probes, example=example, inputs=inputs, shapes=shapes):
-            def product(name, x, w, b):
-                base = dense if model is not cnn else convolve
-                y = base(name, x, w, b)
-                inputs[name], shapes[name] = unfold(lax.stop_gradient(x)[0], w), y.shape
-                return y + probes.get(name, 0.0)
+        def loss(probes, seen, example=example):
+            def product(at, x, w, b):
+                y = base(at, x, w, b)
+                seen[at] = unfold(lax.stop_gradient(x)[0], w), y.shape
+                return y + probes.get(at, 0.0)
 
             return model(params, example[None], product)[0]
 
-        loss({})
-        probes = {name: jnp.zeros(shape) for name, shape in shapes.items()}
-        saved = dict(inputs)
-        grads = jax.grad(loss)(probes)
+        seen = {}
+        loss({}, seen)
+        grads = jax.grad(loss)({name: jnp.zeros(shape) for name, (_, shape) in seen.items()}, {})
         for name, g in grads.items():
-            a = np.asarray(saved[name])
+            a = np.asarray(seen[name][0])
             a = np.concatenate([a, np.ones_like(a[:, :1])], axis=1)  # the bias
             rows.setdefault(name, []).append((a, np.asarray(g).reshape(-1, g.shape[-1])))
-    return {name: [np.array(part) for part in zip(*found)] for name, found in rows.items()}
+    return {
+        name: [np.array(part) for part in zip(*found, strict=True)] for name, found in rows.items()
+    }
 
 
 def factors(A, B, kfac_approx):
@@ -92,7 +93,9 @@ def measured(loss, params, *batch, has_aux=False, **options):
     tx = singd_jax.singd(layers=layers, kfac=True, T=1)
     function = jax.jit(singd_jax.value_and_curvature(loss, layers, has_aux=has_aux))
     value, grads, curvature = function(params, tx.init(params), *batch)
-    dense = {k: (np.asarray(c.H_K.dense()), np.asarray(c.H_C.dense())) for k, c in curvature.items()}
+    dense = {
+        k: (np.asarray(c.H_K.dense()), np.asarray(c.H_C.dense())) for k, c in curvature.items()
+    }
     return value, grads, dense
 
 
@@ -109,9 +112,7 @@ def close(got, expected):
 @pytest.mark.parametrize("x", [X, SEQUENCE], ids=["vectors", "sequences"])
 def test_factors_of_dense_layers(x, kfac_approx):
     params = mlp_params()
-    _, _, found = measured(
-        lambda p, x: jnp.mean(mlp(p, x)), params, x, kfac_approx=kfac_approx
-    )
+    _, _, found = measured(lambda p, x: jnp.mean(mlp(p, x)), params, x, kfac_approx=kfac_approx)
     for name, rows in oracle(mlp, params, x).items():
         for got, expected in zip(found[name], factors(*rows, kfac_approx), strict=True):
             close(got, expected)
@@ -177,9 +178,7 @@ def test_micro_batches_inside_the_loss_are_one_batch():
 def test_value_and_gradient_are_those_of_jax(name):
     case = CASES[name]()
     has_aux = case.options.pop("has_aux", False)
-    value, grads, _ = measured(
-        case.loss, case.params, *case.batch, has_aux=has_aux, **case.options
-    )
+    value, grads, _ = measured(case.loss, case.params, *case.batch, has_aux=has_aux, **case.options)
     expected = jax.jit(jax.value_and_grad(case.loss, has_aux=has_aux))(case.params, *case.batch)
     assert jax.tree.structure((value, grads)) == jax.tree.structure(expected)
     for got, want in zip(*map(jax.tree.leaves, ((value, grads), expected)), strict=True):

@@ -1,9 +1,8 @@
 """Which layers are found in which models, and that their rows multiply to their gradients."""
 
-import jax
-import jax.numpy as jnp
+import jax_layout_cases  # noqa: F401 - adds its cases
 import pytest
-from jax_cases import CASES, N, X, array, mean_square
+from jax_cases import CASES
 
 import singd_jax
 

@@ -132,7 +132,10 @@ def transformer() -> Twin:
     for name in ("query", "key", "value"):
         leaves.append((f"attention.{name}.kernel", lambda w: w.T.reshape(4, 2, 2)))
         leaves.append((f"attention.{name}.bias", lambda b: b.reshape(2, 2)))
-    leaves += [("attention.out.kernel", lambda w: w.T.reshape(2, 2, 4)), ("attention.out.bias", same)]
+    leaves += [
+        ("attention.out.kernel", lambda w: w.T.reshape(2, 2, 4)),
+        ("attention.out.bias", same),
+    ]
     for name in ("up", "down"):
         leaves += [(f"{name}.kernel", kernel), (f"{name}.bias", same)]
 

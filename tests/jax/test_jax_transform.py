@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import jax_layout_cases  # noqa: F401 - adds its cases
 import numpy as np
 import optax
 import pytest
@@ -29,7 +30,7 @@ def start():
     }
 
 
-LAYERS = singd_jax.find_layers(loss)(start(), X)
+LAYERS = singd_jax.find_layers(loss, structures="dense")(start(), X)
 
 
 def stepper(tx, loss=loss, layers=LAYERS, **jit):
@@ -60,7 +61,7 @@ def test_the_table_tells_who_owns_each_parameter():
         "parameter  shape  kind   matrix  K      C      bytes of factors",
         "v + a      4×5    dense  5×5     dense  dense               200",
         "w + b      5×3    dense  3×6     dense  dense               180",
-        "scale      5      AdamW                                          multiplied entry by entry",
+        f"scale      5      AdamW{'':42}multiplied entry by entry",
     ]
     assert "diagonal" in LAYERS.table("diagonal")
 
@@ -73,17 +74,18 @@ def test_parameters_of_no_layer_follow_optax_adamw():
     expected = start()
     adam_state = adamw.init(expected["scale"])
     for _ in range(4):
-        g = jax.grad(lambda s: loss(expected | {"scale": s}, X))(expected["scale"])  # noqa: B023
+        g = jax.grad(lambda s: loss(expected | {"scale": s}, X))(expected["scale"])
         u, adam_state = adamw.update(g, adam_state, expected["scale"])
         expected["scale"] = expected["scale"] + u
     assert_close(params, expected)
     assert set(state.core.fallback) == {"scale"}
 
 
-def test_between_refreshes_the_factors_stay_and_the_curvature_is_zeros():
+@pytest.mark.parametrize("branch", ["step", "layer"])
+def test_between_refreshes_the_factors_stay_and_the_curvature_is_zeros(branch):
     tx = singd_jax.singd(0.02, layers=LAYERS, T=3, recipe="paper")
     state, params = tx.init(start()), start()
-    vac = jax.jit(singd_jax.value_and_curvature(loss, LAYERS))
+    vac = jax.jit(singd_jax.value_and_curvature(loss, LAYERS, branch=branch))
     update = jax.jit(tx.update)
     for i in range(5):
         _, grads, curvature = vac(params, state, X)
@@ -147,10 +149,16 @@ def test_schedules_of_every_rate():
 
 def test_inject_hyperparams():
     tx = optax.inject_hyperparams(singd_jax.singd)(
-        learning_rate=lambda count: 0.02 / (1 + count), layers=LAYERS, damping=0.2, T=2, kl_bound=1e-3
+        learning_rate=lambda count: 0.02 / (1 + count),
+        layers=LAYERS,
+        damping=0.2,
+        T=2,
+        kl_bound=1e-3,
     )
     params, state = run(tx)
-    plain = singd_jax.singd(lambda c: 0.02 / (1 + c), layers=LAYERS, damping=0.2, T=2, kl_bound=1e-3)
+    plain = singd_jax.singd(
+        lambda c: 0.02 / (1 + c), layers=LAYERS, damping=0.2, T=2, kl_bound=1e-3
+    )
     assert_close(params, run(plain)[0])
     assert float(state.hyperparams["damping"]) == np.float32(0.2)
     state.hyperparams["damping"] = jnp.asarray(0.5)
@@ -320,7 +328,7 @@ def test_float64():
     with jax.enable_x64(True):
         params = jax.tree.map(lambda a: a.astype("float64"), start())
         x = X.astype("float64")
-        layers = singd_jax.find_layers(loss)(params, x)
+        layers = singd_jax.find_layers(loss, structures="dense")(params, x)
         tx = singd_jax.singd(0.02, layers=layers, T=2)
         step = stepper(tx, layers=layers)
         state = tx.init(params)

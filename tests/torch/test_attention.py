@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from singd_torch import SINGD
 from singd_torch._attention import _Fused
-from torch import Tensor, nn
 
 # Relative, float64: sums of at most 60 rows in another order than autograd's.
 CLOSE = 1e-12

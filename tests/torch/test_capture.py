@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from singd_torch import SINGD
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from singd_torch import SINGD
 
 # Relative, float64: sums over at most 1000 rows in another order than autograd's.
 CLOSE = 1e-12

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from singd_torch import SINGD
 from torch import Tensor, nn
+
+from singd_torch import SINGD
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 

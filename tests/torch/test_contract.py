@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from singd_torch import SINGD
 from torch import Tensor, nn
+
+from singd_torch import SINGD
 
 
 class Network(nn.Module):

@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from singd_torch import SINGD
 from torch import Tensor, nn
 
 from singd_core import Fallback, Optimizer
+from singd_torch import SINGD
 
 # Relative to the largest entry, float64: ten steps that divide by small numbers here and there.
 CLOSE = 1e-11

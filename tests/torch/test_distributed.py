@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from singd_torch import SINGD
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from singd_torch import SINGD
 
 STEPS = 4
 

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 from curvlinops import KFACLinearOperator
-from singd_torch import SINGD
 from torch import Tensor, nn
+
+from singd_torch import SINGD
 
 # Relative, float64: sums over up to 250 rows and a backward pass of four layers, in another order;
 # √1000 roundings of 2⁻⁵³ are 4e-15.

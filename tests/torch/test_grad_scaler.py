@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from singd_torch import SINGD
 from torch import Tensor, nn
+
+from singd_torch import SINGD
 
 SCALE = 2.0**10  # a power of two: scaling with it rounds nothing, so results are equal in every bit
 

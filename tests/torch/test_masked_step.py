@@ -5,11 +5,12 @@ import warnings
 from typing import Any
 
 import pytest
-import singd_torch.optimizer
 import torch
-from singd_torch import SINGD
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import singd_torch.optimizer
+from singd_torch import SINGD
 
 BF16 = torch.bfloat16
 

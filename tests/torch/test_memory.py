@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from singd_torch import SINGD, estimate
 from torch import nn
+
+from singd_torch import SINGD, estimate
 
 
 def model() -> nn.Module:

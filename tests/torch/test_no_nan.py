@@ -4,11 +4,11 @@ import warnings
 
 import pytest
 import torch
-from singd_torch import SINGD
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from singd_core import structures
+from singd_torch import SINGD
 
 SCALES = [0.01, 1.0, 30.0, 1000.0]
 RATES = [0.001, 0.01, 0.1, 1.0]

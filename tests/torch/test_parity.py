@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from singd_reference import STRUCTURES, corrected, in_float64, reference
-from singd_torch import SINGD
 from torch import Tensor, nn
 
 from singd_core import structures
+from singd_torch import SINGD
 
 STEPS = 20
 

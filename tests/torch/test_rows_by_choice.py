@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from singd_torch import SINGD, register_layer
-from singd_torch._kinds import _TABLE
 from torch import Tensor, nn
 
 from singd_core import Linear
+from singd_torch import SINGD, register_layer
+from singd_torch._kinds import _TABLE
 
 
 @pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])

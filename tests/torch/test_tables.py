@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from singd_torch import SINGD
 from torch import nn
 from torch.nn.functional import one_hot
 
 from singd_core.structures import Diagonal
+from singd_torch import SINGD
 
 
 def test_the_input_factor_has_the_entries_frequencies() -> None:

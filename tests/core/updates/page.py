@@ -42,6 +42,8 @@ class Page:
         else:
             natural = self.C @ self.C.T @ grad @ self.K @ self.K.T
         if s["rule"] == "robust":
+            early = s.get("rms_bound_of_n", s["rms_bound"])
+            natural = natural * min(1.0, early / np.sqrt(np.mean(natural * natural)))
             energy = s["lr"] ** 2 * np.sum(grad * natural)
             natural = natural * min(1.0, np.sqrt(s["kl_bound"] / energy))
             self.m_W = s["momentum"] * self.m_W + natural

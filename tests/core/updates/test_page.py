@@ -103,6 +103,15 @@ def test_each_bound_of_the_robust_recipe_bites_there(bound: str) -> None:
         compare(ROBUST, page, ("dense", "dense"), "robust")
 
 
+def test_the_rms_bound_holds_before_the_momentum_too() -> None:
+    small = ROBUST | {"rms_bound": 0.02}
+    given = DEFAULTS | small
+    compare(small, Page(weights(), rule="robust", **given), ("dense", "dense"), "robust")
+    late_only = Page(weights(), rule="robust", **given, rms_bound_of_n=np.inf)
+    with pytest.raises(AssertionError):
+        compare(small, late_only, ("dense", "dense"), "robust")
+
+
 def test_singd_with_dense_factors_is_ingd_whatever_the_structure_is_called() -> None:
     """One block, or a hierarchical matrix with one dense block, is dense."""
     runs = []

@@ -1,0 +1,303 @@
+"""Losses whose parameters are rearranged before they multiply, and convolutions."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax_cases import IMAGES, SEQUENCE, Case, N, X, array, case, mean_square
+
+# ---- layouts ------------------------------------------------------------------------------------
+
+
+@case
+def head_split_kernels() -> Case:
+    def loss(p, x):
+        q = jnp.einsum("bsd,dhk->bshk", x, p["q"]) + p["c"]
+        k = jnp.einsum("bsd,hkd->bhks", x, p["k"])
+        a = jax.nn.softmax(jnp.einsum("bshk,bhkt->bhst", q, k))
+        y = jnp.einsum("bhst,bthk->bshk", a, q)
+        return mean_square(jnp.einsum("bshk,hkd->bsd", y, p["o"]) + p["b"])
+
+    params = {
+        "q": array(4, 2, 3),
+        "c": array(2, 3),
+        "k": array(2, 3, 4),
+        "o": array(2, 3, 4, seed=1),
+        "b": array(4),
+    }
+    return Case(loss, params, (SEQUENCE,), {"q", "k", "o"})
+
+
+@case
+def reshaped_kernel() -> Case:
+    def loss(p, x):
+        w = p["w"].transpose(1, 0, 2).reshape(6, 4)  # (heads, width, out) of (width, heads, out)
+        y = jnp.concatenate([x, x[:, :2]], axis=1) @ w
+        return mean_square(y + p["b"].reshape(2, 2).T.reshape(4))
+
+    return Case(loss, {"w": array(3, 2, 4), "b": array(4)}, (X,), {"w"})
+
+
+@case
+def experts() -> Case:
+    def loss(p, x):
+        gate = jax.nn.softmax(x @ p["gate"])
+        y = jnp.einsum("bi,eio->ebo", x, p["w"]) + p["b"][:, None, :]
+        return mean_square(jnp.einsum("be,ebo->bo", gate, y))
+
+    params = {"gate": array(4, 2), "w": array(2, 4, 3), "b": array(2, 3)}
+    return Case(loss, params, (X,), {"gate", "w"})
+
+
+@case
+def tied_transposed() -> Case:
+    def loss(p, x):
+        return mean_square(jnp.tanh(x @ p["w"] + p["b"]) @ p["w"].T + p["c"])
+
+    params = {"w": array(4, 3), "b": array(3), "c": array(4)}
+    return Case(loss, params, (X,), {"w"}, {"c"})
+
+
+@case
+def packed_qkv_sliced() -> Case:
+    def loss(p, x):
+        q, k, v = (x @ p["w"][:, 4 * i : 4 * i + 4] + p["b"][4 * i : 4 * i + 4] for i in range(3))
+        return mean_square(jax.nn.softmax(q @ k.mT) @ v)
+
+    layers = {"w[:,0:4]", "w[:,4:8]", "w[:,8:12]"}
+    return Case(loss, {"w": array(4, 12), "b": array(12)}, (SEQUENCE,), layers)
+
+
+@case
+def packed_qkv_split() -> Case:
+    def loss(p, x):
+        q, k, v = jnp.split(x @ p["w"] + p["b"], 3, axis=-1)
+        return mean_square(jax.nn.softmax(q @ k.mT) @ v)
+
+    return Case(loss, {"w": array(4, 12), "b": array(12)}, (SEQUENCE,), {"w"})
+
+
+@case
+def split_weight() -> Case:
+    def loss(p, x):
+        v, w = jnp.split(p["w"], 2)
+        return mean_square(jnp.tanh(x @ v) @ w)
+
+    return Case(loss, {"w": array(8, 4)}, (X,), {"w[0:4,:]", "w[4:8,:]"})
+
+
+@case
+def stacked_leaf_in_a_loop() -> Case:
+    def loss(p, x):
+        for i in range(2):
+            x = jnp.tanh(x @ p["w"][i] + p["b"][i])
+        return mean_square(x)
+
+    layers = {"w[0,:,:]", "w[1,:,:]"}
+    return Case(loss, {"w": array(2, 4, 4), "b": array(2, 4)}, (X,), layers)
+
+
+@case
+def concatenated_outputs() -> Case:
+    def loss(p, x):
+        w = jnp.concatenate([p["v"], p["w"]], axis=1)
+        b = jnp.concatenate([p["a"], p["b"]])
+        return mean_square(x @ w + b)
+
+    params = {"v": array(4, 3), "w": array(4, 2), "a": array(3), "b": array(2)}
+    return Case(loss, params, (X,), {"v", "w"})
+
+
+@case
+def concatenated_inputs() -> Case:
+    def loss(p, x):
+        w = jnp.concatenate([p["v"], p["w"]], axis=0)
+        return mean_square(x @ w)
+
+    return Case(loss, {"v": array(3, 3), "w": array(1, 3)}, (X,), {"v", "w"})
+
+
+@case
+def linen_lstm() -> Case:
+    model = nn.RNN(nn.OptimizedLSTMCell(3))
+    params = model.init(jax.random.key(0), SEQUENCE)
+
+    def loss(params, x):
+        return mean_square(model.apply(params, x))
+
+    cell = "params.cell."
+    layers = {f"{cell}{part}{gate}.kernel" for part in "hi" for gate in "figo"}
+    return Case(loss, params, (SEQUENCE,), layers)
+
+
+@case
+def embedding() -> Case:
+    def loss(p, tokens):
+        return mean_square(p["table"][tokens] @ p["w"])
+
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 7, (N, 3)))
+    return Case(loss, {"table": array(7, 4), "w": array(4, 3)}, (tokens,), {"table", "w"})
+
+
+@case
+def tied_embedding() -> Case:
+    model = nn.Embed(7, 4)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 7, (N, 3)))
+    params = model.init(jax.random.key(0), tokens)
+
+    def loss(params, tokens):
+        return mean_square(model.apply(params, model.apply(params, tokens), method="attend"))
+
+    return Case(loss, params, (tokens,), {"params.embedding"})
+
+
+@case
+def penalized() -> Case:
+    def loss(p, x):
+        return mean_square(x @ p["w"]) + 0.1 * jnp.sum(p["w"] ** 2)
+
+    return Case(loss, {"w": array(4, 3)}, (X,), {"w"})
+
+
+@case
+def scaled_weight() -> Case:
+    def loss(p, x):
+        return mean_square(x @ (p["w"] * p["c"]) + x @ p["v"])
+
+    return Case(loss, {"w": array(4, 3), "c": array(3), "v": array(4, 3)}, (X,), {"v"}, {"w", "c"})
+
+
+@case
+def reversed_weight() -> Case:
+    return Case(lambda p, x: mean_square(x @ p["w"][::-1]), {"w": array(4, 3)}, (X,), {"w"})
+
+
+# ---- convolutions -------------------------------------------------------------------------------
+
+
+def convolution_case(kernel, x, bias=True, **how) -> Case:
+    spatial = "DHW"[3 - (x.ndim - 2) :]
+    how = {"window_strides": (1,) * len(spatial), "padding": "SAME"} | how
+    numbers = (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C")
+
+    def loss(p, x):
+        y = lax.conv_general_dilated(x, p["w"], dimension_numbers=numbers, **how)
+        return mean_square(y + p["b"] if bias else y)
+
+    params = {"w": array(*kernel)} | ({"b": array(kernel[-1])} if bias else {})
+    return Case(loss, params, (x,), {"w"})
+
+
+@case
+def convolution_1d() -> Case:
+    return convolution_case((3, 4, 5), SEQUENCE, padding=[(2, 0)])  # causal
+
+
+@case
+def convolution_2d_strided() -> Case:
+    return convolution_case((3, 2, 2, 3), IMAGES, window_strides=(2, 1))
+
+
+@case
+def convolution_2d_dilated() -> Case:
+    return convolution_case((2, 2, 2, 3), IMAGES, rhs_dilation=(1, 2), padding="VALID", bias=False)
+
+
+@case
+def convolution_3d() -> Case:
+    return convolution_case((2, 1, 2, 2, 3), array(N, 3, 3, 4, 2))
+
+
+@case
+def convolution_grouped() -> Case:
+    return convolution_case((3, 3, 2, 6), array(N, 4, 4, 4), feature_group_count=2)
+
+
+@case
+def convolution_depthwise() -> Case:
+    return convolution_case((3, 3, 1, 4), array(N, 4, 4, 4), feature_group_count=4)
+
+
+@case
+def convolution_transposed() -> Case:
+    model = nn.ConvTranspose(3, (3, 2), strides=(2, 1))
+    params = model.init(jax.random.key(0), IMAGES)
+
+    def loss(params, x):
+        return mean_square(model.apply(params, x))
+
+    return Case(loss, params, (IMAGES,), {"params.kernel"})
+
+
+@case
+def convolution_transposed_kernel_reversed() -> Case:
+    def loss(p, x):
+        return mean_square(
+            lax.conv_transpose(
+                x,
+                p["w"],
+                (2,),
+                "SAME",
+                dimension_numbers=("NWC", "WIO", "NWC"),
+                transpose_kernel=True,
+            )
+        )
+
+    return Case(loss, {"w": array(3, 5, 4)}, (SEQUENCE,), {"w"})
+
+
+@case
+def linen_cnn() -> Case:
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(nn.Conv(3, (3, 3), strides=2)(x))
+            return nn.Dense(2)(x.reshape(x.shape[0], -1))
+
+    model = Model()
+    params = model.init(jax.random.key(0), IMAGES)
+
+    def loss(params, x):
+        return mean_square(model.apply(params, x))
+
+    return Case(loss, params, (IMAGES,), {"params.Conv_0.kernel", "params.Dense_0.kernel"})
+
+
+@case
+def linen_batch_norm() -> Case:
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.BatchNorm(use_running_average=False)(nn.Conv(3, (2, 2))(x))
+            return nn.Dense(2)(nn.relu(x).mean((1, 2)))
+
+    model = Model()
+    variables = model.init(jax.random.key(0), IMAGES)
+    stats = variables["batch_stats"]
+
+    def loss(params, stats, x):
+        all_variables = {"params": params, "batch_stats": stats}
+        y, new = model.apply(all_variables, x, mutable=["batch_stats"])
+        return mean_square(y), new
+
+    return Case(
+        loss,
+        variables["params"],
+        (stats, IMAGES),
+        {"Conv_0.kernel", "Dense_0.kernel"},
+        {"BatchNorm_0.scale", "BatchNorm_0.bias"},
+        {"batch_size": lambda stats, x: len(x), "has_aux": True},
+    )
+
+
+@case
+def vmapped_convolutions() -> Case:
+    def loss(p, x):
+        def one(w, x):
+            numbers = ("NWC", "WIO", "NWC")
+            return lax.conv_general_dilated(x, w, (1,), "VALID", dimension_numbers=numbers)
+
+        return mean_square(jnp.moveaxis(jax.vmap(one, (0, None))(p["w"], x), 0, 1))
+
+    return Case(loss, {"w": array(2, 2, 4, 3)}, (SEQUENCE,), {"w"})

@@ -1,0 +1,41 @@
+"""On eight fake devices a step is what it is on one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FLAGS = "--xla_force_host_platform_device_count=8"
+
+
+@pytest.fixture(scope="module")
+def found():
+    """What `sharded_run.py` found in a process of its own: devices are made at start."""
+    script = Path(__file__).with_name("sharded_run.py")
+    env = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"}
+    done = subprocess.run(
+        [sys.executable, str(script)], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("structures", ["dense", "diagonal"])
+@pytest.mark.parametrize("how", ["gspmd", "explicit", "shard_map_in_the_loss", "step_in_shard_map"])
+def test_sharded_steps_are_those_of_one_device(found, how, structures):
+    assert found[f"{how}, {structures}"] < 1e-5
+
+
+def test_curvature_needs_no_further_all_reduces(found):
+    gradient, always, sometimes = found["all-reduces"]
+    assert always <= gradient, found["all-reduces"]
+    assert sometimes <= 2 * gradient, found["all-reduces"]  # in two branches, of which one runs
+
+
+def test_unchecked_shard_map_is_not_searched_and_says_why(found):
+    number, reason = found["unchecked"]
+    assert number == 0
+    assert "check_vma=False" in reason

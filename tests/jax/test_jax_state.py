@@ -1,0 +1,83 @@
+"""The state is a pytree of arrays that every format takes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax_cases import X
+from test_jax_transform import LAYERS, run, start
+
+import singd_jax
+from singd_core.structures import Diagonal, structure
+
+
+def optimizer(**given):
+    return singd_jax.singd(0.02, layers=LAYERS, recipe="paper", T=3, **given)
+
+
+def assert_equal(got, expected):
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+def test_the_state_is_arrays_alone():
+    state = optimizer().init(start())
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
+    doubled = jax.tree.map(lambda a: 2 * a, state)
+    assert jax.tree.structure(doubled) == jax.tree.structure(state)
+    assert jax.tree.structure(jax.eval_shape(optimizer().init, start())) == jax.tree.structure(
+        state
+    )
+
+
+def test_a_run_goes_on_from_a_flat_file(tmp_path):
+    tx = optax.chain(optax.clip_by_global_norm(1e9), optimizer())
+    params, state = run(tx, 4)
+    np.savez(tmp_path / "state.npz", **singd_jax.flatten(state))
+    with np.load(tmp_path / "state.npz") as saved:
+        restored = singd_jax.unflatten(tx.init(params), saved)
+    assert_equal(restored, state)
+    assert_equal(run(tx, 3, params, restored), run(tx, 3, params, state))
+
+
+def test_names_are_those_of_every_frontend():
+    names = singd_jax.flatten(optimizer().init(start()))
+    assert {"step", "skipped", "v.K.matrix", "w.m_C.matrix", "w.momentum_buffer"} <= set(names)
+    assert {"scale.exp_avg", "scale.exp_avg_sq", "scale.step", "v.averages.k"} <= set(names)
+
+
+def test_what_does_not_fit_is_named():
+    tx = optimizer()
+    flat = singd_jax.flatten(tx.init(start()))
+    without = {k: v for k, v in flat.items() if "matrix" not in k}
+    diagonal = optimizer(structures="diagonal").init(start())
+    with pytest.raises(ValueError, match=r"no 'v\.K\.diag'"):
+        singd_jax.unflatten(diagonal, without)
+    with pytest.raises(ValueError, match=r"'w\.K\.matrix' has shape"):
+        singd_jax.unflatten(tx.init(start()), flat | {"w.K.matrix": jnp.eye(2)})
+
+
+def test_orbax_saves_and_restores_it(tmp_path):
+    ocp = pytest.importorskip("orbax.checkpoint")
+    tx = optimizer()
+    params, state = run(tx, 2)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "run", {"params": params, "state": state})
+        checkpointer.wait_until_finished()
+        template = jax.tree.map(jnp.zeros_like, {"params": params, "state": state})
+        restored = checkpointer.restore(tmp_path / "run", template)
+    assert_equal(restored, {"params": params, "state": state})
+
+
+def test_a_structure_of_a_user_is_a_pytree_too():
+    @structure
+    class Mine(Diagonal):
+        diag: object
+
+    layers = singd_jax.find_layers(lambda p, x: jnp.mean(jnp.tanh(x @ p) ** 2), structures=Mine)
+    found = layers(jnp.ones((4, 2)), X)
+    state = singd_jax.singd(layers=found).init(jnp.ones((4, 2)))
+    assert isinstance(jax.tree.map(jnp.zeros_like, state).core.layers["params"].factors.K, Mine)
