@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -42,5 +41,4 @@ def _register(cls: type[Tree]) -> None:
             object.__setattr__(new, n, child)
         return new
 
-    with contextlib.suppress(ValueError):  # singd_core.testing may have done the same
-        jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)

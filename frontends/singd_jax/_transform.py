@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax  # type: ignore[import-untyped]
 
 from singd_core import preconditioner
-from singd_core._array import Array, ranged
+from singd_core._array import Array, ranged, widen
 from singd_core.curvature import Linear
 from singd_core.optimizer import LayerState, Optimizer, State
 from singd_core.preconditioner import Factors
@@ -223,8 +223,13 @@ class _Steps:
         arrays = dict(zip(leaves.names, leaves.arrays, strict=True))
         found = self._present(arrays)
         owned = {name for layer in found.values() for name in layer.leaves}
-        states = {name: self._layer_state(layer, arrays) for name, layer in found.items()}
-        rest = {k: Moments.zeros(a) for k, a in arrays.items() if others and k not in owned}
+        dtypes = {name: arrays[layer.weight.name].dtype for name, layer in found.items()}
+        # Compiled, so that no array is tied to a device: the core makes them on that of another
+        # array, and the second step would be compiled again for what is then tied to it.
+        states = jax.jit(
+            lambda: {name: self._layer_state(found[name], dtype) for name, dtype in dtypes.items()}
+        )()
+        rest = {k: _moments(a) for k, a in arrays.items() if others and k not in owned}
         count, skipped = (jnp.zeros((), jnp.int32) for _ in range(2))
         return SingdState(State(count, skipped, states, rest), self._period())  # type: ignore[arg-type]
 
@@ -312,10 +317,10 @@ class _Steps:
     def _period(self) -> Array | None:
         return None if isinstance(self.T, int) and self.T == 1 else jnp.asarray(self.T, jnp.int32)
 
-    def _layer_state(self, layer: Layer, arrays: Mapping[str, Array]) -> LayerState:
-        optimizer, weight = self.optimizer, arrays[layer.weight.name]
+    def _layer_state(self, layer: Layer, dtype: Any) -> LayerState:
+        optimizer = self.optimizer
         structures = layer.structures(optimizer.structures, kfac=optimizer.settings.kfac)
-        own = ranged(jnp.zeros((0,), weight.dtype))
+        own = ranged(jnp.zeros((0,), dtype))
         likes = [own if d is None else jnp.zeros((0,), d) for d in optimizer.preconditioner_dtype]
         factors = preconditioner.init(structures, layer.shape, optimizer.settings, *likes)
         stack, *sides = layer.shape
@@ -354,6 +359,12 @@ class _Steps:
             else:
                 found[name] = value
         return found
+
+
+def _moments(a: Array) -> Moments:
+    """Zeros, sharded like the parameter; their count is on no device in particular."""
+    wide = jnp.zeros_like(widen(a))
+    return Moments(jnp.zeros_like(a), wide, jnp.zeros((), wide.dtype))
 
 
 def _arrays(tree: Any) -> tuple[dict[str, Array], Callable[[Mapping[str, Array]], Any]]:

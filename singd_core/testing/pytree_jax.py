@@ -1,44 +1,10 @@
-"""Structures, and all other trees of the core, as pytrees of jax."""
+"""Structures, and all other trees of the core, as pytrees of jax: as the JAX frontend has them."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
-from typing import Any
-
-from singd_core._tree import Tree
-
-_done: set[type[Tree]] = set()
 
 
 def register_trees() -> None:
-    """Make every tree of the core a pytree of jax, those included that are defined later.
-
-    Rebuilding skips `__init__`, since jax also rebuilds trees of things that are no arrays.
-    """
-    if _register not in Tree.listeners:
-        Tree.listeners.append(_register)
-    for cls in Tree.classes:
-        _register(cls)
-
-
-def _register(cls: type[Tree]) -> None:
-    if cls in _done:
-        return
-    _done.add(cls)
-    tree_util: Any = importlib.import_module("jax").tree_util
-
-    def flatten(tree: Tree) -> tuple[tuple[Any, ...], None]:
-        return tuple(getattr(tree, n) for n in cls.field_names()), None
-
-    def flatten_with_keys(tree: Tree) -> tuple[tuple[tuple[Any, Any], ...], None]:
-        names = cls.field_names()
-        return tuple((tree_util.GetAttrKey(n), getattr(tree, n)) for n in names), None
-
-    def unflatten(_: None, children: Iterable[Any]) -> Tree:
-        new = object.__new__(cls)
-        for n, child in zip(cls.field_names(), children, strict=True):
-            object.__setattr__(new, n, child)
-        return new
-
-    tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    """Make every tree of the core a pytree of jax, those included that are defined later."""
+    importlib.import_module("singd_jax._pytree").register_trees()

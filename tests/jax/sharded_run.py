@@ -96,9 +96,7 @@ def shard_map_in_the_loss(structures, check_vma=True):
 
     if not check_vma:
         return singd_jax.find_layers(sharded)(PARAMS, X)
-    params, x = placed(mesh, P("data"), dict.fromkeys(SPECS, P()))
-    replicated = NamedSharding(mesh, P())
-    return steps(sharded, params, x, structures, lambda s: jax.device_put(s, replicated))
+    return steps(sharded, PARAMS, X, structures)
 
 
 def step_in_shard_map(structures):
@@ -122,7 +120,7 @@ def step_in_shard_map(structures):
 
     step = jax.jit(wrap(step))
     params, x = placed(mesh, P("data"), dict.fromkeys(SPECS, P()))
-    state = jax.device_put(tx.init(params), NamedSharding(mesh, P()))
+    state = tx.init(params)
     for _ in range(3):
         params, state = step(params, state, x)
     return jax.tree.map(np.asarray, params)
@@ -139,7 +137,6 @@ def all_reduces():
         else:
             layers = singd_jax.find_layers(loss)(params, x)
             state = singd_jax.singd(layers=layers, T=T).init(params)
-            state = jax.device_put(state, NamedSharding(mesh, P()))
             function = jax.jit(singd_jax.value_and_curvature(loss, layers))
             lowered = function.lower(params, state, x)
         text = lowered.compile().as_text()

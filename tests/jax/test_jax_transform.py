@@ -99,6 +99,13 @@ def test_between_refreshes_the_factors_stay_and_the_curvature_is_zeros(branch):
     assert int(state.core.layers["w"].factors.averages.k) == 2
 
 
+def test_a_step_is_compiled_once():
+    tx = singd_jax.singd(0.02, layers=LAYERS)
+    step = stepper(tx)
+    run(tx, 3, step=step)
+    assert step._cache_size() == 1
+
+
 def test_without_curvature_the_factors_stay():
     tx = singd_jax.singd(0.02, layers=LAYERS, T=1)
     params = start()
