@@ -5,7 +5,7 @@ from importlib import metadata
 
 from hypothesis import settings
 
-# XLA's CPU compiler dominates the tests that use jax: without its optimizer a step of SINGD compiles
+# XLA's CPU compiler dominates the tests that use jax: without its optimizer a step compiles
 # in 0.4 s in place of 3. The flags are those of the pinned jaxlib; another may not know them. They
 # only act before jax is imported.
 if metadata.version("jaxlib").startswith("0.10."):
