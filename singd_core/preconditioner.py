@@ -36,6 +36,8 @@ def resolve(
         return Dense, Dense
     if structures is None:
         return within(d_in, d_out), within(d_out, d_in)
+    if kfac and isinstance(structures, str):
+        raise ValueError(f'structures="{structures}": KFAC inverts dense factors; choose "dense"')
     if isinstance(structures, str) and structures.startswith("auto:"):
         b = int(structures.removeprefix("auto:"))
         return within(d_in, b), within(d_out, b)

@@ -86,7 +86,10 @@ class _Hooks:
         owner = None if self._owner is None else self._owner()
         if owner is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
-        if owner.rows_wanted(Source(module.out_proj.weight, _LINEAR)) is None:
+        names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+        weights = [module.out_proj.weight, *(getattr(module, name) for name in names)]
+        sources = [Source(weight, _LINEAR) for weight in weights if weight is not None]
+        if all(owner.rows_wanted(source) is None for source in sources):
             return
         mode = _Fused(owner)
         mode.__enter__()  # type: ignore[no-untyped-call]

@@ -69,7 +69,7 @@ def estimate(
         44444
     """
     options = {name: given.pop(name) for name in tuple(given) if name in OPTIONS}
-    group = dataclasses.asdict(settings(recipe, **given)) | OPTIONS | options
+    group = vars(settings(recipe, **given)) | OPTIONS | options
     params = [p for p in model.parameters() if p.requires_grad]
     group |= {"params": params}
     group["structures"] = STRUCTURES[recipe] if structures is None else structures

@@ -34,6 +34,8 @@ def step(
             state[p]["step"] = torch.zeros((), dtype=torch.float32, device=on)
             state[p]["exp_avg"] = torch.zeros_like(ranged(p), memory_format=torch.preserve_format)
             state[p]["exp_avg_sq"] = torch.zeros_like(state[p]["exp_avg"])
+        for name in ("exp_avg", "exp_avg_sq"):  # where they are, unless the model was moved or cast
+            state[p][name] = state[p][name].to(ranged(p))
     beta1, beta2 = group["fallback_betas"]
     ratio = group["lr"] / group["base_lr"] if group["base_lr"] else 1.0
     fused = skip is not None

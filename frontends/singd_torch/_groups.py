@@ -25,7 +25,7 @@ def check_group(group: dict[str, Any]) -> None:
         ValueError: Naming the setting, its value and what it may be.
     """
     validate(settings_of(group))
-    if group["structures"] != "auto":
+    if group["structures"] != "auto" or group["kfac"]:
         preconditioner.resolve(group["structures"], kfac=group["kfac"])
     is_expand(group["kfac_approx"])
     loss_terms(group["loss_average"], 1, ())

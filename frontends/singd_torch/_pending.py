@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from singd_core.curvature import Embedding, LayerKind
+from singd_core.curvature import Embedding, LayerKind, Linear, StackedLinear
 from singd_core.preconditioner import Factors
 from singd_core.updates.curvature import Curvature, Measured
 
@@ -37,30 +37,31 @@ class Rows:
     ) -> Rows:
         """From the input of a call and the gradient at its output.
 
-        `mask`, of the first axes of `x`, is False at positions that are no rows, such as padding.
+        `mask`, of the first axes of the positions, is False at those that are no rows, such as
+        padding. The channels and pixels of a convolution are no positions, so it has no mask.
         """
-        lookup = kind.entries if isinstance(kind, Embedding) else None
-        fits = mask is not None and x.shape[: mask.ndim] == mask.shape
-        if mask is None or not fits or (x.ndim == mask.ndim and lookup is None):
+        entries = kind.entries if isinstance(kind, Embedding) else None
+        positions = x.shape if entries is not None else x.shape[:-1]
+        masked = isinstance(kind, (Linear, StackedLinear, Embedding))
+        if mask is None or not masked or positions[: mask.ndim] != mask.shape:
             A, N = kind.inputs(x, bias=bias, kfac_approx=kfac_approx)
             B, M = kind.outputs(g, kfac_approx=kfac_approx, loss_average=loss_average)
             return cls(A, N, B, M)
-        kept = mask.sum().clamp(min=1)
-        g = g * mask[..., None]
-        if lookup is not None:  # beyond the last entry nothing is counted
-            x = x.where(mask, lookup)
-        elif kfac_approx == "reduce":  # the mean over the kept positions of each sample
-            shared = tuple(range(1, mask.ndim))
-            share = mask.to(x.dtype).mean(shared, keepdim=True).clamp(min=1 / mask[0].numel())
-            x = x * (mask / share)[..., None]
+        mask = mask.reshape(*mask.shape, *(1,) * (len(positions) - mask.ndim)).expand(positions)
+        used = mask.reshape(len(mask), -1).any(1)  # samples with a position that is kept
+        kept, samples = mask.sum().clamp(min=1), used.sum().clamp(min=1)
+        each = entries is not None or kfac_approx == "expand"  # a row for each position
+        if entries is not None:  # beyond the last entry nothing is counted
+            x = x.where(mask, entries)
+        elif not each:  # the mean over the kept positions of each sample
+            share = mask.reshape(len(mask), -1).to(x.dtype).mean(1).clamp(min=1 / mask[0].numel())
+            x = x * (mask / share.reshape(-1, *(1,) * (mask.ndim - 1)))[..., None]
         A, N = kind.inputs(x, bias=bias, kfac_approx=kfac_approx)
-        B, M = kind.outputs(g, kfac_approx=kfac_approx, loss_average=loss_average)
-        if lookup is None and kfac_approx == "expand":
-            A = A * mask.reshape(-1, 1)
-        per_position = lookup is not None or kfac_approx == "expand"
-        return cls(
-            A, kept if per_position else N, B, kept if loss_average == "batch+sequence" else M
-        )
+        B, M = kind.outputs(g * mask[..., None], kfac_approx=kfac_approx, loss_average=loss_average)
+        if entries is None:
+            A = A * (mask if each else used).reshape(-1, 1)
+        terms = {None: M, "batch": samples, "batch+sequence": kept}[loss_average]
+        return cls(A, kept if each else samples, B, terms)
 
 
 @dataclasses.dataclass(eq=False)

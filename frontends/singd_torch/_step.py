@@ -85,7 +85,7 @@ def apply(
             factors = factors.map(partial(_either, ok), layer.factors)  # type: ignore[arg-type]
             new_momentum = None if momentum is None else _either(ok, new_momentum, momentum)
         if factors is not layer.factors:
-            layer.factors = factors
+            layer.factors, layer.seen = factors, True
             entries.update(factors.named_arrays())
         if new_momentum is not None:
             entries[MOMENTUM] = new_momentum

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -21,7 +20,7 @@ from singd_torch._estimate import automatic
 from singd_torch._groups import check_group, settings_of
 from singd_torch._layers import Layer, Source, find
 from singd_torch._scaling import Scales
-from singd_torch._step import Work, apply, prepare
+from singd_torch._step import MOMENTUM, Work, apply, prepare
 
 
 class SINGD(torch.optim.Optimizer):
@@ -128,7 +127,7 @@ class SINGD(torch.optim.Optimizer):
             "normalize_lr_cov": normalize_lr_cov,
             "kfac": kfac,
         }
-        defaults = dataclasses.asdict(settings(recipe, **given)) | {
+        defaults = vars(settings(recipe, **given)) | {
             "loss_average": loss_average,
             "structures": STRUCTURES[recipe] if structures is None else structures,
             "kfac_approx": kfac_approx,
@@ -155,6 +154,8 @@ class SINGD(torch.optim.Optimizer):
         super().__init__(params, defaults)
         if any(group["structures"] == "auto" for group in self.param_groups):
             chosen = automatic(model, self.param_groups, memory_budget)
+            if self.defaults["structures"] == "auto":
+                self.defaults["structures"] = chosen
             for group in self.param_groups:
                 if group["structures"] == "auto":
                     group["structures"] = chosen
@@ -181,6 +182,8 @@ class SINGD(torch.optim.Optimizer):
         if unknown:
             raise ValueError(f"a parameter group has no setting {sorted(unknown)}")
         check_group(self.defaults | group)
+        if group.get("structures") == "auto" and self._layers:
+            raise ValueError('structures="auto": it is decided at construction; give "auto:b"')
         super().add_param_group(group)
         added = self.param_groups[-1]
         added.setdefault("steps", 0)
@@ -227,10 +230,13 @@ class SINGD(torch.optim.Optimizer):
     def _factors(self, layer: Layer) -> Factors:
         if layer.factors is None:
             layer.factors = _state.initial(layer, settings_of(layer.group))
-            self.state[layer.weight].update(layer.factors.named_arrays())
         elif not layer.fits():  # the model was moved or cast
             layer.factors = _state.moved(layer, settings_of(layer.group))
-            self.state[layer.weight].update(layer.factors.named_arrays())
+            entries = self.state[layer.weight]
+            entries.update(layer.factors.named_arrays())
+            if MOMENTUM in entries:
+                moved = entries[MOMENTUM].to(layer.weight.device, layer.dtypes[2])
+                entries[MOMENTUM] = moved
         return layer.factors
 
     @contextlib.contextmanager
@@ -243,7 +249,8 @@ class SINGD(torch.optim.Optimizer):
             with optimizer.sampled_labels():
                 F.cross_entropy(logits, sample(logits)).backward(retain_graph=True)
         """
-        self._forget_rows()
+        if self._sampled is None:  # else one more micro-batch
+            self._forget_rows()
         gradients = [(p, p.grad) for p in self._model.parameters()]
         for p, _ in gradients:
             p.grad = None
@@ -271,7 +278,7 @@ class SINGD(torch.optim.Optimizer):
         self._forget_rows()
 
     def _forget_rows(self) -> None:
-        self._mask = self._sampled = self._scale_of_rows = None
+        self._sampled = None
         for layer in self._layers:
             layer.pending = {}
 
@@ -310,10 +317,9 @@ class SINGD(torch.optim.Optimizer):
             reduce_rows(due, self._processes)
         works, others = [], [p for p in self._fallback if p.grad is not None]
         for layer in self._layers:
-            layer.seen = layer.seen or bool(layer.pending)
             if layer.weight.grad is None:  # a frozen weight may have a trained bias
                 others += [p for p in layer.parameters if p.grad is not None]
-            elif layer.seen:
+            elif layer.seen or layer.pending:
                 works.append(prepare(layer, self._factors(layer), chosen[id(layer.group)], scales))
             else:
                 self._warn_unseen(layer)
@@ -323,6 +329,7 @@ class SINGD(torch.optim.Optimizer):
         for group in self.param_groups:
             group["steps"] += 1
         self._forget_rows()
+        self._mask = self._scale_of_rows = None
         return loss
 
     def _take_step(

@@ -125,3 +125,80 @@ def test_registering_nonsense_is_an_error() -> None:
         register_layer(int, Linear())  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="LayerKind"):
         register_layer(Scaled, 3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+@pytest.mark.parametrize("shape", [(6, 4), (6, 3, 4), (6, 6, 4)])
+def test_masked_samples_are_as_if_left_out(kfac_approx: str, shape: tuple[int, ...]) -> None:
+    whole = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+    part = copy.deepcopy(whole)
+    x, mask = torch.randn(shape, dtype=torch.float64), torch.arange(6) % 3 != 0
+    optimizers = [SINGD(model, kfac_approx=kfac_approx) for model in (whole, part)]
+    for _ in range(3):
+        optimizers[0].mask_rows(mask)
+        for optimizer in optimizers:  # `zero_grad` keeps the mask
+            optimizer.zero_grad()
+        (whole(x)[mask] - 1.0).square().sum().div(4).backward()
+        (part(x[mask]) - 1.0).square().sum().div(4).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q in zip(whole.parameters(), part.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=1e-10)
+
+
+def test_a_mask_of_the_batch_leaves_a_convolution_alone() -> None:
+    model = nn.Conv1d(3, 2, 1)
+    optimizer = SINGD(model)
+    optimizer.mask_rows(torch.zeros(4, 3, dtype=torch.bool))
+    model(torch.randn(4, 3, 3)).sum().backward()
+    assert next(iter(optimizer._layers[0].pending.values())).N == 12
+
+
+def test_sampled_labels_of_micro_batches_add_up_and_keep_the_mask() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = SINGD(model)
+    optimizer.mask_rows(torch.tensor([True, True, False]))
+    for _ in range(2):
+        with optimizer.sampled_labels():
+            model(torch.randn(3, 3)).sum().backward()
+    assert next(iter(optimizer._layers[0].pending.values())).N == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_model_that_is_cast_in_training_trains_on(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    optimizer = SINGD(model)
+    for current in (torch.float32, dtype):
+        model.to(current)
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.randn(5, 3, dtype=current)).square().mean().backward()
+            optimizer.step()
+    assert optimizer.skipped == 0
+    for entries in optimizer.state.values():
+        assert all(t.dtype == dtype for name, t in entries.items() if t.ndim and name != "step")
+
+
+def test_frozen_output_projection_leaves_the_others_their_rows() -> None:
+    model = nn.MultiheadAttention(4, 2, batch_first=True)
+    model.out_proj.weight.requires_grad_(False)
+    optimizer = SINGD(model)
+    x = torch.randn(2, 3, 4)
+    model(x, x, x)[0].sum().backward()
+    assert any(layer.pending for layer in optimizer._layers)
+
+
+def test_auto_is_refused_where_it_cannot_be_decided() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match="KFAC inverts dense"):
+        SINGD(model, kfac=True, structures="auto", memory_budget=10**6)
+    optimizer = SINGD(model, model[0].parameters(), structures="auto", memory_budget=10**6)
+    with pytest.raises(ValueError, match="decided at construction"):
+        optimizer.add_param_group({"params": model[1].parameters(), "structures": "auto"})
+    optimizer.add_param_group({"params": model[1].parameters()})
+    assert len(optimizer._layers) == 2
+
+
+def test_a_rate_that_is_a_tensor_stays_the_callers() -> None:
+    lr = torch.tensor(0.1)
+    assert SINGD(nn.Linear(2, 2), lr=lr).param_groups[0]["lr"] is lr
