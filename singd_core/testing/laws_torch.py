@@ -63,7 +63,7 @@ def torch_vmap(case: Case) -> None:
     compare(case, found, everything(*in_numpy(case, *stack)))
 
 
-@law(backends=("torch",), dtypes=("float64",), examples=1, sizes=(5,))
+@law(backends=("torch",), dtypes=("float32",), examples=1, sizes=(5,))
 def torch_grad(case: Case) -> None:
     """`torch.autograd` of a function of a member agrees with its differences."""
     torch, case.floats = _torch(), True
