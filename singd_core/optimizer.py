@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from singd_core import preconditioner
-from singd_core._array import Array, device, expand, full, namespace, ranged
+from singd_core._array import Array, device, expand, full, namespace, ranged, total, widen
 from singd_core._tree import Tree, tree
 from singd_core.curvature import LayerKind, Linear
 from singd_core.curvature.base import is_expand, loss_terms
@@ -16,11 +16,11 @@ from singd_core.structures import Diagonal
 from singd_core.updates.adamw import Fallback, Moments
 from singd_core.updates.curvature import Curvature
 from singd_core.updates.weights import (
-    bounded,
     couples_decay,
     direction,
     inner,
     kl_scale,
+    rms_scale,
     weight_change,
 )
 
@@ -226,14 +226,14 @@ class Optimizer:
         if curvature is None:
             curvature = {} if rows is None else self.curvature(rows, state, params)
         refreshed = self.refresh(state, curvature) if refreshed is None else refreshed
-        factors, naturals, inners = {}, {}, []
+        factors, naturals, scales, energies = {}, {}, {}, []
         for name, layer in state.layers.items():
-            new = refreshed.get(name, layer.factors)
+            factors[name] = refreshed.get(name, layer.factors)
             gradient = kinds[name].matrix(*_pair(grads[name]))
-            natural, factors[name] = new.precondition(gradient), new
-            naturals[name], energy = bounded(natural, inner(gradient, natural), s)
-            inners.append(energy)
-        scale = kl_scale(s.lr**2 * sum(inners), s.kl_bound) if inners else 1.0
+            naturals[name] = natural = factors[name].precondition(gradient)
+            scales[name] = rms_scale(natural, s.rms_bound)
+            energies.append(total(scales[name] * inner(gradient, natural)))
+        kl = kl_scale(s.lr**2 * sum(energies), s.kl_bound) if energies else 1.0
 
         updates: dict[str, Parameter] = {}
         layers, fallback = {}, {}
@@ -241,6 +241,7 @@ class Optimizer:
             kind, (weight, bias) = kinds[name], _pair(params[name])
             matrix = kind.matrix(weight, bias)
             decay = matrix * expand(s.weight_decay, matrix) if couples_decay(s) else None
+            scale = scales[name] * kl
             u, momentum = direction(naturals[name], decay, layer.momentum_buffer, scale, s)
             change = weight_change(u, matrix, s)
             parts = kind.split(change, tuple(weight.shape), bias is not None)
@@ -248,9 +249,9 @@ class Optimizer:
             layers[name] = LayerState(factors[name], momentum)
         for name, moments in state.fallback.items():
             updates[name], fallback[name] = moments.update(grads[name], params[name], self.fallback)
-            inners.append(inner(grads[name], grads[name]))
+            energies.append(total(widen(grads[name]) ** 2))
 
-        xp, ok = namespace(state.skipped), namespace(state.skipped).isfinite(sum(inners))
+        xp, ok = namespace(state.skipped), namespace(state.skipped).isfinite(sum(energies))
         stepped = State(state.step + 1, state.skipped, layers, fallback)
         kept = stepped.map(lambda new, old: new if new is old else xp.where(ok, new, old), state)
         skipped = state.skipped + xp.astype(~ok, state.skipped.dtype)

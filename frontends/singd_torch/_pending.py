@@ -12,6 +12,7 @@ from torch import Tensor
 from singd_core.curvature import Embedding, LayerKind, Linear, StackedLinear
 from singd_core.preconditioner import Factors
 from singd_core.updates.curvature import Curvature, Measured
+from singd_torch._join import join_trees
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +110,29 @@ class Pending:
             new.backward,
             self.swapped,
         )
+
+    def joins(self, other: Pending) -> bool:
+        """Whether both are of as many rows, or of numbers that the host does not know."""
+        pairs = zip(self._counts(), other._counts(), strict=True)
+        return all(
+            isinstance(a, Tensor) if isinstance(b, Tensor) else a is b or a == b for a, b in pairs
+        )
+
+    @classmethod
+    def joined(cls, several: Sequence[Pending]) -> Pending:
+        """Those of equal layers, along a first axis."""
+        first, *others = several
+        if not others:
+            return first
+        N, M = (
+            torch.stack(n) if isinstance(n[0], Tensor) else n[0]
+            for n in zip(*(pending._counts() for pending in several), strict=True)
+        )
+        inputs, outputs = (
+            join_trees([p.inputs for p in several]),
+            join_trees([p.outputs for p in several]),
+        )
+        return cls(inputs, N, outputs, 0, M, first.backward, first.swapped)
 
     def curvature(self, grad_scale: Any) -> Curvature:
         """The curvature, of gradients that were multiplied by `grad_scale`."""

@@ -19,8 +19,10 @@ from singd_torch._distributed import reduce_rows
 from singd_torch._estimate import automatic
 from singd_torch._groups import check_group, settings_of
 from singd_torch._layers import Layer, Source, find
+from singd_torch._queue import Call, Queue
 from singd_torch._scaling import Scales
-from singd_torch._step import MOMENTUM, Work, apply, prepare
+from singd_torch._stacks import Stack, stacks
+from singd_torch._step import Work, apply, prepare
 
 
 class SINGD(torch.optim.Optimizer):
@@ -142,6 +144,7 @@ class SINGD(torch.optim.Optimizer):
         self._layers: list[Layer] = []
         self._fallback: list[nn.Parameter] = []
         self._hooked: set[nn.Module] = set()
+        self._queue = Queue()
         self._skipped: Tensor | int = 0
         self._warned: set[str] = set()
         self._scale_of_rows: float | None = None
@@ -208,10 +211,17 @@ class SINGD(torch.optim.Optimizer):
                         _attention.install(self, module)
                     else:
                         _capture.install(self, source, module)
+        self._stack_up()
         self._by_weight: dict[Tensor, Layer] = {layer.weight: layer for layer in self._layers}
         self._group_of = {p: group for group in self.param_groups for p in group["params"]}
         owned = {p for layer in self._layers for p in layer.parameters}
         self._fallback = [p for p in self._group_of if p not in owned]
+
+    def _stack_up(self, parted: list[Stack] | None = None) -> None:
+        self._stacks = stacks(self._layers) if parted is None else parted
+        self._stack_of: dict[Layer, Stack] = {
+            layer: stack for stack in self._stacks for layer in stack.layers
+        }
 
     # ---- rows -----------------------------------------------------------------------------------
 
@@ -225,18 +235,18 @@ class SINGD(torch.optim.Optimizer):
     def _take_rows(self, layer: Layer, source: Source, x: Tensor, g: Tensor) -> None:
         if self._sampled in (None, "inside"):
             self._factors(layer)
-            layer.take(source, x, g, self._mask)
+            rows = layer.rows(source, x, g, self._mask)
+            if rows is not None:
+                factors, key = layer.factors_of(source.part), (source.part, source.swapped)
+                self._queue.take(Call(layer, key, rows, factors, _capture.backward_pass()))
 
     def _factors(self, layer: Layer) -> Factors:
-        if layer.factors is None:
-            layer.factors = _state.initial(layer, settings_of(layer.group))
-        elif not layer.fits():  # the model was moved or cast
-            layer.factors = _state.moved(layer, settings_of(layer.group))
-            entries = self.state[layer.weight]
-            entries.update(layer.factors.named_arrays())
-            if MOMENTUM in entries:
-                moved = entries[MOMENTUM].to(layer.weight.device, layer.dtypes[2])
-                entries[MOMENTUM] = moved
+        if layer.factors is not None and not layer.fits():  # the model was moved or cast
+            self._stack_up()
+        stack = self._stack_of[layer]
+        if stack.factors is None:
+            stack.tie(self.state)
+        assert layer.factors is not None
         return layer.factors
 
     @contextlib.contextmanager
@@ -279,6 +289,7 @@ class SINGD(torch.optim.Optimizer):
 
     def _forget_rows(self) -> None:
         self._sampled = None
+        self._queue.forget()
         for layer in self._layers:
             layer.pending = {}
 
@@ -308,6 +319,7 @@ class SINGD(torch.optim.Optimizer):
                     f"the gradient of {name!r} is sparse, which SINGD does not take: "
                     "give its module sparse=False, or an optimizer of its own"
                 )
+        self._queue.flush()
         chosen = {id(group): settings_of(group) for group in self.param_groups}
         scales = _scaling.scales(self, self._scale_of_rows)
         if self._processes is not None:
@@ -315,15 +327,28 @@ class SINGD(torch.optim.Optimizer):
             for layer in due:
                 self._factors(layer)
             reduce_rows(due, self._processes)
-        works, others = [], [p for p in self._fallback if p.grad is not None]
-        for layer in self._layers:
-            if layer.weight.grad is None:  # a frozen weight may have a trained bias
+        works: list[Work] = []
+        others = [p for p in self._fallback if p.grad is not None]
+        if any(layer.factors is not None and not layer.fits() for layer in self._layers):
+            self._stack_up()  # the model was moved or cast
+        for stack in list(self._stacks):
+            live = []
+            for layer in stack.layers:
+                if layer.weight.grad is not None and (layer.seen or layer.pending):
+                    live.append(layer)
+                    continue
+                if layer.weight.grad is not None:  # a frozen weight may have a trained bias
+                    self._warn_unseen(layer)
                 others += [p for p in layer.parameters if p.grad is not None]
-            elif layer.seen or layer.pending:
-                works.append(prepare(layer, self._factors(layer), chosen[id(layer.group)], scales))
-            else:
-                self._warn_unseen(layer)
-                others += [p for p in layer.parameters if p.grad is not None]
+            if live:
+                parts = stack.parted(live)
+                if parts != [stack]:
+                    self._stack_up([*(s for s in self._stacks if s is not stack), *parts])
+                for part in parts:
+                    if part.layers[0] in live:
+                        if part.factors is None:
+                            part.tie(self.state)
+                        works.append(prepare(part, chosen[id(live[0].group)], scales))
         if works or others:
             self._take_step(works, others, chosen, scales)
         for group in self.param_groups:

@@ -68,13 +68,19 @@ class LayerKind(ABC):
 
     @abstractmethod
     def matrix(self, weight: Array, bias: Array | None = None) -> Array:
-        """The weight and bias, or their gradients, as the matrix `(*groups, d_out, d_in [+ 1])`."""
+        """The weight and bias, or their gradients, as the matrix `(*groups, d_out, d_in [+ 1])`.
+
+        Both may have further leading axes, in common: those of a stack of equal layers.
+        """
 
     @abstractmethod
     def split(
         self, matrix: Array, weight_shape: Sequence[int], bias: bool
     ) -> tuple[Array, Array | None]:
-        """The weight and bias (or None) of a matrix: the inverse of `matrix`, views if possible."""
+        """The weight and bias (or None) of a matrix: the inverse of `matrix`, views if possible.
+
+        `weight_shape` is that of one layer, also where the matrix is a stack of several.
+        """
 
     @abstractmethod
     def shape(self, weight_shape: Sequence[int], bias: bool) -> tuple[Shape, int, int]:

@@ -114,20 +114,20 @@ class Convolution(LayerKind):
 
     def matrix(self, weight: Array, bias: Array | None = None) -> Array:
         """The weight `(C_out, C_in / groups, *kernel_size)` and bias `(C_out,)` as a matrix."""
-        xp = namespace(weight)
-        groups, d_out, d_in = self.shape(weight.shape, bias=False)
-        bias = None if bias is None else xp.reshape(bias, (*groups, d_out))
-        return append_bias(xp.reshape(weight, (*groups, d_out, d_in)), bias)
+        xp, axes = namespace(weight), len(self.windows) + 2
+        stack, one = weight.shape[:-axes], weight.shape[-axes:]
+        groups, d_out, d_in = self.shape(one, bias=False)
+        bias = None if bias is None else xp.reshape(bias, (*stack, *groups, d_out))
+        return append_bias(xp.reshape(weight, (*stack, *groups, d_out, d_in)), bias)
 
     def split(
         self, matrix: Array, weight_shape: Sequence[int], bias: bool
     ) -> tuple[Array, Array | None]:
         """The weight, of shape `weight_shape`, and the bias `(C_out,)`."""
-        xp = namespace(matrix)
-        if not bias:
-            return xp.reshape(matrix, tuple(weight_shape)), None
-        weight = xp.reshape(matrix[..., :-1], tuple(weight_shape))
-        return weight, xp.reshape(matrix[..., -1], (weight_shape[0],))
+        xp, axes = namespace(matrix), 3 if self._matrix_groups > 1 else 2
+        stack = matrix.shape[:-axes]
+        weight = xp.reshape(matrix[..., :-1] if bias else matrix, (*stack, *weight_shape))
+        return weight, xp.reshape(matrix[..., -1], (*stack, weight_shape[0])) if bias else None
 
     def shape(self, weight_shape: Sequence[int], bias: bool) -> tuple[Shape, int, int]:
         """`((groups,), C_out / groups, d_in [+ 1])`, `((), C_out, d_in [+ 1])` without."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Self
 
-from singd_core._array import Array, Scalar, cast, namespace
+from singd_core._array import Array, Scalar, namespace
 from singd_core._tree import Tree, tree
 from singd_core.settings import Rate, Settings, is_bound
 from singd_core.structures.base import Structure
 from singd_core.updates.curvature import Averages, Curvature, Measured, measure
+from singd_core.updates.weights import two_sided
 
 
 @tree
@@ -35,8 +37,13 @@ class InverseFree(Tree):
 
     def precondition(self, gradient: Array) -> Array:
         """The natural gradient C Cᵀ ∇W K Kᵀ of ∇W, shape (..., d_out, d_in), in the dtype of C."""
-        right = self.K.precondition(cast(gradient, self.K.like).mT).mT
-        return self.C.precondition(cast(right, self.C.like))
+        return two_sided(gradient, self.K, self.K.precondition, self.C, self.C.precondition)
+
+    def preconditioner(self, T: int) -> Callable[[Array], Array]:
+        """`precondition` for T steps: with K Kᵀ and C Cᵀ formed once where that multiplies less."""
+        d_in, d_out = self.K.shape[-1], self.C.shape[-1]
+        times_K, times_C = _square(self.K, T * d_out), _square(self.C, T * d_in)
+        return lambda gradient: two_sided(gradient, self.K, times_K, self.C, times_C)
 
     def refresh(self, curvature: Curvature, lr_cov: Rate, s: Settings) -> Self:
         """One step of K and C (docs/mathematics.md, section 3)."""
@@ -59,6 +66,12 @@ class InverseFree(Tree):
         K, m_K = step(self.K, self.m_K, H_K, KtK, h_K * s_K, lambda_K * s_K, K_start, beta, s)
         C, m_C = step(self.C, self.m_C, H_C, CtC, h_C * s_C, lambda_C * s_C, C_start, beta, s)
         return type(self)(K, C, m_K, m_C, averages)
+
+
+def _square(L: Structure, columns: int) -> Callable[[Array], Array]:
+    """The product L Lᵀ X, of so many columns in all."""
+    P = L.square() if columns > L.shape[-1] else None  # d³, and d² a column; 2 d² with L and Lᵀ
+    return L.precondition if P is None else P.apply
 
 
 def step(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Self
 
 from singd_core._array import Array, Scalar, cast, namespace, widen
@@ -10,6 +11,7 @@ from singd_core.settings import Rate, Settings
 from singd_core.structures.base import Structure
 from singd_core.structures.dense import Dense
 from singd_core.updates.curvature import Averages, Curvature, Measured, measure
+from singd_core.updates.weights import two_sided
 
 
 @tree
@@ -36,8 +38,11 @@ class KFAC(Tree):
 
     def precondition(self, gradient: Array) -> Array:
         """(S_C + λ_C I)⁻¹ ∇W (S_K + λ_K I)⁻¹ of a gradient, shape (..., d_out, d_in)."""
-        right = self.P_K.apply(cast(gradient, self.P_K.matrix).mT).mT
-        return self.P_C.apply(cast(right, self.P_C.matrix))
+        return two_sided(gradient, self.P_K, self.P_K.apply, self.P_C, self.P_C.apply)
+
+    def preconditioner(self, T: int) -> Callable[[Array], Array]:
+        """`precondition`."""
+        return self.precondition
 
     def refresh(self, curvature: Curvature, lr_cov: Rate, s: Settings) -> Self:
         """S ← (1 − β₁) S + β₁ U, and the inverses anew (docs/mathematics.md, section 2)."""
