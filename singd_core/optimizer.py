@@ -15,6 +15,7 @@ from singd_core.settings import STRUCTURES, rate, settings
 from singd_core.structures import Diagonal
 from singd_core.updates.adamw import Fallback, Moments
 from singd_core.updates.curvature import Curvature
+from singd_core.updates.inverse_free import InverseFree
 from singd_core.updates.weights import (
     couples_decay,
     direction,
@@ -171,13 +172,14 @@ class Optimizer:
                 raise ValueError(f"rows of {name!r}: no such layer; there are {list(state.layers)}")
             kind, factors, how = kinds[name], state.layers[name].factors, self.kfac_approx
             bias = _pair(params[name])[1] is not None
-            A, N = kind.inputs(x, bias=bias, kfac_approx=how)
+            inputs_of = kind.diagonal_rows if _has_diagonal_K(factors) else kind.inputs
+            A, N = inputs_of(x, bias=bias, kfac_approx=how)
             B, M = kind.outputs(g, kfac_approx=how, loss_average=self.loss_average)
             _, d_out, d_in = kind.shape(_pair(params[name])[0].shape, bias)
-            if (A.shape[-1], B.shape[-1]) != (d_in, d_out) or A.shape[-2] != B.shape[-2]:
+            if (A.shape[-1], B.shape[-1]) != (d_in, d_out) or B.shape[-2] != N:
                 raise ValueError(
-                    f"rows of {name!r}: {tuple(A.shape)} and {tuple(B.shape)} do not fit a "
-                    f"{d_out} × {d_in} matrix and each other"
+                    f"rows of {name!r}: {N} of length {A.shape[-1]} and {B.shape[-2]} of length "
+                    f"{B.shape[-1]} do not fit a {d_out} × {d_in} matrix and each other"
                 )
             inputs, outputs = factors.measure(A, B)
             found[name] = Curvature.of(inputs, N, outputs, M)
@@ -278,6 +280,10 @@ class Optimizer:
             if name not in params:
                 raise ValueError(f"layers: {name!r} is no parameter; there are {list(params)}")
         return self.layers
+
+
+def _has_diagonal_K(factors: preconditioner.Factors) -> bool:
+    return isinstance(factors, InverseFree) and isinstance(factors.K, Diagonal)
 
 
 def _pair(parameter: Parameter) -> tuple[Array, Array | None]:

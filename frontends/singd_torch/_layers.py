@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -16,6 +17,9 @@ from singd_core.structures import Diagonal, Structure
 from singd_core.updates.inverse_free import InverseFree
 from singd_torch._kinds import uses
 from singd_torch._pending import Pending, Rows
+
+# Numbers that patches may always have; more, where the input has more.
+_PATCHES = 1 << 20
 
 Key: TypeAlias = tuple[int | None, bool]
 
@@ -98,23 +102,40 @@ class Layer:
             for side, dtype in zip(sides, (K, C), strict=True)
         )
 
-    def rows(self, source: Source, x: Tensor, g: Tensor, mask: Tensor | None) -> Rows | None:
-        """The rows of one call, from its input and the gradient at its output; None if empty."""
-        group = self.group
+    def rows(self, source: Source, x: Tensor, g: Tensor, mask: Tensor | None) -> Iterator[Rows]:
+        """The rows of one call, from its input and the gradient at its output, piece by piece."""
+        group, kind = self.group, source.kind
+        bias = self.bias is not None and not source.swapped
+        diagonal = issubclass(self.structures[0], Diagonal)
+        first, *others = (x,) if diagonal else self._pieces(kind, x, g)
         rows = Rows.of(
-            source.kind,
-            x,
+            kind,
+            first,
             g,
-            bias=self.bias is not None and not source.swapped,
+            bias=bias,
+            diagonal=diagonal,
             kfac_approx=group["kfac_approx"],
             loss_average=group["loss_average"],
             mask=mask,
         )
         if rows.A.shape[-2] == 0 or rows.B.shape[-2] == 0:
-            return None
+            return
         if source.swapped and self.bias is not None:  # a look-up does not see the bias
-            return dataclasses.replace(rows, B=torch.nn.functional.pad(rows.B, (0, 1)))
-        return rows
+            rows = dataclasses.replace(rows, B=torch.nn.functional.pad(rows.B, (0, 1)))
+        yield rows
+        for piece in others:
+            A, N = kind.inputs(piece, bias=bias, kfac_approx=group["kfac_approx"])
+            yield Rows(A, N, rows.B[..., :0, :], rows.M)
+
+    def _pieces(self, kind: LayerKind, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        """The samples of an input in pieces, lest their patches be what sets the peak of memory."""
+        if not isinstance(kind, Convolution) or self.group["kfac_approx"] != "expand":
+            return (x,)
+        if x.ndim < len(kind.windows) + 2 or not len(x):
+            return (x,)
+        groups, _, d_in = self.shape
+        each = math.prod(groups) * d_in * math.prod(g.shape[2:])  # numbers a sample
+        return torch.split(x, max(1, max(x.numel(), _PATCHES) // max(1, each)))
 
     def add(self, key: Key, new: Pending) -> None:
         """Add what was measured of one call."""

@@ -32,12 +32,14 @@ class Rows:
         g: Tensor,
         *,
         bias: bool,
+        diagonal: bool,
         kfac_approx: str,
         loss_average: str | None,
         mask: Tensor | None,
     ) -> Rows:
         """From the input of a call and the gradient at its output.
 
+        `diagonal` if only the diagonal of AᵀA is asked for.
         `mask`, of the first axes of the positions, is False at those that are no rows, such as
         padding. The channels and pixels of a convolution are no positions, so it has no mask.
         """
@@ -45,7 +47,8 @@ class Rows:
         positions = x.shape if entries is not None else x.shape[:-1]
         masked = isinstance(kind, (Linear, StackedLinear, Embedding))
         if mask is None or not masked or positions[: mask.ndim] != mask.shape:
-            A, N = kind.inputs(x, bias=bias, kfac_approx=kfac_approx)
+            inputs_of = kind.diagonal_rows if diagonal else kind.inputs
+            A, N = inputs_of(x, bias=bias, kfac_approx=kfac_approx)
             B, M = kind.outputs(g, kfac_approx=kfac_approx, loss_average=loss_average)
             return cls(A, N, B, M)
         mask = mask.reshape(*mask.shape, *(1,) * (len(positions) - mask.ndim)).expand(positions)

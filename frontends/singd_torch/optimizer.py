@@ -235,10 +235,10 @@ class SINGD(torch.optim.Optimizer):
     def _take_rows(self, layer: Layer, source: Source, x: Tensor, g: Tensor) -> None:
         if self._sampled in (None, "inside"):
             self._factors(layer)
-            rows = layer.rows(source, x, g, self._mask)
-            if rows is not None:
-                factors, key = layer.factors_of(source.part), (source.part, source.swapped)
-                self._queue.take(Call(layer, key, rows, factors, _capture.backward_pass()))
+            factors, key = layer.factors_of(source.part), (source.part, source.swapped)
+            backward = _capture.backward_pass()
+            for rows in layer.rows(source, x, g, self._mask):
+                self._queue.take(Call(layer, key, rows, factors, backward))
 
     def _factors(self, layer: Layer) -> Factors:
         if layer.factors is not None and not layer.fits():  # the model was moved or cast

@@ -49,6 +49,13 @@ class LayerKind(ABC):
             ValueError: If `kfac_approx` is unknown or `x` does not fit the layer.
         """
 
+    def diagonal_rows(self, x: Array, *, bias: bool, kfac_approx: str) -> tuple[Array, int]:
+        """Rows that have the diagonal of `AᵀA` in common with those of `inputs`, maybe fewer.
+
+        A diagonal K wants no more. Arguments and results are those of `inputs`; `N` is the same.
+        """
+        return self.inputs(x, bias=bias, kfac_approx=kfac_approx)
+
     @abstractmethod
     def outputs(self, g: Array, *, kfac_approx: str, loss_average: str | None) -> tuple[Array, int]:
         """The rows `B` of the gradient of the layer's output and the number `M` of loss terms.
@@ -112,7 +119,7 @@ def append_bias(matrix: Array, bias: Array | None) -> Array:
     return matrix if bias is None else concat((matrix, bias[..., None]), axis=-1)
 
 
-def append_ones(x: Array, axis: int) -> Array:
-    """`x` with one more entry along `axis`, filled with ones."""
+def append_ones(x: Array, axis: int, value: float = 1.0) -> Array:
+    """`x` with one more entry along `axis`, filled with ones (or another value)."""
     index = (slice(None),) * axis + (slice(0, 1), ...)
-    return concat((x, namespace(x).ones_like(x[index])), axis=axis)
+    return concat((x, namespace(x).full_like(x[index], value)), axis=axis)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from singd_torch import SINGD, _queue, _stacks
+from singd_core.curvature import Convolution
+from singd_torch import SINGD, _layers, _queue, _stacks
 
 
 class Parallel(nn.Module):
@@ -150,7 +151,7 @@ def test_a_moved_model_is_stacked_anew() -> None:
             model.float()
             model.forward = lambda x: Parallel.forward(model, x.float())  # type: ignore[method-assign]
 
-    model, optimizer = trained(*MODELS["linear"], change=cast)
+    _, optimizer = trained(*MODELS["linear"], change=cast)
     assert [len(stack.layers) for stack in optimizer._stacks] == [3]
     factors = optimizer._stacks[0].factors
     assert factors is not None
@@ -174,6 +175,27 @@ def test_rows_of_several_backward_passes_add_up(monkeypatch: pytest.MonkeyPatch)
     same(model, run())
     alone(monkeypatch)
     same(model, run())
+
+
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+@pytest.mark.parametrize("name", ["convolution", "groups"])
+@pytest.mark.parametrize("loss_average", ["batch", None])
+def test_patches_taken_piece_by_piece_are_those_of_the_whole_batch(
+    name: str, kfac_approx: str, loss_average: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"T": 1, "kfac_approx": kfac_approx, "loss_average": loss_average}
+    model, _ = trained(*MODELS[name], **settings)
+    monkeypatch.setattr(_layers, "_PATCHES", 0)
+    taken: list[int] = []
+    inputs = Convolution.inputs
+
+    def counted(self: Convolution, x: Tensor, **given: object) -> object:
+        taken.append(len(x))
+        return inputs(self, x, **given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Convolution, "inputs", counted)
+    same(model, trained(*MODELS[name], **settings)[0])
+    assert set(taken) == ({1} if kfac_approx == "expand" else {3})
 
 
 class Counted(TorchDispatchMode):
