@@ -33,12 +33,14 @@ class Stack:
         factors: The preconditioners, None until they are needed.
         momentum: The momenta, None without or until they are needed.
         preconditioner: What preconditions until the next refresh, where it is worth keeping.
+        report: What a step tells the diagnostics, None if nobody asks for them.
     """
 
     layers: Sequence[Layer]
     factors: Factors | None = None
     momentum: Tensor | None = None
     preconditioner: Callable[[Tensor], Tensor] | None = None
+    report: dict[str, Any] | None = None
 
     def tie(self, state: State) -> None:
         """Join what the layers have, in the dtypes and on the device of their weights."""

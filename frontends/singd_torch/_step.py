@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from singd_core._array import total
+from singd_core._array import total, widen
 from singd_core.preconditioner import Factors
 from singd_core.settings import Settings, rate
 from singd_core.updates.weights import (
@@ -48,12 +48,15 @@ class Work:
 
 
 def prepare(stack: Stack, s: Settings, scales: Scales) -> Work:
-    """The natural gradients of layers, their factors refreshed by the rows that are pending."""
+    """The natural gradients of layers, their factors refreshed by the rows that are pending.
+
+    A stack that has a report is told there of the refresh.
+    """
     layer, factors = stack.layers[0], stack.factors
     assert factors is not None
     if layer.pending:
         lr_cov = rate(s.lr_cov, layer.group["steps"])
-        factors = factors.refresh(stack.curvature(scales.rows), lr_cov, s)
+        factors = factors.refresh(stack.curvature(scales.rows), lr_cov, s, stack.report)
         preconditioner = factors.preconditioner(1)
     else:
         if stack.preconditioner is None:
@@ -93,7 +96,11 @@ def apply(
         momentum = stack.momentum
         if momentum is None and s.momentum != 0.0:
             momentum = torch.zeros_like(work.natural, dtype=stack.layers[0].dtypes[2])
-        u, moved = direction(work.natural, decay, momentum, work.scale * kl[id(s)], s)
+        scale = work.scale * kl[id(s)]
+        u, moved = direction(work.natural, decay, momentum, scale, s)
+        if stack.report is not None:
+            norm = torch.linalg.vector_norm(widen(u), dim=(-2, -1))
+            stack.report |= {"natural_scale": scale, "update": s.lr * norm}
         if ok is not None:
             u = torch.where(ok, u, 0.0)
             factors = factors.map(partial(_either, ok), stack.factors)  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from singd_core import preconditioner
 from singd_core.preconditioner import Factors
 from singd_core.settings import STRUCTURES, Settings, settings
-from singd_torch import _attention, _capture, _fallback, _scaling, _state, _table
+from singd_torch import _attention, _capture, _diagnostics, _fallback, _scaling, _state, _table
 from singd_torch._distributed import reduce_rows
 from singd_torch._estimate import automatic
 from singd_torch._groups import check_group, settings_of
@@ -147,6 +147,7 @@ class SINGD(torch.optim.Optimizer):
         self._queue = Queue()
         self._skipped: Tensor | int = 0
         self._warned: set[str] = set()
+        self._reports = False
         self._scale_of_rows: float | None = None
         self._mask: Tensor | None = None
         self._sampled: str | None = None
@@ -222,6 +223,12 @@ class SINGD(torch.optim.Optimizer):
         self._stack_of: dict[Layer, Stack] = {
             layer: stack for stack in self._stacks for layer in stack.layers
         }
+        self._report()
+
+    def _report(self) -> None:
+        for stack in self._stacks:
+            if self._reports and stack.report is None:
+                stack.report = {}
 
     # ---- rows -----------------------------------------------------------------------------------
 
@@ -455,6 +462,25 @@ class SINGD(torch.optim.Optimizer):
             layer.seen = layer.factors is not None  # they are made when rows are first seen
 
     # ---- what a person sees ---------------------------------------------------------------------
+
+    def diagnostics(self) -> dict[str, float]:
+        """What each layer's factors and steps are like, by `name of the weight/quantity`.
+
+        The first call starts the recording of what is known only within a step (step and bounded,
+        natural_scale, update); the later ones have it of the last step and refresh. It waits for
+        the device; steps do not. Of a layer of several matrices (groups, packed projections) it
+        is the largest value. The quantities are
+
+        - K_norm, C_norm: the Frobenius norms of the factors (S_K_norm, S_C_norm for KFAC);
+        - K_step, C_step: β₁ ‖m‖_F of the last refresh, before its bound;
+        - K_bounded, C_bounded: 1 if the bound then was active, else 0;
+        - K_damping, C_damping: the damping's share λ / (t + λ) of the mean diagonal;
+        - natural_scale: what the bounds on the natural gradient left of it, 1 if nothing was cut;
+        - update: the norm of the update, decoupled decay apart, over the norm of the weight.
+        """
+        self._reports = True
+        self._report()
+        return _diagnostics.read(self._stacks)
 
     def __repr__(self) -> str:
         """Who owns each parameter, with which structures, and what state it costs."""

@@ -44,8 +44,17 @@ class KFAC(Tree):
         """`precondition`."""
         return self.precondition
 
-    def refresh(self, curvature: Curvature, lr_cov: Rate, s: Settings) -> Self:
-        """S ← (1 − β₁) S + β₁ U, and the inverses anew (docs/mathematics.md, section 2)."""
+    def refresh(
+        self,
+        curvature: Curvature,
+        lr_cov: Rate,
+        s: Settings,
+        report: dict[str, Array] | None = None,
+    ) -> Self:
+        """S ← (1 − β₁) S + β₁ U, and the inverses anew (docs/mathematics.md, section 2).
+
+        There is nothing to `report`.
+        """
         averages = self.averages.update(curvature, lr_cov, s)
         lambda_K, lambda_C = averages.damping(s)
         K_start, C_start = self.averages.start(lambda_K, lambda_C, averages, s)
@@ -54,6 +63,10 @@ class KFAC(Tree):
         S_C = average(self.S_C, curvature.H_C, beta, C_start)
         P_K, P_C = damped_inverse(S_K, lambda_K), damped_inverse(S_C, lambda_C)
         return type(self)(S_K, S_C, P_K, P_C, averages)
+
+    def norms(self) -> dict[str, Array]:
+        """The Frobenius norms of the factors."""
+        return {"S_K_norm": self.S_K.norm(), "S_C_norm": self.S_C.norm()}
 
 
 def average(S: Dense, U: Structure, beta: Scalar, start: Scalar) -> Dense:
