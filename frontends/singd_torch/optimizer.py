@@ -15,6 +15,7 @@ from singd_core import preconditioner
 from singd_core.preconditioner import Factors
 from singd_core.settings import STRUCTURES, Settings, settings
 from singd_torch import _attention, _capture, _fallback, _scaling, _state, _table
+from singd_torch._capture import Tap
 from singd_torch._distributed import reduce_rows
 from singd_torch._estimate import automatic
 from singd_torch._groups import check_group, settings_of
@@ -141,7 +142,7 @@ class SINGD(torch.optim.Optimizer):
         self._model = model
         self._layers: list[Layer] = []
         self._fallback: list[nn.Parameter] = []
-        self._hooked: set[nn.Module] = set()
+        self._taps: dict[nn.Module, list[Tap]] = {}
         self._skipped: Tensor | int = 0
         self._warned: set[str] = set()
         self._scale_of_rows: float | None = None
@@ -202,16 +203,22 @@ class SINGD(torch.optim.Optimizer):
             elif known is not None:  # with or without a bias, the matrix has another shape
                 self.state[layer.weight].clear()
             for module, source in layer.sources:
-                if module not in self._hooked:
-                    self._hooked.add(module)
+                if module not in self._taps:
                     if isinstance(module, nn.MultiheadAttention):
-                        _attention.install(self, module)
+                        self._taps[module] = _attention.install(self, module)
                     else:
-                        _capture.install(self, source, module)
+                        self._taps[module] = _capture.install(self, source, module)
         self._by_weight: dict[Tensor, Layer] = {layer.weight: layer for layer in self._layers}
         self._group_of = {p: group for group in self.param_groups for p in group["params"]}
         owned = {p for layer in self._layers for p in layer.parameters}
         self._fallback = [p for p in self._group_of if p not in owned]
+        self._tell_taps()
+
+    def _tell_taps(self) -> None:
+        """Whether rows are wanted now, for graphs of torch.compile."""
+        for taps in self._taps.values():
+            for tap in taps:
+                tap.update()
 
     # ---- rows -----------------------------------------------------------------------------------
 
@@ -281,6 +288,7 @@ class SINGD(torch.optim.Optimizer):
         self._sampled = None
         for layer in self._layers:
             layer.pending = {}
+        self._tell_taps()
 
     # ---- the step -------------------------------------------------------------------------------
 
@@ -428,6 +436,7 @@ class SINGD(torch.optim.Optimizer):
         for layer in self._layers:
             layer.pending, layer.factors = {}, factors[layer.weight]
             layer.seen = layer.factors is not None  # they are made when rows are first seen
+        self._tell_taps()
 
     # ---- what a person sees ---------------------------------------------------------------------
 
