@@ -52,8 +52,10 @@ class Tap:
         """`owner.rows_wanted(source)` returns what takes the rows, or None."""
         self._owner = None if owner is None else weakref.ref(owner)
         self._source = source
-        self._handle = None if owner is None else _compiled.handle(self)
         self.due = False
+        if owner is not None:
+            self._handle = _compiled.handle(self)
+            _compiled.tell_apart(owner, source.weight)
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -69,7 +71,7 @@ class Tap:
         if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
             return False
         if torch.compiler.is_compiling():
-            return self.due and not torch.compiler.is_exporting()
+            return self.due and _compiled.SUPPORTED and not torch.compiler.is_exporting()
         return self._rows() is not None
 
     def probed(self, x: Tensor, output: Tensor) -> Tensor | None:

@@ -8,33 +8,36 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 
 
 class _Takes(Protocol):
     def take(self, x: Tensor, g: Tensor) -> None: ...
 
 
+# Before, torch cannot compile operators with effects in the backward pass of a function.
+SUPPORTED = torch.__version__ >= (2, 13)
+
 # By the number in the handle. A compiled graph outlives the optimizer, and must not keep it alive.
 _TAPS: weakref.WeakValueDictionary[int, _Takes] = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()
 
-# The handle is a tensor and no number, so that one graph serves all modules of a kind. It is
-# declared as changed, though it is not: a compiler must neither drop, merge nor reorder the calls.
+# The handle is a tensor and no number, so that one graph serves all modules of a kind.
 _ROWS = "singd_torch::rows"
 _TAGS = [tag for tag in [getattr(torch.Tag, "cudagraph_unsafe", None)] if tag is not None]
-torch.library.define(_ROWS, "(Tensor(a!) handle, Tensor x, Tensor g) -> ()", tags=_TAGS)
+torch.library.define(_ROWS, "(Tensor handle, Tensor x, Tensor g) -> ()", tags=_TAGS)
 
 
-@torch.library.impl(_ROWS, "default")
 def _rows(handle: Tensor, x: Tensor, g: Tensor) -> None:
     tap = _TAPS.get(int(handle))  # on the host: nothing is waited for
     if tap is not None:
         tap.take(x, g)
 
 
-@torch.library.register_fake(_ROWS)
-def _nothing(handle: Tensor, x: Tensor, g: Tensor) -> None:
-    return None
+torch.library.impl(_ROWS, "default", _rows)
+torch.library.register_fake(_ROWS, lambda handle, x, g: None)
+# A compiler must neither drop calls of it nor merge equal ones.
+_register_effectful_op(torch.ops.singd_torch.rows.default, _EffectType.ORDERED)
 
 
 class _Probe(torch.autograd.Function):
@@ -60,6 +63,18 @@ def handle(tap: _Takes) -> Tensor:
     number = next(_NUMBERS)
     _TAPS[number] = tap
     return torch.tensor(number, device="cpu")
+
+
+def tell_apart(owner: Any, weight: Tensor) -> None:
+    """Keep graphs without probes from serving a module that has a tap, until the end of the owner.
+
+    Compiled code does not look whether hooks were added, but whether a tensor was marked. The mark
+    says that the shape of the weight is fixed, which it is.
+    """
+    before = set(vars(weight))
+    torch._dynamo.mark_static(weight)
+    for name in set(vars(weight)) - before:
+        weakref.finalize(owner, vars(weight).pop, name, None)
 
 
 def probed(x: Tensor, output: Tensor, handle: Tensor) -> Tensor:

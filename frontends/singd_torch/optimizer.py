@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -22,6 +21,7 @@ from singd_torch._groups import check_group, settings_of
 from singd_torch._layers import Layer, Source, find
 from singd_torch._scaling import Scales
 from singd_torch._step import MOMENTUM, Work, apply, prepare
+from singd_torch._warnings import warn
 
 
 class SINGD(torch.optim.Optimizer):
@@ -113,9 +113,9 @@ class SINGD(torch.optim.Optimizer):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if isinstance(model, nn.DataParallel):
             raise TypeError("nn.DataParallel is not supported: use DistributedDataParallel")
-        self._processes = None
+        self._processes, model = None, _plain(model)
         if isinstance(model, nn.parallel.DistributedDataParallel):
-            self._processes, model = model.process_group, model.module
+            self._processes, model = model.process_group, _plain(model.module)
         given |= {
             "lr": lr,
             "momentum": momentum,
@@ -163,7 +163,7 @@ class SINGD(torch.optim.Optimizer):
         self._route()
         if warn_unsupported and self._fallback:
             names = ", ".join(self._names.get(p, "?") for p in self._fallback)
-            warnings.warn(f"trained by AdamW, not preconditioned: {names}", stacklevel=2)
+            warn(f"trained by AdamW, not preconditioned: {names}")
 
     # ---- parameters -----------------------------------------------------------------------------
 
@@ -381,8 +381,9 @@ class SINGD(torch.optim.Optimizer):
 
     def _warn_unseen(self, layer: Layer) -> None:
         self._warn_once(
-            f"no rows of {layer.name!r} have been seen, since its module was not called like one, "
-            "or inside torch.compile: until then AdamW trains it"
+            f"no rows of {layer.name!r} have been seen, since its weight was used without a call of "
+            "its module, or by a graph that was compiled before the optimizer was built (then call "
+            "torch.compiler.reset()) or by torch before 2.13: until then AdamW trains it"
         )
 
     def _warn_skipped(self) -> None:
@@ -394,7 +395,7 @@ class SINGD(torch.optim.Optimizer):
     def _warn_once(self, text: str) -> None:
         if text not in self._warned:
             self._warned.add(text)
-            warnings.warn(text, stacklevel=3)
+            warn(text)
 
     # ---- gradient scaling -----------------------------------------------------------------------
 
@@ -444,6 +445,12 @@ class SINGD(torch.optim.Optimizer):
         """Who owns each parameter, with which structures, and what state it costs."""
         table = _table.table(self._layers, self._fallback, self._names)
         return f"{type(self).__name__}\n{table}"
+
+
+def _plain(model: Any) -> nn.Module:
+    """The model inside torch.compile(model)."""
+    plain: nn.Module = getattr(model, "_orig_mod", model)
+    return plain
 
 
 def _is_due(layer: Layer) -> bool:
