@@ -16,7 +16,7 @@ class _Takes(Protocol):
 
 
 # Before, torch cannot compile operators with effects in the backward pass of a function.
-SUPPORTED = torch.__version__ >= (2, 13)
+SUPPORTED = torch.__version__ >= "2.13"  # compares versions, not text
 
 # By the number in the handle. A compiled graph outlives the optimizer, and must not keep it alive.
 _TAPS: weakref.WeakValueDictionary[int, _Takes] = weakref.WeakValueDictionary()

@@ -19,9 +19,6 @@ from torch.utils.checkpoint import checkpoint
 
 from singd_torch import SINGD, _compiled
 
-# Dynamo instantiates every autograd function that it traces.
-pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-
 # Relative, float64: eight steps from sums in another order than in eager calls.
 CLOSE = 1e-9
 
@@ -224,7 +221,8 @@ def test_training_equals_eager_training_in_two_graphs(name: str, T: int) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mlp", "transformer, tied table", "encoder", "checkpointed"])
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # inductor's
+@pytest.mark.parametrize("name", ["encoder", "checkpointed"])
 def test_training_with_inductor_equals_eager_training(name: str) -> None:
     eager, model, compiled, other = pair(name, T=3)
     batches = [CASES[name][1]() for _ in range(8)]
