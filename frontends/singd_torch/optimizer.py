@@ -382,8 +382,8 @@ class SINGD(torch.optim.Optimizer):
     def _warn_unseen(self, layer: Layer) -> None:
         self._warn_once(
             f"no rows of {layer.name!r} have been seen, since its weight was used without a call "
-            "of its module, or by a graph that was compiled before the optimizer was built (then call "
-            "torch.compiler.reset()) or by torch before 2.13: until then AdamW trains it"
+            "of its module, or in a graph that was compiled before the optimizer was built (then "
+            "call torch.compiler.reset()) or by torch before 2.13: until then AdamW trains it"
         )
 
     def _warn_skipped(self) -> None:
