@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,11 @@ from singd_torch._join import join, join_trees, parts, tree_parts
 from singd_torch._layers import Layer
 from singd_torch._pending import Pending
 
+T = TypeVar("T")
 State: TypeAlias = MutableMapping[Any, dict[str, Any]]
+
+# Stacks differ in shape: one of many must not use up the recompilations of the others.
+_ISOLATED: dict[str, Any] = {"dynamic": False, "isolate_recompiles": True, "recompile_limit": 64}
 
 # Weights of more numbers step alone: to join their gradients costs more than the calls saved.
 _LARGEST = 1 << 17
@@ -34,6 +38,7 @@ class Stack:
         momentum: The momenta, None without or until they are needed.
         preconditioner: What preconditions until the next refresh, where it is worth keeping.
         report: What a step tells the diagnostics, None if nobody asks for them.
+        compile: Arguments of torch.compile, None to run things as they are.
     """
 
     layers: Sequence[Layer]
@@ -41,6 +46,10 @@ class Stack:
     momentum: Tensor | None = None
     preconditioner: Callable[[Tensor], Tensor] | None = None
     report: dict[str, Any] | None = None
+    compile: dict[str, Any] | None = None
+    _compiled: dict[Callable[..., Any], Callable[..., Any]] = dataclasses.field(
+        default_factory=dict
+    )
 
     def tie(self, state: State) -> None:
         """Join what the layers have, in the dtypes and on the device of their weights."""
@@ -86,6 +95,15 @@ class Stack:
             idle = [layer for layer in self.layers if layer not in live]
             return [self] if not idle else [Stack(live), *(Stack([layer]) for layer in idle)]
         return [Stack([layer]) for layer in self.layers]
+
+    def run(self, function: Callable[..., T], *args: Any) -> T:
+        """The function of these arguments, compiled for this stack alone if that was chosen."""
+        if self.compile is None:
+            return function(*args)
+        if function not in self._compiled:
+            options = _ISOLATED | self.compile
+            self._compiled[function] = torch.compile(function, **options)
+        return self._compiled[function](*args)  # type: ignore[no-any-return]
 
     def curvature(self, grad_scale: Any) -> Curvature:
         """That of the pending rows, of gradients that were multiplied by `grad_scale`."""

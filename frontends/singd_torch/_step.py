@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from singd_core._array import total, widen
 from singd_core.preconditioner import Factors
 from singd_core.settings import Settings, rate
+from singd_core.updates.curvature import Curvature
 from singd_core.updates.weights import (
     couples_decay,
     direction,
@@ -36,7 +37,7 @@ class Work:
         factors: Their refreshed factors, or those they had.
         natural: The natural gradient.
         scale: What its bound scales it by.
-        energy: lr² ⟨∇W, n⟩, 0-d.
+        energy: ⟨∇W, n⟩ so scaled, 0-d.
     """
 
     stack: Stack
@@ -54,21 +55,36 @@ def prepare(stack: Stack, s: Settings, scales: Scales) -> Work:
     """
     layer, factors = stack.layers[0], stack.factors
     assert factors is not None
+    curvature, preconditioner = None, stack.preconditioner
     if layer.pending:
-        lr_cov = rate(s.lr_cov, layer.group["steps"])
-        factors = factors.refresh(stack.curvature(scales.rows), lr_cov, s, stack.report)
-        preconditioner = factors.preconditioner(1)
-    else:
-        if stack.preconditioner is None:
-            stack.preconditioner = factors.preconditioner(s.T)
-        preconditioner = stack.preconditioner
+        curvature, preconditioner = stack.curvature(scales.rows), None
+    elif preconditioner is None and stack.compile is None:
+        preconditioner = stack.preconditioner = factors.preconditioner(s.T)
     gradient = stack.matrix(_gradient)
     if scales.grads is not None:
         gradient = gradient / scales.grads
-    natural = preconditioner(gradient)
+    lr_cov = rate(s.lr_cov, layer.group["steps"])
+    if stack.compile is not None:  # else each value of a schedule would be compiled anew
+        lr_cov = torch.full_like(factors.averages.k, lr_cov)
+    found = stack.run(_solve, factors, curvature, lr_cov, gradient, s, preconditioner, stack.report)
+    return Work(stack, s, *found)
+
+
+def _solve(
+    factors: Factors,
+    curvature: Curvature | None,
+    lr_cov: Any,
+    gradient: Tensor,
+    s: Settings,
+    preconditioner: Callable[[Tensor], Tensor] | None,
+    report: dict[str, Any] | None,
+) -> tuple[Factors, Tensor, Any, Tensor]:
+    """The last four attributes of `Work`; nothing else is changed, so that it can be compiled."""
+    if curvature is not None:
+        factors = factors.refresh(curvature, lr_cov, s, report)
+    natural = (preconditioner or factors.preconditioner(1))(gradient)
     scale = rms_scale(natural, s.rms_bound)
-    energy = total(scale * inner(gradient, natural))
-    return Work(stack, s, factors, natural, scale, s.lr**2 * energy)
+    return factors, natural, scale, total(scale * inner(gradient, natural))
 
 
 def apply(
@@ -97,7 +113,7 @@ def apply(
         if momentum is None and s.momentum != 0.0:
             momentum = torch.zeros_like(work.natural, dtype=stack.layers[0].dtypes[2])
         scale = work.scale * kl[id(s)]
-        u, moved = direction(work.natural, decay, momentum, scale, s)
+        u, moved = stack.run(direction, work.natural, decay, momentum, scale, s)
         if stack.report is not None:
             norm = torch.linalg.vector_norm(widen(u), dim=(-2, -1))
             stack.report |= {"natural_scale": scale, "update": s.lr * norm}

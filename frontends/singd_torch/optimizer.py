@@ -59,6 +59,8 @@ class SINGD(torch.optim.Optimizer):
         kfac: Use KFAC with its inverses, the baseline.
         average_groups: Average the groups of a grouped convolution as the authors do, in place of
             exact factors for each group.
+        compile_step: Run the mathematics of the step through torch.compile, by True or by its
+            arguments, such as {"mode": "max-autotune"}. It needs torch 2.13.
         fallback_lr: AdamW's rate. It follows `lr`: a schedule that halves one halves the other.
         fallback_betas: AdamW's betas.
         fallback_eps: AdamW's epsilon.
@@ -105,6 +107,7 @@ class SINGD(torch.optim.Optimizer):
         memory_budget: int | None = None,
         kfac: bool | None = None,
         average_groups: bool = False,
+        compile_step: bool | dict[str, Any] = False,
         fallback_lr: float = 1e-3,
         fallback_betas: tuple[float, float] = (0.9, 0.999),
         fallback_eps: float = 1e-8,
@@ -149,6 +152,7 @@ class SINGD(torch.optim.Optimizer):
         self._skipped: Tensor | int = 0
         self._warned: set[str] = set()
         self._reports = False
+        self._compile = {} if compile_step is True else compile_step or None
         self._scale_of_rows: float | None = None
         self._mask: Tensor | None = None
         self._sampled: str | None = None
@@ -230,6 +234,8 @@ class SINGD(torch.optim.Optimizer):
         self._stack_of: dict[Layer, Stack] = {
             layer: stack for stack in self._stacks for layer in stack.layers
         }
+        for stack in self._stacks:
+            stack.compile = self._compile
         self._report()
 
     def _report(self) -> None:
@@ -383,7 +389,10 @@ class SINGD(torch.optim.Optimizer):
         grads = [p.grad for p in others if p.grad is not None]
         if scales.grads is not None:
             grads = [g / scales.grads for g in grads]
-        total = sum((work.energy.to(device) for work in works), torch.zeros((), device=device))
+        total = sum(
+            (work.s.lr**2 * work.energy.to(device) for work in works),
+            torch.zeros((), device=device),
+        )
         checked = total if not grads else total + _fallback.norms(grads).to(device)
         finite = torch.isfinite(checked)
         ok = skip = None

@@ -460,3 +460,27 @@ def test_transformed_functions_give_no_rows(compiled: bool) -> None:
     for p, g in zip(parameters.values(), found.values(), strict=True):
         assert p.grad is not None
         assert (p.grad - g).norm() <= CLOSE * g.norm()
+
+
+@pytest.mark.parametrize("structure", ["dense", "diagonal", "hierarchical:1,1", "triltoeplitz"])
+def test_a_compiled_step_equals_the_ordinary_one(structure: str) -> None:
+    def trained(steps: int, **given: Any) -> tuple[nn.Module, SINGD]:
+        torch.manual_seed(0)
+        linear = (nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 6), nn.Linear(6, 6))
+        model = nn.Sequential(*linear, nn.LayerNorm(6), nn.Linear(6, 3)).double()
+        optimizer = SINGD(model, structures=(structure,) * 2, T=2, weight_decay=0.1, **given)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1.0 / (1 + i))
+        for step in range(steps):
+            optimizer.zero_grad()
+            x, y = torch.randn(8, 5, dtype=torch.float64), torch.randint(3, (8,))
+            nn.functional.cross_entropy(model(x), y).backward()
+            with torch._dynamo.config.patch(error_on_recompile=step >= 6):
+                optimizer.step()
+            schedule.step()
+        return model, optimizer
+
+    model, _ = trained(10)
+    compiled, optimizer = trained(10, compile_step={"backend": "eager", "fullgraph": True})
+    assert all(len(stack._compiled) == 2 for stack in optimizer._stacks)
+    for p, q in zip(model.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
