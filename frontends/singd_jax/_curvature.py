@@ -13,12 +13,13 @@ from singd_core._array import Array
 from singd_core.preconditioner import Factors
 from singd_core.updates.curvature import Curvature, Measured
 from singd_core.updates.inverse_free import InverseFree
+from singd_jax._axes import Key
 from singd_jax._calls import Call
 from singd_jax._layers import Layer, Layers
 from singd_jax._loss import Leaves, evaluate, size_of_batch
 from singd_jax._state import find_state
 from singd_jax._tap import Port, tap
-from singd_jax._trace import Key, Ports, Tracer
+from singd_jax._trace import Ports, Tracer
 
 
 class Sums(NamedTuple):

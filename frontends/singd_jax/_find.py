@@ -12,12 +12,12 @@ import jax
 from singd_core import preconditioner
 from singd_core._array import Array
 from singd_core.curvature.base import is_expand, loss_terms
-from singd_jax._axes import merged
-from singd_jax._bias import Bias
+from singd_jax._axes import Key, merged
 from singd_jax._calls import Call
 from singd_jax._layers import Layer, Layers, Part, pair
 from singd_jax._loss import Leaves, evaluate, size_of_batch
-from singd_jax._trace import Key, Path, Ports, Tracer
+from singd_jax._product import Bias, Path
+from singd_jax._trace import Ports, Tracer
 
 
 def find_layers(
