@@ -19,6 +19,7 @@ from singd_core.preconditioner import Factors
 from singd_core.updates.adamw import Fallback, Moments
 from singd_core.updates.curvature import Curvature
 from singd_core.updates.weights import inner
+from singd_jax._curvature import joined
 from singd_jax._layers import Layer, Layers, pair
 from singd_jax._loss import Leaves
 from singd_jax._state import SingdState
@@ -296,7 +297,7 @@ class _Steps:
         self, optimizer: Optimizer, state: SingdState, curvature: Mapping[str, Curvature] | None
     ) -> dict[str, Factors]:
         core = state.core
-        known = {k: c for k, c in (curvature or {}).items() if k in core.layers}
+        known = {k: c for k, c in joined(curvature or {}).items() if k in core.layers}
         if not known:
             return {}
         old = {name: core.layers[name].factors for name in known}
@@ -330,11 +331,15 @@ class _Steps:
         return LayerState(factors, buffer)
 
     def _present(self, arrays: Mapping[str, Array]) -> dict[str, Layer]:
-        """The layers all of whose leaves are there: masks and frozen parts leave some out."""
+        """The layers all of whose leaves are there: masks and frozen parts leave some out.
+
+        KFAC inverts dense factors, which one-hot rows have none of.
+        """
+        kfac = self.optimizer.settings.kfac
         return {
             name: layer
             for name, layer in self.layers.items()
-            if all(leaf in arrays for leaf in layer.leaves)
+            if all(leaf in arrays for leaf in layer.leaves) and not (kfac and layer.diagonal)
         }
 
     def _matrices(

@@ -200,6 +200,18 @@ def test_multi_steps_accumulate_gradients():
     assert_close(params, run(plain, steps=2)[0])
 
 
+def test_kfac_leaves_tables_of_embeddings_to_adamw():
+    case = CASES["embedding"]()
+    layers = singd_jax.find_layers(case.loss)(case.params, *case.batch)
+    tx = singd_jax.singd(0.02, layers=layers, kfac=True)
+    state = tx.init(case.params)
+    assert (set(state.core.layers), set(state.core.fallback)) == ({"w"}, {"table"})
+    step = stepper(tx, case.loss, layers)
+    params, state, _ = step(case.params, state, *case.batch)
+    assert int(state.core.skipped) == 0
+    assert not np.array_equal(params["table"], case.params["table"])
+
+
 def test_scale_by_singd_is_the_bare_preconditioner():
     given = {"layers": LAYERS, "recipe": "paper", "T": 2, "damping": 0.1}
     tx = optax.chain(singd_jax.scale_by_singd(**given), optax.scale(-0.05))
