@@ -17,7 +17,7 @@ from singd_jax._axes import Key
 from singd_jax._calls import Call
 from singd_jax._layers import TRANSPOSED, UPRIGHT, Layer, Layers, Role
 from singd_jax._loss import Leaves, evaluate, size_of_batch
-from singd_jax._state import find_state
+from singd_jax._state import SingdState, find_state
 from singd_jax._tap import Port, tap
 from singd_jax._trace import Ports, Tracer
 
@@ -69,17 +69,9 @@ def value_and_curvature(
         params: Any, state: Any, *batch: Any, **keywords: Any
     ) -> tuple[Any, Any, dict[str, Curvature]]:
         own = find_state(state)
-        factors = {
-            name: _measuring(layer.factors)
-            for name, layer in own.core.layers.items()
-            if name in layers
-        }
+        factors, slots = _ports(layers, own)
         needed = layers.loss_average == "batch" or layers.kfac_approx == "reduce"
         n = size_of_batch(layers.batch_size, batch, keywords) if needed else None
-        slots = {
-            name: dict.fromkeys(layers[name].roles, _slot(layers[name], factors[name]))
-            for name in factors
-        }
         whole = own.due is None or branch == "layer"
         tapped, seen = Tapped(loss, layers, n, own.due if whole else None), set[str]()
 
@@ -191,6 +183,28 @@ def _measure(call: Call, layer: Layer, kfac_approx: str) -> Callable[..., Sums]:
         return Sums(*factors.measure(A, B), N, terms)
 
     return rule
+
+
+def _ports(layers: Layers, own: SingdState) -> tuple[dict[str, Factors], dict[str, Any]]:
+    """What each layer is measured with, and zeros for what its roles add up."""
+    factors = {
+        name: _measuring(layer.factors) for name, layer in own.core.layers.items() if name in layers
+    }
+    slots = {
+        name: dict.fromkeys(layers[name].roles, _slot(layers[name], factors[name]))
+        for name in factors
+    }
+    return factors, slots
+
+
+def blank(layers: Layers, own: SingdState) -> dict[str, Curvature]:
+    """Zeros like the curvature of all layers."""
+    factors, slots = _ports(layers, own)
+    return {
+        name + role: _curvature(slots[name][role], layers, 1, role, uses)
+        for name in factors
+        for role, uses in layers[name].roles.items()
+    }
 
 
 def _measuring(factors: Factors) -> Factors:
