@@ -1,6 +1,7 @@
 """Losses whose parameters are rearranged before they multiply, and convolutions."""
 
 import flax.linen as nn
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -262,6 +263,22 @@ def linen_cnn() -> Case:
         return mean_square(model.apply(params, x))
 
     return Case(loss, params, (IMAGES,), {"params.Conv_0.kernel", "params.Dense_0.kernel"})
+
+
+@case
+def haiku_cnn() -> Case:
+    def model(x):
+        x = jnp.tanh(hk.Conv2D(3, (3, 2), stride=2)(x))
+        return hk.Linear(2)(hk.LayerNorm(-1, True, True)(x.mean((1, 2))))
+
+    transformed = hk.without_apply_rng(hk.transform(model))
+    params = transformed.init(jax.random.key(0), IMAGES)
+
+    def loss(params, x):
+        return mean_square(transformed.apply(params, x))
+
+    layers = {"conv2_d.w", "linear.w"}
+    return Case(loss, params, (IMAGES,), layers, {"layer_norm.scale", "layer_norm.offset"})
 
 
 @case
