@@ -221,6 +221,33 @@ def convolution_depthwise() -> Case:
 
 
 @case
+def convolution_1d_grouped_and_dilated() -> Case:
+    return convolution_case((2, 2, 6), array(N, 5, 4), feature_group_count=2, rhs_dilation=(2,))
+
+
+@case
+def convolution_1d_depthwise() -> Case:
+    return convolution_case((2, 1, 4), SEQUENCE, feature_group_count=4)
+
+
+@case
+def convolution_3d_grouped_and_dilated() -> Case:
+    how = {"feature_group_count": 2, "rhs_dilation": (1, 2, 1), "window_strides": (2, 1, 1)}
+    return convolution_case((2, 2, 1, 1, 4), array(N, 3, 4, 2, 2), **how)
+
+
+@case
+def convolution_3d_depthwise() -> Case:
+    return convolution_case((2, 1, 2, 1, 2), array(N, 2, 3, 2, 2), feature_group_count=2)
+
+
+@case
+def convolution_3d_transposed() -> Case:
+    how = {"lhs_dilation": (2, 1, 2), "padding": [(1, 1), (0, 0), (2, 1)]}
+    return convolution_case((2, 1, 2, 2, 3), array(N, 2, 2, 2, 2), **how)
+
+
+@case
 def convolution_transposed() -> Case:
     model = nn.ConvTranspose(3, (3, 2), strides=(2, 1))
     params = model.init(jax.random.key(0), IMAGES)
