@@ -11,10 +11,10 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 # Stamps share one environment, and pip must not run twice in it at the same time.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo compare test test-slow lint format bench docs clean
+.PHONY: help demo compare test test-slow test-jax-newest lint format bench docs clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "PYTHON=... picks the interpreter that makes .venv (default python3),"
 	@echo "ARGS=... is passed on to pytest and to the scripts of demo, compare and bench."
@@ -34,6 +34,18 @@ test: $(VENV)/.stamp-test ## Run the fast tests, the examples in README.md and d
 test-slow: $(VENV)/.stamp-test ## Run the slow tests
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow $(ARGS) || [ $$? -eq 5 ] # 5: no test is slow
 
+# Newer than constraints.txt has, and so in an environment of its own; without torch, whose newest
+# build would be for CUDA: the tests that compare with it are skipped.
+NEWEST := .venv-jax-newest
+
+test-jax-newest: export OMP_NUM_THREADS ?= 1
+test-jax-newest: ## Run the tests of singd_jax with the newest jax (PYTHON=python3.12 or newer)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and "jax 0.11 and later need Python 3.12: make test-jax-newest PYTHON=...")'
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -e '.[jax]' \
+		dm-haiku equinox flax hypothesis orbax-checkpoint pytest pytest-xdist
+	$(NEWEST)/bin/python -m pytest -n $(WORKERS) -m "not slow" tests/jax $(ARGS)
+
 lint: $(VENV)/.stamp-lint ## Check style, formatting and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -50,7 +62,7 @@ docs: $(VENV)/.stamp-docs ## Build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean: ## Remove .venv and all that was built
-	rm -rf $(VENV) site build dist demo.png .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST) site build dist demo.png .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.stamp-venv:

@@ -18,7 +18,7 @@ class Tree:
     """A frozen dataclass of arrays, trees, dictionaries of such, and plain numbers or None.
 
     `classes` lists all subclasses and `listeners` are called with each new one, so that a frontend
-    can register every tree, those of users included, with its own tree library.
+    can register every tree, those of users included, with its own tree library (see `announce`).
     """
 
     classes: ClassVar[list[type[Tree]]] = []
@@ -30,6 +30,14 @@ class Tree:
         Tree.classes.append(cls)
         for listener in Tree.listeners:
             listener(cls)
+
+    @staticmethod
+    def announce(listener: Callable[[type[Tree]], None]) -> None:
+        """Call `listener` with every tree there is and will be, once each."""
+        if listener not in Tree.listeners:
+            Tree.listeners.append(listener)
+            for cls in Tree.classes:
+                listener(cls)
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """SINGD for JAX: an optax optimizer for unmodified models."""
 
+from singd_jax._accumulate import MultiSteps
 from singd_jax._check import check
 from singd_jax._curvature import value_and_curvature
 from singd_jax._find import find_layers
@@ -11,6 +12,7 @@ from singd_jax._transform import scale_by_singd, singd
 __all__ = [
     "Layer",
     "Layers",
+    "MultiSteps",
     "SingdState",
     "check",
     "find_layers",

@@ -14,9 +14,10 @@ from typing import Any, TypeAlias
 Atom: TypeAlias = tuple[int, int, int]
 Group: TypeAlias = tuple[Atom, ...]
 Region: TypeAlias = tuple[tuple[int, int], ...]  # (start, size) along each axis of a leaf
+Key: TypeAlias = tuple[int, Region]  # the leaf and the region of a weight
 
 # Equations that change neither the shape nor which entry is where.
-_KEEPS = {
+KEEPS = {
     "convert_element_type",
     "copy",
     "copy_p",
@@ -76,7 +77,7 @@ def reshaped(dims: Sequence[Group], shape: Sequence[int]) -> tuple[Group, ...] |
 
 def rearranged(name: str, p: Mapping[str, Any], dims: tuple[Group, ...]) -> Any:
     """The axes after an equation that only rearranges its first operand, else None."""
-    if name in _KEEPS:
+    if name in KEEPS:
         return dims
     if name == "transpose":
         return tuple(dims[i] for i in p["permutation"])
@@ -119,9 +120,20 @@ class View:
         return cls(leaf, tuple((0, n) for n in shape), axes_of(shape))
 
     @property
+    def key(self) -> Key:
+        """Which weight it is."""
+        return self.leaf, self.region
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """The lengths of its axes."""
         return tuple(size(group) for group in self.dims)
+
+    def holds(self, key: Key) -> bool:
+        """Whether a weight lies in it."""
+        leaf, region = key
+        spans = zip(region, self.region, strict=False)
+        return leaf == self.leaf and all(a >= b and a + n <= b + m for (a, n), (b, m) in spans)
 
     def apply(self, name: str, params: Mapping[str, Any]) -> View | None:
         """The view after an equation that rearranges it, else None."""
@@ -176,55 +188,3 @@ class View:
                 return None
             flips ^= {group[0][0]}
         return dataclasses.replace(self, flips=frozenset(flips))
-
-
-@dataclasses.dataclass(frozen=True)
-class Join:
-    """Several views concatenated along one axis."""
-
-    axis: int
-    views: tuple[View, ...]
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """The lengths of the views along the axis."""
-        return tuple(size(view.dims[self.axis]) for view in self.views)
-
-    def apply(self, name: str, params: Mapping[str, Any]) -> Join | None:
-        """The same after an equation that rearranges it, else None."""
-        shape = list(self.views[0].shape)
-        shape[self.axis] = sum(self.sizes)
-        moved = joined_axis(name, params, shape, self.axis)
-        if moved is None:
-            return None
-        key = {"reshape": "new_sizes", "broadcast_in_dim": "shape"}.get(name)
-        views = []
-        for view, n in zip(self.views, self.sizes, strict=True):
-            own = dict(params)
-            if key is not None:
-                own[key] = [n if i == moved else m for i, m in enumerate(params[key])]
-            new = view.apply(name, own)
-            if new is None:
-                return None
-            views.append(new)
-        return Join(moved, tuple(views))
-
-
-def joined_axis(
-    name: str, params: Mapping[str, Any], shape: Sequence[int], axis: int
-) -> int | None:
-    """Where an equation moves one axis to, None if it touches its entries."""
-    if name in _KEEPS:
-        return axis
-    if name == "transpose":
-        return tuple(map(int, params["permutation"])).index(axis)
-    if name == "squeeze":
-        return axis - len([i for i in params["dimensions"] if i < axis])
-    if name == "broadcast_in_dim":
-        return int(params["broadcast_dimensions"][axis])
-    if name == "reshape" and params.get("dimensions") is None:
-        before, new = math.prod(shape[:axis]), params["new_sizes"]
-        for j, n in enumerate(new):
-            if n == shape[axis] and math.prod(new[:j]) == before:
-                return int(j)
-    return None

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from singd_core._array import Array
 from singd_jax._calls import EXPAND, Call
-from singd_jax._curvature import Tapped
-from singd_jax._layers import Layer, Layers
+from singd_jax._curvature import Tapped, padded
+from singd_jax._layers import TRANSPOSED, Layer, Layers
 from singd_jax._loss import Leaves
 
 
@@ -47,7 +47,10 @@ def check(
     def function(params: Any, *batch: Any, **keywords: Any) -> dict[str, float]:
         leaves = Leaves.of(params)
         arrays = dict(zip(leaves.names, leaves.arrays, strict=True))
-        slots = {name: jnp.zeros_like(layer.matrix(arrays)) for name, layer in layers.items()}
+        slots = {
+            name: dict.fromkeys(layer.roles, jnp.zeros_like(layer.matrix(arrays)))
+            for name, layer in layers.items()
+        }
         tapped = Tapped(loss, layers, None, None, _product)
 
         @jax.jit
@@ -58,7 +61,7 @@ def check(
             flat = Leaves.of(grads)
             gradients = dict(zip(flat.names, flat.arrays, strict=True))
             return {
-                name: _gap(products[name], layer.matrix(gradients))
+                name: _gap(sum(products[name].values()), layer.matrix(gradients))
                 for name, layer in layers.items()
             }
 
@@ -85,20 +88,17 @@ def _gap(got: Array, expected: Array) -> Array:
 
 def _product(call: Call, layer: Layer, kfac_approx: str) -> Callable[..., Array]:
     """The rule that returns BᵀA."""
+    transposed, bias = layer.role(call) == TRANSPOSED, layer.bias is not None
 
     def rule(x: Array, g: Array, factors: Any) -> Array:
         del factors
-        swapped = call.layout != layer.weight.layout
-        bias = layer.bias is not None
         if call.product is not None:
             matrix = call.product(x, g)
         else:
-            A, B = call.inputs(x, bias and not swapped, EXPAND), call.outputs(g, EXPAND)
+            A, B = call.inputs(x, bias and not transposed, EXPAND), call.outputs(g, EXPAND)
             matrix = B.mT @ A
-        if swapped:
-            matrix = matrix.mT
-            column = [(0, 0)] * (matrix.ndim - 1) + [(0, int(bias))]
-            matrix = jnp.pad(matrix, column)
-        return matrix
+        if not transposed:
+            return matrix
+        return padded(matrix.mT) if bias else matrix.mT
 
     return rule

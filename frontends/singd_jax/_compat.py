@@ -17,20 +17,6 @@ Jaxpr: TypeAlias = Any
 Equation: TypeAlias = Any
 Variable: TypeAlias = Any
 
-# The equations that call other jaxprs, under their old and new names.
-CALLS: Mapping[str, str] = {
-    "jit": "inline",
-    "pjit": "inline",
-    "closed_call": "inline",
-    "core_call": "inline",
-    "remat": "remat",
-    "remat2": "remat",
-    "checkpoint": "remat",
-    "scan": "scan",
-    "cond": "cond",
-    "shard_map": "shard_map",
-}
-
 
 def is_literal(v: Variable) -> bool:
     """Whether an operand is a constant written into the jaxpr."""
@@ -71,18 +57,24 @@ def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
     return consts, carry
 
 
+def manual_axes(eqn: Equation) -> dict[Any, int]:
+    """The mesh axes of a shard_map over which its body is per device, and their lengths."""
+    p = eqn.params
+    lengths = dict(p["mesh"].shape)
+    return {name: lengths[name] for name in p.get("newly_manual_axes", p.get("manual_axes"))}
+
+
 def shard_map(eqn: Equation, f: Callable[..., Any]) -> Callable[..., Any]:
     """`f(operands, extra)` under the shard_map of an equation, `extra` the same everywhere."""
     partition: Any = jax.sharding.PartitionSpec
     p = eqn.params
-    manual = p.get("newly_manual_axes", p.get("manual_axes"))
     return jax.shard_map(
         f,
         mesh=p["mesh"],
         in_specs=(list(p["in_specs"]), partition()),
         out_specs=list(p["out_specs"]),
         check_vma=p["check_vma"],
-        axis_names=set(manual),
+        axis_names=set(manual_axes(eqn)),
     )
 
 

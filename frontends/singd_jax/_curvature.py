@@ -13,26 +13,27 @@ from singd_core._array import Array
 from singd_core.preconditioner import Factors
 from singd_core.updates.curvature import Curvature, Measured
 from singd_core.updates.inverse_free import InverseFree
+from singd_jax._axes import Key
 from singd_jax._calls import Call
-from singd_jax._layers import Layer, Layers
+from singd_jax._layers import TRANSPOSED, UPRIGHT, Layer, Layers, Role
 from singd_jax._loss import Leaves, evaluate, size_of_batch
-from singd_jax._state import find_state
+from singd_jax._state import SingdState, find_state
 from singd_jax._tap import Port, tap
-from singd_jax._trace import Key, Ports, Tracer
+from singd_jax._trace import Ports, Tracer
 
 
 class Sums(NamedTuple):
     """What the taps of a layer add up, the stack's axes first.
 
     Attributes:
-        inputs: Of the rows of inputs.
-        outputs: Of the rows of output gradients.
+        K: Of the rows of K, which are inputs unless the matrix is used transposed.
+        C: Of those of C.
         N: The number of rows.
         terms: Their number if every position is one.
     """
 
-    inputs: Measured
-    outputs: Measured
+    K: Measured
+    C: Measured
     N: Array
     terms: Array
 
@@ -68,14 +69,9 @@ def value_and_curvature(
         params: Any, state: Any, *batch: Any, **keywords: Any
     ) -> tuple[Any, Any, dict[str, Curvature]]:
         own = find_state(state)
-        factors = {
-            name: _measuring(layer.factors)
-            for name, layer in own.core.layers.items()
-            if name in layers
-        }
+        factors, slots = _ports(layers, own)
         needed = layers.loss_average == "batch" or layers.kfac_approx == "reduce"
         n = size_of_batch(layers.batch_size, batch, keywords) if needed else None
-        slots = {name: _slot(layers[name], factors[name]) for name in factors}
         whole = own.due is None or branch == "layer"
         tapped, seen = Tapped(loss, layers, n, own.due if whole else None), set[str]()
 
@@ -91,9 +87,10 @@ def value_and_curvature(
 
         value, grads, sums = measured() if whole else jax.lax.cond(own.due, measured, plain)
         curvature = {
-            name: _curvature(sums[name], layers, n, layers[name].uses)
+            name + role: _curvature(sums[name][role], layers, n, role, uses)
             for name in factors
-            if name in seen
+            for role, uses in layers[name].roles.items()
+            if name + role in seen
         }
         return value, grads, curvature
 
@@ -127,7 +124,10 @@ class Tapped:
         keywords: Mapping[str, Any],
         has_aux: bool,
     ) -> tuple[Any, Any, dict[str, Any], set[str]]:
-        """The value, the gradient, what the slots got, and which layers gave something."""
+        """The value, the gradient, what the slots got, and which layers and roles gave something.
+
+        `slots` has for each layer one for each role.
+        """
         leaves, seen = Leaves.of(params), set[str]()
         index = {name: i for i, name in enumerate(leaves.names)}
         keys: dict[Key, str] = {}
@@ -137,11 +137,13 @@ class Tapped:
 
         def visit(key: Key, call: Call, x: Array, y: Array, ports: Ports) -> Array:
             name = keys.get(key)
-            if name is None or key not in ports or not self._wanted(self.layers[name], call):
+            role = None if name is None or key not in ports else self.layers[name].role(call)
+            if name is None or role is None:
                 return y
-            seen.add(name)
+            seen.add(name + role)
             rule = (self.rule or _measure)(call, self.layers[name], self.layers.kfac_approx)
-            return tap(rule, y, x, ports[key], self.due)
+            port = ports[key]
+            return tap(rule, y, x, port._replace(slot=port.slot[role]), self.due)
 
         def function(arrays: list[Array], slots: Mapping[str, Any]) -> Any:
             ports = {key: Port(slots[name], factors.get(name)) for key, name in keys.items()}
@@ -152,10 +154,6 @@ class Tapped:
             list(leaves.arrays), dict(slots)
         )
         return value, leaves.gradients(grads), got, seen
-
-    def _wanted(self, layer: Layer, call: Call) -> bool:
-        layout = layer.weight.layout
-        return call.layout == layout or (self.rule is not None and call.transposed == layout)
 
 
 def _value_and_grad(
@@ -173,16 +171,40 @@ def _value_and_grad(
 
 def _measure(call: Call, layer: Layer, kfac_approx: str) -> Callable[..., Sums]:
     """The rule that measures the rows with the layer's factors."""
+    transposed, bias = layer.role(call) == TRANSPOSED, layer.bias is not None
 
     def rule(x: Array, g: Array, factors: Factors) -> Sums:
-        A = call.inputs(x, layer.bias is not None, kfac_approx)
+        A = call.inputs(x, bias and not transposed, kfac_approx)
         B = call.outputs(g, kfac_approx)
-        inputs, outputs = factors.measure(A, B)
         stack = B.shape[:-2]
         N, terms = (jnp.full(stack, n, jnp.float32) for n in (B.shape[-2], call.rows))
-        return Sums(inputs, outputs, N, terms)
+        if transposed:
+            A, B = padded(B) if bias else B, A
+        return Sums(*factors.measure(A, B), N, terms)
 
     return rule
+
+
+def _ports(layers: Layers, own: SingdState) -> tuple[dict[str, Factors], dict[str, Any]]:
+    """What each layer is measured with, and zeros for what its roles add up."""
+    factors = {
+        name: _measuring(layer.factors) for name, layer in own.core.layers.items() if name in layers
+    }
+    slots = {
+        name: dict.fromkeys(layers[name].roles, _slot(layers[name], factors[name]))
+        for name in factors
+    }
+    return factors, slots
+
+
+def blank(layers: Layers, own: SingdState) -> dict[str, Curvature]:
+    """Zeros like the curvature of all layers."""
+    factors, slots = _ports(layers, own)
+    return {
+        name + role: _curvature(slots[name][role], layers, 1, role, uses)
+        for name in factors
+        for role, uses in layers[name].roles.items()
+    }
 
 
 def _measuring(factors: Factors) -> Factors:
@@ -205,10 +227,30 @@ def _slot(layer: Layer, factors: Factors) -> Sums:
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)  # type: ignore[no-any-return]
 
 
-def _curvature(sums: Sums, layers: Layers, batch_size: int | None, uses: int) -> Curvature:
+def _curvature(
+    sums: Sums, layers: Layers, batch_size: int | None, role: Role, uses: int
+) -> Curvature:
     M: Any = 1
     if layers.loss_average == "batch":
         M = batch_size
     elif layers.loss_average == "batch+sequence":
         M = sums.terms / uses
-    return Curvature.of(sums.inputs, sums.N, sums.outputs, M)
+    if role == UPRIGHT:
+        return Curvature.of(sums.K, sums.N, sums.C, M)
+    turned = Curvature.of(sums.C, sums.N, sums.K, M)
+    return Curvature(turned.H_C, turned.H_K, turned.t_G, turned.t_U)
+
+
+def joined(curvature: Mapping[str, Curvature]) -> dict[str, Curvature]:
+    """The curvature of each layer, from those of its roles."""
+    found = {k: c for k, c in curvature.items() if not k.endswith(TRANSPOSED)}
+    for k, c in curvature.items():
+        name = k.removesuffix(TRANSPOSED)
+        if name != k:
+            found[name] = found[name].joined(c) if name in found else c
+    return found
+
+
+def padded(rows: Array) -> Array:
+    """Rows of K with a zero for the bias, which a transposed use does not see."""
+    return jnp.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, 1)])

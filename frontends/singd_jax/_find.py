@@ -12,12 +12,12 @@ import jax
 from singd_core import preconditioner
 from singd_core._array import Array
 from singd_core.curvature.base import is_expand, loss_terms
-from singd_jax._axes import merged
-from singd_jax._bias import Bias
+from singd_jax._axes import Key, merged
 from singd_jax._calls import Call
 from singd_jax._layers import Layer, Layers, Part, pair
 from singd_jax._loss import Leaves, evaluate, size_of_batch
-from singd_jax._trace import Key, Path, Ports, Tracer
+from singd_jax._product import Bias, Path
+from singd_jax._trace import Ports, Tracer
 
 
 def find_layers(
@@ -143,13 +143,13 @@ class _Search:
         notes, diagonal = [], ""
         if embeddings:
             diagonal = "K" if embeddings[0].layout == main.layout else "C"
-        if rest:
-            notes.append("also used transposed: its curvature is that of the other use")
-        if kfac_approx == "reduce" and not all(call.reduces for call in uses.values()):
+        if kfac_approx == "reduce" and not all(call.reduces for call in calls.values()):
             notes.append('no axis of the batch: rows as in "expand"')
         kind = main.kind if len(uses) == 1 else f"{main.kind}, {len(uses)} uses"
         if embeddings and main.kind != "embedding":
             kind += " and embedding"
+        elif rest:
+            kind += " and transposed"
         own = "" if weight.whole else _region(weight)
         return Layer(
             name + own,
@@ -157,6 +157,7 @@ class _Search:
             weight,
             self._bias(key, uses),
             len(uses),
+            len(rest),
             diagonal,
             notes=tuple(notes),
         )

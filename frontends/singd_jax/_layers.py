@@ -13,6 +13,11 @@ from singd_core._array import Array
 from singd_core.curvature.base import append_bias
 from singd_core.structures import Diagonal, Structure
 from singd_jax._axes import Group, Region, size
+from singd_jax._calls import Call
+
+# As what a product uses a matrix, which is what its curvature has after the name of the layer.
+Role: TypeAlias = str
+UPRIGHT, TRANSPOSED = "", " transposed"
 
 # Two names or classes, "auto:b", or None for what fits each weight; see preconditioner.resolve.
 Wanted: TypeAlias = preconditioner.Structures | str | None
@@ -92,6 +97,7 @@ class Layer:
         weight: Where the matrix W lies.
         bias: Where its last column lies, or None.
         uses: In how many products of the loss.
+        transposed: In how many as its transpose, like a table of embeddings tied to the last layer.
         diagonal: Which of "K" and "C" are diagonal whatever is asked for, as one-hot rows want.
         elsewhere: How its parameters are read besides, which its curvature does not see.
         notes: What else is to be known of it.
@@ -102,6 +108,7 @@ class Layer:
     weight: Part
     bias: Part | None = None
     uses: int = 1
+    transposed: int = 0
     diagonal: str = ""
     elsewhere: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -116,6 +123,17 @@ class Layer:
         """The stack, d_out and d_in of the matrix, the bias counted in."""
         w = self.weight
         return tuple(map(size, w.stack)), size(w.outs), size(w.ins) + (self.bias is not None)
+
+    @property
+    def roles(self) -> dict[Role, int]:
+        """As what it is used, and in how many products."""
+        return {UPRIGHT: self.uses} | ({TRANSPOSED: self.transposed} if self.transposed else {})
+
+    def role(self, call: Call) -> Role | None:
+        """As what a product uses it, None if as another matrix."""
+        layouts = {call.layout: UPRIGHT, call.transposed: TRANSPOSED}
+        role = layouts.get(self.weight.layout)
+        return role if role in self.roles else None
 
     def matrix(self, leaves: Mapping[str, Array]) -> Array:
         """The matrix (*stack, d_out, d_in) of the leaves, or of their gradients."""

@@ -9,25 +9,16 @@ import jax
 
 from singd_core._tree import Tree
 
-_done: set[type[Tree]] = set()
-
 
 def register_trees() -> None:
     """Make every tree of the core a pytree of jax, those included that are defined later.
 
     Rebuilding skips `__init__`, since jax also rebuilds trees of things that are no arrays.
     """
-    if _register not in Tree.listeners:
-        Tree.listeners.append(_register)
-    for cls in Tree.classes:
-        _register(cls)
+    Tree.announce(_register)
 
 
 def _register(cls: type[Tree]) -> None:
-    if cls in _done:
-        return
-    _done.add(cls)
-
     def flatten(tree: Tree) -> tuple[tuple[Any, ...], None]:
         return tuple(getattr(tree, n) for n in cls.field_names()), None
 

@@ -9,8 +9,6 @@ from torch.utils import _pytree as pytree
 
 from singd_core._tree import Tree
 
-_done: set[type[Tree]] = set()
-
 
 def register_trees() -> None:
     """Make every tree of the core a pytree of torch, those included that are defined later.
@@ -18,17 +16,10 @@ def register_trees() -> None:
     A field that is None is part of the tree's structure, as in jax, and no leaf. Rebuilding skips
     `__init__`, since torch also rebuilds trees of things that are no arrays.
     """
-    if _register not in Tree.listeners:
-        Tree.listeners.append(_register)
-    for cls in Tree.classes:
-        _register(cls)
+    Tree.announce(_register)
 
 
 def _register(cls: type[Tree]) -> None:
-    if cls in _done:
-        return
-    _done.add(cls)
-
     def flatten(tree: Tree) -> tuple[list[Any], tuple[str, ...]]:
         # Numbers are leaves: torch itself rebuilds a tree of zeros, and takes it apart again.
         values = {n: getattr(tree, n) for n in cls.field_names()}

@@ -72,9 +72,9 @@ class Structure(Tree):
         """Π̂(Lᵀ X Xᵀ L) of a tall array `X`, shape (..., d, n)."""
         return self.outer(self.apply_t(X))
 
-    def measured(self, X: Array) -> tuple[Self, Array]:
-        """Π̂(Lᵀ X Xᵀ L), and ‖X‖² of the batch axes' shape, in at least float32."""
-        return self.congruence(X), sum_of_squares(X, 2)
+    def measured(self, A: Array) -> tuple[Self, Array]:
+        """Π̂(Lᵀ AᵀA L) of rows `A`, shape (..., n, d), and ‖A‖², in at least float32."""
+        return self.congruence(A.mT), sum_of_squares(A, 2)
 
     def gram(self) -> Self:
         """Π̂(Lᵀ L)."""

@@ -33,7 +33,7 @@ def measure(L: Structure, rows: Array, *, identity: bool = False) -> Measured:
     X = ranged(cast(rows, L.like))
     if identity:
         return Measured(L.outer(X.mT), sum_of_squares(X, 2))
-    return Measured(*L.astype(X).measured(X.mT))
+    return Measured(*L.astype(X).measured(X))
 
 
 @tree

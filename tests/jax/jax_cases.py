@@ -322,3 +322,69 @@ def inside_custom_vjp() -> Case:
         return mean_square(product(p["w"], x) @ p["v"])
 
     return Case(loss, {"w": array(4, 4), "v": array(4, 3)}, (X,), {"v"}, {"w"})
+
+
+@jax.custom_jvp
+def dense_with_a_rule(w, b, x):
+    return x @ w + b
+
+
+@dense_with_a_rule.defjvp
+def _(primals, tangents):
+    (w, b, x), (dw, db, dx) = primals, tangents
+    return dense_with_a_rule(w, b, x), x @ dw + db + dx @ w
+
+
+@case
+def inside_custom_jvp() -> Case:
+    def loss(p, x):
+        x = jnp.tanh(dense_with_a_rule(p["v"], p["a"], x))
+        return mean_square(dense_with_a_rule(p["w"], p["b"], x))
+
+    params = {"v": array(4, 5), "a": array(5), "w": array(5, 3), "b": array(3)}
+    return Case(loss, params, (X,), {"v", "w"})
+
+
+@case
+def custom_jvp_inside_remat_and_scan() -> Case:
+    def loss(p, x):
+        @jax.checkpoint
+        def layer(x, own):
+            return jnp.tanh(dense_with_a_rule(own["w"], own["b"], x)), None
+
+        return mean_square(lax.scan(layer, x, p)[0])
+
+    return Case(loss, {"w": array(2, 4, 4), "b": array(2, 4)}, (X,), {"w"})
+
+
+@case
+def bias_outside_of_a_custom_jvp() -> Case:
+    @jax.custom_jvp
+    def product(w, x, rows):
+        return x[rows] @ w, jnp.argmax(x, axis=1)
+
+    @product.defjvp
+    def _(primals, tangents):
+        (w, x, rows), (dw, dx, _) = primals, tangents
+        y, best = product(w, x, rows)
+        return (y, best), (x[rows] @ dw + dx[rows] @ w, np.zeros(best.shape, jax.dtypes.float0))
+
+    def loss(p, x):
+        y, _ = product(p["w"], x, jnp.arange(N)[::-1])
+        return mean_square(y + p["b"])
+
+    return Case(loss, {"w": array(4, 3), "b": array(3)}, (X,), {"w"})
+
+
+@case
+def rounded_straight_through() -> Case:
+    @jax.custom_jvp
+    def rounded(w):
+        return jnp.round(8.0 * w) / 8.0
+
+    rounded.defjvp(lambda primals, tangents: (rounded(*primals), *tangents))
+
+    def loss(p, x):
+        return mean_square(x @ rounded(p["w"]) + p["b"])
+
+    return Case(loss, {"w": array(4, 3), "b": array(3)}, (X,), {"w"})

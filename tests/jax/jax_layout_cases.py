@@ -1,6 +1,7 @@
 """Losses whose parameters are rearranged before they multiply, and convolutions."""
 
 import flax.linen as nn
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -220,6 +221,33 @@ def convolution_depthwise() -> Case:
 
 
 @case
+def convolution_1d_grouped_and_dilated() -> Case:
+    return convolution_case((2, 2, 6), array(N, 5, 4), feature_group_count=2, rhs_dilation=(2,))
+
+
+@case
+def convolution_1d_depthwise() -> Case:
+    return convolution_case((2, 1, 4), SEQUENCE, feature_group_count=4)
+
+
+@case
+def convolution_3d_grouped_and_dilated() -> Case:
+    how = {"feature_group_count": 2, "rhs_dilation": (1, 2, 1), "window_strides": (2, 1, 1)}
+    return convolution_case((2, 2, 1, 1, 4), array(N, 3, 4, 2, 2), **how)
+
+
+@case
+def convolution_3d_depthwise() -> Case:
+    return convolution_case((2, 1, 2, 1, 2), array(N, 2, 3, 2, 2), feature_group_count=2)
+
+
+@case
+def convolution_3d_transposed() -> Case:
+    how = {"lhs_dilation": (2, 1, 2), "padding": [(1, 1), (0, 0), (2, 1)]}
+    return convolution_case((2, 1, 2, 2, 3), array(N, 2, 2, 2, 2), **how)
+
+
+@case
 def convolution_transposed() -> Case:
     model = nn.ConvTranspose(3, (3, 2), strides=(2, 1))
     params = model.init(jax.random.key(0), IMAGES)
@@ -262,6 +290,22 @@ def linen_cnn() -> Case:
         return mean_square(model.apply(params, x))
 
     return Case(loss, params, (IMAGES,), {"params.Conv_0.kernel", "params.Dense_0.kernel"})
+
+
+@case
+def haiku_cnn() -> Case:
+    def model(x):
+        x = jnp.tanh(hk.Conv2D(3, (3, 2), stride=2)(x))
+        return hk.Linear(2)(hk.LayerNorm(-1, True, True)(x.mean((1, 2))))
+
+    transformed = hk.without_apply_rng(hk.transform(model))
+    params = transformed.init(jax.random.key(0), IMAGES)
+
+    def loss(params, x):
+        return mean_square(transformed.apply(params, x))
+
+    layers = {"conv2_d.w", "linear.w"}
+    return Case(loss, params, (IMAGES,), layers, {"layer_norm.scale", "layer_norm.offset"})
 
 
 @case

@@ -85,18 +85,39 @@ def explicit(structures):
         return steps(loss, params, x, structures)
 
 
-def shard_map_in_the_loss(structures, check_vma=True):
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+def loss_in_shard_map(axes, x_spec, check_vma):
+    mesh = jax.make_mesh(axes, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 
     @functools.partial(
-        jax.shard_map, mesh=mesh, in_specs=(P(), P("data")), out_specs=P(), check_vma=check_vma
+        jax.shard_map, mesh=mesh, in_specs=(P(), x_spec), out_specs=P(), check_vma=check_vma
     )
     def sharded(p, x):
-        return jax.lax.pmean(jnp.mean(model(p, x)), "data")
+        mean = jax.lax.pmean(jnp.mean(model(p, x)), "data")
+        return mean if check_vma else jax.lax.pmean(mean, "model")
 
-    if not check_vma:
-        return singd_jax.find_layers(sharded)(PARAMS, X)
-    return steps(sharded, PARAMS, X, structures)
+    return sharded
+
+
+def shard_map_in_the_loss(structures):
+    return steps(loss_in_shard_map((4, 2), P("data"), True), PARAMS, X, structures)
+
+
+def unchecked_shard_map_in_the_loss(structures):
+    """Without replicas: both axes divide the batch."""
+    return steps(loss_in_shard_map((4, 2), P(("data", "model")), False), PARAMS, X, structures)
+
+
+def unchecked_shard_map_with_one_axis(structures):
+    return steps(loss_in_shard_map((8, 1), P("data"), False), PARAMS, X, structures)
+
+
+def refusal():
+    """What is said of an axis over which devices share all data."""
+    try:
+        singd_jax.find_layers(loss_in_shard_map((4, 2), P("data"), False))(PARAMS, X)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def step_in_shard_map(structures):
@@ -144,17 +165,26 @@ def all_reduces():
     return counts
 
 
+RUNS = (
+    gspmd,
+    explicit,
+    shard_map_in_the_loss,
+    unchecked_shard_map_in_the_loss,
+    unchecked_shard_map_with_one_axis,
+    step_in_shard_map,
+)
+
+
 def main():
     assert len(jax.devices()) == 8
     found = {}
     for structures in ("dense", "diagonal"):
         expected = steps(loss, PARAMS, X, structures)
-        for run in (gspmd, explicit, shard_map_in_the_loss, step_in_shard_map):
+        for run in RUNS:
             if len(sys.argv) > 1 and run.__name__ not in sys.argv[1:]:
                 continue
             found[f"{run.__name__}, {structures}"] = gap(run(structures), expected)
-    layers = shard_map_in_the_loss("dense", check_vma=False)
-    found["unchecked"] = [len(layers), layers.others["v"]]
+    found["refusal"] = refusal()
     found["all-reduces"] = all_reduces()
     print(json.dumps(found))
 

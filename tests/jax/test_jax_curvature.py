@@ -6,7 +6,7 @@ import jax_layout_cases  # noqa: F401 - adds its cases
 import numpy as np
 import pytest
 from jax import lax
-from jax_cases import CASES, IMAGES, SEQUENCE, N, X, array
+from jax_cases import CASES, IMAGES, SEQUENCE, N, X, array, dense_with_a_rule
 
 import singd_jax
 
@@ -129,6 +129,17 @@ def test_factors_of_convolutions(kfac_approx):
         close(got, expected)
 
 
+@pytest.mark.parametrize("rule", [dense_with_a_rule, jax.vmap(dense_with_a_rule, (None, None, 0))])
+def test_factors_inside_custom_jvp_are_those_outside(rule):
+    params = mlp_params()
+    _, _, found = measured(
+        lambda p, x: jnp.mean(mlp(p, x, lambda _, x, w, b: rule(w, b, x))), params, X
+    )
+    for name, rows in oracle(mlp, params, X).items():
+        for got, expected in zip(found[name], factors(*rows, "expand"), strict=True):
+            close(got, expected)
+
+
 def test_each_layer_of_a_scan_has_its_own_factors():
     params = {"w": array(2, 4, 4), "b": array(2, 4)}
     _, _, found = measured(lambda p, x: jnp.mean(layers_in_a_scan(p, x)), params, X)
@@ -136,6 +147,33 @@ def test_each_layer_of_a_scan_has_its_own_factors():
         i = int(name.removeprefix("w."))
         for got, expected in zip(found["w"], factors(*rows, "expand"), strict=True):
             close(got[i], expected)
+
+
+def test_both_uses_of_a_tied_weight_have_a_curvature_and_the_factors_see_their_sum():
+    params = {"w": array(4, 3), "b": array(3), "c": array(4)}
+
+    def untied(p):
+        return {"v": p["w"], "a": p["b"], "w": p["w"].T, "b": p["c"]}
+
+    def loss(p, x):
+        return jnp.mean(mlp(untied(p), x))
+
+    _, _, found = measured(loss, params, X)
+    rows = oracle(mlp, untied(params), X)
+    (U, G), (U_T, G_T) = (factors(*rows[name], "expand") for name in "vw")
+    U_T = U_T[:-1, :-1]  # the bias of the transposed use is not in the layer
+    G_T = np.pad(G_T, (0, 1))  # and the other way round
+    for got, expected in zip((*found["w"], *found["w transposed"]), (U, G, G_T, U_T), strict=True):
+        close(got, expected)
+
+    layers = singd_jax.find_layers(loss)(params, X)
+    tx = singd_jax.singd(layers=layers, kfac=True, recipe="paper", T=1, lr_cov=1.0)
+    state = tx.init(params)
+    _, grads, curvature = singd_jax.value_and_curvature(loss, layers)(params, state, X)
+    kfac = tx.update(grads, state, params, curvature=curvature)[1].core.layers["w"].factors
+    s = np.sqrt(np.trace(U) * np.trace(U_T) / (np.trace(G_T) * np.trace(G)))
+    close(kfac.S_K.matrix, U + s * G_T)
+    close(kfac.S_C.matrix, G + U_T / s)
 
 
 def test_a_sum_and_a_mean_over_positions_are_scaled_as_told():
@@ -173,7 +211,15 @@ def test_micro_batches_inside_the_loss_are_one_batch():
 
 
 @pytest.mark.parametrize(
-    "name", ["linen_transformer_block", "remat_inside_scan", "linen_batch_norm", "tied_embedding"]
+    "name",
+    [
+        "linen_transformer_block",
+        "remat_inside_scan",
+        "linen_batch_norm",
+        "tied_embedding",
+        "custom_jvp_inside_remat_and_scan",
+        "bias_outside_of_a_custom_jvp",
+    ],
 )
 def test_value_and_gradient_are_those_of_jax(name):
     case = CASES[name]()

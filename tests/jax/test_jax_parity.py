@@ -16,6 +16,7 @@ from torch import nn  # noqa: E402
 from singd_torch import SINGD  # noqa: E402
 
 STEPS = 10
+TOKENS = np.random.default_rng(0).integers(0, 7, (6, 3))
 STRUCTURES = [
     "dense",
     "diagonal",
@@ -152,6 +153,26 @@ def transformer() -> Twin:
     return Twin(TorchTransformer(), leaves, apply)
 
 
+class TorchTied(nn.Module):
+    """A table of embeddings that is the last layer too."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.hidden, self.last = nn.Embedding(7, 4), nn.Linear(4, 4), nn.Linear(4, 7)
+        self.last.weight = self.table.weight
+
+    def forward(self, tokens):
+        return self.last(torch.tanh(self.hidden(self.table(tokens))))
+
+
+def tied() -> Twin:
+    def apply(p, tokens):
+        x = jnp.tanh(p["table"][tokens] @ p["w"] + p["b"])
+        return x @ p["table"].T + p["c"]
+
+    return Twin(TorchTied(), [("table", same), ("w", kernel), ("b", same), ("c", same)], apply)
+
+
 def torch_steps(twin, optimizer, x, steps):
     for _ in range(steps):
         optimizer.zero_grad()
@@ -173,7 +194,7 @@ def jax_steps(twin, tx, layers, params, state, x, steps):
 
 
 def batches(twin):
-    x = {"Sequential": X, "TorchCNN": IMAGES, "TorchTransformer": SEQUENCE}
+    x = {"Sequential": X, "TorchCNN": IMAGES, "TorchTransformer": SEQUENCE, "TorchTied": TOKENS}
     x = np.array(x[type(twin.model).__name__])
     return jnp.asarray(x), torch.from_numpy(x.transpose(0, 3, 1, 2).copy() if x.ndim == 4 else x)
 
@@ -236,9 +257,14 @@ def test_reduced_rows_are_those_of_torch(make):
     compare(make(), **PAPER, T=2, kfac_approx="reduce")
 
 
+@pytest.mark.parametrize("given", [{"recipe": "robust", "T": 2}, PAPER | {"T": 1}])
+def test_a_tied_table_takes_the_steps_of_torch(given):
+    compare(tied(), **given)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("make", [cnn, transformer])
+@pytest.mark.parametrize("make", [cnn, transformer, tied])
 def test_every_structure_takes_the_steps_of_torch(make, structure):
     compare(make(), **PAPER, T=2, structures=(structure, structure))
 

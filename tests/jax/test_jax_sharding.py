@@ -24,7 +24,17 @@ def found():
 
 
 @pytest.mark.parametrize("structures", ["dense", "diagonal"])
-@pytest.mark.parametrize("how", ["gspmd", "explicit", "shard_map_in_the_loss", "step_in_shard_map"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "gspmd",
+        "explicit",
+        "shard_map_in_the_loss",
+        "unchecked_shard_map_in_the_loss",
+        "unchecked_shard_map_with_one_axis",
+        "step_in_shard_map",
+    ],
+)
 def test_sharded_steps_are_those_of_one_device(found, how, structures):
     assert found[f"{how}, {structures}"] < 1e-5
 
@@ -35,7 +45,6 @@ def test_curvature_needs_no_further_all_reduces(found):
     assert sometimes <= 2 * gradient, found["all-reduces"]  # in two branches, of which one runs
 
 
-def test_unchecked_shard_map_is_not_searched_and_says_why(found):
-    number, reason = found["unchecked"]
-    assert number == 0
-    assert "check_vma=False" in reason
+def test_an_unchecked_shard_map_with_a_replicated_axis_is_rejected_and_says_why(found):
+    assert "axis 'model' does not divide all of the data" in found["refusal"]
+    assert "shard_map(check_vma=True)" in found["refusal"]

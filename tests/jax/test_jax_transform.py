@@ -192,12 +192,66 @@ def test_masked_leaves_parameters_out():
     assert_close(updates["v"], grads["v"], 0.0)  # what masked does with the rest
 
 
-def test_multi_steps_accumulate_gradients():
+def test_multi_steps_of_optax_accumulate_gradients():
     plain = singd_jax.singd(0.02, layers=LAYERS, T=1)
     tx = optax.MultiSteps(plain, every_k_schedule=2)
     params, state = run(tx, steps=4)  # of equal batches: two steps of the plain one
     assert int(state.gradient_step) == 2
     assert_close(params, run(plain, steps=2)[0])
+
+
+def tied_loss(p, x):
+    y = jnp.tanh(x @ p["v"] + p["a"]) @ p["w"]
+    return mean_square(y @ p["v"] @ p["v"].T)
+
+
+@pytest.mark.parametrize("given", [{"T": 2}, {"recipe": "paper", "T": 1, "kfac": True}])
+@pytest.mark.parametrize("loss_average", ["batch", None])
+def test_micro_batches_are_one_large_batch(loss_average, given):
+    params = {"v": array(4, 5), "a": array(5), "w": array(5, 4)}
+    scale = 1.0 if loss_average else float(N)
+
+    def loss(p, x):
+        return tied_loss(p, x) * (scale * len(x) / N if loss_average is None else 1.0)
+
+    layers = singd_jax.find_layers(loss, loss_average=loss_average)(params, X)
+    assert layers["v"].transposed
+    plain = singd_jax.singd(0.02, layers=layers, **given)
+    tx = singd_jax.MultiSteps(plain, 3, layers=layers)
+    step, whole = stepper(tx, loss, layers), stepper(plain, loss, layers)
+    state, expected, plain_state = tx.init(params), params, plain.init(params)
+    for i in range(3):
+        x = (1.0 + i) * X
+        for part in x.reshape(3, 2, 4):
+            params, state, _ = step(params, state, part)
+        expected, plain_state, _ = whole(expected, plain_state, x)
+    # float32: the sum of the gradients of three parts is rounded in another order
+    assert_close(params, expected, 1e-5)
+    assert_close(find_state(state).core.layers, plain_state.core.layers, 1e-4)
+
+
+def test_micro_batches_may_be_skipped_and_need_a_curvature():
+    plain = singd_jax.singd(0.02, layers=LAYERS, T=1)
+    tx = singd_jax.MultiSteps(plain, 2, layers=LAYERS, should_skip_update_fn=optax.skip_not_finite)
+    step, params, state = stepper(tx), start(), tx.init(start())
+    for x in (X, X * jnp.nan, X):
+        params, state, _ = step(params, state, x)
+    assert int(state.gradient_step) == 1
+    assert_close(params, run(plain, steps=1)[0])
+    with pytest.raises(ValueError, match="curvature=curvature"):
+        tx.update(params, state, params)
+
+
+def test_kfac_leaves_tables_of_embeddings_to_adamw():
+    case = CASES["embedding"]()
+    layers = singd_jax.find_layers(case.loss)(case.params, *case.batch)
+    tx = singd_jax.singd(0.02, layers=layers, kfac=True)
+    state = tx.init(case.params)
+    assert (set(state.core.layers), set(state.core.fallback)) == ({"w"}, {"table"})
+    step = stepper(tx, case.loss, layers)
+    params, state, _ = step(case.params, state, *case.batch)
+    assert int(state.core.skipped) == 0
+    assert not np.array_equal(params["table"], case.params["table"])
 
 
 def test_scale_by_singd_is_the_bare_preconditioner():

@@ -1,12 +1,56 @@
-"""Whether a parameter that is added to a layer's output is its bias."""
+"""A layer's output, and whether a parameter that is added to it is its bias."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TypeAlias
 
-from singd_jax._axes import Atom, Group, View, reshaped, size
-from singd_jax._calls import Call
+from singd_jax._axes import Atom, Group, Key, View, reshaped, size
+from singd_jax._calls import Call, Cut
+from singd_jax._joins import Join
+
+Path: TypeAlias = tuple[int, ...]  # an equation, and those it lies in
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """One product of a view, as part of the whole that a concatenation computes."""
+
+    key: Key
+    path: Path
+    call: Call
+    cut: Cut | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A layer's output, on its way to its bias; `dims` are atoms of its own axes."""
+
+    pieces: tuple[Piece, ...]
+    dims: tuple[Group, ...]
+
+    def biases(self, added: View | Join) -> list[Bias] | None:
+        """What is added to each piece, or None if it is no bias of all of them."""
+        views = added.views if isinstance(added, Join) else (added,)
+        if len(views) != len(self.pieces):
+            return None
+        found = []
+        whole = sum(piece.cut[2] for piece in self.pieces if piece.cut is not None)
+        for piece, view in zip(self.pieces, views, strict=True):
+            dims = self.dims
+            if piece.cut is not None:  # its own part of the concatenated axis
+                axis, _, n = piece.cut
+                own: Group = ((axis, 1, n),)
+                dims = tuple(own if group == ((axis, 1, whole),) else group for group in dims)
+            bias = bias_of(piece.call, dims, view)
+            if bias is None:
+                return None
+            found.append(bias)
+        return found
+
+
+Origin: TypeAlias = View | Join | Product | None  # where a value comes from
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,112 @@
+"""Gradient accumulation that accumulates the curvature too."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax  # type: ignore[import-untyped]
+
+from singd_core._array import Array
+from singd_core.updates.curvature import Curvature
+from singd_jax._curvature import blank
+from singd_jax._layers import TRANSPOSED, Layers
+from singd_jax._state import find_state
+
+
+class _Both(NamedTuple):
+    gradient: Any
+    curvature: dict[str, Curvature]
+
+
+class MultiSteps(optax.MultiSteps):  # type: ignore[misc]
+    """`optax.MultiSteps` that averages the curvature over micro-batches, as it does the gradient.
+
+    A step of k micro-batches is one of the large batch that they make. Optax's own hands the
+    curvature of the last micro-batch on, with the gradient of all.
+
+    Args:
+        opt: A transformation with `singd` or `scale_by_singd` in it.
+        every_k_schedule: As of optax: the number k, or a function of the number of steps.
+        layers: What `find_layers` returned.
+        should_skip_update_fn: As of optax. It sees the gradient alone.
+        accumulator_dtype: As of optax, of gradient and curvature.
+
+    The gradients are averaged, or added up where the loss is a sum (`loss_average=None`).
+
+    Example:
+        >>> from singd_jax import find_layers, singd
+        >>> loss = lambda params, x: jnp.mean(jnp.tanh(x @ params["w"]) ** 2)
+        >>> params, x = {"w": jnp.ones((3, 2))}, jnp.ones((8, 3))
+        >>> layers = find_layers(loss)(params, x[:4])
+        >>> tx = MultiSteps(singd(0.1, layers=layers), 2, layers=layers)
+    """
+
+    def __init__(
+        self,
+        opt: optax.GradientTransformation,
+        every_k_schedule: int | Callable[[Array], Array],
+        *,
+        layers: Layers,
+        should_skip_update_fn: Callable[..., Any] | None = None,
+        accumulator_dtype: Any = jnp.float32,
+    ) -> None:
+        inner, mean = optax.with_extra_args_support(opt), layers.loss_average is not None
+        self._layers = layers
+
+        def update(both: _Both, state: Any, params: Any, micro_batches: Array, **extra: Any) -> Any:
+            curvature = both.curvature
+            if not mean:  # inputs are averaged whatever the loss is
+                curvature = {k: _with_mean(k, c, micro_batches) for k, c in curvature.items()}
+            return inner.update(both.gradient, state, params, curvature=curvature, **extra)
+
+        def skip(updates: Any, *args: Any) -> Any:
+            gradient = updates.gradient if isinstance(updates, _Both) else updates
+            return should_skip_update_fn(gradient, *args)  # type: ignore[misc]
+
+        super().__init__(
+            optax.GradientTransformationExtraArgs(inner.init, update),
+            every_k_schedule,
+            use_grad_mean=mean,
+            should_skip_update_fn=skip if should_skip_update_fn is not None else None,
+            accumulator_dtype=accumulator_dtype,
+        )
+
+    def init(self, params: Any) -> Any:
+        """The state before the first micro-batch."""
+        state = super().init(params)
+        zeros = blank(self._layers, find_state(state.inner_opt_state))
+        zeros = jax.tree.map(lambda a: a.astype(self._accumulator_dtype), zeros)
+        return state._replace(acc_grads=_Both(state.acc_grads, zeros))
+
+    def update(
+        self,
+        updates: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        curvature: Mapping[str, Curvature] | None = None,
+        **extra: Any,
+    ) -> Any:
+        """The changes after the last micro-batch of a step, zeros after the others.
+
+        Raises:
+            ValueError: If no curvature is given.
+        """
+        if curvature is None:
+            raise ValueError(
+                "singd_jax.MultiSteps accumulates the curvature: give tx.update(grads, state, "
+                "params, curvature=curvature) that of value_and_curvature"
+            )
+        both = _Both(updates, dict(curvature))
+        return super().update(both, state, params, micro_batches=state.mini_step + 1, **extra)
+
+
+def _with_mean(name: str, curvature: Curvature, n: Array) -> Curvature:
+    """The sum of n curvatures with the part of the inputs as their mean."""
+    H, t = ("H_C", "t_G") if name.endswith(TRANSPOSED) else ("H_K", "t_U")
+    found = {H: getattr(curvature, H).scale(1.0 / n), t: getattr(curvature, t) / n}
+    return dataclasses.replace(curvature, **found)

@@ -1,0 +1,227 @@
+"""Equations that call other jaxprs, rebuilt so that the products inside are visited.
+
+Each is rebuilt by the public transformation it came from. All take the tracer, the equation, the
+values and origins of its operands and the ports of the weights among them, and return the results
+and their origins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from singd_jax import _compat
+from singd_jax._axes import View
+from singd_jax._joins import Join
+from singd_jax._product import Origin
+
+if TYPE_CHECKING:
+    from singd_jax._trace import Ports, Tracer
+
+Results: TypeAlias = tuple[list[Any], list[Origin]]
+
+
+def inline(
+    tracer: Tracer, eqn: Any, values: Sequence[Any], origins: Sequence[Origin], ports: Ports
+) -> Results:
+    """`jit`: its compilation is left to the step around it."""
+    jaxpr, consts = _compat.inner_jaxpr(eqn)
+    return tracer.run(jaxpr, consts, values, origins, ports)
+
+
+def remat(
+    tracer: Tracer, eqn: Any, values: Sequence[Any], origins: Sequence[Origin], ports: Ports
+) -> Results:
+    """`jax.checkpoint`."""
+    jaxpr, consts = _compat.inner_jaxpr(eqn)
+    found: list[Origin] = []
+
+    def body(values: Any, ports: Any) -> Any:
+        results, found[:] = tracer.run(jaxpr, consts, values, origins, ports)
+        return results
+
+    p = eqn.params
+    again = jax.checkpoint(body, policy=p["policy"], prevent_cse=p["prevent_cse"])
+    return again(values, ports), found
+
+
+def cond(
+    tracer: Tracer, eqn: Any, values: Sequence[Any], origins: Sequence[Origin], ports: Ports
+) -> Results:
+    """`lax.cond` and `lax.switch`."""
+
+    def branch(closed: Any) -> Callable[..., Any]:
+        def body(values: Any, ports: Any) -> Any:
+            return tracer.run(closed.jaxpr, closed.consts, values, origins[1:], ports)[0]
+
+        return body
+
+    branches = [branch(closed) for closed in eqn.params["branches"]]
+    results = jax.lax.switch(values[0], branches, values[1:], ports)
+    return results, [None] * len(results)
+
+
+def scan(
+    tracer: Tracer, eqn: Any, values: Sequence[Any], origins: Sequence[Origin], ports: Ports
+) -> Results:
+    """`lax.scan`: a leaf that is scanned over is a stack of weights, with a port for each."""
+    p = eqn.params
+    body, (n_consts, n_carry) = p["jaxpr"], _compat.scan_counts(p)
+    first = n_consts + n_carry
+    for o in origins[n_consts:first]:
+        tracer.note(o, "carried through a scan")
+    entered: list[Origin] = []
+    for o in origins[first:]:
+        entered.append(o.enter_scan(id(eqn)) if isinstance(o, View) else None)
+        if isinstance(o, Join):
+            tracer.note(o, "scanned over as a concatenation")
+    inside = [*origins[:n_consts], *[None] * n_carry, *entered]
+    sliced = {k: v for k, v in ports.items() if reaches(origins[first:], k)}
+    whole = {k: v for k, v in ports.items() if k not in sliced}
+
+    def step(carry: Any, xs: Any) -> Any:
+        xs, mine = xs
+        args = [*values[:n_consts], *carry, *xs]
+        results, _ = tracer.run(body.jaxpr, body.consts, args, inside, {**whole, **mine})
+        return results[:n_carry], results[n_carry:]
+
+    carry, ys = jax.lax.scan(
+        step,
+        values[n_consts:first],
+        (values[first:], sliced),
+        length=p["length"],
+        reverse=p["reverse"],
+        unroll=p["unroll"],
+    )
+    return [*carry, *ys], [None] * len(eqn.outvars)
+
+
+def custom_jvp(
+    tracer: Tracer, eqn: Any, values: Sequence[Any], origins: Sequence[Origin], ports: Ports
+) -> Results:
+    """`jax.custom_jvp`: the gradient is the transpose of its rule, which is linear in tangents.
+
+    So the products to visit are those of a parameter's tangent inside the rule.
+    """
+    given = [i for i, v in enumerate(eqn.invars) if _is_smooth(v)]
+    returned = [i for i, v in enumerate(eqn.outvars) if _is_smooth(v)]
+
+    def rule(values: Any, tangents: Any) -> Any:
+        def function(*some: Any) -> Any:
+            full = list(values)
+            for i, x in zip(given, some, strict=True):
+                full[i] = x
+            results = _compat.evaluate(eqn, full)
+            return [results[i] for i in returned]
+
+        return jax.jvp(function, [values[i] for i in given], tangents)[1]
+
+    def zeros(values: Any) -> list[Any]:
+        chosen = [values[i] for i in given]
+        return [_compat.vary(jnp.zeros_like(x), _compat.varying(x)) for x in chosen]
+
+    closed = tracer.keep(jax.make_jaxpr(rule)(values, zeros(values)))
+    inside = [*[None] * len(values), *(origins[i] for i in given)]
+    found: list[Origin] = []
+
+    def linear(values: Any, tangents: Any, ports: Any) -> Any:
+        args = [*values, *tangents]
+        results, found[:] = tracer.run(closed.jaxpr, closed.consts, args, inside, ports)
+        return results
+
+    @jax.custom_vjp
+    def call(values: Any, ports: Any) -> Any:
+        return _compat.evaluate(eqn, values)
+
+    def forward(values: Any, ports: Any) -> Any:
+        return call(values, ports), (values, ports)
+
+    def backward(residuals: Any, g: Any) -> Any:
+        values, ports = residuals
+        _, pull = jax.vjp(lambda *args: linear(values, *args), zeros(values), ports)
+        pulled, of_ports = pull([g[i] for i in returned])
+        of_values: list[Any] = [None] * len(values)
+        for i, x in zip(given, pulled, strict=True):
+            of_values[i] = x
+        return of_values, of_ports
+
+    call.defvjp(forward, backward)
+    jax.eval_shape(linear, values, zeros(values), ports)  # finds products and origins
+    origin_of = dict(zip(returned, found, strict=True))
+    return call(values, ports), [origin_of.get(i) for i in range(len(eqn.outvars))]
+
+
+def shard_map(
+    tracer: Tracer, eqn: Any, values: Sequence[Any], origins: Sequence[Origin], ports: Ports
+) -> Results:
+    """`jax.shard_map`."""
+    specs = eqn.params["in_specs"]
+    if not eqn.params["check_vma"]:
+        _refuse_replicas(eqn, origins)
+    jaxpr, consts = _compat.inner_jaxpr(eqn)
+    inside = []
+    for o, spec in zip(origins, specs, strict=True):
+        replicated = all(axis is None for axis in spec)
+        if not replicated:
+            tracer.note(o, "sharded by shard_map")
+        inside.append(o if replicated else None)
+
+    def body(values: Any, ports: Any) -> Any:
+        return tracer.run(jaxpr, consts, values, inside, ports)[0]
+
+    results = _compat.shard_map(eqn, body)(values, dict(ports))
+    return results, [None] * len(results)
+
+
+def _refuse_replicas(eqn: Any, origins: Sequence[Origin]) -> None:
+    """Raise where devices of an unchecked shard_map share data.
+
+    The gradient of a replicated value is summed over devices there, each of which has its share of
+    it: right for gradients, and wrong for sums of squares.
+    """
+    for axis, n in _compat.manual_axes(eqn).items():
+        for o, v, spec in zip(origins, eqn.invars, eqn.params["in_specs"], strict=True):
+            named = [name for part in spec if part is not None for name in _names(part)]
+            if n > 1 and o is None and v.aval.ndim > 0 and axis not in named:
+                raise ValueError(
+                    f"the loss runs shard_map(check_vma=False) on a mesh whose axis {axis!r} does "
+                    f"not divide all of the data ({v.aval.str_short()} is the same along it): what "
+                    "devices share is counted wrongly in the curvature. Let jax check: "
+                    "shard_map(check_vma=True), the default; or divide the data over all axes"
+                )
+
+
+def _names(part: Any) -> tuple[Any, ...]:
+    return part if isinstance(part, tuple) else (part,)
+
+
+def _is_smooth(v: Any) -> bool:
+    return bool(jnp.issubdtype(v.aval.dtype, jnp.inexact))
+
+
+def reaches(origins: Sequence[Origin], key: Any) -> bool:
+    """Whether a weight lies in one of the values."""
+    for origin in origins:
+        views = origin.views if isinstance(origin, Join) else (origin,)
+        if any(isinstance(view, View) and view.holds(key) for view in views):
+            return True
+    return False
+
+
+# The equations by their old and new names.
+CALLS: Mapping[str, Callable[..., Results]] = {
+    "jit": inline,
+    "pjit": inline,
+    "closed_call": inline,
+    "core_call": inline,
+    "remat": remat,
+    "remat2": remat,
+    "checkpoint": remat,
+    "scan": scan,
+    "cond": cond,
+    "custom_jvp_call": custom_jvp,
+    "shard_map": shard_map,
+}

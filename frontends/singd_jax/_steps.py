@@ -1,0 +1,232 @@
+"""The core's optimizer on the layers of a pytree of parameters."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from singd_core import preconditioner
+from singd_core._array import Array, ranged, widen
+from singd_core.curvature import Linear
+from singd_core.optimizer import LayerState, Optimizer, State
+from singd_core.preconditioner import Factors
+from singd_core.updates.adamw import Fallback, Moments
+from singd_core.updates.curvature import Curvature
+from singd_jax._curvature import joined
+from singd_jax._layers import Layer, Layers, pair
+from singd_jax._loss import Leaves
+from singd_jax._state import SingdState
+
+Rate: TypeAlias = Any  # a number, a 0-d array, or a schedule: a function of the number of steps
+
+_RATES = ("lr", "momentum", "weight_decay", "damping", "alpha1")
+
+
+class Steps:
+    """The core's optimizer on the matrices of the layers."""
+
+    def __init__(
+        self,
+        layers: Layers,
+        structures: Any,
+        recipe: str,
+        T: Any,
+        preconditioner_dtype: tuple[Any, Any],
+        fallback: Fallback | None,
+        **given: Any,
+    ) -> None:
+        self.layers = layers
+        schedules = {name: given[name] for name in _RATES if callable(given.get(name))}
+        started = {name: schedule(0) for name, schedule in schedules.items()}
+        # T may be an array (inject_hyperparams makes one), which the core need not know
+        counted = T if T is None or isinstance(T, int) else 1
+        self.optimizer = Optimizer(
+            {},
+            recipe=recipe,
+            structures=pair(layers.structures if structures is None else structures),
+            kfac_approx=layers.kfac_approx,
+            loss_average=layers.loss_average,
+            preconditioner_dtype=preconditioner_dtype,
+            fallback=fallback,
+            **given | started | {"T": counted},
+        )
+        self.schedules = schedules
+        self.T = self.optimizer.settings.T if T is None or isinstance(T, int) else T
+
+    def init(self, params: Any, others: bool = True) -> SingdState:
+        """The state before the first step."""
+        leaves = Leaves.of(params)
+        arrays = dict(zip(leaves.names, leaves.arrays, strict=True))
+        found = self._present(arrays)
+        owned = {name for layer in found.values() for name in layer.leaves}
+        dtypes = {name: arrays[layer.weight.name].dtype for name, layer in found.items()}
+        # Compiled, so that no array is tied to a device: the core makes them on that of another
+        # array, and the second step would be compiled again for what is then tied to it.
+        states = jax.jit(
+            lambda: {name: self._layer_state(found[name], dtype) for name, dtype in dtypes.items()}
+        )()
+        rest = {k: _moments(a) for k, a in arrays.items() if others and k not in owned}
+        count, skipped = (jnp.zeros((), jnp.int32) for _ in range(2))
+        return SingdState(State(count, skipped, states, rest), self._period())  # type: ignore[arg-type]
+
+    def update(
+        self,
+        grads: Any,
+        state: SingdState,
+        params: Any,
+        curvature: Mapping[str, Curvature] | None,
+    ) -> tuple[Any, SingdState]:
+        """The changes of the parameters, and the new state.
+
+        Raises:
+            ValueError: If there are no parameters.
+        """
+        if params is None:
+            raise ValueError(
+                "singd needs the parameters: tx.update(grads, state, params, curvature=curvature)"
+            )
+        optimizer, core = self._at(state.core), state.core
+        refreshed = self._refreshed(optimizer, state, curvature)
+        gradients, tree = _arrays(grads)
+        weights, _ = _arrays(params)
+        new, stepped = optimizer.update(
+            self._matrices(gradients, core),
+            core,
+            self._matrices(weights, core),
+            refreshed=refreshed,
+        )
+        changes = self._leaves(gradients, core, new)
+        return tree(changes), self._counted(core, stepped)
+
+    def precondition(
+        self,
+        grads: Any,
+        state: SingdState,
+        params: Any,
+        curvature: Mapping[str, Curvature] | None,
+    ) -> tuple[Any, SingdState]:
+        """The natural gradients of the layers, and the new state; `params` may be None."""
+        del params
+        optimizer, core = self._at(state.core), state.core
+        refreshed = self._refreshed(optimizer, state, curvature)
+        gradients, tree = _arrays(grads)
+        new, total = self._matrices(gradients, core, others=True), jnp.zeros(())
+        layers = {}
+        for name, matrix in new.items():
+            if name in core.layers:
+                factors = refreshed.get(name, core.layers[name].factors)
+                new[name] = factors.precondition(matrix)
+                layers[name] = LayerState(factors, None)
+            total = total + jnp.sum(widen(matrix) * widen(new[name]))
+        ok = jnp.isfinite(total)
+        kept = State(core.step, core.skipped, layers, {}).map(
+            lambda new, old: new if new is old else jnp.where(ok, new, old), core
+        )
+        skipped = core.skipped + (~ok).astype(core.skipped.dtype)
+        changes = self._leaves(gradients, core, new)
+        changes = {name: jnp.where(ok, a, jnp.zeros_like(a)) for name, a in changes.items()}
+        return tree(changes), self._counted(core, dataclasses.replace(kept, skipped=skipped))
+
+    def _at(self, core: State) -> Optimizer:
+        """The optimizer with the rates of this step."""
+        optimizer = copy.copy(self.optimizer)
+        optimizer.layers = {name: Linear() for name in core.layers}  # of matrices
+        rates = {name: schedule(core.step) for name, schedule in self.schedules.items()}
+        optimizer.settings = dataclasses.replace(optimizer.settings, **rates)
+        own = {
+            name: value(core.step)
+            for name, value in vars(optimizer.fallback).items()
+            if callable(value)
+        }
+        optimizer.fallback = dataclasses.replace(optimizer.fallback, **own)
+        return optimizer
+
+    def _refreshed(
+        self, optimizer: Optimizer, state: SingdState, curvature: Mapping[str, Curvature] | None
+    ) -> dict[str, Factors]:
+        core = state.core
+        known = {k: c for k, c in joined(curvature or {}).items() if k in core.layers}
+        if not known:
+            return {}
+        old = {name: core.layers[name].factors for name in known}
+        if state.T is None:
+            return optimizer.refresh(core, known)
+        return jax.lax.cond(  # type: ignore[no-any-return]
+            core.step % self.T == 0,
+            lambda known, old: optimizer.refresh(core, known),
+            lambda known, old: old,
+            known,
+            old,
+        )
+
+    def _counted(self, core: State, stepped: State) -> SingdState:
+        step = core.step + 1  # also where nothing else has changed
+        return SingdState(dataclasses.replace(stepped, step=step), self._period())
+
+    def _period(self) -> Array | None:
+        return None if isinstance(self.T, int) and self.T == 1 else jnp.asarray(self.T, jnp.int32)
+
+    def _layer_state(self, layer: Layer, dtype: Any) -> LayerState:
+        optimizer = self.optimizer
+        structures = layer.structures(optimizer.structures, kfac=optimizer.settings.kfac)
+        own = ranged(jnp.zeros((0,), dtype))
+        likes = [own if d is None else jnp.zeros((0,), d) for d in optimizer.preconditioner_dtype]
+        factors = preconditioner.init(structures, layer.shape, optimizer.settings, *likes)
+        stack, *sides = layer.shape
+        momentum = optimizer.settings.momentum
+        without = isinstance(momentum, (int, float)) and momentum == 0.0
+        buffer = None if without else jnp.zeros((*stack, *sides), own.dtype)
+        return LayerState(factors, buffer)
+
+    def _present(self, arrays: Mapping[str, Array]) -> dict[str, Layer]:
+        """The layers all of whose leaves are there: masks and frozen parts leave some out.
+
+        KFAC inverts dense factors, which one-hot rows have none of.
+        """
+        kfac = self.optimizer.settings.kfac
+        return {
+            name: layer
+            for name, layer in self.layers.items()
+            if all(leaf in arrays for leaf in layer.leaves) and not (kfac and layer.diagonal)
+        }
+
+    def _matrices(
+        self, arrays: Mapping[str, Array], core: State, others: bool = False
+    ) -> dict[str, Array]:
+        """The layers as matrices, and the other parameters as they are."""
+        layers = {name: self.layers[name].matrix(arrays) for name in core.layers}
+        owned = {leaf for name in layers for leaf in self.layers[name].leaves}
+        rest = {
+            k: a for k, a in arrays.items() if (others or k in core.fallback) and k not in owned
+        }
+        return layers | rest
+
+    def _leaves(
+        self, arrays: Mapping[str, Array], core: State, new: Mapping[str, Array]
+    ) -> dict[str, Array]:
+        """The leaves of what `_matrices` made."""
+        found = dict(arrays)
+        for name, value in new.items():
+            if name in core.layers:
+                found |= self.layers[name].put(found, value)
+            else:
+                found[name] = value
+        return found
+
+
+def _moments(a: Array) -> Moments:
+    """Zeros, sharded like the parameter; their count is on no device in particular."""
+    wide = jnp.zeros_like(widen(a))
+    return Moments(jnp.zeros_like(a), wide, jnp.zeros((), wide.dtype))
+
+
+def _arrays(tree: Any) -> tuple[dict[str, Array], Callable[[Mapping[str, Array]], Any]]:
+    """The leaves of a pytree by name, and how to put them back."""
+    leaves = Leaves.of(tree)
+    named = dict(zip(leaves.names, leaves.arrays, strict=True))
+    return named, lambda new: leaves.join([new[name] for name in leaves.names])
