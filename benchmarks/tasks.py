@@ -134,7 +134,7 @@ def text() -> tuple[Split, Split]:
 
 def mlp() -> nn.Module:
     """Two hidden layers for 8 × 8 images."""
-    return nn.Sequential(nn.Flatten(), *_dense([64, 128, 64, 10], nn.ReLU))
+    return nn.Sequential(nn.Flatten(), *dense([64, 128, 64, 10], nn.ReLU))
 
 
 def cnn(channels: list[int]) -> nn.Module:
@@ -148,10 +148,10 @@ def cnn(channels: list[int]) -> nn.Module:
 
 def autoencoder() -> nn.Module:
     """A deep autoencoder of 14 × 14 images with a bottleneck of 16 numbers."""
-    return nn.Sequential(*_dense([196, 128, 64, 32, 16, 32, 64, 128, 196], nn.Tanh))
+    return nn.Sequential(*dense([196, 128, 64, 32, 16, 32, 64, 128, 196], nn.Tanh))
 
 
-def _dense(widths: list[int], activation: type[nn.Module]) -> list[nn.Module]:
+def dense(widths: list[int], activation: type[nn.Module]) -> list[nn.Module]:
     layers: list[nn.Module] = []
     for d_in, d_out in itertools.pairwise(widths):
         layers += [nn.Linear(d_in, d_out), activation()]
@@ -185,7 +185,7 @@ class Transformer(nn.Module):
         self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, vocabulary)
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.characters(ids) + self.positions(torch.arange(ids.shape[1]))
+        x = self.characters(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device))
         return self.head(self.norm(self.blocks(x)))
 
 
