@@ -167,7 +167,9 @@ def main(given: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
-    parser.add_argument("--optimizers", nargs="+", default=["*"], help="names, or patterns: SINGD/*")
+    parser.add_argument(
+        "--optimizers", nargs="+", default=["*"], help="names, or patterns: SINGD/*"
+    )
     parser.add_argument("--steps", type=int, default=30, help="timed steps of each optimizer")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds for each optimizer")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))

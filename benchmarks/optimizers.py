@@ -62,7 +62,7 @@ def _adamw_for_rest(model: nn.Module, owned: list[nn.Parameter], lr: float) -> l
     return [torch.optim.AdamW(rest, lr=lr)] if rest else []
 
 
-# ---- the builders: of a model, a rate, T, and what the loss is a mean of --------------------------
+# ---- the builders: of a model, a rate, T, and what the loss is a mean of ------------------------
 
 
 def _sgd(model: nn.Module, lr: float, T: int, loss_average: str) -> Optimizer:

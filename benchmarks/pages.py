@@ -27,6 +27,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) 
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
 
 
+def digits(value: float) -> str:
+    """Three significant digits; a large number is not written with an exponent."""
+    return f"{float(f'{value:.3g}'):g}" if abs(value) < 1e5 else f"{value:.0f}"
+
+
 def save_svg(figure: Figure, path: Path) -> None:
     """Write a picture whose bytes depend on nothing but what it shows."""
     with mpl.rc_context({"svg.hashsalt": path.name, "svg.fonttype": "none"}):

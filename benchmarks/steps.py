@@ -81,7 +81,8 @@ class Row:
     def brief(self) -> str:
         """One line for a terminal."""
         kinds = [
-            f"{name} {1e3 * kind.forward_backward:.2f} + {1e3 * kind.step:.2f} ms, {kind.calls} calls"
+            f"{name} {1e3 * kind.forward_backward:.2f} + {1e3 * kind.step:.2f} ms, "
+            f"{kind.calls} calls"
             for name, kind in (("refresh", self.refresh), ("other", self.other))
             if kind is not None
         ]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 from optimizers import ENTRIES
-from pages import save_svg, table, write
+from pages import digits, save_svg, table, write
 from problems import PROBLEMS
 from steps import Kind, Row
 
@@ -58,17 +58,17 @@ def cells(row: Row) -> list[str]:
             elif value == "calls":
                 yield f"{kind.calls:,}"
             else:
-                yield _digits(1e3 * getattr(kind, value))
+                yield digits(1e3 * getattr(kind, value))
 
     kinds = row.refresh, row.other
     return [
         row.optimizer,
         str(row.T) if ENTRIES[row.optimizer].refreshes else "",
-        _digits(row.ratio),
+        digits(row.ratio),
         *both("whole", *kinds),
         *both("step", *kinds),
-        _digits(row.state / 2**20),
-        _digits(row.peak / 2**20),
+        digits(row.state / 2**20),
+        digits(row.peak / 2**20),
         *both("calls", *kinds),
     ]
 
@@ -88,12 +88,12 @@ def against(rows: Iterable[Row]) -> Iterator[list[str]]:
                 problem,
                 structure,
                 *(
-                    "" if other is None else _digits(mine.own / other.own)
+                    "" if other is None else digits(mine.own / other.own)
                     for mine, other in zip((one, ten), theirs, strict=True)
                 ),
-                *(_digits(mine.ratio / adamw.ratio) for mine in (one, ten)),
-                _digits(ten.state / adamw.state),
-                *(_digits(mine.peak / adamw.peak) for mine in (one, ten)),
+                *(digits(mine.ratio / adamw.ratio) for mine in (one, ten)),
+                digits(ten.state / adamw.state),
+                *(digits(mine.peak / adamw.peak) for mine in (one, ten)),
             ]
 
 
@@ -127,8 +127,3 @@ def draw(rows: list[Row]) -> Figure:
     panels[0].legend(loc="lower right")
     figure.supxlabel("a whole step over that of SGD")
     return figure
-
-
-def _digits(value: float) -> str:
-    """Three significant digits without an exponent."""
-    return f"{float(f'{value:.3g}'):g}" if abs(value) < 1e5 else f"{value:.0f}"

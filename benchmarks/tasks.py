@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SHAKESPEARE = Path(__file__).parents[2] / "shared" / "data" / "tinyshakespeare.txt"
+DATA = Path(__file__).parents[2] / "shared" / "data"
+SHAKESPEARE = DATA / "tinyshakespeare.txt"
 CONTEXT = 64  # characters that the transformer sees
 EVALUATED = 512  # windows of text that its losses are means over
 
@@ -67,10 +68,11 @@ class Task:
         if self.metric_name == "loss":
             every = max(len(x) // EVALUATED, 1)
             x, y = x[::every][:EVALUATED], y[::every][:EVALUATED]
-        return _mean(self.loss, model, x, y), _mean(self.metric, model, x_test, y_test)
+        return mean(self.loss, model, x, y), mean(self.metric, model, x_test, y_test)
 
 
-def _mean(function: Loss, model: nn.Module, x: Tensor, y: Tensor) -> float:
+def mean(function: Loss, model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """The mean of a loss or metric over examples."""
     total = 0.0
     for part_x, part_y in zip(x.split(256), y.split(256), strict=True):
         total += float(function(model(part_x), part_y)) * len(part_x)
