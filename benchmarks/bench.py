@@ -158,6 +158,9 @@ def chosen(patterns: list[str]) -> list[str]:
     for pattern in patterns:
         if not fnmatch.filter(ENTRIES, pattern):
             raise SystemExit(f"no optimizer is called {pattern!r}; there are {', '.join(ENTRIES)}")
+    for name in found:
+        if not ENTRIES[name].available:
+            print(f"left out: {name}, which needs pip install '.[{ENTRIES[name].extra}]'")
     return [name for name in found if ENTRIES[name].available]
 
 

@@ -24,6 +24,8 @@ AGAINST = (
 
 def publish(rows: list[Row], page: Path) -> None:
     """Write the page's tables and draw the picture beside it."""
+    if not rows:
+        return
     parts = []
     for device in sorted({row.device for row in rows}):
         mine = [row for row in rows if row.device == device]
@@ -37,14 +39,9 @@ def publish(rows: list[Row], page: Path) -> None:
             if of_problem:
                 parts += [f"**{PROBLEMS[name].title}**", table(HEADER, map(cells, of_problem))]
         parts += ["Measured on " + "; ".join(sorted({row.environment for row in mine})) + "."]
-        measured = {row.optimizer for row in mine}
-        missing = [
-            f"{name} (extra `{entry.extra}`)"
-            for name, entry in ENTRIES.items()
-            if name not in measured
-        ]
-        if missing:
-            parts += ["Not measured: " + ", ".join(missing) + "."]
+        absent = [name for name in ENTRIES if name not in {row.optimizer for row in mine}]
+        if absent:
+            parts += ["Not measured: " + ", ".join(absent) + "."]
     write(page, "make bench", "\n\n".join(parts))
 
 
