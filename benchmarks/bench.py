@@ -174,7 +174,7 @@ def main(given: list[str] | None = None) -> None:
         "--optimizers", nargs="+", default=["*"], help="names, or patterns: SINGD/*"
     )
     parser.add_argument("--steps", type=int, default=30, help="timed steps of each optimizer")
-    parser.add_argument("--limit", type=float, default=60.0, help="seconds for each optimizer")
+    parser.add_argument("--limit", type=float, default=30.0, help="seconds for each optimizer")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--quick", action="store_true", help="two steps; prints, keeps nothing")
     parser.add_argument("--results", type=Path, default=RESULTS)

@@ -129,6 +129,8 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "benchmarks.md")
     args = parser.parse_args(given)
+    if args.scale != 1.0 and args.results == RESULTS:
+        parser.error("--scale needs --results: curves of other lengths are kept apart")
     names = {"AdamW", *chosen(args.optimizers)}  # AdamW sets the target
     entrants = [entrant for entrant in ENTRANTS if entrant[0] in names]
     tasks = [name for name in args.tasks if not RACES[name].missing]
