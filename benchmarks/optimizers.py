@@ -171,10 +171,9 @@ class Entry:
         return self.refreshes and (step + self.late) % T == 0
 
 
-_ADAM_RATES = (0.001, 0.003, 0.01, 0.03)
-_SINGD_RATES = (0.006, 0.02, 0.06, 0.2)
-_ours = partial(Entry, rates=_SINGD_RATES)
-_authors = partial(Entry, rates=_ADAM_RATES, extra="peer-singd", package="singd")
+_ADAM_RATES = (0.003, 0.01, 0.03, 0.1)
+_ours = partial(Entry, rates=(0.006, 0.02, 0.06, 0.2))
+_authors = partial(Entry, rates=(0.01, 0.03, 0.1, 0.3), extra="peer-singd", package="singd")
 _heavy = partial(Entry, rates=_ADAM_RATES, extra="peer-heavyball", package="heavyball")
 _collected = partial(
     Entry, rates=_ADAM_RATES, extra="peer-pytorch-optimizer", package="pytorch_optimizer"

@@ -33,7 +33,7 @@ from tasks import Split, mean
 from torch import nn
 
 CHECKS = 30  # evaluations of the loss over a training, in equal times
-EXAMPLES = 2000  # at most so many, the same in all evaluations
+EXAMPLES = 512  # at most so many, the same in all evaluations
 
 
 def train(run: Run, seconds: float) -> Curve:
