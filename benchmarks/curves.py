@@ -1,0 +1,135 @@
+"""The runs of a race, their curves, and which to run next."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+from optimizers import ENTRIES
+from race_tasks import RACES
+
+# optimizer and T
+Entrant = tuple[str, int]
+
+TUNING = 0  # the seed that chooses the rates
+SEEDS = (1, 2, 3)
+AHEAD = 0.75  # of AdamW's time, after which it sets the target
+ENTRANTS: tuple[Entrant, ...] = (
+    *(("SGD", 1), ("AdamW", 1), ("Muon", 1)),
+    *(("SINGD/default", 1), ("SINGD/default", 10), ("SINGD/dense", 10), ("SINGD/diagonal", 10)),
+    *(("singd-0.0.5/dense", 10), ("singd-0.0.5/diagonal", 10)),
+    *(("SOAP/heavyball", 10), ("SOAP/pytorch-optimizer", 10)),
+    *(("PSGD/heavyball", 10), ("PSGD/pytorch-optimizer", 10)),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training."""
+
+    task: str
+    optimizer: str
+    T: int
+    rate: float
+    seed: int
+
+
+@dataclasses.dataclass
+class Curve:
+    """The training loss over seconds and steps; `metric` is of the test data at the end."""
+
+    run: Run
+    environment: str
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    steps: list[int] = dataclasses.field(default_factory=list)
+    losses: list[float] = dataclasses.field(default_factory=list)
+    metric: float = math.nan
+
+    def add(self, seconds: float, steps: int, loss: float) -> None:
+        """Add a point."""
+        self.seconds.append(seconds)
+        self.steps.append(steps)
+        self.losses.append(loss if math.isfinite(loss) else math.inf)
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the last loss is infinite."""
+        return bool(self.losses) and math.isinf(self.losses[-1])
+
+    def first(self, target: float) -> int | None:
+        """The index of the first point at or below the target."""
+        return next((i for i, loss in enumerate(self.losses) if loss <= target), None)
+
+    def arrival(self, target: float) -> float:
+        """The seconds to the target, or infinity."""
+        index = self.first(target)
+        return math.inf if index is None else self.seconds[index]
+
+
+Curves = dict[Run, Curve]
+
+
+def tuning(task: str, entrant: Entrant) -> list[Run]:
+    """The runs that choose a rate."""
+    name, T = entrant
+    return [Run(task, name, T, rate, TUNING) for rate in ENTRIES[name].rates]
+
+
+def target(curves: Curves, task: str) -> float | None:
+    """The loss to reach, or None before AdamW is tuned."""
+    found = [curves.get(run) for run in tuning(task, ("AdamW", 1))]
+    ahead = [
+        curve.losses[int(AHEAD * len(curve.losses)) - 1]
+        for curve in found
+        if curve is not None and not curve.diverged
+    ]
+    return None if None in found else min(ahead)
+
+
+def best(curves: Curves, task: str, entrant: Entrant) -> float | None:
+    """The rate that reaches the target first, or else ends lowest; None before the tuning."""
+    to_reach, found = target(curves, task), [curves.get(run) for run in tuning(task, entrant)]
+    tuned = [curve for curve in found if curve is not None]
+    if to_reach is None or len(tuned) < len(found):
+        return None
+    first = min(tuned, key=lambda curve: (curve.arrival(to_reach), curve.losses[-1]))
+    return first.run.rate
+
+
+def final(curves: Curves, task: str, entrant: Entrant) -> list[Run]:
+    """The runs that count, once the rate is known."""
+    rate = best(curves, task, entrant)
+    return [] if rate is None else [Run(task, *entrant, rate, seed) for seed in SEEDS]
+
+
+def pending(curves: Curves, task: str, entrants: Iterable[Entrant]) -> list[Run]:
+    """What can run now: the tuning, then the runs that count."""
+    entrants = list(entrants)
+    for stage in (tuning, lambda *which: final(curves, *which)):
+        runs = [run for entrant in entrants for run in stage(task, entrant) if run not in curves]
+        if runs:
+            return runs
+    return []
+
+
+def save(curve: Curve, folder: Path) -> None:
+    """Keep a curve with the others of its task."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"race-{curve.run.task}.json"
+    kept = json.loads(path.read_text()) if path.exists() else []
+    kept.append(dataclasses.asdict(curve))
+    path.write_text("[\n" + ",\n".join(json.dumps(entry) for entry in kept) + "\n]\n")
+
+
+def load(folder: Path) -> Curves:
+    """All curves that are kept."""
+    curves = [
+        Curve(**entry | {"run": Run(**entry["run"])})
+        for task in RACES
+        if (path := folder / f"race-{task}.json").exists()
+        for entry in json.loads(path.read_text())
+    ]
+    return {curve.run: curve for curve in curves}

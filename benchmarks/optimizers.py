@@ -1,0 +1,202 @@
+"""The optimizers that the benchmarks compare, each built for a model with a rate and a period T."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from singd_torch import SINGD
+
+Optimizer = torch.optim.Optimizer
+
+
+class Together(Optimizer):
+    """Several optimizers of one model that step in turn."""
+
+    def __init__(self, *parts: Optimizer) -> None:
+        self._parts = parts
+        groups = [group for part in parts for group in part.param_groups]
+        super().__init__([p for group in groups for p in group["params"]], {})
+        self.param_groups = groups  # the parts' own: a schedule reaches them
+
+    def step(self, closure: None = None) -> None:
+        for part in self._parts:
+            part.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for part in self._parts:
+            part.zero_grad(set_to_none)
+
+
+class Muon(Together):
+    """torch.optim.Muon for the layers' weights, kernels as matrices, and AdamW for the rest."""
+
+    def __init__(self, model: nn.Module, lr: float) -> None:
+        layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+        self._weights = [m.weight for m in layers]
+        self._matrices = [nn.Parameter(w.detach().flatten(1)) for w in self._weights]  # same memory
+        # matched to AdamW's step sizes, so that one rate serves both
+        muon = torch.optim.Muon(self._matrices, lr=lr, adjust_lr_fn="match_rms_adamw")
+        super().__init__(muon, *_adamw_for_rest(model, self._weights, lr))
+
+    def step(self, closure: None = None) -> None:
+        for weight, matrix in zip(self._weights, self._matrices, strict=True):
+            matrix.grad = None if weight.grad is None else weight.grad.flatten(1)
+        super().step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for weight in self._weights:
+            weight.grad = None
+
+
+def _adamw_for_rest(model: nn.Module, owned: list[nn.Parameter], lr: float) -> list[Optimizer]:
+    taken = set(owned)
+    rest = [p for p in model.parameters() if p not in taken]
+    return [torch.optim.AdamW(rest, lr=lr)] if rest else []
+
+
+# ---- the builders: of a model, a rate, T, and what the loss is a mean of ------------------------
+
+
+def _sgd(model: nn.Module, lr: float, T: int, loss_average: str) -> Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+
+
+def _adamw(model: nn.Module, lr: float, T: int, loss_average: str) -> Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=lr)
+
+
+def _muon(model: nn.Module, lr: float, T: int, loss_average: str) -> Optimizer:
+    return Muon(model, lr)
+
+
+def _singd(
+    structure: str | None, model: nn.Module, lr: float, T: int, loss_average: str, **given: Any
+) -> Optimizer:
+    both = None if structure is None else (structure, structure)
+    return SINGD(model, lr=lr, T=T, structures=both, loss_average=loss_average, **given)
+
+
+def _authors_singd(
+    structure: str, model: nn.Module, lr: float, T: int, loss_average: str
+) -> Optimizer:
+    from singd.optim.optimizer import SINGD as AuthorsSINGD  # noqa: N811
+
+    both = (structure, structure)
+    singd = AuthorsSINGD(
+        model, lr=lr, T=T, structures=both, loss_average=loss_average, warn_unsupported=False
+    )
+    owned = [p for group in singd.param_groups for p in group["params"]]
+    return Together(singd, *_adamw_for_rest(model, owned, 1e-3))  # it trains no other parameters
+
+
+def _heavyball() -> Any:
+    import heavyball
+
+    # None is eager; the decorated functions look when they are called
+    heavyball.utils.compile_mode = heavyball.utils.compile_mode_recommended_to_none = None
+    return heavyball
+
+
+def _heavyball_soap(model: nn.Module, lr: float, T: int, loss_average: str) -> Optimizer:
+    return _heavyball().SOAP(model.parameters(), lr=lr, precondition_frequency=T)
+
+
+def _heavyball_psgd(model: nn.Module, lr: float, T: int, loss_average: str) -> Optimizer:
+    def probability(step: int) -> float:  # steps are counted from 1
+        return float((step - 1) % T == 0)
+
+    return _heavyball().PSGDKron(
+        model.parameters(), lr=lr, preconditioner_update_probability=probability
+    )
+
+
+def _collected_soap(model: nn.Module, lr: float, T: int, loss_average: str) -> Optimizer:
+    from pytorch_optimizer import SOAP
+
+    return SOAP(model.parameters(), lr=lr, precondition_frequency=T)
+
+
+def _collected_psgd(model: nn.Module, lr: float, T: int, loss_average: str) -> Optimizer:
+    from pytorch_optimizer import Kron
+
+    def probability(step: int) -> float:  # steps are counted from 0
+        return float(step % T == 0)
+
+    return Kron(model.parameters(), lr=lr, pre_conditioner_update_probability=probability)
+
+
+# ---- the list -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Entry:
+    """An optimizer to compare.
+
+    Attributes:
+        build: Builds it of a model, a rate, T, and what the loss is a mean of.
+        rates: The grid of a race.
+        refreshes: Whether it refreshes something every T steps.
+        late: Whether that is in the last of T steps, and not in the first.
+        extra: The extra of pyproject.toml that brings its package; empty for torch's own and ours.
+        package: The module that has to be there.
+    """
+
+    build: Callable[[nn.Module, float, int, str], Optimizer]
+    rates: tuple[float, float, float, float]
+    refreshes: bool = True
+    late: bool = False
+    extra: str = ""
+    package: str = "torch"
+
+    @property
+    def available(self) -> bool:
+        """Whether its package is installed."""
+        return importlib.util.find_spec(self.package) is not None
+
+    @property
+    def periods(self) -> tuple[int, ...]:
+        """The T to measure."""
+        return (1, 10) if self.refreshes else (1,)
+
+    def is_refresh(self, step: int, T: int) -> bool:
+        """Whether a step, counted from 0, is one of those that refresh."""
+        return self.refreshes and (step + self.late) % T == 0
+
+
+_ADAM_RATES = (0.003, 0.01, 0.03, 0.1)
+_ours = partial(Entry, rates=(0.006, 0.02, 0.06, 0.2))
+_authors = partial(Entry, rates=(0.01, 0.03, 0.1, 0.3), extra="peer-singd", package="singd")
+_heavy = partial(Entry, rates=_ADAM_RATES, extra="peer-heavyball", package="heavyball")
+_collected = partial(
+    Entry, rates=_ADAM_RATES, extra="peer-pytorch-optimizer", package="pytorch_optimizer"
+)
+
+ENTRIES: dict[str, Entry] = {
+    "SGD": Entry(build=_sgd, rates=(0.03, 0.1, 0.3, 1.0), refreshes=False),
+    "AdamW": Entry(build=_adamw, rates=_ADAM_RATES, refreshes=False),
+    "Muon": Entry(build=_muon, rates=(0.01, 0.03, 0.1, 0.3), refreshes=False),
+    "SINGD/default": _ours(build=partial(_singd, None)),
+    "SINGD/dense": _ours(build=partial(_singd, "dense")),
+    "SINGD/diagonal": _ours(build=partial(_singd, "diagonal")),
+    "SINGD/block30": _ours(build=partial(_singd, "blockdiagonal:30")),
+    "SINGD/hierarchical": _ours(build=partial(_singd, "hierarchical:15,15")),
+    "SINGD/toeplitz": _ours(build=partial(_singd, "triltoeplitz")),
+    "SINGD/kfac": _ours(build=partial(_singd, "dense", kfac=True)),
+    "singd-0.0.5/dense": _authors(build=partial(_authors_singd, "dense")),
+    "singd-0.0.5/diagonal": _authors(build=partial(_authors_singd, "diagonal")),
+    "singd-0.0.5/block30": _authors(build=partial(_authors_singd, "block30diagonal")),
+    "singd-0.0.5/hierarchical": _authors(build=partial(_authors_singd, "hierarchical15_15")),
+    "singd-0.0.5/toeplitz": _authors(build=partial(_authors_singd, "triltoeplitz")),
+    "SOAP/heavyball": _heavy(build=_heavyball_soap, late=True),
+    "PSGD/heavyball": _heavy(build=_heavyball_psgd),
+    "SOAP/pytorch-optimizer": _collected(build=_collected_soap),
+    "PSGD/pytorch-optimizer": _collected(build=_collected_psgd),
+}
