@@ -109,28 +109,37 @@ def apply(
         parameters, decay = stack.layers[0].parameters, None
         if any(couples_decay(settings_of(p)) for p in parameters):
             decay = stack.matrix(partial(_coupled_decay, settings_of))
-        momentum = stack.momentum
-        if momentum is None and s.momentum != 0.0:
+        if stack.momentum is None and s.momentum != 0.0:
             momentum = torch.zeros_like(work.natural, dtype=stack.layers[0].dtypes[2])
+            stack.hold_momentum(momentum, state)
         scale = work.scale * kl[id(s)]
-        u, moved = stack.run(direction, work.natural, decay, momentum, scale, s)
+        if ok is not None:
+            s, scale = _masked(s, ok), torch.where(ok, scale, 0.0)
+            for term in (work.natural, decay):
+                if term is not None:
+                    term.masked_fill_(~ok, 0.0)  # NaN times 0 is NaN
+            factors = factors.map(partial(_either, ok), stack.factors)  # type: ignore[arg-type]
+        u, _ = stack.run(_direction, work.natural, decay, stack.momentum, scale, s)
         if stack.report is not None:
             norm = torch.linalg.vector_norm(widen(u), dim=(-2, -1))
             stack.report |= {"natural_scale": scale, "update": s.lr * norm}
-        if ok is not None:
-            u = torch.where(ok, u, 0.0)
-            factors = factors.map(partial(_either, ok), stack.factors)  # type: ignore[arg-type]
-            moved = None if momentum is None else _either(ok, moved, momentum)
         if factors is not stack.factors:
             stack.hold(factors, state, seen=True)
-        if moved is not None:
-            stack.hold_momentum(moved, state)
         places = zip(*(layer.parameters for layer in stack.layers), strict=True)
         for place, part in zip(places, stack.layers[0].split(u), strict=True):
-            change = weight_change(part, join(place), settings_of(place[0]))
-            if ok is not None:
-                change = torch.where(ok, change, 0.0)
+            own = settings_of(place[0])
+            change = weight_change(part, join(place), own if ok is None else _masked(own, ok))
             torch._foreach_add_(place, stack.split(change))  # type: ignore[arg-type]
+
+
+# The natural gradient is this step's own, and the momentum is updated where it is.
+_direction = partial(direction, donate=True)
+
+
+def _masked(s: Settings, ok: Tensor) -> Settings:
+    """The settings with which zeros in place of a natural gradient change nothing unless ok."""
+    momentum, lr = torch.where(ok, s.momentum, 1.0), torch.where(ok, s.lr, 0.0)
+    return dataclasses.replace(s, momentum=momentum, lr=lr)
 
 
 def _gradient(p: nn.Parameter) -> Tensor:

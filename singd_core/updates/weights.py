@@ -66,7 +66,13 @@ def kl_scale(energy: Array, kl_bound: Rate) -> Scalar:
 
 
 def direction(
-    natural: Array, decay: Array | None, momentum: Array | None, scale: Scalar, s: Settings
+    natural: Array,
+    decay: Array | None,
+    momentum: Array | None,
+    scale: Scalar,
+    s: Settings,
+    *,
+    donate: bool = False,
 ) -> tuple[Array, Array | None]:
     """The direction u of the step W ← W − lr u, and the new momentum m.
 
@@ -79,24 +85,36 @@ def direction(
         momentum: m, or None without momentum.
         scale: c, from `rms_scale` and `kl_scale`: a number, or of the batch axes' shape.
         s: The settings.
+        donate: Whether `natural` and `momentum` may be overwritten, where arrays can be.
     """
-    u = natural * expand(scale, natural)
+    u = _times(scale, natural, in_place=donate)
     if decay is not None:
         u += cast(decay, u)
-    if momentum is not None:
-        momentum = momentum * expand(s.momentum, momentum)
-        momentum += cast(u, momentum)
-        u = cast(u, momentum) + momentum * expand(s.momentum, momentum) if s.nesterov else momentum
-    return u * expand(rms_scale(u, s.rms_bound), u), momentum
+    if momentum is None:
+        return _times(rms_scale(u, s.rms_bound), u, in_place=True), None
+    momentum = _times(s.momentum, momentum, in_place=donate)
+    momentum += cast(u, momentum)
+    if not s.nesterov:
+        return _times(rms_scale(momentum, s.rms_bound), momentum), momentum
+    u = cast(u, momentum)
+    u += momentum * expand(s.momentum, momentum)
+    return _times(rms_scale(u, s.rms_bound), u, in_place=True), momentum
 
 
 def weight_change(u: Array, weight: Array, s: Settings) -> Array:
-    """−lr u, and −lr γ W for a decoupled decay, in the dtype of W."""
-    u = cast(u, weight)
-    change = u * expand(-1.0 * s.lr, u)
+    """−lr u, and −lr γ W for a decoupled decay, in the dtype of W. It may overwrite u."""
+    change = _times(-1.0 * s.lr, cast(u, weight), in_place=True)
     if s.decoupled_weight_decay and _is_on(s.weight_decay):
         change += weight * expand(-1.0 * s.lr * s.weight_decay, weight)
     return change
+
+
+def _times(c: Scalar, x: Array, *, in_place: bool = False) -> Array:
+    if not in_place:
+        return x * expand(c, x)
+    if not (isinstance(c, float) and c == 1.0):
+        x *= expand(c, x)
+    return x
 
 
 def couples_decay(s: Settings) -> bool:
