@@ -1,6 +1,7 @@
 """Accelerate: what it prepares trains, resumes, and clips and accumulates as without it."""
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,14 @@ from watched import STEPS, check_trained
 from singd_torch import SINGD
 
 accelerate = pytest.importorskip("accelerate")
+
+
+@pytest.fixture(autouse=True)
+def _no_shared_state() -> Iterator[None]:
+    """All accelerators of a process share the settings of the first."""
+    yield
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.state.GradientState._reset_state()
 
 
 def network() -> nn.Module:
@@ -82,4 +91,3 @@ def test_a_run_resumed_from_a_state_of_accelerate_is_the_uninterrupted_one(tmp_p
     again.train(STEPS // 2)
     for p, q in zip(model.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(p, q)
-

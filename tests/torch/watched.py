@@ -30,7 +30,9 @@ class Watched(SINGD):
     def _take_rows(self, layer: Any, source: Any, x: Tensor, g: Tensor) -> None:
         kind, bias = source.kind, layer.bias is not None
         if isinstance(kind, Embedding):
-            A = one_hot(x.flatten(), kind.entries) * (torch.arange(kind.entries) != kind.padding_idx)
+            A = one_hot(x.flatten(), kind.entries) * (
+                torch.arange(kind.entries) != kind.padding_idx
+            )
         else:
             A, _ = kind.inputs(x, bias=bias, kfac_approx="expand")
         B, _ = kind.outputs(g, kfac_approx="expand", loss_average=None)
@@ -68,7 +70,9 @@ def table(optimizer: SINGD) -> dict[str, str]:
     return rules
 
 
-def check_trained(model: nn.Module, start: nn.Module, optimizer: SINGD, losses: list[float]) -> None:
+def check_trained(
+    model: nn.Module, start: nn.Module, optimizer: SINGD, losses: list[float]
+) -> None:
     """Every parameter is listed and has moved, and the loss is finite and lower."""
     names = [name for name, _ in model.named_parameters()]
     assert sorted(table(optimizer)) == sorted(names)
