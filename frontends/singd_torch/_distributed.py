@@ -13,7 +13,7 @@ from singd_torch._layers import Layer
 
 def processes_of_call() -> dist.ProcessGroup | None:
     """The processes of the DistributedDataParallel wrapper whose forward pass this is part of."""
-    wrapper = DistributedDataParallel._get_active_ddp_module()
+    wrapper = DistributedDataParallel._active_ddp_module
     return None if wrapper is None else wrapper.process_group
 
 

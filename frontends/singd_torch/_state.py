@@ -27,9 +27,9 @@ def initial(layer: Layer, s: Settings) -> Factors:
 
 def before_any_step(
     layers: Iterable[Layer], fallback: Iterable[nn.Parameter]
-) -> dict[nn.Parameter, dict[str, Tensor]]:
+) -> dict[Tensor, dict[str, Tensor]]:
     """The state that the first steps would make, in memory of its own that can be loaded into."""
-    state = {}
+    state: dict[Tensor, dict[str, Tensor]] = {}
     for layer in layers:
         s = settings_of(layer.group)
         layer.factors = initial(layer, s).map(torch.clone)

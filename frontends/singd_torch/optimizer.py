@@ -186,6 +186,10 @@ class SINGD(torch.optim.Optimizer):
         if len({id(p) for p in params}) < len(params):
             raise ValueError("a parameter is given twice in one parameter group")
         self._names = {p: name for name, p in self._model.named_parameters()}
+        for p in params:
+            if nn.parameter.is_lazy(p):
+                name = self._names.get(p, "a parameter")
+                raise ValueError(f"{name!r} has no shape yet: call the model once before")
         unknown = set(group) - set(self.defaults) - {"params", "param_names", "steps", "base_lr"}
         if unknown:
             raise ValueError(f"a parameter group has no setting {sorted(unknown)}")
@@ -479,7 +483,7 @@ class SINGD(torch.optim.Optimizer):
         The copy trains the copy of the model that is made along with it.
         """
         own = {"_model": self._model, "_skipped": self._skipped}
-        return super().__getstate__() | own  # type: ignore[no-untyped-call,no-any-return]
+        return super().__getstate__() | own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -498,7 +502,7 @@ class SINGD(torch.optim.Optimizer):
             }
         )
 
-    def _go_on_from(self, factors: Mapping[Tensor, Factors | None]) -> None:
+    def _go_on_from(self, factors: Mapping[nn.Parameter, Factors | None]) -> None:
         for layer in self._layers:
             layer.pending, layer.factors = {}, factors[layer.weight]
             layer.seen = layer.factors is not None  # they are made when rows are first seen
