@@ -187,8 +187,8 @@ class SINGD(torch.optim.Optimizer):
             raise ValueError("a parameter is given twice in one parameter group")
         self._names = {p: name for name, p in self._model.named_parameters()}
         for p in params:
+            name = self._names.get(p, "a parameter")
             if nn.parameter.is_lazy(p):
-                name = self._names.get(p, "a parameter")
                 raise ValueError(f"{name!r} has no shape yet: call the model once before")
         unknown = set(group) - set(self.defaults) - {"params", "param_names", "steps", "base_lr"}
         if unknown:
