@@ -25,6 +25,12 @@ def initial(layer: Layer, s: Settings) -> Factors:
     return preconditioner.init(layer.structures, layer.shape, s, like_K, like_C)
 
 
+def no_momentum(layer: Layer) -> Tensor:
+    """The momentum of a layer before its first step."""
+    batch, d_out, d_in = layer.shape
+    return torch.zeros((*batch, d_out, d_in), dtype=layer.dtypes[2], device=layer.weight.device)
+
+
 def before_any_step(
     layers: Iterable[Layer], fallback: Iterable[nn.Parameter]
 ) -> dict[Tensor, dict[str, Tensor]]:
@@ -35,8 +41,7 @@ def before_any_step(
         layer.factors = initial(layer, s).map(torch.clone)
         state[layer.weight] = dict(layer.factors.named_arrays())
         if s.momentum != 0.0:
-            zeros = torch.zeros_like(layer.matrix(layer.parameters), dtype=layer.dtypes[2])
-            state[layer.weight][MOMENTUM] = zeros
+            state[layer.weight][MOMENTUM] = no_momentum(layer)
     for p in fallback:
         state[p] = _fallback.initial(p, on_device=p.device.type != "cpu")
     return state

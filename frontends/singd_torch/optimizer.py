@@ -329,9 +329,6 @@ class SINGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self.state and self._is_no_step():
-            self.state.update(_state.before_any_step(self._layers, self._fallback))
-            return loss
         for p in self._group_of:
             if p.grad is not None and p.grad.is_sparse:
                 name = self._names.get(p, "a parameter")
@@ -340,6 +337,9 @@ class SINGD(torch.optim.Optimizer):
                     "give its module sparse=False, or an optimizer of its own"
                 )
         self._queue.flush()
+        if not self.state and self._is_no_step():
+            self.state.update(_state.before_any_step(self._layers, self._fallback))
+            return loss
         chosen = {id(group): settings_of(group) for group in self.param_groups}
         scales = _scaling.scales(self, self._scale_of_rows)
         if self._processes is not None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from watched import check_model, check_rows
 
 from singd_torch import SINGD
+from singd_torch._stacks import Stack
 
 transformers = pytest.importorskip("transformers")
 
@@ -102,12 +103,13 @@ def test_the_padding_of_bert_is_left_out_of_the_factors() -> None:
         x, mask = tokens()[:, :length], torch.arange(length).expand(4, length) < 7
         optimizer.mask_rows(mask)
         model(input_ids=x, attention_mask=mask.long(), labels=labels).loss.backward()
+        optimizer._queue.flush()
         return {
             f"{layer.name} {name}": array
             for layer in optimizer._layers
             # one row of positions stands for all sequences: it has no batch that a mask could fit
             if "position_embeddings" not in layer.name
-            for name, array in layer.curvature(1.0).named_arrays()
+            for name, array in Stack([layer]).curvature(1.0).named_arrays()
         }
 
     # frequencies of entries are counted in float32

@@ -50,7 +50,7 @@ def check_rows(model: nn.Module, loss: Loss, **given: Any) -> None:
     loss(model).backward()
     assert optimizer._layers
     for layer in optimizer._layers:
-        gradient = layer.matrix([p.grad for p in layer.parameters])
+        gradient = layer.kind.matrix(*(p.grad for p in layer.parameters))
         keys = sorted((key for key in optimizer.products if key[0] == layer.name), key=str)
         parts = [optimizer.products[key] for key in keys]
         product = torch.stack(parts) if len(parts) > 1 else parts[0]
