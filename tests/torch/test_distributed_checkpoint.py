@@ -9,24 +9,32 @@ import torch
 import torch.distributed.checkpoint as dcp
 from test_checkpoint import F32, Network, all_numbers, assert_equal, batches, train
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
 
 from singd_torch import SINGD
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
-def save(model: nn.Module, optimizer: SINGD, folder: Path) -> None:
-    of_model, of_optimizer = get_state_dict(model, optimizer)
+def save(model: nn.Module, optimizer: SINGD, folder: Path, options: StateDictOptions) -> None:
+    of_model, of_optimizer = get_state_dict(model, optimizer, options=options)
     dcp.save({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=folder)
 
 
-def load(model: nn.Module, optimizer: SINGD, folder: Path) -> None:
-    of_model, of_optimizer = get_state_dict(model, optimizer)
+def load(model: nn.Module, optimizer: SINGD, folder: Path, options: StateDictOptions) -> None:
+    of_model, of_optimizer = get_state_dict(model, optimizer, options=options)
     state = {"model": of_model, "optimizer": of_optimizer}
     dcp.load(state, checkpoint_id=folder)
     set_state_dict(
-        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+        model,
+        optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+        options=options,
     )
 
 
@@ -55,22 +63,24 @@ CASES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.parametrize("flat", [False, True], ids=["", "flat"])
 @pytest.mark.parametrize("before", [0, 3])
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_resumed_from_a_distributed_checkpoint_is_the_uninterrupted_one(
-    case: str, before: int, tmp_path: Path
+    case: str, before: int, flat: bool, tmp_path: Path
 ) -> None:
     make, given = CASES[case]
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
     data = batches(F32, before + 3)
     model = make()
     optimizer = SINGD(model, **given)
     train(model, optimizer, data[:before])
-    save(model, optimizer, tmp_path)
+    save(model, optimizer, tmp_path, options)
     train(model, optimizer, data[before:])
 
     resumed = make()
     again = SINGD(resumed, **given)
-    load(resumed, again, tmp_path)
+    load(resumed, again, tmp_path, options)
     train(resumed, again, data[before:])
     assert_equal(all_numbers(model, optimizer), all_numbers(resumed, again))
 
