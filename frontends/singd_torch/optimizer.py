@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -15,6 +14,7 @@ from singd_core import preconditioner
 from singd_core.preconditioner import Factors
 from singd_core.settings import STRUCTURES, Settings, settings
 from singd_torch import _attention, _capture, _diagnostics, _fallback, _scaling, _state, _table
+from singd_torch._capture import Tap
 from singd_torch._distributed import processes_of_call, reduce_rows
 from singd_torch._estimate import automatic
 from singd_torch._groups import check_group, settings_of
@@ -23,6 +23,7 @@ from singd_torch._queue import Call, Queue
 from singd_torch._scaling import Scales
 from singd_torch._stacks import Stack, stacks
 from singd_torch._step import Work, apply, prepare
+from singd_torch._warnings import warn
 
 
 class SINGD(torch.optim.Optimizer):
@@ -114,9 +115,9 @@ class SINGD(torch.optim.Optimizer):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if isinstance(model, nn.DataParallel):
             raise TypeError("nn.DataParallel is not supported: use DistributedDataParallel")
-        self._processes = None
+        self._processes, model = None, _plain(model)
         if isinstance(model, nn.parallel.DistributedDataParallel):
-            self._processes, model = model.process_group, model.module
+            self._processes, model = model.process_group, _plain(model.module)
         given |= {
             "lr": lr,
             "momentum": momentum,
@@ -157,14 +158,14 @@ class SINGD(torch.optim.Optimizer):
         self._route()
         if warn_unsupported and self._fallback:
             names = ", ".join(self._names.get(p, "?") for p in self._fallback)
-            warnings.warn(f"trained by AdamW, not preconditioned: {names}", stacklevel=2)
+            warn(f"trained by AdamW, not preconditioned: {names}")
 
     def _watch(self, model: nn.Module) -> None:
         """Begin with a model of which no layer is known yet."""
         self._model = model
         self._layers: list[Layer] = []
         self._fallback: list[nn.Parameter] = []
-        self._hooked: set[nn.Module] = set()
+        self._taps: dict[nn.Module, list[Tap]] = {}
         self._queue = Queue()
         self._warned: set[str] = set()
         self._reports = False
@@ -214,17 +215,23 @@ class SINGD(torch.optim.Optimizer):
             elif known is not None:  # with or without a bias, the matrix has another shape
                 self.state[layer.weight].clear()
             for module, source in layer.sources:
-                if module not in self._hooked:
-                    self._hooked.add(module)
+                if module not in self._taps:
                     if isinstance(module, nn.MultiheadAttention):
-                        _attention.install(self, module)
+                        self._taps[module] = _attention.install(self, module)
                     else:
-                        _capture.install(self, source, module)
+                        self._taps[module] = _capture.install(self, source, module)
         self._stack_up()
         self._by_weight: dict[Tensor, Layer] = {layer.weight: layer for layer in self._layers}
         self._group_of = {p: group for group in self.param_groups for p in group["params"]}
         owned = {p for layer in self._layers for p in layer.parameters}
         self._fallback = [p for p in self._group_of if p not in owned]
+        self._tell_taps()
+
+    def _tell_taps(self) -> None:
+        """Whether rows are wanted now, for graphs of torch.compile."""
+        for taps in self._taps.values():
+            for tap in taps:
+                tap.update()
 
     def _stack_up(self, parted: list[Stack] | None = None) -> None:
         self._stacks = stacks(self._layers) if parted is None else parted
@@ -309,6 +316,7 @@ class SINGD(torch.optim.Optimizer):
         self._queue.forget()
         for layer in self._layers:
             layer.pending = {}
+        self._tell_taps()
 
     # ---- the step -------------------------------------------------------------------------------
 
@@ -423,8 +431,9 @@ class SINGD(torch.optim.Optimizer):
 
     def _warn_unseen(self, layer: Layer) -> None:
         self._warn_once(
-            f"no rows of {layer.name!r} have been seen, since its module was not called like one, "
-            "or inside torch.compile: until then AdamW trains it"
+            f"no rows of {layer.name!r} have been seen, since its weight was used without a call "
+            "of its module, or in a graph that was compiled before the optimizer was built (then "
+            "call torch.compiler.reset()) or by torch before 2.13: until then AdamW trains it"
         )
 
     def _warn_skipped(self) -> None:
@@ -436,7 +445,7 @@ class SINGD(torch.optim.Optimizer):
     def _warn_once(self, text: str) -> None:
         if text not in self._warned:
             self._warned.add(text)
-            warnings.warn(text, stacklevel=3)
+            warn(text)
 
     # ---- gradient scaling -----------------------------------------------------------------------
 
@@ -506,6 +515,7 @@ class SINGD(torch.optim.Optimizer):
         for layer in self._layers:
             layer.pending, layer.factors = {}, factors[layer.weight]
             layer.seen = layer.factors is not None  # they are made when rows are first seen
+        self._tell_taps()
 
     # ---- what a person sees ---------------------------------------------------------------------
 
@@ -532,6 +542,12 @@ class SINGD(torch.optim.Optimizer):
         """Who owns each parameter, with which structures, and what state it costs."""
         table = _table.table(self._layers, self._fallback, self._names)
         return f"{type(self).__name__}\n{table}"
+
+
+def _plain(model: Any) -> nn.Module:
+    """The model inside torch.compile(model)."""
+    plain: nn.Module = getattr(model, "_orig_mod", model)
+    return plain
 
 
 def _is_due(layer: Layer) -> bool:
