@@ -78,7 +78,7 @@ $(VENV)/.stamp-%: $(VENV)/.stamp-venv pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.stamp-demo: EXTRAS := demo,torch
-$(VENV)/.stamp-test: EXTRAS := test,torch,jax
+$(VENV)/.stamp-test: EXTRAS := test,torch,jax,models
 $(VENV)/.stamp-lint: EXTRAS := lint,torch,jax
 $(VENV)/.stamp-docs: EXTRAS := docs
 

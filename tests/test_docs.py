@@ -12,7 +12,10 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.md"))
+PAGES = [ROOT / "README.md", *sorted(set((ROOT / "docs").rglob("*.md")) - set(EXAMPLES))]
+SLOW = {"characters", "gpt2"}
+NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 PACKAGES = [ROOT / "singd_core", *sorted((ROOT / "frontends").glob("singd_*"))]
 FENCE = re.compile(r"[ >]*(?P<fence>`{3,}|~{3,})[ ]*(?P<info>[^`]*)")
 
@@ -72,8 +75,8 @@ def _elsewhere(tmp_path, monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "Agg")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_the_python_examples_of_a_page_run(page, monkeypatch):
+def run(page, monkeypatch):
+    """Run the Python blocks of a page as one program."""
     # A registered module, because dataclasses and pickle look for the module of a class.
     module = types.ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", module)
@@ -84,6 +87,35 @@ def test_the_python_examples_of_a_page_run(page, monkeypatch):
         program = compile("\n" * (line - 1) + code, str(page), "exec", dont_inherit=True)
         if info != "python no-run":
             exec(program, vars(module))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_the_python_examples_of_a_page_run(page, monkeypatch):
+    run(page, monkeypatch)
+
+
+# What lightning says of the loaders of an example, and how it asks torch for a leaf of a tree.
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)`:FutureWarning")
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(p, marks=[pytest.mark.slow] if p.stem in SLOW else []) for p in EXAMPLES],
+    ids=lambda page: page.stem,
+)
+def test_an_example_prints_what_its_page_shows(page, monkeypatch, capsys):
+    importlib.import_module(
+        "torchvision_on_cpu"
+    )  # as transformers and lightning import torchvision
+    run(page, monkeypatch)
+    printed = capsys.readouterr().out.strip()
+    (shown,) = (
+        b.code.strip() for b in blocks(page.read_text(encoding="utf-8")) if b.info == "text"
+    )
+    assert NUMBER.sub("#", printed) == NUMBER.sub("#", shown)
+    for ours, theirs in zip(*(NUMBER.findall(text) for text in (printed, shown)), strict=True):
+        # another processor rounds otherwise, and training carries that on: a few samples, or 0.05
+        a, b = (float(number.replace(",", "")) for number in (ours, theirs))
+        assert abs(a - b) <= 0.05 + 0.05 * b, (ours, theirs)
 
 
 @pytest.mark.parametrize("name", modules())

@@ -6,8 +6,15 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from singd_torch._layers import Layer
+
+
+def processes_of_call() -> dist.ProcessGroup | None:
+    """The processes of the DistributedDataParallel wrapper whose forward pass this is part of."""
+    wrapper = DistributedDataParallel._active_ddp_module
+    return None if wrapper is None else wrapper.process_group
 
 
 def reduce_rows(layers: Sequence[Layer], group: dist.ProcessGroup) -> None:

@@ -30,10 +30,7 @@ def step(
     """
     for p in params:
         if "exp_avg" not in state[p]:
-            on = p.device if skip is not None else None
-            state[p]["step"] = torch.zeros((), dtype=torch.float32, device=on)
-            state[p]["exp_avg"] = torch.zeros_like(ranged(p), memory_format=torch.preserve_format)
-            state[p]["exp_avg_sq"] = torch.zeros_like(state[p]["exp_avg"])
+            state[p].update(initial(p, on_device=skip is not None))
         for name in ("exp_avg", "exp_avg_sq"):  # where they are, unless the model was moved or cast
             state[p][name] = state[p][name].to(ranged(p))
     beta1, beta2 = group["fallback_betas"]
@@ -64,6 +61,13 @@ def step(
     for p, stepped in zip(params, wide, strict=True):
         if stepped is not p:
             p.copy_(stepped)
+
+
+def initial(p: nn.Parameter, *, on_device: bool) -> dict[str, Tensor]:
+    """The state of a parameter before its first step; the count is a number of the host, or not."""
+    exp_avg = torch.zeros_like(ranged(p), memory_format=torch.preserve_format)
+    step = torch.zeros((), dtype=torch.float32, device=p.device if on_device else None)
+    return {"step": step, "exp_avg": exp_avg, "exp_avg_sq": torch.zeros_like(exp_avg)}
 
 
 def norms(grads: Sequence[Tensor]) -> Tensor:

@@ -81,9 +81,7 @@ class Stack:
 
     def no_momentum(self) -> Tensor:
         """The momentum of one layer before the first step."""
-        layer = self.layers[0]
-        batch, d_out, d_in = layer.shape
-        return torch.zeros((*batch, d_out, d_in), dtype=layer.dtypes[2], device=layer.weight.device)
+        return _state.no_momentum(self.layers[0])
 
     def split(self, joined: Tensor) -> Sequence[Tensor]:
         """The parts of the layers, views."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from singd_core import preconditioner
 from singd_core.preconditioner import Factors
 from singd_core.settings import Settings
+from singd_torch import _fallback
+from singd_torch._groups import settings_of
 from singd_torch._layers import Layer
 
 MOMENTUM = "momentum_buffer"
@@ -21,6 +23,28 @@ def initial(layer: Layer, s: Settings) -> Factors:
     device = layer.weight.device
     like_K, like_C = (torch.empty(0, dtype=dtype, device=device) for dtype in layer.dtypes[:2])
     return preconditioner.init(layer.structures, layer.shape, s, like_K, like_C)
+
+
+def no_momentum(layer: Layer) -> Tensor:
+    """The momentum of a layer before its first step."""
+    batch, d_out, d_in = layer.shape
+    return torch.zeros((*batch, d_out, d_in), dtype=layer.dtypes[2], device=layer.weight.device)
+
+
+def before_any_step(
+    layers: Iterable[Layer], fallback: Iterable[nn.Parameter]
+) -> dict[Tensor, dict[str, Tensor]]:
+    """The state that the first steps would make, in memory of its own that can be loaded into."""
+    state: dict[Tensor, dict[str, Tensor]] = {}
+    for layer in layers:
+        s = settings_of(layer.group)
+        layer.factors = initial(layer, s).map(torch.clone)
+        state[layer.weight] = dict(layer.factors.named_arrays())
+        if s.momentum != 0.0:
+            state[layer.weight][MOMENTUM] = no_momentum(layer)
+    for p in fallback:
+        state[p] = _fallback.initial(p, on_device=p.device.type != "cpu")
+    return state
 
 
 def moved(layer: Layer, s: Settings) -> Factors:
@@ -56,13 +80,19 @@ def restored(template: Factors, saved: Mapping[str, Tensor], name: str) -> Facto
 
 
 def portable(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A state dict of tensors and plain values alone: structures by name, without functions."""
+    """A state dict of tensors and plain values alone: structures by name, without functions.
+
+    It has an entry for each parameter, empty if nothing is kept for it, as for the bias of a layer:
+    torch.distributed.checkpoint takes one that is absent for one that was lost.
+    """
     groups = [dict(group) for group in state_dict["param_groups"]]
+    indices = [index for group in groups for index in group["params"]]
+    state = {index: state_dict["state"].get(index, {}) for index in indices}
     for group in groups:
         group["structures"] = _names(group["structures"])
         if callable(group["lr_cov"]):
             group["lr_cov"] = None
-    return state_dict | {"param_groups": groups}
+    return state_dict | {"state": state, "param_groups": groups}
 
 
 def completed(state_dict: Mapping[str, Any], live: list[dict[str, Any]]) -> dict[str, Any]:

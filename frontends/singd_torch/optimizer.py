@@ -15,7 +15,7 @@ from singd_core.preconditioner import Factors
 from singd_core.settings import STRUCTURES, Settings, settings
 from singd_torch import _attention, _capture, _diagnostics, _fallback, _scaling, _state, _table
 from singd_torch._capture import Tap
-from singd_torch._distributed import reduce_rows
+from singd_torch._distributed import processes_of_call, reduce_rows
 from singd_torch._estimate import automatic
 from singd_torch._groups import check_group, settings_of
 from singd_torch._layers import Layer, Source, find
@@ -144,18 +144,9 @@ class SINGD(torch.optim.Optimizer):
             "fallback_eps": fallback_eps,
             "fallback_weight_decay": fallback_weight_decay,
         }
-        self._model = model
-        self._layers: list[Layer] = []
-        self._fallback: list[nn.Parameter] = []
-        self._taps: dict[nn.Module, list[Tap]] = {}
-        self._queue = Queue()
         self._skipped: Tensor | int = 0
-        self._warned: set[str] = set()
-        self._reports = False
         self._compile = {} if compile_step is True else compile_step or None
-        self._scale_of_rows: float | None = None
-        self._mask: Tensor | None = None
-        self._sampled: str | None = None
+        self._watch(model)
         if params is None:
             params = [p for p in model.parameters() if p.requires_grad]
             if not params:
@@ -173,6 +164,19 @@ class SINGD(torch.optim.Optimizer):
             names = ", ".join(self._names.get(p, "?") for p in self._fallback)
             warn(f"trained by AdamW, not preconditioned: {names}")
 
+    def _watch(self, model: nn.Module) -> None:
+        """Begin with a model of which no layer is known yet."""
+        self._model = model
+        self._layers: list[Layer] = []
+        self._fallback: list[nn.Parameter] = []
+        self._taps: dict[nn.Module, list[Tap]] = {}
+        self._queue = Queue()
+        self._warned: set[str] = set()
+        self._reports = False
+        self._scale_of_rows: float | None = None
+        self._mask: Tensor | None = None
+        self._sampled: str | None = None
+
     # ---- parameters -----------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -187,6 +191,10 @@ class SINGD(torch.optim.Optimizer):
         if len({id(p) for p in params}) < len(params):
             raise ValueError("a parameter is given twice in one parameter group")
         self._names = {p: name for name, p in self._model.named_parameters()}
+        for p in params:
+            name = self._names.get(p, "a parameter")
+            if nn.parameter.is_lazy(p):
+                raise ValueError(f"{name!r} has no shape yet: call the model once before")
         unknown = set(group) - set(self.defaults) - {"params", "param_names", "steps", "base_lr"}
         if unknown:
             raise ValueError(f"a parameter group has no setting {sorted(unknown)}")
@@ -250,6 +258,8 @@ class SINGD(torch.optim.Optimizer):
         layer = self._by_weight.get(source.weight)
         if layer is None or not layer.weight.requires_grad:
             return None
+        if self._processes is None:  # the model may have been wrapped after it was given here
+            self._processes = processes_of_call()
         return partial(self._take_rows, layer, source) if _is_due(layer) else None
 
     def _take_rows(self, layer: Layer, source: Source, x: Tensor, g: Tensor) -> None:
@@ -341,6 +351,9 @@ class SINGD(torch.optim.Optimizer):
                     "give its module sparse=False, or an optimizer of its own"
                 )
         self._queue.flush()
+        if not self.state and self._is_no_step():
+            self.state.update(_state.before_any_step(self._layers, self._fallback))
+            return loss
         chosen = {id(group): settings_of(group) for group in self.param_groups}
         scales = _scaling.scales(self, self._scale_of_rows)
         if self._processes is not None:
@@ -412,6 +425,11 @@ class SINGD(torch.optim.Optimizer):
                 of_group = [others[i] for i in mine], [grads[i] for i in mine]
                 _fallback.step(group, *of_group, self.state, skip)
 
+    def _is_no_step(self) -> bool:
+        """Whether this is how torch.distributed.checkpoint makes the state that it loads into."""
+        rates_are_zero = all(float(group["lr"]) == 0.0 for group in self.param_groups)
+        return rates_are_zero and not any(layer.pending for layer in self._layers)
+
     @property
     def skipped(self) -> int:
         """How many steps changed nothing, as a gradient or row was not finite (a host sync)."""
@@ -475,6 +493,35 @@ class SINGD(torch.optim.Optimizer):
             if found:
                 self.state[p] = found
         self._route()
+        self._go_on_from(factors)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy is made of, by `copy.deepcopy` or `pickle`; pending rows are left behind.
+
+        The copy trains the copy of the model that is made along with it.
+        """
+        names = ("_model", "_skipped", "_compile")
+        own = {name: getattr(self, name) for name in names}
+        return super().__getstate__() | own
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_model" not in state:  # a part of torch's load_state_dict
+            return
+        self._processes = None
+        self._watch(state["_model"])
+        self._names = {p: name for name, p in self._model.named_parameters()}
+        self._route()
+        self._go_on_from(
+            {
+                layer.weight: _state.checked(
+                    layer, self.state.get(layer.weight, {}), settings_of(layer.group)
+                )
+                for layer in self._layers
+            }
+        )
+
+    def _go_on_from(self, factors: Mapping[nn.Parameter, Factors | None]) -> None:
         for layer in self._layers:
             layer.pending, layer.factors = {}, factors[layer.weight]
             layer.seen = layer.factors is not None  # they are made when rows are first seen

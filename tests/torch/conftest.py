@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torchvision_on_cpu  # noqa: F401
 
 
 @pytest.fixture(autouse=True)

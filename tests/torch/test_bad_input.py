@@ -149,6 +149,15 @@ def test_parameters_in_place_of_the_model_are_an_error() -> None:
         SINGD(network().parameters())
 
 
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_a_lazy_parameter_without_a_shape_is_named() -> None:
+    model = nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2))
+    with pytest.raises(ValueError, match=r"'0\.weight' has no shape yet: call the model once"):
+        SINGD(model)
+    model(torch.zeros(1, 4))
+    assert len(SINGD(model)._layers) == 2
+
+
 def test_data_parallel_is_an_error() -> None:
     with pytest.raises(TypeError, match="use DistributedDataParallel"):
         SINGD(nn.DataParallel(network()))

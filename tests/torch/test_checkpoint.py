@@ -184,6 +184,27 @@ def test_dtypes_are_those_that_were_saved() -> None:
     assert again.state_dict()["state"].keys() == optimizer.state_dict()["state"].keys()
 
 
+@pytest.mark.parametrize("given", [{}, {"kfac": True}], ids=["robust", "kfac"])
+@pytest.mark.parametrize(("saved_in", "resumed_in"), [(F32, BF16), (BF16, F32), (F32, F16)])
+def test_resumed_in_another_dtype(
+    saved_in: torch.dtype, resumed_in: torch.dtype, given: dict[str, Any]
+) -> None:
+    """The factors follow the weights into their dtype, and training goes on."""
+    model, resumed = Network().to(saved_in), Network().to(resumed_in)
+    optimizer, again = SINGD(model, **given), SINGD(resumed, **given)
+    train(model, optimizer, batches(saved_in, 3))
+    saved = through_a_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    resumed.load_state_dict(saved["model"])
+    again.load_state_dict(saved["optimizer"])
+    before = copy.deepcopy(resumed)
+    train(resumed, again, batches(resumed_in, 3))
+    for layer in again._layers:
+        assert layer.fits()
+        assert again.state[layer.weight]["momentum_buffer"].dtype == layer.dtypes[2]
+        assert not torch.equal(layer.weight, before.get_parameter(layer.name))
+    assert again.skipped == 0
+
+
 def deep_equal(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor):
         return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)

@@ -265,6 +265,41 @@ def test_closure_is_evaluated_once_and_its_loss_returned() -> None:
     assert SINGD(nn.Linear(1, 1)).step() is None
 
 
+def test_a_closure_may_evaluate_the_model_several_times() -> None:
+    """As a line search does: the step is that of the last evaluation."""
+    model, data = Network(), batch()
+    twin = copy.deepcopy(model)
+    optimizer, other = SINGD(model), SINGD(twin)
+
+    def closure() -> Tensor:
+        for rows in (batch(), data):
+            optimizer.zero_grad()
+            loss = loss_of(model, rows)
+            loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    step(twin, other, data)
+    assert all(map(torch.equal, model.parameters(), twin.parameters()))
+
+
+@pytest.mark.parametrize("clip", [nn.utils.clip_grad_value_, nn.utils.clip_grad_norm_])
+def test_clipped_gradients_are_those_that_are_stepped_along(clip: Any) -> None:
+    model, data = Network(), batch()
+    twin = copy.deepcopy(model)
+    optimizer, other = SINGD(model, kl_bound=None), SINGD(twin, kl_bound=None)
+    loss_of(model, data).backward()
+    clip(model.parameters(), 1e-4)
+    clipped = [p.grad.clone() for p in model.parameters()]
+    optimizer.step()
+    loss_of(twin, data).backward()
+    for p, gradient in zip(twin.parameters(), clipped, strict=True):
+        assert not torch.equal(p.grad, gradient)
+        p.grad = gradient
+    other.step()
+    assert all(map(torch.equal, model.parameters(), twin.parameters()))
+
+
 def test_step_without_any_gradient_changes_nothing() -> None:
     model = Network()
     before, optimizer = copy.deepcopy(model), SINGD(model)

@@ -54,8 +54,12 @@ def train(rank: int, world: int, folder: str, how: str) -> None:
         world_size=world,
         timeout=datetime.timedelta(seconds=60),
     )
-    model = DistributedDataParallel(new_model(), find_unused_parameters=True)
-    optimizer = SINGD(model, T=2)
+    inner = new_model()
+    if how == "wrapped later":  # as Accelerate and Lightning do
+        optimizer = SINGD(inner, T=2)
+    model = DistributedDataParallel(inner, find_unused_parameters=True)
+    if how != "wrapped later":
+        optimizer = SINGD(model, T=2)
     calls = 0
     original = dist.all_reduce
 
@@ -91,7 +95,7 @@ def train(rank: int, world: int, folder: str, how: str) -> None:
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("how", ["plain", "accumulate", "uneven"])
+@pytest.mark.parametrize("how", ["plain", "wrapped later", "accumulate", "uneven"])
 def test_processes_train_like_one_with_the_whole_batch(
     world: int, how: str, tmp_path: Path
 ) -> None:

@@ -156,3 +156,30 @@ def test_a_told_scale_holds_for_one_step() -> None:
     loss_of(twin, data[1]).backward()
     optimizer.step()
     assert_same(model, plain, twin, optimizer)
+
+
+def test_float16_autocast_trains_with_the_full_recipe() -> None:
+    """The first scale overflows float16: some steps are skipped, and the others train."""
+    model, amp = network(), torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    optimizer, losses, (batch,) = SINGD(model), [], batches(1)
+    before = copy.deepcopy(model)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.float16):
+            loss = loss_of(model, batch)
+        amp.scale(loss).backward()
+        amp.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        amp.step(optimizer)
+        amp.update()
+        losses.append(loss.item())
+
+    with pytest.warns(UserWarning, match="the step changed nothing"):
+        step()
+    for _ in range(60):
+        step()
+    assert 1 < optimizer.skipped < 40
+    assert amp.get_scale() == 2.0 ** (40 - optimizer.skipped)
+    assert losses[-1] < 0.5 * losses[0]
+    assert not any(map(torch.equal, model.parameters(), before.parameters()))

@@ -1,0 +1,101 @@
+"""What the tests of whole models share: a model trains, and its layers see the right rows."""
+
+import copy
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import one_hot, pad
+
+from singd_core.curvature import Embedding
+from singd_torch import SINGD
+
+STEPS = 20
+# Relative, in float64: sums over at most some thousand rows in another order than autograd's.
+CLOSE = 1e-12
+
+Loss = Callable[[nn.Module], Tensor]
+
+
+class Watched(SINGD):
+    """Keeps, beside what it does, the product BᵀA of all rows of each layer and part, as a sum."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.products: dict[tuple[str, int | None], Tensor] = {}
+        super().__init__(*args, **kwargs)
+
+    def _take_rows(self, layer: Any, source: Any, x: Tensor, g: Tensor) -> None:
+        kind, bias = source.kind, layer.bias is not None
+        if isinstance(kind, Embedding):
+            A = one_hot(x.flatten(), kind.entries) * (
+                torch.arange(kind.entries) != kind.padding_idx
+            )
+        else:
+            A, _ = kind.inputs(x, bias=bias, kfac_approx="expand")
+        B, _ = kind.outputs(g, kfac_approx="expand", loss_average=None)
+        product = B.mT.to(layer.weight) @ A.to(layer.weight)
+        if source.swapped:  # a table of embeddings that is tied to the layer
+            product = pad(product.mT, (0, int(bias)))
+        key = layer.name, source.part
+        self.products[key] = self.products.get(key, 0.0) + product
+        super()._take_rows(layer, source, x, g)
+
+
+def check_rows(model: nn.Module, loss: Loss, **given: Any) -> None:
+    """The rows of every layer explain its gradient: BᵀA of the rows is what autograd found."""
+    optimizer = Watched(model, **given)
+    loss(model).backward()
+    assert optimizer._layers
+    for layer in optimizer._layers:
+        gradient = layer.kind.matrix(*(p.grad for p in layer.parameters))
+        keys = sorted((key for key in optimizer.products if key[0] == layer.name), key=str)
+        parts = [optimizer.products[key] for key in keys]
+        product = torch.stack(parts) if len(parts) > 1 else parts[0]
+        assert product.shape == gradient.shape, layer.name
+        assert (product - gradient).norm() <= CLOSE * gradient.norm(), layer.name
+
+
+def table(optimizer: SINGD) -> dict[str, str]:
+    """The rule by which each parameter is trained, as `print(optimizer)` tells it."""
+    rules = {}
+    for line in repr(optimizer).splitlines()[2:]:
+        names, _, rule, *_ = re.split(r"  +", line)
+        weight, *bias = names.split(" + ")
+        for name in (weight, *(f"{weight.rpartition('.')[0]}.{b}".lstrip(".") for b in bias)):
+            assert name not in rules, f"{name} is listed twice"
+            rules[name] = rule
+    return rules
+
+
+def check_trained(
+    model: nn.Module, start: nn.Module, optimizer: SINGD, losses: list[float]
+) -> None:
+    """Every parameter is listed and has moved, and the loss is finite and lower."""
+    names = [name for name, _ in model.named_parameters()]
+    assert sorted(table(optimizer)) == sorted(names)
+    still = [
+        name for name in names if torch.equal(model.get_parameter(name), start.get_parameter(name))
+    ]
+    assert not still
+    assert len(losses) == STEPS
+    assert all(map(math.isfinite, losses))
+    assert losses[-1] < losses[0]
+    assert optimizer.skipped == 0
+
+
+def check_model(model: nn.Module, loss: Loss, preconditioned: int, **given: Any) -> SINGD:
+    """The model trains for 20 steps, and its layers, so many, see the right rows."""
+    start, optimizer, losses = copy.deepcopy(model), SINGD(model, **given), []
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        value = loss(model)
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+    check_trained(model, start, optimizer, losses)
+    assert len(optimizer._layers) == preconditioned
+    check_rows(copy.deepcopy(model).double(), loss, **given)
+    return optimizer
