@@ -13,8 +13,9 @@ import optax  # type: ignore[import-untyped]
 
 from singd_core import preconditioner
 from singd_core._array import Array, ranged, widen
+from singd_core._parameter import LayerState
 from singd_core.curvature import Linear
-from singd_core.optimizer import LayerState, Optimizer, State
+from singd_core.optimizer import Optimizer, State
 from singd_core.preconditioner import Factors
 from singd_core.updates.adamw import Fallback, Moments
 from singd_core.updates.curvature import Curvature
