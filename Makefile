@@ -11,16 +11,19 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 # Stamps share one environment, and pip must not run twice in it at the same time.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo compare test test-slow lint format bench docs clean
+.PHONY: help demo demo-numpy compare test test-slow test-gpu lint format bench docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "PYTHON=... picks the interpreter that makes .venv (default python3),"
-	@echo "ARGS=... is passed on to pytest and to the scripts of demo, compare and bench."
+	@echo "ARGS=... is passed on to pytest and to the scripts of demo, demo-numpy, compare and bench."
 
 demo: $(VENV)/.stamp-demo ## Train a small network with SINGD and show it (examples/demo.py)
 	$(BIN)/python examples/demo.py $(ARGS)
+
+demo-numpy: $(VENV)/.stamp-demo-numpy ## Train on NumPy arrays, with no framework (examples/demo_numpy.py)
+	$(BIN)/python examples/demo_numpy.py $(ARGS)
 
 compare: $(VENV)/.stamp-bench ## Compare optimizers on small problems (benchmarks/compare.py)
 	$(BIN)/python benchmarks/compare.py $(ARGS)
@@ -33,6 +36,9 @@ test: $(VENV)/.stamp-test ## Run the fast tests, the examples in README.md and d
 
 test-slow: $(VENV)/.stamp-test ## Run the slow tests
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow $(ARGS) || [ $$? -eq 5 ] # 5: no test is slow
+
+test-gpu: ## Run tests/gpu with PYTHON, on a machine with a GPU; installs nothing
+	PYTHONPATH=.:frontends $(PYTHON) -m pytest tests/gpu $(ARGS)
 
 lint: $(VENV)/.stamp-lint ## Check style, formatting and types
 	$(BIN)/ruff check
@@ -63,7 +69,8 @@ $(VENV)/.stamp-%: $(VENV)/.stamp-venv pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.stamp-demo: EXTRAS := demo,torch
-$(VENV)/.stamp-test: EXTRAS := test,torch,jax
+$(VENV)/.stamp-demo-numpy: EXTRAS := demo
+$(VENV)/.stamp-test: EXTRAS := test,demo,torch,jax
 $(VENV)/.stamp-lint: EXTRAS := lint,torch,jax
 $(VENV)/.stamp-docs: EXTRAS := docs
 

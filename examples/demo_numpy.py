@@ -23,15 +23,21 @@ PAPER = {"recipe": "paper", "damping": 0.01, "T": 1, "lr_cov": 0.05}
 
 # The peak of the rate, and the optimizer with a rate that may change: a 0-d array.
 Make = Callable[[np.ndarray], Optimizer]
+
+
+def singd(structure: str) -> tuple[float, Make]:
+    return 0.02, lambda lr: Optimizer(lr=lr, structures=(structure, structure))
+
+
 OPTIMIZERS: dict[str, tuple[float, Make]] = {
     "AdamW": (0.03, lambda lr: Optimizer({}, fallback=Fallback(lr=lr))),
     "KFAC": (0.01, lambda lr: Optimizer(lr=lr, kfac=True, **PAPER)),
     "IKFAC": (0.01, lambda lr: Optimizer(lr=lr, kfac_like=True, **PAPER)),
-    "SINGD dense": (0.02, lambda lr: Optimizer(lr=lr, structures=("dense",) * 2)),
-    "SINGD diagonal": (0.02, lambda lr: Optimizer(lr=lr, structures=("diagonal",) * 2)),
-    "SINGD blockdiagonal": (0.02, lambda lr: Optimizer(lr=lr, structures=("block16diagonal",) * 2)),
-    "SINGD hierarchical": (0.02, lambda lr: Optimizer(lr=lr, structures=("hierarchical:8,8",) * 2)),
-    "SINGD Toeplitz": (0.02, lambda lr: Optimizer(lr=lr, structures=("triltoeplitz",) * 2)),
+    "SINGD dense": singd("dense"),
+    "SINGD diagonal": singd("diagonal"),
+    "SINGD blockdiagonal": singd("blockdiagonal:16"),
+    "SINGD hierarchical": singd("hierarchical:8,8"),
+    "SINGD Toeplitz": singd("triltoeplitz"),
 }
 DTYPES = ("float64", "float32")
 HIDDEN, BATCH = 64, 64

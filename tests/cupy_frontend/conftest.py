@@ -1,6 +1,7 @@
 """CuPy without a GPU: it imports, and makes arrays over foreign memory, but computes nothing.
 
-Where CuPy is not installed these tests fail: `make test` installs it, except on macOS.
+Where CuPy is not installed these tests fail: `make test` installs it, except on macOS. (A folder
+`tests/cupy` would itself be importable as `cupy` where there is none.)
 """
 
 import contextlib
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 from array_api_compat import to_device
 
-collect_ignore = ["test_array_namespace.py", "test_optimizer.py"] if sys.platform == "darwin" else []
+collect_ignore = (
+    ["test_array_namespace.py", "test_optimizer.py"] if sys.platform == "darwin" else []
+)
 
 if sys.platform != "darwin":
     import cupy

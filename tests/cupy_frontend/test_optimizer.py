@@ -231,7 +231,9 @@ def test_nothing_more_is_allocated_after_the_first_steps(elsewhere):
 
 @pytest.mark.parametrize("x", [np.ones((2, 3)), torch.ones(2, 3)], ids=["NumPy", "torch"])
 def test_arrays_of_another_library_are_an_error_that_names_the_way(x):
-    with pytest.raises(TypeError, match=r"not (numpy.ndarray|torch.Tensor).*singd_cupy.from_dlpack"):
+    with pytest.raises(
+        TypeError, match=r"not (numpy.ndarray|torch.Tensor).*singd_cupy.from_dlpack"
+    ):
         singd_cupy.Optimizer().init({"map": x})
 
 
