@@ -38,7 +38,7 @@ test-slow: $(VENV)/.stamp-test ## Run the slow tests
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow $(ARGS) || [ $$? -eq 5 ] # 5: no test is slow
 
 test-gpu: ## Run tests/gpu with PYTHON, on a machine with a GPU; installs nothing
-	PYTHONPATH=.:frontends $(PYTHON) -m pytest tests/gpu $(ARGS)
+	PYTHONPATH=.:frontends:$$PYTHONPATH $(PYTHON) -m pytest -c tests/gpu/pytest.ini tests/gpu $(ARGS)
 
 lint: $(VENV)/.stamp-lint ## Check style, formatting and types
 	$(BIN)/ruff check

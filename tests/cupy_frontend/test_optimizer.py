@@ -7,16 +7,16 @@ import array_api_strict as strict
 import ml_dtypes
 import numpy as np
 import pytest
-import singd_cupy
 import torch
 from array_api_compat import to_device
-from singd_cupy import _cuda
 
 import singd_core
+import singd_cupy
 from singd_core._array import namespace
 from singd_core.state import flatten
 from singd_core.testing import no_host_sync
 from singd_core.testing.fake_cuda import fake_cuda
+from singd_cupy import _cuda
 
 CASES: dict[str, dict[str, Any]] = {
     "robust": {},
