@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 from array_api_compat import array_namespace
@@ -12,6 +13,8 @@ Scalar: TypeAlias = Any  # a Python number, or an array of the batch axes' shape
 
 _NAMESPACES: dict[type, Any] = {}
 _HALF: dict[tuple[type, Any], bool] = {}
+# For a type of arrays, what makes of a chain of operations a function that runs it as one kernel.
+FUSE: dict[type, Callable[[Callable[..., Any]], Callable[..., Any]]] = {}
 
 
 def namespace(x: Array) -> Any:
@@ -103,3 +106,18 @@ def concat(parts: Sequence[Array], axis: int) -> Array:
     """The non-empty parts joined along `axis`; a single one is returned without a copy."""
     parts = [part for part in parts if part.shape[axis]] or list(parts[:1])
     return parts[0] if len(parts) == 1 else namespace(parts[0]).concat(parts, axis=axis)
+
+
+def chain(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that works entry by entry, run as one kernel where a frontend has said how.
+
+    Its body may use operators and `cast`, but no operator between two numbers. It returns arrays
+    of the shape of its first argument.
+    """
+
+    @functools.wraps(function)
+    def run(x: Array, *others: Any) -> Any:
+        fuse = FUSE.get(type(x))
+        return (function if fuse is None else fuse(function))(x, *others)
+
+    return run

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from array_api_compat import size
 
-from singd_core._array import Array, Scalar, cast, expand, namespace, sum_of_squares, widen
+from singd_core._array import (
+    Array,
+    Scalar,
+    cast,
+    chain,
+    expand,
+    namespace,
+    sum_of_squares,
+    widen,
+)
 from singd_core.settings import Rate, Settings, is_bound
 
 
@@ -52,15 +61,30 @@ def direction(
         scale: Factor of n, from `kl_scale`.
         s: The settings.
     """
-    u = natural * expand(scale, natural)
+    n, scale = natural, expand(scale, natural)
     if decay is not None:
-        u = u + cast(decay, u)
-    if momentum is not None:
-        momentum = momentum * expand(s.momentum, momentum) + cast(u, momentum)
-        u = cast(u, momentum) + momentum * expand(s.momentum, momentum) if s.nesterov else momentum
+        n, scale = n * scale + cast(decay, n), 1.0
+    if momentum is None:
+        u = n * scale
+    elif s.nesterov:
+        u, momentum = _nesterov(n, momentum, scale, expand(s.momentum, momentum))
+    else:
+        u = momentum = _heavy_ball(n, momentum, scale, expand(s.momentum, momentum))
     if is_bound(s.rms_bound):
         u = u * cast(_within_rms(u, s.rms_bound), u)
     return u, momentum
+
+
+@chain
+def _heavy_ball(n: Array, m: Array, scale: Scalar, alpha: Scalar) -> Array:
+    return m * alpha + cast(n * scale, m)
+
+
+@chain
+def _nesterov(n: Array, m: Array, scale: Scalar, alpha: Scalar) -> tuple[Array, Array]:
+    u = cast(n * scale, m)
+    m = m * alpha + u
+    return u + m * alpha, m
 
 
 def weight_change(u: Array, weight: Array, s: Settings) -> Array:
