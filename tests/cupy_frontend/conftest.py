@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from array_api_compat import to_device
 
-collect_ignore = (
-    ["test_array_namespace.py", "test_optimizer.py"] if sys.platform == "darwin" else []
-)
+# On macOS only the tests that read source code are left.
+collect_ignore_glob = ["test_[!n]*.py"] if sys.platform == "darwin" else []
 
 if sys.platform != "darwin":
     import cupy

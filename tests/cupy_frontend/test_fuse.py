@@ -13,14 +13,14 @@ from singd_core.updates.adamw import _averaged
 from singd_core.updates.weights import _heavy_ball, _nesterov
 from singd_cupy import _fuse
 
-# The arguments: the ndim of an array, or a number.
+# The arguments, as the ndim of an array or a number; the number of results, and of operations.
 CHAINS = {
-    "adamw": (_averaged, (2, 2, 2, 0.9, 0.1, 0.99, 0.01, 0, 0, 1e-8), 3),
-    "adamw, a number": (_averaged, (0, 0, 0, 0.9, 0.1, 0.99, 0.01, 0, 0, 1e-8), 3),
-    "heavy ball": (_heavy_ball, (2, 2, 0, 0.9), 1),
-    "heavy ball, numbers": (_heavy_ball, (2, 2, 1.0, 0.9), 1),
-    "nesterov": (_nesterov, (3, 3, 0, 0.9), 2),
-    "nesterov, arrays": (_nesterov, (2, 2, 0, 0), 2),
+    "adamw": (_averaged, (2, 2, 2, 0.9, 0.1, 0.99, 0.01, 0, 0, 1e-8), 3, 12),
+    "adamw, a number": (_averaged, (0, 0, 0, 0.9, 0.1, 0.99, 0.01, 0, 0, 1e-8), 3, 12),
+    "heavy ball": (_heavy_ball, (2, 2, 0, 0.9), 1, 3),
+    "heavy ball, numbers": (_heavy_ball, (2, 2, 1.0, 0.9), 1, 3),
+    "nesterov": (_nesterov, (3, 3, 0, 0.9), 2, 5),
+    "nesterov, arrays": (_nesterov, (2, 2, 0, 0), 2, 5),
 }
 
 
@@ -41,7 +41,7 @@ def source(kernel) -> str:
     reads = [f"const {p.ctype} {p.name} = a{i}[n];" for i, p in enumerate(kernel.in_params)]
     writes = [f"{p.ctype}& {p.name} = o{i}[n];" for i, p in enumerate(kernel.out_params)]
     return (
-        f"#include <cupy/carray.cuh>\n{kernel.preamble}\n"
+        f"{kernel.preamble}\n"
         f'extern "C" __global__ void chain({", ".join(given + made)}) {{\n'
         "size_t n = blockIdx.x * blockDim.x + threadIdx.x;\n"
         f"{' '.join(reads + writes)}\n{kernel.operation};\n}}"
@@ -51,12 +51,13 @@ def source(kernel) -> str:
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("name", CHAINS)
 def test_a_chain_is_one_kernel_in_its_dtype_that_compiles_to_ptx(foreign, name, dtype):
-    function, shapes, outputs = CHAINS[name]
+    function, shapes, outputs, operations = CHAINS[name]
     arguments = tuple(
         foreign(np.zeros((3,) * n, dtype)) if isinstance(n, int) else n for n in shapes
     )
     kernel = traced(function, arguments)
     assert [p.dtype.name for p in kernel.out_params] == [dtype] * outputs
+    assert kernel.operation.startswith(f"// {operations} operations")
     headers = Path(cupy.__file__).parent / "_core" / "include"
     program = cupy.cuda.nvrtc.createProgram(source(kernel), "chain.cu", (), ())
     options = ["--gpu-architecture=compute_80", "--std=c++17", f"-I{headers}", *cuda_headers()]

@@ -18,7 +18,6 @@ NO_DRIVER = "import singd_cupy"
     ],
     ids=["without CuPy", "without a driver"],
 )
-@pytest.mark.skipif(sys.platform == "darwin", reason="there is no CuPy for macOS")
 def test_the_message_names_what_is_missing_and_the_way_out(code, expected):
     # An empty list of devices is what CuPy sees where there is a driver but no GPU.
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
