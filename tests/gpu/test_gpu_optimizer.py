@@ -4,17 +4,22 @@ import time
 
 import numpy as np
 import pytest
-from gpus import SUBSTITUTE
+from gpus import LIBRARIES, SUBSTITUTE
 from problem import CASES, LAYERS, each, each_pair, go, leaves, problem, train
 
 import singd_core
 
+JAX_CASES = ("robust", "hierarchical")
 # Relative to the largest entry: eight steps, some of which divide by small numbers.
 CLOSE = {"float64": 1e-9, "float32": 2e-3}
 
+# Without jit, jax compiles every operation for every shape: it gets two cases.
+RUNS = [(lib, case) for lib in LIBRARIES for case in CASES if lib != "jax" or case in JAX_CASES]
+runs = pytest.mark.parametrize(("gpu", "case"), RUNS, indirect=["gpu"])
+
 
 @pytest.mark.parametrize("dtype", CLOSE)
-@pytest.mark.parametrize("case", CASES)
+@runs
 def test_steps_are_those_of_numpy(gpu, case, dtype):
     start, data = problem(8)
     expected, expected_state = train(singd_core.Optimizer, case, start, data)
@@ -34,7 +39,7 @@ def test_steps_are_those_of_numpy(gpu, case, dtype):
             )
 
 
-@pytest.mark.parametrize("case", CASES)
+@runs
 def test_steps_never_wait_for_the_gpu(gpu, case):
     start, data = problem(3)
     data[1] = each(lambda x: x * np.nan, data[1][0]), data[1][1]
