@@ -9,7 +9,8 @@ from typing import Any, TypeAlias
 from singd_core import _parameter as one
 from singd_core import preconditioner
 from singd_core._array import Array, Scalar, namespace
-from singd_core._parameter import LayerState, Parameter
+from singd_core._parameter import LayerState as LayerState  # with `State`, what others import
+from singd_core._parameter import Parameter
 from singd_core._tree import Tree, tree
 from singd_core.curvature import LayerKind, Linear
 from singd_core.curvature.base import is_expand, loss_terms
