@@ -11,16 +11,19 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 # Stamps share one environment, and pip must not run twice in it at the same time.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo compare test test-slow test-jax-newest lint format bench race docs clean
+.PHONY: help demo demo-numpy compare test test-slow test-gpu test-jax-newest lint format bench race docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "PYTHON=... picks the interpreter that makes .venv (default python3),"
-	@echo "ARGS=... is passed on to pytest and to the scripts of demo, compare, bench and race."
+	@echo "ARGS=... is passed on to pytest and to the scripts of demo, demo-numpy, compare, bench and race."
 
 demo: $(VENV)/.stamp-demo ## Train a small network with SINGD and show it (examples/demo.py)
 	$(BIN)/python examples/demo.py $(ARGS)
+
+demo-numpy: $(VENV)/.stamp-demo-numpy ## Train on NumPy arrays, with no framework (examples/demo_numpy.py)
+	$(BIN)/python examples/demo_numpy.py $(ARGS)
 
 compare: $(VENV)/.stamp-bench ## Compare optimizers on small problems (benchmarks/compare.py)
 	$(BIN)/python benchmarks/compare.py $(ARGS)
@@ -45,6 +48,9 @@ test-jax-newest: ## Run the tests of singd_jax with the newest jax (PYTHON=pytho
 	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -e '.[jax]' \
 		dm-haiku equinox flax hypothesis orbax-checkpoint pytest pytest-xdist
 	$(NEWEST)/bin/python -m pytest -n $(WORKERS) -m "not slow" tests/jax $(ARGS)
+
+test-gpu: ## Run tests/gpu with PYTHON, on a machine with a GPU; installs nothing
+	PYTHONPATH=.:frontends:$$PYTHONPATH $(PYTHON) -m pytest -c tests/gpu/pytest.ini tests/gpu $(ARGS)
 
 lint: $(VENV)/.stamp-lint ## Check style, formatting and types
 	$(BIN)/ruff check
@@ -78,7 +84,8 @@ $(VENV)/.stamp-%: $(VENV)/.stamp-venv pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.stamp-demo: EXTRAS := demo,torch
-$(VENV)/.stamp-test: EXTRAS := test,torch,jax,models
+$(VENV)/.stamp-demo-numpy: EXTRAS := demo
+$(VENV)/.stamp-test: EXTRAS := test,demo,torch,jax,models
 $(VENV)/.stamp-lint: EXTRAS := lint,torch,jax
 $(VENV)/.stamp-docs: EXTRAS := docs
 

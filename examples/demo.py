@@ -8,14 +8,10 @@ rate that falls linearly to zero.
 import argparse
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
 
 import torch
-from picture import draw
+from picture import Run, draw, side_by_side, table
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from sklearn.datasets import load_digits
 from torch import nn
 
@@ -43,18 +39,6 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BATCH = 64
-
-
-@dataclass
-class Run:
-    """What one optimizer did in one dtype."""
-
-    losses: list[float] = field(default_factory=list)  # of each batch
-    seconds: list[float] = field(default_factory=list)  # of training, up to and with each step
-    indefinite_from: int | None = None  # KFAC: the first step at which S + λI was not positive
-    train_loss: float = float("nan")
-    accuracy: float = float("nan")
-    bytes_per_parameter: float = float("nan")
 
 
 def digits() -> tuple[torch.Tensor, ...]:
@@ -130,27 +114,6 @@ def smallest_eigenvalue(optimizer: torch.optim.Optimizer) -> float:
     return min((torch.linalg.eigvalsh(S)[0].item() + DAMPING for S in finite), default=torch.inf)
 
 
-def table(runs: dict[tuple[str, str], Run]) -> Table:
-    """One line for each optimizer and dtype."""
-    shown = Table(title="Handwritten digits, after training")
-    shown.add_column("\noptimizer", no_wrap=True)
-    shown.add_column("\ndtype")
-    for name in ("training\nloss", "test\naccuracy", "\nseconds", "state bytes\n/ parameter"):
-        shown.add_column(name, justify="right")
-    for (optimizer, dtype), run in runs.items():
-        cells = (
-            f"{run.train_loss:.5f}" if run.train_loss < 100 else f"{run.train_loss:.0f}",
-            f"{run.accuracy:.1%}",
-            f"{run.seconds[-1]:.1f}",
-            f"{run.bytes_per_parameter:.1f}",
-        )
-        failed = not run.train_loss < run.losses[0]
-        last = optimizer == list(OPTIMIZERS)[-1]
-        style = "bold red" if failed else None
-        shown.add_row(optimizer, dtype, *cells, style=style, end_section=last)
-    return shown
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=200, help="for each optimizer and dtype")
@@ -163,18 +126,10 @@ def main() -> None:
     for dtype in DTYPES.values():  # the first steps of a process load and set up much of torch
         train(OPTIMIZERS["AdamW"], dtype, 2, data)
 
-    runs: dict[tuple[str, str], Run] = {}
-    columns = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn())
-    more = (TextColumn("loss {task.fields[loss]:.4f}"), TimeElapsedColumn())
-    with Progress(*columns, *more, console=console) as progress:
-        total = len(DTYPES) * len(OPTIMIZERS) * given.steps
-        task = progress.add_task("", total=total, loss=float("nan"))
-        for dtype_name, dtype in DTYPES.items():
-            for name, make in OPTIMIZERS.items():
-                progress.update(task, description=f"{name}, {dtype_name}")
-                show = partial(progress.update, task, advance=1)
-                runs[name, dtype_name] = train(make, dtype, given.steps, data, show)
+    def run(name: str, dtype: str, after_step: Callable[..., None]) -> Run:
+        return train(OPTIMIZERS[name], DTYPES[dtype], given.steps, data, after_step)
 
+    runs = side_by_side(run, OPTIMIZERS, DTYPES, given.steps, console)
     console.print(table(runs))
     for dtype_name in DTYPES:
         first = runs["KFAC", dtype_name].indefinite_from

@@ -1,11 +1,17 @@
-"""The picture that `demo.py` draws of its runs."""
+"""What the demos keep and show of their runs: progress, a table and a picture."""
 
 import math
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from functools import partial
 
 import matplotlib
 
 matplotlib.use("Agg")  # draws into a file, with no screen
 import matplotlib.pyplot as plt
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 # The palette of Okabe and Ito and one violet, which people with any colour vision can tell apart.
 # First-order optimizers are dotted; dashes part the colours that are closest in grey.
@@ -20,6 +26,61 @@ STYLES = {
     "SINGD hierarchical": ("#CC79A7", "-"),
     "SINGD Toeplitz": ("#785EF0", "--"),
 }
+
+
+@dataclass
+class Run:
+    """What one optimizer did in one dtype."""
+
+    losses: list[float] = field(default_factory=list)  # of each batch
+    seconds: list[float] = field(default_factory=list)  # of training, up to and with each step
+    indefinite_from: int | None = None  # KFAC: the first step at which S + λI was not positive
+    train_loss: float = float("nan")
+    accuracy: float = float("nan")
+    bytes_per_parameter: float = float("nan")
+
+
+def side_by_side(
+    run: Callable[..., Run],
+    optimizers: Collection[str],
+    dtypes: Collection[str],
+    steps: int,
+    console: Console,
+) -> dict[tuple[str, str], Run]:
+    """`run(optimizer, dtype, after_step)` for each optimizer in each dtype, with a progress bar."""
+    runs = {}
+    columns = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn())
+    more = (TextColumn("loss {task.fields[loss]:.4f}"), TimeElapsedColumn())
+    with Progress(*columns, *more, console=console) as progress:
+        total = len(dtypes) * len(optimizers) * steps
+        task = progress.add_task("", total=total, loss=float("nan"))
+        for dtype in dtypes:
+            for name in optimizers:
+                progress.update(task, description=f"{name}, {dtype}")
+                show = partial(progress.update, task, advance=1)
+                runs[name, dtype] = run(name, dtype, show)
+    return runs
+
+
+def table(runs: dict[tuple[str, str], Run]) -> Table:
+    """One line for each optimizer and dtype."""
+    shown = Table(title="Handwritten digits, after training")
+    shown.add_column("\noptimizer", no_wrap=True)
+    shown.add_column("\ndtype")
+    for name in ("training\nloss", "test\naccuracy", "\nseconds", "state bytes\n/ parameter"):
+        shown.add_column(name, justify="right")
+    last = list(runs)[-1][0]
+    for (optimizer, dtype), run in runs.items():
+        cells = (
+            f"{run.train_loss:.5f}" if run.train_loss < 100 else f"{run.train_loss:.0f}",
+            f"{run.accuracy:.1%}",
+            f"{run.seconds[-1]:.1f}",
+            f"{run.bytes_per_parameter:.1f}",
+        )
+        failed = not run.train_loss < run.losses[0]
+        style = "bold red" if failed else None
+        shown.add_row(optimizer, dtype, *cells, style=style, end_section=optimizer == last)
+    return shown
 
 
 def draw(runs, path):

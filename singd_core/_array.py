@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 from array_api_compat import array_namespace
@@ -12,6 +13,8 @@ Scalar: TypeAlias = Any  # a Python number, or an array of the batch axes' shape
 
 _NAMESPACES: dict[type, Any] = {}
 _HALF: dict[tuple[type, Any], bool] = {}
+# For a type of arrays, what makes of a chain of operations a function that runs it as one kernel.
+FUSE: dict[type, Callable[[Callable[..., Any]], Callable[..., Any]]] = {}
 
 
 def namespace(x: Array) -> Any:
@@ -39,8 +42,15 @@ def is_half(x: Array) -> bool:
     key = type(x), x.dtype
     half = _HALF.get(key)
     if half is None:
-        half = _HALF[key] = namespace(x).finfo(x.dtype).bits == 16
+        # NumPy's finfo, which is CuPy's too, does not know the bfloat16 of ml_dtypes
+        xp, half = namespace(x), _is_bfloat16(x)
+        half = half or (xp.isdtype(x.dtype, "real floating") and xp.finfo(x.dtype).bits == 16)
+        _HALF[key] = half
     return half
+
+
+def _is_bfloat16(x: Array) -> bool:
+    return str(x.dtype).endswith("bfloat16")
 
 
 def widen(x: Array) -> Array:
@@ -50,8 +60,7 @@ def widen(x: Array) -> Array:
 
 def ranged(x: Array) -> Array:
     """`x`, in float32 if it is float16: for what leaves the range of that, e.g. sums of squares."""
-    # by its range: the standard, and so array-api-strict, knows no name `float16`
-    return widen(x) if is_half(x) and float(namespace(x).finfo(x.dtype).max) < 1e5 else x
+    return widen(x) if is_half(x) and not _is_bfloat16(x) else x
 
 
 def cast(x: Array, like: Array) -> Array:
@@ -102,3 +111,18 @@ def concat(parts: Sequence[Array], axis: int) -> Array:
     """The non-empty parts joined along `axis`; a single one is returned without a copy."""
     parts = [part for part in parts if part.shape[axis]] or list(parts[:1])
     return parts[0] if len(parts) == 1 else namespace(parts[0]).concat(parts, axis=axis)
+
+
+def chain(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that works entry by entry, run as one kernel where a frontend has said how.
+
+    Its body may use operators and `cast`, but no operator between two numbers. It returns arrays
+    of the shape of its first argument.
+    """
+
+    @functools.wraps(function)
+    def run(x: Array, *others: Any) -> Any:
+        fuse = FUSE.get(type(x))
+        return (function if fuse is None else fuse(function))(x, *others)
+
+    return run

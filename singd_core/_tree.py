@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
 from singd_core._array import Array
 
 T = TypeVar("T")
+T_Tree = TypeVar("T_Tree", bound="Tree")
 
 # Exactly these: NumPy's float64 scalars, which are floats too, are 0-d arrays.
 _STATIC = {int, float, type(None)}

@@ -2,44 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, TypeAlias
 
+from singd_core import _parameter as one
 from singd_core import preconditioner
-from singd_core._array import Array, device, expand, full, namespace, ranged, total, widen
+from singd_core._array import Array, Scalar, namespace
+from singd_core._parameter import LayerState as LayerState  # with `State`, what others import
+from singd_core._parameter import Parameter
 from singd_core._tree import Tree, tree
 from singd_core.curvature import LayerKind, Linear
 from singd_core.curvature.base import is_expand, loss_terms
 from singd_core.settings import STRUCTURES, rate, settings
-from singd_core.structures import Diagonal
 from singd_core.updates.adamw import Fallback, Moments
 from singd_core.updates.curvature import Curvature
-from singd_core.updates.inverse_free import InverseFree
-from singd_core.updates.weights import (
-    couples_decay,
-    direction,
-    inner,
-    kl_scale,
-    rms_scale,
-    weight_change,
-)
+from singd_core.updates.weights import kl_scale
 
-Parameter: TypeAlias = Array | tuple[Array, Array]  # a weight, or a weight with its bias
 Rows: TypeAlias = tuple[Array, Array]  # a layer's input, and the loss's gradient at its output
-
-
-@tree
-class LayerState(Tree):
-    """The state of one layer.
-
-    Attributes:
-        factors: Its preconditioner.
-        momentum_buffer: The momentum of its weight matrix, bias included, or None.
-    """
-
-    factors: preconditioner.Factors
-    momentum_buffer: Array | None
 
 
 @tree
@@ -124,29 +104,18 @@ class Optimizer:
         """
         if not params:
             raise ValueError("params is empty: there is nothing to train")
-        kinds, s = self._kinds(params), self.settings
+        kinds, first = self._kinds(params), next(iter(params.values()))
+        given = self.structures, self.preconditioner_dtype, self.settings
         layers, fallback = {}, {}
         for name, parameter in params.items():
             if name in kinds:
-                weight, bias = _pair(parameter)
-                shape = kinds[name].shape(tuple(weight.shape), bias is not None)
-                likes = [_empty(weight, dtype) for dtype in self.preconditioner_dtype]
-                K, C = preconditioner.resolve(self.structures, shape, kfac=s.kfac)
-                K = Diagonal if kinds[name].diagonal_inputs else K
-                factors = preconditioner.init((K, C), shape, s, *likes)
-                momentum = (
-                    None
-                    if isinstance(s.momentum, (int, float)) and s.momentum == 0.0
-                    else full((*shape[0], *shape[1:]), 0.0, like=ranged(weight))
-                )
-                layers[name] = LayerState(factors, momentum)
+                start = partial(one.layer_state, kinds[name], parameter, *given)
+                layers[name] = self._run(start, parameter)
             elif isinstance(parameter, tuple):
                 raise ValueError(f"{name!r} has a bias but is no layer: name it in layers=")
             else:
-                fallback[name] = Moments.zeros(parameter)
-        weight = _pair(next(iter(params.values())))[0]
-        skipped = namespace(weight).zeros((), dtype=namespace(weight).int32, device=device(weight))
-        return State(0, skipped, layers, fallback)
+                fallback[name] = self._run(partial(Moments.zeros, parameter), parameter)
+        return State(0, self._run(partial(one.count_state, first), first), layers, fallback)
 
     def due(self, state: State) -> bool:
         """Whether the next `update` wants rows, which is every T steps."""
@@ -167,22 +136,15 @@ class Optimizer:
             ValueError: If a name is no layer, or rows do not fit it.
         """
         kinds, found = self._kinds(params), {}
+        how = self.kfac_approx, self.loss_average
         for name, (x, g) in rows.items():
             if name not in state.layers:
                 raise ValueError(f"rows of {name!r}: no such layer; there are {list(state.layers)}")
-            kind, factors, how = kinds[name], state.layers[name].factors, self.kfac_approx
-            bias = _pair(params[name])[1] is not None
-            inputs_of = kind.diagonal_rows if _has_diagonal_K(factors) else kind.inputs
-            A, N = inputs_of(x, bias=bias, kfac_approx=how)
-            B, M = kind.outputs(g, kfac_approx=how, loss_average=self.loss_average)
-            _, d_out, d_in = kind.shape(_pair(params[name])[0].shape, bias)
-            if (A.shape[-1], B.shape[-1]) != (d_in, d_out) or B.shape[-2] != N:
-                raise ValueError(
-                    f"rows of {name!r}: {N} of length {A.shape[-1]} and {B.shape[-2]} of length "
-                    f"{B.shape[-1]} do not fit a {d_out} × {d_in} matrix and each other"
-                )
-            inputs, outputs = factors.measure(A, B)
-            found[name] = Curvature.of(inputs, N, outputs, M)
+            measure = partial(one.layer_curvature, kinds[name], params[name], *how)
+            try:
+                found[name] = self._run(measure, params[name], state.layers[name].factors, x, g)
+            except ValueError as error:
+                raise ValueError(f"rows of {name!r}: {error}") from None
         return found
 
     def refresh(
@@ -190,10 +152,12 @@ class Optimizer:
     ) -> dict[str, preconditioner.Factors]:
         """The factors of the layers whose curvature is given, one refresh later."""
         lr_cov = rate(self.settings.lr_cov, state.step)
-        return {
-            name: state.layers[name].factors.refresh(measured, lr_cov, self.settings)
-            for name, measured in curvature.items()
-        }
+        new = {}
+        for name, measured in curvature.items():
+            old = state.layers[name].factors
+            refresh = partial(one.refreshed, lr_cov, self.settings)
+            new[name] = self._run(refresh, old, old, measured, like=old)
+        return new
 
     def update(
         self,
@@ -222,56 +186,65 @@ class Optimizer:
         Raises:
             ValueError: If names or shapes do not fit.
         """
-        s = self.settings
         _check_alike(grads, params)
-        kinds = self._kinds(params)
+        s, kinds, first = self.settings, self._kinds(params), next(iter(params.values()))
         if curvature is None:
             curvature = {} if rows is None else self.curvature(rows, state, params)
         refreshed = self.refresh(state, curvature) if refreshed is None else refreshed
-        factors, naturals, scales, energies = {}, {}, {}, []
+        naturals, energies, others = {}, [], []
         for name, layer in state.layers.items():
-            factors[name] = refreshed.get(name, layer.factors)
-            gradient = kinds[name].matrix(*_pair(grads[name]))
-            naturals[name] = natural = factors[name].precondition(gradient)
-            scales[name] = rms_scale(natural, s.rms_bound)
-            energies.append(total(scales[name] * inner(gradient, natural)))
-        kl = kl_scale(s.lr**2 * sum(energies), s.kl_bound) if energies else 1.0
+            factors, p, g = refreshed.get(name, layer.factors), params[name], grads[name]
+            precondition = partial(one.natural_gradient, kinds[name], s)
+            *naturals[name], energy = self._run(precondition, p, factors, g)
+            energies.append(energy)
+        for name in state.fallback:
+            others.append(self._run(one.squares, params[name], grads[name]))
+        kl, ok = self._run(self._scale, first, energies, others)
 
         updates: dict[str, Parameter] = {}
         layers, fallback = {}, {}
         for name, layer in state.layers.items():
-            kind, (weight, bias) = kinds[name], _pair(params[name])
-            matrix = kind.matrix(weight, bias)
-            decay = matrix * expand(s.weight_decay, matrix) if couples_decay(s) else None
-            scale = scales[name] * kl
-            u, momentum = direction(naturals[name], decay, layer.momentum_buffer, scale, s)
-            change = weight_change(u, matrix, s)
-            parts = kind.split(change, tuple(weight.shape), bias is not None)
-            updates[name] = parts if isinstance(params[name], tuple) else parts[0]
-            layers[name] = LayerState(factors[name], momentum)
+            p, old, m = params[name], layer.factors, layer.momentum_buffer
+            new = refreshed.get(name)
+            new = old if new is None else self._run(one.new_or_old, p, ok, new, old, like=old)
+            change = partial(one.layer_change, kinds[name], s)
+            found = self._run(change, p, *naturals[name], kl, p, m, ok, like=(p, m))
+            updates[name], m = found
+            layers[name] = LayerState(new, m)
         for name, moments in state.fallback.items():
-            updates[name], fallback[name] = moments.update(grads[name], params[name], self.fallback)
-            energies.append(total(widen(grads[name]) ** 2))
-
-        xp, ok = namespace(state.skipped), namespace(state.skipped).isfinite(sum(energies))
-        stepped = State(state.step + 1, state.skipped, layers, fallback)
-        kept = stepped.map(lambda new, old: new if new is old else xp.where(ok, new, old), state)
-        skipped = state.skipped + xp.astype(~ok, state.skipped.dtype)
-        for name, change in updates.items():
-            masked = [xp.where(ok, u, xp.zeros_like(u)) for u in _parts(change)]
-            updates[name] = tuple(masked) if isinstance(change, tuple) else masked[0]
-        return updates, dataclasses.replace(kept, step=stepped.step, skipped=skipped)
+            p, g = params[name], grads[name]
+            adamw = partial(one.other_change, self.fallback)
+            found = self._run(adamw, p, moments, g, p, ok, like=(p, moments))
+            updates[name], fallback[name] = found
+        skipped = self._run(one.count_failed, first, state.skipped, ok)
+        return updates, State(state.step + 1, skipped, layers, fallback)
 
     def apply(
         self, params: Mapping[str, Parameter], updates: Mapping[str, Parameter]
     ) -> dict[str, Parameter]:
         """The parameters with their changes added."""
-        return {
-            name: tuple(p + u for p, u in zip(value, updates[name], strict=True))
-            if isinstance(value, tuple)
-            else value + updates[name]
-            for name, value in params.items()
-        }
+        return {n: self._run(one.added, p, p, updates[n], like=p) for n, p in params.items()}
+
+    def _run(
+        self, function: Callable[..., Any], owner: Any, *arguments: Any, like: Any = None
+    ) -> Any:
+        """`function(*arguments)`, which concerns one parameter.
+
+        A frontend may override it, to say on which device and in which dtype to compute.
+
+        Args:
+            function: The function, holding all that is no array.
+            owner: The parameter, or its state: on its device it runs.
+            *arguments: Arrays, trees, tuples or lists of them, or None.
+            like: Structured like the result: its arrays have the dtypes to keep the result in.
+        """
+        return function(*arguments)
+
+    def _scale(self, energies: list[Array], others: list[Array]) -> tuple[Scalar, Array]:
+        """The scale of the natural gradients, and whether all that came in is finite."""
+        s, total = self.settings, sum(energies + others)
+        kl = kl_scale(s.lr**2 * sum(energies), s.kl_bound) if energies else 1.0
+        return kl, namespace(total).isfinite(total)
 
     def _kinds(self, params: Mapping[str, Parameter]) -> dict[str, LayerKind]:
         if self.layers is None:
@@ -280,18 +253,6 @@ class Optimizer:
             if name not in params:
                 raise ValueError(f"layers: {name!r} is no parameter; there are {list(params)}")
         return self.layers
-
-
-def _has_diagonal_K(factors: preconditioner.Factors) -> bool:
-    return isinstance(factors, InverseFree) and isinstance(factors.K, Diagonal)
-
-
-def _pair(parameter: Parameter) -> tuple[Array, Array | None]:
-    return parameter if isinstance(parameter, tuple) else (parameter, None)
-
-
-def _parts(parameter: Parameter) -> tuple[Array, ...]:
-    return parameter if isinstance(parameter, tuple) else (parameter,)
 
 
 def _check_alike(grads: Mapping[str, Parameter], params: Mapping[str, Parameter]) -> None:
@@ -307,12 +268,4 @@ def _check_alike(grads: Mapping[str, Parameter], params: Mapping[str, Parameter]
 
 
 def _shapes(parameter: Parameter) -> list[tuple[int, ...]]:
-    return [tuple(part.shape) for part in _parts(parameter)]
-
-
-def _empty(like: Array, dtype: Any) -> Array:
-    """An empty array on the device of `like`, in `dtype` or else one that holds its factors."""
-    xp = namespace(like)
-    return (
-        ranged(like[..., :0]) if dtype is None else xp.empty((0,), dtype=dtype, device=device(like))
-    )
+    return [tuple(part.shape) for part in one.parts(parameter)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeAlias
 
-from singd_core._array import Array
+from singd_core._array import Array, namespace
 from singd_core.settings import Settings
 from singd_core.structures import Dense, Diagonal, Structure, blockdiagonal, get
 from singd_core.updates.curvature import Averages
@@ -84,11 +84,13 @@ def init(
         like_C: Any array with the dtype and device of C.
     """
     batch, d_out, d_in = shape
-    K = structures[0].identity(d_in, like=like_K, batch=batch)
-    C = structures[1].identity(d_out, like=like_C, batch=batch)
+    # bfloat16 on NumPy and CuPy is promoted by Python numbers: cast what was computed back
+    K = structures[0].identity(d_in, like=like_K, batch=batch).astype(like_K)
+    C = structures[1].identity(d_out, like=like_C, batch=batch).astype(like_C)
     averages = Averages.zeros(batch, like_K)
     if settings.kfac:
         return KFAC(K, C, K, C, averages)  # type: ignore[arg-type]
     if settings.kfac_like or (isinstance(settings.alpha1, (int, float)) and settings.alpha1 == 0.0):
         return InverseFree(K, C, None, None, averages)
-    return InverseFree(K, C, K.scale(0.0), C.scale(0.0), averages)
+    m_K, m_C = (L.map(namespace(L.like).zeros_like) for L in (K, C))
+    return InverseFree(K, C, m_K, m_C, averages)

@@ -65,7 +65,9 @@ def skip_without_framework(module: str) -> None:
     """Skip the test when `module` belongs to a frontend whose framework is not installed."""
     framework = module.split(".")[0].removeprefix("singd_")
     if framework != "core":
-        pytest.importorskip(framework)
+        found = pytest.importorskip(framework)
+        if framework == "cupy" and not found.cuda.is_available():
+            pytest.skip("singd_cupy needs a GPU; tests/cupy_frontend tests it without one")
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Self
 
-from singd_core._array import Array, cast, device, expand, namespace, widen
+from singd_core._array import Array, cast, chain, device, expand, namespace, widen
 from singd_core._tree import Tree, tree
 from singd_core.settings import Rate
 
@@ -44,11 +44,30 @@ class Moments(Tree):
 
     def update(self, gradient: Array, weight: Array, s: Fallback) -> tuple[Array, Self]:
         """The change of the weight, and the new moments (Loshchilov & Hutter, arXiv 1711.05101)."""
-        (beta1, beta2), g = s.betas, widen(gradient)
-        step = self.step + 1.0
-        first = self.exp_avg * beta1 + cast(g * (1.0 - beta1), self.exp_avg)
-        second = self.exp_avg_sq * beta2 + g * g * (1.0 - beta2)
-        mean = widen(first) / (1.0 - beta1**step)
-        scale = namespace(g).sqrt(second / (1.0 - beta2**step)) + s.eps
-        u = cast(mean / scale, weight) + weight * expand(s.weight_decay, weight)
-        return u * expand(s.lr, u) * -1.0, type(self)(first, second, step)
+        (beta1, beta2), step = s.betas, self.step + 1.0
+        first, second, u = _averaged(
+            *(widen(gradient), widen(self.exp_avg), self.exp_avg_sq),
+            *(beta1, 1.0 - beta1, beta2, 1.0 - beta2),
+            *(1.0 - beta1**step, 1.0 - beta2**step, s.eps),
+        )
+        u = cast(u, weight) + weight * expand(s.weight_decay, weight)
+        return u * expand(s.lr, u) * -1.0, type(self)(cast(first, self.exp_avg), second, step)
+
+
+@chain
+def _averaged(
+    g: Array,
+    first: Array,
+    second: Array,
+    beta1: float,
+    rest1: float,
+    beta2: float,
+    rest2: float,
+    unbias1: Array,
+    unbias2: Array,
+    eps: float,
+) -> tuple[Array, Array, Array]:
+    """The new moments, and the direction m̂ / (√v̂ + ε)."""
+    first = first * beta1 + g * rest1
+    second = second * beta2 + g * g * rest2
+    return first, second, first / unbias1 / ((second / unbias2) ** 0.5 + eps)

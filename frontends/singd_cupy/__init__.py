@@ -1,0 +1,12 @@
+"""SINGD on CuPy arrays: the core's optimizer with devices, streams, 16-bit storage and DLPack."""
+
+from singd_cupy._cuda import require
+
+require()
+
+from singd_cupy import _fuse  # noqa: E402, F401 - registers itself
+from singd_cupy.dlpack import from_dlpack  # noqa: E402
+from singd_cupy.optimizer import Optimizer  # noqa: E402
+from singd_cupy.state import flatten, unflatten  # noqa: E402
+
+__all__ = ["Optimizer", "flatten", "from_dlpack", "unflatten"]

@@ -1,0 +1,63 @@
+"""The pure optimizer, where the arrays are and in the precision that sums need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import singd_core
+from singd_core._array import cast, widen
+from singd_core._tree import Tree
+from singd_cupy import _cuda
+
+
+class Optimizer(singd_core.Optimizer):
+    """`singd_core.Optimizer` on CuPy arrays; arguments and methods are the same.
+
+    - What concerns one parameter runs on the device of its weight, on the stream that is current
+      there, and its state stays there. Parameters may lie on several devices. The current device
+      stays as it is, and the host waits for nothing.
+    - Arrays in float16 and bfloat16 are storage: they are cast to float32 while their parameter is
+      computed, and what comes out is stored in the dtypes that the core gives it.
+    - Arrays of torch and jax come in through `singd_cupy.from_dlpack`.
+
+    Raises:
+        TypeError: From the methods, if an array is no CuPy array.
+
+    Example:
+        >>> import cupy as cp
+        >>> x, y = cp.ones((8, 3), cp.float32), cp.ones((8, 2), cp.float32)
+        >>> params = {"map": (cp.zeros((2, 3), cp.float32), cp.zeros(2, cp.float32))}
+        >>> optimizer = Optimizer(lr=0.1)
+        >>> state = optimizer.init(params)
+        >>> W, b = params["map"]
+        >>> g = (x @ W.T + b - y) / len(x)  # gradient of the mean of ½‖z − y‖²
+        >>> grads, rows = {"map": (g.T @ x, g.sum(0))}, {"map": (x, g)}
+        >>> updates, state = optimizer.update(grads, state, params, rows)
+        >>> params = optimizer.apply(params, updates)
+    """
+
+    def _run(
+        self, function: Callable[..., Any], owner: Any, *arguments: Any, like: Any = None
+    ) -> Any:
+        """`function(*arguments)` on the device of its owner, in at least float32."""
+        device = _cuda.device_of(_first(owner))
+        with _cuda.at(device):
+            result = function(*_each(lambda x: widen(_cuda.moved(x, device)), arguments))
+            return result if like is None else _each(cast, result, like)
+
+
+def _first(owner: Any) -> Any:
+    """Any array of a parameter or of its state."""
+    if isinstance(owner, Tree):
+        return next(owner.named_arrays())[1]
+    return owner[0] if isinstance(owner, tuple) else owner
+
+
+def _each(function: Callable[..., Any], value: Any, *others: Any) -> Any:
+    """The same trees, tuples, lists and numbers, with each array replaced."""
+    if isinstance(value, Tree):
+        return value.map(function, *others)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_each(function, *parts) for parts in zip(value, *others, strict=True))
+    return function(value, *others) if hasattr(value, "dtype") else value

@@ -1,0 +1,130 @@
+"""The frontends of torch and jax train on a GPU as they do on the CPU."""
+
+import contextlib
+
+import numpy as np
+import pytest
+from gpus import SUBSTITUTE
+
+STRUCTURES = [("dense", "dense"), ("diagonal", "diagonal"), ("hierarchical:2,3", "triltoeplitz")]
+
+
+def data():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((32, 3, 8, 8))
+    return x, rng.integers(5, size=32)
+
+
+@pytest.mark.parametrize("structures", STRUCTURES, ids=str)
+def test_torch_trains_a_network_as_on_the_cpu(of, structures):
+    of("torch")
+    import torch
+    from torch import nn
+
+    from singd_torch import SINGD
+
+    def losses(device):
+        torch.manual_seed(0)
+        net = nn.Sequential(
+            nn.Conv2d(3, 6, 3), nn.ReLU(), nn.GroupNorm(2, 6), nn.Flatten(), nn.Linear(216, 5)
+        )
+        net = net.double().to(device)
+        x, y = (torch.from_numpy(a).to(device) for a in data())
+        optimizer, found = SINGD(net, structures=structures), []
+        for _ in range(6):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(net(x), y)
+            loss.backward()
+            optimizer.step()
+            found.append(loss.detach())
+        return torch.stack(found).cpu().numpy()
+
+    ours = losses("cpu" if SUBSTITUTE else "cuda")
+    np.testing.assert_allclose(ours, losses("cpu"), rtol=1e-6)
+    assert ours[-1] < ours[0]
+
+
+def test_a_torch_step_does_not_wait_for_the_gpu(of):
+    gpu = of("torch")
+    import torch
+    from torch import nn
+
+    from singd_torch import SINGD
+
+    device = "cpu" if SUBSTITUTE else "cuda"
+    net = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 5)).to(device)
+    x, y = torch.randn(16, 20, device=device), torch.randn(16, 5, device=device)
+    optimizer = SINGD(net)
+    for step in range(4):
+        with gpu.no_wait() if step else contextlib.nullcontext():
+            optimizer.zero_grad()
+            (net(x) - y).square().mean().backward()
+            optimizer.step()
+    assert all(bool(p.isfinite().all()) for p in net.parameters())
+
+
+def test_torch_trains_in_bfloat16(of):
+    of("torch")
+    import torch
+    from torch import nn
+
+    from singd_torch import SINGD
+
+    device = "cpu" if SUBSTITUTE else "cuda"
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 5)).to(device, torch.bfloat16)
+    x = torch.randn(64, 20, device=device, dtype=torch.bfloat16)
+    optimizer, losses = SINGD(net), []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = (net(x) - x[:, :5]).float().square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_jax_trains_a_network_as_on_the_cpu(of):
+    of("jax")
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    import singd_jax
+
+    x, y = np.float32(data()[0].reshape(32, -1)[:, :20]), np.float32(data()[0][:, 0, 0, :5])
+    rng = np.random.default_rng(1)
+    start = {
+        "v": np.float32(rng.standard_normal((20, 30)) / 5),
+        "a": np.zeros(30, np.float32),
+        "w": np.float32(rng.standard_normal((30, 5)) / 5),
+    }
+
+    def loss(p, x, y):
+        return jnp.mean((jnp.tanh(x @ p["v"] + p["a"]) @ p["w"] - y) ** 2)
+
+    def losses(device):
+        with jax.default_device(device):
+            params = jax.tree.map(jnp.asarray, start)
+            layers = singd_jax.find_layers(loss, structures="dense")(params, x, y)
+            tx = singd_jax.singd(0.02, layers=layers)
+            state, found = tx.init(params), []
+
+            @jax.jit
+            def step(params, state):
+                value, grads, curvature = singd_jax.value_and_curvature(loss, layers)(
+                    params, state, x, y
+                )
+                updates, state = tx.update(grads, state, params, curvature=curvature)
+                return optax.apply_updates(params, updates), state, value
+
+            for _ in range(6):
+                params, state, value = step(params, state)
+                found.append(float(value))
+            return found
+
+    first = jax.devices("cpu" if SUBSTITUTE else "gpu")[0]
+    ours = losses(first)
+    # float32, whose products a GPU may make in TF32
+    np.testing.assert_allclose(ours, losses(jax.devices("cpu")[0]), rtol=2e-3)
+    assert ours[-1] < ours[0]
