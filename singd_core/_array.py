@@ -102,6 +102,14 @@ def sum_of_squares(x: Array, axes: int) -> Array:
     return norm * norm
 
 
+def multiply_add(x: Array, c: Scalar, y: Array, out: Array | None = None) -> Array:
+    """`x c + y`, in one pass over memory where the library has that; `out` may be overwritten."""
+    if not hasattr(x, "addcmul"):
+        return x * c + y
+    xp, into = namespace(x), {} if out is None else {"out": out}
+    return xp.add(y, x, alpha=c, **into) if isinstance(c, float) else xp.addcmul(y, x, c, **into)
+
+
 def total(x: Array) -> Array:
     """The sum of all entries, a 0-d array."""
     return namespace(x).sum(x, axis=None)

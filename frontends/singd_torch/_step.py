@@ -119,17 +119,21 @@ def apply(
                 if term is not None:
                     term.masked_fill_(~ok, 0.0)  # NaN times 0 is NaN
             factors = factors.map(partial(_either, ok), stack.factors)  # type: ignore[arg-type]
-        u, _ = stack.run(_direction, work.natural, decay, stack.momentum, scale, s)
+        u, c, _ = stack.run(_direction, work.natural, decay, stack.momentum, scale, s)
         if stack.report is not None:
             norm = torch.linalg.vector_norm(widen(u), dim=(-2, -1))
-            stack.report |= {"natural_scale": scale, "update": s.lr * norm}
+            stack.report |= {"natural_scale": scale, "update": s.lr * c * norm}
         if factors is not stack.factors:
             stack.hold(factors, state, seen=True)
         places = zip(*(layer.parameters for layer in stack.layers), strict=True)
         for place, part in zip(places, stack.layers[0].split(u), strict=True):
             own = settings_of(place[0])
-            change = weight_change(part, join(place), own if ok is None else _masked(own, ok))
-            torch._foreach_add_(place, stack.split(change))  # type: ignore[arg-type]
+            own = own if ok is None else _masked(own, ok)
+            if len(place) == 1:
+                weight_change(part, c, place[0], own, onto=place[0])
+            else:
+                changes = stack.split(weight_change(part, c, join(place), own))
+                torch._foreach_add_(place, changes)  # type: ignore[arg-type]
 
 
 # The natural gradient is this step's own, and the momentum is updated where it is.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from singd_core._array import Array, Scalar, cast, expand, namespace, widen
+from singd_core._array import Array, Scalar, cast, expand, multiply_add, namespace, widen
 from singd_core.settings import Rate, Settings, is_bound
 from singd_core.structures.base import Structure
 
@@ -16,8 +16,9 @@ from singd_core.structures.base import Structure
 def inner(gradient: Array, natural: Array) -> Array:
     """⟨∇W, n⟩ of the batch axes' shape, in at least float32. It is finite only if both are."""
     n = widen(natural)
-    xp = namespace(n)
-    return xp.sum(xp.vecdot(cast(gradient, n), n, axis=-1), axis=-1)
+    xp, shape = namespace(n), (*n.shape[:-2], n.shape[-2] * n.shape[-1])
+    # as vectors: torch multiplies two of them without the array of all products
+    return xp.vecdot(xp.reshape(cast(gradient, n), shape), xp.reshape(n, shape), axis=-1)
 
 
 def rms_scale(x: Array, bound: Rate) -> Scalar:
@@ -73,43 +74,51 @@ def direction(
     s: Settings,
     *,
     donate: bool = False,
-) -> tuple[Array, Array | None]:
-    """The direction u of the step W ← W − lr u, and the new momentum m.
+) -> tuple[Array, Scalar, Array | None]:
+    """The direction c u of the step W ← W − lr c u, as u and c, and the new momentum m.
 
-    m ← α₂ m + c n (+ γ W unless the decay is decoupled);  u = m, or n + α₂ m (Nesterov);
-    u ← u min(1, bound / RMS(u)).
+    m ← α₂ m + c' n (+ γ W unless the decay is decoupled);  u = m, or n + α₂ m (Nesterov);
+    c = min(1, bound / RMS(u)).
 
     Args:
         natural: n.
         decay: γ W if `couples_decay(s)`, else None.
         momentum: m, or None without momentum.
-        scale: c, from `rms_scale` and `kl_scale`: a number, or of the batch axes' shape.
+        scale: c', from `rms_scale` and `kl_scale`: a number, or of the batch axes' shape.
         s: The settings.
         donate: Whether `natural` and `momentum` may be overwritten, where arrays can be.
     """
     u = _times(scale, natural, in_place=donate)
     if decay is not None:
         u += cast(decay, u)
-    if momentum is None:
-        return _times(rms_scale(u, s.rms_bound), u, in_place=True), None
-    momentum = _times(s.momentum, momentum, in_place=donate)
-    momentum += cast(u, momentum)
-    if not s.nesterov:
-        return _times(rms_scale(momentum, s.rms_bound), momentum), momentum
-    u = cast(u, momentum)
-    u += momentum * expand(s.momentum, momentum)
-    return _times(rms_scale(u, s.rms_bound), u, in_place=True), momentum
+    if momentum is not None:
+        u, alpha = cast(u, momentum), expand(s.momentum, momentum)
+        momentum = multiply_add(momentum, alpha, u, out=momentum if donate else None)
+        u = multiply_add(momentum, alpha, u, out=u) if s.nesterov else momentum
+    c = rms_scale(u, s.rms_bound)
+    if u.ndim > 2 and not isinstance(c, float):  # the parts of u will have other axes
+        return _times(c, u, in_place=u is not momentum), 1.0, momentum
+    return u, c, momentum
 
 
-def weight_change(u: Array, weight: Array, s: Settings) -> Array:
-    """−lr u, and −lr γ W for a decoupled decay, in the dtype of W. It may overwrite u."""
-    change = _times(-1.0 * s.lr, cast(u, weight), in_place=True)
+def weight_change(
+    u: Array, c: Scalar, weight: Array, s: Settings, onto: Array | None = None
+) -> Array:
+    """−lr c u, and −lr γ W for a decoupled decay, in the dtype of W, added `onto` an array.
+
+    u and c are those of `direction`.
+    """
     if s.decoupled_weight_decay and _is_on(s.weight_decay):
-        change += weight * expand(-1.0 * s.lr * s.weight_decay, weight)
-    return change
+        onto = _plus(weight, -1.0 * s.lr * s.weight_decay, onto)
+    return _plus(cast(u, weight), -1.0 * s.lr * c, onto)
 
 
-def _times(c: Scalar, x: Array, *, in_place: bool = False) -> Array:
+def _plus(x: Array, c: Scalar, y: Array | None) -> Array:
+    c = expand(c, x)
+    return x * c if y is None else multiply_add(x, c, y, out=y)
+
+
+def _times(c: Scalar, x: Array, *, in_place: bool) -> Array:
     if not in_place:
         return x * expand(c, x)
     if not (isinstance(c, float) and c == 1.0):
