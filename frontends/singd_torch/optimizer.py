@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from singd_core import preconditioner
-from singd_core.preconditioner import Factors
 from singd_core.settings import STRUCTURES, Settings, settings
-from singd_torch import _attention, _capture, _diagnostics, _fallback, _scaling, _state, _table
-from singd_torch._capture import Tap
-from singd_torch._distributed import processes_of_call, reduce_rows
+from singd_torch import _diagnostics, _fallback, _scaling, _state, _table
+from singd_torch._distributed import reduce_rows
 from singd_torch._estimate import automatic
 from singd_torch._groups import check_group, settings_of
-from singd_torch._layers import Layer, Source, find
-from singd_torch._queue import Call, Queue
+from singd_torch._layers import Layer, find
 from singd_torch._scaling import Scales
-from singd_torch._stacks import Stack, stacks
 from singd_torch._step import Work, apply, prepare
 from singd_torch._warnings import warn
+from singd_torch._watcher import Watcher, is_due
 
 
-class SINGD(torch.optim.Optimizer):
+class SINGD(Watcher):
     """Structured inverse-free natural gradient descent (arXiv 2312.05705) for any model.
 
     The weights of `nn.Linear` and `nn.Conv1d`, `2d`, `3d`, with their biases, are preconditioned by
@@ -164,19 +159,6 @@ class SINGD(torch.optim.Optimizer):
             names = ", ".join(self._names.get(p, "?") for p in self._fallback)
             warn(f"trained by AdamW, not preconditioned: {names}")
 
-    def _watch(self, model: nn.Module) -> None:
-        """Begin with a model of which no layer is known yet."""
-        self._model = model
-        self._layers: list[Layer] = []
-        self._fallback: list[nn.Parameter] = []
-        self._taps: dict[nn.Module, list[Tap]] = {}
-        self._queue = Queue()
-        self._warned: set[str] = set()
-        self._reports = False
-        self._scale_of_rows: float | None = None
-        self._mask: Tensor | None = None
-        self._sampled: str | None = None
-
     # ---- parameters -----------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -208,121 +190,10 @@ class SINGD(torch.optim.Optimizer):
         if self._layers or self._fallback:  # after construction
             self._route()
 
-    def _route(self) -> None:
-        """Decide which parameters form layers, keeping what is known of those that stay."""
-        old = {layer.weight: layer for layer in self._layers}
-        self._layers = find(self._model, self.param_groups)
-        for layer in self._layers:
-            known = old.get(layer.weight)
-            if known is not None and known.bias is layer.bias:
-                layer.factors, layer.pending, layer.seen = known.factors, known.pending, known.seen
-            elif known is not None:  # with or without a bias, the matrix has another shape
-                self.state[layer.weight].clear()
-            for module, source in layer.sources:
-                if module not in self._taps:
-                    if isinstance(module, nn.MultiheadAttention):
-                        self._taps[module] = _attention.install(self, module)
-                    else:
-                        self._taps[module] = _capture.install(self, source, module)
-        self._stack_up()
-        self._by_weight: dict[Tensor, Layer] = {layer.weight: layer for layer in self._layers}
-        self._group_of = {p: group for group in self.param_groups for p in group["params"]}
-        owned = {p for layer in self._layers for p in layer.parameters}
-        self._fallback = [p for p in self._group_of if p not in owned]
-        self._tell_taps()
-
-    def _tell_taps(self) -> None:
-        """Whether rows are wanted now, for graphs of torch.compile."""
-        for taps in self._taps.values():
-            for tap in taps:
-                tap.update()
-
-    def _stack_up(self, parted: list[Stack] | None = None) -> None:
-        self._stacks = stacks(self._layers) if parted is None else parted
-        self._stack_of: dict[Layer, Stack] = {
-            layer: stack for stack in self._stacks for layer in stack.layers
-        }
-        for stack in self._stacks:
-            stack.compile = self._compile
-        self._report()
-
-    def _report(self) -> None:
-        for stack in self._stacks:
-            if self._reports and stack.report is None:
-                stack.report = {}
-
-    # ---- rows -----------------------------------------------------------------------------------
-
-    def rows_wanted(self, source: Source) -> Callable[[Tensor, Tensor], None] | None:
-        """What takes the rows of a layer in the current step, or None when it is not due."""
-        layer = self._by_weight.get(source.weight)
-        if layer is None or not layer.weight.requires_grad:
-            return None
-        if self._processes is None:  # the model may have been wrapped after it was given here
-            self._processes = processes_of_call()
-        return partial(self._take_rows, layer, source) if _is_due(layer) else None
-
-    def _take_rows(self, layer: Layer, source: Source, x: Tensor, g: Tensor) -> None:
-        if self._sampled in (None, "inside"):
-            self._factors(layer)
-            factors, key = layer.factors_of(source.part), (source.part, source.swapped)
-            backward = _capture.backward_pass()
-            for rows in layer.rows(source, x, g, self._mask):
-                self._queue.take(Call(layer, key, rows, factors, backward))
-
-    def _factors(self, layer: Layer) -> Factors:
-        if layer.factors is not None and not layer.fits():  # the model was moved or cast
-            self._stack_up()
-        stack = self._stack_of[layer]
-        if stack.factors is None:
-            stack.tie(self.state)
-        assert layer.factors is not None
-        return layer.factors
-
-    @contextlib.contextmanager
-    def sampled_labels(self) -> Iterator[None]:
-        """Take the rows of this step from backward passes inside the block, and only from them.
-
-        With the loss of labels sampled from the model's own predictions inside, the factors are
-        those of the Fisher matrix and not of the empirical one. Gradients come from outside alone:
-
-            with optimizer.sampled_labels():
-                F.cross_entropy(logits, sample(logits)).backward(retain_graph=True)
-        """
-        if self._sampled is None:  # else one more micro-batch
-            self._forget_rows()
-        gradients = [(p, p.grad) for p in self._model.parameters()]
-        for p, _ in gradients:
-            p.grad = None
-        self._sampled = "inside"
-        try:
-            yield
-        finally:
-            self._sampled = "outside"
-            for p, gradient in gradients:
-                p.grad = gradient
-
-    def mask_rows(self, mask: Tensor | None) -> None:
-        """Leave rows out of the factors until the next step, such as those of padding.
-
-        Args:
-            mask: Boolean, shape (batch, ...), False at positions that are left out. It concerns the
-                layers whose input has these first axes, and only their factors: the loss has to
-                leave the positions out by itself. None for no mask.
-        """
-        self._mask = mask
-
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, and with them the rows that were captured."""
         super().zero_grad(set_to_none)
         self._forget_rows()
-
-    def _forget_rows(self) -> None:
-        self._sampled = None
-        self._queue.forget()
-        for layer in self._layers:
-            layer.pending = {}
-        self._tell_taps()
 
     # ---- the step -------------------------------------------------------------------------------
 
@@ -357,7 +228,7 @@ class SINGD(torch.optim.Optimizer):
         chosen = {id(group): settings_of(group) for group in self.param_groups}
         scales = _scaling.scales(self, self._scale_of_rows)
         if self._processes is not None:
-            due = [layer for layer in self._layers if _is_due(layer)]
+            due = [layer for layer in self._layers if is_due(layer)]
             for layer in due:
                 self._factors(layer)
             reduce_rows(due, self._processes)
@@ -521,12 +392,6 @@ class SINGD(torch.optim.Optimizer):
             }
         )
 
-    def _go_on_from(self, factors: Mapping[nn.Parameter, Factors | None]) -> None:
-        for layer in self._layers:
-            layer.pending, layer.factors = {}, factors[layer.weight]
-            layer.seen = layer.factors is not None  # they are made when rows are first seen
-        self._tell_taps()
-
     # ---- what a person sees ---------------------------------------------------------------------
 
     def diagnostics(self) -> dict[str, float]:
@@ -558,10 +423,6 @@ def _plain(model: Any) -> nn.Module:
     """The model inside torch.compile(model)."""
     plain: nn.Module = getattr(model, "_orig_mod", model)
     return plain
-
-
-def _is_due(layer: Layer) -> bool:
-    return layer.group["steps"] % layer.group["T"] == 0 or not layer.seen
 
 
 def _on_host(device: torch.device) -> bool:

@@ -1,0 +1,163 @@
+"""The layers of a model and their rows: what the optimizer knows before it takes a step."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from singd_core.preconditioner import Factors
+from singd_torch import _attention, _capture
+from singd_torch._capture import Tap
+from singd_torch._distributed import processes_of_call
+from singd_torch._layers import Layer, Source, find
+from singd_torch._queue import Call, Queue
+from singd_torch._stacks import Stack, stacks
+
+
+class Watcher(torch.optim.Optimizer):
+    """An optimizer that watches the layers of a model for their rows.
+
+    Attributes:
+        state: Tensors by parameter.
+        param_groups: The groups of parameters and their settings.
+    """
+
+    _processes: torch.distributed.ProcessGroup | None
+    _compile: dict[str, Any] | None
+
+    def _watch(self, model: nn.Module) -> None:
+        """Begin with a model of which no layer is known yet."""
+        self._model = model
+        self._layers: list[Layer] = []
+        self._fallback: list[nn.Parameter] = []
+        self._taps: dict[nn.Module, list[Tap]] = {}
+        self._queue = Queue()
+        self._warned: set[str] = set()
+        self._reports = False
+        self._scale_of_rows: float | None = None
+        self._mask: Tensor | None = None
+        self._sampled: str | None = None
+
+    def _route(self) -> None:
+        """Decide which parameters form layers, keeping what is known of those that stay."""
+        old = {layer.weight: layer for layer in self._layers}
+        self._layers = find(self._model, self.param_groups)
+        for layer in self._layers:
+            known = old.get(layer.weight)
+            if known is not None and known.bias is layer.bias:
+                layer.factors, layer.pending, layer.seen = known.factors, known.pending, known.seen
+            elif known is not None:  # with or without a bias, the matrix has another shape
+                self.state[layer.weight].clear()
+            for module, source in layer.sources:
+                if module not in self._taps:
+                    if isinstance(module, nn.MultiheadAttention):
+                        self._taps[module] = _attention.install(self, module)
+                    else:
+                        self._taps[module] = _capture.install(self, source, module)
+        self._stack_up()
+        self._by_weight: dict[Tensor, Layer] = {layer.weight: layer for layer in self._layers}
+        self._group_of = {p: group for group in self.param_groups for p in group["params"]}
+        owned = {p for layer in self._layers for p in layer.parameters}
+        self._fallback = [p for p in self._group_of if p not in owned]
+        self._tell_taps()
+
+    def _tell_taps(self) -> None:
+        """Whether rows are wanted now, for graphs of torch.compile."""
+        for taps in self._taps.values():
+            for tap in taps:
+                tap.update()
+
+    def _stack_up(self, parted: list[Stack] | None = None) -> None:
+        self._stacks = stacks(self._layers) if parted is None else parted
+        self._stack_of: dict[Layer, Stack] = {
+            layer: stack for stack in self._stacks for layer in stack.layers
+        }
+        for stack in self._stacks:
+            stack.compile = self._compile
+        self._report()
+
+    def _report(self) -> None:
+        for stack in self._stacks:
+            if self._reports and stack.report is None:
+                stack.report = {}
+
+    def rows_wanted(self, source: Source) -> Callable[[Tensor, Tensor], None] | None:
+        """What takes the rows of a layer in the current step, or None when it is not due."""
+        layer = self._by_weight.get(source.weight)
+        if layer is None or not layer.weight.requires_grad:
+            return None
+        if self._processes is None:  # the model may have been wrapped after it was given here
+            self._processes = processes_of_call()
+        return partial(self._take_rows, layer, source) if is_due(layer) else None
+
+    def _take_rows(self, layer: Layer, source: Source, x: Tensor, g: Tensor) -> None:
+        if self._sampled in (None, "inside"):
+            self._factors(layer)
+            factors, key = layer.factors_of(source.part), (source.part, source.swapped)
+            backward = _capture.backward_pass()
+            for rows in layer.rows(source, x, g, self._mask):
+                self._queue.take(Call(layer, key, rows, factors, backward))
+
+    def _factors(self, layer: Layer) -> Factors:
+        if layer.factors is not None and not layer.fits():  # the model was moved or cast
+            self._stack_up()
+        stack = self._stack_of[layer]
+        if stack.factors is None:
+            stack.tie(self.state)
+        assert layer.factors is not None
+        return layer.factors
+
+    @contextlib.contextmanager
+    def sampled_labels(self) -> Iterator[None]:
+        """Take the rows of this step from backward passes inside the block, and only from them.
+
+        With the loss of labels sampled from the model's own predictions inside, the factors are
+        those of the Fisher matrix and not of the empirical one. Gradients come from outside alone:
+
+            with optimizer.sampled_labels():
+                F.cross_entropy(logits, sample(logits)).backward(retain_graph=True)
+        """
+        if self._sampled is None:  # else one more micro-batch
+            self._forget_rows()
+        gradients = [(p, p.grad) for p in self._model.parameters()]
+        for p, _ in gradients:
+            p.grad = None
+        self._sampled = "inside"
+        try:
+            yield
+        finally:
+            self._sampled = "outside"
+            for p, gradient in gradients:
+                p.grad = gradient
+
+    def mask_rows(self, mask: Tensor | None) -> None:
+        """Leave rows out of the factors until the next step, such as those of padding.
+
+        Args:
+            mask: Boolean, shape (batch, ...), False at positions that are left out. It concerns the
+                layers whose input has these first axes, and only their factors: the loss has to
+                leave the positions out by itself. None for no mask.
+        """
+        self._mask = mask
+
+    def _forget_rows(self) -> None:
+        self._sampled = None
+        self._queue.forget()
+        for layer in self._layers:
+            layer.pending = {}
+        self._tell_taps()
+
+    def _go_on_from(self, factors: Mapping[nn.Parameter, Factors | None]) -> None:
+        for layer in self._layers:
+            layer.pending, layer.factors = {}, factors[layer.weight]
+            layer.seen = layer.factors is not None  # they are made when rows are first seen
+        self._tell_taps()
+
+
+def is_due(layer: Layer) -> bool:
+    return layer.group["steps"] % layer.group["T"] == 0 or not layer.seen
