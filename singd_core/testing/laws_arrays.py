@@ -14,8 +14,9 @@ from array_api_compat import device
 from singd_core._array import is_half, namespace
 from singd_core.structures.base import Structure
 from singd_core.testing.backends import no_host_sync
-from singd_core.testing.draw import Case, require
+from singd_core.testing.draw import Case
 from singd_core.testing.law import law
+from singd_core.testing.mismatch import require
 from singd_core.testing.operations import DENSE, OPERATIONS, SUMS, arrays
 from singd_core.testing.pytree_jax import register_trees
 
@@ -191,7 +192,7 @@ def batch_axes_equal_a_loop(case: Case) -> None:
     """Every operation on a stack gives the stack of its results, also with a scalar for each."""
     for batch in ((2,), (2, 3)):
         numbers = np.arange(1.0, 1.0 + np.prod(batch)).reshape(batch)
-        stack = arguments(_renamed(case, batch), batch, c=case.to(numbers))
+        stack = arguments(case, batch, c=case.to(numbers))
         for name, operation in OPERATIONS.items():
             result = case.numpy(operation(*stack))
             for i in np.ndindex(batch):
@@ -205,10 +206,6 @@ def batch_axes_equal_a_loop(case: Case) -> None:
                     case.same(result[i], lambda x: x, alone, exact=False, scale=scale)
                 except AssertionError as error:
                     raise AssertionError(f"{name} of a stack {batch}, at {i}: {error}") from None
-
-
-def _renamed(case: Case, batch: tuple[int, ...]) -> Case:
-    return Case(case.S, case.backend, case.dtype, case.d, (*case.seed, len(batch)), case.floats)
 
 
 def _pick(x: Any, i: tuple[int, ...]) -> Any:

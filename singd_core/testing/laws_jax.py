@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from singd_core.structures.base import Structure
-from singd_core.testing.draw import Case, require
+from singd_core.testing.draw import Case
 from singd_core.testing.law import law
 from singd_core.testing.laws_arrays import arguments, dtype_of
+from singd_core.testing.mismatch import require
 from singd_core.testing.operations import arrays, everything, step
 from singd_core.testing.pytree_jax import register_trees
 

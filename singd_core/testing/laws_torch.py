@@ -11,12 +11,13 @@ from typing import Any
 from singd_core._tree import Tree
 from singd_core.settings import settings
 from singd_core.structures.base import Structure
-from singd_core.testing.draw import Case, require
+from singd_core.testing.draw import Case
 from singd_core.testing.fake_cuda import fake_cuda
 from singd_core.testing.law import law
 from singd_core.testing.laws_arrays import arguments, dtype_of
 from singd_core.testing.laws_jax import check_gradient, compare, in_numpy, scalar
 from singd_core.testing.laws_update import SINGD, update_arguments, whole_update
+from singd_core.testing.mismatch import require
 from singd_core.testing.operations import OPERATIONS, arrays, everything
 
 

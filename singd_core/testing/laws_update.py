@@ -16,8 +16,9 @@ import numpy as np
 from singd_core import preconditioner
 from singd_core.settings import Settings, settings
 from singd_core.testing.backends import no_host_sync
-from singd_core.testing.draw import Case, require
+from singd_core.testing.draw import Case
 from singd_core.testing.law import law
+from singd_core.testing.mismatch import require
 from singd_core.testing.pytree_jax import register_trees
 from singd_core.updates.curvature import Curvature
 
@@ -90,7 +91,7 @@ def compare(case: Case, factors: Any, K: np.ndarray, C: np.ndarray) -> None:
         case.same(actual, lambda x: x, expected, exact=False, scale=case.d * size)
 
 
-@law(examples=2, sizes=(1, 4))
+@law(examples=3, sizes=(1, 4))
 def update_as_on_the_page(case: Case) -> None:
     """IKFAC and SINGD are the recursion of the mathematics page with the structure's Π̂."""
     rows = draw_rows(case, 2)
@@ -98,7 +99,7 @@ def update_as_on_the_page(case: Case) -> None:
         compare(case, run(case, rows, s), *page(case, rows, s))
 
 
-@law(backends=("numpy", "strict", "torch", "cupy"), examples=2, sizes=(1, 4))
+@law(backends=("numpy", "strict", "torch", "cupy"), examples=3, sizes=(1, 4))
 def update_stays_in_the_structure(case: Case) -> None:
     """After an update K, C and their momenta are members, in the dtype they had."""
     for s in (SINGD, settings("robust")):
@@ -115,7 +116,7 @@ def update_stays_in_the_structure(case: Case) -> None:
             case.same(case.S.restrict(L.dense()), lambda x: x, dense, exact=False, scale=size)
 
 
-@law(dtypes=("float64", "float32"), examples=2, sizes=(1, 4), floats=False)
+@law(dtypes=("float64", "float32"), examples=3, sizes=(1, 4), floats=False)
 def ikfac_is_kfac_to_second_order(case: Case) -> None:
     """Where Π̂(M) + Π̂(M)ᵀ is 2 M, K Kᵀ of IKFAC is KFAC's (S_K + λI)⁻¹ + O(β₁²) (Theorem 1)."""
     M = np.arange(1.0, 1.0 + case.d**2).reshape(case.d, case.d)
@@ -138,7 +139,7 @@ def ikfac_is_kfac_to_second_order(case: Case) -> None:
     require(3.3 < ratio < 4.7, f"halving β₁ divides the gap {gaps[0]:.2g} by {ratio:.2f}, not by 4")
 
 
-@law(backends=("numpy", "torch", "cupy"), dtypes=("float64", "float32"), examples=2, sizes=(1, 4))
+@law(backends=("numpy", "torch", "cupy"), dtypes=("float64", "float32"), examples=3, sizes=(1, 4))
 def update_stays_positive_definite(case: Case) -> None:
     """Under the default bounds K Kᵀ stays positive definite for rows of any scale, 1e±6 too."""
     case.floats = True
@@ -165,7 +166,7 @@ def _measured(case: Case, rows: Sequence[Rows]) -> tuple[Any, Any]:
     return total  # type: ignore[no-any-return]
 
 
-@law(backends=("numpy", "strict", "torch", "cupy"), examples=2, sizes=(1, 4))
+@law(backends=("numpy", "strict", "torch", "cupy"), examples=3, sizes=(1, 4))
 def rows_in_any_order_and_number(case: Case) -> None:
     """Permuting the rows, or splitting them into micro-batches, changes no measured curvature."""
     A, B = case.numbers("A", 4, case.d), case.numbers("B", 4, case.d + 1)
@@ -185,12 +186,13 @@ def rows_in_any_order_and_number(case: Case) -> None:
                 raise AssertionError(f"{what}: {error}") from None
 
 
-@law(backends=("numpy", "strict", "torch"), dtypes=("float64", "float32"), examples=2, sizes=(1, 4))
+@law(backends=("numpy", "strict", "torch"), dtypes=("float64", "float32"), examples=3, sizes=(1, 4))
 def loss_scaled_by_a_power_of_two(case: Case) -> None:
     """With relative damping, 64 times the loss divides C by 64, and changes nothing else."""
     case.floats = True
-    rows = draw_rows(case, 3)
-    s = settings("robust")
+    rows, s = draw_rows(case, 3), settings("robust")
+    if not any(np.any(case.numpy(A)) and np.any(case.numpy(B)) for A, B in rows):
+        return  # without rows C stays the identity
     once = run(case, rows, s)
     more = run(case, [(A, B * 64.0) for A, B in rows], s)
     case.equal(more.K, once.K, "K")

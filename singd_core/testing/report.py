@@ -135,7 +135,12 @@ def check_structure(
         if report.errors and (backend.name, dtype) != place:
             break
         place = backend.name, dtype
-        report.results[law.name, backend.name, dtype] = _error(law, S, backend, dtype, sizes)
+        error, first = None, not report.errors
+        try:  # only the first counterexample is made small: the report shows no other
+            run(law, S, backend, dtype, None if law.sizes else sizes, shrink=first)
+        except LawError as broken:
+            error = broken
+        report.results[law.name, backend.name, dtype] = error
     report.seconds = time.perf_counter() - start
     if report.errors and raises:
         others = report.broken[1:]
@@ -146,13 +151,3 @@ def check_structure(
     if not report.errors:
         report.dense = dense_operations(S)
     return report
-
-
-def _error(
-    law: Law, S: type[Structure], backend: Backend, dtype: str, sizes: Sequence[int] | None
-) -> LawError | None:
-    try:
-        run(law, S, backend, dtype, None if law.sizes else sizes)
-    except LawError as error:
-        return error
-    return None

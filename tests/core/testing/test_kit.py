@@ -99,4 +99,4 @@ def test_the_module_can_be_run() -> None:
     command = [sys.executable, "-m", "singd_core.testing", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0
-    assert "--nightly" in done.stdout
+    assert "--sizes" in done.stdout
