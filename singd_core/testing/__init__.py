@@ -9,12 +9,15 @@ SINGD_LAWS=nightly in the environment they try ten times as many examples and mo
 import singd_core.testing.laws_space  # isort: skip
 import singd_core.testing.laws_products  # isort: skip
 import singd_core.testing.laws_arrays  # isort: skip
+import singd_core.testing.laws_storage  # isort: skip
 import singd_core.testing.laws_update  # isort: skip
+import singd_core.testing.laws_optimizer  # isort: skip
 import singd_core.testing.laws_jax  # isort: skip
 import singd_core.testing.laws_torch  # isort: skip # noqa: F401
 
-from singd_core.testing.backends import Backend, backends, no_host_sync
+from singd_core.testing.backends import Backend, backends
 from singd_core.testing.cases import laws
+from singd_core.testing.host_sync import no_host_sync
 from singd_core.testing.law import LAWS, Law, LawError
 from singd_core.testing.report import Report, check_structure
 

@@ -90,6 +90,15 @@ def congruence(case: Case) -> None:
 
 
 @law()
+def measured(case: Case) -> None:
+    """`L.measured(X)` is Π̂(Lᵀ X Xᵀ L) and ‖X‖²."""
+    L, X = case.member(), case.rows()
+    projected, squares = L.measured(X)
+    case.same(projected, lambda L, X: case.S.project(L.T @ X @ X.T @ L).dense(), L, X)
+    case.same(squares, lambda X: np.sum(X * X), X, exact=False)
+
+
+@law()
 def gram(case: Case) -> None:
     """`L.gram()` is Π̂(Lᵀ L)."""
     L = case.member()

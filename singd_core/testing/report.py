@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from singd_core.structures.base import Structure
 from singd_core.testing.backends import Backend, backends
 from singd_core.testing.law import LAWS, Law, LawError
-from singd_core.testing.laws_arrays import dense_operations
+from singd_core.testing.laws_storage import dense_operations
 from singd_core.testing.run import run
 
 _SHORT = {"float64": "64", "float32": "32", "bfloat16": "b16", "float16": "16"}

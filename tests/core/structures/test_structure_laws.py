@@ -18,7 +18,7 @@ from singd_core.structures import (
     triutopleftdiag,
 )
 from singd_core.testing import laws
-from singd_core.testing.laws_arrays import dense_operations
+from singd_core.testing.laws_storage import dense_operations
 
 STRUCTURES = [
     Dense,
