@@ -65,11 +65,13 @@ class Law:
     def speaks_of(self, backend: str, dtype: str) -> bool:
         """Whether the law says something about a backend (with or without device) and a dtype.
 
-        jax compiles every operation for each shape and dtype: laws of single operations are checked
-        in float32, and the law of `jit` compares all operations in every dtype.
+        jax compiles every operation for each shape and dtype, and array-api-strict computes with
+        NumPy: there laws of single operations are checked in float32. In jax the law of `jit`
+        compares all operations in every dtype.
         """
         general = not (self.backends or self.dtypes or self.guard)
-        if backend == "jax" and dtype != "float32" and general and not nightly():
+        narrow = backend.partition(":")[0] in ("jax", "strict")
+        if narrow and dtype != "float32" and general and not nightly():
             return False
         of_backend = not self.backends or backend in self.backends
         of_backend = of_backend or backend.partition(":")[0] in self.backends

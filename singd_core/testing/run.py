@@ -32,6 +32,7 @@ _SETTINGS = hypothesis.settings(
     suppress_health_check=list(hypothesis.HealthCheck),
     verbosity=hypothesis.Verbosity.quiet,  # a LawError shows the example itself
 )
+_AT_ONCE = 8  # sides in an example, of which hypothesis draws 8 kB
 _DRAW, _SHRINK = hypothesis.Phase.generate, hypothesis.Phase.shrink
 
 
@@ -82,19 +83,21 @@ def run(
         max_examples=few * (25 if nightly() else 1),
         phases=(_DRAW, _SHRINK) if shrink else (_DRAW,),
     )
-    @hypothesis.given(strategies.data())
-    def holds(data: Any) -> None:
-        for d in sides:
+    @hypothesis.given(data=strategies.data())
+    def holds(some: Sequence[int], data: Any) -> None:
+        for d in some:
             floats = law.floats and data.draw(strategies.booleans())
             _attempt(
                 law, case(d, lambda n: data.draw(strategies.binary(min_size=n, max_size=n)), floats)
             )
 
     with backend.active():
-        if law.examples > 1:
-            return holds()
-        for d in sides:
-            _attempt(law, case(d, _seeded(law, d)))
+        if law.examples == 1:
+            for d in sides:
+                _attempt(law, case(d, _seeded(law, d)))
+        else:
+            for i in range(0, len(sides), _AT_ONCE):
+                holds(sides[i : i + _AT_ONCE])
 
 
 def _seed(law: Law) -> int:
