@@ -18,6 +18,11 @@ def nightly() -> bool:
     return os.environ.get("SINGD_LAWS", "") == "nightly"
 
 
+def label(S: type[Structure]) -> str:
+    """What to call a structure: its class, or the factory with its parameters."""
+    return S.name if S.made_by else S.__name__
+
+
 class LawError(AssertionError):
     """A structure breaks a law; the message names both and shows the smallest case found.
 

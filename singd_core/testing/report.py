@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from singd_core.structures.base import Structure
 from singd_core.testing.backends import Backend, backends
-from singd_core.testing.law import LAWS, Law, LawError
+from singd_core.testing.law import LAWS, Law, LawError, label
 from singd_core.testing.laws_storage import dense_operations
 from singd_core.testing.run import run
 
@@ -83,11 +83,6 @@ class Report:
             )
         if self.errors:
             yield f"\n{self.errors[0]}"
-
-
-def label(S: type[Structure]) -> str:
-    """What to call a structure: its class, or the factory with its parameters."""
-    return S.name if S.made_by else S.__name__
 
 
 def cases(chosen: Sequence[Backend] | None = None) -> Iterator[tuple[Law, Backend, str]]:

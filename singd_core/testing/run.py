@@ -12,7 +12,7 @@ import numpy as np
 from singd_core.structures.base import Structure
 from singd_core.testing.backends import Backend, backend
 from singd_core.testing.draw import Case
-from singd_core.testing.law import Law, LawError, nightly
+from singd_core.testing.law import Law, LawError, label, nightly
 from singd_core.testing.mismatch import indent, show
 
 try:
@@ -145,7 +145,7 @@ def _error(law: Law, case: Case, cause: Exception) -> LawError:
         if law.examples > 1  # the others name the operation that fails on any numbers
     )
     error = LawError(
-        f'{case.S.__name__} breaks the law "{law.name}": {law.promise}\n'
+        f'{label(case.S)} breaks the law "{law.name}": {law.promise}\n'
         f"on {case.backend.name} in {case.dtype}, with d = {case.d}: {kind}{cause}"
         + (f"\nwith{values}" if values else "")
     )
