@@ -93,6 +93,11 @@ def sum_of_squares(x: Array, axes: int) -> Array:
     return norm * norm
 
 
+def total(x: Array) -> Array:
+    """The sum of all entries, a 0-d array."""
+    return namespace(x).sum(x, axis=None)
+
+
 def concat(parts: Sequence[Array], axis: int) -> Array:
     """The non-empty parts joined along `axis`; a single one is returned without a copy."""
     parts = [part for part in parts if part.shape[axis]] or list(parts[:1])

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from singd_core import preconditioner
-from singd_core._array import Array, device, expand, full, namespace, ranged
+from singd_core._array import Array, device, expand, full, namespace, ranged, total, widen
 from singd_core._tree import Tree, tree
 from singd_core.curvature import LayerKind, Linear
 from singd_core.curvature.base import is_expand, loss_terms
@@ -15,12 +15,13 @@ from singd_core.settings import STRUCTURES, rate, settings
 from singd_core.structures import Diagonal
 from singd_core.updates.adamw import Fallback, Moments
 from singd_core.updates.curvature import Curvature
+from singd_core.updates.inverse_free import InverseFree
 from singd_core.updates.weights import (
-    bounded,
     couples_decay,
     direction,
     inner,
     kl_scale,
+    rms_scale,
     weight_change,
 )
 
@@ -171,13 +172,14 @@ class Optimizer:
                 raise ValueError(f"rows of {name!r}: no such layer; there are {list(state.layers)}")
             kind, factors, how = kinds[name], state.layers[name].factors, self.kfac_approx
             bias = _pair(params[name])[1] is not None
-            A, N = kind.inputs(x, bias=bias, kfac_approx=how)
+            inputs_of = kind.diagonal_rows if _has_diagonal_K(factors) else kind.inputs
+            A, N = inputs_of(x, bias=bias, kfac_approx=how)
             B, M = kind.outputs(g, kfac_approx=how, loss_average=self.loss_average)
             _, d_out, d_in = kind.shape(_pair(params[name])[0].shape, bias)
-            if (A.shape[-1], B.shape[-1]) != (d_in, d_out) or A.shape[-2] != B.shape[-2]:
+            if (A.shape[-1], B.shape[-1]) != (d_in, d_out) or B.shape[-2] != N:
                 raise ValueError(
-                    f"rows of {name!r}: {tuple(A.shape)} and {tuple(B.shape)} do not fit a "
-                    f"{d_out} × {d_in} matrix and each other"
+                    f"rows of {name!r}: {N} of length {A.shape[-1]} and {B.shape[-2]} of length "
+                    f"{B.shape[-1]} do not fit a {d_out} × {d_in} matrix and each other"
                 )
             inputs, outputs = factors.measure(A, B)
             found[name] = Curvature.of(inputs, N, outputs, M)
@@ -226,14 +228,14 @@ class Optimizer:
         if curvature is None:
             curvature = {} if rows is None else self.curvature(rows, state, params)
         refreshed = self.refresh(state, curvature) if refreshed is None else refreshed
-        factors, naturals, inners = {}, {}, []
+        factors, naturals, scales, energies = {}, {}, {}, []
         for name, layer in state.layers.items():
-            new = refreshed.get(name, layer.factors)
+            factors[name] = refreshed.get(name, layer.factors)
             gradient = kinds[name].matrix(*_pair(grads[name]))
-            natural, factors[name] = new.precondition(gradient), new
-            naturals[name], energy = bounded(natural, inner(gradient, natural), s)
-            inners.append(energy)
-        scale = kl_scale(s.lr**2 * sum(inners), s.kl_bound) if inners else 1.0
+            naturals[name] = natural = factors[name].precondition(gradient)
+            scales[name] = rms_scale(natural, s.rms_bound)
+            energies.append(total(scales[name] * inner(gradient, natural)))
+        kl = kl_scale(s.lr**2 * sum(energies), s.kl_bound) if energies else 1.0
 
         updates: dict[str, Parameter] = {}
         layers, fallback = {}, {}
@@ -241,6 +243,7 @@ class Optimizer:
             kind, (weight, bias) = kinds[name], _pair(params[name])
             matrix = kind.matrix(weight, bias)
             decay = matrix * expand(s.weight_decay, matrix) if couples_decay(s) else None
+            scale = scales[name] * kl
             u, momentum = direction(naturals[name], decay, layer.momentum_buffer, scale, s)
             change = weight_change(u, matrix, s)
             parts = kind.split(change, tuple(weight.shape), bias is not None)
@@ -248,9 +251,9 @@ class Optimizer:
             layers[name] = LayerState(factors[name], momentum)
         for name, moments in state.fallback.items():
             updates[name], fallback[name] = moments.update(grads[name], params[name], self.fallback)
-            inners.append(inner(grads[name], grads[name]))
+            energies.append(total(widen(grads[name]) ** 2))
 
-        xp, ok = namespace(state.skipped), namespace(state.skipped).isfinite(sum(inners))
+        xp, ok = namespace(state.skipped), namespace(state.skipped).isfinite(sum(energies))
         stepped = State(state.step + 1, state.skipped, layers, fallback)
         kept = stepped.map(lambda new, old: new if new is old else xp.where(ok, new, old), state)
         skipped = state.skipped + xp.astype(~ok, state.skipped.dtype)
@@ -277,6 +280,10 @@ class Optimizer:
             if name not in params:
                 raise ValueError(f"layers: {name!r} is no parameter; there are {list(params)}")
         return self.layers
+
+
+def _has_diagonal_K(factors: preconditioner.Factors) -> bool:
+    return isinstance(factors, InverseFree) and isinstance(factors.K, Diagonal)
 
 
 def _pair(parameter: Parameter) -> tuple[Array, Array | None]:

@@ -18,7 +18,6 @@ from singd_core.optimizer import LayerState, Optimizer, State
 from singd_core.preconditioner import Factors
 from singd_core.updates.adamw import Fallback, Moments
 from singd_core.updates.curvature import Curvature
-from singd_core.updates.weights import inner
 from singd_jax._layers import Layer, Layers, pair
 from singd_jax._loss import Leaves
 from singd_jax._state import SingdState
@@ -268,7 +267,7 @@ class _Steps:
                 factors = refreshed.get(name, core.layers[name].factors)
                 new[name] = factors.precondition(matrix)
                 layers[name] = LayerState(factors, None)
-            total = total + inner(matrix, new[name])
+            total = total + jnp.sum(widen(matrix) * widen(new[name]))
         ok = jnp.isfinite(total)
         kept = State(core.step, core.skipped, layers, {}).map(
             lambda new, old: new if new is old else jnp.where(ok, new, old), core

@@ -2,115 +2,136 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from singd_core.curvature import Linear
-from singd_torch._capture import probed
+from singd_torch._capture import Tap
 from singd_torch._layers import Source
 
-_ORIGINAL = F.multi_head_attention_forward
-_LINEAR = Linear()
+_FUSED = F.multi_head_attention_forward
+_NAMES = tuple(inspect.signature(_FUSED).parameters)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Projection:
+    """Stands for a weight in the fused call, which only hands it on to the helpers below."""
+
+    weight: Tensor
+    taps: Sequence[Tap]
+    batch: int
+
+
+def _linear(x: Tensor, projection: _Projection, bias: Tensor | None = None) -> Tensor:
+    output = F.linear(x, projection.weight, bias)
+    return _probed(projection.taps[0], projection.batch, x, output)
+
+
+def _in_projection(*args: Any) -> tuple[Tensor, ...]:
+    biases = args[6:] or (None,) * 3
+    return tuple(_linear(*each) for each in zip(args[:3], args[3:6], biases, strict=True))
+
+
+def _in_projection_packed(
+    q: Tensor, k: Tensor, v: Tensor, projection: _Projection, bias: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    weights = projection.weight.chunk(3)
+    biases = (None,) * 3 if bias is None else bias.chunk(3)
+    outputs = []
+    for tap, x, W, b in zip(projection.taps, (q, k, v), weights, biases, strict=True):
+        outputs.append(_probed(tap, projection.batch, x, F.linear(x, W, b)))
+    return tuple(outputs)
+
+
+def _probed(tap: Tap, batch: int, x: Tensor, output: Tensor) -> Tensor:
+    """The layout inside is (sequence, batch, ...), or (sequence · batch, ...) at the end."""
+
+    def batch_first(t: Tensor) -> Tensor:
+        return t.reshape(-1, batch, t.shape[-1]).transpose(0, 1)
+
+    new = tap.probed(batch_first(x), batch_first(output))
+    return output if new is None else new.transpose(0, 1).reshape(output.shape)
+
+
+# Nothing of torch is patched, and the mathematics of attention stays torch's.
+_HELPERS = {
+    "linear": _linear,
+    "_in_projection": _in_projection,
+    "_in_projection_packed": _in_projection_packed,
+}
+_COPY = types.FunctionType(
+    _FUSED.__code__, _FUSED.__globals__ | _HELPERS, _FUSED.__name__, _FUSED.__defaults__
+)
 
 
 class _Fused(TorchFunctionMode):
-    """While active, the fused call runs with projections that are probed.
+    """While active, a copy of torch's function runs whose projections are probed."""
 
-    It runs as a copy of torch's function whose three helpers are replaced: nothing of torch is
-    patched, and the mathematics of attention stays torch's.
-    """
-
-    def __init__(self, owner: Any) -> None:
+    def __init__(self, taps: dict[str, list[Tap]]) -> None:
         super().__init__()
-        self._owner = owner
-        self._batch = 1
+        self._taps = taps
 
     def __torch_function__(
         self, func: Callable[..., Any], types_: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if func is _ORIGINAL:
-            helpers = {
-                "linear": self._linear,
-                "_in_projection": self._in_projection,
-                "_in_projection_packed": self._in_projection_packed,
-            }
-            namespace = {**_ORIGINAL.__globals__, **helpers}
-            code, name, defaults = _ORIGINAL.__code__, _ORIGINAL.__name__, _ORIGINAL.__defaults__
-            func = types.FunctionType(code, namespace, name, defaults)
-        return func(*args, **(kwargs or {}))
-
-    def _probed(self, source: Source, x: Tensor, output: Tensor) -> Tensor:
-        """The layout inside is (sequence, batch, ...), or (sequence · batch, ...) at the end."""
-
-        def batch_first(t: Tensor) -> Tensor:
-            shape = (-1, self._batch, t.shape[-1])
-            return t.reshape(shape).transpose(0, 1)
-
-        new = probed(self._owner, source, x, output, batch_first)
-        return output if new is None else new
-
-    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self._probed(Source(weight, _LINEAR), x, F.linear(x, weight, bias))
-
-    def _in_projection(self, *args: Tensor) -> tuple[Tensor, ...]:
-        qkv, weights, biases = args[:3], args[3:6], args[6:] or (None,) * 3
-        self._batch = qkv[0].shape[1]
-        return tuple(map(self._linear, qkv, weights, biases))
-
-    def _in_projection_packed(
-        self, q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None = None
-    ) -> tuple[Tensor, ...]:
-        self._batch = q.shape[1]
-        biases = (None,) * 3 if bias is None else bias.chunk(3)
-        outputs = []
-        for i, (x, W, b) in enumerate(zip((q, k, v), weight.chunk(3), biases, strict=True)):
-            outputs.append(self._probed(Source(weight, _LINEAR, part=i), x, F.linear(x, W, b)))
-        return tuple(outputs)
+        if func is not _FUSED:
+            return func(*args, **(kwargs or {}))
+        call = dict(zip(_NAMES, args)) | kwargs  # noqa: B905 - the other names are in kwargs
+        query = call["query"]
+        batch = query.shape[1] if query.ndim == 3 else 1
+        for name, taps in self._taps.items():
+            call[name] = _Projection(call[name], taps, batch)
+        return _COPY(**call)
 
 
 class _Hooks:
     """Enters the mode before a call of the module and leaves it after, errors included."""
 
-    def __init__(self, owner: Any) -> None:
-        self._owner = None if owner is None else weakref.ref(owner)
+    def __init__(self, taps: dict[str, list[Tap]]) -> None:
+        self._taps = taps
         self._entered: list[_Fused] = []
 
-    def before(self, module: nn.MultiheadAttention, args: Any) -> None:
-        owner = None if self._owner is None else self._owner()
-        if owner is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return
-        names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-        weights = [module.out_proj.weight, *(getattr(module, name) for name in names)]
-        sources = [Source(weight, _LINEAR) for weight in weights if weight is not None]
-        if all(owner.rows_wanted(source) is None for source in sources):
-            return
-        mode = _Fused(owner)
-        mode.__enter__()  # type: ignore[no-untyped-call]
-        self._entered.append(mode)
+    def before(self, module: nn.Module, args: Any) -> None:
+        if any(tap.wanted() for taps in self._taps.values() for tap in taps):
+            mode = _Fused(self._taps)
+            mode.__enter__()  # type: ignore[no-untyped-call]
+            self._entered.append(mode)
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._entered:
             self._entered.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def __deepcopy__(self, memo: Any) -> _Hooks:
-        return _Hooks(None)
+        return _Hooks({})
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Hooks, (None,)
+        return _Hooks, ({},)
 
 
-def install(owner: Any, module: nn.MultiheadAttention) -> None:
-    """Watch the fused call of a module until the end of the owner."""
-    hooks = _Hooks(owner)
+def install(owner: Any, module: nn.MultiheadAttention) -> list[Tap]:
+    """Tap the fused call of a module until the end of the owner."""
+
+    def tap(weight: Tensor, part: int | None = None) -> Tap:
+        return Tap(owner, Source(weight, Linear(), part=part))
+
+    taps = {"out_proj_weight": [tap(module.out_proj.weight)]}
+    if module._qkv_same_embed_dim:
+        taps["in_proj_weight"] = [tap(module.in_proj_weight, part) for part in range(3)]
+    else:
+        for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
+            taps[name] = [tap(getattr(module, name))]
+    hooks = _Hooks(taps)
     for handle in (
         module.register_forward_pre_hook(hooks.before),
         module.register_forward_hook(hooks.after, always_call=True),
     ):
         weakref.finalize(owner, handle.remove)
+    return [tap for several in taps.values() for tap in several]

@@ -8,6 +8,9 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from singd_torch import _compiled
 
 # Takes the input of a call and the gradient of the loss at its output.
 Rows: TypeAlias = Callable[[Tensor, Tensor], None]
@@ -21,79 +24,96 @@ class _Probe(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, rows: Rows) -> Tensor:
+    def forward(ctx: Any, output: Tensor, x: Tensor, tap: Tap) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.rows = rows
+        ctx.tap = tap
         ctx.mark_dirty(output)
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (x,), (g,) = ctx.saved_tensors, grads
-        with torch.no_grad():
-            ctx.rows(x, g)
+        ctx.tap.take(x, g)
         return g, None, None
 
 
-def probed(
-    owner: Any,
-    source: Any,
-    x: Tensor,
-    output: Tensor,
-    arrange: Callable[[Tensor], Tensor] | None = None,
-) -> Tensor | None:
-    """The output with a probe on it, or None where no rows are wanted or can be had.
-
-    `arrange` brings input and output gradient into the layout that the rows are taken from.
-    """
-    if not (torch.is_grad_enabled() and output.requires_grad) or torch.compiler.is_compiling():
-        return None
-    if torch._C._are_functorch_transforms_active():
-        return None
-    rows = owner.rows_wanted(source)
-    if rows is None:
-        return None
-    if arrange is not None:
-        take = rows
-        rows = lambda x, g: take(arrange(x), arrange(g))  # noqa: E731
-    return _Probe.apply(output, x.detach(), rows)  # type: ignore[no-untyped-call,no-any-return]
-
-
-class Hook:
-    """A forward hook that probes the output where its owner wants the rows.
+class Tap:
+    """Where the rows of a layer come from: a forward hook that probes the output of a module.
 
     It holds its owner weakly and becomes inert when that is gone; a copied or unpickled model has
-    inert hooks.
+    inert taps.
+
+    Attributes:
+        due: Whether rows are wanted, for graphs of torch.compile: those with probes and those
+            without are told apart by it. What is not compiled asks the owner.
     """
 
     def __init__(self, owner: Any, source: Any) -> None:
         """`owner.rows_wanted(source)` returns what takes the rows, or None."""
         self._owner = None if owner is None else weakref.ref(owner)
         self._source = source
+        self.due = False
+        if owner is not None:
+            self._handle = _compiled.handle(self)
+            _compiled.tell_apart(owner, source.weight)
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         """The probed output, or None to leave it as it is."""
-        owner = None if self._owner is None else self._owner()
         x = args[0] if args else kwargs.get("input", kwargs.get("x"))
-        if owner is None or not isinstance(x, Tensor) or not isinstance(output, Tensor):
+        if not isinstance(x, Tensor) or not isinstance(output, Tensor):
             return None
-        return probed(owner, self._source, x, output)
+        return self.probed(x, output)
 
-    def __deepcopy__(self, memo: Any) -> Hook:
-        """An inert hook."""
-        return Hook(None, None)
+    def wanted(self) -> bool:
+        """Whether a call of the module now should be probed."""
+        if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+            return False
+        if torch.compiler.is_compiling():
+            return self.due and _compiled.SUPPORTED and not torch.compiler.is_exporting()
+        return self._rows() is not None
+
+    def probed(self, x: Tensor, output: Tensor) -> Tensor | None:
+        """The output with a probe on it, or None where no rows are wanted or can be had."""
+        if not output.requires_grad or not self.wanted():
+            return None
+        if torch.compiler.is_compiling():
+            return _compiled.probed(x, output, self._handle)
+        if isinstance(output, FakeTensor):
+            return None
+        return _Probe.apply(output, x.detach(), self)  # type: ignore[no-untyped-call,no-any-return]
+
+    @torch.no_grad()
+    def take(self, x: Tensor, g: Tensor) -> None:
+        """Hand rows to the owner, if it wants them."""
+        rows = self._rows()
+        if rows is not None:
+            rows(x, g)
+
+    def update(self) -> None:
+        """Ask the owner whether rows are wanted."""
+        self.due = self._rows() is not None
+
+    def _rows(self) -> Rows | None:
+        owner = None if self._owner is None else self._owner()
+        return None if owner is None else owner.rows_wanted(self._source)
+
+    def __deepcopy__(self, memo: Any) -> Tap:
+        """An inert tap."""
+        return Tap(None, None)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled as an inert hook."""
-        return Hook, (None, None)
+        """Pickled as an inert tap."""
+        return Tap, (None, None)
 
 
-def install(owner: Any, source: Any, module: nn.Module) -> None:
-    """Hook a module until the end of the owner."""
-    handle = module.register_forward_hook(Hook(owner, source), with_kwargs=True)
+def install(owner: Any, source: Any, module: nn.Module) -> list[Tap]:
+    """Tap a module until the end of the owner."""
+    tap = Tap(owner, source)
+    handle = module.register_forward_hook(tap, with_kwargs=True)
     weakref.finalize(owner, handle.remove)
+    return [tap]
 
 
 def backward_pass() -> int:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from singd_core import preconditioner
-from singd_core._array import ranged
 from singd_core.curvature import Convolution, Embedding, LayerKind, Linear, StackedLinear
 from singd_core.preconditioner import Factors
 from singd_core.structures import Diagonal, Structure
-from singd_core.updates.curvature import Curvature
 from singd_core.updates.inverse_free import InverseFree
-from singd_torch import _capture
 from singd_torch._kinds import uses
 from singd_torch._pending import Pending, Rows
+
+# Numbers that patches may always have; more, where the input has more.
+_PATCHES = 1 << 20
 
 Key: TypeAlias = tuple[int | None, bool]
 
@@ -82,7 +83,7 @@ class Layer:
     @property
     def dtypes(self) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
         """Of K, of C and of the momentum: float16 has no range for them."""
-        own = ranged(self.weight[..., :0]).dtype
+        own = self.weight.dtype if self.weight.dtype != torch.float16 else torch.float32
         K, C = self.group["preconditioner_dtype"]
         return K or own, C or own, own
 
@@ -101,14 +102,18 @@ class Layer:
             for side, dtype in zip(sides, (K, C), strict=True)
         )
 
-    def take(self, source: Source, x: Tensor, g: Tensor, mask: Tensor | None) -> None:
-        """Add the rows of one call, from its input and the gradient at its output."""
-        group = self.group
+    def rows(self, source: Source, x: Tensor, g: Tensor, mask: Tensor | None) -> Iterator[Rows]:
+        """The rows of one call, from its input and the gradient at its output, piece by piece."""
+        group, kind = self.group, source.kind
+        bias = self.bias is not None and not source.swapped
+        diagonal = issubclass(self.structures[0], Diagonal)
+        first, *others = (x,) if diagonal else self._pieces(kind, x, g)
         rows = Rows.of(
-            source.kind,
-            x,
+            kind,
+            first,
             g,
-            bias=self.bias is not None and not source.swapped,
+            bias=bias,
+            diagonal=diagonal,
             kfac_approx=group["kfac_approx"],
             loss_average=group["loss_average"],
             mask=mask,
@@ -116,13 +121,26 @@ class Layer:
         if rows.A.shape[-2] == 0 or rows.B.shape[-2] == 0:
             return
         if source.swapped and self.bias is not None:  # a look-up does not see the bias
-            B = torch.nn.functional.pad(rows.B, (0, 1))
-            rows = dataclasses.replace(rows, B=B)
-        factors = self._factors_of(source.part)
-        new = Pending.of(factors, rows, _capture.backward_pass(), swapped=source.swapped)
-        key = source.part, source.swapped
+            rows = dataclasses.replace(rows, B=torch.nn.functional.pad(rows.B, (0, 1)))
+        yield rows
+        for piece in others:
+            A, N = kind.inputs(piece, bias=bias, kfac_approx=group["kfac_approx"])
+            yield Rows(A, N, rows.B[..., :0, :], rows.M)
+
+    def _pieces(self, kind: LayerKind, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        """The samples of an input in pieces, lest their patches be what sets the peak of memory."""
+        if not isinstance(kind, Convolution) or self.group["kfac_approx"] != "expand":
+            return (x,)
+        if x.ndim < len(kind.windows) + 2 or not len(x):
+            return (x,)
+        groups, _, d_in = self.shape
+        each = math.prod(groups) * d_in * math.prod(g.shape[2:])  # numbers a sample
+        return torch.split(x, max(1, max(x.numel(), _PATCHES) // max(1, each)))
+
+    def add(self, key: Key, new: Pending) -> None:
+        """Add what was measured of one call."""
         if key in self.pending:
-            new = self.pending[key].add(new, mean=group["loss_average"] is not None)
+            new = self.pending[key].add(new, mean=self.group["loss_average"] is not None)
         self.pending[key] = new
 
     def roles(self) -> list[Key]:
@@ -138,24 +156,12 @@ class Layer:
         groups = self.shape[0] if part is None else ()
         A, B = (self.weight.new_zeros(*groups, 1, d) for d in (d_in, d_out))
         rows = Rows(B, 0, A, 0) if swapped else Rows(A, 0, B, 0)
-        return Pending.of(self._factors_of(part), rows, 0, swapped=swapped)
+        return Pending.of(self.factors_of(part), rows, 0, swapped=swapped)
 
-    def _factors_of(self, part: int | None) -> Factors:
+    def factors_of(self, part: int | None) -> Factors:
+        """The factors of the layer, or of one part of a stacked one."""
         assert self.factors is not None
         return self.factors if part is None else self.factors.map(lambda a: a[part])
-
-    def curvature(self, grad_scale: Any) -> Curvature:
-        """The curvature of the pending rows, of gradients that were multiplied by `grad_scale`."""
-        found = {key: pending.curvature(grad_scale) for key, pending in self.pending.items()}
-        parts = [found[key] for key in sorted(found, key=str)]
-        if next(iter(found))[0] is not None:
-            return parts[0].map(lambda *arrays: torch.stack(arrays), *parts[1:])
-        return parts[0] if len(parts) == 1 else parts[0].joined(parts[1])
-
-    def matrix(self, parts: Sequence[Tensor]) -> Tensor:
-        """The matrix whose parts belong to `parameters`."""
-        matrix: Tensor = self.kind.matrix(*parts)
-        return matrix
 
     def split(self, matrix: Tensor) -> tuple[Tensor, ...]:
         """The parts of a matrix that belong to `parameters`."""

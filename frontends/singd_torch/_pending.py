@@ -12,6 +12,7 @@ from torch import Tensor
 from singd_core.curvature import Embedding, LayerKind, Linear, StackedLinear
 from singd_core.preconditioner import Factors
 from singd_core.updates.curvature import Curvature, Measured
+from singd_torch._join import join_trees
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +32,14 @@ class Rows:
         g: Tensor,
         *,
         bias: bool,
+        diagonal: bool,
         kfac_approx: str,
         loss_average: str | None,
         mask: Tensor | None,
     ) -> Rows:
         """From the input of a call and the gradient at its output.
 
+        `diagonal` if only the diagonal of AᵀA is asked for.
         `mask`, of the first axes of the positions, is False at those that are no rows, such as
         padding. The channels and pixels of a convolution are no positions, so it has no mask.
         """
@@ -44,7 +47,8 @@ class Rows:
         positions = x.shape if entries is not None else x.shape[:-1]
         masked = isinstance(kind, (Linear, StackedLinear, Embedding))
         if mask is None or not masked or positions[: mask.ndim] != mask.shape:
-            A, N = kind.inputs(x, bias=bias, kfac_approx=kfac_approx)
+            inputs_of = kind.diagonal_rows if diagonal else kind.inputs
+            A, N = inputs_of(x, bias=bias, kfac_approx=kfac_approx)
             B, M = kind.outputs(g, kfac_approx=kfac_approx, loss_average=loss_average)
             return cls(A, N, B, M)
         mask = mask.reshape(*mask.shape, *(1,) * (len(positions) - mask.ndim)).expand(positions)
@@ -109,6 +113,29 @@ class Pending:
             new.backward,
             self.swapped,
         )
+
+    def joins(self, other: Pending) -> bool:
+        """Whether both are of as many rows, or of numbers that the host does not know."""
+        pairs = zip(self._counts(), other._counts(), strict=True)
+        return all(
+            isinstance(a, Tensor) if isinstance(b, Tensor) else a is b or a == b for a, b in pairs
+        )
+
+    @classmethod
+    def joined(cls, several: Sequence[Pending]) -> Pending:
+        """Those of equal layers, along a first axis."""
+        first, *others = several
+        if not others:
+            return first
+        N, M = (
+            torch.stack(n) if isinstance(n[0], Tensor) else n[0]
+            for n in zip(*(pending._counts() for pending in several), strict=True)
+        )
+        inputs, outputs = (
+            join_trees([p.inputs for p in several]),
+            join_trees([p.outputs for p in several]),
+        )
+        return cls(inputs, N, outputs, 0, M, first.backward, first.swapped)
 
     def curvature(self, grad_scale: Any) -> Curvature:
         """The curvature, of gradients that were multiplied by `grad_scale`."""

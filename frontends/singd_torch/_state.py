@@ -12,7 +12,8 @@ from singd_core import preconditioner
 from singd_core.preconditioner import Factors
 from singd_core.settings import Settings
 from singd_torch._layers import Layer
-from singd_torch._step import MOMENTUM
+
+MOMENTUM = "momentum_buffer"
 
 
 def initial(layer: Layer, s: Settings) -> Factors:

@@ -10,52 +10,72 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from singd_core._array import total, widen
 from singd_core.preconditioner import Factors
 from singd_core.settings import Settings, rate
 from singd_core.updates.weights import (
-    bounded,
     couples_decay,
     direction,
     inner,
     kl_scale,
+    rms_scale,
     weight_change,
 )
-from singd_torch._layers import Layer
+from singd_torch._join import join
 from singd_torch._scaling import Scales
-
-MOMENTUM = "momentum_buffer"
+from singd_torch._stacks import Stack, State
 
 
 @dataclasses.dataclass(eq=False)
 class Work:
-    """What a step has found out of one layer before anything is changed."""
+    """What a step has found out of a stack of layers before anything is changed.
 
-    layer: Layer
+    Attributes:
+        stack: The layers.
+        s: Their settings.
+        factors: Their refreshed factors, or those they had.
+        natural: The natural gradient.
+        scale: What its bound scales it by.
+        energy: lr² ⟨∇W, n⟩, 0-d.
+    """
+
+    stack: Stack
     s: Settings
     factors: Factors
     natural: Tensor
+    scale: Any
     energy: Tensor
 
 
-def prepare(layer: Layer, factors: Factors, s: Settings, scales: Scales) -> Work:
-    """The natural gradient of a layer, with its factors refreshed by the rows that are pending."""
+def prepare(stack: Stack, s: Settings, scales: Scales) -> Work:
+    """The natural gradients of layers, their factors refreshed by the rows that are pending.
+
+    A stack that has a report is told there of the refresh.
+    """
+    layer, factors = stack.layers[0], stack.factors
+    assert factors is not None
     if layer.pending:
         lr_cov = rate(s.lr_cov, layer.group["steps"])
-        factors = factors.refresh(layer.curvature(scales.rows), lr_cov, s)
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in layer.parameters]
-    gradient = layer.matrix(grads)
+        factors = factors.refresh(stack.curvature(scales.rows), lr_cov, s, stack.report)
+        preconditioner = factors.preconditioner(1)
+    else:
+        if stack.preconditioner is None:
+            stack.preconditioner = factors.preconditioner(s.T)
+        preconditioner = stack.preconditioner
+    gradient = stack.matrix(_gradient)
     if scales.grads is not None:
         gradient = gradient / scales.grads
-    natural = factors.precondition(gradient)
-    natural, energy = bounded(natural, inner(gradient, natural), s)
-    return Work(layer, s, factors, natural, s.lr**2 * energy)
+    natural = preconditioner(gradient)
+    scale = rms_scale(natural, s.rms_bound)
+    energy = total(scale * inner(gradient, natural))
+    return Work(stack, s, factors, natural, scale, s.lr**2 * energy)
 
 
 def apply(
     works: Sequence[Work],
-    state: dict[Any, dict[str, Any]],
+    state: State,
     settings_of: Callable[[nn.Parameter], Settings],
-    total: Any,
+    energy: Any,
     ok: Tensor | None,
 ) -> None:
     """Write the new factors, momenta and weights.
@@ -64,34 +84,46 @@ def apply(
         works: What `prepare` found.
         state: The optimizer's state.
         settings_of: The settings of a parameter's own group; a bias may have its own.
-        total: The sum of the works' energies.
+        energy: The sum of the works' energies.
         ok: On an accelerator, whether the step may change anything; None where it is known to.
     """
+    kl = {id(work.s): kl_scale(energy, work.s.kl_bound) for work in works}
     for work in works:
-        layer, s, entries = work.layer, work.s, state[work.layer.weight]
-        decay = None
-        own = [settings_of(p) for p in layer.parameters]
-        if any(map(couples_decay, own)):
-            gammas = [o.weight_decay if couples_decay(o) else 0.0 for o in own]
-            parts = zip(layer.parameters, gammas, strict=True)
-            decay = layer.matrix([p * gamma for p, gamma in parts])
-        momentum = entries.get(MOMENTUM)
+        stack, s, factors = work.stack, work.s, work.factors
+        parameters, decay = stack.layers[0].parameters, None
+        if any(couples_decay(settings_of(p)) for p in parameters):
+            decay = stack.matrix(partial(_coupled_decay, settings_of))
+        momentum = stack.momentum
         if momentum is None and s.momentum != 0.0:
-            momentum = torch.zeros_like(work.natural, dtype=layer.dtypes[2])
-        u, new_momentum = direction(work.natural, decay, momentum, kl_scale(total, s.kl_bound), s)
-        factors = work.factors
+            momentum = torch.zeros_like(work.natural, dtype=stack.layers[0].dtypes[2])
+        scale = work.scale * kl[id(s)]
+        u, moved = direction(work.natural, decay, momentum, scale, s)
+        if stack.report is not None:
+            norm = torch.linalg.vector_norm(widen(u), dim=(-2, -1))
+            stack.report |= {"natural_scale": scale, "update": s.lr * norm}
         if ok is not None:
             u = torch.where(ok, u, 0.0)
-            factors = factors.map(partial(_either, ok), layer.factors)  # type: ignore[arg-type]
-            new_momentum = None if momentum is None else _either(ok, new_momentum, momentum)
-        if factors is not layer.factors:
-            layer.factors, layer.seen = factors, True
-            entries.update(factors.named_arrays())
-        if new_momentum is not None:
-            entries[MOMENTUM] = new_momentum
-        for p, part in zip(layer.parameters, layer.split(u), strict=True):
-            change = weight_change(part, p, settings_of(p))
-            p.add_(change if ok is None else torch.where(ok, change, 0.0))
+            factors = factors.map(partial(_either, ok), stack.factors)  # type: ignore[arg-type]
+            moved = None if momentum is None else _either(ok, moved, momentum)
+        if factors is not stack.factors:
+            stack.hold(factors, state, seen=True)
+        if moved is not None:
+            stack.hold_momentum(moved, state)
+        places = zip(*(layer.parameters for layer in stack.layers), strict=True)
+        for place, part in zip(places, stack.layers[0].split(u), strict=True):
+            change = weight_change(part, join(place), settings_of(place[0]))
+            if ok is not None:
+                change = torch.where(ok, change, 0.0)
+            torch._foreach_add_(place, stack.split(change))  # type: ignore[arg-type]
+
+
+def _gradient(p: nn.Parameter) -> Tensor:
+    return torch.zeros_like(p) if p.grad is None else p.grad
+
+
+def _coupled_decay(settings_of: Callable[[nn.Parameter], Settings], p: nn.Parameter) -> Tensor:
+    s = settings_of(p)
+    return p * (s.weight_decay if couples_decay(s) else 0.0)
 
 
 def _either(ok: Tensor, new: Any, old: Any) -> Any:

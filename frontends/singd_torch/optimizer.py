@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -14,13 +13,17 @@ from torch import Tensor, nn
 from singd_core import preconditioner
 from singd_core.preconditioner import Factors
 from singd_core.settings import STRUCTURES, Settings, settings
-from singd_torch import _attention, _capture, _fallback, _scaling, _state, _table
+from singd_torch import _attention, _capture, _diagnostics, _fallback, _scaling, _state, _table
+from singd_torch._capture import Tap
 from singd_torch._distributed import reduce_rows
 from singd_torch._estimate import automatic
 from singd_torch._groups import check_group, settings_of
 from singd_torch._layers import Layer, Source, find
+from singd_torch._queue import Call, Queue
 from singd_torch._scaling import Scales
-from singd_torch._step import MOMENTUM, Work, apply, prepare
+from singd_torch._stacks import Stack, stacks
+from singd_torch._step import Work, apply, prepare
+from singd_torch._warnings import warn
 
 
 class SINGD(torch.optim.Optimizer):
@@ -112,9 +115,9 @@ class SINGD(torch.optim.Optimizer):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if isinstance(model, nn.DataParallel):
             raise TypeError("nn.DataParallel is not supported: use DistributedDataParallel")
-        self._processes = None
+        self._processes, model = None, _plain(model)
         if isinstance(model, nn.parallel.DistributedDataParallel):
-            self._processes, model = model.process_group, model.module
+            self._processes, model = model.process_group, _plain(model.module)
         given |= {
             "lr": lr,
             "momentum": momentum,
@@ -141,9 +144,11 @@ class SINGD(torch.optim.Optimizer):
         self._model = model
         self._layers: list[Layer] = []
         self._fallback: list[nn.Parameter] = []
-        self._hooked: set[nn.Module] = set()
+        self._taps: dict[nn.Module, list[Tap]] = {}
+        self._queue = Queue()
         self._skipped: Tensor | int = 0
         self._warned: set[str] = set()
+        self._reports = False
         self._scale_of_rows: float | None = None
         self._mask: Tensor | None = None
         self._sampled: str | None = None
@@ -162,7 +167,7 @@ class SINGD(torch.optim.Optimizer):
         self._route()
         if warn_unsupported and self._fallback:
             names = ", ".join(self._names.get(p, "?") for p in self._fallback)
-            warnings.warn(f"trained by AdamW, not preconditioned: {names}", stacklevel=2)
+            warn(f"trained by AdamW, not preconditioned: {names}")
 
     # ---- parameters -----------------------------------------------------------------------------
 
@@ -202,16 +207,35 @@ class SINGD(torch.optim.Optimizer):
             elif known is not None:  # with or without a bias, the matrix has another shape
                 self.state[layer.weight].clear()
             for module, source in layer.sources:
-                if module not in self._hooked:
-                    self._hooked.add(module)
+                if module not in self._taps:
                     if isinstance(module, nn.MultiheadAttention):
-                        _attention.install(self, module)
+                        self._taps[module] = _attention.install(self, module)
                     else:
-                        _capture.install(self, source, module)
+                        self._taps[module] = _capture.install(self, source, module)
+        self._stack_up()
         self._by_weight: dict[Tensor, Layer] = {layer.weight: layer for layer in self._layers}
         self._group_of = {p: group for group in self.param_groups for p in group["params"]}
         owned = {p for layer in self._layers for p in layer.parameters}
         self._fallback = [p for p in self._group_of if p not in owned]
+        self._tell_taps()
+
+    def _tell_taps(self) -> None:
+        """Whether rows are wanted now, for graphs of torch.compile."""
+        for taps in self._taps.values():
+            for tap in taps:
+                tap.update()
+
+    def _stack_up(self, parted: list[Stack] | None = None) -> None:
+        self._stacks = stacks(self._layers) if parted is None else parted
+        self._stack_of: dict[Layer, Stack] = {
+            layer: stack for stack in self._stacks for layer in stack.layers
+        }
+        self._report()
+
+    def _report(self) -> None:
+        for stack in self._stacks:
+            if self._reports and stack.report is None:
+                stack.report = {}
 
     # ---- rows -----------------------------------------------------------------------------------
 
@@ -225,18 +249,18 @@ class SINGD(torch.optim.Optimizer):
     def _take_rows(self, layer: Layer, source: Source, x: Tensor, g: Tensor) -> None:
         if self._sampled in (None, "inside"):
             self._factors(layer)
-            layer.take(source, x, g, self._mask)
+            factors, key = layer.factors_of(source.part), (source.part, source.swapped)
+            backward = _capture.backward_pass()
+            for rows in layer.rows(source, x, g, self._mask):
+                self._queue.take(Call(layer, key, rows, factors, backward))
 
     def _factors(self, layer: Layer) -> Factors:
-        if layer.factors is None:
-            layer.factors = _state.initial(layer, settings_of(layer.group))
-        elif not layer.fits():  # the model was moved or cast
-            layer.factors = _state.moved(layer, settings_of(layer.group))
-            entries = self.state[layer.weight]
-            entries.update(layer.factors.named_arrays())
-            if MOMENTUM in entries:
-                moved = entries[MOMENTUM].to(layer.weight.device, layer.dtypes[2])
-                entries[MOMENTUM] = moved
+        if layer.factors is not None and not layer.fits():  # the model was moved or cast
+            self._stack_up()
+        stack = self._stack_of[layer]
+        if stack.factors is None:
+            stack.tie(self.state)
+        assert layer.factors is not None
         return layer.factors
 
     @contextlib.contextmanager
@@ -279,8 +303,10 @@ class SINGD(torch.optim.Optimizer):
 
     def _forget_rows(self) -> None:
         self._sampled = None
+        self._queue.forget()
         for layer in self._layers:
             layer.pending = {}
+        self._tell_taps()
 
     # ---- the step -------------------------------------------------------------------------------
 
@@ -308,6 +334,7 @@ class SINGD(torch.optim.Optimizer):
                     f"the gradient of {name!r} is sparse, which SINGD does not take: "
                     "give its module sparse=False, or an optimizer of its own"
                 )
+        self._queue.flush()
         chosen = {id(group): settings_of(group) for group in self.param_groups}
         scales = _scaling.scales(self, self._scale_of_rows)
         if self._processes is not None:
@@ -315,15 +342,28 @@ class SINGD(torch.optim.Optimizer):
             for layer in due:
                 self._factors(layer)
             reduce_rows(due, self._processes)
-        works, others = [], [p for p in self._fallback if p.grad is not None]
-        for layer in self._layers:
-            if layer.weight.grad is None:  # a frozen weight may have a trained bias
+        works: list[Work] = []
+        others = [p for p in self._fallback if p.grad is not None]
+        if any(layer.factors is not None and not layer.fits() for layer in self._layers):
+            self._stack_up()  # the model was moved or cast
+        for stack in list(self._stacks):
+            live = []
+            for layer in stack.layers:
+                if layer.weight.grad is not None and (layer.seen or layer.pending):
+                    live.append(layer)
+                    continue
+                if layer.weight.grad is not None:  # a frozen weight may have a trained bias
+                    self._warn_unseen(layer)
                 others += [p for p in layer.parameters if p.grad is not None]
-            elif layer.seen or layer.pending:
-                works.append(prepare(layer, self._factors(layer), chosen[id(layer.group)], scales))
-            else:
-                self._warn_unseen(layer)
-                others += [p for p in layer.parameters if p.grad is not None]
+            if live:
+                parts = stack.parted(live)
+                if parts != [stack]:
+                    self._stack_up([*(s for s in self._stacks if s is not stack), *parts])
+                for part in parts:
+                    if part.layers[0] in live:
+                        if part.factors is None:
+                            part.tie(self.state)
+                        works.append(prepare(part, chosen[id(live[0].group)], scales))
         if works or others:
             self._take_step(works, others, chosen, scales)
         for group in self.param_groups:
@@ -373,8 +413,9 @@ class SINGD(torch.optim.Optimizer):
 
     def _warn_unseen(self, layer: Layer) -> None:
         self._warn_once(
-            f"no rows of {layer.name!r} have been seen, since its module was not called like one, "
-            "or inside torch.compile: until then AdamW trains it"
+            f"no rows of {layer.name!r} have been seen, since its weight was used without a call "
+            "of its module, or in a graph that was compiled before the optimizer was built (then "
+            "call torch.compiler.reset()) or by torch before 2.13: until then AdamW trains it"
         )
 
     def _warn_skipped(self) -> None:
@@ -386,7 +427,7 @@ class SINGD(torch.optim.Optimizer):
     def _warn_once(self, text: str) -> None:
         if text not in self._warned:
             self._warned.add(text)
-            warnings.warn(text, stacklevel=3)
+            warn(text)
 
     # ---- gradient scaling -----------------------------------------------------------------------
 
@@ -428,13 +469,39 @@ class SINGD(torch.optim.Optimizer):
         for layer in self._layers:
             layer.pending, layer.factors = {}, factors[layer.weight]
             layer.seen = layer.factors is not None  # they are made when rows are first seen
+        self._tell_taps()
 
     # ---- what a person sees ---------------------------------------------------------------------
+
+    def diagnostics(self) -> dict[str, float]:
+        """What each layer's factors and steps are like, by `name of the weight/quantity`.
+
+        The first call starts the recording of what is known only within a step (step and bounded,
+        natural_scale, update); the later ones have it of the last step and refresh. It waits for
+        the device; steps do not. Of a layer of several matrices (groups, packed projections) it
+        is the largest value. The quantities are
+
+        - K_norm, C_norm: the Frobenius norms of the factors (S_K_norm, S_C_norm for KFAC);
+        - K_step, C_step: β₁ ‖m‖_F of the last refresh, before its bound;
+        - K_bounded, C_bounded: 1 if the bound then was active, else 0;
+        - K_damping, C_damping: the damping's share λ / (t + λ) of the mean diagonal;
+        - natural_scale: what the bounds on the natural gradient left of it, 1 if nothing was cut;
+        - update: the norm of the update, decoupled decay apart, over the norm of the weight.
+        """
+        self._reports = True
+        self._report()
+        return _diagnostics.read(self._stacks)
 
     def __repr__(self) -> str:
         """Who owns each parameter, with which structures, and what state it costs."""
         table = _table.table(self._layers, self._fallback, self._names)
         return f"{type(self).__name__}\n{table}"
+
+
+def _plain(model: Any) -> nn.Module:
+    """The model inside torch.compile(model)."""
+    plain: nn.Module = getattr(model, "_orig_mod", model)
+    return plain
 
 
 def _is_due(layer: Layer) -> bool:

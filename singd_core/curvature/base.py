@@ -49,6 +49,13 @@ class LayerKind(ABC):
             ValueError: If `kfac_approx` is unknown or `x` does not fit the layer.
         """
 
+    def diagonal_rows(self, x: Array, *, bias: bool, kfac_approx: str) -> tuple[Array, int]:
+        """Rows that have the diagonal of `AᵀA` in common with those of `inputs`, maybe fewer.
+
+        A diagonal K wants no more. Arguments and results are those of `inputs`; `N` is the same.
+        """
+        return self.inputs(x, bias=bias, kfac_approx=kfac_approx)
+
     @abstractmethod
     def outputs(self, g: Array, *, kfac_approx: str, loss_average: str | None) -> tuple[Array, int]:
         """The rows `B` of the gradient of the layer's output and the number `M` of loss terms.
@@ -68,13 +75,19 @@ class LayerKind(ABC):
 
     @abstractmethod
     def matrix(self, weight: Array, bias: Array | None = None) -> Array:
-        """The weight and bias, or their gradients, as the matrix `(*groups, d_out, d_in [+ 1])`."""
+        """The weight and bias, or their gradients, as the matrix `(*groups, d_out, d_in [+ 1])`.
+
+        Both may have further leading axes, in common: those of a stack of equal layers.
+        """
 
     @abstractmethod
     def split(
         self, matrix: Array, weight_shape: Sequence[int], bias: bool
     ) -> tuple[Array, Array | None]:
-        """The weight and bias (or None) of a matrix: the inverse of `matrix`, views if possible."""
+        """The weight and bias (or None) of a matrix: the inverse of `matrix`, views if possible.
+
+        `weight_shape` is that of one layer, also where the matrix is a stack of several.
+        """
 
     @abstractmethod
     def shape(self, weight_shape: Sequence[int], bias: bool) -> tuple[Shape, int, int]:
@@ -106,7 +119,7 @@ def append_bias(matrix: Array, bias: Array | None) -> Array:
     return matrix if bias is None else concat((matrix, bias[..., None]), axis=-1)
 
 
-def append_ones(x: Array, axis: int) -> Array:
-    """`x` with one more entry along `axis`, filled with ones."""
+def append_ones(x: Array, axis: int, value: float = 1.0) -> Array:
+    """`x` with one more entry along `axis`, filled with ones (or another value)."""
     index = (slice(None),) * axis + (slice(0, 1), ...)
-    return concat((x, namespace(x).ones_like(x[index])), axis=axis)
+    return concat((x, namespace(x).full_like(x[index], value)), axis=axis)

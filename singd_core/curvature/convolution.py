@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 
-from singd_core._array import Array, namespace
+from singd_core._array import Array, namespace, widen
 from singd_core.curvature._patches import PADDING_MODES, average_patch, pad, patches
 from singd_core.curvature._windows import Padding, Size, Window, windows
 from singd_core.curvature.base import (
@@ -77,9 +77,7 @@ class Convolution(LayerKind):
         expand = is_expand(kfac_approx)
         x = self._batched(x, "input x")
         xp, batch, spatial = namespace(x), x.shape[0], x.shape[2:]
-        grouped = self._by_group(x, "input channels", self.groups)
-        if self.average_groups:
-            grouped = xp.mean(grouped, axis=1)[:, None, ...]
+        grouped = self._grouped(x)
         groups, channels = grouped.shape[1:3]
         d_in = channels * prod([window.size for window in self.windows])
         if not expand:
@@ -99,6 +97,23 @@ class Convolution(LayerKind):
         columns = xp.reshape(x, (groups, x.shape[1] * x.shape[2], N))
         return self._ungrouped(columns[:, : d_in + bias, :].mT), N
 
+    def diagonal_rows(self, x: Array, *, bias: bool, kfac_approx: str) -> tuple[Array, int]:
+        """One row of the roots of the diagonal of `AᵀA`, from sums over the batch of `x ∘ x`.
+
+        The patches of the sums take the place of those of every input.
+        """
+        if not is_expand(kfac_approx):
+            return self.inputs(x, bias=bias, kfac_approx=kfac_approx)
+        x = widen(self._grouped(self._batched(x, "input x")))
+        xp, batch = namespace(x), x.shape[0]
+        sums = pad(xp.sum(x * x, axis=0), self.windows, self.padding_mode)
+        seen = patches(sums, self.windows, axis=2)
+        squares = xp.sum(seen, axis=tuple(range(3, seen.ndim)))
+        A = xp.sqrt(xp.reshape(squares, (squares.shape[0], 1, prod(squares.shape[1:]))))
+        N = batch * prod(seen.shape[3:])
+        A = append_ones(A, 2, N**0.5) if bias else A
+        return self._ungrouped(A), N
+
     def outputs(self, g: Array, *, kfac_approx: str, loss_average: str | None) -> tuple[Array, int]:
         """The rows `B`, shape `([groups,] N, d_out)`, of `(batch, C_out, *positions)`; and `M`."""
         expand = is_expand(kfac_approx)
@@ -114,20 +129,20 @@ class Convolution(LayerKind):
 
     def matrix(self, weight: Array, bias: Array | None = None) -> Array:
         """The weight `(C_out, C_in / groups, *kernel_size)` and bias `(C_out,)` as a matrix."""
-        xp = namespace(weight)
-        groups, d_out, d_in = self.shape(weight.shape, bias=False)
-        bias = None if bias is None else xp.reshape(bias, (*groups, d_out))
-        return append_bias(xp.reshape(weight, (*groups, d_out, d_in)), bias)
+        xp, axes = namespace(weight), len(self.windows) + 2
+        stack, one = weight.shape[:-axes], weight.shape[-axes:]
+        groups, d_out, d_in = self.shape(one, bias=False)
+        bias = None if bias is None else xp.reshape(bias, (*stack, *groups, d_out))
+        return append_bias(xp.reshape(weight, (*stack, *groups, d_out, d_in)), bias)
 
     def split(
         self, matrix: Array, weight_shape: Sequence[int], bias: bool
     ) -> tuple[Array, Array | None]:
         """The weight, of shape `weight_shape`, and the bias `(C_out,)`."""
-        xp = namespace(matrix)
-        if not bias:
-            return xp.reshape(matrix, tuple(weight_shape)), None
-        weight = xp.reshape(matrix[..., :-1], tuple(weight_shape))
-        return weight, xp.reshape(matrix[..., -1], (weight_shape[0],))
+        xp, axes = namespace(matrix), 3 if self._matrix_groups > 1 else 2
+        stack = matrix.shape[:-axes]
+        weight = xp.reshape(matrix[..., :-1] if bias else matrix, (*stack, *weight_shape))
+        return weight, xp.reshape(matrix[..., -1], (*stack, weight_shape[0])) if bias else None
 
     def shape(self, weight_shape: Sequence[int], bias: bool) -> tuple[Shape, int, int]:
         """`((groups,), C_out / groups, d_in [+ 1])`, `((), C_out, d_in [+ 1])` without."""
@@ -149,6 +164,13 @@ class Convolution(LayerKind):
                 f"(batch, channels, *spatial), {n + 2} axes, or {n + 1} without the batch"
             )
         return x if x.ndim == n + 2 else x[None, ...]
+
+    def _grouped(self, x: Array) -> Array:
+        """The input by channel groups, or by their average."""
+        grouped = self._by_group(x, "input channels", self.groups)
+        if self.average_groups:
+            return namespace(x).mean(grouped, axis=1)[:, None, ...]
+        return grouped
 
     def _by_group(self, x: Array, name: str, groups: int) -> Array:
         """(batch, C, ...) as (batch, groups, C / groups, ...)."""

@@ -30,20 +30,19 @@ class StackedLinear(LayerKind):
 
     def matrix(self, weight: Array, bias: Array | None = None) -> Array:
         """The parts, `(parts, d_out, d_in)`, each with its bias as the last column."""
-        d_in = weight.shape[-1]
-        stacked = namespace(weight).reshape(weight, (self.parts, -1, d_in))
+        *stack, _, d_in = weight.shape
+        parts = namespace(weight).reshape(weight, (*stack, self.parts, -1, d_in))
         if bias is not None:
-            bias = namespace(bias).reshape(bias, (self.parts, -1))
-        return append_bias(stacked, bias)
+            bias = namespace(bias).reshape(bias, (*stack, self.parts, -1))
+        return append_bias(parts, bias)
 
     def split(
         self, matrix: Array, weight_shape: Sequence[int], bias: bool
     ) -> tuple[Array, Array | None]:
         """The weight and the bias."""
-        xp = namespace(matrix)
-        weight = matrix[..., :-1] if bias else matrix
-        weight = xp.reshape(weight, tuple(weight_shape))
-        return weight, xp.reshape(matrix[..., -1], (weight_shape[0],)) if bias else None
+        xp, stack = namespace(matrix), matrix.shape[:-3]
+        weight = xp.reshape(matrix[..., :-1] if bias else matrix, (*stack, *weight_shape))
+        return weight, xp.reshape(matrix[..., -1], (*stack, weight_shape[0])) if bias else None
 
     def shape(self, weight_shape: Sequence[int], bias: bool) -> tuple[Shape, int, int]:
         """`((parts,), d_out, d_in [+ 1])`."""

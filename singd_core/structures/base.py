@@ -103,6 +103,13 @@ class Structure(Tree):
         """`L Lᵀ X` for `X` of shape (..., d, n)."""
         return self.apply(self.apply_t(X))
 
+    def square(self) -> Structure | None:
+        """`L Lᵀ`, in whatever structure it has, if one product with it costs less than two.
+
+        None where it does not; whoever multiplies with `L Lᵀ` often can keep it.
+        """
+        return None
+
     # ---- the linear space -----------------------------------------------------------------------
 
     @classmethod

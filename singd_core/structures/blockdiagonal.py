@@ -85,6 +85,9 @@ class BlockDiagonal(Pattern):
         blocks, last = self._split(X)
         return self._join(self.blocks.mT @ blocks, self.last.mT @ last)
 
+    def square(self) -> Self:
+        return type(self)(self.blocks @ self.blocks.mT, self.last @ self.last.mT)
+
     def add_identity(self, c: Scalar) -> Self:
         return self.map(lambda a: a + expand(c, a) * eye(a.shape[-1], like=a))
 

@@ -28,6 +28,9 @@ class _Square(Pattern):
     def matmul(self, other: Self) -> Self:
         return type(self)(self.matrix @ other.matrix)
 
+    def square(self) -> Dense:
+        return Dense(self.matrix @ self.matrix.mT)
+
     def congruence(self, X: Array) -> Self:
         """Π̂(Lᵀ X Xᵀ L), by the order of products that multiplies less.
 

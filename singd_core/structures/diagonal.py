@@ -55,7 +55,7 @@ class Diagonal(Pattern):
         return H, xp.sum(squares, axis=-1)
 
     def gram(self) -> Self:
-        return type(self)(self.diag * self.diag)
+        return self.square()
 
     def matmul(self, other: Self) -> Self:
         return type(self)(self.diag * other.diag)
@@ -66,7 +66,10 @@ class Diagonal(Pattern):
     apply_t = apply
 
     def precondition(self, X: Array) -> Array:
-        return (self.diag * self.diag)[..., None] * X
+        return self.square().apply(X)
+
+    def square(self) -> Self:
+        return type(self)(self.diag * self.diag)
 
     def add_identity(self, c: Scalar) -> Self:
         return type(self)(self.diag + expand(c, self.diag))

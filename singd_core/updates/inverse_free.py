@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Self
 
-from singd_core._array import Array, Scalar, cast, namespace
+from singd_core._array import Array, Scalar, namespace
 from singd_core._tree import Tree, tree
 from singd_core.settings import Rate, Settings, is_bound
 from singd_core.structures.base import Structure
 from singd_core.updates.curvature import Averages, Curvature, Measured, measure
+from singd_core.updates.weights import two_sided
 
 
 @tree
@@ -35,11 +37,25 @@ class InverseFree(Tree):
 
     def precondition(self, gradient: Array) -> Array:
         """The natural gradient C Cᵀ ∇W K Kᵀ of ∇W, shape (..., d_out, d_in), in the dtype of C."""
-        right = self.K.precondition(cast(gradient, self.K.like).mT).mT
-        return self.C.precondition(cast(right, self.C.like))
+        return two_sided(gradient, self.K, self.K.precondition, self.C, self.C.precondition)
 
-    def refresh(self, curvature: Curvature, lr_cov: Rate, s: Settings) -> Self:
-        """One step of K and C (docs/mathematics.md, section 3)."""
+    def preconditioner(self, T: int) -> Callable[[Array], Array]:
+        """`precondition` for T steps: with K Kᵀ and C Cᵀ formed once where that multiplies less."""
+        d_in, d_out = self.K.shape[-1], self.C.shape[-1]
+        times_K, times_C = _square(self.K, T * d_out), _square(self.C, T * d_in)
+        return lambda gradient: two_sided(gradient, self.K, times_K, self.C, times_C)
+
+    def refresh(
+        self,
+        curvature: Curvature,
+        lr_cov: Rate,
+        s: Settings,
+        report: dict[str, Array] | None = None,
+    ) -> Self:
+        """One step of K and C (docs/mathematics.md, section 3).
+
+        A `report` is told β₁ ‖m‖_F of both, before the bound, as "K_step" and "C_step".
+        """
         averages = self.averages.update(curvature, lr_cov, s)
         lambda_K, lambda_C = averages.damping(s)
         K_start, C_start = self.averages.start(lambda_K, lambda_C, averages, s)
@@ -56,43 +72,59 @@ class InverseFree(Tree):
             lambda_K = lambda_K * s_C * CtC.trace() / d_out
             lambda_C = lambda_C * s_K * KtK.trace() / d_in
         beta = self.averages.step_size(curvature, lr_cov, s)
-        K, m_K = step(self.K, self.m_K, H_K, KtK, h_K * s_K, lambda_K * s_K, K_start, beta, s)
-        C, m_C = step(self.C, self.m_C, H_C, CtC, h_C * s_C, lambda_C * s_C, C_start, beta, s)
-        return type(self)(K, C, m_K, m_C, averages)
+        m_K = direction(self.m_K, H_K, KtK, h_K * s_K, lambda_K * s_K, s)
+        K = moved(self.K, m_K, K_start, beta, s)
+        m_C = direction(self.m_C, H_C, CtC, h_C * s_C, lambda_C * s_C, s)
+        C = moved(self.C, m_C, C_start, beta, s)
+        if report is not None:
+            report |= {"K_step": beta * m_K.norm(), "C_step": beta * m_C.norm()}
+        return type(self)(K, C, _stored(m_K, self.m_K), _stored(m_C, self.m_C), averages)
+
+    def norms(self) -> dict[str, Array]:
+        """The Frobenius norms of the factors."""
+        return {"K_norm": self.K.norm(), "C_norm": self.C.norm()}
 
 
-def step(
-    K: Structure,
+def _square(L: Structure, columns: int) -> Callable[[Array], Array]:
+    """The product L Lᵀ X, of so many columns in all."""
+    P = L.square() if columns > L.shape[-1] else None  # d³, and d² a column; 2 d² with L and Lᵀ
+    return L.precondition if P is None else P.apply
+
+
+def direction(
     m_K: Structure | None,
     H_K: Structure,
     KtK: Structure,
     h: Scalar,
     damping: Scalar,
-    start: Scalar,
-    beta: Scalar,
     s: Settings,
-) -> tuple[Structure, Structure | None]:
-    """M ← α₁ m + ½ (h H_K + λ Π̂(KᵀK) − I),  K ← c K Expm(−β₁ m), in the dtype of H_K.
+) -> Structure:
+    """M ← α₁ m + ½ (h H_K + λ Π̂(KᵀK) − I), in the dtype of H_K.
 
     Args:
-        K: The factor.
-        m_K: Its Riemannian momentum, or None.
+        m_K: m, or None.
         H_K: Π̂(Kᵀ U K).
         KtK: Π̂(Kᵀ K).
         h: The adaptive curvature (1 for IKFAC).
         damping: The adaptive damping (λ for IKFAC).
-        start: c, the scale of the start: 1 from the second refresh on.
-        beta: The step size β₁ before its bounds.
         s: The settings.
-
-    Returns:
-        The new K and m_K, in their dtypes.
     """
     alpha1 = 0.0 if s.kfac_like else s.alpha1
     half = 0.5 * (1.0 - alpha1) if s.normalize_lr_cov else 0.5
     m = (H_K.scale(half * h) + KtK.scale(half * damping)).add_identity(-half)
-    if m_K is not None and not s.kfac_like:
-        m = m + m_K.astype(m.like).scale(alpha1)
+    return m if m_K is None or s.kfac_like else m + m_K.astype(m.like).scale(alpha1)
+
+
+def moved(K: Structure, m: Structure, start: Scalar, beta: Scalar, s: Settings) -> Structure:
+    """K ← c K Expm(−β₁ m), in the dtype of K.
+
+    Args:
+        K: The factor.
+        m: Its direction.
+        start: c, the scale of the start: 1 from the second refresh on.
+        beta: The step size β₁ before its bounds.
+        s: The settings.
+    """
     xp = namespace(m.like)
     if s.normalize_lr_cov:
         beta = beta / xp.maximum(m.max_abs(), xp.ones_like(m.max_abs()))
@@ -102,9 +134,12 @@ def step(
         norm = xp.minimum(norm, xp.full_like(norm, float(xp.finfo(norm.dtype).max)))
         norm = norm * beta * (1.0 / s.factor_bound)
         beta = beta / xp.maximum(norm, xp.ones_like(norm))
-    wide = K.astype(m.like)
-    K_new = term = wide.scale(start)
+    K_new = term = K.astype(m.like).scale(start)
     for j in range(1, s.order + 1):
         term = term.matmul(m).scale(-beta / j)  # torch.compile cannot trace `@`
         K_new = K_new + term
-    return K_new.astype(K.like), None if m_K is None else m.astype(m_K.like)
+    return K_new.astype(K.like)
+
+
+def _stored(m: Structure, like: Structure | None) -> Structure | None:
+    return None if like is None else m.astype(like.like)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Self
 
 from singd_core._array import Array, Scalar, cast, namespace, widen
@@ -10,6 +11,7 @@ from singd_core.settings import Rate, Settings
 from singd_core.structures.base import Structure
 from singd_core.structures.dense import Dense
 from singd_core.updates.curvature import Averages, Curvature, Measured, measure
+from singd_core.updates.weights import two_sided
 
 
 @tree
@@ -36,11 +38,23 @@ class KFAC(Tree):
 
     def precondition(self, gradient: Array) -> Array:
         """(S_C + λ_C I)⁻¹ ∇W (S_K + λ_K I)⁻¹ of a gradient, shape (..., d_out, d_in)."""
-        right = self.P_K.apply(cast(gradient, self.P_K.matrix).mT).mT
-        return self.P_C.apply(cast(right, self.P_C.matrix))
+        return two_sided(gradient, self.P_K, self.P_K.apply, self.P_C, self.P_C.apply)
 
-    def refresh(self, curvature: Curvature, lr_cov: Rate, s: Settings) -> Self:
-        """S ← (1 − β₁) S + β₁ U, and the inverses anew (docs/mathematics.md, section 2)."""
+    def preconditioner(self, T: int) -> Callable[[Array], Array]:
+        """`precondition`."""
+        return self.precondition
+
+    def refresh(
+        self,
+        curvature: Curvature,
+        lr_cov: Rate,
+        s: Settings,
+        report: dict[str, Array] | None = None,
+    ) -> Self:
+        """S ← (1 − β₁) S + β₁ U, and the inverses anew (docs/mathematics.md, section 2).
+
+        There is nothing to `report`.
+        """
         averages = self.averages.update(curvature, lr_cov, s)
         lambda_K, lambda_C = averages.damping(s)
         K_start, C_start = self.averages.start(lambda_K, lambda_C, averages, s)
@@ -49,6 +63,10 @@ class KFAC(Tree):
         S_C = average(self.S_C, curvature.H_C, beta, C_start)
         P_K, P_C = damped_inverse(S_K, lambda_K), damped_inverse(S_C, lambda_C)
         return type(self)(S_K, S_C, P_K, P_C, averages)
+
+    def norms(self) -> dict[str, Array]:
+        """The Frobenius norms of the factors."""
+        return {"S_K_norm": self.S_K.norm(), "S_C_norm": self.S_C.norm()}
 
 
 def average(S: Dense, U: Structure, beta: Scalar, start: Scalar) -> Dense:

@@ -1,29 +1,57 @@
-"""The step of the weights: the bounds, the momentum and the decay of a natural gradient."""
+"""The step of the weights: the bounds, the momentum and the decay of a natural gradient.
+
+Everything here is of matrices, shape (..., d_out, d_in): leading axes are layers of their own.
+"""
 
 from __future__ import annotations
 
-from array_api_compat import size
+import math
+from collections.abc import Callable
 
-from singd_core._array import Array, Scalar, cast, expand, namespace, sum_of_squares, widen
+from singd_core._array import Array, Scalar, cast, expand, namespace, widen
 from singd_core.settings import Rate, Settings, is_bound
+from singd_core.structures.base import Structure
 
 
 def inner(gradient: Array, natural: Array) -> Array:
-    """⟨∇W, n⟩, a 0-d array in at least float32. It is finite only if both are."""
+    """⟨∇W, n⟩ of the batch axes' shape, in at least float32. It is finite only if both are."""
     n = widen(natural)
-    g, xp = cast(gradient, n), namespace(n)
-    return xp.sum(xp.vecdot(g, n, axis=-1)) if n.ndim else g * n
+    xp = namespace(n)
+    return xp.sum(xp.vecdot(cast(gradient, n), n, axis=-1), axis=-1)
 
 
-def bounded(natural: Array, energy: Array, s: Settings) -> tuple[Array, Array]:
-    """N min(1, bound / RMS(n)), and with it ⟨∇W, n⟩ or a multiple of that.
+def rms_scale(x: Array, bound: Rate) -> Scalar:
+    """min(1, bound / RMS(x)) of the batch axes' shape, in at least float32.
 
-    Before the momentum: a huge n in it would outlast what the KL bound later allows to undo it.
+    For the natural gradient before the momentum, in which a huge one would outlast what the KL
+    bound later allows to undo it; and for the update.
     """
-    if not is_bound(s.rms_bound):
-        return natural, energy
-    c = _within_rms(natural, s.rms_bound)
-    return natural * cast(c, natural), energy * cast(c, energy)
+    if not is_bound(bound):
+        return 1.0
+    xp = namespace(x)
+    norm = xp.linalg.vector_norm(widen(x), axis=(-2, -1))
+    limit = xp.zeros_like(norm) + bound * math.sqrt(x.shape[-2] * x.shape[-1])
+    return limit / xp.maximum(norm, limit)
+
+
+def two_sided(
+    gradient: Array,
+    K: Structure,
+    times_K: Callable[[Array], Array],
+    C: Structure,
+    times_C: Callable[[Array], Array],
+) -> Array:
+    """The natural gradient P_C ∇W P_K of ∇W, shape (..., d_out, d_in), in the dtype of C.
+
+    Args:
+        gradient: ∇W.
+        K: Tells the dtype of the product with P_K.
+        times_K: The product P_K X of a symmetric P_K.
+        C: Tells the dtype of the product with P_C.
+        times_C: The product P_C X.
+    """
+    right = times_K(cast(gradient, K.like).mT).mT
+    return times_C(cast(right, C.like))
 
 
 def kl_scale(energy: Array, kl_bound: Rate) -> Scalar:
@@ -42,45 +70,38 @@ def direction(
 ) -> tuple[Array, Array | None]:
     """The direction u of the step W ← W − lr u, and the new momentum m.
 
-    m ← α₂ m + n (+ γ W unless the decay is decoupled);  u = m, or n + α₂ m (Nesterov);
+    m ← α₂ m + c n (+ γ W unless the decay is decoupled);  u = m, or n + α₂ m (Nesterov);
     u ← u min(1, bound / RMS(u)).
 
     Args:
-        natural: n, shape (..., d_out, d_in), from `bounded`.
-        decay: γ W in the same shape if `couples_decay(s)`, else None.
+        natural: n.
+        decay: γ W if `couples_decay(s)`, else None.
         momentum: m, or None without momentum.
-        scale: Factor of n, from `kl_scale`.
+        scale: c, from `rms_scale` and `kl_scale`: a number, or of the batch axes' shape.
         s: The settings.
     """
     u = natural * expand(scale, natural)
     if decay is not None:
-        u = u + cast(decay, u)
+        u += cast(decay, u)
     if momentum is not None:
-        momentum = momentum * expand(s.momentum, momentum) + cast(u, momentum)
+        momentum = momentum * expand(s.momentum, momentum)
+        momentum += cast(u, momentum)
         u = cast(u, momentum) + momentum * expand(s.momentum, momentum) if s.nesterov else momentum
-    if is_bound(s.rms_bound):
-        u = u * cast(_within_rms(u, s.rms_bound), u)
-    return u, momentum
+    return u * expand(rms_scale(u, s.rms_bound), u), momentum
 
 
 def weight_change(u: Array, weight: Array, s: Settings) -> Array:
     """−lr u, and −lr γ W for a decoupled decay, in the dtype of W."""
     u = cast(u, weight)
+    change = u * expand(-1.0 * s.lr, u)
     if s.decoupled_weight_decay and _is_on(s.weight_decay):
-        u = u + weight * expand(s.weight_decay, weight)
-    return u * expand(-1.0 * s.lr, u)
+        change += weight * expand(-1.0 * s.lr * s.weight_decay, weight)
+    return change
 
 
 def couples_decay(s: Settings) -> bool:
     """Whether the weight decay goes through the momentum."""
     return not s.decoupled_weight_decay and _is_on(s.weight_decay)
-
-
-def _within_rms(x: Array, bound: Rate) -> Array:
-    """min(1, bound / RMS(x)), 0-d, in at least float32."""
-    xp = namespace(x)
-    rms = xp.sqrt(sum_of_squares(x, x.ndim) / size(x))
-    return 1.0 / xp.maximum(rms / bound, xp.ones_like(rms))
 
 
 def _is_on(value: Rate) -> bool:

@@ -32,7 +32,7 @@ class Watched(SINGD):
     def explains(self) -> bool:
         """Whether the rows of every layer explain its gradient."""
         for layer in self._layers:
-            gradient = layer.matrix([p.grad for p in layer.parameters])
+            gradient = layer.kind.matrix(*(p.grad for p in layer.parameters))
             parts = [
                 v for (name, _), v in sorted(self.products.items(), key=str) if name == layer.name
             ]
@@ -65,6 +65,7 @@ def test_cross_attention_of_other_length() -> None:
     optimizer = Watched(model)
     model(q, k, k + 1.0)[0].sin().mean().backward()
     assert optimizer.explains()
+    optimizer._queue.flush()
     assert {key: pending.N for key, pending in optimizer._layers[0].pending.items()} == {
         (0, False): 12,
         (1, False): 21,
@@ -129,6 +130,7 @@ def test_a_copy_of_the_model_is_not_watched() -> None:
     optimizer = SINGD(model)
     x = torch.randn(2, 3, 6, dtype=torch.float64)
     copy.deepcopy(model)(x, x, x)[0].mean().backward()
+    optimizer._queue.flush()
     assert not any(layer.pending for layer in optimizer._layers)
 
 

@@ -59,7 +59,7 @@ def check(
     layers = optimizer._layers
     assert len(layers) == expected_layers if expected_layers is not None else layers
     for layer in layers:
-        gradient = layer.matrix([p.grad for p in layer.parameters])
+        gradient = layer.kind.matrix(*(p.grad for p in layer.parameters))
         product = optimizer.products[layer.name]
         assert product.shape == gradient.shape
         assert (product - gradient).norm() <= close * gradient.norm()
@@ -375,7 +375,7 @@ def test_two_losses_of_one_forward_pass_are_their_sum() -> None:
     z = model(draw(9, 5))
     z.sin().mean().backward(retain_graph=True)
     z.cos().mean().backward()
-    gradient = optimizer._layers[0].matrix([p.grad for p in model.parameters()])
+    gradient = optimizer._layers[0].kind.matrix(*(p.grad for p in model.parameters()))
     torch.testing.assert_close(optimizer.products["0.weight"], gradient, rtol=CLOSE, atol=CLOSE)
     optimizer.step()
     assert optimizer.skipped == 0

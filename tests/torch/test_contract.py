@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from singd_torch import SINGD
+from singd_torch import SINGD, _compiled
 
 
 class Network(nn.Module):
@@ -412,8 +412,10 @@ def test_arguments_of_the_authors_package_are_accepted_in_their_order() -> None:
     assert {name: optimizer.param_groups[0][name] for name in expected} == expected
 
 
-def test_compiled_model_is_trained_by_the_fallback_and_says_so() -> None:
-    """No rows come out of a compiled graph yet."""
+def test_compiled_by_an_old_torch_it_is_trained_by_the_fallback_and_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_compiled, "SUPPORTED", False)
     model = nn.Sequential(nn.Linear(4, 3))
     optimizer = SINGD(model)
     compiled = torch.compile(model, backend="eager")
@@ -422,6 +424,16 @@ def test_compiled_model_is_trained_by_the_fallback_and_says_so() -> None:
     with pytest.warns(UserWarning, match="no rows of '0.weight' have been seen"):
         optimizer.step()
     assert min(moved(model, before).values()) > 0.0
+
+
+def test_warnings_point_at_the_line_of_the_user() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        optimizer = SINGD(model, warn_unsupported=True)
+        (model(torch.randn(5, 4)) * float("nan")).sum().backward()
+        optimizer.step()
+    assert [w.filename for w in seen] == [__file__, __file__]
 
 
 def test_pickled_model_with_hooks_loads() -> None:

@@ -7,6 +7,7 @@ from torch.nn.functional import one_hot
 
 from singd_core.structures import Diagonal
 from singd_torch import SINGD
+from singd_torch._stacks import Stack
 
 
 def test_the_input_factor_has_the_entries_frequencies() -> None:
@@ -16,7 +17,8 @@ def test_the_input_factor_has_the_entries_frequencies() -> None:
     table(x).square().sum(-1).sum().div(2).backward()
     layer = optimizer._layers[0]
     assert layer.structures[0] is Diagonal
-    curvature = layer.curvature(1.0)
+    optimizer._queue.flush()
+    curvature = Stack([layer]).curvature(1.0)
     # K = I at the start, so H_K is U: the mean of the one-hot rows' squares, without the padding
     assert torch.equal(curvature.H_K.diag, torch.tensor([1, 3, 0, 1, 0]) / 6)
     rows = table.weight.detach()[x].reshape(-1, 3)  # of a mean over 2 terms: times 2 a row
@@ -63,6 +65,7 @@ def test_a_tied_weight_is_one_layer_with_the_rows_of_both_uses(bias: bool) -> No
     layers = {layer.name: layer for layer in optimizer._layers}
     assert set(layers) == {"table.weight", "middle.weight"}
     tied = layers["table.weight"]
+    optimizer._queue.flush()
     assert set(tied.pending) == {(None, False), (None, True)}
     head, lookup = (tied.pending[None, swapped].curvature(1.0) for swapped in (False, True))
     # the entries are the outputs of the head: their frequencies are on the side of C
@@ -70,7 +73,7 @@ def test_a_tied_weight_is_one_layer_with_the_rows_of_both_uses(bias: bool) -> No
         lookup.H_C.diag, torch.bincount(x.flatten(), minlength=7).double() / x.numel()
     )
     # one Kronecker product near the sum of two: exact in trace but for the two mixed terms
-    both = tied.curvature(1.0)
+    both = Stack([tied]).curvature(1.0)
     s = ((both.t_U - head.t_U) / lookup.t_U).item()
     assert s > 0
     assert torch.allclose(both.t_G, head.t_G + lookup.t_G / s)

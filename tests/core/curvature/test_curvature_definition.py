@@ -42,6 +42,34 @@ def test_convolution_rows_give_the_weight_gradient(name: str) -> None:
     check_gradient(case.kind(), case.module(), torch.randn(3, *case.shape, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+@pytest.mark.parametrize("average_groups", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_diagonal_rows_have_the_diagonal_of_the_rows(
+    name: str, average_groups: bool, kfac_approx: str
+) -> None:
+    case = CASES[name]
+    kind, x = case.kind(average_groups=average_groups), torch.randn(3, *case.shape).double()
+    A, N = kind.inputs(x, bias=case.bias, kfac_approx=kfac_approx)
+    B, M = kind.diagonal_rows(x, bias=case.bias, kfac_approx=kfac_approx)
+    assert N == M
+    torch.testing.assert_close(B.square().sum(-2), A.square().sum(-2), **EXACT)
+
+
+@pytest.mark.parametrize("name", ["2d", "groups", "no bias", "depthwise"])
+def test_matrix_and_split_take_stacks_of_layers(name: str) -> None:
+    case = CASES[name]
+    modules = [case.module() for _ in range(3)]
+    weights = torch.stack([module.weight for module in modules])
+    biases = torch.stack([module.bias for module in modules]) if case.bias else None
+    matrices = case.kind().matrix(weights, biases)
+    each = [case.kind().matrix(module.weight, module.bias) for module in modules]
+    assert torch.equal(matrices, torch.stack(each))
+    weight, bias = case.kind().split(matrices, modules[0].weight.shape, case.bias)
+    assert torch.equal(weight, weights)
+    assert bias is None if biases is None else torch.equal(bias, biases)
+
+
 def test_a_convolution_without_batch_axis_is_a_batch_of_one() -> None:
     case = CASES["groups"]
     check_gradient(case.kind(), case.module(), torch.randn(*case.shape, dtype=torch.float64))

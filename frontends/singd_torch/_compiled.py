@@ -1,0 +1,82 @@
+"""Probes inside torch.compile: the backward graph calls an operator that hands the rows on."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
+
+
+class _Takes(Protocol):
+    def take(self, x: Tensor, g: Tensor) -> None: ...
+
+
+# Before, torch cannot compile operators with effects in the backward pass of a function.
+SUPPORTED = torch.__version__ >= "2.13"  # compares versions, not text
+
+# By the number in the handle. A compiled graph outlives the optimizer, and must not keep it alive.
+_TAPS: weakref.WeakValueDictionary[int, _Takes] = weakref.WeakValueDictionary()
+_NUMBERS = itertools.count()
+
+# The handle is a tensor and no number, so that one graph serves all modules of a kind.
+_ROWS = "singd_torch::rows"
+_TAGS = [tag for tag in [getattr(torch.Tag, "cudagraph_unsafe", None)] if tag is not None]
+torch.library.define(_ROWS, "(Tensor handle, Tensor x, Tensor g) -> ()", tags=_TAGS)
+
+
+def _rows(handle: Tensor, x: Tensor, g: Tensor) -> None:
+    tap = _TAPS.get(int(handle))  # on the host: nothing is waited for
+    if tap is not None:
+        tap.take(x, g)
+
+
+torch.library.impl(_ROWS, "default", _rows)
+torch.library.register_fake(_ROWS, lambda handle, x, g: None)
+# A compiler must neither drop calls of it nor merge equal ones.
+_register_effectful_op(torch.ops.singd_torch.rows.default, _EffectType.ORDERED)
+
+
+class _Probe(torch.autograd.Function):
+    """The identity on a layer's output; its backward passes input and gradient to the operator.
+
+    A compiler removes the copy, which an in-place activation behind it needs before that.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, x: Tensor, handle: Tensor) -> Tensor:
+        ctx.save_for_backward(x, handle)
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (x, handle), (g,) = ctx.saved_tensors, grads
+        torch.ops.singd_torch.rows(handle, x, g)
+        return g, None, None
+
+
+def handle(tap: _Takes) -> Tensor:
+    """What stands for a tap in a compiled graph, as long as it lives."""
+    number = next(_NUMBERS)
+    _TAPS[number] = tap
+    return torch.tensor(number, device="cpu")
+
+
+def tell_apart(owner: Any, weight: Tensor) -> None:
+    """Keep graphs without probes from serving a module that has a tap, until the end of the owner.
+
+    Compiled code does not look whether hooks were added, but whether a tensor was marked. The mark
+    says that the shape of the weight is fixed, which it is.
+    """
+    before = set(vars(weight))
+    torch._dynamo.mark_static(weight)
+    for name in set(vars(weight)) - before:
+        weakref.finalize(owner, vars(weight).pop, name, None)
+
+
+def probed(x: Tensor, output: Tensor, handle: Tensor) -> Tensor:
+    """The output with a probe on it."""
+    return _Probe.apply(output, x.detach(), handle)  # type: ignore[no-untyped-call,no-any-return]

@@ -1,0 +1,41 @@
+"""What the optimizer does in numbers: computed when asked for, read from the device in one go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from singd_core._array import widen
+from singd_core.settings import is_bound
+from singd_torch._groups import settings_of
+from singd_torch._stacks import Stack
+
+
+def read(stacks: Iterable[Stack]) -> dict[str, float]:
+    """The quantities of each layer, by `name of the weight/quantity`."""
+    names, values = [], []
+    for stack in stacks:
+        if stack.factors is not None:
+            for quantity, each in _quantities(stack).items():
+                for layer, value in zip(stack.layers, stack.split(each), strict=True):
+                    names.append(f"{layer.name}/{quantity}")
+                    values.append(value.max().to("cpu", torch.float64, non_blocking=True))
+    return dict(zip(names, torch.stack(values).tolist(), strict=True)) if values else {}
+
+
+def _quantities(stack: Stack) -> dict[str, Tensor]:
+    factors, report = stack.factors, stack.report or {}
+    assert factors is not None
+    s = settings_of(stack.layers[0].group)
+    found = factors.norms() | {k: v for k, v in report.items() if isinstance(v, Tensor)}
+    t = factors.averages
+    for name, t_U, damping in zip("KC", (t.t_U, t.t_G), t.damping(s), strict=True):
+        found[f"{name}_damping"] = damping / (damping + t_U)
+        if f"{name}_step" in report and is_bound(s.factor_bound):
+            found[f"{name}_bounded"] = report[f"{name}_step"] > s.factor_bound
+    if "update" in report:
+        weight = stack.matrix(lambda p: p)
+        found["update"] = report["update"] / torch.linalg.vector_norm(widen(weight), dim=(-2, -1))
+    return found

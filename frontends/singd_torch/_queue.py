@@ -1,0 +1,83 @@
+"""Small calls of layers, which are measured together with equal ones: one product for all."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable
+
+from singd_core.preconditioner import Factors
+from singd_torch._join import join, join_trees, tree_parts
+from singd_torch._layers import Key, Layer
+from singd_torch._pending import Pending, Rows
+
+# In numbers. What waits is held in memory for a while, and to join it copies it: a call with more
+# rows is worth products of its own.
+_LARGEST, _MOST = 1 << 16, 1 << 20
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Call:
+    """The rows of one use of a layer's weight, and the factors that measure them."""
+
+    layer: Layer
+    key: Key
+    rows: Rows
+    factors: Factors
+    backward: int
+
+    @property
+    def numbers(self) -> int:
+        """The size of the rows."""
+        return self.rows.A.numel() + self.rows.B.numel()
+
+    @property
+    def likeness(self) -> Hashable:
+        """What calls have in common that can be measured as one."""
+        A, B, layer = self.rows.A, self.rows.B, self.layer
+        own = type(self.factors), layer.structures, layer.dtypes, self.key[1]
+        return *own, A.shape, B.shape, A.dtype, B.dtype, A.device, layer.weight.device
+
+
+class Queue:
+    """The calls that wait."""
+
+    def __init__(self) -> None:
+        self._calls: list[Call] = []
+        self._numbers = 0
+
+    def take(self, call: Call) -> None:
+        """Measure a call, now or with others that come soon."""
+        if self._calls and call.backward != self._calls[0].backward:
+            self.flush()  # pending rows count the losses of one backward pass after the other
+        if call.numbers > _LARGEST:
+            _measure([call])
+            return
+        self._calls.append(call)
+        self._numbers += call.numbers
+        if self._numbers > _MOST:
+            self.flush()
+
+    def flush(self) -> None:
+        """Measure all calls that wait."""
+        alike: dict[Hashable, list[Call]] = {}
+        for call in self._calls:
+            alike.setdefault(call.likeness, []).append(call)
+        self.forget()
+        for calls in alike.values():
+            _measure(calls)
+
+    def forget(self) -> None:
+        """Drop the calls that wait."""
+        self._calls, self._numbers = [], 0
+
+
+def _measure(calls: list[Call]) -> None:
+    factors = join_trees([call.factors for call in calls])
+    swapped = calls[0].key[1]
+    A, B = (join([getattr(call.rows, name) for call in calls]) for name in ("A", "B"))
+    inputs, outputs = factors.measure(*((B, A) if swapped else (A, B)))
+    sums = zip(tree_parts(inputs, len(calls)), tree_parts(outputs, len(calls)), strict=True)
+    for call, (own_inputs, own_outputs) in zip(calls, sums, strict=True):
+        N, M = call.rows.N, call.rows.M
+        new = Pending(own_inputs, N, own_outputs, 0, M, call.backward, swapped)
+        call.layer.add(call.key, new)

@@ -1,0 +1,132 @@
+"""Equal layers, which step as one along a first axis of their factors, momenta and gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from singd_core.curvature import Convolution, Linear, StackedLinear
+from singd_core.preconditioner import Factors
+from singd_core.updates.curvature import Curvature
+from singd_torch import _state
+from singd_torch._groups import settings_of
+from singd_torch._join import join, join_trees, parts, tree_parts
+from singd_torch._layers import Layer
+from singd_torch._pending import Pending
+
+State: TypeAlias = MutableMapping[Any, dict[str, Any]]
+
+# Weights of more numbers step alone: to join their gradients costs more than the calls saved.
+_LARGEST = 1 << 17
+
+
+@dataclasses.dataclass(eq=False)
+class Stack:
+    """Layers of equal kind, shape and settings. A single one has no first axis.
+
+    Attributes:
+        layers: The layers. What they and the state have of factors and momentum are views of:
+        factors: The preconditioners, None until they are needed.
+        momentum: The momenta, None without or until they are needed.
+        preconditioner: What preconditions until the next refresh, where it is worth keeping.
+        report: What a step tells the diagnostics, None if nobody asks for them.
+    """
+
+    layers: Sequence[Layer]
+    factors: Factors | None = None
+    momentum: Tensor | None = None
+    preconditioner: Callable[[Tensor], Tensor] | None = None
+    report: dict[str, Any] | None = None
+
+    def tie(self, state: State) -> None:
+        """Join what the layers have, in the dtypes and on the device of their weights."""
+        for layer in self.layers:
+            if layer.factors is None:
+                layer.factors = _state.initial(layer, settings_of(layer.group))
+            elif not layer.fits():
+                layer.factors = _state.moved(layer, settings_of(layer.group))
+        factors = [layer.factors for layer in self.layers if layer.factors is not None]
+        self.hold(join_trees(factors), state)
+        momenta = [state[layer.weight].get(_state.MOMENTUM) for layer in self.layers]
+        if any(m is not None for m in momenta):
+            zero = self.no_momentum()
+            self.hold_momentum(join([zero if m is None else m.to(zero) for m in momenta]), state)
+
+    def hold(self, factors: Factors, state: State, *, seen: bool = False) -> None:
+        """Have these factors from now on; `seen` if rows have reached them."""
+        self.factors, self.preconditioner = factors, None
+        for layer, own in zip(self.layers, tree_parts(factors, len(self.layers)), strict=True):
+            layer.factors, layer.seen = own, layer.seen or seen
+            if layer.seen:
+                state[layer.weight].update(own.named_arrays())
+
+    def hold_momentum(self, momentum: Tensor, state: State) -> None:
+        """Have this momentum from now on."""
+        self.momentum = momentum
+        for layer, part in zip(self.layers, self.split(momentum), strict=True):
+            state[layer.weight][_state.MOMENTUM] = part
+
+    def no_momentum(self) -> Tensor:
+        """The momentum of one layer before the first step."""
+        layer = self.layers[0]
+        batch, d_out, d_in = layer.shape
+        return torch.zeros((*batch, d_out, d_in), dtype=layer.dtypes[2], device=layer.weight.device)
+
+    def split(self, joined: Tensor) -> Sequence[Tensor]:
+        """The parts of the layers, views."""
+        return parts(joined, len(self.layers))
+
+    def parted(self, live: Sequence[Layer]) -> list[Stack]:
+        """The stack, or smaller ones for good if only some layers are live or have other rows."""
+        if all(_alike(layer, live[0]) for layer in live[1:]):
+            idle = [layer for layer in self.layers if layer not in live]
+            return [self] if not idle else [Stack(live), *(Stack([layer]) for layer in idle)]
+        return [Stack([layer]) for layer in self.layers]
+
+    def curvature(self, grad_scale: Any) -> Curvature:
+        """That of the pending rows, of gradients that were multiplied by `grad_scale`."""
+        found = {
+            key: Pending.joined([layer.pending[key] for layer in self.layers])
+            for key in sorted(self.layers[0].pending, key=str)
+        }
+        first, *others = [pending.curvature(grad_scale) for pending in found.values()]
+        if next(iter(found))[0] is not None:  # the parts of a stacked linear layer
+            axis = int(len(self.layers) > 1)
+            return first.map(lambda *arrays: torch.stack(arrays, axis), *others)
+        return first.joined(others[0]) if others else first
+
+    def matrix(self, of: Callable[[nn.Parameter], Tensor]) -> Tensor:
+        """The matrices of something that each parameter has, such as its gradient."""
+        places = zip(*(layer.parameters for layer in self.layers), strict=True)
+        matrix: Tensor = self.layers[0].kind.matrix(*(join(list(map(of, p))) for p in places))
+        return matrix
+
+
+def stacks(layers: Iterable[Layer]) -> list[Stack]:
+    """The layers, the equal and small ones of them together."""
+    found: dict[Any, list[Layer]] = {}
+    for layer in layers:
+        found.setdefault(_likeness(layer), []).append(layer)
+    return [Stack(equal) for equal in found.values()]
+
+
+def _likeness(layer: Layer) -> Any:
+    """What equal layers have in common."""
+    weight, bias = layer.weight, layer.bias
+    if weight.numel() > _LARGEST or type(layer.kind) not in (Convolution, Linear, StackedLinear):
+        return layer
+    return (
+        *(layer.kind, layer.structures, id(layer.group), tuple(layer.roles())),
+        *(weight.shape, weight.dtype, weight.device, bias is None, layer.dtypes),
+    )
+
+
+def _alike(layer: Layer, other: Layer) -> bool:
+    """Whether the layers have rows of the same kinds and numbers, if any."""
+    return layer.pending.keys() == other.pending.keys() and all(
+        pending.joins(other.pending[key]) for key, pending in layer.pending.items()
+    )

@@ -1,0 +1,228 @@
+"""Equal layers step as one: what that changes is the number of calls, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from singd_core.curvature import Convolution
+from singd_torch import SINGD, _layers, _queue, _stacks
+
+
+class Parallel(nn.Module):
+    """Equal layers side by side, of which each call may leave some out."""
+
+    def __init__(self, make: Callable[[], nn.Module], number: int = 3) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList([make() for _ in range(number)])
+        self.used = [True] * number
+        self.rows = [None] * number
+
+    def forward(self, x: Tensor) -> Tensor:
+        each = zip(self.branches, self.used, self.rows, strict=True)
+        outputs = [m(x[:rows]).tanh().mean(0) for m, used, rows in each if used]
+        return torch.stack(outputs).square().sum()
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x, x, x, need_weights=False)[0]
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(5, 4), (8, 5)),
+    "no bias": (lambda: nn.Linear(5, 4, bias=False), (8, 5)),
+    "convolution": (lambda: nn.Conv2d(4, 6, 3), (3, 4, 5, 5)),
+    "groups": (lambda: nn.Conv2d(4, 6, 3, groups=2), (3, 4, 5, 5)),
+    "attention": (Attention, (3, 4, 6)),
+}
+STRUCTURES = ["dense", "diagonal", "blockdiagonal:3", "hierarchical:1,2", "triltoeplitz"]
+
+
+def trained(
+    make: Callable[[], nn.Module],
+    shape: tuple[int, ...],
+    *,
+    change: Callable[[int, Parallel], None] = lambda step, model: None,
+    steps: int = 5,
+    **settings: object,
+) -> tuple[Parallel, SINGD]:
+    torch.manual_seed(0)
+    model = Parallel(make).double()
+    optimizer = SINGD(model, **settings)  # type: ignore[arg-type]
+    for step in range(steps):
+        change(step, model)
+        optimizer.zero_grad()
+        model(torch.randn(shape, dtype=torch.float64)).backward()
+        optimizer.step()
+    return model, optimizer
+
+
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each layer be measured and step for itself."""
+    monkeypatch.setattr(_stacks, "_LARGEST", 0)
+    monkeypatch.setattr(_queue, "_LARGEST", 0)
+
+
+def same(model: nn.Module, other: nn.Module) -> None:
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("recipe", ["robust", "paper"])
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("name", MODELS)
+def test_equal_layers_step_as_they_do_alone(
+    name: str, structure: str, recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"structures": (structure, structure), "recipe": recipe, "weight_decay": 0.1, "T": 2}
+    model, optimizer = trained(*MODELS[name], **settings)
+    assert max(len(stack.layers) for stack in optimizer._stacks) == 3
+    alone(monkeypatch)
+    other, optimizer = trained(*MODELS[name], **settings)
+    assert max(len(stack.layers) for stack in optimizer._stacks) == 1
+    same(model, other)
+
+
+def test_kfac_steps_equal_layers_as_they_do_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = trained(*MODELS["linear"], kfac=True)
+    alone(monkeypatch)
+    same(model, trained(*MODELS["linear"], kfac=True)[0])
+
+
+def leave_out(step: int, model: Parallel) -> None:
+    model.used[1] = step != 1
+
+
+def other_rows(step: int, model: Parallel) -> None:
+    model.rows[2] = 5 if step == 1 else None  # type: ignore[call-overload]
+
+
+def freeze(step: int, model: Parallel) -> None:
+    model.branches[0].weight.requires_grad_(step != 2)
+
+
+def replace_the_bias_gradient(step: int, model: Parallel) -> None:
+    model.branches[0].bias.requires_grad_(step != 2)
+
+
+@pytest.mark.parametrize("change", [leave_out, other_rows, freeze, replace_the_bias_gradient])
+def test_layers_that_differ_for_once(
+    change: Callable[[int, Parallel], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = trained(*MODELS["linear"], change=change)
+    alone(monkeypatch)
+    same(model, trained(*MODELS["linear"], change=change)[0])
+
+
+def test_a_checkpoint_does_not_know_of_stacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer = trained(*MODELS["linear"], steps=3)
+    saved = optimizer.state_dict()
+    weights = {name: p.clone() for name, p in model.state_dict().items()}
+    x = torch.randn(8, 5, dtype=torch.float64)
+
+    def go_on(model: Parallel, optimizer: SINGD) -> Parallel:
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(saved)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(x).backward()
+            optimizer.step()
+        return model
+
+    stacked = go_on(*trained(*MODELS["linear"], steps=0))
+    again = go_on(model, optimizer)
+    alone(monkeypatch)
+    same(stacked, again)
+    same(stacked, go_on(*trained(*MODELS["linear"], steps=0)))
+
+
+def test_a_moved_model_is_stacked_anew() -> None:
+    def cast(step: int, model: Parallel) -> None:
+        if step == 2:
+            model.float()
+            model.forward = lambda x: Parallel.forward(model, x.float())  # type: ignore[method-assign]
+
+    _, optimizer = trained(*MODELS["linear"], change=cast)
+    assert [len(stack.layers) for stack in optimizer._stacks] == [3]
+    factors = optimizer._stacks[0].factors
+    assert factors is not None
+    assert {a.dtype for _, a in factors.named_arrays()} == {torch.float32}
+
+
+def test_rows_of_several_backward_passes_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run() -> Parallel:
+        torch.manual_seed(0)
+        model = Parallel(MODELS["linear"][0]).double()
+        optimizer = SINGD(model)
+        for sizes in ((8, 8), (3, 8), (8, 3, 5)):
+            for n in sizes:
+                model(torch.randn(n, 5, dtype=torch.float64)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return model
+
+    model = run()
+    monkeypatch.setattr(_queue, "_MOST", 60)  # some are measured with others, some alone
+    same(model, run())
+    alone(monkeypatch)
+    same(model, run())
+
+
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+@pytest.mark.parametrize("name", ["convolution", "groups"])
+@pytest.mark.parametrize("loss_average", ["batch", None])
+def test_patches_taken_piece_by_piece_are_those_of_the_whole_batch(
+    name: str, kfac_approx: str, loss_average: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"T": 1, "kfac_approx": kfac_approx, "loss_average": loss_average}
+    model, _ = trained(*MODELS[name], **settings)
+    monkeypatch.setattr(_layers, "_PATCHES", 0)
+    taken: list[int] = []
+    inputs = Convolution.inputs
+
+    def counted(self: Convolution, x: Tensor, **given: object) -> object:
+        taken.append(len(x))
+        return inputs(self, x, **given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Convolution, "inputs", counted)
+    same(model, trained(*MODELS[name], **settings)[0])
+    assert set(taken) == ({1} if kfac_approx == "expand" else {3})
+
+
+class Counted(TorchDispatchMode):
+    """Counts the calls that reach a kernel or a view."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("structure", [*STRUCTURES[:2], "block30diagonal", *STRUCTURES[3:]])
+def test_48_equal_layers_take_at_most_1500_calls_to_refresh_and_500_between(
+    structure: str,
+) -> None:
+    model = nn.Sequential(*(m for _ in range(48) for m in (nn.Linear(64, 64), nn.Tanh())))
+    x = torch.randn(128, 64)
+
+    def run(step: Callable[[], None]) -> int:
+        with Counted() as counted:
+            model(x).square().mean().backward()
+            step()
+        return counted.calls
+
+    plain = run(lambda: None)
+    optimizer = SINGD(model, structures=(structure, structure), T=2)
+    calls = [run(optimizer.step) - plain for _ in range(4)]
+    assert max(calls[2], 1) <= 1500  # the first refresh makes the state
+    assert max(calls[1], calls[3]) <= 500
