@@ -34,6 +34,14 @@ def precondition(case: Case) -> None:
 
 
 @law()
+def square(case: Case) -> None:
+    """`L.square()` is L Lᵀ, or None."""
+    L = case.member()
+    if (P := L.square()) is not None:
+        case.same(P, lambda L: L @ L.T, L)
+
+
+@law()
 def associative(case: Case) -> None:
     """`(L R) X` is `L (R X)`."""
     L, R, X = case.member("L"), case.member("R"), case.rows()

@@ -18,6 +18,11 @@ def other(x: Array) -> Array:
     return xp.astype(x, xp.float64 if x.dtype == xp.float32 else xp.float32)
 
 
+def _square(L: Any, X: Array) -> Array:
+    P = L.square()
+    return L.precondition(X) if P is None else P.apply(X)
+
+
 OPERATIONS: dict[str, Operation] = {
     "restrict": lambda L, R, X, M, c: L.restrict(M),
     "dense": lambda L, R, X, M, c: L.dense(),
@@ -31,6 +36,9 @@ OPERATIONS: dict[str, Operation] = {
     "apply": lambda L, R, X, M, c: L.apply(X),
     "apply_t": lambda L, R, X, M, c: L.apply_t(X),
     "precondition": lambda L, R, X, M, c: L.precondition(X),
+    "square": lambda L, R, X, M, c: (
+        L.precondition(X) if L.square() is None else L.square().apply(X)
+    ),
     "identity": lambda L, R, X, M, c: L.identity(L.shape[-1], like=X, batch=L.batch),
     "__add__": lambda L, R, X, M, c: L + R,
     "__sub__": lambda L, R, X, M, c: L - R,

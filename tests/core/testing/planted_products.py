@@ -57,6 +57,12 @@ class TransposeFirst(Tril):
         return self.apply_t(self.apply(X))
 
 
+@bug("square")
+class SquareTheOtherWay(Dense):
+    def square(self):
+        return Dense(self.matrix.mT @ self.matrix)
+
+
 @bug("projection")
 class WithoutTheTwo(Tril):
     @classmethod
