@@ -24,19 +24,21 @@ STRUCTURES = [
     Dense,
     Diagonal,
     Tril,
+    Triu,
     TrilToeplitz,
     TriuToeplitz,
     blockdiagonal(3),
     trilbottomrightdiag(3),
+    triltopleftdiag(2),
+    triubottomrightdiag(2),
     triutopleftdiag(1),
     hierarchical(2, 3),
-    # these differ from one above by a mirror or a parameter
-    Triu,
+]
+# the same with other parameters, some larger than the matrix
+MORE = [
     blockdiagonal(1),
     blockdiagonal(30),
     trilbottomrightdiag(),
-    triltopleftdiag(2),
-    triubottomrightdiag(2),
     triutopleftdiag(9),
     hierarchical(1, 1),
     hierarchical(15, 15),
@@ -48,7 +50,13 @@ def test_a_built_in_structure_keeps_the_law(law):
     law()
 
 
-@pytest.mark.parametrize("S", STRUCTURES, ids=lambda S: S.name)
+@pytest.mark.slow
+@laws(*MORE)
+def test_other_parameters_keep_the_law(law):
+    law()
+
+
+@pytest.mark.parametrize("S", STRUCTURES + MORE, ids=lambda S: S.name)
 def test_no_operation_of_few_numbers_is_left_dense(S):
     assert dense_operations(S) == []
 
