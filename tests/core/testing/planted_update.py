@@ -99,6 +99,9 @@ class NothingForAllIfForOne(Diagonal):
 class ReadsMemoryInItsOrder(Tril):
     """A gradient is also handed over as the transpose of one, which lies in memory as before."""
 
+    def square(self):
+        return None
+
     def precondition(self, X):
         return super().precondition(X.ravel(order="K").reshape(X.shape))
 
@@ -111,10 +114,11 @@ class NaNAsZero(Tril):
 
 
 @bug("step_does_not_wait", "strict:device1")
-class ShortcutForZeroGradients(Diagonal):
+class BoundsHugeGradients(Diagonal):
     """A gradient has more columns than the three rows of a law."""
 
     def precondition(self, X):
-        if X.shape[-1] > 3 and not bool(namespace(X).any(X != 0.0)):
-            return X
+        xp = namespace(X)
+        if X.shape[-1] > 3 and float(xp.max(xp.abs(X))) > 1e30:
+            X = X * 1e-30
         return super().precondition(X)
