@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from planting import bug
+from planting import bug, library
 
 from singd_core._array import namespace
 from singd_core.structures import (
@@ -95,15 +95,14 @@ class NothingForAllIfForOne(Diagonal):
 # ---- a whole step -------------------------------------------------------------------------------
 
 
-@bug("step_as_in_numpy")
+@bug("step_as_in_numpy", "torch")
 class ReadsMemoryInItsOrder(Tril):
     """A gradient is also handed over as the transpose of one, which lies in memory as before."""
 
-    def square(self):
-        return None
-
     def precondition(self, X):
-        return super().precondition(X.ravel(order="K").reshape(X.shape))
+        if library(X) == "torch" and X.ndim == 2:
+            X = X.as_strided(X.shape, (X.shape[-1], 1))
+        return super().precondition(X)
 
 
 @bug("step_skips_what_is_not_finite")
