@@ -180,7 +180,7 @@ class Structure(Tree):
 
     def __repr__(self) -> str:
         """Name, shape and dtype; `dense()` shows the numbers."""
-        return f"{type(self).__name__}(shape={self.shape}, dtype={self.like.dtype})"
+        return f"{self.name}(shape={self.shape}, dtype={self.like.dtype})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle a class that a factory made by the factory's call."""

@@ -2,19 +2,23 @@
 
 `check_structure(S)` checks all of them and returns a report, `@laws(S)` makes a pytest case of
 each, and `python -m singd_core.testing package.module:Name` prints a table. With
-SINGD_LAWS=nightly in the environment they try ten times as many examples and more sizes.
+SINGD_LAWS=nightly in the environment they try 25 times as many examples, and more sizes.
+They draw with hypothesis: pip install 'singd-core[testing]'.
 """
 
 # The order of the laws is that of the table.
 import singd_core.testing.laws_space  # isort: skip
 import singd_core.testing.laws_products  # isort: skip
 import singd_core.testing.laws_arrays  # isort: skip
+import singd_core.testing.laws_storage  # isort: skip
 import singd_core.testing.laws_update  # isort: skip
+import singd_core.testing.laws_optimizer  # isort: skip
 import singd_core.testing.laws_jax  # isort: skip
 import singd_core.testing.laws_torch  # isort: skip # noqa: F401
 
-from singd_core.testing.backends import Backend, backends, no_host_sync
+from singd_core.testing.backends import Backend, backends
 from singd_core.testing.cases import laws
+from singd_core.testing.host_sync import no_host_sync
 from singd_core.testing.law import LAWS, Law, LawError
 from singd_core.testing.report import Report, check_structure
 

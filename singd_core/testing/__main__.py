@@ -27,10 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m singd_core.testing", description=__doc__)
     parser.add_argument("structure", nargs="+", help="package.module:Name, or a registered name")
     parser.add_argument("--sizes", help="sides of the matrices, such as 1,2,7")
-    parser.add_argument("--nightly", action="store_true", help="ten times as many examples")
     given = parser.parse_args(arguments)
-    if given.nightly:
-        os.environ["SINGD_LAWS"] = "nightly"
     sizes = [int(d) for d in given.sizes.split(",")] if given.sizes else None
     sys.path.insert(0, os.getcwd())
     try:

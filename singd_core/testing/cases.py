@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from singd_core.structures.base import Structure
-from singd_core.testing.law import LAWS
-from singd_core.testing.report import cases, label
+from singd_core.testing.law import LAWS, label
+from singd_core.testing.report import cases
 from singd_core.testing.run import run
 
 

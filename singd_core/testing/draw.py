@@ -9,8 +9,11 @@ compared with a tolerance.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -18,13 +21,30 @@ import numpy as np
 from singd_core._array import Array
 from singd_core.structures.base import Structure
 from singd_core.testing.backends import EPS, Backend
+from singd_core.testing.mismatch import MismatchError, difference
 
 # up to these, every integer is a number of the dtype
 INTEGERS = {"float64": 2.0**53, "float32": 2.0**24, "bfloat16": 256.0, "float16": 2048.0}
 
+# hypothesis draws 8 kB an example: a larger array holds each of so many numbers several times
+MOST = 128
 
-class MismatchError(AssertionError):
-    """Two results that should be equal are not."""
+
+@functools.cache
+def integers(d: int) -> np.ndarray:
+    """The number that each byte stands for: of random bytes about four in a row of d are not 0.
+
+    A byte of 0 is 0, and smaller bytes are simpler numbers: what hypothesis shrinks towards.
+    """
+    table = np.zeros(256)
+    table[1:5] = 1.0, -1.0, 2.0, -2.0
+    others = round(256 * min(0.7, 4.0 / (d + 1)))
+    table[256 - others :] = np.resize([-2.0, -1.0, -1.0, 1.0, 1.0, 2.0], others)
+    return table
+
+
+# as `integers`, of a normal distribution
+FLOATS = np.array([0.0, *(NormalDist().inv_cdf(i / 256) for i in range(1, 256))])
 
 
 @dataclass
@@ -36,10 +56,10 @@ class Case:
         backend: The array library.
         dtype: The dtype of all that is drawn.
         d: The side of the matrices.
-        seed: Of the draws.
+        bytes: Draws so many bytes, of which each becomes a number.
         floats: Draw normal numbers in place of small integers.
-        exact: The law holds to the last bit where all is integer.
-        drawn: What was drawn, by name; what is here already is not drawn anew.
+        rounds: Whether the law holds only up to rounding, even where all is integer.
+        drawn: What was drawn, by name and shape: the same is not drawn twice.
         rounded: Whether a comparison came out equal only up to rounding.
     """
 
@@ -47,27 +67,23 @@ class Case:
     backend: Backend
     dtype: str
     d: int
-    seed: tuple[int, ...] = (0,)
+    bytes: Callable[[int], bytes]
     floats: bool = False
-    exact: bool = True
-    drawn: dict[str, np.ndarray] = field(default_factory=dict)
+    rounds: Callable[[], bool] = lambda: False
+    drawn: dict[tuple[str, tuple[int, ...]], np.ndarray] = field(default_factory=dict)
     rounded: bool = False
 
     # ---- drawing --------------------------------------------------------------------------------
 
     def numbers(self, name: str, *shape: int) -> np.ndarray:
         """Random numbers under a name, in NumPy."""
-        if name not in self.drawn:
-            rng = np.random.default_rng([*self.seed, len(self.drawn)])
-            if self.floats:
-                new = rng.standard_normal(shape)
-            else:
-                share = min(0.7, 4.0 / (self.d + 1))
-                new = rng.choice([-2.0, -1.0, -1.0, 1.0, 1.0, 2.0], shape) * (
-                    rng.random(shape) < share
-                )
-            self.drawn[name] = new
-        return self.drawn[name]
+        if (name, shape) not in self.drawn:
+            table, n = FLOATS if self.floats else integers(self.d), math.prod(shape)
+            drawn = np.frombuffer(self.bytes(min(n, MOST)), dtype=np.uint8)
+            if n > MOST:
+                drawn = drawn[np.random.default_rng(n).integers(MOST, size=n)]
+            self.drawn[name, shape] = table[drawn].reshape(shape)
+        return self.drawn[name, shape]
 
     def array(self, name: str, *shape: int) -> Array:
         """Random numbers as an array of the backend."""
@@ -133,48 +149,15 @@ class Case:
         absolute = [np.abs(a) for a in arrays]
         bound = float(np.max(np.abs(oracle(*absolute)), initial=0.0))
         integers = all(np.array_equal(a, np.round(a)) for a in (*arrays, expected))
-        if exact and self.exact and integers and bound <= INTEGERS[self.dtype]:
-            raise MismatchError(_difference(expected, got, "to the last bit, since all is integer"))
+        if exact and integers and bound <= INTEGERS[self.dtype] and not self.rounds():
+            raise MismatchError(difference(expected, got, "to the last bit, since all is integer"))
         largest = float(np.prod([np.max(a, initial=0.0) for a in absolute]))
         tolerance = 4.0 * (self.d + 4) ** 0.5 * EPS[self.dtype] * max(bound, largest, scale)
         if not np.max(np.abs(got - expected)) <= tolerance:
-            raise MismatchError(_difference(expected, got, f"up to {tolerance:.2g}"))
+            raise MismatchError(difference(expected, got, f"up to {tolerance:.2g}"))
 
     def equal(self, actual: Any, expected: Any, what: str = "") -> None:
         """Compare two results that have to agree to the last bit."""
         a, e = self.numpy(actual), self.numpy(expected)
         if a.shape != e.shape or not np.array_equal(a, e):
-            raise MismatchError(
-                (f"{what}: " if what else "") + _difference(e, a, "to the last bit")
-            )
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise a mismatch with a message unless the condition holds."""
-    if not condition:
-        raise MismatchError(message)
-
-
-def show(x: np.ndarray) -> str:
-    """An array in few characters: all integers if it holds nothing else, without zeros if large."""
-    if x.size and np.all(np.isfinite(x)) and np.array_equal(x, np.round(x)):
-        x = x.astype(np.int64)
-    if x.size > 150 and np.count_nonzero(x) <= 20:
-        places = [f"{list(map(int, i))}: {x[tuple(i)]:.5g}" for i in np.argwhere(x)]
-        return f"zero, shape {x.shape}" + (", but for " if places else "") + ", ".join(places)
-    return np.array2string(x, precision=4, threshold=150, edgeitems=3)
-
-
-def _difference(expected: np.ndarray, got: np.ndarray, how: str) -> str:
-    if expected.size > 150 and expected.shape == got.shape:
-        places = np.argwhere(expected != got)
-        lines = [
-            f"  at {list(map(int, i))}: {expected[tuple(i)]:.7g}, got {got[tuple(i)]:.7g}"
-            for i in places[:5]
-        ]
-        return f"expected ({how}), in {len(places)} places of {expected.size}\n" + "\n".join(lines)
-    return f"expected ({how})\n{_indent(show(expected))}\ngot\n{_indent(show(got))}"
-
-
-def _indent(text: str) -> str:
-    return "  " + text.replace("\n", "\n  ")
+            raise MismatchError((f"{what}: " if what else "") + difference(e, a, "to the last bit"))

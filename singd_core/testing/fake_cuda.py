@@ -12,8 +12,8 @@ from typing import Any
 def fake_cuda() -> Iterator[None]:
     """Within it tensors can be made on `cuda`, with no GPU and no CUDA build of torch.
 
-    A build without CUDA refuses to index a fake tensor (`x[..., 1:]` asks for a device
-    guard), so indexing with slices, integers, None and an ellipsis is taken apart into functions
+    A build without CUDA refuses to index a fake tensor (`x[..., 1:]` asks for a device guard) and
+    `~x`, so indexing with slices, integers, None and an ellipsis is taken apart into functions
     that it allows.
     """
     torch: Any = importlib.import_module("torch")
@@ -26,6 +26,8 @@ def fake_cuda() -> Iterator[None]:
         ) -> Any:
             if function is torch.Tensor.__getitem__ and args[0].device.type == "cuda":
                 return _index(*args)
+            if function is torch.Tensor.__invert__ and args[0].device.type == "cuda":
+                return torch.bitwise_not(*args)
             return function(*args, **(kwargs or {}))
 
     with fake(allow_non_fake_inputs=True), Indexing():

@@ -1,22 +1,20 @@
-"""Laws of the arrays: dtype, device, memory, batch axes, state, and no waiting for the device."""
+"""Laws of the arrays: dtype, device, batch axes, no changes, and no waiting for the device."""
 
 from __future__ import annotations
 
-import copy
 import importlib
-import pickle
-import tracemalloc
 from typing import Any
 
 import numpy as np
 from array_api_compat import device
 
-from singd_core._array import is_half, namespace
+from singd_core._array import namespace
 from singd_core.structures.base import Structure
-from singd_core.testing.backends import no_host_sync
-from singd_core.testing.draw import Case, require
+from singd_core.testing.draw import Case
+from singd_core.testing.host_sync import no_host_sync
 from singd_core.testing.law import law
-from singd_core.testing.operations import DENSE, OPERATIONS, SUMS, arrays
+from singd_core.testing.mismatch import require
+from singd_core.testing.operations import OPERATIONS, arrays, dtype_of
 from singd_core.testing.pytree_jax import register_trees
 
 
@@ -32,11 +30,6 @@ def attempt(name: str, given: tuple[Any, ...]) -> Any:
         return OPERATIONS[name](*given)
     except Exception:
         return None
-
-
-def dtype_of(name: str, leaf: Any) -> Any:
-    """The dtype that the result of an operation on arrays like `leaf` has to have."""
-    return namespace(leaf).float32 if name in SUMS and is_half(leaf) else leaf.dtype
 
 
 @law(backends=("numpy",), dtypes=("float64",), guard=True, examples=1, sizes=(3,))
@@ -135,63 +128,13 @@ def nothing_is_changed(case: Case) -> None:
             case.equal(new, old, f"{name} changes {argument}")
 
 
-@law(backends=("numpy",), dtypes=("float64",), guard=True, examples=1)
-def numbers_as_declared(case: Case) -> None:
-    """`numbers(d)` is how many numbers a member, and the identity, store."""
-    declared = case.S.numbers(case.d)
-    members = {
-        "a member": case.member(),
-        "the identity": case.S.identity(case.d, like=case.to(0.0)),
-    }
-    for what, L in members.items():
-        stored = sum(int(np.size(a)) for _, a in L.named_arrays())
-        require(stored == declared, f"numbers({case.d}) = {declared}, but {what} stores {stored}")
-
-
-def allocated(S: type[Structure], d: int) -> dict[str, int]:
-    """How many float64 numbers each operation held at once, with NumPy, beyond its input."""
-    I = S.identity(d, like=np.zeros(()))
-    given = (I, I.scale(2.0), np.ones((d, 3)), None, 0.5)
-    peaks = {}
-    for name in OPERATIONS.keys() - DENSE:
-        tracemalloc.start()
-        attempt(name, given)
-        peaks[name] = tracemalloc.get_traced_memory()[1] // 8
-        tracemalloc.stop()
-    return peaks
-
-
-def few_numbers(S: type[Structure]) -> int | None:
-    """A side at which a member stores at most d²/32 numbers, or None: then d² are declared."""
-    return next((d for d in (256, 1024) if S.numbers(d) <= d * d // 32), None)
-
-
-def dense_operations(S: type[Structure]) -> list[str]:
-    """The operations that form d × d matrices though a member stores far fewer numbers."""
-    d = few_numbers(S)
-    peaks = {} if d is None else allocated(S, d)
-    return [name for name in OPERATIONS if d is not None and peaks.get(name, 0) > d * d // 2]
-
-
-@law(backends=("numpy",), dtypes=("float64",), examples=1, sizes=(256,), floats=False)
-def no_dense_intermediate(case: Case) -> None:
-    """An operation that a structure of few numbers writes itself forms no d × d matrix.
-
-    Those that it inherits from `Structure` do; a report lists them.
-    """
-    for name in dense_operations(case.S):
-        writer = next(c for c in case.S.__mro__ if name in vars(c))
-        message = f"{name} held d²/2 numbers at once or more, where a member stores far fewer"
-        require(writer is Structure, message)
-
-
 # in jax, the laws of `jit` and of `vmap` compare stacks: a loop would compile everything anew
 @law(backends=("numpy", "strict", "torch", "cupy"), examples=1)
 def batch_axes_equal_a_loop(case: Case) -> None:
     """Every operation on a stack gives the stack of its results, also with a scalar for each."""
     for batch in ((2,), (2, 3)):
         numbers = np.arange(1.0, 1.0 + np.prod(batch)).reshape(batch)
-        stack = arguments(_renamed(case, batch), batch, c=case.to(numbers))
+        stack = arguments(case, batch, c=case.to(numbers))
         for name, operation in OPERATIONS.items():
             result = case.numpy(operation(*stack))
             for i in np.ndindex(batch):
@@ -207,32 +150,5 @@ def batch_axes_equal_a_loop(case: Case) -> None:
                     raise AssertionError(f"{name} of a stack {batch}, at {i}: {error}") from None
 
 
-def _renamed(case: Case, batch: tuple[int, ...]) -> Case:
-    return Case(case.S, case.backend, case.dtype, case.d, (*case.seed, len(batch)), case.floats)
-
-
 def _pick(x: Any, i: tuple[int, ...]) -> Any:
     return x.map(lambda a: a[(*i, ...)]) if isinstance(x, Structure) else x[(*i, ...)]
-
-
-@law(examples=1)
-def state_round_trip(case: Case) -> None:
-    """A member is rebuilt from its named arrays by the skeleton that `identity(d)` is."""
-    L, skeleton = case.member(), case.S.identity(case.d, like=case.to(0.0))
-    state = dict(L.named_arrays())
-    names = [name for name, _ in L.named_arrays()]
-    require(len(state) == len(names), f"two arrays have one name: {names}")
-    for (name, a), (other, b) in zip(L.named_arrays(), skeleton.named_arrays(), strict=True):
-        require(name == other, f"identity(d) has {other!r} where a member has {name!r}")
-        require(a.shape == b.shape, f"{name!r}: shape {a.shape}, in identity(d) {b.shape}")
-    saved = {name: case.to(case.backend.back(a)) for name, a in state.items()}
-    case.equal(skeleton.rebuild(saved[name] for name in names), L)
-
-
-@law(backends=("numpy",), dtypes=("float64",), examples=1)
-def pickle_round_trip(case: Case) -> None:
-    """A member comes back from pickle, and from a deep copy, as it was."""
-    L = case.member()
-    for new in (pickle.loads(pickle.dumps(L)), copy.deepcopy(L)):
-        require(type(new) is type(L), f"it comes back as a {type(new).__name__}")
-        case.equal(new, L)

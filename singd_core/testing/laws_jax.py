@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any
 
 import numpy as np
 
 from singd_core.structures.base import Structure
-from singd_core.testing.draw import Case, require
+from singd_core.testing.draw import Case
 from singd_core.testing.law import law
-from singd_core.testing.laws_arrays import arguments, dtype_of
-from singd_core.testing.operations import arrays, everything, step
+from singd_core.testing.laws_arrays import arguments
+from singd_core.testing.laws_optimizer import compare_steps, draw_step, optimizer_of, step_in_numpy
+from singd_core.testing.laws_optimizer import step as optimizer_step
+from singd_core.testing.mismatch import require
+from singd_core.testing.operations import arrays, dtype_of, everything, step
 from singd_core.testing.pytree_jax import register_trees
 
 
@@ -128,3 +132,27 @@ def jax_grad(case: Case) -> None:
     L, R, X = case.member("L"), case.member("R"), case.rows()
     gradient = jax.jit(jax.grad(lambda L, X: scalar(L, X, jax.numpy)))(L, X)
     check_gradient(case, L, R, X, gradient)
+
+
+@law(backends=("jax",), dtypes=("float32",), guard=True, examples=1, sizes=(4,))
+def jax_step_without_data(case: Case) -> None:
+    """`jax.eval_shape` finds the shapes and dtypes of a whole optimizer step without data."""
+    optimizer, given = optimizer_of(case), draw_step(case)
+    state = optimizer.init({"W": given[0]})
+    function = functools.partial(optimizer_step, optimizer)
+    change, after = _jax().eval_shape(function, state, *given)
+    require(change.shape == given[0].shape, f"the change of W has shape {change.shape}")
+    states = dict(after.named_arrays())
+    for name, old in state.named_arrays():
+        new = states[name]
+        same = new.shape == old.shape and new.dtype == old.dtype
+        require(same, f"{name}: expected {old.shape} {old.dtype}, got {new.shape} {new.dtype}")
+
+
+@law(backends=("jax",), dtypes=("float32",), examples=1, sizes=(4,))
+def jax_step(case: Case) -> None:
+    """A whole optimizer step under `jax.jit` is that of NumPy."""
+    optimizer, given = optimizer_of(case), draw_step(case)
+    state = optimizer.init({"W": given[0]})
+    jitted = _jax().jit(functools.partial(optimizer_step, optimizer))
+    compare_steps(case, jitted(state, *given), step_in_numpy(case, given))

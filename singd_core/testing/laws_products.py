@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from singd_core.testing.draw import Case, require
+from singd_core.testing.draw import Case
 from singd_core.testing.law import law
+from singd_core.testing.mismatch import require
 
 
 @law()
@@ -30,6 +31,14 @@ def precondition(case: Case) -> None:
     """`L.precondition(X)` is L Lᵀ X."""
     L, X = case.member(), case.rows()
     case.same(L.precondition(X), lambda L, X: L @ L.T @ X, L, X)
+
+
+@law()
+def square(case: Case) -> None:
+    """`L.square()` is L Lᵀ, or None."""
+    L = case.member()
+    if (P := L.square()) is not None:
+        case.same(P, lambda L: L @ L.T, L)
 
 
 @law()
@@ -89,6 +98,15 @@ def congruence(case: Case) -> None:
 
 
 @law()
+def measured(case: Case) -> None:
+    """`L.measured(X)` is Π̂(Lᵀ X Xᵀ L) and ‖X‖²."""
+    L, X = case.member(), case.rows()
+    projected, squares = L.measured(X)
+    case.same(projected, lambda L, X: case.S.project(L.T @ X @ X.T @ L).dense(), L, X)
+    case.same(squares, lambda X: np.sum(X * X), X, exact=False)
+
+
+@law()
 def gram(case: Case) -> None:
     """`L.gram()` is Π̂(Lᵀ L)."""
     L = case.member()
@@ -126,7 +144,13 @@ def max_abs(case: Case) -> None:
     case.same(L.max_abs(), lambda L: np.max(np.abs(L)), L)
 
 
-@law(dtypes=("bfloat16", "float16"), examples=1, floats=False, sizes=(300,))
+@law(
+    backends=("numpy", "torch", "cupy"),
+    dtypes=("bfloat16", "float16"),
+    examples=1,
+    floats=False,
+    sizes=(300,),
+)
 def sums_are_wide(case: Case) -> None:
     """In 16 bits, the trace and the norm of 256 I with d = 300 come out as in float32."""
     # 300 ones add up to 256 in bfloat16; the squares overflow float16

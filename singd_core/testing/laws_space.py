@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from singd_core.testing.draw import Case, require
+from singd_core.testing.draw import Case
 from singd_core.testing.law import law
+from singd_core.testing.mismatch import require
 
 
 @law()

@@ -8,16 +8,21 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from singd_core._tree import Tree
-from singd_core.settings import settings
 from singd_core.structures.base import Structure
-from singd_core.testing.draw import Case, require
+from singd_core.testing.draw import Case
 from singd_core.testing.fake_cuda import fake_cuda
 from singd_core.testing.law import law
-from singd_core.testing.laws_arrays import arguments, dtype_of
+from singd_core.testing.laws_arrays import arguments
 from singd_core.testing.laws_jax import check_gradient, compare, in_numpy, scalar
-from singd_core.testing.laws_update import SINGD, update_arguments, whole_update
-from singd_core.testing.operations import OPERATIONS, arrays, everything
+from singd_core.testing.laws_optimizer import (
+    compare_steps,
+    draw_step,
+    optimizer_of,
+    step,
+    step_in_numpy,
+)
+from singd_core.testing.mismatch import require
+from singd_core.testing.operations import OPERATIONS, arrays, dtype_of, everything
 
 
 def _torch() -> Any:
@@ -40,16 +45,25 @@ def torch_pytree(case: Case) -> None:
     case.same(pytree.tree_map(lambda a: 2.0 * a, L), lambda L: 2.0 * L, L)
 
 
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    torch = _torch()
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="eager")
+
+    def quiet(*given: Any) -> Any:
+        with warnings.catch_warnings():
+            # array-api-compat asks cached functions which library an array is of
+            warnings.filterwarnings("ignore", message=".*lru_cache", category=UserWarning)
+            return compiled(*given)
+
+    return quiet
+
+
 @law(backends=("torch",), dtypes=("float32",), examples=1, sizes=(5,))
 def torch_compile(case: Case) -> None:
     """Every operation compiles into one graph, and gives the same."""
-    torch, given = _torch(), arguments(case, c=case.to(0.5))
-    torch._dynamo.reset()
-    with warnings.catch_warnings():
-        # array-api-compat asks cached functions which library an array is of
-        warnings.filterwarnings("ignore", message=".*lru_cache", category=UserWarning)
-        compiled = torch.compile(everything, fullgraph=True, backend="eager")
-        compare(case, compiled(*given), everything(*in_numpy(case, *given)))
+    given = arguments(case, c=case.to(0.5))
+    compare(case, _compiled(everything)(*given), everything(*in_numpy(case, *given)))
 
 
 @law(backends=("torch",), dtypes=("float32",), examples=1, sizes=(5,))
@@ -106,40 +120,26 @@ def torch_fake_cuda(case: Case) -> None:
     _without_data(case, move, "cuda", fake_cuda())
 
 
-def _update_without_data(case: Case, place: str, context: Callable[[], Any]) -> None:
-    torch = _torch()
-    for s in (SINGD, settings("robust")):
-        given = update_arguments(case, s)
-        with context():
-            moved = [
-                x.map(lambda a: torch.empty(a.shape, dtype=a.dtype, device=place))
-                if isinstance(x, Tree)
-                else torch.empty(x.shape, dtype=x.dtype, device=place)
-                for x in given
-            ]
-            factors, natural = whole_update(case.S, s)(*moved)
-        for name, a in (("the gradient", natural), *factors.named_arrays()):
-            require(a.device.type == place, f"{name}: expected {place}, got {a.device}")
+def _step_without_data(case: Case, place: str, context: Any) -> None:
+    torch, optimizer, given = _torch(), optimizer_of(case), draw_step(case)
+    with context:
+        moved = [torch.empty(x.shape, dtype=x.dtype, device=place) for x in given]
+        change, after = step(optimizer, optimizer.init({"W": moved[0]}), *moved)
+    for name, a in (("the change of W", change), *after.named_arrays()):
+        require(a.device.type == place, f"{name}: expected {place}, got {a.device}")
 
 
 @law(backends=("torch",), dtypes=("float32", "bfloat16"), examples=1, sizes=(4,))
-def torch_update_without_data(case: Case) -> None:
-    """A whole update runs on the device `meta` and on a fake GPU."""
-    _update_without_data(case, "meta", contextlib.nullcontext)
-    _update_without_data(case, "cuda", fake_cuda)
+def torch_step_without_data(case: Case) -> None:
+    """A whole optimizer step runs on the device `meta` and on a fake GPU."""
+    _step_without_data(case, "meta", contextlib.nullcontext())
+    _step_without_data(case, "cuda", fake_cuda())
 
 
 @law(backends=("torch",), dtypes=("float32",), examples=1, sizes=(4,))
-def torch_update_compiles(case: Case) -> None:
-    """A whole update compiles into one graph, and gives the same."""
-    torch = _torch()
-    for s in (SINGD, settings("robust")):
-        function, given = whole_update(case.S, s), update_arguments(case, s)
-        torch._dynamo.reset()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*lru_cache", category=UserWarning)
-            factors, natural = torch.compile(function, fullgraph=True, backend="eager")(*given)
-        eager, expected = function(*given)
-        case.same(natural, lambda x: x, expected, exact=False)
-        for (_, new), (_, old) in zip(factors.named_arrays(), eager.named_arrays(), strict=True):
-            case.same(new, lambda x: x, old, exact=False)
+def torch_step_compiles(case: Case) -> None:
+    """A whole optimizer step compiles into one graph, and is that of NumPy."""
+    optimizer, given = optimizer_of(case), draw_step(case)
+    state = optimizer.init({"W": given[0]})
+    compiled = _compiled(lambda state, *given: step(optimizer, state, *given))
+    compare_steps(case, compiled(state, *given), step_in_numpy(case, given))

@@ -5,11 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
-from singd_core._array import Array, Scalar
+from singd_core._array import Array, Scalar, is_half, namespace
 from singd_core.structures.base import Structure
 
 # of two members of side d, a tall array, a symmetric matrix and a scalar
 Operation: TypeAlias = Callable[[Any, Any, Array, Array, Scalar], Any]
+
+
+def other(x: Array) -> Array:
+    """The array in another dtype: float64 for float32, and float32 for all else."""
+    xp = namespace(x)
+    return xp.astype(x, xp.float64 if x.dtype == xp.float32 else xp.float32)
+
+
+def _square(L: Any, X: Array) -> Array:
+    P = L.square()
+    return L.precondition(X) if P is None else P.apply(X)
+
 
 OPERATIONS: dict[str, Operation] = {
     "restrict": lambda L, R, X, M, c: L.restrict(M),
@@ -17,16 +29,22 @@ OPERATIONS: dict[str, Operation] = {
     "project": lambda L, R, X, M, c: L.project(M),
     "outer": lambda L, R, X, M, c: L.outer(X),
     "congruence": lambda L, R, X, M, c: L.congruence(X),
+    "measured": lambda L, R, X, M, c: L.measured(X)[0],
+    "measured, ‖X‖²": lambda L, R, X, M, c: L.measured(X)[1],
     "gram": lambda L, R, X, M, c: L.gram(),
     "matmul": lambda L, R, X, M, c: L.matmul(R),
     "apply": lambda L, R, X, M, c: L.apply(X),
     "apply_t": lambda L, R, X, M, c: L.apply_t(X),
     "precondition": lambda L, R, X, M, c: L.precondition(X),
+    "square": lambda L, R, X, M, c: (
+        L.precondition(X) if L.square() is None else L.square().apply(X)
+    ),
     "identity": lambda L, R, X, M, c: L.identity(L.shape[-1], like=X, batch=L.batch),
     "__add__": lambda L, R, X, M, c: L + R,
     "__sub__": lambda L, R, X, M, c: L - R,
     "scale": lambda L, R, X, M, c: L.scale(c),
     "add_identity": lambda L, R, X, M, c: L.add_identity(c),
+    "astype": lambda L, R, X, M, c: L.astype(other(X)),
     "trace": lambda L, R, X, M, c: L.trace(),
     "norm": lambda L, R, X, M, c: L.norm(),
     "max_abs": lambda L, R, X, M, c: L.max_abs(),
@@ -35,7 +53,14 @@ OPERATIONS: dict[str, Operation] = {
 # what may form d × d matrices: the three whose argument or result is one
 DENSE = ("restrict", "dense", "project")
 # what sums up all entries, in at least float32
-SUMS = ("trace", "norm")
+SUMS = ("trace", "norm", "measured, ‖X‖²")
+
+
+def dtype_of(name: str, leaf: Array) -> Any:
+    """The dtype that the result of an operation on arrays like `leaf` has to have."""
+    if name == "astype":
+        return other(leaf).dtype
+    return namespace(leaf).float32 if name in SUMS and is_half(leaf) else leaf.dtype
 
 
 def arrays(result: Any) -> Iterator[tuple[str, Array]]:

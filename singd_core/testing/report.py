@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from singd_core.structures.base import Structure
 from singd_core.testing.backends import Backend, backends
-from singd_core.testing.law import LAWS, Law, LawError
-from singd_core.testing.laws_arrays import dense_operations
+from singd_core.testing.law import LAWS, Law, LawError, label
+from singd_core.testing.laws_storage import dense_operations
 from singd_core.testing.run import run
 
 _SHORT = {"float64": "64", "float32": "32", "bfloat16": "b16", "float16": "16"}
@@ -85,11 +85,6 @@ class Report:
             yield f"\n{self.errors[0]}"
 
 
-def label(S: type[Structure]) -> str:
-    """What to call a structure: its class, or the factory with its parameters."""
-    return S.name if S.made_by else S.__name__
-
-
 def cases(chosen: Sequence[Backend] | None = None) -> Iterator[tuple[Law, Backend, str]]:
     """Every law with every backend and dtype it speaks of, in the order that explains most.
 
@@ -116,7 +111,7 @@ def check_structure(
     It stops after the first array library and dtype with a broken law.
 
     >>> from singd_core.structures import Diagonal
-    >>> check_structure(Diagonal, sizes=[1, 2]).broken
+    >>> check_structure(Diagonal, sizes=[1, 2], backends=backends()[:1]).broken
     []
 
     Args:
@@ -135,7 +130,12 @@ def check_structure(
         if report.errors and (backend.name, dtype) != place:
             break
         place = backend.name, dtype
-        report.results[law.name, backend.name, dtype] = _error(law, S, backend, dtype, sizes)
+        error, first = None, not report.errors
+        try:  # only the first counterexample is made small: the report shows no other
+            run(law, S, backend, dtype, None if law.sizes else sizes, shrink=first)
+        except LawError as broken:
+            error = broken
+        report.results[law.name, backend.name, dtype] = error
     report.seconds = time.perf_counter() - start
     if report.errors and raises:
         others = report.broken[1:]
@@ -146,13 +146,3 @@ def check_structure(
     if not report.errors:
         report.dense = dense_operations(S)
     return report
-
-
-def _error(
-    law: Law, S: type[Structure], backend: Backend, dtype: str, sizes: Sequence[int] | None
-) -> LawError | None:
-    try:
-        run(law, S, backend, dtype, None if law.sizes else sizes)
-    except LawError as error:
-        return error
-    return None

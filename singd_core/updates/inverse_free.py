@@ -129,7 +129,10 @@ def moved(K: Structure, m: Structure, start: Scalar, beta: Scalar, s: Settings) 
     if s.normalize_lr_cov:
         beta = beta / xp.maximum(m.max_abs(), xp.ones_like(m.max_abs()))
     if is_bound(s.factor_bound):
-        norm = m.norm() * (1.0 / s.factor_bound) * beta
+        norm = m.norm()
+        # ‖m‖ may overflow, and infinity times a β₁ of 0 would be no number
+        norm = xp.minimum(norm, xp.full_like(norm, float(xp.finfo(norm.dtype).max)))
+        norm = norm * beta * (1.0 / s.factor_bound)
         beta = beta / xp.maximum(norm, xp.ones_like(norm))
     K_new = term = K.astype(m.like).scale(start)
     for j in range(1, s.order + 1):

@@ -1,5 +1,6 @@
 """Names of structures, and what is said of a wrong one."""
 
+import numpy as np
 import pytest
 
 from singd_core.structures import (
@@ -95,3 +96,8 @@ def test_equal_parameters_give_the_same_class():
     assert blockdiagonal(7) is blockdiagonal(7)
     assert issubclass(blockdiagonal(7), BlockDiagonal)
     assert blockdiagonal(7).name == "blockdiagonal:7"
+
+
+def test_a_structure_is_shown_under_its_name():
+    L = hierarchical(2, 3).identity(7, like=np.zeros((), dtype="float32"))
+    assert repr(L) == "hierarchical:2,3(shape=(7, 7), dtype=float32)"

@@ -9,6 +9,7 @@ import pytest
 from singd_core.structures import Dense, Diagonal, structure
 from singd_core.testing import LAWS, LawError, backends, check_structure, laws
 from singd_core.testing.__main__ import main
+from singd_core.testing.run import run
 
 NUMPY = backends()[:1]
 
@@ -95,8 +96,51 @@ def test_the_command_line_exits_by_what_it_found(
     assert "k1 must be at least 1" in capsys.readouterr().err
 
 
+def test_a_counterexample_is_made_small() -> None:
+    """Of a law that fails where an entry is not 0, on matrices with a single 1."""
+
+    @structure
+    class Squared(Diagonal):
+        def apply(self, X: Any) -> Any:
+            return super().apply(X) + (super().apply(X) != 0.0)
+
+    with pytest.raises(LawError) as caught:
+        check_structure(Squared, backends=NUMPY)
+    assert (caught.value.law, caught.value.d) == ("apply", 1)
+    assert str(caught.value).endswith("with\nL =\n  [[1]]\nX =\n  [[0 0 1]]")
+
+
+def test_many_more_examples_and_sizes_in_the_nightly_profile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[int, ...]] = []
+
+    class Counted(Diagonal):
+        def apply(self, X: Any) -> Any:
+            seen.append(X.shape)
+            return super().apply(X)
+
+    counts = []
+    for profile in ("", "nightly"):
+        monkeypatch.setenv("SINGD_LAWS", profile)
+        seen.clear()
+        run(LAWS["apply"], Counted, NUMPY[0], "float64")
+        counts.append((len(seen), len(set(seen))))
+    (few, sizes), (many, more) = counts
+    assert few <= LAWS["apply"].examples * sizes
+    assert many > 10 * few
+    assert more > 2 * sizes
+
+
+def test_without_hypothesis_it_says_what_to_install() -> None:
+    code = "import sys; sys.modules['hypothesis'] = None; import singd_core.testing"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "pip install 'singd-core[testing]'" in done.stderr
+
+
 def test_the_module_can_be_run() -> None:
     command = [sys.executable, "-m", "singd_core.testing", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0
-    assert "--nightly" in done.stdout
+    assert "--sizes" in done.stdout

@@ -1,11 +1,15 @@
 """The laws are tested too: each planted bug is found under the name that one expects."""
 
+import planted_arrays  # noqa: F401
+import planted_jax  # noqa: F401
+import planted_products  # noqa: F401
+import planted_space  # noqa: F401
+import planted_torch  # noqa: F401
+import planted_update  # noqa: F401
 import pytest
-from planted import BUGS
+from planting import BUGS
 
 from singd_core.testing import LAWS, LawError, backends, check_structure
-
-FOUND: dict[str, list[str]] = {}
 
 
 def _backends(names):

@@ -1,0 +1,200 @@
+"""Mistakes in products with arrays, in the projection, and in sums."""
+
+from typing import Any
+
+from planting import Blocks, Hierarchical, bug, library
+
+from singd_core._array import eye, namespace, sum_of_squares, widen
+from singd_core.structures import (
+    BlockDiagonal,
+    Dense,
+    Diagonal,
+    Structure,
+    Tril,
+    TrilToeplitz,
+    structure,
+)
+
+
+@bug("apply")
+class RemainderDropped(Blocks):
+    made_by = None
+
+    def apply(self, X):
+        return namespace(X).concat([super().apply(X)[..., : X.shape[-2] // 2 * 2, :]], axis=-2)
+
+    def dense(self):
+        return BlockDiagonal.apply(self, eye(self.shape[-1], like=self.last, batch=self.batch))
+
+
+@bug("apply")
+class LastBlockNotApplied(Blocks):
+    made_by = None
+
+    def apply(self, X):
+        blocks, last = self._split(X)
+        return self._join(self.blocks @ blocks, last)
+
+    def dense(self):
+        return BlockDiagonal.apply(self, eye(self.shape[-1], like=self.last, batch=self.batch))
+
+
+@bug("apply_t")
+class NotTransposed(Tril):
+    def apply_t(self, X):
+        return self.apply(X)
+
+    def congruence(self, X):
+        return self.outer(self.matrix.mT @ X)
+
+    def precondition(self, X):
+        return self.matrix @ (self.matrix.mT @ X)
+
+
+@bug("precondition")
+class TransposeFirst(Tril):
+    def precondition(self, X):
+        return self.apply_t(self.apply(X))
+
+
+@bug("square")
+class SquareTheOtherWay(Dense):
+    def square(self):
+        return Dense(self.matrix.mT @ self.matrix)
+
+
+@bug("projection")
+class WithoutTheTwo(Tril):
+    @classmethod
+    def project(cls, M):
+        return cls.restrict(M)
+
+
+@bug("projection")
+class TwoOnTheDiagonal(Tril):
+    @classmethod
+    def project(cls, M):
+        return cls(2.0 * namespace(M).tril(M))
+
+
+@bug("projection")
+@structure
+class FirstColumn(Structure):
+    """Toeplitz by its first column, not an orthogonal projection, with the inherited Π̂."""
+
+    entries: Any
+
+    @classmethod
+    def restrict(cls, M):
+        return cls(M[..., 0])
+
+    def dense(self):
+        return TrilToeplitz(self.entries).dense()
+
+
+@bug("projection")
+class SumsForMeans(TrilToeplitz):
+    @classmethod
+    def _from_sums(cls, sums, like):
+        return cls(namespace(sums).astype(sums, like.dtype))
+
+
+@bug("projection_is_a_member")
+class WholeMatrix(Tril):
+    @classmethod
+    def project(cls, M):
+        return cls(M)
+
+
+@bug("projection_as_in_numpy", "numpy", "torch")
+class AntisymmetricInTorch(Dense):
+    @classmethod
+    def project(cls, M):
+        xp = namespace(M)
+        return cls(M + (xp.triu(M) - xp.tril(M) if library(M) == "torch" else 0.0))
+
+
+@bug("outer")
+class MeanOverColumns(Diagonal):
+    @classmethod
+    def outer(cls, X):
+        return cls(sum_of_squares(X, 1) * (1.0 / max(X.shape[-1], 1)))
+
+    def congruence(self, X):
+        return Diagonal(self.diag).congruence(X)
+
+
+@bug("congruence")
+class CongruenceTheOtherWay(Tril):
+    def congruence(self, X):
+        return self.outer(self.apply(X))
+
+
+@bug("congruence")
+class WrongForManyColumns(Dense):
+    def congruence(self, X):
+        if X.shape[-1] <= 2 * X.shape[-2]:
+            return super().congruence(X)
+        return self.project(self.matrix @ (X @ X.mT) @ self.matrix)
+
+
+@bug("measured")
+class MeasuresTheTransformed(Tril):
+    def measured(self, X):
+        LtX = self.apply_t(X)
+        return self.outer(LtX), sum_of_squares(LtX, 2)
+
+
+@bug("gram")
+class GramTheOtherWay(Tril):
+    def gram(self):
+        return self.project(self.matrix @ self.matrix.mT)
+
+
+@bug("gram")
+class GramWithoutOffDiagonalBlock(Hierarchical):
+    made_by = None
+
+    def gram(self):
+        new = super().gram()
+        return type(self)(new.A, new.B, self.D.gram())
+
+
+@bug("no_columns")
+class NormalizesColumns(Diagonal):
+    @classmethod
+    def outer(cls, X):
+        largest = namespace(X).max(namespace(X).abs(X), axis=(-2, -1), keepdims=True)
+        largest = largest + namespace(X).astype(largest == 0.0, X.dtype)
+        return cls(super().outer(X / largest).diag * (largest * largest)[..., 0])
+
+
+@bug("trace")
+class SumOfAllEntries(Tril):
+    def trace(self):
+        return namespace(self.matrix).sum(widen(self.matrix), axis=(-2, -1))
+
+
+@bug("norm")
+class NormOfTheStored(TrilToeplitz):
+    def norm(self):
+        return namespace(self.entries).sqrt(sum_of_squares(self.entries, 1))
+
+
+@bug("norm")
+class NormSquared(Diagonal):
+    def norm(self):
+        return sum_of_squares(self.diag, 1)
+
+
+@bug("max_abs")
+class LargestWithoutAbs(Diagonal):
+    def max_abs(self):
+        return namespace(self.diag).max(self.diag, axis=-1)
+
+
+@bug("sums_are_wide")
+class NormInHalf(Diagonal):
+    def norm(self):
+        xp = namespace(self.diag)
+        return widen(xp.sqrt(xp.sum(self.diag * self.diag, axis=-1, dtype=self.diag.dtype)))
