@@ -11,6 +11,9 @@ from array_api_compat import array_namespace
 Array: TypeAlias = Any  # any array of a library that follows the Python Array API standard
 Scalar: TypeAlias = Any  # a Python number, or an array of the batch axes' shape (often 0-d)
 
+# For a type of arrays, what does `multiply_add` in place or as one kernel.
+MULTIPLY_ADD: dict[type, Callable[[Any, Any, Any, Any], Any]] = {}
+
 _NAMESPACES: dict[type, Any] = {}
 _HALF: dict[tuple[type, Any], bool] = {}
 # For a type of arrays, what makes of a chain of operations a function that runs it as one kernel.
@@ -103,11 +106,12 @@ def sum_of_squares(x: Array, axes: int) -> Array:
 
 
 def multiply_add(x: Array, c: Scalar, y: Array, out: Array | None = None) -> Array:
-    """`x c + y`, in one pass over memory where the library has that; `out` may be overwritten."""
-    if not hasattr(x, "addcmul"):
-        return x * c + y
-    xp, into = namespace(x), {} if out is None else {"out": out}
-    return xp.add(y, x, alpha=c, **into) if isinstance(c, float) else xp.addcmul(y, x, c, **into)
+    """`x c + y`, in one pass over memory where a frontend has said how; `out` may be overwritten.
+
+    x is an array of the shape of the result, c a number or an array that broadcasts.
+    """
+    fused = MULTIPLY_ADD.get(type(x))
+    return _multiply_add(x, c, y) if fused is None else fused(x, c, y, out)
 
 
 def total(x: Array) -> Array:
@@ -134,3 +138,8 @@ def chain(function: Callable[..., Any]) -> Callable[..., Any]:
         return (function if fuse is None else fuse(function))(x, *others)
 
     return run
+
+
+@chain
+def _multiply_add(x: Array, c: Scalar, y: Array) -> Array:
+    return x * c + y

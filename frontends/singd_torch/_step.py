@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from singd_core._array import total, widen
+from singd_core._array import MULTIPLY_ADD, total, widen
 from singd_core.preconditioner import Factors
 from singd_core.settings import Settings, rate
 from singd_core.updates.curvature import Curvature
@@ -119,7 +119,10 @@ def apply(
                 if term is not None:
                     term.masked_fill_(~ok, 0.0)  # NaN times 0 is NaN
             factors = factors.map(partial(_either, ok), stack.factors)  # type: ignore[arg-type]
-        u, c, _ = stack.run(_direction, work.natural, decay, stack.momentum, scale, s)
+        step = _in_place if stack.compile is None else direction
+        u, c, moved = stack.run(step, work.natural, decay, stack.momentum, scale, s)
+        if moved is not None and moved is not stack.momentum:
+            stack.hold_momentum(moved, state)
         if stack.report is not None:
             norm = torch.linalg.vector_norm(widen(u), dim=(-2, -1))
             stack.report |= {"natural_scale": scale, "update": s.lr * c * norm}
@@ -136,14 +139,24 @@ def apply(
                 torch._foreach_add_(place, changes)  # type: ignore[arg-type]
 
 
-# The natural gradient is this step's own, and the momentum is updated where it is.
-_direction = partial(direction, donate=True)
+# The natural gradient is this step's own, and the momentum is updated where it is. What is compiled
+# cannot be told so: a compiler finds that out by itself.
+_in_place = partial(direction, donate=True)
 
 
 def _masked(s: Settings, ok: Tensor) -> Settings:
     """The settings with which zeros in place of a natural gradient change nothing unless ok."""
     momentum, lr = torch.where(ok, s.momentum, 1.0), torch.where(ok, s.lr, 0.0)
     return dataclasses.replace(s, momentum=momentum, lr=lr)
+
+
+def _multiply_add(x: Tensor, c: float | Tensor, y: Tensor, out: Tensor | None) -> Tensor:
+    if isinstance(c, Tensor):
+        return torch.addcmul(y, x, c, out=out)
+    return torch.add(y, x, alpha=c, out=out)
+
+
+MULTIPLY_ADD |= dict.fromkeys((Tensor, nn.Parameter), _multiply_add)
 
 
 def _gradient(p: nn.Parameter) -> Tensor:

@@ -94,7 +94,7 @@ def direction(
     if momentum is not None:
         u, alpha = cast(u, momentum), expand(s.momentum, momentum)
         momentum = multiply_add(momentum, alpha, u, out=momentum if donate else None)
-        u = multiply_add(momentum, alpha, u, out=u) if s.nesterov else momentum
+        u = multiply_add(momentum, alpha, u, out=u if donate else None) if s.nesterov else momentum
     c = rms_scale(u, s.rms_bound)
     if u.ndim > 2 and not isinstance(c, float):  # the parts of u will have other axes
         return _times(c, u, in_place=u is not momentum), 1.0, momentum
