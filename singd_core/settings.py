@@ -37,8 +37,8 @@ class Settings:
             definite.
         order: Terms of the exponential Expm(−β₁ m) beyond the identity.
         kl_bound: Bound κ on lr² ⟨∇W, n⟩, summed over the layers, or infinite.
-        rms_bound: Bound on the root mean square of a layer's natural gradient, and again of its
-            update before the rate, or infinite.
+        rms_bound: Bound on the root mean square of the natural gradient of each matrix, and again
+            of its update before the rate, or infinite.
         kfac: Use KFAC with its inverses, the baseline, in place of the inverse-free update.
     """
 

@@ -25,4 +25,5 @@ def test_the_demo_on_numpy_needs_no_framework_and_shows_table_and_picture(tmp_pa
     assert done.returncode == 0, done.stderr
     rows = [line for line in done.stdout.splitlines() if "│ float" in line]
     assert sum("SINGD" in row for row in rows) == 10
+    assert "nan" not in done.stdout.lower()
     assert (tmp_path / "picture.png").stat().st_size > 10_000

@@ -21,8 +21,11 @@ def read(stacks: Iterable[Stack]) -> dict[str, float]:
             for quantity, each in _quantities(stack).items():
                 for layer, value in zip(stack.layers, stack.split(each), strict=True):
                     names.append(f"{layer.name}/{quantity}")
-                    values.append(value.max().to("cpu", torch.float64, non_blocking=True))
-    return dict(zip(names, torch.stack(values).tolist(), strict=True)) if values else {}
+                    values.append(value.max().float())
+    if not values:
+        return {}
+    joined = torch.stack([value.to(values[0].device) for value in values])
+    return dict(zip(names, joined.tolist(), strict=True))
 
 
 def _quantities(stack: Stack) -> dict[str, Tensor]:

@@ -53,6 +53,7 @@ class Layer:
         bias: Its bias, or None if it has none that is trained.
         sources: The modules whose calls give rows, and how.
         group: The parameter group of the weight.
+        bias_group: That of the bias.
         structures: Of K and of C.
         factors: The preconditioner, None until it is first needed.
         pending: The rows of the current step, summed up, by part and role.
@@ -66,6 +67,7 @@ class Layer:
     sources: list[tuple[nn.Module, Source]]
     group: dict[str, Any]
     structures: tuple[type[Structure], type[Structure]]
+    bias_group: dict[str, Any] | None = None
     factors: Factors | None = None
     pending: dict[Key, Pending] = dataclasses.field(default_factory=dict)
     seen: bool = False
@@ -215,7 +217,8 @@ def find(model: nn.Module, groups: Sequence[dict[str, Any]]) -> list[Layer]:
         elif common.diagonal_inputs:
             K = Diagonal
         sources = [(m, Source(weight, kind, swapped=kind != common)) for m, kind, _ in shared.uses]
-        layers.append(Layer(shared.name, common, weight, bias, sources, group, (K, C)))
+        of_bias = None if bias is None else group_of[bias]
+        layers.append(Layer(shared.name, common, weight, bias, sources, group, (K, C), of_bias))
     return layers
 
 

@@ -67,6 +67,10 @@ class Rows:
         terms = {None: M, "batch": samples, "batch+sequence": kept}[loss_average]
         return cls(A, kept if each else samples, B, terms)
 
+    def owned(self) -> Rows:
+        """The same rows in memory of their own."""
+        return dataclasses.replace(self, A=self.A.clone(), B=self.B.clone())
+
 
 @dataclasses.dataclass(eq=False)
 class Pending:

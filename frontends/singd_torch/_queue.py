@@ -10,8 +10,8 @@ from singd_torch._join import join, join_trees, tree_parts
 from singd_torch._layers import Key, Layer
 from singd_torch._pending import Pending, Rows
 
-# In numbers. What waits is held in memory for a while, and to join it copies it: a call with more
-# rows is worth products of its own.
+# In numbers. What waits is copied, since its memory may be used anew before it is measured, and is
+# held for a while: a call with more rows is worth products of its own.
 _LARGEST, _MOST = 1 << 16, 1 << 20
 
 
@@ -52,7 +52,7 @@ class Queue:
         if call.numbers > _LARGEST:
             _measure([call])
             return
-        self._calls.append(call)
+        self._calls.append(dataclasses.replace(call, rows=call.rows.owned()))
         self._numbers += call.numbers
         if self._numbers > _MOST:
             self.flush()

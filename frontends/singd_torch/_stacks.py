@@ -47,6 +47,7 @@ class Stack:
     preconditioner: Callable[[Tensor], Tensor] | None = None
     report: dict[str, Any] | None = None
     compile: dict[str, Any] | None = None
+    _handed_out: Sequence[Tensor] = ()
     _compiled: dict[Callable[..., Any], Callable[..., Any]] = dataclasses.field(
         default_factory=dict
     )
@@ -59,11 +60,13 @@ class Stack:
             elif not layer.fits():
                 layer.factors = _state.moved(layer, settings_of(layer.group))
         factors = [layer.factors for layer in self.layers if layer.factors is not None]
-        self.hold(join_trees(factors), state)
-        momenta = [state[layer.weight].get(_state.MOMENTUM) for layer in self.layers]
+        self.hold(join_trees(factors).map(_owned), state)
+        self.momentum = None
+        momenta = [state.get(layer.weight, {}).get(_state.MOMENTUM) for layer in self.layers]
         if any(m is not None for m in momenta):
             zero = self.no_momentum()
-            self.hold_momentum(join([zero if m is None else m.to(zero) for m in momenta]), state)
+            found = join([zero if m is None else m.to(zero) for m in momenta])
+            self.hold_momentum(_owned(found), state)
 
     def hold(self, factors: Factors, state: State, *, seen: bool = False) -> None:
         """Have these factors from now on; `seen` if rows have reached them."""
@@ -73,10 +76,19 @@ class Stack:
             if layer.seen:
                 state[layer.weight].update(own.named_arrays())
 
+    def is_tied(self, state: State) -> bool:
+        """Whether it has what the state has, which others may write to, in the weights' dtype."""
+        if self.momentum is None:
+            return self.factors is not None
+        return self.momentum.dtype == self.layers[0].dtypes[2] and all(
+            state.get(layer.weight, {}).get(_state.MOMENTUM) is part
+            for layer, part in zip(self.layers, self._handed_out, strict=True)
+        )
+
     def hold_momentum(self, momentum: Tensor, state: State) -> None:
         """Have this momentum from now on."""
-        self.momentum = momentum
-        for layer, part in zip(self.layers, self.split(momentum), strict=True):
+        self.momentum, self._handed_out = momentum, self.split(momentum)
+        for layer, part in zip(self.layers, self._handed_out, strict=True):
             state[layer.weight][_state.MOMENTUM] = part
 
     def no_momentum(self) -> Tensor:
@@ -130,14 +142,21 @@ def stacks(layers: Iterable[Layer]) -> list[Stack]:
     return [Stack(equal) for equal in found.values()]
 
 
+def _owned(tensor: Tensor) -> Tensor:
+    """The tensor, in memory of its own where it was a part of more: that would be kept alive."""
+    whole = tensor.untyped_storage().nbytes() // max(1, tensor.element_size())
+    return tensor if whole == tensor.numel() else tensor.clone()
+
+
 def _likeness(layer: Layer) -> Any:
     """What equal layers have in common."""
     weight, bias = layer.weight, layer.bias
     if weight.numel() > _LARGEST or type(layer.kind) not in (Convolution, Linear, StackedLinear):
         return layer
     return (
-        *(layer.kind, layer.structures, id(layer.group), tuple(layer.roles())),
-        *(weight.shape, weight.dtype, weight.device, bias is None, layer.dtypes),
+        *(layer.kind, layer.structures, tuple(layer.roles())),
+        *(id(layer.group), None if bias is None else id(layer.bias_group)),
+        *(weight.shape, weight.dtype, weight.device, layer.dtypes),
     )
 
 

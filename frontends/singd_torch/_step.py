@@ -65,7 +65,7 @@ def prepare(stack: Stack, s: Settings, scales: Scales) -> Work:
         gradient = gradient / scales.grads
     lr_cov = rate(s.lr_cov, layer.group["steps"])
     if stack.compile is not None:  # else each value of a schedule would be compiled anew
-        lr_cov = torch.full_like(factors.averages.k, lr_cov)
+        lr_cov = torch.zeros_like(factors.averages.k) + lr_cov
     found = stack.run(_solve, factors, curvature, lr_cov, gradient, s, preconditioner, stack.report)
     return Work(stack, s, *found)
 
@@ -114,11 +114,12 @@ def apply(
             stack.hold_momentum(momentum, state)
         scale = work.scale * kl[id(s)]
         if ok is not None:
-            s, scale = _masked(s, ok), torch.where(ok, scale, 0.0)
+            s, scale = _masked(s, ok, work.natural), torch.where(ok, scale, 0.0)
             for term in (work.natural, decay):
                 if term is not None:
                     term.masked_fill_(~ok, 0.0)  # NaN times 0 is NaN
-            factors = factors.map(partial(_either, ok), stack.factors)  # type: ignore[arg-type]
+            if factors is not stack.factors:
+                factors = factors.map(partial(_either, ok), stack.factors)  # type: ignore[arg-type]
         step = _in_place if stack.compile is None else direction
         u, c, moved = stack.run(step, work.natural, decay, stack.momentum, scale, s)
         if moved is not None and moved is not stack.momentum:
@@ -131,7 +132,7 @@ def apply(
         places = zip(*(layer.parameters for layer in stack.layers), strict=True)
         for place, part in zip(places, stack.layers[0].split(u), strict=True):
             own = settings_of(place[0])
-            own = own if ok is None else _masked(own, ok)
+            own = own if ok is None else _masked(own, ok, u)
             if len(place) == 1:
                 weight_change(part, c, place[0], own, onto=place[0])
             else:
@@ -144,10 +145,13 @@ def apply(
 _in_place = partial(direction, donate=True)
 
 
-def _masked(s: Settings, ok: Tensor) -> Settings:
+def _masked(s: Settings, ok: Tensor, like: Tensor) -> Settings:
     """The settings with which zeros in place of a natural gradient change nothing unless ok."""
-    momentum, lr = torch.where(ok, s.momentum, 1.0), torch.where(ok, s.lr, 0.0)
-    return dataclasses.replace(s, momentum=momentum, lr=lr)
+    dtype = widen(like[..., :0]).dtype
+    momentum, lr = (torch.as_tensor(v, dtype=dtype, device=ok.device) for v in (s.momentum, s.lr))
+    return dataclasses.replace(
+        s, momentum=torch.where(ok, momentum, 1.0), lr=torch.where(ok, lr, 0.0)
+    )
 
 
 def _multiply_add(x: Tensor, c: float | Tensor, y: Tensor, out: Tensor | None) -> Tensor:

@@ -55,7 +55,7 @@ class SINGD(Watcher):
         average_groups: Average the groups of a grouped convolution as the authors do, in place of
             exact factors for each group.
         compile_step: Run the mathematics of the step through torch.compile, by True or by its
-            arguments, such as {"mode": "max-autotune"}. It needs torch 2.13.
+            arguments, such as {"mode": "max-autotune-no-cudagraphs"}. It needs torch 2.13.
         fallback_lr: AdamW's rate. It follows `lr`: a schedule that halves one halves the other.
         fallback_betas: AdamW's betas.
         fallback_eps: AdamW's epsilon.
@@ -250,9 +250,11 @@ class SINGD(Watcher):
                 if parts != [stack]:
                     self._stack_up([*(s for s in self._stacks if s is not stack), *parts])
                 for part in parts:
-                    if part.layers[0] in live:
-                        if part.factors is None:
-                            part.tie(self.state)
+                    is_live = part.layers[0] in live
+                    known = part.layers[0].factors is not None
+                    if (is_live or known) and not part.is_tied(self.state):
+                        part.tie(self.state)
+                    if is_live:
                         works.append(prepare(part, chosen[id(live[0].group)], scales))
         if works or others:
             self._take_step(works, others, chosen, scales)

@@ -22,13 +22,20 @@ def find(name: str) -> type[Structure]:
     return found
 
 
+def sides(text: str) -> list[int]:
+    """The sides of `1,2,7`."""
+    found = [int(d) for d in text.split(",")]
+    if min(found) < 1:
+        raise argparse.ArgumentTypeError("a side is at least 1")
+    return found
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Print a table for each structure; 1 if one breaks a law, 2 if there is no such structure."""
     parser = argparse.ArgumentParser("python -m singd_core.testing", description=__doc__)
     parser.add_argument("structure", nargs="+", help="package.module:Name, or a registered name")
-    parser.add_argument("--sizes", help="sides of the matrices, such as 1,2,7")
+    parser.add_argument("--sizes", type=sides, help="sides of the matrices, such as 1,2,7")
     given = parser.parse_args(arguments)
-    sizes = [int(d) for d in given.sizes.split(",")] if given.sizes else None
     sys.path.insert(0, os.getcwd())
     try:
         structures = [find(name) for name in given.structure]
@@ -37,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     failed = False
     for S in structures:
-        report = check_structure(S, sizes=sizes, raises=False)
+        report = check_structure(S, sizes=given.sizes, raises=False)
         print(report, end="\n\n")  # noqa: T201
         failed = failed or bool(report.errors)
     return int(failed)

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from singd_core.structures.base import Structure
+from singd_core.structures.registry import get
 from singd_core.testing.law import LAWS, label
 from singd_core.testing.report import cases
 from singd_core.testing.run import run
 
 
 def laws(
-    *structures: type[Structure],
+    *structures: type[Structure] | str,
     xfail: Mapping[Any, str] | None = None,
     sizes: Sequence[int] | None = None,
 ) -> Callable[[Callable[..., None]], Any]:
@@ -27,7 +28,7 @@ def laws(
     ```
 
     Args:
-        *structures: The structures.
+        *structures: The structures, or their registered names.
         xfail: Reasons why a law is known to be broken, by its name or by (structure, name). If it
             holds after all, the case fails.
         sizes: As for `check_structure`.
@@ -43,7 +44,7 @@ def laws(
             raise ValueError(f"xfail: there is no law {name!r}; there are {', '.join(LAWS)}")
 
     def parameters() -> Iterator[Any]:
-        for S in structures:
+        for S in map(get, structures):
             for law, backend, dtype in cases():
                 why = reasons.get((S, law.name), reasons.get(law.name))
                 marks = [pytest.mark.xfail(reason=why, strict=True)] if why else []

@@ -99,11 +99,11 @@ def congruence(case: Case) -> None:
 
 @law()
 def measured(case: Case) -> None:
-    """`L.measured(X)` is Π̂(Lᵀ X Xᵀ L) and ‖X‖²."""
-    L, X = case.member(), case.rows()
-    projected, squares = L.measured(X)
-    case.same(projected, lambda L, X: case.S.project(L.T @ X @ X.T @ L).dense(), L, X)
-    case.same(squares, lambda X: np.sum(X * X), X, exact=False)
+    """`L.measured(A)` of rows A is Π̂(Lᵀ AᵀA L) and ‖A‖²."""
+    L, A = case.member(), case.array("A", 3, case.d)
+    projected, squares = L.measured(A)
+    case.same(projected, lambda L, A: case.S.project(L.T @ A.T @ A @ L).dense(), L, A)
+    case.same(squares, lambda A: np.sum(A * A), A, exact=False)
 
 
 @law()

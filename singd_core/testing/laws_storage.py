@@ -52,7 +52,8 @@ def dense_operations(S: type[Structure]) -> list[str]:
     """The operations that form d × d matrices though a member stores far fewer numbers."""
     d = few_numbers(S)
     peaks = {} if d is None else allocated(S, d)
-    return [name for name in OPERATIONS if d is not None and peaks.get(name, 0) > d * d // 2]
+    wide = [name for name in OPERATIONS if d is not None and peaks.get(name, 0) > d * d // 2]
+    return list(dict.fromkeys(name.partition(",")[0] for name in wide))
 
 
 @law(backends=("numpy",), dtypes=("float64",), examples=1, sizes=(256,), floats=False)

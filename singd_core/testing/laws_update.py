@@ -140,6 +140,8 @@ def update_stays_positive_definite(case: Case) -> None:
             values = np.linalg.svd(dense, compute_uv=False)
             # at a condition of 1/eps a rounded matrix may as well be singular
             require(values[-1] > 0.0, f"{name} is singular at scales {scales}")
+            # each factor I − β m keeps the sign while β‖m‖ < 1: without, K passed through singular
+            require(np.linalg.slogdet(dense)[0] > 0.0, f"{name} was singular at scales {scales}")
 
 
 @law(backends=_EAGER, examples=3, sizes=(1, 4))
@@ -162,7 +164,7 @@ def rows_in_any_order_and_number(case: Case) -> None:
                 raise AssertionError(f"{what}: {error}") from None
 
 
-@law(backends=("numpy", "strict", "torch"), dtypes=("float64", "float32"), examples=3, sizes=(1, 4))
+@law(backends=_EAGER, dtypes=("float64", "float32"), examples=3, sizes=(1, 4))
 def loss_scaled_by_a_power_of_two(case: Case) -> None:
     """With relative damping, 64 times the loss divides C by 64, and changes nothing else."""
     case.floats = True

@@ -1,6 +1,5 @@
 """The CuPy examples of docs/own_loop.md run on NumPy in its place, and every name is CuPy's."""
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -52,7 +51,6 @@ def test_a_name_that_cupy_lacks_is_an_error():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="mypy is not installed")
 def test_the_cupy_loop_is_typed(tmp_path):
     (tmp_path / "page.py").write_text("\n".join(BLOCKS[:2]))  # the third is torch's too
     command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml")]

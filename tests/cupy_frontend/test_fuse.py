@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from cupy._core import _fusion_thread_local, fusion
 
-from singd_core._array import FUSE
+from singd_core._array import FUSE, _multiply_add
 from singd_core.updates.adamw import _averaged
 from singd_cupy import _fuse
 
 # The arguments, as the ndim of an array or a number; the number of results, and of operations.
 CHAINS = {
     "adamw": (_averaged, (2, 2, 2, 0.9, 0.1, 0.99, 0.01, 0, 0, 1e-8), 3, 12),
+    "c x + y": (_multiply_add, (2, 0, 2), 1, 2),
     "adamw, a number": (_averaged, (0, 0, 0, 0.9, 0.1, 0.99, 0.01, 0, 0, 1e-8), 3, 12),
 }
 

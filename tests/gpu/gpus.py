@@ -36,7 +36,7 @@ class Gpu:
         optimizer: The class of the pure optimizer.
         is_there: Whether an array is on the GPU.
         wait: Until all that was begun is done.
-        reserved: Bytes that the library's pool holds.
+        reserved: Bytes that the library holds, None where it does not tell.
         no_wait: A context in which it is an error to wait for the GPU.
         wide: A context in which float64 exists.
     """
@@ -48,7 +48,7 @@ class Gpu:
     optimizer: type
     is_there: Callable[[Any], bool]
     wait: Callable[[], object]
-    reserved: Callable[[], int]
+    reserved: Callable[[], int | None]
     no_wait: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
     wide: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
 
@@ -123,7 +123,7 @@ def torch() -> Gpu:
         singd_core.Optimizer,
         lambda x: x.device.type == device,
         torch.cuda.synchronize if device == "cuda" else lambda: None,
-        torch.cuda.memory_reserved if device == "cuda" else lambda: 0,
+        torch.cuda.memory_reserved if device == "cuda" else lambda: None,
         no_wait if device == "cuda" else contextlib.nullcontext,
     )
 
@@ -148,7 +148,7 @@ def jax() -> Gpu:
         singd_core.Optimizer,
         lambda x: next(iter(x.devices())).platform == platform,
         wait,
-        lambda: 0,  # its pool takes most of the memory at once
+        lambda: (jax.devices()[0].memory_stats() or {}).get("bytes_in_use"),
         lambda: jax.transfer_guard_device_to_host("disallow"),
         lambda: x64(True),
     )

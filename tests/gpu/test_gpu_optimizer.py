@@ -61,6 +61,8 @@ def layer(gpu, d: int, n: int):
 
 @pytest.mark.parametrize("structure", ["dense", "diagonal", "hierarchical:16,16", "triltoeplitz"])
 def test_the_pool_does_not_grow_after_the_first_refresh(gpu, structure):
+    if gpu.reserved() is None:
+        pytest.skip(f"{gpu.name} does not tell here what it holds")
     params, grads, rows = layer(gpu, 512, 256)
     optimizer = gpu.optimizer(structures=(structure, structure))
     state, sizes = optimizer.init(params), []

@@ -177,6 +177,74 @@ def test_rows_of_several_backward_passes_add_up(monkeypatch: pytest.MonkeyPatch)
     same(model, run())
 
 
+def test_rows_that_wait_do_not_change_with_the_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run() -> Parallel:
+        torch.manual_seed(0)
+        model = Parallel(MODELS["no bias"][0]).double()
+        optimizer = SINGD(model)
+        for _ in range(3):
+            x = torch.randn(8, 5, dtype=torch.float64)
+            model(x).backward()
+            x.zero_()
+            optimizer.step()
+            optimizer.zero_grad()
+        return model
+
+    model = run()
+    alone(monkeypatch)
+    same(model, run())
+
+
+def test_layers_whose_biases_are_in_other_groups_are_not_equal() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    groups = [
+        {"params": [model[0].weight, model[2].weight]},
+        {"params": [model[0].bias], "lr": 0.0},
+        {"params": [model[2].bias], "lr": 0.1},
+    ]
+    optimizer = SINGD(model, groups)
+    before = [p.detach().clone() for p in model.parameters()]
+    model(torch.randn(8, 4)).square().mean().backward()
+    optimizer.step()
+    moved = [not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)]
+    assert moved == [True, False, True, True]
+
+
+def test_a_layer_that_leaves_a_stack_holds_no_memory_of_it() -> None:
+    def one_more_idle(step: int, model: Parallel) -> None:
+        model.used = [i >= step for i in range(len(model.used))]
+
+    _, optimizer = trained(*MODELS["linear"], change=one_more_idle, steps=2)
+    for entries in optimizer.state.values():
+        for tensor in entries.values():
+            assert tensor.untyped_storage().nbytes() <= 2 * tensor.numel() * tensor.itemsize
+
+
+def test_a_momentum_that_is_written_to_the_state_is_taken_up() -> None:
+    model, optimizer = trained(*MODELS["linear"], steps=2)
+    other, other_optimizer = trained(*MODELS["linear"], steps=2)
+    for p in model.parameters():
+        if "momentum_buffer" in optimizer.state[p]:
+            new = torch.zeros_like(optimizer.state[p]["momentum_buffer"])
+            optimizer.state[p]["momentum_buffer"] = new
+    for p in other.parameters():
+        if "momentum_buffer" in other_optimizer.state[p]:
+            other_optimizer.state[p]["momentum_buffer"].zero_()
+    for each, its_optimizer in ((model, optimizer), (other, other_optimizer)):
+        each(torch.ones(8, 5, dtype=torch.float64)).backward()
+        its_optimizer.step()
+    same(model, other)
+
+
+def test_a_pass_without_a_step_leaves_no_entries_in_the_state() -> None:
+    model = Parallel(MODELS["linear"][0])
+    optimizer = SINGD(model)
+    model(torch.randn(8, 5)).backward()
+    optimizer._queue.flush()
+    optimizer.zero_grad()
+    assert not optimizer.state
+
+
 @pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
 @pytest.mark.parametrize("name", ["convolution", "groups"])
 @pytest.mark.parametrize("loss_average", ["batch", None])

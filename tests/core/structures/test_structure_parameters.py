@@ -85,3 +85,4 @@ def test_any_finite_rows_leave_the_preconditioner_positive_definite(
             singular = np.linalg.svd(L, compute_uv=False)
             assert np.all(np.isfinite(singular))
             assert singular[-1] > 0.0
+            assert np.linalg.slogdet(L)[0] > 0.0  # it never passed through a singular matrix

@@ -141,7 +141,7 @@ class WrongForManyColumns(Dense):
 @bug("measured")
 class MeasuresTheTransformed(Tril):
     def measured(self, X):
-        LtX = self.apply_t(X)
+        LtX = self.apply_t(X.mT)
         return self.outer(LtX), sum_of_squares(LtX, 2)
 
 
