@@ -86,7 +86,7 @@ $(VENV)/.stamp-%: $(VENV)/.stamp-venv pyproject.toml constraints.txt
 $(VENV)/.stamp-demo: EXTRAS := demo,torch
 $(VENV)/.stamp-demo-numpy: EXTRAS := demo
 $(VENV)/.stamp-test: EXTRAS := test,demo,torch,jax,models
-$(VENV)/.stamp-lint: EXTRAS := lint,torch,jax
+$(VENV)/.stamp-lint: EXTRAS := lint,testing,torch,jax
 $(VENV)/.stamp-docs: EXTRAS := docs
 
 $(VENV)/.stamp-bench: $(VENV)/.stamp-venv pyproject.toml constraints.txt
