@@ -158,7 +158,7 @@ class Layer:
         groups = self.shape[0] if part is None else ()
         A, B = (self.weight.new_zeros(*groups, 1, d) for d in (d_in, d_out))
         rows = Rows(B, 0, A, 0) if swapped else Rows(A, 0, B, 0)
-        return Pending.of(self.factors_of(part), rows, 0, swapped=swapped)
+        return Pending.measured([self.factors_of(part)], [rows], 0, swapped=swapped)[0]
 
     def factors_of(self, part: int | None) -> Factors:
         """The factors of the layer, or of one part of a stacked one."""

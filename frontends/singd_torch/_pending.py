@@ -12,7 +12,7 @@ from torch import Tensor
 from singd_core.curvature import Embedding, LayerKind, Linear, StackedLinear
 from singd_core.preconditioner import Factors
 from singd_core.updates.curvature import Curvature, Measured
-from singd_torch._join import join_trees
+from singd_torch._join import join, join_trees, tree_parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,11 +99,17 @@ class Pending:
     swapped: bool
 
     @classmethod
-    def of(cls, factors: Factors, rows: Rows, backward: int, *, swapped: bool) -> Pending:
-        """The sums over the rows of one call."""
-        A, B = (rows.B, rows.A) if swapped else (rows.A, rows.B)
-        inputs, outputs = factors.measure(A, B)
-        return cls(inputs, rows.N, outputs, 0, rows.M, backward, swapped)
+    def measured(
+        cls, factors: Sequence[Factors], rows: Sequence[Rows], backward: int, *, swapped: bool
+    ) -> list[Pending]:
+        """The sums over the rows of each call, measured as one: the calls are of equal layers."""
+        A, B = join([call.A for call in rows]), join([call.B for call in rows])
+        inputs, outputs = join_trees(factors).measure(*((B, A) if swapped else (A, B)))
+        sums = zip(tree_parts(inputs, len(rows)), tree_parts(outputs, len(rows)), strict=True)
+        return [
+            cls(own_inputs, call.N, own_outputs, 0, call.M, backward, swapped)
+            for call, (own_inputs, own_outputs) in zip(rows, sums, strict=True)
+        ]
 
     def add(self, new: Pending, *, mean: bool) -> Pending:
         """With the rows of one more call; `mean` if the loss is a mean and not a sum."""

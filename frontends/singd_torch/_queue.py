@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Hashable
 
 from singd_core.preconditioner import Factors
-from singd_torch._join import join, join_trees, tree_parts
 from singd_torch._layers import Key, Layer
 from singd_torch._pending import Pending, Rows
 
@@ -72,12 +71,7 @@ class Queue:
 
 
 def _measure(calls: list[Call]) -> None:
-    factors = join_trees([call.factors for call in calls])
-    swapped = calls[0].key[1]
-    A, B = (join([getattr(call.rows, name) for call in calls]) for name in ("A", "B"))
-    inputs, outputs = factors.measure(*((B, A) if swapped else (A, B)))
-    sums = zip(tree_parts(inputs, len(calls)), tree_parts(outputs, len(calls)), strict=True)
-    for call, (own_inputs, own_outputs) in zip(calls, sums, strict=True):
-        N, M = call.rows.N, call.rows.M
-        new = Pending(own_inputs, N, own_outputs, 0, M, call.backward, swapped)
+    first, factors, rows = calls[0], [call.factors for call in calls], [call.rows for call in calls]
+    found = Pending.measured(factors, rows, first.backward, swapped=first.key[1])
+    for call, new in zip(calls, found, strict=True):
         call.layer.add(call.key, new)

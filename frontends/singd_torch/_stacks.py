@@ -64,7 +64,7 @@ class Stack:
         self.momentum = None
         momenta = [state.get(layer.weight, {}).get(_state.MOMENTUM) for layer in self.layers]
         if any(m is not None for m in momenta):
-            zero = self.no_momentum()
+            zero = _state.no_momentum(self.layers[0])
             found = join([zero if m is None else m.to(zero) for m in momenta])
             self.hold_momentum(_owned(found), state)
 
@@ -91,20 +91,18 @@ class Stack:
         for layer, part in zip(self.layers, self._handed_out, strict=True):
             state[layer.weight][_state.MOMENTUM] = part
 
-    def no_momentum(self) -> Tensor:
-        """The momentum of one layer before the first step."""
-        return _state.no_momentum(self.layers[0])
-
     def split(self, joined: Tensor) -> Sequence[Tensor]:
         """The parts of the layers, views."""
         return parts(joined, len(self.layers))
 
     def parted(self, live: Sequence[Layer]) -> list[Stack]:
         """The stack, or smaller ones for good if only some layers are live or have other rows."""
-        if all(_alike(layer, live[0]) for layer in live[1:]):
-            idle = [layer for layer in self.layers if layer not in live]
-            return [self] if not idle else [Stack(live), *(Stack([layer]) for layer in idle)]
-        return [Stack([layer]) for layer in self.layers]
+        if not all(_alike(layer, live[0]) for layer in live[1:]):
+            return [Stack([layer]) for layer in self.layers]
+        if len(live) == len(self.layers):
+            return [self]
+        moving = set(live)
+        return [Stack(live), *(Stack([layer]) for layer in self.layers if layer not in moving)]
 
     def run(self, function: Callable[..., T], *args: Any) -> T:
         """The function of these arguments, compiled for this stack alone if that was chosen."""

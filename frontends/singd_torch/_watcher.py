@@ -17,6 +17,7 @@ from singd_torch._distributed import processes_of_call
 from singd_torch._layers import Layer, Source, find
 from singd_torch._queue import Call, Queue
 from singd_torch._stacks import Stack, stacks
+from singd_torch._warnings import warn
 
 
 class Watcher(torch.optim.Optimizer):
@@ -112,6 +113,37 @@ class Watcher(torch.optim.Optimizer):
         assert layer.factors is not None
         return layer.factors
 
+    def _ready(self) -> tuple[list[Stack], list[nn.Parameter]]:
+        """The stacks that step now, and the other parameters that have a gradient."""
+        ready, others = [], [p for p in self._fallback if p.grad is not None]
+        if any(layer.factors is not None and not layer.fits() for layer in self._layers):
+            self._stack_up()  # the model was moved or cast
+        for stack in list(self._stacks):
+            live = []
+            for layer in stack.layers:
+                if layer.weight.grad is not None and (layer.seen or layer.pending):
+                    live.append(layer)
+                    continue
+                if layer.weight.grad is not None:  # a frozen weight may have a trained bias
+                    self._warn_unseen(layer)
+                others += [p for p in layer.parameters if p.grad is not None]
+            if live:
+                ready += self._tied(stack, live)
+        return ready, others
+
+    def _tied(self, stack: Stack, live: list[Layer]) -> list[Stack]:
+        """The live layers of a stack as stacks that hold what the state has."""
+        parts = stack.parted(live)
+        if parts != [stack]:
+            self._stack_up([*(s for s in self._stacks if s is not stack), *parts])
+        moving = set(live)
+        ready = [part for part in parts if part.layers[0] in moving]
+        for part in parts:
+            wanted = part in ready or part.layers[0].factors is not None
+            if wanted and not part.is_tied(self.state):
+                part.tie(self.state)
+        return ready
+
     @contextlib.contextmanager
     def sampled_labels(self) -> Iterator[None]:
         """Take the rows of this step from backward passes inside the block, and only from them.
@@ -151,6 +183,18 @@ class Watcher(torch.optim.Optimizer):
         for layer in self._layers:
             layer.pending = {}
         self._tell_taps()
+
+    def _warn_unseen(self, layer: Layer) -> None:
+        self._warn_once(
+            f"no rows of {layer.name!r} have been seen, since its weight was used without a call "
+            "of its module, or in a graph that was compiled before the optimizer was built (then "
+            "call torch.compiler.reset()) or by torch before 2.13: until then AdamW trains it"
+        )
+
+    def _warn_once(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            warn(text)
 
     def _go_on_from(self, factors: Mapping[nn.Parameter, Factors | None]) -> None:
         for layer in self._layers:

@@ -14,7 +14,7 @@ from singd_torch import _diagnostics, _fallback, _scaling, _state, _table
 from singd_torch._distributed import reduce_rows
 from singd_torch._estimate import automatic
 from singd_torch._groups import check_group, settings_of
-from singd_torch._layers import Layer, find
+from singd_torch._layers import find
 from singd_torch._scaling import Scales
 from singd_torch._step import Work, apply, prepare
 from singd_torch._warnings import warn
@@ -232,30 +232,8 @@ class SINGD(Watcher):
             for layer in due:
                 self._factors(layer)
             reduce_rows(due, self._processes)
-        works: list[Work] = []
-        others = [p for p in self._fallback if p.grad is not None]
-        if any(layer.factors is not None and not layer.fits() for layer in self._layers):
-            self._stack_up()  # the model was moved or cast
-        for stack in list(self._stacks):
-            live = []
-            for layer in stack.layers:
-                if layer.weight.grad is not None and (layer.seen or layer.pending):
-                    live.append(layer)
-                    continue
-                if layer.weight.grad is not None:  # a frozen weight may have a trained bias
-                    self._warn_unseen(layer)
-                others += [p for p in layer.parameters if p.grad is not None]
-            if live:
-                parts = stack.parted(live)
-                if parts != [stack]:
-                    self._stack_up([*(s for s in self._stacks if s is not stack), *parts])
-                for part in parts:
-                    is_live = part.layers[0] in live
-                    known = part.layers[0].factors is not None
-                    if (is_live or known) and not part.is_tied(self.state):
-                        part.tie(self.state)
-                    if is_live:
-                        works.append(prepare(part, chosen[id(live[0].group)], scales))
+        ready, others = self._ready()
+        works = [prepare(stack, chosen[id(stack.layers[0].group)], scales) for stack in ready]
         if works or others:
             self._take_step(works, others, chosen, scales)
         for group in self.param_groups:
@@ -311,23 +289,11 @@ class SINGD(Watcher):
             self._warn_skipped()
         return count
 
-    def _warn_unseen(self, layer: Layer) -> None:
-        self._warn_once(
-            f"no rows of {layer.name!r} have been seen, since its weight was used without a call "
-            "of its module, or in a graph that was compiled before the optimizer was built (then "
-            "call torch.compiler.reset()) or by torch before 2.13: until then AdamW trains it"
-        )
-
     def _warn_skipped(self) -> None:
         self._warn_once(
             "a gradient or a layer's row was NaN or infinite: the step changed nothing. "
             "`optimizer.skipped` counts such steps"
         )
-
-    def _warn_once(self, text: str) -> None:
-        if text not in self._warned:
-            self._warned.add(text)
-            warn(text)
 
     # ---- gradient scaling -----------------------------------------------------------------------
 
