@@ -17,6 +17,7 @@ from singd_jax import _compat
 from singd_jax._axes import View
 from singd_jax._joins import Join
 from singd_jax._product import Origin
+from singd_jax._tap import Port, Slice
 
 if TYPE_CHECKING:
     from singd_jax._trace import Ports, Tracer
@@ -81,9 +82,12 @@ def scan(
     inside = [*origins[:n_consts], *[None] * n_carry, *entered]
     sliced = {k: v for k, v in ports.items() if reaches(origins[first:], k)}
     whole = {k: v for k, v in ports.items() if k not in sliced}
+    stacks = {k: port.factors for k, port in sliced.items()}
+    slots = {k: port.slot for k, port in sliced.items()}
 
     def step(carry: Any, xs: Any) -> Any:
-        xs, mine = xs
+        xs, slots, i = xs
+        mine = {k: Port(slot, Slice(stacks[k], i)) for k, slot in slots.items()}
         args = [*values[:n_consts], *carry, *xs]
         results, _ = tracer.run(body.jaxpr, body.consts, args, inside, {**whole, **mine})
         return results[:n_carry], results[n_carry:]
@@ -91,7 +95,7 @@ def scan(
     carry, ys = jax.lax.scan(
         step,
         values[n_consts:first],
-        (values[first:], sliced),
+        (values[first:], slots, jnp.arange(p["length"])),
         length=p["length"],
         reverse=p["reverse"],
         unroll=p["unroll"],
