@@ -47,7 +47,7 @@ test-jax-newest: ## Run the tests of singd_jax with the newest jax (PYTHON=pytho
 	$(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -e '.[jax]' \
 		dm-haiku equinox flax hypothesis orbax-checkpoint pytest pytest-xdist
-	$(NEWEST)/bin/python -m pytest -n $(WORKERS) -m "not slow" tests/jax $(ARGS)
+	$(NEWEST)/bin/python -m pytest -n $(WORKERS) -m "not slow" tests/jax_frontend $(ARGS)
 
 test-gpu: ## Run tests/gpu with PYTHON, on a machine with a GPU; installs nothing
 	PYTHONPATH=.:frontends:$$PYTHONPATH $(PYTHON) -m pytest -c tests/gpu/pytest.ini tests/gpu $(ARGS)
