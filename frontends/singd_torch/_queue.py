@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Hashable
 
 from singd_core.preconditioner import Factors
-from singd_torch._layers import Key, Layer
+from singd_torch._layers import SMALL, Key, Layer
 from singd_torch._pending import Pending, Rows
 
 # In numbers. What waits is copied, since its memory may be used anew before it is measured, and is
 # held for a while: a call with more rows is worth products of its own.
-_LARGEST, _MOST = 1 << 16, 1 << 20
+_MOST = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,7 +48,7 @@ class Queue:
         """Measure a call, now or with others that come soon."""
         if self._calls and call.backward != self._calls[0].backward:
             self.flush()  # pending rows count the losses of one backward pass after the other
-        if call.numbers > _LARGEST:
+        if call.numbers > SMALL:
             _measure([call])
             return
         self._calls.append(dataclasses.replace(call, rows=call.rows.owned()))

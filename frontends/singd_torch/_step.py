@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -12,19 +13,26 @@ from torch import Tensor, nn
 
 from singd_core._array import MULTIPLY_ADD, total, widen
 from singd_core.preconditioner import Factors
-from singd_core.settings import Settings, rate
+from singd_core.settings import Settings, is_bound, rate
 from singd_core.updates.curvature import Curvature
 from singd_core.updates.weights import (
+    Preconditioner,
     couples_decay,
     direction,
     inner,
     kl_scale,
+    norm,
     rms_scale,
+    times,
     weight_change,
 )
 from singd_torch._join import join
+from singd_torch._pieces import cut, number
 from singd_torch._scaling import Scales
 from singd_torch._stacks import Stack, State
+
+# Weights of so many numbers, and stacks of smaller ones, are changed by one call.
+_JOINED = 1 << 13
 
 
 @dataclasses.dataclass(eq=False)
@@ -37,7 +45,7 @@ class Work:
         factors: Their refreshed factors, or those they had.
         natural: The natural gradient.
         scale: What its bound scales it by.
-        energy: ⟨∇W, n⟩ so scaled, 0-d.
+        energy: ⟨∇W, n⟩ so scaled, 0-d or a number.
     """
 
     stack: Stack
@@ -45,7 +53,7 @@ class Work:
     factors: Factors
     natural: Tensor
     scale: Any
-    energy: Tensor
+    energy: Any
 
 
 def prepare(stack: Stack, s: Settings, scales: Scales) -> Work:
@@ -66,8 +74,9 @@ def prepare(stack: Stack, s: Settings, scales: Scales) -> Work:
     lr_cov = rate(s.lr_cov, layer.group["steps"])
     if stack.compile is not None:  # else each value of a schedule would be compiled anew
         lr_cov = torch.zeros_like(factors.averages.k) + lr_cov
-    found = stack.run(_solve, factors, curvature, lr_cov, gradient, s, preconditioner, stack.report)
-    return Work(stack, s, *found)
+    donate = len(stack.layers[0].parameters) > 1  # it is no gradient itself, but was joined
+    given = (factors, curvature, lr_cov, gradient, s, preconditioner, stack.report, donate)
+    return Work(stack, s, *stack.run(_solve, *given))
 
 
 def _solve(
@@ -76,15 +85,41 @@ def _solve(
     lr_cov: Any,
     gradient: Tensor,
     s: Settings,
-    preconditioner: Callable[[Tensor], Tensor] | None,
+    preconditioner: Preconditioner | None,
     report: dict[str, Any] | None,
-) -> tuple[Factors, Tensor, Any, Tensor]:
-    """The last four attributes of `Work`; nothing else is changed, so that it can be compiled."""
+    donate: bool,
+) -> tuple[Factors, Tensor, Any, Any]:
+    """The last four attributes of `Work`.
+
+    Nothing else is changed, so that it can be compiled, but a large gradient if `donate`.
+    """
     if curvature is not None:
         factors = factors.refresh(curvature, lr_cov, s, report)
-    natural = (preconditioner or factors.preconditioner(1))(gradient)
-    scale = rms_scale(natural, s.rms_bound)
-    return factors, natural, scale, total(scale * inner(gradient, natural))
+    preconditioner = preconditioner or factors.preconditioner(1)
+    pieces = cut(gradient)
+    if len(pieces) == 1 or preconditioner.rows(slice(0)) is None:
+        natural = preconditioner(gradient)
+        scale = number(rms_scale(natural, s.rms_bound, _norm(natural, s)))
+        return factors, natural, scale, number(total(scale * inner(gradient, natural)))
+    dtype = preconditioner.C.like.dtype
+    in_place = donate and gradient.dtype == dtype
+    natural = gradient if in_place else torch.empty_like(gradient, dtype=dtype)
+    start, norms, energy = 0, [], 0.0
+    for piece, place in zip(pieces, cut(natural), strict=True):
+        rows = preconditioner.rows(slice(start, start + len(piece)))
+        assert rows is not None
+        found = rows(piece)
+        norms.append(_norm(found, s))
+        energy += number(inner(piece, found))
+        place.copy_(found)
+        start += len(piece)
+    scale = rms_scale(natural, s.rms_bound, math.hypot(*norms))
+    return factors, natural, scale, scale * energy
+
+
+def _norm(x: Tensor, s: Settings) -> Any:
+    """The norm of `x` if it is bounded."""
+    return number(norm(x)) if is_bound(s.rms_bound) else 0.0
 
 
 def apply(
@@ -120,29 +155,55 @@ def apply(
                     term.masked_fill_(~ok, 0.0)  # NaN times 0 is NaN
             if factors is not stack.factors:
                 factors = factors.map(partial(_either, ok), stack.factors)  # type: ignore[arg-type]
-        step = _in_place if stack.compile is None else direction
+        step = _directed if stack.compile is None else _directed_anew
         u, c, moved = stack.run(step, work.natural, decay, stack.momentum, scale, s)
         if moved is not None and moved is not stack.momentum:
             stack.hold_momentum(moved, state)
         if stack.report is not None:
-            norm = torch.linalg.vector_norm(widen(u), dim=(-2, -1))
-            stack.report |= {"natural_scale": scale, "update": s.lr * c * norm}
+            stack.report |= {"natural_scale": scale, "update": s.lr * c * norm(u)}
+        if isinstance(c, Tensor) and c.ndim > 0:  # the parts of u may have other axes
+            u, c = times(c, u, in_place=u is not stack.momentum), 1.0
         if factors is not stack.factors:
             stack.hold(factors, state, seen=True)
         places = zip(*(layer.parameters for layer in stack.layers), strict=True)
         for place, part in zip(places, stack.layers[0].split(u), strict=True):
             own = settings_of(place[0])
             own = own if ok is None else _masked(own, ok, u)
-            if len(place) == 1:
-                weight_change(part, c, place[0], own, onto=place[0])
-            else:
+            if len(place) > 1 and place[0].numel() <= _JOINED:
                 changes = stack.split(weight_change(part, c, join(place), own))
                 torch._foreach_add_(place, changes)  # type: ignore[arg-type]
+                continue
+            for weight, direct in zip(place, stack.split(part), strict=True):
+                for piece, change in zip(cut(weight), cut(direct), strict=True):
+                    weight_change(change, c, piece, own, onto=piece)
 
 
-# The natural gradient is this step's own, and the momentum is updated where it is. What is compiled
-# cannot be told so: a compiler finds that out by itself.
-_in_place = partial(direction, donate=True)
+def _directed(
+    natural: Tensor, decay: Tensor | None, momentum: Tensor | None, scale: Any, s: Settings
+) -> tuple[Tensor, Any, Tensor | None]:
+    """The direction, its bound and the new momentum.
+
+    The natural gradient is this step's own, and the momentum is updated where it is.
+    """
+    if momentum is not None and momentum.dtype != natural.dtype:
+        u, momentum = direction(natural, decay, momentum, scale, s, donate=True)
+        return u, number(rms_scale(u, s.rms_bound, _norm(u, s))), momentum
+    n, norms = len(cut(natural)), []
+    arrays = ((None,) * n if a is None else cut(a) for a in (natural, decay, momentum))
+    for own, added, old in zip(*arrays, strict=True):
+        part, _ = direction(own, added, old, scale, s, donate=True)
+        norms.append(_norm(part, s))
+    u = natural if momentum is None or part is own else momentum
+    c = rms_scale(u, s.rms_bound, norms[0] if n == 1 else math.hypot(*norms))
+    return u, number(c), momentum
+
+
+def _directed_anew(
+    natural: Tensor, decay: Tensor | None, momentum: Tensor | None, scale: Any, s: Settings
+) -> tuple[Tensor, Any, Tensor | None]:
+    """`_directed` for compilers, which find out by themselves what can be overwritten."""
+    u, moved = direction(natural, decay, momentum, scale, s)
+    return u, rms_scale(u, s.rms_bound), moved
 
 
 def _masked(s: Settings, ok: Tensor, like: Tensor) -> Settings:

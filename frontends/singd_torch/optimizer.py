@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from singd_core import preconditioner
 from singd_core.settings import STRUCTURES, Settings, settings
-from singd_torch import _diagnostics, _fallback, _scaling, _state, _table
+from singd_torch import _diagnostics, _fallback, _pieces, _scaling, _state, _table
 from singd_torch._distributed import reduce_rows
 from singd_torch._estimate import automatic
 from singd_torch._groups import check_group, settings_of
@@ -253,20 +254,18 @@ class SINGD(Watcher):
         grads = [p.grad for p in others if p.grad is not None]
         if scales.grads is not None:
             grads = [g / scales.grads for g in grads]
-        total = sum(
-            (work.s.lr**2 * work.energy.to(device) for work in works),
-            torch.zeros((), device=device),
-        )
-        checked = total if not grads else total + _fallback.norms(grads).to(device)
-        finite = torch.isfinite(checked)
+        total: Any = sum(work.s.lr**2 * _on(device, work.energy) for work in works)
+        checked = total if not grads else total + _on(device, _fallback.norms(grads))
         ok = skip = None
-        if _on_host(device):  # the host knows already: nothing is masked
-            if not finite:
+        known = not isinstance(checked, Tensor) or _pieces.on_host(checked)
+        if known:  # then nothing is masked
+            if not math.isfinite(checked):
                 self._skipped += 1
                 self._warn_skipped()
                 return
         else:
-            ok, skip = finite, (~finite).to(torch.float32)
+            ok = torch.isfinite(checked)
+            skip = (~ok).to(torch.float32)
             self._skipped = self._skipped + skip
 
         apply(works, self.state, lambda p: chosen[id(self._group_of[p])], total, ok)
@@ -393,6 +392,5 @@ def _plain(model: Any) -> nn.Module:
     return plain
 
 
-def _on_host(device: torch.device) -> bool:
-    """Whether reading a tensor's value costs the host no wait."""
-    return device.type == "cpu"
+def _on(device: torch.device, x: Any) -> Any:
+    return x.to(device) if isinstance(x, Tensor) else x

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from singd_core._array import Array, namespace
+from singd_core._array import Array, namespace, sums_of_squares
 from singd_core.curvature.base import (
     LayerKind,
     Shape,
@@ -43,6 +43,12 @@ class Linear(LayerKind):
             x = namespace(x).mean(x, axis=tuple(range(1, x.ndim - 1)))
         A = _as_rows(x)
         return (append_ones(A, 1) if bias else A), A.shape[0]
+
+    def diagonal_rows(self, x: Array, *, bias: bool, kfac_approx: str) -> tuple[Array, int]:
+        """One row of the roots of the diagonal of `AᵀA`: no copy of the input with ones."""
+        A, N = self.inputs(x, bias=False, kfac_approx=kfac_approx)
+        A = namespace(A).sqrt(sums_of_squares(A))[None, :]
+        return (append_ones(A, 1, N**0.5) if bias else A), N
 
     def outputs(self, g: Array, *, kfac_approx: str, loss_average: str | None) -> tuple[Array, int]:
         """The rows `B`, shape `(N, d_out)`, of the gradient `(batch, *shared, d_out)`; and `M`."""

@@ -24,6 +24,10 @@ class StackedLinear(LayerKind):
         """The rows `A`, shape `(N, d_in [+ 1])`, of one part's input; and `N`."""
         return Linear().inputs(x, bias=bias, kfac_approx=kfac_approx)
 
+    def diagonal_rows(self, x: Array, *, bias: bool, kfac_approx: str) -> tuple[Array, int]:
+        """One row of the roots of the diagonal of `AᵀA` of one part's input."""
+        return Linear().diagonal_rows(x, bias=bias, kfac_approx=kfac_approx)
+
     def outputs(self, g: Array, *, kfac_approx: str, loss_average: str | None) -> tuple[Array, int]:
         """The rows `B`, shape `(N, d_out)`, of one part's output gradient; and `M`."""
         return Linear().outputs(g, kfac_approx=kfac_approx, loss_average=loss_average)

@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Self
 
-from singd_core._array import Array, Scalar, expand, eye, full, namespace, sum_of_squares, widen
+from singd_core._array import (
+    Array,
+    Scalar,
+    cast,
+    expand,
+    eye,
+    full,
+    namespace,
+    sum_of_squares,
+    sums_of_squares,
+    widen,
+)
 from singd_core.structures.base import Pattern, structure
 
 
@@ -51,10 +62,9 @@ class Diagonal(Pattern):
     def measured(self, A: Array) -> tuple[Self, Array]:
         # Both from one pass, along the axis that the rows have: for two XLA would write A ∘ A to
         # memory, and along that of Aᵀ a copy of it, 8 and 2 % at the peak.
-        xp, norms = namespace(A), namespace(A).linalg.vector_norm(widen(A), axis=-2)
-        squares = norms * norms
-        H = type(self)(self.diag * self.diag * xp.astype(squares, A.dtype))
-        return H, xp.sum(squares, axis=-1)
+        squares = sums_of_squares(A)
+        H = type(self)(self.diag * self.diag * cast(squares, A))
+        return H, namespace(A).sum(squares, axis=-1)
 
     def gram(self) -> Self:
         return self.square()

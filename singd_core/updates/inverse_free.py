@@ -10,7 +10,7 @@ from singd_core._tree import Tree, tree
 from singd_core.settings import Rate, Settings, is_bound
 from singd_core.structures.base import Structure
 from singd_core.updates.curvature import Averages, Curvature, Measured, measure
-from singd_core.updates.weights import two_sided
+from singd_core.updates.weights import Preconditioner
 
 
 @tree
@@ -37,13 +37,13 @@ class InverseFree(Tree):
 
     def precondition(self, gradient: Array) -> Array:
         """The natural gradient C Cᵀ ∇W K Kᵀ of ∇W, shape (..., d_out, d_in), in the dtype of C."""
-        return two_sided(gradient, self.K, self.K.precondition, self.C, self.C.precondition)
+        return Preconditioner(self.K, self.K.precondition, self.C, self.C.precondition)(gradient)
 
-    def preconditioner(self, T: int) -> Callable[[Array], Array]:
+    def preconditioner(self, T: int) -> Preconditioner:
         """`precondition` for T steps: with K Kᵀ and C Cᵀ formed once where that multiplies less."""
         d_in, d_out = self.K.shape[-1], self.C.shape[-1]
         times_K, times_C = _square(self.K, T * d_out), _square(self.C, T * d_in)
-        return lambda gradient: two_sided(gradient, self.K, times_K, self.C, times_C)
+        return Preconditioner(self.K, times_K, self.C, times_C)
 
     def refresh(
         self,

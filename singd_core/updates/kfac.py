@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Self
 
 from singd_core._array import Array, Scalar, cast, namespace, widen
@@ -11,7 +10,7 @@ from singd_core.settings import Rate, Settings
 from singd_core.structures.base import Structure
 from singd_core.structures.dense import Dense
 from singd_core.updates.curvature import Averages, Curvature, Measured, measure
-from singd_core.updates.weights import two_sided
+from singd_core.updates.weights import Preconditioner
 
 
 @tree
@@ -38,11 +37,11 @@ class KFAC(Tree):
 
     def precondition(self, gradient: Array) -> Array:
         """(S_C + λ_C I)⁻¹ ∇W (S_K + λ_K I)⁻¹ of a gradient, shape (..., d_out, d_in)."""
-        return two_sided(gradient, self.P_K, self.P_K.apply, self.P_C, self.P_C.apply)
+        return self.preconditioner(1)(gradient)
 
-    def preconditioner(self, T: int) -> Callable[[Array], Array]:
+    def preconditioner(self, T: int) -> Preconditioner:
         """`precondition`."""
-        return self.precondition
+        return Preconditioner(self.P_K, self.P_K.apply, self.P_C, self.P_C.apply)
 
     def refresh(
         self,

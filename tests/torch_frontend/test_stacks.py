@@ -69,7 +69,7 @@ def trained(
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let each layer be measured and step for itself."""
     monkeypatch.setattr(_stacks, "_LARGEST", 0)
-    monkeypatch.setattr(_queue, "_LARGEST", 0)
+    monkeypatch.setattr(_queue, "SMALL", 0)
 
 
 def same(model: nn.Module, other: nn.Module) -> None:

@@ -1,0 +1,111 @@
+"""Large matrices take the steps of small ones, piece by piece."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from singd_core.structures import Diagonal
+from singd_core.updates.weights import Preconditioner
+from singd_torch import SINGD, _pieces, _step
+
+CASES: dict[str, dict[str, Any]] = {
+    "diagonal": {"structures": ("diagonal", "diagonal")},
+    "dense K": {"structures": ("dense", "diagonal"), "T": 3},
+    "dense": {"structures": ("dense", "dense")},
+    "paper": {"recipe": "paper", "structures": ("diagonal", "diagonal"), "lr": 1e-2},
+    "paper, decay": {"recipe": "paper", "structures": ("tril", "diagonal"), "weight_decay": 0.1},
+    "no momentum": {"structures": ("diagonal", "diagonal"), "momentum": 0.0},
+    "other dtype": {
+        "structures": ("diagonal", "diagonal"),
+        "preconditioner_dtype": (torch.float64, torch.float64),
+    },
+}
+
+
+class Network(nn.Module):
+    """A layer without a bias, a transposed convolution, groups, and a layer with a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose1d(2, 3, 3)
+        self.groups = nn.Conv1d(3, 6, 3, groups=3)
+        self.first = nn.Linear(24, 7, bias=False)
+        self.last = nn.Linear(7, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.groups(torch.tanh(self.up(x)))
+        return self.last(torch.tanh(self.first(x.flatten(1))))  # type: ignore[no-any-return]
+
+
+def run(given: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    optimizer = SINGD(model, **given)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(4):
+        optimizer.zero_grad()
+        x = torch.randn(6, 2, 4, generator=generator)
+        F.cross_entropy(model(x), torch.randint(5, (6,), generator=generator)).backward()
+        optimizer.step()
+    state = {
+        f"{name}/{k}": v
+        for name, p in model.named_parameters()
+        for k, v in optimizer.state[p].items()
+    }
+    return dict(model.named_parameters()) | state
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_pieces_take_the_steps_of_the_whole(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = Network()
+    twin = copy.deepcopy(model)
+    expected = run(CASES[case], model)
+    monkeypatch.setattr(_pieces, "_PIECE", 16)
+    cuts: list[int] = []
+
+    def counted(x: Tensor, cut: Callable[[Tensor], Any] = _pieces.cut) -> Any:
+        found = cut(x)
+        cuts.append(len(found))
+        return found
+
+    monkeypatch.setattr(_step, "cut", counted)
+    ours = run(CASES[case], twin)
+    assert max(cuts) > 2
+    assert ours.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_preconditioner_of_some_rows() -> None:
+    K, C = (Diagonal(torch.rand(d) + 0.5) for d in (4, 3))
+    gradient = torch.randn(3, 4)
+    whole = Preconditioner(K, K.precondition, C, C.precondition)
+    rows = whole.rows(slice(1, 3))
+    assert rows is not None
+    torch.testing.assert_close(rows(gradient[1:3]), whole(gradient)[1:3])
+
+
+def test_a_step_that_is_not_finite_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_pieces, "_PIECE", 16)
+    torch.manual_seed(0)
+    model = Network()
+    optimizer = SINGD(model, **CASES["diagonal"])
+    for bad in (0.0, float("nan"), float("inf")):
+        before = copy.deepcopy(dict(model.named_parameters()))
+        optimizer.zero_grad()
+        F.cross_entropy(model(torch.randn(6, 2, 4)), torch.zeros(6, dtype=torch.long)).backward()
+        assert model.first.weight.grad is not None
+        model.first.weight.grad[5, 3] += bad
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="a gradient or a layer's row was NaN")
+            optimizer.step()
+        for name, p in model.named_parameters():
+            assert torch.equal(p, before[name]) == (bad != 0.0), name
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="a gradient or a layer's row was NaN")
+        assert optimizer.skipped == 2
