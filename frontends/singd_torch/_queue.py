@@ -11,7 +11,7 @@ from singd_torch._pending import Pending, Rows
 
 # In numbers. What waits is copied, since its memory may be used anew before it is measured, and is
 # held for a while: a call with more rows is worth products of its own.
-_MOST = 1 << 18
+_MOST = 3 << 17
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
