@@ -101,8 +101,12 @@ class MultiSteps(optax.MultiSteps):  # type: ignore[misc]
                 "singd_jax.MultiSteps accumulates the curvature: give tx.update(grads, state, "
                 "params, curvature=curvature) that of value_and_curvature"
             )
-        both = _Both(updates, dict(curvature))
-        return super().update(both, state, params, micro_batches=state.mini_step + 1, **extra)
+        both, n = _Both(updates, dict(curvature)), state.mini_step + 1
+        changes, state = super().update(both, state, params, micro_batches=n, **extra)
+        # optax empties what it has accumulated by a product with 0, which NaN survives
+        begins = state.mini_step == 0
+        kept = jax.tree.map(lambda a: jnp.where(begins, 0, a).astype(a.dtype), state.acc_grads)
+        return changes, state._replace(acc_grads=kept)
 
 
 def _with_mean(name: str, curvature: Curvature, n: Array) -> Curvature:

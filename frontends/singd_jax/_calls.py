@@ -172,29 +172,37 @@ def gather(
     params: Mapping[str, Any], view: View, index: Sequence[int], y: Sequence[int]
 ) -> Call | str:
     """Rows looked up in a parameter by an index of shape `index`; or why it is no embedding."""
-    numbers = params["dimension_numbers"]
+    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
     batching = getattr(numbers, "operand_batching_dims", ())
-    if len(numbers.collapsed_slice_dims) != 1 or batching:
+    picked = [d for d, n in enumerate(view.shape) if sizes[d] != n]
+    if len(picked) != 1 or batching:
         return "indexed along several axes"
-    (axis,) = numbers.collapsed_slice_dims
-    rest = [d for d in range(len(view.dims)) if d != axis]
-    whole = all(params["slice_sizes"][d] == view.shape[d] for d in rest)
-    if tuple(numbers.start_index_map) != (axis,) or not whole or not view.dims[axis]:
+    (axis,), mapped = picked, list(numbers.start_index_map)
+    collapsed, features = tuple(numbers.collapsed_slice_dims), list(numbers.offset_dims)
+    if collapsed == ():  # as vmap makes it of a single index
+        features.remove(numbers.offset_dims[axis])
+    # whatever else is an index has one place to be clipped to
+    clipped = mapped == [axis] or str(params["mode"]).endswith("CLIP")
+    if collapsed not in ((), (axis,)) or sizes[axis] != 1 or axis not in mapped or not clipped:
         return "indexed in part"
-    free = [d for d in range(len(y)) if d not in numbers.offset_dims]
+    rest = [d for d in range(len(view.dims)) if d != axis]
+    free = [d for d in range(len(y)) if d not in features]
     outs, entries = _atoms(view, rest), view.shape[axis]
     layer = Embedding(entries)
 
+    def places(x: Array) -> Array:
+        return x[..., mapped.index(axis)]
+
     def inputs(x: Array, bias: bool, how: str) -> Array:
-        return layer.inputs(x[..., 0], bias=bias, kfac_approx=how)[0]
+        return layer.inputs(places(x), bias=bias, kfac_approx=how)[0]
 
     def outputs(g: Array, how: str) -> Array:
-        g = _features(g, (), free, list(numbers.offset_dims), outs)
+        g = _features(g, (), free, features, outs)
         return layer.outputs(g, kfac_approx=how, loss_average=None)[0]
 
     def product(x: Array, g: Array) -> Array:
-        B = outputs(g, EXPAND)
-        return jnp.zeros((B.shape[-1], entries), B.dtype).at[:, x.reshape(-1)].add(B.T, mode="drop")
+        B, at = outputs(g, EXPAND), places(x).reshape(-1)
+        return jnp.zeros((B.shape[-1], entries), B.dtype).at[:, at].add(B.T, mode="drop")
 
     along: list[tuple[Atom, ...]] = [()] * len(y)
     return Call(

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from singd_core._array import Array
 from singd_core.preconditioner import Factors
 from singd_core.updates.curvature import Curvature, Measured
-from singd_core.updates.inverse_free import InverseFree
 from singd_jax._axes import Key
 from singd_jax._calls import Call
 from singd_jax._layers import TRANSPOSED, UPRIGHT, Layer, Layers, Role
@@ -70,6 +69,11 @@ def value_and_curvature(
     ) -> tuple[Any, Any, dict[str, Curvature]]:
         own = find_state(state)
         factors, slots = _ports(layers, own)
+        if own.core.layers and len(layers) and not factors:
+            raise ValueError(
+                f"the state is that of {', '.join(own.core.layers)}, and the layers are "
+                f"{', '.join(layers)}: give both the same layers"
+            )
         needed = layers.loss_average == "batch" or layers.kfac_approx == "reduce"
         n = size_of_batch(layers.batch_size, batch, keywords) if needed else None
         whole = own.due is None or branch == "layer"
@@ -147,7 +151,8 @@ class Tapped:
 
         def function(arrays: list[Array], slots: Mapping[str, Any]) -> Any:
             ports = {key: Port(slots[name], factors.get(name)) for key, name in keys.items()}
-            tracer = Tracer(self.batch_size, visit)
+            stacks = {key: self.layers[name].weight.stack for key, name in keys.items()}
+            tracer = Tracer(self.batch_size, visit, stacks)
             return evaluate(self.loss, tracer, leaves, arrays, ports, batch, keywords)
 
         value, (grads, got) = jax.value_and_grad(function, argnums=(0, 1), has_aux=has_aux)(
@@ -188,7 +193,7 @@ def _measure(call: Call, layer: Layer, kfac_approx: str) -> Callable[..., Sums]:
 def _ports(layers: Layers, own: SingdState) -> tuple[dict[str, Factors], dict[str, Any]]:
     """What each layer is measured with, and zeros for what its roles add up."""
     factors = {
-        name: _measuring(layer.factors) for name, layer in own.core.layers.items() if name in layers
+        name: layer.factors.measuring() for name, layer in own.core.layers.items() if name in layers
     }
     slots = {
         name: dict.fromkeys(layers[name].roles, _slot(layers[name], factors[name]))
@@ -207,13 +212,6 @@ def blank(layers: Layers, own: SingdState) -> dict[str, Curvature]:
     }
 
 
-def _measuring(factors: Factors) -> Factors:
-    """The factors with only what `measure` needs."""
-    if isinstance(factors, InverseFree):
-        return dataclasses.replace(factors, m_K=None, m_C=None, averages=None)  # type: ignore[arg-type]
-    return dataclasses.replace(factors, P_K=None, P_C=None, averages=None)  # type: ignore[arg-type]
-
-
 def _slot(layer: Layer, factors: Factors) -> Sums:
     """Zeros of the shapes that `measure` returns."""
     stack, d_out, d_in = layer.shape
@@ -223,7 +221,9 @@ def _slot(layer: Layer, factors: Factors) -> Sums:
         number = jnp.zeros(stack, jnp.float32)
         return Sums(*factors.measure(A, B), number, number)
 
-    shapes = jax.eval_shape(shaped, factors)
+    # as on one device: their products need no type that says how they are sharded
+    plain = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), factors)
+    shapes = jax.eval_shape(shaped, plain)
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)  # type: ignore[no-any-return]
 
 

@@ -56,7 +56,9 @@ def cond(
 
     def branch(closed: Any) -> Callable[..., Any]:
         def body(values: Any, ports: Any) -> Any:
-            return tracer.run(closed.jaxpr, closed.consts, values, origins[1:], ports)[0]
+            results, found = tracer.run(closed.jaxpr, closed.consts, values, origins[1:], ports)
+            _note_returned(tracer, found, "cond")
+            return results
 
         return body
 
@@ -80,7 +82,8 @@ def scan(
         if isinstance(o, Join):
             tracer.note(o, "scanned over as a concatenation")
     inside = [*origins[:n_consts], *[None] * n_carry, *entered]
-    sliced = {k: v for k, v in ports.items() if reaches(origins[first:], k)}
+    scanned = [o for o in origins[first:] if isinstance(o, View)]
+    sliced = {k: v for k, v in ports.items() if _stacked(scanned, k, tracer.stacks[k])}
     whole = {k: v for k, v in ports.items() if k not in sliced}
     stacks = {k: port.factors for k, port in sliced.items()}
     slots = {k: port.slot for k, port in sliced.items()}
@@ -89,7 +92,8 @@ def scan(
         xs, slots, i = xs
         mine = {k: Port(slot, Slice(stacks[k], i)) for k, slot in slots.items()}
         args = [*values[:n_consts], *carry, *xs]
-        results, _ = tracer.run(body.jaxpr, body.consts, args, inside, {**whole, **mine})
+        results, found = tracer.run(body.jaxpr, body.consts, args, inside, {**whole, **mine})
+        _note_returned(tracer, found, "scan")
         return results[:n_carry], results[n_carry:]
 
     carry, ys = jax.lax.scan(
@@ -213,6 +217,21 @@ def reaches(origins: Sequence[Origin], key: Any) -> bool:
         if any(isinstance(view, View) and view.holds(key) for view in views):
             return True
     return False
+
+
+def _note_returned(tracer: Tracer, origins: Sequence[Origin], name: str) -> None:
+    for origin in origins:
+        tracer.note(origin, f"returned by a `{name}`")
+
+
+def _stacked(views: Sequence[View], key: Any, stack: Sequence[Any]) -> bool:
+    """Whether a scan over the first axes of the views takes one layer of a stack after the other.
+
+    The weight may be scanned along another axis besides, by something that is no layer.
+    """
+    return any(
+        view.holds(key) and list(stack[len(view.stack) :])[:1] == [view.dims[0]] for view in views
+    )
 
 
 # The equations by their old and new names.

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from singd_core import preconditioner
-from singd_core._array import Array
+from singd_core._array import Array, ranged
 from singd_core.curvature.base import is_expand, loss_terms
 from singd_jax._axes import Key, merged
 from singd_jax._calls import Call
@@ -78,7 +79,8 @@ def find_layers(
             others=search.others(),
             shapes={k: tuple(a.shape) for k, a in zip(leaves.names, leaves.arrays, strict=True)},
             itemsizes={
-                k: a.dtype.itemsize for k, a in zip(leaves.names, leaves.arrays, strict=True)
+                k: ranged(jnp.zeros((0,), a.dtype)).dtype.itemsize
+                for k, a in zip(leaves.names, leaves.arrays, strict=True)
             },
             structures=pair(structures),
             kfac_approx=kfac_approx,
@@ -118,12 +120,19 @@ class _Search:
     def others(self) -> dict[str, str]:
         """Why the remaining parameters belong to no layer."""
         owned = {name for layer in self.layers.values() for name in layer.leaves}
-        found = {}
+        biases = {
+            bias.view.leaf: self.leaves.names[leaf]
+            for (leaf, _), found in self.tracer.biases.items()
+            for bias in found.values()
+        }
+        others = {}
         for i, name in enumerate(self.leaves.names):
             if name not in owned:
-                read = "; ".join(self.tracer.reads.get(i, ()))
-                found[name] = self.reasons.get(name) or read or "not read by the loss"
-        return found
+                reason = self.reasons.get(name) or "; ".join(self.tracer.reads.get(i, ()))
+                if not reason and i in biases:
+                    reason = f"the bias of {biases[i]}, which forms no layer"
+                others[name] = reason or "not read by the loss"
+        return others
 
     def _layer(self, key: Key, calls: dict[Path, Call], kfac_approx: str) -> Layer | None:
         """The layer of a region of a leaf, or None with a reason."""

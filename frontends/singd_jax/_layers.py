@@ -168,7 +168,7 @@ class Layers(Mapping[str, Layer]):
         found: The layers.
         others: For each other parameter the reason.
         shapes: The shape of each parameter.
-        itemsizes: The bytes of one entry of each parameter.
+        itemsizes: The bytes of one number of the factors of each parameter.
         structures: Of K and C, unless the optimizer is told others; None takes what fits each.
         kfac_approx: "expand" or "reduce".
         loss_average: What the loss is a mean of.
@@ -225,11 +225,20 @@ class Layers(Mapping[str, Layer]):
         for n in stack:
             count *= n
         total = count * itemsize * (K.numbers(d_in) + C.numbers(d_out))
-        bias = "" if layer.bias is None else f" + {layer.bias.name.rpartition('.')[2]}"
+        bias = "" if layer.bias is None else f" + {_short(layer.bias.name)}"
         matrix = _times((d_out, d_in)) if not stack else f"{_times(stack)} of {d_out}×{d_in}"
         notes = "; ".join([*(f"also {reason}" for reason in layer.elsewhere), *layer.notes])
         shape = _times(self.shapes[layer.weight.name])
         return layer.name + bias, shape, layer.kind, matrix, K.name, C.name, f"{total:,}", notes
+
+
+def _short(name: str) -> str:
+    """The last part of a name that says something.
+
+    Names of flax.nnx end in "value", those of entries of lists in numbers.
+    """
+    *_, last = [part for part in name.split(".") if part != "value"] or [name]
+    return name if last.isdigit() else last
 
 
 def pair(structures: Any) -> Wanted:

@@ -31,13 +31,14 @@ class Leaves:
     @classmethod
     def of(cls, params: Any) -> Leaves:
         """Those that are arrays of floating-point numbers."""
-        flat, tree = _flatten_with_path(params)
+        tree: Any
+        flat, tree = jax.tree_util.tree_flatten_with_path(params)
         trained = [_is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating) for _, leaf in flat]
         names = [_name(path) for path, _ in flat]
         if len(set(names)) < len(names):  # {"a.b": ...} beside {"a": {"b": ...}}
             names = [jax.tree_util.keystr(path) for path, _ in flat]
 
-        def join(leaves: Sequence[Any], other: Any = None) -> Any:
+        def join(leaves: Sequence[Any]) -> Any:
             new = iter(leaves)
             pairs = zip(flat, trained, strict=True)
             return tree.unflatten([next(new) if own else leaf for (_, leaf), own in pairs])
@@ -100,7 +101,7 @@ def size_of_batch(given: Any, batch: tuple[Any, ...], keywords: Mapping[str, Any
     """
     if given is not None:
         return int(given(*batch, **keywords)) if callable(given) else int(given)
-    flat, _ = _flatten_with_path((batch, dict(keywords)))
+    flat, _ = jax.tree_util.tree_flatten_with_path((batch, dict(keywords)))
     sizes = {
         ("batch" + jax.tree_util.keystr(path[1:])): value.shape[0]
         for path, value in flat
@@ -129,7 +130,3 @@ def _is_key(value: Any) -> bool:
 
 def _name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".") or "params"
-
-
-def _flatten_with_path(tree: Any) -> Any:
-    return jax.tree_util.tree_flatten_with_path(tree)

@@ -40,7 +40,7 @@ def find_state(opt_state: Any) -> SingdState:
     if len(found) != 1:
         raise ValueError(
             f"the optimizer's state holds {len(found)} states of singd where one is needed: pass "
-            "what `tx.init(params)` returned"
+            "what `tx.init(params)` returned, of a transformation with one singd in it"
         )
     return found[0]  # type: ignore[no-any-return]
 

@@ -17,6 +17,7 @@ from singd_core.optimizer import LayerState, Optimizer, State
 from singd_core.preconditioner import Factors
 from singd_core.updates.adamw import Fallback, Moments
 from singd_core.updates.curvature import Curvature
+from singd_jax import _compat
 from singd_jax._curvature import joined
 from singd_jax._layers import Layer, Layers, pair
 from singd_jax._loss import Leaves
@@ -44,7 +45,7 @@ class Steps:
         schedules = {name: given[name] for name in _RATES if callable(given.get(name))}
         started = {name: schedule(0) for name, schedule in schedules.items()}
         # T may be an array (inject_hyperparams makes one), which the core need not know
-        counted = T if T is None or isinstance(T, int) else 1
+        counted = T if T is None or isinstance(T, (int, float)) else 1
         self.optimizer = Optimizer(
             {},
             recipe=recipe,
@@ -63,6 +64,12 @@ class Steps:
         leaves = Leaves.of(params)
         arrays = dict(zip(leaves.names, leaves.arrays, strict=True))
         found = self._present(arrays)
+        owners = [leaf for layer in self.layers.values() for leaf in layer.leaves]
+        if owners and not any(leaf in arrays for leaf in owners):
+            raise ValueError(
+                f"the layers are those of {', '.join(self.layers)}, and none of them is among the "
+                f"parameters {', '.join(arrays)}: find the layers of the loss of these"
+            )
         owned = {name for layer in found.values() for name in layer.leaves}
         dtypes = {name: arrays[layer.weight.name].dtype for name, layer in found.items()}
         # Compiled, so that no array is tied to a device: the core makes them on that of another
@@ -90,10 +97,18 @@ class Steps:
             raise ValueError(
                 "singd needs the parameters: tx.update(grads, state, params, curvature=curvature)"
             )
-        optimizer, core = self._at(state.core), state.core
-        refreshed = self._refreshed(optimizer, state, curvature)
-        gradients, tree = _arrays(grads)
-        weights, _ = _arrays(params)
+        update = _compat.auto_sharded(self._update, (grads, state))
+        return update(grads, state, params, curvature)  # type: ignore[no-any-return]
+
+    def _update(
+        self,
+        grads: Any,
+        state: SingdState,
+        params: Any,
+        curvature: Mapping[str, Curvature] | None,
+    ) -> tuple[Any, SingdState]:
+        core, (gradients, tree), (weights, _) = state.core, _arrays(grads), _arrays(params)
+        optimizer, refreshed = self._begun(state, curvature)
         new, stepped = optimizer.update(
             self._matrices(gradients, core),
             core,
@@ -112,9 +127,14 @@ class Steps:
     ) -> tuple[Any, SingdState]:
         """The natural gradients of the layers, and the new state; `params` may be None."""
         del params
-        optimizer, core = self._at(state.core), state.core
-        refreshed = self._refreshed(optimizer, state, curvature)
-        gradients, tree = _arrays(grads)
+        precondition = _compat.auto_sharded(self._precondition, (grads, state))
+        return precondition(grads, state, curvature)  # type: ignore[no-any-return]
+
+    def _precondition(
+        self, grads: Any, state: SingdState, curvature: Mapping[str, Curvature] | None
+    ) -> tuple[Any, SingdState]:
+        core, (gradients, tree) = state.core, _arrays(grads)
+        _, refreshed = self._begun(state, curvature)
         new, total = self._matrices(gradients, core, others=True), jnp.zeros(())
         layers = {}
         for name, matrix in new.items():
@@ -146,23 +166,28 @@ class Steps:
         optimizer.fallback = dataclasses.replace(optimizer.fallback, **own)
         return optimizer
 
-    def _refreshed(
-        self, optimizer: Optimizer, state: SingdState, curvature: Mapping[str, Curvature] | None
-    ) -> dict[str, Factors]:
-        core = state.core
-        known = {k: c for k, c in joined(curvature or {}).items() if k in core.layers}
-        if not known:
-            return {}
-        old = {name: core.layers[name].factors for name in known}
-        if state.T is None:
-            return optimizer.refresh(core, known)
-        return jax.lax.cond(  # type: ignore[no-any-return]
+    def _begun(
+        self, state: SingdState, curvature: Mapping[str, Curvature] | None
+    ) -> tuple[Optimizer, dict[str, Factors]]:
+        """The optimizer of this step, and the factors of the layers of which there is curvature."""
+        optimizer, core = self._at(state.core), state.core
+        given = joined(curvature or {})
+        known = {k: c for k, c in given.items() if k in core.layers}
+        if given and core.layers and not known:
+            raise ValueError(
+                f"the curvature is that of {', '.join(given)}, and the state that of "
+                f"{', '.join(core.layers)}: give both the same layers"
+            )
+        if not known or state.T is None:
+            return optimizer, optimizer.refresh(core, known)
+        refreshed = jax.lax.cond(
             core.step % self.T == 0,
             lambda known, old: optimizer.refresh(core, known),
             lambda known, old: old,
             known,
-            old,
+            {name: core.layers[name].factors for name in known},
         )
+        return optimizer, refreshed
 
     def _counted(self, core: State, stepped: State) -> SingdState:
         step = core.step + 1  # also where nothing else has changed

@@ -5,11 +5,12 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from singd_core._array import Array
 from singd_jax import _calls, _compat
-from singd_jax._axes import Key, View, axes_of, rearranged
+from singd_jax._axes import Group, Key, View, axes_of, rearranged
 from singd_jax._calls import Call, Cut
 from singd_jax._enter import CALLS, reaches
 from singd_jax._joins import Join, cuts
@@ -32,8 +33,14 @@ class Tracer:
         reads: For each leaf the other equations that read it.
     """
 
-    def __init__(self, batch_size: int | None, visit: Visit) -> None:
-        self.batch_size, self.visit = batch_size, visit
+    def __init__(
+        self,
+        batch_size: int | None,
+        visit: Visit,
+        stacks: Mapping[Key, Sequence[Group]] = MappingProxyType({}),
+    ) -> None:
+        """`stacks` has for each port the axes of its leaf that stack equal layers."""
+        self.batch_size, self.visit, self.stacks = batch_size, visit, stacks
         self.calls: dict[Key, dict[Path, Call]] = collections.defaultdict(dict)
         self.biases: dict[Key, dict[Path, Bias]] = collections.defaultdict(dict)
         self.reads: dict[int, dict[str, None]] = collections.defaultdict(dict)
@@ -92,6 +99,8 @@ class Tracer:
             finally:
                 self._within = within
         results = _compat.evaluate(eqn, values)
+        if eqn.primitive.name == "optimization_barrier":
+            return results, origins
         if eqn.primitive.name == "split" and isinstance(origins[0], View):
             return results, self._split(origins[0], eqn.params["axis"], eqn.params["sizes"])
         return results, [self._single(eqn, values, origins, results, ports), *none[1:]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -95,8 +96,18 @@ def scale_by_singd(
     structures: Any = None,
     recipe: str = "robust",
     T: Any = None,
+    lr_cov: Rate = None,
+    damping: Rate = None,
+    relative_damping: bool | None = None,
+    alpha1: Rate = None,
+    kfac_like: bool | None = None,
+    normalize_lr_cov: bool | None = None,
+    scaled_start: bool | None = None,
+    early_averaging: bool | None = None,
+    factor_bound: float | None = None,
+    order: int | None = None,
+    kfac: bool | None = None,
     preconditioner_dtype: tuple[Any, Any] = (None, None),
-    **given: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """The bare preconditioner: C Cᵀ ∇W K Kᵀ in place of the gradient of each layer.
 
@@ -110,14 +121,24 @@ def scale_by_singd(
             the recipe's.
         recipe: "robust" or "paper": the values of all settings not given.
         T: Steps between two refreshes of the factors.
+        lr_cov: As of `singd`, as all that follow.
+        damping: Damping (λ).
+        relative_damping: `damping` is a share of the curvature's mean diagonal.
+        alpha1: Riemannian momentum of the factors (α₁).
+        kfac_like: The IKFAC form of the update.
+        normalize_lr_cov: The authors' normalization of the factor step.
+        scaled_start: Start the factors at the scale of the first curvature.
+        early_averaging: Average the first curvatures.
+        factor_bound: Bound on the factor step.
+        order: Terms of the exponential.
+        kfac: Use KFAC with its inverses, the baseline.
         preconditioner_dtype: Of K and of C; None is the weight's, float32 for float16.
-        **given: Settings of the factors, e.g. `damping` or `lr_cov`, as of `singd`.
 
     Raises:
         ValueError: If a setting is out of range or a name unknown.
     """
-    given |= {"momentum": 0.0, "kl_bound": float("inf"), "rms_bound": float("inf")}
-    steps = Steps(layers, structures, recipe, T, preconditioner_dtype, None, **given)
+    given = dict(locals()) | {"momentum": 0.0, "kl_bound": math.inf, "rms_bound": math.inf}
+    steps = Steps(fallback=None, **given)
     return _transformation(functools.partial(steps.init, others=False), steps.precondition)
 
 

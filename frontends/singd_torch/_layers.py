@@ -20,8 +20,8 @@ from singd_torch._pending import Pending, Rows
 
 # Calls of fewer numbers are measured together.
 SMALL = 1 << 16
-# Numbers that patches may always have; more, where the input has more.
-_PATCHES = 1 << 20
+# Numbers that patches may always have; or else a quarter of what the input has.
+_PATCHES = 1 << 18
 
 Key: TypeAlias = tuple[int | None, bool]
 
@@ -129,10 +129,11 @@ class Layer:
             return
         if source.swapped and self.bias is not None:  # a look-up does not see the bias
             rows = dataclasses.replace(rows, B=torch.nn.functional.pad(rows.B, (0, 1)))
-        yield rows
-        for piece in others:
+        B, *more = torch.tensor_split(rows.B, 1 + len(others), dim=-2)
+        yield dataclasses.replace(rows, B=B)
+        for piece, B in zip(others, more, strict=True):
             A, N = kind.inputs(piece, bias=bias, kfac_approx=group["kfac_approx"])
-            yield Rows(A, N, rows.B[..., :0, :], rows.M)
+            yield Rows(A, N, B, rows.M)
 
     def _pieces(self, kind: LayerKind, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
         """The samples of an input in pieces, lest their patches be what sets the peak of memory."""
@@ -142,7 +143,7 @@ class Layer:
             return (x,)
         groups, _, d_in = self.shape
         each = math.prod(groups) * d_in * math.prod(g.shape[2:])  # numbers a sample
-        return torch.split(x, max(1, max(x.numel(), _PATCHES) // max(1, each)))
+        return torch.split(x, max(1, max(x.numel() // 4, _PATCHES) // max(1, each)))
 
     def add(self, key: Key, new: Pending) -> None:
         """Add what was measured of one call."""

@@ -104,7 +104,8 @@ class Pending:
     ) -> list[Pending]:
         """The sums over the rows of each call, measured as one: the calls are of equal layers."""
         A, B = join([call.A for call in rows]), join([call.B for call in rows])
-        inputs, outputs = join_trees(factors).measure(*((B, A) if swapped else (A, B)))
+        joined = join_trees([own.measuring() for own in factors])
+        inputs, outputs = joined.measure(*((B, A) if swapped else (A, B)))
         sums = zip(tree_parts(inputs, len(rows)), tree_parts(outputs, len(rows)), strict=True)
         return [
             cls(own_inputs, call.N, own_outputs, 0, call.M, backward, swapped)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -60,21 +61,27 @@ class Stack:
             elif not layer.fits():
                 layer.factors = _state.moved(layer, settings_of(layer.group))
         factors = [layer.factors for layer in self.layers if layer.factors is not None]
-        self.hold(join_trees(factors).map(_owned), state)
-        self.momentum = None
+        self.factors = self.momentum = None
+        self.hold(join_trees(factors).map(partial(_owned, set())), state)
         momenta = [state.get(layer.weight, {}).get(_state.MOMENTUM) for layer in self.layers]
         if any(m is not None for m in momenta):
             zero = _state.no_momentum(self.layers[0])
             found = join([zero if m is None else m.to(zero) for m in momenta])
-            self.hold_momentum(_owned(found), state)
+            self.hold_momentum(_owned(set(), found), state)
 
     def hold(self, factors: Factors, state: State, *, seen: bool = False) -> None:
         """Have these factors from now on; `seen` if rows have reached them."""
-        self.factors, self.preconditioner = factors, None
-        for layer, own in zip(self.layers, tree_parts(factors, len(self.layers)), strict=True):
-            layer.factors, layer.seen = own, layer.seen or seen
-            if layer.seen:
-                state[layer.weight].update(own.named_arrays())
+        self.preconditioner = None
+        if self.factors is None:
+            self.factors = factors
+            for layer, own in zip(self.layers, tree_parts(factors, len(self.layers)), strict=True):
+                layer.factors = own
+        else:  # where they are: the layers' own are views
+            self.factors.map(Tensor.copy_, factors)  # type: ignore[arg-type]
+        for layer in self.layers:
+            layer.seen = layer.seen or seen
+            if layer.seen and layer.factors is not None:
+                state[layer.weight].update(layer.factors.named_arrays())
 
     def is_tied(self, state: State) -> bool:
         """Whether it has what the state has, which others may write to, in the weights' dtype."""
@@ -140,10 +147,17 @@ def stacks(layers: Iterable[Layer]) -> list[Stack]:
     return [Stack(equal) for equal in found.values()]
 
 
-def _owned(tensor: Tensor) -> Tensor:
-    """The tensor, in memory of its own where it was a part of more: that would be kept alive."""
-    whole = tensor.untyped_storage().nbytes() // max(1, tensor.element_size())
-    return tensor if whole == tensor.numel() else tensor.clone()
+def _owned(taken: set[int], tensor: Tensor) -> Tensor:
+    """The tensor, in memory of its own where it was a part of more, or where that is taken.
+
+    It would keep the rest alive, and it will be written to.
+    """
+    memory = tensor.untyped_storage()
+    whole = memory.nbytes() // max(1, tensor.element_size())
+    if whole != tensor.numel() or (whole and memory.data_ptr() in taken):
+        tensor = tensor.clone()
+    taken.add(tensor.untyped_storage().data_ptr())
+    return tensor
 
 
 def _likeness(layer: Layer) -> Any:

@@ -96,25 +96,43 @@ def _solve(
     if curvature is not None:
         factors = factors.refresh(curvature, lr_cov, s, report)
     preconditioner = preconditioner or factors.preconditioner(1)
-    pieces = cut(gradient)
-    if len(pieces) == 1 or preconditioner.rows(slice(0)) is None:
-        natural = preconditioner(gradient)
-        scale = number(rms_scale(natural, s.rms_bound, _norm(natural, s)))
-        return factors, natural, scale, number(total(scale * inner(gradient, natural)))
-    dtype = preconditioner.C.like.dtype
-    in_place = donate and gradient.dtype == dtype
+    if len(cut(gradient)) > 1:
+        return factors, *_solve_by_pieces(preconditioner, gradient, s, donate)
+    natural = preconditioner(gradient)
+    scale = number(rms_scale(natural, s.rms_bound, _norm(natural, s)))
+    return factors, natural, scale, number(total(scale * inner(gradient, natural)))
+
+
+def _solve_by_pieces(
+    preconditioner: Preconditioner, gradient: Tensor, s: Settings, donate: bool
+) -> tuple[Tensor, float, float]:
+    """The last three attributes of `Work` of a large matrix, without temporaries of its size."""
+    dtype, by_rows = preconditioner.C.like.dtype, preconditioner.rows(slice(0)) is not None
+    in_place = by_rows and donate and gradient.dtype == dtype
     natural = gradient if in_place else torch.empty_like(gradient, dtype=dtype)
-    start, norms, energy = 0, [], 0.0
-    for piece, place in zip(pieces, cut(natural), strict=True):
-        rows = preconditioner.rows(slice(start, start + len(piece)))
-        assert rows is not None
-        found = rows(piece)
+    norms, energy = [], 0.0
+
+    def keep(own: Tensor, found: Tensor, place: Tensor) -> None:
+        nonlocal energy
         norms.append(_norm(found, s))
-        energy += number(inner(piece, found))
+        energy += number(inner(own, found))
         place.copy_(found)
-        start += len(piece)
+
+    pieces = zip(cut(gradient), cut(natural), strict=True)
+    if by_rows:
+        start = 0
+        for own, place in pieces:
+            rows = preconditioner.rows(slice(start, start + len(own)))
+            assert rows is not None
+            keep(own, rows(own), place)
+            start += len(own)
+    else:
+        for own, place in pieces:
+            place.copy_(preconditioner.right(own))
+        for own, place in zip(cut(gradient.mT), cut(natural.mT), strict=True):
+            keep(own.mT, preconditioner.left(place.mT), place.mT)
     scale = rms_scale(natural, s.rms_bound, math.hypot(*norms))
-    return factors, natural, scale, scale * energy
+    return natural, scale, scale * energy
 
 
 def _norm(x: Tensor, s: Settings) -> Any:

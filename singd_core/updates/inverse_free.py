@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Self
 
@@ -34,6 +35,10 @@ class InverseFree(Tree):
     def measure(self, A: Array, B: Array) -> tuple[Measured, Measured]:
         """Π̂(KᵀAᵀA K) and Π̂(CᵀBᵀB C) of rows A, shape (..., n, d_in), and B, (..., n, d_out)."""
         return measure(self.K, A), measure(self.C, B)
+
+    def measuring(self) -> Self:
+        """What `measure` needs; the rest is None."""
+        return dataclasses.replace(self, m_K=None, m_C=None, averages=None)  # type: ignore[arg-type]
 
     def precondition(self, gradient: Array) -> Array:
         """The natural gradient C Cᵀ ∇W K Kᵀ of ∇W, shape (..., d_out, d_in), in the dtype of C."""

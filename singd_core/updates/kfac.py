@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Self
 
 from singd_core._array import Array, Scalar, cast, namespace, widen
@@ -34,6 +35,10 @@ class KFAC(Tree):
     def measure(self, A: Array, B: Array) -> tuple[Measured, Measured]:
         """AᵀA and BᵀB of rows A, shape (..., n, d_in), and B, shape (..., n, d_out)."""
         return measure(self.S_K, A, identity=True), measure(self.S_C, B, identity=True)
+
+    def measuring(self) -> Self:
+        """What `measure` needs; the rest is None."""
+        return dataclasses.replace(self, P_K=None, P_C=None, averages=None)  # type: ignore[arg-type]
 
     def precondition(self, gradient: Array) -> Array:
         """(S_C + λ_C I)⁻¹ ∇W (S_K + λ_K I)⁻¹ of a gradient, shape (..., d_out, d_in)."""

@@ -74,8 +74,15 @@ class Preconditioner:
 
     def __call__(self, gradient: Array) -> Array:
         """The natural gradient."""
-        right = self.times_K(cast(gradient, self.K.like).mT).mT
-        return self.times_C(cast(right, self.C.like))
+        return self.left(self.right(gradient))
+
+    def right(self, gradient: Array) -> Array:
+        """∇W P_K, which acts on each row."""
+        return self.times_K(cast(gradient, self.K.like).mT).mT
+
+    def left(self, X: Array) -> Array:
+        """P_C X, which acts on each column."""
+        return self.times_C(cast(X, self.C.like))
 
     def rows(self, j: slice) -> Preconditioner | None:
         """The one of the rows `j` of ∇W alone, or None where P_C mixes rows. Not of a stack."""

@@ -142,6 +142,36 @@ def embedding() -> Case:
 
 
 @case
+def embedding_by_single_indices() -> Case:
+    def loss(p, tokens):
+        rows = jax.vmap(jax.vmap(lambda i: p["table"][i]))(tokens)
+        return mean_square(rows @ p["w"])
+
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 7, (N, 3)))
+    return Case(loss, {"table": array(7, 4), "w": array(4, 3)}, (tokens,), {"table", "w"})
+
+
+@case
+def scanned_otherwise_besides() -> Case:
+    def loss(p, x):
+        norms = jax.lax.map(jnp.linalg.norm, p["w"])
+        return mean_square(x @ p["w"]) + 0.1 * jnp.sum(norms)
+
+    return Case(loss, {"w": array(4, 3)}, (X,), {"w"})
+
+
+@case
+def returned_by_a_cond() -> Case:
+    def loss(p, x):
+        w = jax.lax.cond(x[0, 0] > 0, lambda w, v: w, lambda w, v: v, p["w"], p["v"])
+        w, u = jax.lax.optimization_barrier((w, p["u"]))
+        return mean_square(x @ w + x @ u)
+
+    params = {"w": array(4, 3), "v": array(4, 3), "u": array(4, 3)}
+    return Case(loss, params, (X,), {"u"}, {"w", "v"})
+
+
+@case
 def tied_embedding() -> Case:
     model = nn.Embed(7, 4)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 7, (N, 3)))

@@ -85,6 +85,24 @@ def explicit(structures):
         return steps(loss, params, x, structures)
 
 
+def explicit_parameters(structures):
+    """Parameters and factors are sharded in the type system; products say how their results are."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+
+    def loss(p, x):
+        def layer(x, w, b):
+            return jnp.tanh(jnp.einsum("ni,io->no", x, w, out_sharding=P("data", None)) + b)
+
+        x = layer(x, p["v"], p["a"])
+        x, _ = jax.lax.scan(lambda x, l: (layer(x, *l), None), x, (p["w"], p["b"]))
+        return jnp.mean(jnp.sum((x * p["s"] - 0.3) ** 2, axis=1))
+
+    with jax.set_mesh(mesh):
+        specs = {"v": P(None, "model"), "w": P(None, "model", "data"), "s": P("model")}
+        params, x = placed(mesh, P("data"), dict.fromkeys(SPECS, P()) | specs)
+        return steps(loss, params, x, structures, functools.partial(factors_sharded, mesh))
+
+
 def loss_in_shard_map(axes, x_spec, check_vma):
     mesh = jax.make_mesh(axes, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 
@@ -168,6 +186,7 @@ def all_reduces():
 RUNS = (
     gspmd,
     explicit,
+    explicit_parameters,
     shard_map_in_the_loss,
     unchecked_shard_map_in_the_loss,
     unchecked_shard_map_with_one_axis,

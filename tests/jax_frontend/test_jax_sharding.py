@@ -29,6 +29,7 @@ def found():
     [
         "gspmd",
         "explicit",
+        "explicit_parameters",
         "shard_map_in_the_loss",
         "unchecked_shard_map_in_the_loss",
         "unchecked_shard_map_with_one_axis",

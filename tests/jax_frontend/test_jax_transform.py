@@ -242,6 +242,43 @@ def test_micro_batches_may_be_skipped_and_need_a_curvature():
         tx.update(params, state, params)
 
 
+def test_a_micro_batch_that_is_not_finite_spoils_one_step_alone():
+    plain = singd_jax.singd(0.02, layers=LAYERS, T=1)
+    tx = singd_jax.MultiSteps(plain, 2, layers=LAYERS)
+    step, params, state = stepper(tx), start(), tx.init(start())
+    for x in (X, X * jnp.nan, X, X):
+        params, state, _ = step(params, state, x)
+    assert int(find_state(state).core.skipped) == 1
+    assert_close(params, run(plain, steps=1)[0])
+
+
+def test_layers_of_other_parameters_are_told_of():
+    tx = singd_jax.singd(0.02, layers=LAYERS)
+    with pytest.raises(ValueError, match="the layers are those of v, w, and none of them is among"):
+        tx.init({"other": X})
+    other = singd_jax.find_layers(lambda p, x: mean_square(x @ p["other"]))(
+        {"other": array(4, 3)}, X
+    )
+    with pytest.raises(ValueError, match="the state is that of v, w, and the layers are other"):
+        singd_jax.value_and_curvature(loss, other)(start(), tx.init(start()), X)
+    state = singd_jax.singd(0.02, layers=other).init(params)
+    function = singd_jax.value_and_curvature(lambda p, x: mean_square(x @ p["other"]), other)
+    _, _, curvature = function(params, state, X)
+    with pytest.raises(ValueError, match="the curvature is that of other, and the state that of"):
+        tx.update(start(), tx.init(start()), start(), curvature=curvature)
+
+
+def test_the_bare_preconditioner_takes_settings_of_the_factors_alone():
+    tx = optax.inject_hyperparams(singd_jax.scale_by_singd)(layers=LAYERS, damping=0.2, T=1)
+    plain = singd_jax.scale_by_singd(layers=LAYERS, damping=0.2, T=1)
+    # an array for the damping is rounded elsewhere than a constant, and steps of rate 1 are long
+    assert_close(run(tx)[0], run(plain)[0], 1e-5)
+    with pytest.raises(TypeError, match="momentum"):
+        singd_jax.scale_by_singd(layers=LAYERS, momentum=0.9)
+    with pytest.raises(ValueError, match=r"T=1\.5: must be an integer"):
+        singd_jax.singd(0.02, layers=LAYERS, T=1.5)
+
+
 def test_kfac_leaves_tables_of_embeddings_to_adamw():
     case = CASES["embedding"]()
     layers = singd_jax.find_layers(case.loss)(case.params, *case.batch)

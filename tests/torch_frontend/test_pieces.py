@@ -18,6 +18,7 @@ CASES: dict[str, dict[str, Any]] = {
     "diagonal": {"structures": ("diagonal", "diagonal")},
     "dense K": {"structures": ("dense", "diagonal"), "T": 3},
     "dense": {"structures": ("dense", "dense")},
+    "Toeplitz": {"structures": ("triltoeplitz", "hierarchical:1,2")},
     "paper": {"recipe": "paper", "structures": ("diagonal", "diagonal"), "lr": 1e-2},
     "paper, decay": {"recipe": "paper", "structures": ("tril", "diagonal"), "weight_decay": 0.1},
     "no momentum": {"structures": ("diagonal", "diagonal"), "momentum": 0.0},
