@@ -222,7 +222,8 @@ def _slot(layer: Layer, factors: Factors) -> Sums:
         return Sums(*factors.measure(A, B), number, number)
 
     # as on one device: their products need no type that says how they are sharded
-    plain = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), factors)
+    make: Any = jax.ShapeDtypeStruct
+    plain = jax.tree.map(lambda a: make(a.shape, a.dtype), factors)
     shapes = jax.eval_shape(shaped, plain)
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)  # type: ignore[no-any-return]
 

@@ -256,9 +256,8 @@ def test_layers_of_other_parameters_are_told_of():
     tx = singd_jax.singd(0.02, layers=LAYERS)
     with pytest.raises(ValueError, match="the layers are those of v, w, and none of them is among"):
         tx.init({"other": X})
-    other = singd_jax.find_layers(lambda p, x: mean_square(x @ p["other"]))(
-        {"other": array(4, 3)}, X
-    )
+    params = {"other": array(4, 3)}
+    other = singd_jax.find_layers(lambda p, x: mean_square(x @ p["other"]))(params, X)
     with pytest.raises(ValueError, match="the state is that of v, w, and the layers are other"):
         singd_jax.value_and_curvature(loss, other)(start(), tx.init(start()), X)
     state = singd_jax.singd(0.02, layers=other).init(params)
