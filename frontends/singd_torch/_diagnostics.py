@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,12 +29,18 @@ def read(stacks: Iterable[Stack]) -> dict[str, float]:
     return dict(zip(names, joined.tolist(), strict=True))
 
 
+def _as(like: Tensor, value: Any) -> Tensor:
+    """A value of each matrix, or a number for all of them, in the shape of `like`."""
+    found = torch.as_tensor(value).to(like)
+    return found.expand(like.shape) if found.ndim == 0 else found
+
+
 def _quantities(stack: Stack) -> dict[str, Tensor]:
     factors, report = stack.factors, stack.report or {}
     assert factors is not None
     s = settings_of(stack.layers[0].group)
     like = factors.averages.k
-    found = factors.norms() | {k: torch.as_tensor(v).to(like) for k, v in report.items()}
+    found = factors.norms() | {k: _as(like, v) for k, v in report.items()}
     t = factors.averages
     for name, t_U, damping in zip("KC", (t.t_U, t.t_G), t.damping(s), strict=True):
         found[f"{name}_damping"] = damping / (damping + t_U)
