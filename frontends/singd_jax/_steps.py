@@ -17,7 +17,6 @@ from singd_core.optimizer import LayerState, Optimizer, State
 from singd_core.preconditioner import Factors
 from singd_core.updates.adamw import Fallback, Moments
 from singd_core.updates.curvature import Curvature
-from singd_jax import _compat
 from singd_jax._curvature import joined
 from singd_jax._layers import Layer, Layers, pair
 from singd_jax._loss import Leaves
@@ -97,16 +96,6 @@ class Steps:
             raise ValueError(
                 "singd needs the parameters: tx.update(grads, state, params, curvature=curvature)"
             )
-        update = _compat.auto_sharded(self._update, (grads, state))
-        return update(grads, state, params, curvature)  # type: ignore[no-any-return]
-
-    def _update(
-        self,
-        grads: Any,
-        state: SingdState,
-        params: Any,
-        curvature: Mapping[str, Curvature] | None,
-    ) -> tuple[Any, SingdState]:
         core, (gradients, tree), (weights, _) = state.core, _arrays(grads), _arrays(params)
         optimizer, refreshed = self._begun(state, curvature)
         new, stepped = optimizer.update(
@@ -127,12 +116,6 @@ class Steps:
     ) -> tuple[Any, SingdState]:
         """The natural gradients of the layers, and the new state; `params` may be None."""
         del params
-        precondition = _compat.auto_sharded(self._precondition, (grads, state))
-        return precondition(grads, state, curvature)  # type: ignore[no-any-return]
-
-    def _precondition(
-        self, grads: Any, state: SingdState, curvature: Mapping[str, Curvature] | None
-    ) -> tuple[Any, SingdState]:
         core, (gradients, tree) = state.core, _arrays(grads)
         _, refreshed = self._begun(state, curvature)
         new, total = self._matrices(gradients, core, others=True), jnp.zeros(())

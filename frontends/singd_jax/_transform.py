@@ -11,6 +11,7 @@ import optax  # type: ignore[import-untyped]
 
 from singd_core.updates.adamw import Fallback
 from singd_core.updates.curvature import Curvature
+from singd_jax import _compat
 from singd_jax._layers import Layers
 from singd_jax._state import SingdState
 from singd_jax._steps import Rate, Steps
@@ -153,6 +154,7 @@ def _transformation(
         curvature: Mapping[str, Curvature] | None = None,
         **_: Any,
     ) -> tuple[Any, SingdState]:
-        return step(updates, state, params, curvature)
+        sharded = _compat.auto_sharded(step, (updates, state))
+        return sharded(updates, state, params, curvature)  # type: ignore[no-any-return]
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -74,7 +74,7 @@ def prepare(stack: Stack, s: Settings, scales: Scales) -> Work:
     lr_cov = rate(s.lr_cov, layer.group["steps"])
     if stack.compile is not None:  # else each value of a schedule would be compiled anew
         lr_cov = torch.zeros_like(factors.averages.k) + lr_cov
-    donate = len(stack.layers[0].parameters) > 1  # it is no gradient itself, but was joined
+    donate = len(layer.parameters) > 1  # it is no gradient itself, but was joined
     given = (factors, curvature, lr_cov, gradient, s, preconditioner, stack.report, donate)
     return Work(stack, s, *stack.run(_solve, *given))
 

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Self
 
-from singd_core._array import Array, Scalar, cast, device, namespace, ranged, sum_of_squares, widen
+from singd_core._array import (
+    Array,
+    Scalar,
+    at_least,
+    cast,
+    device,
+    namespace,
+    ranged,
+    sum_of_squares,
+    widen,
+)
 from singd_core._tree import Tree, tree
 from singd_core.settings import Rate, Settings
 from singd_core.structures.base import Structure
@@ -121,7 +131,7 @@ class Averages(Tree):
         xp = namespace(self.k)
         beta = xp.zeros_like(self.k) + lr_cov
         if s.early_averaging:
-            beta = xp.maximum(beta, 1.0 / xp.maximum(self.k + 1.0, xp.full_like(self.k, 2.0)))
+            beta = xp.maximum(beta, 1.0 / at_least(self.k + 1.0, 2.0))
         return xp.where(self._usable(curvature, s), beta, xp.zeros_like(beta))
 
     def damping(self, s: Settings) -> tuple[Scalar, Scalar]:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Self
 
-from singd_core._array import Array, Scalar, namespace
+from singd_core._array import Array, Scalar, at_least, namespace
 from singd_core._tree import Tree, tree
 from singd_core.settings import Rate, Settings, is_bound
 from singd_core.structures.base import Structure
@@ -132,13 +132,13 @@ def moved(K: Structure, m: Structure, start: Scalar, beta: Scalar, s: Settings) 
     """
     xp = namespace(m.like)
     if s.normalize_lr_cov:
-        beta = beta / xp.maximum(m.max_abs(), xp.ones_like(m.max_abs()))
+        beta = beta / at_least(m.max_abs(), 1.0)
     if is_bound(s.factor_bound):
         norm = m.norm()
         # ‖m‖ may overflow, and infinity times a β₁ of 0 would be no number
         norm = xp.minimum(norm, xp.full_like(norm, float(xp.finfo(norm.dtype).max)))
         norm = norm * beta * (1.0 / s.factor_bound)
-        beta = beta / xp.maximum(norm, xp.ones_like(norm))
+        beta = beta / at_least(norm, 1.0)
     K_new = term = K.astype(m.like).scale(start)
     for j in range(1, s.order + 1):
         term = term.matmul(m).scale(-beta / j)  # torch.compile cannot trace `@`

@@ -153,7 +153,7 @@ def _plus(x: Array, c: Scalar, y: Array | None) -> Array:
 
 
 def times(c: Scalar, x: Array, *, in_place: bool) -> Array:
-    """C x, for a number or an array of the batch axes' shape."""
+    """The product c x, for a number or an array of the batch axes' shape."""
     if not in_place:
         return x * expand(c, x)
     if not (isinstance(c, float) and c == 1.0):
