@@ -5,13 +5,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Hashable
 
+import torch
+
 from singd_core.preconditioner import Factors
+from singd_core.structures import BlockTriangular, TrilToeplitz, TriuToeplitz
 from singd_torch._layers import SMALL, Key, Layer
 from singd_torch._pending import Pending, Rows
+from singd_torch._pieces import numbers, on_host
 
 # In numbers. What waits is copied, since its memory may be used anew before it is measured, and is
 # held for a while: a call with more rows is worth products of its own.
-_MOST = 3 << 17
+_MOST = 1 << 17
+# Structures that multiply each row with a factor, however many there are.
+_BY_ROWS = (BlockTriangular, TrilToeplitz, TriuToeplitz)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,6 +34,19 @@ class Call:
     def numbers(self) -> int:
         """The size of the rows."""
         return self.rows.A.numel() + self.rows.B.numel()
+
+    def pieces(self) -> list[Call]:
+        """The call as several of fewer rows, where products with a factor take much memory."""
+        A, B = self.rows.A, self.rows.B
+        n = -(-self.numbers // numbers(*self.layer.structures))
+        alike = A.shape[-2] == B.shape[-2] and on_host(A) and on_host(B)
+        if not alike or not any(issubclass(L, _BY_ROWS) for L in self.layer.structures):
+            return [self]
+        pairs = zip(torch.tensor_split(A, n, -2), torch.tensor_split(B, n, -2), strict=True)
+        rows = [
+            Rows(a, self.rows.N if i == 0 else 0, b, self.rows.M) for i, (a, b) in enumerate(pairs)
+        ]
+        return [dataclasses.replace(self, rows=own) for own in rows]
 
     @property
     def likeness(self) -> Hashable:
@@ -49,7 +68,8 @@ class Queue:
         if self._calls and call.backward != self._calls[0].backward:
             self.flush()  # pending rows count the losses of one backward pass after the other
         if call.numbers > SMALL:
-            _measure([call])
+            for piece in call.pieces():
+                _measure([piece])
             return
         self._calls.append(dataclasses.replace(call, rows=call.rows.owned()))
         self._numbers += call.numbers

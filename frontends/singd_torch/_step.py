@@ -27,7 +27,7 @@ from singd_core.updates.weights import (
     weight_change,
 )
 from singd_torch._join import join
-from singd_torch._pieces import cut, number
+from singd_torch._pieces import cut, number, numbers
 from singd_torch._scaling import Scales
 from singd_torch._stacks import Stack, State
 
@@ -63,48 +63,52 @@ def prepare(stack: Stack, s: Settings, scales: Scales) -> Work:
     """
     layer, factors = stack.layers[0], stack.factors
     assert factors is not None
-    curvature, preconditioner = None, stack.preconditioner
+    preconditioner = stack.preconditioner
     if layer.pending:
-        curvature, preconditioner = stack.curvature(scales.rows), None
+        lr_cov = rate(s.lr_cov, layer.group["steps"])
+        if stack.compile is not None:  # else each value of a schedule would be compiled anew
+            lr_cov = torch.zeros_like(factors.averages.k) + lr_cov
+        curvature = stack.taken_curvature(scales.rows)
+        factors = stack.run(_refresh, factors, curvature, lr_cov, s, stack.report)
+        del curvature  # it is as large as the factors
+        preconditioner = None
     elif preconditioner is None and stack.compile is None:
         preconditioner = stack.preconditioner = factors.preconditioner(s.T)
     gradient = stack.matrix(_gradient)
     if scales.grads is not None:
         gradient = gradient / scales.grads
-    lr_cov = rate(s.lr_cov, layer.group["steps"])
-    if stack.compile is not None:  # else each value of a schedule would be compiled anew
-        lr_cov = torch.zeros_like(factors.averages.k) + lr_cov
     donate = len(layer.parameters) > 1  # it is no gradient itself, but was joined
-    given = (factors, curvature, lr_cov, gradient, s, preconditioner, stack.report, donate)
-    return Work(stack, s, *stack.run(_solve, *given))
+    return Work(stack, s, factors, *stack.run(_solve, factors, gradient, s, preconditioner, donate))
+
+
+def _refresh(
+    factors: Factors, curvature: Curvature, lr_cov: Any, s: Settings, report: dict[str, Any] | None
+) -> Factors:
+    return factors.refresh(curvature, lr_cov, s, report)
 
 
 def _solve(
     factors: Factors,
-    curvature: Curvature | None,
-    lr_cov: Any,
     gradient: Tensor,
     s: Settings,
     preconditioner: Preconditioner | None,
-    report: dict[str, Any] | None,
     donate: bool,
-) -> tuple[Factors, Tensor, Any, Any]:
-    """The last four attributes of `Work`.
+) -> tuple[Tensor, Any, Any]:
+    """The last three attributes of `Work`.
 
     Nothing else is changed, so that it can be compiled, but a large gradient if `donate`.
     """
-    if curvature is not None:
-        factors = factors.refresh(curvature, lr_cov, s, report)
     preconditioner = preconditioner or factors.preconditioner(1)
-    if len(cut(gradient)) > 1:
-        return factors, *_solve_by_pieces(preconditioner, gradient, s, donate)
+    most = numbers(type(preconditioner.K), type(preconditioner.C))
+    if len(cut(gradient, most)) > 1:
+        return _solve_by_pieces(preconditioner, gradient, s, donate, most)
     natural = preconditioner(gradient)
     scale = number(rms_scale(natural, s.rms_bound, _norm(natural, s)))
-    return factors, natural, scale, number(total(scale * inner(gradient, natural)))
+    return natural, scale, number(total(scale * inner(gradient, natural)))
 
 
 def _solve_by_pieces(
-    preconditioner: Preconditioner, gradient: Tensor, s: Settings, donate: bool
+    preconditioner: Preconditioner, gradient: Tensor, s: Settings, donate: bool, most: int
 ) -> tuple[Tensor, float, float]:
     """The last three attributes of `Work` of a large matrix, without temporaries of its size."""
     dtype, by_rows = preconditioner.C.like.dtype, preconditioner.rows(slice(0)) is not None
@@ -118,7 +122,7 @@ def _solve_by_pieces(
         energy += number(inner(own, found))
         place.copy_(found)
 
-    pieces = zip(cut(gradient), cut(natural), strict=True)
+    pieces = zip(cut(gradient, most), cut(natural, most), strict=True)
     if by_rows:
         start = 0
         for own, place in pieces:
@@ -129,7 +133,7 @@ def _solve_by_pieces(
     else:
         for own, place in pieces:
             place.copy_(preconditioner.right(own))
-        for own, place in zip(cut(gradient.mT), cut(natural.mT), strict=True):
+        for own, place in zip(cut(gradient.mT, most), cut(natural.mT, most), strict=True):
             keep(own.mT, preconditioner.left(place.mT), place.mT)
     scale = rms_scale(natural, s.rms_bound, math.hypot(*norms))
     return natural, scale, scale * energy
@@ -188,8 +192,9 @@ def apply(
             own = settings_of(place[0])
             own = own if ok is None else _masked(own, ok, u)
             if len(place) > 1 and place[0].numel() <= _JOINED:
-                changes = stack.split(weight_change(part, c, join(place), own))
-                torch._foreach_add_(place, changes)  # type: ignore[arg-type]
+                joined = join(place)
+                weight_change(part, c, joined, own, onto=joined)
+                torch._foreach_copy_(place, stack.split(joined))  # type: ignore[arg-type]
                 continue
             for weight, direct in zip(place, stack.split(part), strict=True):
                 for piece, change in zip(cut(weight), cut(direct), strict=True):

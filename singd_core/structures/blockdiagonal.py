@@ -71,6 +71,12 @@ class BlockDiagonal(Pattern):
         blocks, last = cls._split(X)
         return cls(blocks @ blocks.mT, last @ last.mT)
 
+    def congruence(self, X: Array) -> Self:
+        """Π̂(Lᵀ X Xᵀ L), by the order of products that costs less, as for a dense matrix."""
+        if X.shape[-1] <= 2 * self.b:
+            return self.outer(self.apply_t(X))
+        return self.map(lambda L, U: L.mT @ U @ L, self.outer(X))
+
     def gram(self) -> Self:
         return type(self)(self.blocks.mT @ self.blocks, self.last.mT @ self.last)
 

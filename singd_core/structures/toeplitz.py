@@ -59,8 +59,9 @@ class _Toeplitz(Structure):
         xp, d = namespace(X), X.shape[-2]
         if X.shape[-1] == 0:  # torch's fft refuses empty arrays
             return cls(full(X.shape[:-1], 0.0, like=X))
-        F = xp.fft.rfft(widen(X), n=2 * d, axis=-2)
-        power = xp.sum(xp.real(F * xp.conj(F)), axis=-1)
+        F = xp.fft.rfft(widen(X.mT), n=2 * d, axis=-1)
+        real, imaginary = xp.real(F), xp.imag(F)  # F F* would be a copy of all of F
+        power = xp.sum(real * real, axis=-2) + xp.sum(imaginary * imaginary, axis=-2)
         sums = xp.fft.irfft(xp.astype(power, F.dtype), n=2 * d, axis=-1)[..., :d]
         return cls._from_sums(sums, X)
 
@@ -162,7 +163,8 @@ def _convolve(c: Array, X: Array, *, adjoint: bool) -> Array:
     xp, d = namespace(c), c.shape[-1]
     if X.shape[-1] == 0:
         return X
-    F = xp.fft.rfft(widen(c), n=2 * d, axis=-1)[..., None]
-    F = xp.conj(F) if adjoint else F
-    product = xp.fft.irfft(F * xp.fft.rfft(widen(X), n=2 * d, axis=-2), n=2 * d, axis=-2)
-    return cast(product[..., :d, :], X)
+    F = xp.fft.rfft(widen(c), n=2 * d, axis=-1)[..., None, :]
+    # along the last axis, since torch copies what it transforms along another
+    product = xp.fft.rfft(widen(X.mT), n=2 * d, axis=-1)
+    product *= xp.conj(F) if adjoint else F
+    return cast(xp.fft.irfft(product, n=2 * d, axis=-1)[..., :d].mT, X)
