@@ -14,6 +14,7 @@ from singd_core._array import Array
 from singd_core.updates.curvature import Curvature
 from singd_jax._curvature import blank
 from singd_jax._layers import TRANSPOSED, Layers
+from singd_jax._loss import Leaves, is_complex
 from singd_jax._state import find_state
 
 
@@ -76,7 +77,18 @@ class MultiSteps(optax.MultiSteps):  # type: ignore[misc]
         )
 
     def init(self, params: Any) -> Any:
-        """The state before the first micro-batch."""
+        """The state before the first micro-batch.
+
+        Raises:
+            ValueError: If a parameter is complex, of which optax drops the imaginary part.
+        """
+        leaves = Leaves.of(params)
+        for name, array in zip(leaves.names, leaves.arrays, strict=True):
+            if is_complex(array):
+                raise ValueError(
+                    f"{name} is complex, and optax.MultiSteps accumulates real numbers: accumulate "
+                    "inside the loss, e.g. by lax.scan over micro-batches"
+                )
         state = super().init(params)
         zeros = blank(self._layers, find_state(state.inner_opt_state))
         zeros = jax.tree.map(lambda a: a.astype(self._accumulator_dtype), zeros)

@@ -16,7 +16,7 @@ from singd_core.curvature.base import is_expand, loss_terms
 from singd_jax._axes import Key, merged
 from singd_jax._calls import Call
 from singd_jax._layers import Layer, Layers, Part, pair
-from singd_jax._loss import Leaves, evaluate, size_of_batch
+from singd_jax._loss import Leaves, evaluate, is_complex, size_of_batch
 from singd_jax._product import Bias, Path
 from singd_jax._trace import Ports, Tracer
 
@@ -131,6 +131,8 @@ class _Search:
                 reason = self.reasons.get(name) or "; ".join(self.tracer.reads.get(i, ()))
                 if not reason and i in biases:
                     reason = f"the bias of {biases[i]}, which forms no layer"
+                if is_complex(self.leaves.arrays[i]):
+                    reason = "of complex numbers"
                 others[name] = reason or "not read by the loss"
         return others
 

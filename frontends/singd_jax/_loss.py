@@ -30,10 +30,10 @@ class Leaves:
 
     @classmethod
     def of(cls, params: Any) -> Leaves:
-        """Those that are arrays of floating-point numbers."""
+        """Those that are arrays of floating-point or complex numbers."""
         tree: Any
         flat, tree = jax.tree_util.tree_flatten_with_path(params)
-        trained = [_is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating) for _, leaf in flat]
+        trained = [_is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact) for _, leaf in flat]
         names = [_name(path) for path, _ in flat]
         if len(set(names)) < len(names):  # {"a.b": ...} beside {"a": {"b": ...}}
             names = [jax.tree_util.keystr(path) for path, _ in flat]
@@ -86,7 +86,9 @@ def evaluate(
 
     arrays = [flat[i] for i in which]
     closed, shape = jax.make_jaxpr(function, return_shape=True)(list(leaves), arrays)
-    views = [View.of_leaf(i, leaf.shape) for i, leaf in enumerate(leaves)]
+    views = [
+        None if is_complex(leaf) else View.of_leaf(i, leaf.shape) for i, leaf in enumerate(leaves)
+    ]
     origins = [*views, *[None] * len(arrays)]
     args = [*leaves, *arrays]
     results, _ = tracer.run(closed.jaxpr, closed.consts, args, origins, ports)
@@ -115,6 +117,11 @@ def size_of_batch(given: Any, batch: tuple[Any, ...], keywords: Mapping[str, Any
             "of these arguments"
         )
     return int(next(iter(sizes.values())))
+
+
+def is_complex(array: Any) -> bool:
+    """Whether an array holds complex numbers, which no layer is made of."""
+    return bool(jnp.issubdtype(array.dtype, jnp.complexfloating))
 
 
 def _is_array(value: Any) -> bool:

@@ -229,7 +229,7 @@ class Steps:
 
 def _moments(a: Array) -> Moments:
     """Zeros, sharded like the parameter; their count is on no device in particular."""
-    wide = jnp.zeros_like(widen(a))
+    wide = jnp.abs(jnp.zeros_like(widen(a)))  # real
     return Moments(jnp.zeros_like(a), wide, jnp.zeros((), wide.dtype))
 
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
+import jax.numpy as jnp
+
 from singd_core._array import Array
 from singd_jax import _calls, _compat
 from singd_jax._axes import Group, Key, View, axes_of, rearranged
@@ -150,6 +152,9 @@ class Tracer:
     ) -> Origin:
         """Visit a product; `results` is changed in place."""
         origin, x, y = origins[side], values[1 - side], results[0]
+        if jnp.issubdtype(y.dtype, jnp.complexfloating):
+            self.note(origin, "multiplied with complex numbers")
+            return None
         views = origin.views if isinstance(origin, Join) else (origin,)
         joined = origin.axis if isinstance(origin, Join) else None
         for i, n in enumerate(eqn.invars[side].aval.shape):

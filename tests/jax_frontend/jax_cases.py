@@ -137,6 +137,16 @@ def used_twice_with_its_bias() -> Case:
     return Case(loss, {"w": array(4, 4), "b": array(4)}, (X,), {"w"})
 
 
+@case
+def complex_numbers() -> Case:
+    def loss(p, x):
+        z = (x @ p["w"]).astype(jnp.complex64) @ p["c"] + 1j * x @ p["v"]
+        return mean_square(z.real) + mean_square(z.imag)
+
+    c = array(5, 3) + 1j * array(5, 3, seed=1)
+    return Case(loss, {"w": array(4, 5), "c": c, "v": array(4, 3)}, (X,), {"w"}, {"c", "v"})
+
+
 # ---- flax, Equinox ------------------------------------------------------------------------------
 
 

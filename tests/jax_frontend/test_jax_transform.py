@@ -81,6 +81,29 @@ def test_parameters_of_no_layer_follow_optax_adamw():
     assert set(state.core.fallback) == {"scale"}
 
 
+def test_complex_parameters_follow_optax_adamw():
+    case = CASES["complex_numbers"]()
+    layers = singd_jax.find_layers(case.loss)(case.params, X)
+    fallback = Fallback(lr=0.01, weight_decay=0.1)
+    tx, adamw = (
+        singd_jax.singd(0.0, layers=layers, fallback=fallback),
+        optax.adamw(0.01, weight_decay=0.1),
+    )
+    params, state = case.params, tx.init(case.params)
+    expected, adam_state = params["c"], adamw.init(params["c"])
+    step = jax.jit(tx.update)
+    for _ in range(3):
+        grads = jax.tree.map(jnp.conj, jax.grad(case.loss)(params, X))
+        updates, state = step(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        u, adam_state = adamw.update(grads["c"], adam_state, expected)
+        expected = expected + u
+    assert_close(params["c"], expected)
+    assert state.core.fallback["c"].exp_avg_sq.dtype == "float32"
+    with pytest.raises(ValueError, match="c is complex, and optax"):
+        singd_jax.MultiSteps(tx, 2, layers=layers).init(params)
+
+
 @pytest.mark.parametrize("branch", ["step", "layer"])
 def test_between_refreshes_the_factors_stay_and_the_curvature_is_zeros(branch):
     tx = singd_jax.singd(0.02, layers=LAYERS, T=3, recipe="paper")
