@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from singd_core._array import Array
+from singd_jax import _compat
 from singd_jax._axes import View
 from singd_jax._trace import Ports, Tracer
 
@@ -91,6 +92,9 @@ def evaluate(
     ]
     origins = [*views, *[None] * len(arrays)]
     args = [*leaves, *arrays]
+    differ = [_compat.varying(a) for a in args]
+    if any(differ):  # the loss is inside a shard_map
+        tracer.spread.follow(closed.jaxpr, closed.consts, differ)
     results, _ = tracer.run(closed.jaxpr, closed.consts, args, origins, ports)
     return jax.tree.unflatten(jax.tree.structure(shape), results)
 

@@ -17,6 +17,7 @@ from singd_jax._calls import Call, Cut
 from singd_jax._enter import CALLS, reaches
 from singd_jax._joins import Join, cuts
 from singd_jax._product import Bias, Origin, Path, Piece, Product
+from singd_jax._spread import Spread
 
 Ports: TypeAlias = Mapping[Key, Any]
 # Takes a product, its operand, itself and the ports; returns the product, tapped or not.
@@ -33,6 +34,7 @@ class Tracer:
         calls: The products found of each weight, by the path of their equations.
         biases: What was added to them.
         reads: For each leaf the other equations that read it.
+        spread: Along which axes of a mesh data differ between devices.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Tracer:
         self.calls: dict[Key, dict[Path, Call]] = collections.defaultdict(dict)
         self.biases: dict[Key, dict[Path, Bias]] = collections.defaultdict(dict)
         self.reads: dict[int, dict[str, None]] = collections.defaultdict(dict)
+        self.spread = Spread()
         self._within: Path = ()
         self._kept: list[Any] = []
 
@@ -155,6 +158,7 @@ class Tracer:
         if jnp.issubdtype(y.dtype, jnp.complexfloating):
             self.note(origin, "multiplied with complex numbers")
             return None
+        self.spread.refuse_shared(eqn.invars[1 - side], x, y)
         views = origin.views if isinstance(origin, Join) else (origin,)
         joined = origin.axis if isinstance(origin, Join) else None
         for i, n in enumerate(eqn.invars[side].aval.shape):
