@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from singd_jax import _compat
 from singd_jax._axes import View
 from singd_jax._joins import Join
-from singd_jax._product import Origin
+from singd_jax._product import Origin, Product
 from singd_jax._tap import Port, Slice
 
 if TYPE_CHECKING:
@@ -53,10 +53,12 @@ def cond(
     tracer: Tracer, eqn: Any, values: Sequence[Any], origins: Sequence[Origin], ports: Ports
 ) -> Results:
     """`lax.cond` and `lax.switch`."""
+    # what one branch adds to the output of a layer outside is no bias of it
+    inside = [None if isinstance(o, Product) else o for o in origins[1:]]
 
     def branch(closed: Any) -> Callable[..., Any]:
         def body(values: Any, ports: Any) -> Any:
-            results, found = tracer.run(closed.jaxpr, closed.consts, values, origins[1:], ports)
+            results, found = tracer.run(closed.jaxpr, closed.consts, values, inside, ports)
             _note_returned(tracer, found, "cond")
             return results
 

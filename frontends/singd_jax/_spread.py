@@ -56,9 +56,10 @@ class Spread:
         """
         if v not in self.known:
             return
+        lax: Any = jax.lax  # its psum has no types
         axes = self.unchecked | _compat.varying(x) | _compat.varying(y)
         for axis in sorted(axes, key=str):
-            if axis not in self.known[v] and jax.lax.psum(1, axis) > 1:
+            if axis not in self.known[v] and lax.psum(1, axis) > 1:
                 raise ValueError(
                     f"inside shard_map a parameter multiplies {v.aval.str_short()}, which is the "
                     f"same on all devices along the axis {axis!r} of the mesh and whose type does "

@@ -68,9 +68,15 @@ class Tracer:
         """The results of a jaxpr, and where they come from."""
         env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
         env |= zip(jaxpr.invars, args, strict=True)
-        known: dict[Any, Origin] = dict(zip(jaxpr.invars, origins, strict=True))
+        known: dict[Any, Origin] = {}
         operands = [v for eqn in jaxpr.eqns for v in eqn.invars] + list(jaxpr.outvars)
         readers = collections.Counter(v for v in operands if not _compat.is_literal(v))
+
+        def learn(variables: Sequence[Any], origins: Sequence[Origin]) -> None:
+            for v, o in zip(variables, origins, strict=True):
+                # A bias must reach all of a product, so nothing else may read it before.
+                if o is not None and not (isinstance(o, Product) and readers[v] > 1):
+                    known[v] = o
 
         def read(v: Any) -> Any:
             return v.val if _compat.is_literal(v) else env[v]
@@ -78,15 +84,13 @@ class Tracer:
         def origin(v: Any) -> Origin:
             return None if _compat.is_literal(v) else known.get(v)
 
+        learn(jaxpr.invars, origins)
         for eqn in jaxpr.eqns:
             values = [read(v) for v in eqn.invars]
             found = [origin(v) for v in eqn.invars]
             results, new = self._equation(eqn, values, found, ports)
             env |= zip(eqn.outvars, results, strict=True)
-            for v, o in zip(eqn.outvars, new, strict=True):
-                # A bias must reach all of a product, so nothing else may read it before.
-                if o is not None and not (isinstance(o, Product) and readers[v] > 1):
-                    known[v] = o
+            learn(eqn.outvars, new)
         return [read(v) for v in jaxpr.outvars], [origin(v) for v in jaxpr.outvars]
 
     def _equation(
