@@ -22,6 +22,8 @@ from singd_jax._tap import Port, Slice
 if TYPE_CHECKING:
     from singd_jax._trace import Ports, Tracer
 
+STACKED = "stacked inside the loss: keep the stack as one parameter"
+
 Results: TypeAlias = tuple[list[Any], list[Origin]]
 
 
@@ -82,7 +84,7 @@ def scan(
     for o in origins[first:]:
         entered.append(o.enter_scan(id(eqn)) if isinstance(o, View) else None)
         if isinstance(o, Join):
-            tracer.note(o, "scanned over as a concatenation")
+            tracer.note(o, STACKED)
     inside = [*origins[:n_consts], *[None] * n_carry, *entered]
     scanned = [o for o in origins[first:] if isinstance(o, View)]
     sliced = {k: v for k, v in ports.items() if _stacked(scanned, k, tracer.stacks[k])}

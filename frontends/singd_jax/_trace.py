@@ -14,7 +14,7 @@ from singd_core._array import Array
 from singd_jax import _calls, _compat
 from singd_jax._axes import Group, Key, View, axes_of, rearranged
 from singd_jax._calls import Call, Cut
-from singd_jax._enter import CALLS, reaches
+from singd_jax._enter import CALLS, STACKED, reaches
 from singd_jax._joins import Join, cuts
 from singd_jax._product import Bias, Origin, Path, Piece, Product
 from singd_jax._spread import Spread
@@ -229,6 +229,7 @@ _REASONS = {
     "custom_vjp_call": "inside a custom_vjp, which shows no gradient of an output",
     "custom_vjp_call_jaxpr": "inside a custom_vjp, which shows no gradient of an output",
     "concatenate": "concatenated with what is no parameter",
+    "stack": STACKED,
     "dynamic_slice": "indexed by what is known only at run time",
     "slice": "sliced across its layout",
     "dot_general": "multiplied with a parameter",
