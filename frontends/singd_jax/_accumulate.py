@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +15,7 @@ from singd_core.updates.curvature import Curvature
 from singd_jax._curvature import blank
 from singd_jax._layers import TRANSPOSED, Layers
 from singd_jax._loss import Leaves, is_complex
-from singd_jax._state import find_state
-
-
-class _Both(NamedTuple):
-    gradient: Any
-    curvature: dict[str, Curvature]
+from singd_jax._state import Both, find_state
 
 
 class MultiSteps(optax.MultiSteps):  # type: ignore[misc]
@@ -44,6 +39,8 @@ class MultiSteps(optax.MultiSteps):  # type: ignore[misc]
         >>> params, x = {"w": jnp.ones((3, 2))}, jnp.ones((8, 3))
         >>> layers = find_layers(loss)(params, x[:4])
         >>> tx = MultiSteps(singd(0.1, layers=layers), 2, layers=layers)
+
+    In an `optax.chain` put its `gradient_transformation()`.
     """
 
     def __init__(
@@ -58,14 +55,14 @@ class MultiSteps(optax.MultiSteps):  # type: ignore[misc]
         inner, mean = optax.with_extra_args_support(opt), layers.loss_average is not None
         self._layers = layers
 
-        def update(both: _Both, state: Any, params: Any, micro_batches: Array, **extra: Any) -> Any:
+        def update(both: Both, state: Any, params: Any, micro_batches: Array, **extra: Any) -> Any:
             curvature = both.curvature
             if not mean:  # inputs are averaged whatever the loss is
                 curvature = {k: _with_mean(k, c, micro_batches) for k, c in curvature.items()}
             return inner.update(both.gradient, state, params, curvature=curvature, **extra)
 
         def skip(updates: Any, *args: Any) -> Any:
-            gradient = updates.gradient if isinstance(updates, _Both) else updates
+            gradient = updates.gradient if isinstance(updates, Both) else updates
             return should_skip_update_fn(gradient, *args)  # type: ignore[misc]
 
         super().__init__(
@@ -92,7 +89,7 @@ class MultiSteps(optax.MultiSteps):  # type: ignore[misc]
         state = super().init(params)
         zeros = blank(self._layers, find_state(state.inner_opt_state))
         zeros = jax.tree.map(lambda a: a.astype(self._accumulator_dtype), zeros)
-        return state._replace(acc_grads=_Both(state.acc_grads, zeros))
+        return state._replace(acc_grads=Both(state.acc_grads, zeros))
 
     def update(
         self,
@@ -113,12 +110,16 @@ class MultiSteps(optax.MultiSteps):  # type: ignore[misc]
                 "singd_jax.MultiSteps accumulates the curvature: give tx.update(grads, state, "
                 "params, curvature=curvature) that of value_and_curvature"
             )
-        both, n = _Both(updates, dict(curvature)), state.mini_step + 1
+        both, n = Both(updates, dict(curvature)), state.mini_step + 1
         changes, state = super().update(both, state, params, micro_batches=n, **extra)
         # optax empties what it has accumulated by a product with 0, which NaN survives
         begins = state.mini_step == 0
         kept = jax.tree.map(lambda a: jnp.where(begins, 0, a).astype(a.dtype), state.acc_grads)
         return changes, state._replace(acc_grads=kept)
+
+    def gradient_transformation(self) -> optax.GradientTransformationExtraArgs:
+        """The same as a transformation, for `optax.chain`; optax's own would drop the curvature."""
+        return optax.GradientTransformationExtraArgs(self.init, self.update)
 
 
 def _with_mean(name: str, curvature: Curvature, n: Array) -> Curvature:

@@ -16,7 +16,7 @@ from singd_jax._axes import Key
 from singd_jax._calls import Call
 from singd_jax._layers import TRANSPOSED, UPRIGHT, Layer, Layers, Role
 from singd_jax._loss import Leaves, evaluate, size_of_batch
-from singd_jax._state import SingdState, find_state
+from singd_jax._state import SingdState, find_state, refuse_lost_curvature
 from singd_jax._tap import Port, tap
 from singd_jax._trace import Ports, Tracer
 
@@ -59,7 +59,8 @@ def value_and_curvature(
         `jax.value_and_grad`; gradients of what is not trained are None.
 
     Raises:
-        ValueError: If `branch` is unknown, or the state has no state of singd in it.
+        ValueError: If `branch` is unknown, or the state has no state of singd in it, or one that
+            optax would not pass the curvature on to.
     """
     if branch not in ("step", "layer"):
         raise ValueError(f'branch = {branch!r}: choose "step" or "layer"')
@@ -68,6 +69,7 @@ def value_and_curvature(
         params: Any, state: Any, *batch: Any, **keywords: Any
     ) -> tuple[Any, Any, dict[str, Curvature]]:
         own = find_state(state)
+        refuse_lost_curvature(state)
         factors, slots = _ports(layers, own)
         if own.core.layers and len(layers) and not factors:
             raise ValueError(

@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax  # type: ignore[import-untyped]
 
 from singd_core import state as flat_state
 from singd_core._array import Array
 from singd_core.optimizer import State
+from singd_core.updates.curvature import Curvature
 
 
 class SingdState(NamedTuple):
@@ -30,6 +32,13 @@ class SingdState(NamedTuple):
         return None if self.T is None else self.core.step % self.T == 0
 
 
+class Both(NamedTuple):
+    """What `singd_jax.MultiSteps` accumulates in the place of the gradient alone."""
+
+    gradient: Any
+    curvature: dict[str, Curvature]
+
+
 def find_state(opt_state: Any) -> SingdState:
     """The one `SingdState` inside an optimizer's state, e.g. of `optax.chain`.
 
@@ -43,6 +52,31 @@ def find_state(opt_state: Any) -> SingdState:
             "what `tx.init(params)` returned, of a transformation with one singd in it"
         )
     return found[0]  # type: ignore[no-any-return]
+
+
+def refuse_lost_curvature(opt_state: Any) -> None:
+    """Raise if optax would not pass the curvature on to singd.
+
+    Raises:
+        ValueError: If `optax.MultiSteps` is part of an `optax.chain`, which drops it.
+    """
+    for chain in jax.tree.leaves(opt_state, is_leaf=_is_accumulating_chain):
+        if _is_accumulating_chain(chain):
+            raise ValueError(
+                "optax.MultiSteps inside optax.chain does not pass the curvature on: take "
+                "singd_jax.MultiSteps(tx, k, layers=layers).gradient_transformation() in its "
+                "place, or put the chain inside of optax.MultiSteps"
+            )
+
+
+def _is_accumulating_chain(node: Any) -> bool:
+    """Whether it is the state of a chain with `optax.MultiSteps` around singd."""
+    return type(node) is tuple and any(
+        isinstance(part, optax.MultiStepsState)
+        and not isinstance(part.acc_grads, Both)
+        and any(map(_is_state, jax.tree.leaves(part, is_leaf=_is_state)))
+        for part in node
+    )
 
 
 def flatten(opt_state: Any) -> dict[str, Any]:

@@ -223,6 +223,19 @@ def test_multi_steps_of_optax_accumulate_gradients():
     assert_close(params, run(plain, steps=2)[0])
 
 
+def test_multi_steps_in_a_chain():
+    plain = singd_jax.singd(0.02, layers=LAYERS, T=1)
+    clip, own = optax.clip_by_global_norm(1e9), singd_jax.MultiSteps(plain, 2, layers=LAYERS)
+    params, state = run(optax.chain(clip, own.gradient_transformation()), steps=4)
+    assert int(find_state(state).core.layers["w"].factors.averages.k) == 2
+    assert_close(params, run(plain, steps=2)[0])
+    lost = optax.chain(clip, optax.MultiSteps(plain, 2).gradient_transformation())
+    with pytest.raises(ValueError, match=r"take singd_jax\.MultiSteps"):
+        run(lost)
+    kept = optax.MultiSteps(optax.chain(clip, plain), 2).gradient_transformation()
+    assert_close(run(kept, steps=4)[0], params)
+
+
 def tied_loss(p, x):
     y = jnp.tanh(x @ p["v"] + p["a"]) @ p["w"]
     return mean_square(y @ p["v"] @ p["v"].T)
