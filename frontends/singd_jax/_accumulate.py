@@ -13,9 +13,9 @@ import optax  # type: ignore[import-untyped]
 from singd_core._array import Array
 from singd_core.updates.curvature import Curvature
 from singd_jax._curvature import blank
-from singd_jax._layers import TRANSPOSED, Layers
+from singd_jax._layers import TRANSPOSED, Layers, Role
 from singd_jax._loss import Leaves, is_complex
-from singd_jax._state import Both, find_state
+from singd_jax._state import Both, find_states
 
 
 class MultiSteps(optax.MultiSteps):  # type: ignore[misc]
@@ -58,7 +58,10 @@ class MultiSteps(optax.MultiSteps):  # type: ignore[misc]
         def update(both: Both, state: Any, params: Any, micro_batches: Array, **extra: Any) -> Any:
             curvature = both.curvature
             if not mean:  # inputs are averaged whatever the loss is
-                curvature = {k: _with_mean(k, c, micro_batches) for k, c in curvature.items()}
+                curvature = {
+                    key: _with_mean(layers.curvatures[key][1], c, micro_batches)
+                    for key, c in curvature.items()
+                }
             return inner.update(both.gradient, state, params, curvature=curvature, **extra)
 
         def skip(updates: Any, *args: Any) -> Any:
@@ -87,7 +90,7 @@ class MultiSteps(optax.MultiSteps):  # type: ignore[misc]
                     "inside the loss, e.g. by lax.scan over micro-batches"
                 )
         state = super().init(params)
-        zeros = blank(self._layers, find_state(state.inner_opt_state))
+        zeros = blank(self._layers, find_states(state.inner_opt_state))
         zeros = jax.tree.map(lambda a: a.astype(self._accumulator_dtype), zeros)
         return state._replace(acc_grads=Both(state.acc_grads, zeros))
 
@@ -122,8 +125,8 @@ class MultiSteps(optax.MultiSteps):  # type: ignore[misc]
         return optax.GradientTransformationExtraArgs(self.init, self.update)
 
 
-def _with_mean(name: str, curvature: Curvature, n: Array) -> Curvature:
+def _with_mean(role: Role, curvature: Curvature, n: Array) -> Curvature:
     """The sum of n curvatures with the part of the inputs as their mean."""
-    H, t = ("H_C", "t_G") if name.endswith(TRANSPOSED) else ("H_K", "t_U")
+    H, t = ("H_C", "t_G") if role == TRANSPOSED else ("H_K", "t_U")
     found = {H: getattr(curvature, H).scale(1.0 / n), t: getattr(curvature, t) / n}
     return dataclasses.replace(curvature, **found)

@@ -51,7 +51,7 @@ def check(
             name: dict.fromkeys(layer.roles, jnp.zeros_like(layer.matrix(arrays)))
             for name, layer in layers.items()
         }
-        tapped = Tapped(loss, layers, None, None, _product)
+        tapped = Tapped(loss, layers, None, {}, _product)
 
         @jax.jit
         def gaps(arrays: Any) -> dict[str, Array]:

@@ -197,6 +197,11 @@ class Layers(Mapping[str, Layer]):
         """The number of layers."""
         return len(self.found)
 
+    @property
+    def curvatures(self) -> dict[str, tuple[str, Role]]:
+        """The layer and the role that each key of a curvature stands for."""
+        return {name + role: (name, role) for name, layer in self.items() for role in layer.roles}
+
     def __repr__(self) -> str:
         """A row for each layer and each other parameter."""
         return self.table()

@@ -45,13 +45,35 @@ def find_state(opt_state: Any) -> SingdState:
     Raises:
         ValueError: If there is none, or more than one.
     """
-    found = [leaf for leaf in jax.tree.leaves(opt_state, is_leaf=_is_state) if _is_state(leaf)]
-    if len(found) != 1:
+    first, *others = find_states(opt_state)
+    if others:
         raise ValueError(
-            f"the optimizer's state holds {len(found)} states of singd where one is needed: pass "
-            "what `tx.init(params)` returned, of a transformation with one singd in it"
+            f"the optimizer's state holds {1 + len(others)} states of singd where one is needed: "
+            "pass that of each group, or save the whole state as a pytree"
         )
-    return found[0]  # type: ignore[no-any-return]
+    return first
+
+
+def find_states(opt_state: Any) -> list[SingdState]:
+    """Those inside an optimizer's state: several with `optax.multi_transform`.
+
+    Raises:
+        ValueError: If there is none, or a layer is part of two.
+    """
+    found = [leaf for leaf in jax.tree.leaves(opt_state, is_leaf=_is_state) if _is_state(leaf)]
+    if not found:
+        raise ValueError(
+            "the optimizer's state holds no state of singd: pass what `tx.init(params)` returned, "
+            "of a transformation with singd in it"
+        )
+    names = [name for state in found for name in state.core.layers]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(
+            f"two transformations of singd train {', '.join(twice)}: give each its own parameters, "
+            "e.g. by optax.multi_transform"
+        )
+    return found
 
 
 def refuse_lost_curvature(opt_state: Any) -> None:

@@ -154,11 +154,11 @@ class Steps:
     ) -> tuple[Optimizer, dict[str, Factors]]:
         """The optimizer of this step, and the factors of the layers of which there is curvature."""
         optimizer, core = self._at(state.core), state.core
-        given = joined(curvature or {})
+        given = joined(curvature or {}, self.layers)
         known = {k: c for k, c in given.items() if k in core.layers}
-        if given and core.layers and not known:
+        if curvature and core.layers and not known:
             raise ValueError(
-                f"the curvature is that of {', '.join(given)}, and the state that of "
+                f"the curvature is that of {', '.join(curvature)}, and the state that of "
                 f"{', '.join(core.layers)}: give both the same layers"
             )
         if not known or state.T is None:

@@ -199,7 +199,7 @@ def test_inject_hyperparams():
 def test_chain_finds_its_state_and_passes_the_curvature_on():
     tx = optax.chain(optax.clip_by_global_norm(1e9), singd_jax.singd(0.02, layers=LAYERS, T=2))
     assert_close(run(tx)[0], run(singd_jax.singd(0.02, layers=LAYERS, T=2))[0])
-    with pytest.raises(ValueError, match="holds 0 states of singd"):
+    with pytest.raises(ValueError, match="holds no state of singd"):
         run(optax.sgd(0.1))
 
 
@@ -213,6 +213,54 @@ def test_masked_leaves_parameters_out():
     assert set(curvature) == {"w"}
     updates, _ = jax.jit(tx.update)(grads, state, start(), curvature=curvature)
     assert_close(updates["v"], grads["v"], 0.0)  # what masked does with the rest
+
+
+@pytest.mark.parametrize("branch", ["step", "layer"])
+@pytest.mark.parametrize("T", [1, 2])
+def test_groups_with_settings_of_their_own(T, branch):
+    groups = {
+        "first": singd_jax.singd(0.02, layers=LAYERS, T=T, structures="diagonal"),
+        "last": singd_jax.singd(0.02, layers=LAYERS, T=3, recipe="paper"),
+    }
+    labels = {"v": "first", "a": "first", "scale": "first", "w": "last", "b": "last"}
+
+    def of(k, tree):
+        return {name: tree[name] for name in tree if labels[name] == k}
+
+    tx = optax.multi_transform(groups, labels)
+    function = jax.jit(singd_jax.value_and_curvature(loss, LAYERS, branch=branch))
+    update = jax.jit(tx.update)
+    params, state = start(), tx.init(start())
+    alone = {k: group.init(of(k, params)) for k, group in groups.items()}
+    for _ in range(4):
+        _, grads, curvature = function(params, state, X)
+        updates, state = update(grads, state, params, curvature=curvature)
+        for k, group in groups.items():  # each as if it were alone
+            _, _, own = function(params, alone[k], X)
+            expected, alone[k] = group.update(of(k, grads), alone[k], of(k, params), curvature=own)
+            assert_close(of(k, updates), expected)
+        params = optax.apply_updates(params, updates)
+    with pytest.raises(ValueError, match="holds 2 states of singd where one is needed"):
+        singd_jax.flatten(state)
+    twice = optax.chain(*groups.values())
+    with pytest.raises(ValueError, match="two transformations of singd train v, w"):
+        run(twice)
+
+
+def test_a_name_is_not_that_of_a_transposed_use():
+    def loss(p, x):
+        return mean_square(x @ p["w"] @ p["w"].T + x @ p["w transposed"])
+
+    def untied(p, x):
+        return mean_square(x @ p["w"] + x @ p["w transposed"])
+
+    params = {"w": array(4, 4), "w transposed": array(4, 4, seed=1)}
+    with pytest.raises(ValueError, match="'w transposed' is the name of a parameter, and"):
+        singd_jax.find_layers(loss)(params, X)
+    layers = singd_jax.find_layers(untied)(params, X)
+    tx = singd_jax.singd(0.02, layers=layers, T=1)
+    _, state, _ = stepper(tx, untied, layers)(params, tx.init(params), X)
+    assert int(state.core.layers["w transposed"].factors.averages.k) == 1
 
 
 def test_multi_steps_of_optax_accumulate_gradients():
