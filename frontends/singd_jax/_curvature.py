@@ -60,7 +60,7 @@ def value_and_curvature(
 
     Raises:
         ValueError: If `branch` is unknown, or the state has no state of singd in it, or one that
-            optax would not pass the curvature on to.
+            optax would not pass the curvature on to; or if the parameters do not fit the layers.
     """
     if branch not in ("step", "layer"):
         raise ValueError(f'branch = {branch!r}: choose "step" or "layer"')
@@ -77,6 +77,9 @@ def value_and_curvature(
                 f"the state is that of {', '.join(known)}, and the layers are "
                 f"{', '.join(layers)}: give both the same layers"
             )
+        layers.refuse_others(
+            Leaves.of(params).named, [leaf for name in factors for leaf in layers[name].leaves]
+        )
         needed = layers.loss_average == "batch" or layers.kfac_approx == "reduce"
         n = size_of_batch(layers.batch_size, batch, keywords) if needed else None
         dues: list[Any] = [own.due for own in states]

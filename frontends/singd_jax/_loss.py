@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax  # type: ignore[import-untyped]
 
 from singd_core._array import Array
 from singd_jax import _compat
@@ -22,18 +23,20 @@ class Leaves:
     Attributes:
         names: Their names: the path's keys joined by dots.
         arrays: The leaves.
+        others: The names of what is not trained, e.g. of what a mask leaves out.
         join: Puts leaves back into the pytree.
     """
 
     names: tuple[str, ...]
     arrays: tuple[Array, ...]
+    others: frozenset[str]
     join: Callable[[Sequence[Any]], Any]
 
     @classmethod
     def of(cls, params: Any) -> Leaves:
         """Those that are arrays of floating-point or complex numbers."""
         tree: Any
-        flat, tree = jax.tree_util.tree_flatten_with_path(params)
+        flat, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_left_out)
         trained = [_is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact) for _, leaf in flat]
         names = [_name(path) for path, _ in flat]
         if len(set(names)) < len(names):  # {"a.b": ...} beside {"a": {"b": ...}}
@@ -45,7 +48,17 @@ class Leaves:
             return tree.unflatten([next(new) if own else leaf for (_, leaf), own in pairs])
 
         chosen = [i for i, own in enumerate(trained) if own]
-        return cls(tuple(names[i] for i in chosen), tuple(flat[i][1] for i in chosen), join)
+        return cls(
+            tuple(names[i] for i in chosen),
+            tuple(flat[i][1] for i in chosen),
+            frozenset(name for name, own in zip(names, trained, strict=True) if not own),
+            join,
+        )
+
+    @property
+    def named(self) -> dict[str, Array]:
+        """The leaves by name."""
+        return dict(zip(self.names, self.arrays, strict=True))
 
     def gradients(self, leaves: Sequence[Array]) -> Any:
         """The pytree of gradients: None in place of what is not trained."""
@@ -130,6 +143,10 @@ def is_complex(array: Any) -> bool:
 
 def _is_array(value: Any) -> bool:
     return hasattr(value, "shape") and hasattr(value, "dtype")
+
+
+def _is_left_out(value: Any) -> bool:
+    return value is None or isinstance(value, optax.MaskedNode)
 
 
 def _is_key(value: Any) -> bool:

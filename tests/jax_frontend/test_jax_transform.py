@@ -224,21 +224,24 @@ def test_groups_with_settings_of_their_own(T, branch):
     }
     labels = {"v": "first", "a": "first", "scale": "first", "w": "last", "b": "last"}
 
-    def of(k, tree):
-        return {name: tree[name] for name in tree if labels[name] == k}
-
     tx = optax.multi_transform(groups, labels)
     function = jax.jit(singd_jax.value_and_curvature(loss, LAYERS, branch=branch))
     update = jax.jit(tx.update)
     params, state = start(), tx.init(start())
-    alone = {k: group.init(of(k, params)) for k, group in groups.items()}
+    single = {
+        k: optax.masked(group, {leaf: label == k for leaf, label in labels.items()})
+        for k, group in groups.items()
+    }
+    alone = {k: masked.init(params) for k, masked in single.items()}
     for _ in range(4):
         _, grads, curvature = function(params, state, X)
         updates, state = update(grads, state, params, curvature=curvature)
-        for k, group in groups.items():  # each as if it were alone
+        for k, masked in single.items():  # each as if it were alone
             _, _, own = function(params, alone[k], X)
-            expected, alone[k] = group.update(of(k, grads), alone[k], of(k, params), curvature=own)
-            assert_close(of(k, updates), expected)
+            expected, alone[k] = masked.update(grads, alone[k], params, curvature=own)
+            for leaf, label in labels.items():
+                if label == k:
+                    assert_close(updates[leaf], expected[leaf])
         params = optax.apply_updates(params, updates)
     with pytest.raises(ValueError, match="holds 2 states of singd where one is needed"):
         singd_jax.flatten(state)
@@ -338,7 +341,7 @@ def test_a_micro_batch_that_is_not_finite_spoils_one_step_alone():
 
 def test_layers_of_other_parameters_are_told_of():
     tx = singd_jax.singd(0.02, layers=LAYERS)
-    with pytest.raises(ValueError, match="the layers are those of v, w, and none of them is among"):
+    with pytest.raises(ValueError, match="the parameters have no 'a', which the layers were found"):
         tx.init({"other": X})
     params = {"other": array(4, 3)}
     other = singd_jax.find_layers(lambda p, x: mean_square(x @ p["other"]))(params, X)
@@ -349,6 +352,41 @@ def test_layers_of_other_parameters_are_told_of():
     _, _, curvature = function(params, state, X)
     with pytest.raises(ValueError, match="the curvature is that of other, and the state that of"):
         tx.update(start(), tx.init(start()), start(), curvature=curvature)
+
+
+@pytest.mark.parametrize(
+    "make", [functools.partial(singd_jax.singd, 0.1), singd_jax.scale_by_singd]
+)
+def test_a_leaf_that_does_not_fit_is_named(make):
+    tx, params = make(layers=LAYERS), start()
+    state = tx.init(params)
+    without = {k: v for k, v in params.items() if k != "a"}
+    turned = params | {"v": params["v"].T}
+    function = singd_jax.value_and_curvature(lambda p, x: jnp.sum(p["v"]), LAYERS)
+    check = singd_jax.check(lambda p, x: jnp.sum(p["v"]), LAYERS)
+    for use in (
+        tx.init,
+        lambda p: tx.update(p, state, params),
+        lambda p: function(p, state, X),
+        lambda p: check(p, X),
+    ):
+        with pytest.raises(ValueError, match="have no 'a', which the layers were found with"):
+            use(without)
+        with pytest.raises(ValueError, match=r"'v' has shape \(5, 4\) .* and had \(4, 5\)"):
+            use(turned)
+    with pytest.raises(ValueError, match="'z' is none of the parameters"):
+        tx.init(params | {"z": X})
+    with pytest.raises(ValueError, match=r"'scale' has shape \(6, 4\)"):
+        tx.init(params | {"scale": X})
+
+
+def test_parameters_further_than_those_of_the_state_are_named():
+    tx = singd_jax.singd(0.1, layers=LAYERS)
+    state = tx.init(start())
+    with pytest.raises(ValueError, match="'z' is none of the parameters"):
+        tx.update(start() | {"z": X}, state, start())
+    with pytest.raises(ValueError, match="the parameters have no 'scale'"):
+        tx.update(start(), state, {k: v for k, v in start().items() if k != "scale"})
 
 
 def test_the_bare_preconditioner_takes_settings_of_the_factors_alone():
