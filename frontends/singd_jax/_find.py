@@ -163,6 +163,8 @@ class _Search:
             diagonal = "K" if embeddings[0].layout == main.layout else "C"
         if kfac_approx == "reduce" and not all(call.reduces for call in calls.values()):
             notes.append('no axis of the batch: rows as in "expand"')
+        if kfac_approx == "reduce" and key in self.tracer.steps:
+            notes.append("the steps of a scan are not averaged over")
         kind = main.kind if len(uses) == 1 else f"{main.kind}, {len(uses)} uses"
         if embeddings and main.kind != "embedding":
             kind += " and embedding"

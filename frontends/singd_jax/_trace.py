@@ -34,6 +34,8 @@ class Tracer:
         calls: The products found of each weight, by the path of their equations.
         biases: What was added to them.
         reads: For each leaf the other equations that read it.
+        scans: The scans that were entered.
+        steps: The weights that every step of such a scan multiplies with.
         spread: Along which axes of a mesh data differ between devices.
     """
 
@@ -48,6 +50,8 @@ class Tracer:
         self.calls: dict[Key, dict[Path, Call]] = collections.defaultdict(dict)
         self.biases: dict[Key, dict[Path, Bias]] = collections.defaultdict(dict)
         self.reads: dict[int, dict[str, None]] = collections.defaultdict(dict)
+        self.scans: set[int] = set()
+        self.steps: set[Key] = set()
         self.spread = Spread()
         self._within: Path = ()
         self._kept: list[Any] = []
@@ -185,6 +189,8 @@ class Tracer:
                 call = call.of_part(x_cut, y_cut)
             path = (*self._within, id(eqn))
             self.calls[view.key][path] = call
+            if self.scans.intersection(self._within).difference(view.scans):
+                self.steps.add(view.key)
             results[0] = self.visit(view.key, call, x, results[0], ports)
             pieces.append(Piece(view.key, path, call, y_cut))
         if any(cut[0] for cut in parts) or not pieces[0].call.takes_bias:
