@@ -40,7 +40,7 @@ class MultiSteps(optax.MultiSteps):  # type: ignore[misc]
         >>> layers = find_layers(loss)(params, x[:4])
         >>> tx = MultiSteps(singd(0.1, layers=layers), 2, layers=layers)
 
-    In an `optax.chain` put its `gradient_transformation()`.
+    Inside another transformation, e.g. `optax.chain`, put its `gradient_transformation()`.
     """
 
     def __init__(
@@ -59,8 +59,9 @@ class MultiSteps(optax.MultiSteps):  # type: ignore[misc]
             curvature = both.curvature
             if not mean:  # inputs are averaged whatever the loss is
                 curvature = {
-                    key: _with_mean(layers.curvatures[key][1], c, micro_batches)
-                    for key, c in curvature.items()
+                    key: _with_mean(role, curvature[key], micro_batches)
+                    for key, (_, role) in layers.curvatures.items()
+                    if key in curvature
                 }
             return inner.update(both.gradient, state, params, curvature=curvature, **extra)
 
@@ -111,7 +112,8 @@ class MultiSteps(optax.MultiSteps):  # type: ignore[misc]
         if curvature is None:
             raise ValueError(
                 "singd_jax.MultiSteps accumulates the curvature: give tx.update(grads, state, "
-                "params, curvature=curvature) that of value_and_curvature"
+                "params, curvature=curvature) that of value_and_curvature, and put its "
+                "gradient_transformation() where it is part of another transformation"
             )
         both, n = Both(updates, dict(curvature)), state.mini_step + 1
         changes, state = super().update(both, state, params, micro_batches=n, **extra)
@@ -121,7 +123,7 @@ class MultiSteps(optax.MultiSteps):  # type: ignore[misc]
         return changes, state._replace(acc_grads=kept)
 
     def gradient_transformation(self) -> optax.GradientTransformationExtraArgs:
-        """The same as a transformation, for `optax.chain`; optax's own would drop the curvature."""
+        """The same as a part of others, e.g. of `optax.chain`; optax's own drops the curvature."""
         return optax.GradientTransformationExtraArgs(self.init, self.update)
 
 

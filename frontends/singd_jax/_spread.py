@@ -54,7 +54,7 @@ class Spread:
         Raises:
             ValueError: Naming the axis of the mesh.
         """
-        if v not in self.known:
+        if _compat.is_literal(v) or v not in self.known:
             return
         lax: Any = jax.lax  # its psum has no types
         axes = self.unchecked | _compat.varying(x) | _compat.varying(y)

@@ -80,24 +80,27 @@ def refuse_lost_curvature(opt_state: Any) -> None:
     """Raise if optax would not pass the curvature on to singd.
 
     Raises:
-        ValueError: If `optax.MultiSteps` is part of an `optax.chain`, which drops it.
+        ValueError: If `optax.MultiSteps` is part of another transformation, which drops it.
     """
-    for chain in jax.tree.leaves(opt_state, is_leaf=_is_accumulating_chain):
-        if _is_accumulating_chain(chain):
-            raise ValueError(
-                "optax.MultiSteps inside optax.chain does not pass the curvature on: take "
-                "singd_jax.MultiSteps(tx, k, layers=layers).gradient_transformation() in its "
-                "place, or put the chain inside of optax.MultiSteps"
-            )
+    if any(map(_drops_curvature, jax.tree.leaves(opt_state, is_leaf=_drops_curvature))):
+        raise ValueError(
+            "optax.MultiSteps inside another transformation, e.g. optax.chain, does not pass the "
+            "curvature on: take singd_jax.MultiSteps(tx, k, layers=layers)."
+            "gradient_transformation() in its place, or put the other inside of optax.MultiSteps"
+        )
 
 
-def _is_accumulating_chain(node: Any) -> bool:
-    """Whether it is the state of a chain with `optax.MultiSteps` around singd."""
-    return type(node) is tuple and any(
+def _drops_curvature(node: Any) -> bool:
+    """Whether it is the state of a transformation of optax, `optax.MultiSteps` around singd in it.
+
+    The state of a chain is a tuple, and those of others are classes of optax.
+    """
+    of_optax = type(node) is tuple or type(node).__module__.startswith("optax.")
+    return of_optax and any(
         isinstance(part, optax.MultiStepsState)
         and not isinstance(part.acc_grads, Both)
         and any(map(_is_state, jax.tree.leaves(part, is_leaf=_is_state)))
-        for part in node
+        for part in (node if isinstance(node, tuple) else ())
     )
 
 

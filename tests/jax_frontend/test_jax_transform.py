@@ -280,9 +280,12 @@ def test_multi_steps_in_a_chain():
     params, state = run(optax.chain(clip, own.gradient_transformation()), steps=4)
     assert int(find_state(state).core.layers["w"].factors.averages.k) == 2
     assert_close(params, run(plain, steps=2)[0])
-    lost = optax.chain(clip, optax.MultiSteps(plain, 2).gradient_transformation())
-    with pytest.raises(ValueError, match=r"take singd_jax\.MultiSteps"):
-        run(lost)
+    optax_steps = optax.MultiSteps(plain, 2).gradient_transformation()
+    for lost in (optax.chain(clip, optax_steps), optax.masked(optax_steps, True)):
+        with pytest.raises(ValueError, match=r"take singd_jax\.MultiSteps"):
+            run(lost)
+    with pytest.raises(ValueError, match=r"put its gradient_transformation\(\)"):
+        run(optax.chain(clip, own))
     kept = optax.MultiSteps(optax.chain(clip, plain), 2).gradient_transformation()
     assert_close(run(kept, steps=4)[0], params)
 
