@@ -23,7 +23,7 @@ class Leaves:
     Attributes:
         names: Their names: the path's keys joined by dots.
         arrays: The leaves.
-        others: The names of what is not trained, e.g. of what a mask leaves out.
+        others: The names of what is not trained, e.g. of what a mask leaves out: maybe a branch.
         join: Puts leaves back into the pytree.
     """
 
@@ -51,8 +51,19 @@ class Leaves:
         return cls(
             tuple(names[i] for i in chosen),
             tuple(flat[i][1] for i in chosen),
-            frozenset(name for name, own in zip(names, trained, strict=True) if not own),
+            frozenset(
+                name if path else ""
+                for (path, _), name, own in zip(flat, names, trained, strict=True)
+                if not own
+            ),
             join,
+        )
+
+    def leaves_out(self, name: str) -> bool:
+        """Whether a leaf is none of those trained, or in a branch that is left out."""
+        return any(
+            branch in ("", name) or name.startswith((f"{branch}.", f"{branch}["))
+            for branch in self.others
         )
 
     @property

@@ -66,7 +66,7 @@ class Steps:
         """
         leaves = Leaves.of(params)
         arrays = leaves.named
-        needed = [name for name in self.layers.shapes if name not in leaves.others]
+        needed = [name for name in self.layers.shapes if not leaves.leaves_out(name)]
         self.layers.refuse_others(arrays, needed)
         _refuse_further(arrays, self.layers.shapes)
         found = self._present(arrays)

@@ -12,7 +12,7 @@ from jax_cases import CASES, N, X, array, mean_square
 
 import singd_jax
 from singd_core.optimizer import Fallback
-from singd_jax._state import find_state
+from singd_jax._state import find_state, find_states
 
 
 def loss(p, x):
@@ -248,6 +248,19 @@ def test_groups_with_settings_of_their_own(T, branch):
     twice = optax.chain(*groups.values())
     with pytest.raises(ValueError, match="two transformations of singd train v, w"):
         run(twice)
+
+
+def test_a_group_may_be_a_branch_of_the_parameters_or_all_of_them():
+    def nested(p, x):
+        return loss(p["all"] | p["none"], x)
+
+    params = {"all": start(), "none": {}}
+    layers = singd_jax.find_layers(nested)(params, X)
+    tx = singd_jax.singd(0.02, layers=layers)
+    for labels in ({"all": "a", "none": "b"}, "a"):
+        state = optax.multi_transform({"a": tx, "b": tx}, labels).init(params)
+        sizes = [len(own.core.layers) for own in find_states(state)]
+        assert sizes == [2, 0]
 
 
 def test_a_name_is_not_that_of_a_transposed_use():
