@@ -7,6 +7,7 @@ from singd_jax._find import find_layers
 from singd_jax._layers import Layer, Layers
 from singd_jax._pytree import register_trees
 from singd_jax._state import SingdState, flatten, unflatten
+from singd_jax._torch import from_torch
 from singd_jax._transform import scale_by_singd, singd
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "check",
     "find_layers",
     "flatten",
+    "from_torch",
     "scale_by_singd",
     "singd",
     "unflatten",

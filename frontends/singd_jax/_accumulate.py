@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +13,9 @@ import optax  # type: ignore[import-untyped]
 from singd_core._array import Array
 from singd_core.updates.curvature import Curvature
 from singd_jax._curvature import blank
-from singd_jax._layers import TRANSPOSED, Layers
-from singd_jax._state import find_state
-
-
-class _Both(NamedTuple):
-    gradient: Any
-    curvature: dict[str, Curvature]
+from singd_jax._layers import TRANSPOSED, Layers, Role
+from singd_jax._loss import Leaves, is_complex
+from singd_jax._state import Both, find_states
 
 
 class MultiSteps(optax.MultiSteps):  # type: ignore[misc]
@@ -43,6 +39,8 @@ class MultiSteps(optax.MultiSteps):  # type: ignore[misc]
         >>> params, x = {"w": jnp.ones((3, 2))}, jnp.ones((8, 3))
         >>> layers = find_layers(loss)(params, x[:4])
         >>> tx = MultiSteps(singd(0.1, layers=layers), 2, layers=layers)
+
+    Inside another transformation, e.g. `optax.chain`, put its `gradient_transformation()`.
     """
 
     def __init__(
@@ -57,14 +55,18 @@ class MultiSteps(optax.MultiSteps):  # type: ignore[misc]
         inner, mean = optax.with_extra_args_support(opt), layers.loss_average is not None
         self._layers = layers
 
-        def update(both: _Both, state: Any, params: Any, micro_batches: Array, **extra: Any) -> Any:
+        def update(both: Both, state: Any, params: Any, micro_batches: Array, **extra: Any) -> Any:
             curvature = both.curvature
             if not mean:  # inputs are averaged whatever the loss is
-                curvature = {k: _with_mean(k, c, micro_batches) for k, c in curvature.items()}
+                curvature = {
+                    key: _with_mean(role, curvature[key], micro_batches)
+                    for key, (_, role) in layers.curvatures.items()
+                    if key in curvature
+                }
             return inner.update(both.gradient, state, params, curvature=curvature, **extra)
 
         def skip(updates: Any, *args: Any) -> Any:
-            gradient = updates.gradient if isinstance(updates, _Both) else updates
+            gradient = updates.gradient if isinstance(updates, Both) else updates
             return should_skip_update_fn(gradient, *args)  # type: ignore[misc]
 
         super().__init__(
@@ -76,11 +78,22 @@ class MultiSteps(optax.MultiSteps):  # type: ignore[misc]
         )
 
     def init(self, params: Any) -> Any:
-        """The state before the first micro-batch."""
+        """The state before the first micro-batch.
+
+        Raises:
+            ValueError: If a parameter is complex, of which optax drops the imaginary part.
+        """
+        leaves = Leaves.of(params)
+        for name, array in zip(leaves.names, leaves.arrays, strict=True):
+            if is_complex(array):
+                raise ValueError(
+                    f"{name} is complex, and optax.MultiSteps accumulates real numbers: accumulate "
+                    "inside the loss, e.g. by lax.scan over micro-batches"
+                )
         state = super().init(params)
-        zeros = blank(self._layers, find_state(state.inner_opt_state))
+        zeros = blank(self._layers, find_states(state.inner_opt_state))
         zeros = jax.tree.map(lambda a: a.astype(self._accumulator_dtype), zeros)
-        return state._replace(acc_grads=_Both(state.acc_grads, zeros))
+        return state._replace(acc_grads=Both(state.acc_grads, zeros))
 
     def update(
         self,
@@ -99,18 +112,23 @@ class MultiSteps(optax.MultiSteps):  # type: ignore[misc]
         if curvature is None:
             raise ValueError(
                 "singd_jax.MultiSteps accumulates the curvature: give tx.update(grads, state, "
-                "params, curvature=curvature) that of value_and_curvature"
+                "params, curvature=curvature) that of value_and_curvature, and put its "
+                "gradient_transformation() where it is part of another transformation"
             )
-        both, n = _Both(updates, dict(curvature)), state.mini_step + 1
+        both, n = Both(updates, dict(curvature)), state.mini_step + 1
         changes, state = super().update(both, state, params, micro_batches=n, **extra)
         # optax empties what it has accumulated by a product with 0, which NaN survives
         begins = state.mini_step == 0
         kept = jax.tree.map(lambda a: jnp.where(begins, 0, a).astype(a.dtype), state.acc_grads)
         return changes, state._replace(acc_grads=kept)
 
+    def gradient_transformation(self) -> optax.GradientTransformationExtraArgs:
+        """The same as a part of others, e.g. of `optax.chain`; optax's own drops the curvature."""
+        return optax.GradientTransformationExtraArgs(self.init, self.update)
 
-def _with_mean(name: str, curvature: Curvature, n: Array) -> Curvature:
+
+def _with_mean(role: Role, curvature: Curvature, n: Array) -> Curvature:
     """The sum of n curvatures with the part of the inputs as their mean."""
-    H, t = ("H_C", "t_G") if name.endswith(TRANSPOSED) else ("H_K", "t_U")
+    H, t = ("H_C", "t_G") if role == TRANSPOSED else ("H_K", "t_U")
     found = {H: getattr(curvature, H).scale(1.0 / n), t: getattr(curvature, t) / n}
     return dataclasses.replace(curvature, **found)

@@ -34,6 +34,7 @@ def check(
 
     Raises:
         AssertionError: Naming the layers whose difference is larger.
+        ValueError: If the parameters do not fit the layers.
 
     Example:
         >>> from singd_jax import find_layers
@@ -46,20 +47,20 @@ def check(
 
     def function(params: Any, *batch: Any, **keywords: Any) -> dict[str, float]:
         leaves = Leaves.of(params)
-        arrays = dict(zip(leaves.names, leaves.arrays, strict=True))
+        arrays = leaves.named
+        layers.refuse_others(arrays, [leaf for layer in layers.values() for leaf in layer.leaves])
         slots = {
             name: dict.fromkeys(layer.roles, jnp.zeros_like(layer.matrix(arrays)))
             for name, layer in layers.items()
         }
-        tapped = Tapped(loss, layers, None, None, _product)
+        tapped = Tapped(loss, layers, None, {}, _product)
 
         @jax.jit
         def gaps(arrays: Any) -> dict[str, Array]:
             _, grads, products, _ = tapped.value_and_grad(
                 leaves.join(arrays), slots, {}, batch, keywords, has_aux
             )
-            flat = Leaves.of(grads)
-            gradients = dict(zip(flat.names, flat.arrays, strict=True))
+            gradients = Leaves.of(grads).named
             return {
                 name: _gap(sum(products[name].values()), layer.matrix(gradients))
                 for name, layer in layers.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ from singd_jax._axes import Key
 from singd_jax._calls import Call
 from singd_jax._layers import TRANSPOSED, UPRIGHT, Layer, Layers, Role
 from singd_jax._loss import Leaves, evaluate, size_of_batch
-from singd_jax._state import SingdState, find_state
+from singd_jax._state import SingdState, find_states, refuse_lost_curvature
 from singd_jax._tap import Port, tap
 from singd_jax._trace import Ports, Tracer
 
@@ -59,7 +59,8 @@ def value_and_curvature(
         `jax.value_and_grad`; gradients of what is not trained are None.
 
     Raises:
-        ValueError: If `branch` is unknown, or the state has no state of singd in it.
+        ValueError: If `branch` is unknown, or the state has no state of singd in it, or one that
+            optax would not pass the curvature on to; or if the parameters do not fit the layers.
     """
     if branch not in ("step", "layer"):
         raise ValueError(f'branch = {branch!r}: choose "step" or "layer"')
@@ -67,17 +68,24 @@ def value_and_curvature(
     def function(
         params: Any, state: Any, *batch: Any, **keywords: Any
     ) -> tuple[Any, Any, dict[str, Curvature]]:
-        own = find_state(state)
-        factors, slots = _ports(layers, own)
-        if own.core.layers and len(layers) and not factors:
+        states = find_states(state)
+        refuse_lost_curvature(state)
+        factors, slots = _ports(layers, states)
+        known = [name for own in states for name in own.core.layers]
+        if known and len(layers) and not factors:
             raise ValueError(
-                f"the state is that of {', '.join(own.core.layers)}, and the layers are "
+                f"the state is that of {', '.join(known)}, and the layers are "
                 f"{', '.join(layers)}: give both the same layers"
             )
+        layers.refuse_others(
+            Leaves.of(params).named, [leaf for name in factors for leaf in layers[name].leaves]
+        )
         needed = layers.loss_average == "batch" or layers.kfac_approx == "reduce"
         n = size_of_batch(layers.batch_size, batch, keywords) if needed else None
-        whole = own.due is None or branch == "layer"
-        tapped, seen = Tapped(loss, layers, n, own.due if whole else None), set[str]()
+        dues: list[Any] = [own.due for own in states]
+        whole = branch == "layer" or any(due is None for due in dues)
+        due = {name: own.due for own in states for name in own.core.layers} if whole else {}
+        tapped, seen = Tapped(loss, layers, n, due), set[str]()
 
         def measured() -> tuple[Any, Any, dict[str, Any]]:
             value, grads, sums, names = tapped.value_and_grad(
@@ -89,7 +97,10 @@ def value_and_curvature(
         def plain() -> tuple[Any, Any, dict[str, Any]]:
             return *_value_and_grad(loss, params, batch, keywords, has_aux), slots
 
-        value, grads, sums = measured() if whole else jax.lax.cond(own.due, measured, plain)
+        if whole:
+            value, grads, sums = measured()
+        else:
+            value, grads, sums = jax.lax.cond(jnp.any(jnp.stack(dues)), measured, plain)
         curvature = {
             name + role: _curvature(sums[name][role], layers, n, role, uses)
             for name in factors
@@ -109,14 +120,14 @@ class Tapped:
         loss: The loss.
         layers: Its layers.
         batch_size: The number of examples.
-        due: Where it is to be returned; None is always.
+        due: For a layer, whether it is to be returned; None, and one that is not named, is always.
         rule: Makes what is returned from the product, the layer and `kfac_approx`.
     """
 
     loss: Callable[..., Any]
     layers: Layers
     batch_size: int | None
-    due: Array | None
+    due: Mapping[str, Array | None]
     rule: Callable[[Call, Layer, str], Callable[..., Any]] | None = None
 
     def value_and_grad(
@@ -147,7 +158,7 @@ class Tapped:
             seen.add(name + role)
             rule = (self.rule or _measure)(call, self.layers[name], self.layers.kfac_approx)
             port = ports[key]
-            return tap(rule, y, x, port._replace(slot=port.slot[role]), self.due)
+            return tap(rule, y, x, port._replace(slot=port.slot[role]), self.due.get(name))
 
         def function(arrays: list[Array], slots: Mapping[str, Any]) -> Any:
             ports = {key: Port(slots[name], factors.get(name)) for key, name in keys.items()}
@@ -190,10 +201,15 @@ def _measure(call: Call, layer: Layer, kfac_approx: str) -> Callable[..., Sums]:
     return rule
 
 
-def _ports(layers: Layers, own: SingdState) -> tuple[dict[str, Factors], dict[str, Any]]:
+def _ports(
+    layers: Layers, states: Sequence[SingdState]
+) -> tuple[dict[str, Factors], dict[str, Any]]:
     """What each layer is measured with, and zeros for what its roles add up."""
     factors = {
-        name: layer.factors.measuring() for name, layer in own.core.layers.items() if name in layers
+        name: layer.factors.measuring()
+        for own in states
+        for name, layer in own.core.layers.items()
+        if name in layers
     }
     slots = {
         name: dict.fromkeys(layers[name].roles, _slot(layers[name], factors[name]))
@@ -202,9 +218,9 @@ def _ports(layers: Layers, own: SingdState) -> tuple[dict[str, Factors], dict[st
     return factors, slots
 
 
-def blank(layers: Layers, own: SingdState) -> dict[str, Curvature]:
+def blank(layers: Layers, states: Sequence[SingdState]) -> dict[str, Curvature]:
     """Zeros like the curvature of all layers."""
-    factors, slots = _ports(layers, own)
+    factors, slots = _ports(layers, states)
     return {
         name + role: _curvature(slots[name][role], layers, 1, role, uses)
         for name in factors
@@ -242,12 +258,12 @@ def _curvature(
     return Curvature(turned.H_C, turned.H_K, turned.t_G, turned.t_U)
 
 
-def joined(curvature: Mapping[str, Curvature]) -> dict[str, Curvature]:
+def joined(curvature: Mapping[str, Curvature], layers: Layers) -> dict[str, Curvature]:
     """The curvature of each layer, from those of its roles."""
-    found = {k: c for k, c in curvature.items() if not k.endswith(TRANSPOSED)}
-    for k, c in curvature.items():
-        name = k.removesuffix(TRANSPOSED)
-        if name != k:
+    found: dict[str, Curvature] = {}
+    for key, (name, _) in layers.curvatures.items():
+        if key in curvature:
+            c = curvature[key]
             found[name] = found[name].joined(c) if name in found else c
     return found
 

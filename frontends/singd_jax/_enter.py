@@ -16,11 +16,13 @@ import jax.numpy as jnp
 from singd_jax import _compat
 from singd_jax._axes import View
 from singd_jax._joins import Join
-from singd_jax._product import Origin
+from singd_jax._product import Origin, Product
 from singd_jax._tap import Port, Slice
 
 if TYPE_CHECKING:
     from singd_jax._trace import Ports, Tracer
+
+STACKED = "stacked inside the loss: keep the stack as one parameter"
 
 Results: TypeAlias = tuple[list[Any], list[Origin]]
 
@@ -53,10 +55,12 @@ def cond(
     tracer: Tracer, eqn: Any, values: Sequence[Any], origins: Sequence[Origin], ports: Ports
 ) -> Results:
     """`lax.cond` and `lax.switch`."""
+    # what one branch adds to the output of a layer outside is no bias of it
+    inside = [None if isinstance(o, Product) else o for o in origins[1:]]
 
     def branch(closed: Any) -> Callable[..., Any]:
         def body(values: Any, ports: Any) -> Any:
-            results, found = tracer.run(closed.jaxpr, closed.consts, values, origins[1:], ports)
+            results, found = tracer.run(closed.jaxpr, closed.consts, values, inside, ports)
             _note_returned(tracer, found, "cond")
             return results
 
@@ -74,13 +78,14 @@ def scan(
     p = eqn.params
     body, (n_consts, n_carry) = p["jaxpr"], _compat.scan_counts(p)
     first = n_consts + n_carry
+    tracer.scans.add(id(eqn))
     for o in origins[n_consts:first]:
         tracer.note(o, "carried through a scan")
     entered: list[Origin] = []
     for o in origins[first:]:
         entered.append(o.enter_scan(id(eqn)) if isinstance(o, View) else None)
         if isinstance(o, Join):
-            tracer.note(o, "scanned over as a concatenation")
+            tracer.note(o, STACKED)
     inside = [*origins[:n_consts], *[None] * n_carry, *entered]
     scanned = [o for o in origins[first:] if isinstance(o, View)]
     sliced = {k: v for k, v in ports.items() if _stacked(scanned, k, tracer.stacks[k])}
@@ -132,6 +137,9 @@ def custom_jvp(
         return [_compat.vary(jnp.zeros_like(x), _compat.varying(x)) for x in chosen]
 
     closed = tracer.keep(jax.make_jaxpr(rule)(values, zeros(values)))
+    if tracer.spread.known:
+        spread = tracer.spread.of(eqn.invars)
+        tracer.spread.follow(closed.jaxpr, closed.consts, [*spread, *(spread[i] for i in given)])
     inside = [*[None] * len(values), *(origins[i] for i in given)]
     found: list[Origin] = []
 
@@ -167,8 +175,7 @@ def shard_map(
 ) -> Results:
     """`jax.shard_map`."""
     specs = eqn.params["in_specs"]
-    if not eqn.params["check_vma"]:
-        _refuse_replicas(eqn, origins)
+    tracer.spread.enter(eqn)
     jaxpr, consts = _compat.inner_jaxpr(eqn)
     inside = []
     for o, spec in zip(origins, specs, strict=True):
@@ -180,30 +187,12 @@ def shard_map(
     def body(values: Any, ports: Any) -> Any:
         return tracer.run(jaxpr, consts, values, inside, ports)[0]
 
+    unchecked = tracer.spread.unchecked
+    if not eqn.params["check_vma"]:
+        tracer.spread.unchecked = unchecked | frozenset(_compat.manual_axes(eqn))
     results = _compat.shard_map(eqn, body)(values, dict(ports))
+    tracer.spread.unchecked = unchecked
     return results, [None] * len(results)
-
-
-def _refuse_replicas(eqn: Any, origins: Sequence[Origin]) -> None:
-    """Raise where devices of an unchecked shard_map share data.
-
-    The gradient of a replicated value is summed over devices there, each of which has its share of
-    it: right for gradients, and wrong for sums of squares.
-    """
-    for axis, n in _compat.manual_axes(eqn).items():
-        for o, v, spec in zip(origins, eqn.invars, eqn.params["in_specs"], strict=True):
-            named = [name for part in spec if part is not None for name in _names(part)]
-            if n > 1 and o is None and v.aval.ndim > 0 and axis not in named:
-                raise ValueError(
-                    f"the loss runs shard_map(check_vma=False) on a mesh whose axis {axis!r} does "
-                    f"not divide all of the data ({v.aval.str_short()} is the same along it): what "
-                    "devices share is counted wrongly in the curvature. Let jax check: "
-                    "shard_map(check_vma=True), the default; or divide the data over all axes"
-                )
-
-
-def _names(part: Any) -> tuple[Any, ...]:
-    return part if isinstance(part, tuple) else (part,)
 
 
 def _is_smooth(v: Any) -> bool:

@@ -15,8 +15,8 @@ from singd_core._array import Array, ranged
 from singd_core.curvature.base import is_expand, loss_terms
 from singd_jax._axes import Key, merged
 from singd_jax._calls import Call
-from singd_jax._layers import Layer, Layers, Part, pair
-from singd_jax._loss import Leaves, evaluate, size_of_batch
+from singd_jax._layers import TRANSPOSED, Layer, Layers, Part, pair
+from singd_jax._loss import Leaves, evaluate, is_complex, size_of_batch
 from singd_jax._product import Bias, Path
 from singd_jax._trace import Ports, Tracer
 
@@ -46,7 +46,8 @@ def find_layers(
         A function of `params, *batch`, arrays or their shapes, that returns the layers.
 
     Raises:
-        ValueError: If an option is unknown, or the batch size is not to be seen.
+        ValueError: If an option is unknown, the batch size is not to be seen, or the curvatures of
+            two layers would have one name.
 
     Example:
         >>> import jax.numpy as jnp
@@ -116,6 +117,12 @@ class _Search:
                 break
             candidates = kept
         self.layers = {layer.name: self._with_other_reads(layer) for layer in candidates}
+        for name, layer in self.layers.items():
+            if layer.transposed and name + TRANSPOSED in self.layers:
+                raise ValueError(
+                    f"{name + TRANSPOSED!r} is the name of a parameter, and of the transposed use "
+                    f"of {name!r} in the curvature: rename one of them"
+                )
 
     def others(self) -> dict[str, str]:
         """Why the remaining parameters belong to no layer."""
@@ -131,6 +138,8 @@ class _Search:
                 reason = self.reasons.get(name) or "; ".join(self.tracer.reads.get(i, ()))
                 if not reason and i in biases:
                     reason = f"the bias of {biases[i]}, which forms no layer"
+                if is_complex(self.leaves.arrays[i]):
+                    reason = "of complex numbers"
                 others[name] = reason or "not read by the loss"
         return others
 
@@ -154,6 +163,8 @@ class _Search:
             diagonal = "K" if embeddings[0].layout == main.layout else "C"
         if kfac_approx == "reduce" and not all(call.reduces for call in calls.values()):
             notes.append('no axis of the batch: rows as in "expand"')
+        if kfac_approx == "reduce" and key in self.tracer.steps:
+            notes.append("the steps of a scan are not averaged over")
         kind = main.kind if len(uses) == 1 else f"{main.kind}, {len(uses)} uses"
         if embeddings and main.kind != "embedding":
             kind += " and embedding"

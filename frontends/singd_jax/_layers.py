@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax.numpy as jnp
@@ -196,6 +196,33 @@ class Layers(Mapping[str, Layer]):
     def __len__(self) -> int:
         """The number of layers."""
         return len(self.found)
+
+    @property
+    def curvatures(self) -> dict[str, tuple[str, Role]]:
+        """The layer and the role that each key of a curvature stands for."""
+        return {name + role: (name, role) for name, layer in self.items() for role in layer.roles}
+
+    def refuse_others(
+        self, arrays: Mapping[str, Array], needed: Iterable[str], what: str = "parameters"
+    ) -> None:
+        """Raise unless the needed leaves are there, and all in the shapes that were found.
+
+        Raises:
+            ValueError: Naming the first leaf that is missing or of another shape.
+        """
+        for name in needed:
+            if name not in arrays:
+                raise ValueError(
+                    f"the {what} have no {name!r}, which the layers were found with: find the "
+                    "layers of these parameters, or leave some out by a mask (optax.masked)"
+                )
+        for name, array in arrays.items():
+            shape = self.shapes.get(name)
+            if shape is not None and tuple(array.shape) != shape:
+                raise ValueError(
+                    f"{name!r} has shape {tuple(array.shape)} among the {what}, and had {shape} "
+                    "when the layers were found: find the layers of these parameters"
+                )
 
     def __repr__(self) -> str:
         """A row for each layer and each other parameter."""

@@ -8,8 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax  # type: ignore[import-untyped]
 
 from singd_core._array import Array
+from singd_jax import _compat
 from singd_jax._axes import View
 from singd_jax._trace import Ports, Tracer
 
@@ -21,19 +23,21 @@ class Leaves:
     Attributes:
         names: Their names: the path's keys joined by dots.
         arrays: The leaves.
+        others: The names of what is not trained, e.g. of what a mask leaves out: maybe a branch.
         join: Puts leaves back into the pytree.
     """
 
     names: tuple[str, ...]
     arrays: tuple[Array, ...]
+    others: frozenset[str]
     join: Callable[[Sequence[Any]], Any]
 
     @classmethod
     def of(cls, params: Any) -> Leaves:
-        """Those that are arrays of floating-point numbers."""
+        """Those that are arrays of floating-point or complex numbers."""
         tree: Any
-        flat, tree = jax.tree_util.tree_flatten_with_path(params)
-        trained = [_is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating) for _, leaf in flat]
+        flat, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_left_out)
+        trained = [_is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact) for _, leaf in flat]
         names = [_name(path) for path, _ in flat]
         if len(set(names)) < len(names):  # {"a.b": ...} beside {"a": {"b": ...}}
             names = [jax.tree_util.keystr(path) for path, _ in flat]
@@ -44,7 +48,28 @@ class Leaves:
             return tree.unflatten([next(new) if own else leaf for (_, leaf), own in pairs])
 
         chosen = [i for i, own in enumerate(trained) if own]
-        return cls(tuple(names[i] for i in chosen), tuple(flat[i][1] for i in chosen), join)
+        return cls(
+            tuple(names[i] for i in chosen),
+            tuple(flat[i][1] for i in chosen),
+            frozenset(
+                name if path else ""
+                for (path, _), name, own in zip(flat, names, trained, strict=True)
+                if not own
+            ),
+            join,
+        )
+
+    def leaves_out(self, name: str) -> bool:
+        """Whether a leaf is none of those trained, or in a branch that is left out."""
+        return any(
+            branch in ("", name) or name.startswith((f"{branch}.", f"{branch}["))
+            for branch in self.others
+        )
+
+    @property
+    def named(self) -> dict[str, Array]:
+        """The leaves by name."""
+        return dict(zip(self.names, self.arrays, strict=True))
 
     def gradients(self, leaves: Sequence[Array]) -> Any:
         """The pytree of gradients: None in place of what is not trained."""
@@ -86,9 +111,14 @@ def evaluate(
 
     arrays = [flat[i] for i in which]
     closed, shape = jax.make_jaxpr(function, return_shape=True)(list(leaves), arrays)
-    views = [View.of_leaf(i, leaf.shape) for i, leaf in enumerate(leaves)]
+    views = [
+        None if is_complex(leaf) else View.of_leaf(i, leaf.shape) for i, leaf in enumerate(leaves)
+    ]
     origins = [*views, *[None] * len(arrays)]
     args = [*leaves, *arrays]
+    differ = [_compat.varying(a) for a in args]
+    if any(differ):  # the loss is inside a shard_map
+        tracer.spread.follow(closed.jaxpr, closed.consts, differ)
     results, _ = tracer.run(closed.jaxpr, closed.consts, args, origins, ports)
     return jax.tree.unflatten(jax.tree.structure(shape), results)
 
@@ -117,8 +147,17 @@ def size_of_batch(given: Any, batch: tuple[Any, ...], keywords: Mapping[str, Any
     return int(next(iter(sizes.values())))
 
 
+def is_complex(array: Any) -> bool:
+    """Whether an array holds complex numbers, which no layer is made of."""
+    return bool(jnp.issubdtype(array.dtype, jnp.complexfloating))
+
+
 def _is_array(value: Any) -> bool:
     return hasattr(value, "shape") and hasattr(value, "dtype")
+
+
+def _is_left_out(value: Any) -> bool:
+    return value is None or isinstance(value, optax.MaskedNode)
 
 
 def _is_key(value: Any) -> bool:

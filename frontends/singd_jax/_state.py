@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax  # type: ignore[import-untyped]
 
 from singd_core import state as flat_state
 from singd_core._array import Array
 from singd_core.optimizer import State
+from singd_core.updates.curvature import Curvature
 
 
 class SingdState(NamedTuple):
@@ -30,19 +32,76 @@ class SingdState(NamedTuple):
         return None if self.T is None else self.core.step % self.T == 0
 
 
+class Both(NamedTuple):
+    """What `singd_jax.MultiSteps` accumulates in the place of the gradient alone."""
+
+    gradient: Any
+    curvature: dict[str, Curvature]
+
+
 def find_state(opt_state: Any) -> SingdState:
     """The one `SingdState` inside an optimizer's state, e.g. of `optax.chain`.
 
     Raises:
         ValueError: If there is none, or more than one.
     """
-    found = [leaf for leaf in jax.tree.leaves(opt_state, is_leaf=_is_state) if _is_state(leaf)]
-    if len(found) != 1:
+    first, *others = find_states(opt_state)
+    if others:
         raise ValueError(
-            f"the optimizer's state holds {len(found)} states of singd where one is needed: pass "
-            "what `tx.init(params)` returned, of a transformation with one singd in it"
+            f"the optimizer's state holds {1 + len(others)} states of singd where one is needed: "
+            "pass that of each group, or save the whole state as a pytree"
         )
-    return found[0]  # type: ignore[no-any-return]
+    return first
+
+
+def find_states(opt_state: Any) -> list[SingdState]:
+    """Those inside an optimizer's state: several with `optax.multi_transform`.
+
+    Raises:
+        ValueError: If there is none, or a layer is part of two.
+    """
+    found = [leaf for leaf in jax.tree.leaves(opt_state, is_leaf=_is_state) if _is_state(leaf)]
+    if not found:
+        raise ValueError(
+            "the optimizer's state holds no state of singd: pass what `tx.init(params)` returned, "
+            "of a transformation with singd in it"
+        )
+    names = [name for state in found for name in state.core.layers]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(
+            f"two transformations of singd train {', '.join(twice)}: give each its own parameters, "
+            "e.g. by optax.multi_transform"
+        )
+    return found
+
+
+def refuse_lost_curvature(opt_state: Any) -> None:
+    """Raise if optax would not pass the curvature on to singd.
+
+    Raises:
+        ValueError: If `optax.MultiSteps` is part of another transformation, which drops it.
+    """
+    if any(map(_drops_curvature, jax.tree.leaves(opt_state, is_leaf=_drops_curvature))):
+        raise ValueError(
+            "optax.MultiSteps inside another transformation, e.g. optax.chain, does not pass the "
+            "curvature on: take singd_jax.MultiSteps(tx, k, layers=layers)."
+            "gradient_transformation() in its place, or put the other inside of optax.MultiSteps"
+        )
+
+
+def _drops_curvature(node: Any) -> bool:
+    """Whether it is the state of a transformation of optax, `optax.MultiSteps` around singd in it.
+
+    The state of a chain is a tuple, and those of others are classes of optax.
+    """
+    of_optax = type(node) is tuple or type(node).__module__.startswith("optax.")
+    return of_optax and any(
+        isinstance(part, optax.MultiStepsState)
+        and not isinstance(part.acc_grads, Both)
+        and any(map(_is_state, jax.tree.leaves(part, is_leaf=_is_state)))
+        for part in (node if isinstance(node, tuple) else ())
+    )
 
 
 def flatten(opt_state: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -59,16 +59,17 @@ class Steps:
         self.T = self.optimizer.settings.T if T is None or isinstance(T, int) else T
 
     def init(self, params: Any, others: bool = True) -> SingdState:
-        """The state before the first step."""
+        """The state before the first step.
+
+        Raises:
+            ValueError: Naming the first parameter that is not as it was when the layers were found.
+        """
         leaves = Leaves.of(params)
-        arrays = dict(zip(leaves.names, leaves.arrays, strict=True))
+        arrays = leaves.named
+        needed = [name for name in self.layers.shapes if not leaves.leaves_out(name)]
+        self.layers.refuse_others(arrays, needed)
+        _refuse_further(arrays, self.layers.shapes)
         found = self._present(arrays)
-        owners = [leaf for layer in self.layers.values() for leaf in layer.leaves]
-        if owners and not any(leaf in arrays for leaf in owners):
-            raise ValueError(
-                f"the layers are those of {', '.join(self.layers)}, and none of them is among the "
-                f"parameters {', '.join(arrays)}: find the layers of the loss of these"
-            )
         owned = {name for layer in found.values() for name in layer.leaves}
         dtypes = {name: arrays[layer.weight.name].dtype for name, layer in found.items()}
         # Compiled, so that no array is tied to a device: the core makes them on that of another
@@ -90,13 +91,17 @@ class Steps:
         """The changes of the parameters, and the new state.
 
         Raises:
-            ValueError: If there are no parameters.
+            ValueError: If there are no parameters, or they or the gradients do not fit the state.
         """
         if params is None:
             raise ValueError(
                 "singd needs the parameters: tx.update(grads, state, params, curvature=curvature)"
             )
-        core, (gradients, tree), (weights, _) = state.core, _arrays(grads), _arrays(params)
+        core = state.core
+        needed = [*self._owned(core), *core.fallback]
+        gradients, tree = self._arrays(grads, needed, "gradients")
+        weights, _ = self._arrays(params, needed, "parameters")
+        _refuse_further(gradients, needed)
         optimizer, refreshed = self._begun(state, curvature)
         new, stepped = optimizer.update(
             self._matrices(gradients, core),
@@ -114,9 +119,14 @@ class Steps:
         params: Any,
         curvature: Mapping[str, Curvature] | None,
     ) -> tuple[Any, SingdState]:
-        """The natural gradients of the layers, and the new state; `params` may be None."""
+        """The natural gradients of the layers, and the new state; `params` may be None.
+
+        Raises:
+            ValueError: If the gradients do not fit the state.
+        """
         del params
-        core, (gradients, tree) = state.core, _arrays(grads)
+        core = state.core
+        gradients, tree = self._arrays(grads, self._owned(core), "gradients")
         _, refreshed = self._begun(state, curvature)
         new, total = self._matrices(gradients, core, others=True), jnp.zeros(())
         layers = {}
@@ -154,11 +164,11 @@ class Steps:
     ) -> tuple[Optimizer, dict[str, Factors]]:
         """The optimizer of this step, and the factors of the layers of which there is curvature."""
         optimizer, core = self._at(state.core), state.core
-        given = joined(curvature or {})
+        given = joined(curvature or {}, self.layers)
         known = {k: c for k, c in given.items() if k in core.layers}
-        if given and core.layers and not known:
+        if curvature and core.layers and not known:
             raise ValueError(
-                f"the curvature is that of {', '.join(given)}, and the state that of "
+                f"the curvature is that of {', '.join(curvature)}, and the state that of "
                 f"{', '.join(core.layers)}: give both the same layers"
             )
         if not known or state.T is None:
@@ -203,12 +213,24 @@ class Steps:
             if all(leaf in arrays for leaf in layer.leaves) and not (kfac and layer.diagonal)
         }
 
+    def _owned(self, core: State) -> list[str]:
+        """The leaves of the layers of a state."""
+        return [leaf for name in core.layers for leaf in self.layers[name].leaves]
+
+    def _arrays(
+        self, tree: Any, needed: Sequence[str], what: str
+    ) -> tuple[dict[str, Array], Callable[[Mapping[str, Array]], Any]]:
+        """The leaves of a pytree by name, and how to put them back."""
+        leaves = Leaves.of(tree)
+        self.layers.refuse_others(leaves.named, needed, what)
+        return leaves.named, lambda new: leaves.join([new[name] for name in leaves.names])
+
     def _matrices(
         self, arrays: Mapping[str, Array], core: State, others: bool = False
     ) -> dict[str, Array]:
         """The layers as matrices, and the other parameters as they are."""
         layers = {name: self.layers[name].matrix(arrays) for name in core.layers}
-        owned = {leaf for name in layers for leaf in self.layers[name].leaves}
+        owned = self._owned(core)
         rest = {
             k: a for k, a in arrays.items() if (others or k in core.fallback) and k not in owned
         }
@@ -229,12 +251,19 @@ class Steps:
 
 def _moments(a: Array) -> Moments:
     """Zeros, sharded like the parameter; their count is on no device in particular."""
-    wide = jnp.zeros_like(widen(a))
+    wide = jnp.abs(jnp.zeros_like(widen(a)))  # real
     return Moments(jnp.zeros_like(a), wide, jnp.zeros((), wide.dtype))
 
 
-def _arrays(tree: Any) -> tuple[dict[str, Array], Callable[[Mapping[str, Array]], Any]]:
-    """The leaves of a pytree by name, and how to put them back."""
-    leaves = Leaves.of(tree)
-    named = dict(zip(leaves.names, leaves.arrays, strict=True))
-    return named, lambda new: leaves.join([new[name] for name in leaves.names])
+def _refuse_further(arrays: Mapping[str, Array], known: Iterable[str]) -> None:
+    """Raise if there is an array that is none of those known.
+
+    Raises:
+        ValueError: Naming the first.
+    """
+    for name in arrays:
+        if name not in known:
+            raise ValueError(
+                f"{name!r} is none of the parameters that the layers were found with and that "
+                "tx.init was given: do both anew with these parameters"
+            )

@@ -8,13 +8,16 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
+import jax.numpy as jnp
+
 from singd_core._array import Array
 from singd_jax import _calls, _compat
 from singd_jax._axes import Group, Key, View, axes_of, rearranged
 from singd_jax._calls import Call, Cut
-from singd_jax._enter import CALLS, reaches
+from singd_jax._enter import CALLS, STACKED, reaches
 from singd_jax._joins import Join, cuts
 from singd_jax._product import Bias, Origin, Path, Piece, Product
+from singd_jax._spread import Spread
 
 Ports: TypeAlias = Mapping[Key, Any]
 # Takes a product, its operand, itself and the ports; returns the product, tapped or not.
@@ -31,6 +34,9 @@ class Tracer:
         calls: The products found of each weight, by the path of their equations.
         biases: What was added to them.
         reads: For each leaf the other equations that read it.
+        scans: The scans that were entered.
+        steps: The weights that every step of such a scan multiplies with.
+        spread: Along which axes of a mesh data differ between devices.
     """
 
     def __init__(
@@ -44,6 +50,9 @@ class Tracer:
         self.calls: dict[Key, dict[Path, Call]] = collections.defaultdict(dict)
         self.biases: dict[Key, dict[Path, Bias]] = collections.defaultdict(dict)
         self.reads: dict[int, dict[str, None]] = collections.defaultdict(dict)
+        self.scans: set[int] = set()
+        self.steps: set[Key] = set()
+        self.spread = Spread()
         self._within: Path = ()
         self._kept: list[Any] = []
 
@@ -63,9 +72,15 @@ class Tracer:
         """The results of a jaxpr, and where they come from."""
         env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
         env |= zip(jaxpr.invars, args, strict=True)
-        known: dict[Any, Origin] = dict(zip(jaxpr.invars, origins, strict=True))
+        known: dict[Any, Origin] = {}
         operands = [v for eqn in jaxpr.eqns for v in eqn.invars] + list(jaxpr.outvars)
         readers = collections.Counter(v for v in operands if not _compat.is_literal(v))
+
+        def learn(variables: Sequence[Any], origins: Sequence[Origin]) -> None:
+            for v, o in zip(variables, origins, strict=True):
+                # A bias must reach all of a product, so nothing else may read it before.
+                if o is not None and not (isinstance(o, Product) and readers[v] > 1):
+                    known[v] = o
 
         def read(v: Any) -> Any:
             return v.val if _compat.is_literal(v) else env[v]
@@ -73,15 +88,13 @@ class Tracer:
         def origin(v: Any) -> Origin:
             return None if _compat.is_literal(v) else known.get(v)
 
+        learn(jaxpr.invars, origins)
         for eqn in jaxpr.eqns:
             values = [read(v) for v in eqn.invars]
             found = [origin(v) for v in eqn.invars]
             results, new = self._equation(eqn, values, found, ports)
             env |= zip(eqn.outvars, results, strict=True)
-            for v, o in zip(eqn.outvars, new, strict=True):
-                # A bias must reach all of a product, so nothing else may read it before.
-                if o is not None and not (isinstance(o, Product) and readers[v] > 1):
-                    known[v] = o
+            learn(eqn.outvars, new)
         return [read(v) for v in jaxpr.outvars], [origin(v) for v in jaxpr.outvars]
 
     def _equation(
@@ -150,6 +163,10 @@ class Tracer:
     ) -> Origin:
         """Visit a product; `results` is changed in place."""
         origin, x, y = origins[side], values[1 - side], results[0]
+        if jnp.issubdtype(y.dtype, jnp.complexfloating):
+            self.note(origin, "multiplied with complex numbers")
+            return None
+        self.spread.refuse_shared(eqn.invars[1 - side], x, y)
         views = origin.views if isinstance(origin, Join) else (origin,)
         joined = origin.axis if isinstance(origin, Join) else None
         for i, n in enumerate(eqn.invars[side].aval.shape):
@@ -172,6 +189,8 @@ class Tracer:
                 call = call.of_part(x_cut, y_cut)
             path = (*self._within, id(eqn))
             self.calls[view.key][path] = call
+            if self.scans.intersection(self._within).difference(view.scans):
+                self.steps.add(view.key)
             results[0] = self.visit(view.key, call, x, results[0], ports)
             pieces.append(Piece(view.key, path, call, y_cut))
         if any(cut[0] for cut in parts) or not pieces[0].call.takes_bias:
@@ -216,6 +235,7 @@ _REASONS = {
     "custom_vjp_call": "inside a custom_vjp, which shows no gradient of an output",
     "custom_vjp_call_jaxpr": "inside a custom_vjp, which shows no gradient of an output",
     "concatenate": "concatenated with what is no parameter",
+    "stack": STACKED,
     "dynamic_slice": "indexed by what is known only at run time",
     "slice": "sliced across its layout",
     "dot_general": "multiplied with a parameter",

@@ -26,7 +26,8 @@ class Moments(Tree):
 
     Attributes:
         exp_avg: Average of the gradient, shaped like it.
-        exp_avg_sq: Average of its square, shaped like it, in at least float32.
+        exp_avg_sq: Average of its square (|g|² of complex ones), shaped like it, real, in at least
+            float32.
         step: How many steps were averaged, 0-d.
     """
 
@@ -38,7 +39,7 @@ class Moments(Tree):
     def zeros(cls, weight: Array) -> Self:
         """Before the first step."""
         xp = namespace(weight)
-        wide = xp.zeros_like(widen(weight))
+        wide = abs(xp.zeros_like(widen(weight)))  # real
         step = xp.zeros((), dtype=wide.dtype, device=device(weight))
         return cls(xp.zeros_like(weight), wide, step)
 
@@ -69,5 +70,6 @@ def _averaged(
 ) -> tuple[Array, Array, Array]:
     """The new moments, and the direction m̂ / (√v̂ + ε)."""
     first = first * beta1 + g * rest1
-    second = second * beta2 + g * g * rest2
+    square = g * g if g.dtype == second.dtype else abs(g) ** 2  # of complex numbers
+    second = second * beta2 + square * rest2
     return first, second, first / unbias1 / ((second / unbias2) ** 0.5 + eps)

@@ -111,18 +111,19 @@ def test_tuples_and_matrices_are_layers_unless_said_otherwise() -> None:
     assert set(state.fallback) == {"other"}
 
 
-def test_fallback_is_adamw() -> None:
+@pytest.mark.parametrize("i", [0.0, 1j], ids=["real", "complex"])
+def test_fallback_is_adamw(i: complex) -> None:
     """Loshchilov & Hutter, arXiv 1711.05101, algorithm 2, written out."""
     s = Fallback(lr=0.1, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.2)
     optimizer = Optimizer({}, fallback=s)
     rng = np.random.default_rng(0)
-    w = theta = rng.standard_normal(4)
+    w = theta = rng.standard_normal(4) + i * rng.standard_normal(4)
     state, m, v = optimizer.init({"w": w}), 0.0, 0.0
     for t in range(1, 6):
-        g = rng.standard_normal(4)
+        g = rng.standard_normal(4) + i * rng.standard_normal(4)
         updates, state = optimizer.update({"w": g}, state, {"w": w})
         w = w + updates["w"]
-        m, v = 0.8 * m + 0.2 * g, 0.95 * v + 0.05 * g * g
+        m, v = 0.8 * m + 0.2 * g, 0.95 * v + 0.05 * abs(g) ** 2
         step = (m / (1 - 0.8**t)) / (np.sqrt(v / (1 - 0.95**t)) + 1e-3)
         theta = theta - 0.1 * (step + 0.2 * theta)
         np.testing.assert_allclose(w, theta, rtol=CLOSE)

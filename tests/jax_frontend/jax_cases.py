@@ -128,6 +128,16 @@ def output_read_before_its_bias() -> Case:
 
 
 @case
+def output_read_before_its_bias_inside_a_jit() -> Case:
+    @jax.jit
+    def inner(y, b):
+        return mean_square(y + b) + mean_square(y)
+
+    params = {"w": array(4, 3), "b": array(3)}
+    return Case(lambda p, x: inner(x @ p["w"], p["b"]), params, (X,), {"w"}, {"b"})
+
+
+@case
 def used_twice_with_its_bias() -> Case:
     def loss(p, x):
         for _ in range(2):
@@ -135,6 +145,16 @@ def used_twice_with_its_bias() -> Case:
         return mean_square(x)
 
     return Case(loss, {"w": array(4, 4), "b": array(4)}, (X,), {"w"})
+
+
+@case
+def complex_numbers() -> Case:
+    def loss(p, x):
+        z = (x @ p["w"]).astype(jnp.complex64) @ p["c"] + 1j * x @ p["v"]
+        return mean_square(z.real) + mean_square(z.imag)
+
+    c = array(5, 3) + 1j * array(5, 3, seed=1)
+    return Case(loss, {"w": array(4, 5), "c": c, "v": array(4, 3)}, (X,), {"w"}, {"c", "v"})
 
 
 # ---- flax, Equinox ------------------------------------------------------------------------------
@@ -252,6 +272,15 @@ def cond() -> Case:
         return mean_square(y)
 
     return Case(loss, {"w": array(4, 3), "b": array(3)}, (X,), {"w"})
+
+
+@case
+def bias_in_one_branch() -> Case:
+    def loss(p, x):
+        y = lax.cond(x[0, 0] > 9.0, lambda y: y + p["b"], lambda y: y, x @ p["w"])
+        return mean_square(y)
+
+    return Case(loss, {"w": array(4, 3), "b": array(3)}, (X,), {"w"}, {"b"})
 
 
 @case

@@ -125,17 +125,48 @@ def unchecked_shard_map_in_the_loss(structures):
     return steps(loss_in_shard_map((4, 2), P(("data", "model")), False), PARAMS, X, structures)
 
 
+def unchecked_shard_map_with_constants(structures):
+    """What is no data may be the same everywhere: an array of the closure, a key."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    ones, key = jnp.ones(4), jax.random.PRNGKey(0)
+    specs = (P(), P(("data", "model")), P())
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
+    def sharded(p, x, key):
+        kept = jax.random.bernoulli(key, 1.0, x.shape)
+        return jax.lax.pmean(jnp.mean(model(p, x * ones * kept)), ("data", "model"))
+
+    return steps(lambda p, x: sharded(p, x, key), PARAMS, X, structures)
+
+
 def unchecked_shard_map_with_one_axis(structures):
     return steps(loss_in_shard_map((8, 1), P("data"), False), PARAMS, X, structures)
 
 
-def refusal():
-    """What is said of an axis over which devices share all data."""
-    try:
-        singd_jax.find_layers(loss_in_shard_map((4, 2), P("data"), False))(PARAMS, X)
-    except ValueError as error:
-        return str(error)
-    return ""
+def loss_that_gathers(check_vma):
+    """Every device along "model" multiplies the same data."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    specs = (P(), P(("data", "model")))
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=check_vma)
+    def sharded(p, x):
+        body = jax.checkpoint(lambda x, _: (jax.lax.all_gather(x, "model")[0], None))
+        x, _ = jax.lax.scan(body, x, None, length=1)
+        return jax.lax.pmean(jnp.mean(model(p, x)), ("data", "model"))
+
+    return sharded
+
+
+def refusals():
+    """What is said where devices share what a parameter multiplies."""
+    unchecked = loss_in_shard_map((4, 2), P("data"), False)
+    said = []
+    for loss in (unchecked, loss_that_gathers(False), loss_that_gathers(True)):
+        try:
+            singd_jax.find_layers(loss)(PARAMS, X)
+        except ValueError as error:
+            said.append(str(error))
+    return said
 
 
 def step_in_shard_map(structures):
@@ -189,6 +220,7 @@ RUNS = (
     explicit_parameters,
     shard_map_in_the_loss,
     unchecked_shard_map_in_the_loss,
+    unchecked_shard_map_with_constants,
     unchecked_shard_map_with_one_axis,
     step_in_shard_map,
 )
@@ -203,7 +235,7 @@ def main():
             if len(sys.argv) > 1 and run.__name__ not in sys.argv[1:]:
                 continue
             found[f"{run.__name__}, {structures}"] = gap(run(structures), expected)
-    found["refusal"] = refusal()
+    found["refusals"] = refusals()
     found["all-reduces"] = all_reduces()
     print(json.dumps(found))
 

@@ -173,6 +173,27 @@ def tied() -> Twin:
     return Twin(TorchTied(), [("table", same), ("w", kernel), ("b", same), ("c", same)], apply)
 
 
+class TorchAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x)[0]
+
+
+def attention() -> Twin:
+    """Query, key and value are slices of one leaf."""
+
+    def apply(p, x):
+        parts = [slice(4 * i, 4 * i + 4) for i in range(3)]
+        q, k, v = ((x @ p["w"][:, i] + p["b"][i]).reshape(*x.shape[:2], 2, 2) for i in parts)
+        a = jax.nn.softmax(jnp.einsum("bshd,bthd->bhst", q, k) / 2**0.5)
+        return jnp.einsum("bhst,bthd->bshd", a, v).reshape(x.shape) @ p["out"] + p["c"]
+
+    return Twin(TorchAttention(), [("w", kernel), ("b", same), ("out", kernel), ("c", same)], apply)
+
+
 def torch_steps(twin, optimizer, x, steps):
     for _ in range(steps):
         optimizer.zero_grad()
@@ -194,8 +215,8 @@ def jax_steps(twin, tx, layers, params, state, x, steps):
 
 
 def batches(twin):
-    x = {"Sequential": X, "TorchCNN": IMAGES, "TorchTransformer": SEQUENCE, "TorchTied": TOKENS}
-    x = np.array(x[type(twin.model).__name__])
+    x = {"Sequential": X, "TorchCNN": IMAGES, "TorchTied": TOKENS}
+    x = np.array(x.get(type(twin.model).__name__, SEQUENCE))
     return jnp.asarray(x), torch.from_numpy(x.transpose(0, 3, 1, 2).copy() if x.ndim == 4 else x)
 
 
@@ -269,9 +290,10 @@ def test_every_structure_takes_the_steps_of_torch(make, structure):
     compare(make(), **PAPER, T=2, structures=(structure, structure))
 
 
+@pytest.mark.parametrize("make", [transformer, attention])
 @pytest.mark.parametrize("recipe", ["robust", "paper"])
-def test_a_run_saved_by_torch_goes_on_in_jax(recipe):
-    twin = transformer()
+def test_a_run_saved_by_torch_goes_on_in_jax(recipe, make):
+    twin = make()
     x, torch_x = batches(twin)
     optimizer = SINGD(twin.model, lr=0.05, recipe=recipe, T=3)
     torch_steps(twin, optimizer, torch_x, 4)
@@ -279,13 +301,37 @@ def test_a_run_saved_by_torch_goes_on_in_jax(recipe):
     params = twin.params
     layers = singd_jax.find_layers(twin.loss)(params, x)
     tx = singd_jax.singd(0.05, layers=layers, recipe=recipe, T=3)
-    saved = optimizer.state_dict()
-    flat = {"step": saved["param_groups"][0]["steps"], "skipped": 0}
-    for i, (name, _) in enumerate(twin.leaves):
-        flat |= {f"{name}.{key}": value for key, value in saved["state"].get(i, {}).items()}
+    packed = [name for name in layers if name.startswith("w[")]
+    names = [packed if name == "w" else name for name, _ in twin.leaves]
+    flat = singd_jax.from_torch(optimizer.state_dict(), names)
     state = singd_jax.unflatten(tx.init(params), flat)
 
     params, _ = jax_steps(twin, tx, layers, params, state, x, 3)
     torch_steps(twin, optimizer, torch_x, 3)
     for name, expected in twin.params.items():
         np.testing.assert_allclose(params[name], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_names_for_a_saved_run_are_checked():
+    model = mlp().model
+    optimizer = SINGD(model, lr=0.05)
+    model(torch.from_numpy(np.array(X))).sum().backward()
+    optimizer.step()
+    saved = optimizer.state_dict()
+    with pytest.raises(ValueError, match="names has 1 entries"):
+        singd_jax.from_torch(saved, ["v"])
+    with pytest.raises(ValueError, match=r"names\[0\] = \['q', 'k'\]: .* 2 packed layers"):
+        singd_jax.from_torch(saved, [["q", "k"], "a", "w", "b"])
+
+
+def test_a_run_in_bfloat16_keeps_its_dtypes():
+    twin = mlp()
+    twin.model.bfloat16()
+    optimizer = SINGD(twin.model, lr=0.05)
+    torch_steps(twin, optimizer, torch.from_numpy(np.array(X)).bfloat16(), 2)
+    flat = singd_jax.from_torch(optimizer.state_dict(), ["v", "a", "w", "b"])
+    expected = optimizer.state_dict()["state"][0]["momentum_buffer"]
+    assert flat["v.momentum_buffer"].dtype == "bfloat16"
+    np.testing.assert_array_equal(
+        flat["v.momentum_buffer"].astype("float32"), expected.float().numpy()
+    )

@@ -32,6 +32,7 @@ def found():
         "explicit_parameters",
         "shard_map_in_the_loss",
         "unchecked_shard_map_in_the_loss",
+        "unchecked_shard_map_with_constants",
         "unchecked_shard_map_with_one_axis",
         "step_in_shard_map",
     ],
@@ -46,6 +47,8 @@ def test_curvature_needs_no_further_all_reduces(found):
     assert sometimes <= 2 * gradient, found["all-reduces"]  # in two branches, of which one runs
 
 
-def test_an_unchecked_shard_map_with_a_replicated_axis_is_rejected_and_says_why(found):
-    assert "axis 'model' does not divide all of the data" in found["refusal"]
-    assert "shard_map(check_vma=True)" in found["refusal"]
+def test_products_of_data_that_devices_share_are_rejected_and_it_is_said_why(found):
+    assert len(found["refusals"]) == 3
+    for said in found["refusals"]:
+        assert "the same on all devices along the axis 'model'" in said
+        assert "shard_map(check_vma=True)" in said

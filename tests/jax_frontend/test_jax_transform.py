@@ -12,7 +12,7 @@ from jax_cases import CASES, N, X, array, mean_square
 
 import singd_jax
 from singd_core.optimizer import Fallback
-from singd_jax._state import find_state
+from singd_jax._state import find_state, find_states
 
 
 def loss(p, x):
@@ -79,6 +79,29 @@ def test_parameters_of_no_layer_follow_optax_adamw():
         expected["scale"] = expected["scale"] + u
     assert_close(params, expected)
     assert set(state.core.fallback) == {"scale"}
+
+
+def test_complex_parameters_follow_optax_adamw():
+    case = CASES["complex_numbers"]()
+    layers = singd_jax.find_layers(case.loss)(case.params, X)
+    fallback = Fallback(lr=0.01, weight_decay=0.1)
+    tx, adamw = (
+        singd_jax.singd(0.0, layers=layers, fallback=fallback),
+        optax.adamw(0.01, weight_decay=0.1),
+    )
+    params, state = case.params, tx.init(case.params)
+    expected, adam_state = params["c"], adamw.init(params["c"])
+    step = jax.jit(tx.update)
+    for _ in range(3):
+        grads = jax.tree.map(jnp.conj, jax.grad(case.loss)(params, X))
+        updates, state = step(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        u, adam_state = adamw.update(grads["c"], adam_state, expected)
+        expected = expected + u
+    assert_close(params["c"], expected)
+    assert state.core.fallback["c"].exp_avg_sq.dtype == "float32"
+    with pytest.raises(ValueError, match="c is complex, and optax"):
+        singd_jax.MultiSteps(tx, 2, layers=layers).init(params)
 
 
 @pytest.mark.parametrize("branch", ["step", "layer"])
@@ -176,7 +199,7 @@ def test_inject_hyperparams():
 def test_chain_finds_its_state_and_passes_the_curvature_on():
     tx = optax.chain(optax.clip_by_global_norm(1e9), singd_jax.singd(0.02, layers=LAYERS, T=2))
     assert_close(run(tx)[0], run(singd_jax.singd(0.02, layers=LAYERS, T=2))[0])
-    with pytest.raises(ValueError, match="holds 0 states of singd"):
+    with pytest.raises(ValueError, match="holds no state of singd"):
         run(optax.sgd(0.1))
 
 
@@ -192,12 +215,92 @@ def test_masked_leaves_parameters_out():
     assert_close(updates["v"], grads["v"], 0.0)  # what masked does with the rest
 
 
+@pytest.mark.parametrize("branch", ["step", "layer"])
+@pytest.mark.parametrize("T", [1, 2])
+def test_groups_with_settings_of_their_own(T, branch):
+    groups = {
+        "first": singd_jax.singd(0.02, layers=LAYERS, T=T, structures="diagonal"),
+        "last": singd_jax.singd(0.02, layers=LAYERS, T=3, recipe="paper"),
+    }
+    labels = {"v": "first", "a": "first", "scale": "first", "w": "last", "b": "last"}
+
+    tx = optax.multi_transform(groups, labels)
+    function = jax.jit(singd_jax.value_and_curvature(loss, LAYERS, branch=branch))
+    update = jax.jit(tx.update)
+    params, state = start(), tx.init(start())
+    single = {
+        k: optax.masked(group, {leaf: label == k for leaf, label in labels.items()})
+        for k, group in groups.items()
+    }
+    alone = {k: masked.init(params) for k, masked in single.items()}
+    for _ in range(4):
+        _, grads, curvature = function(params, state, X)
+        updates, state = update(grads, state, params, curvature=curvature)
+        for k, masked in single.items():  # each as if it were alone
+            _, _, own = function(params, alone[k], X)
+            expected, alone[k] = masked.update(grads, alone[k], params, curvature=own)
+            for leaf, label in labels.items():
+                if label == k:
+                    assert_close(updates[leaf], expected[leaf])
+        params = optax.apply_updates(params, updates)
+    with pytest.raises(ValueError, match="holds 2 states of singd where one is needed"):
+        singd_jax.flatten(state)
+    twice = optax.chain(*groups.values())
+    with pytest.raises(ValueError, match="two transformations of singd train v, w"):
+        run(twice)
+
+
+def test_a_group_may_be_a_branch_of_the_parameters_or_all_of_them():
+    def nested(p, x):
+        return loss(p["all"] | p["none"], x)
+
+    params = {"all": start(), "none": {}}
+    layers = singd_jax.find_layers(nested)(params, X)
+    tx = singd_jax.singd(0.02, layers=layers)
+    for labels in ({"all": "a", "none": "b"}, "a"):
+        state = optax.multi_transform({"a": tx, "b": tx}, labels).init(params)
+        sizes = [len(own.core.layers) for own in find_states(state)]
+        assert sizes == [2, 0]
+
+
+def test_a_name_is_not_that_of_a_transposed_use():
+    def loss(p, x):
+        return mean_square(x @ p["w"] @ p["w"].T + x @ p["w transposed"])
+
+    def untied(p, x):
+        return mean_square(x @ p["w"] + x @ p["w transposed"])
+
+    params = {"w": array(4, 4), "w transposed": array(4, 4, seed=1)}
+    with pytest.raises(ValueError, match="'w transposed' is the name of a parameter, and"):
+        singd_jax.find_layers(loss)(params, X)
+    layers = singd_jax.find_layers(untied)(params, X)
+    tx = singd_jax.singd(0.02, layers=layers, T=1)
+    _, state, _ = stepper(tx, untied, layers)(params, tx.init(params), X)
+    assert int(state.core.layers["w transposed"].factors.averages.k) == 1
+
+
 def test_multi_steps_of_optax_accumulate_gradients():
     plain = singd_jax.singd(0.02, layers=LAYERS, T=1)
     tx = optax.MultiSteps(plain, every_k_schedule=2)
     params, state = run(tx, steps=4)  # of equal batches: two steps of the plain one
     assert int(state.gradient_step) == 2
     assert_close(params, run(plain, steps=2)[0])
+
+
+def test_multi_steps_in_a_chain():
+    plain = singd_jax.singd(0.02, layers=LAYERS, T=1)
+    clip, own = optax.clip_by_global_norm(1e9), singd_jax.MultiSteps(plain, 2, layers=LAYERS)
+    params, state = run(optax.chain(clip, own.gradient_transformation()), steps=4)
+    assert int(find_state(state).core.layers["w"].factors.averages.k) == 2
+    assert_close(params, run(plain, steps=2)[0])
+    optax_steps = optax.MultiSteps(plain, 2).gradient_transformation()
+    for lost in (optax.chain(clip, optax_steps), optax.masked(optax_steps, True)):
+        with pytest.raises(ValueError, match=r"take singd_jax\.MultiSteps"):
+            run(lost)
+    with pytest.raises(ValueError, match=r"put its gradient_transformation\(\)"):
+        run(optax.chain(clip, own))
+    kept = optax.MultiSteps(optax.chain(clip, plain), 2).gradient_transformation()
+    assert_close(run(kept, steps=4)[0], params)
 
 
 def tied_loss(p, x):
@@ -254,7 +357,7 @@ def test_a_micro_batch_that_is_not_finite_spoils_one_step_alone():
 
 def test_layers_of_other_parameters_are_told_of():
     tx = singd_jax.singd(0.02, layers=LAYERS)
-    with pytest.raises(ValueError, match="the layers are those of v, w, and none of them is among"):
+    with pytest.raises(ValueError, match="the parameters have no 'a', which the layers were found"):
         tx.init({"other": X})
     params = {"other": array(4, 3)}
     other = singd_jax.find_layers(lambda p, x: mean_square(x @ p["other"]))(params, X)
@@ -265,6 +368,41 @@ def test_layers_of_other_parameters_are_told_of():
     _, _, curvature = function(params, state, X)
     with pytest.raises(ValueError, match="the curvature is that of other, and the state that of"):
         tx.update(start(), tx.init(start()), start(), curvature=curvature)
+
+
+@pytest.mark.parametrize(
+    "make", [functools.partial(singd_jax.singd, 0.1), singd_jax.scale_by_singd]
+)
+def test_a_leaf_that_does_not_fit_is_named(make):
+    tx, params = make(layers=LAYERS), start()
+    state = tx.init(params)
+    without = {k: v for k, v in params.items() if k != "a"}
+    turned = params | {"v": params["v"].T}
+    function = singd_jax.value_and_curvature(lambda p, x: jnp.sum(p["v"]), LAYERS)
+    check = singd_jax.check(lambda p, x: jnp.sum(p["v"]), LAYERS)
+    for use in (
+        tx.init,
+        lambda p: tx.update(p, state, params),
+        lambda p: function(p, state, X),
+        lambda p: check(p, X),
+    ):
+        with pytest.raises(ValueError, match="have no 'a', which the layers were found with"):
+            use(without)
+        with pytest.raises(ValueError, match=r"'v' has shape \(5, 4\) .* and had \(4, 5\)"):
+            use(turned)
+    with pytest.raises(ValueError, match="'z' is none of the parameters"):
+        tx.init(params | {"z": X})
+    with pytest.raises(ValueError, match=r"'scale' has shape \(6, 4\)"):
+        tx.init(params | {"scale": X})
+
+
+def test_parameters_further_than_those_of_the_state_are_named():
+    tx = singd_jax.singd(0.1, layers=LAYERS)
+    state = tx.init(start())
+    with pytest.raises(ValueError, match="'z' is none of the parameters"):
+        tx.update(start() | {"z": X}, state, start())
+    with pytest.raises(ValueError, match="the parameters have no 'scale'"):
+        tx.update(start(), state, {k: v for k, v in start().items() if k != "scale"})
 
 
 def test_the_bare_preconditioner_takes_settings_of_the_factors_alone():
