@@ -13,6 +13,8 @@ Scalar: TypeAlias = Any  # a Python number, or an array of the batch axes' shape
 
 # For a type of arrays, what does `multiply_add` in place or as one kernel.
 MULTIPLY_ADD: dict[type, Callable[[Any, Any, Any, Any], Any]] = {}
+# The same for `add_product`.
+ADD_PRODUCT: dict[type, Callable[[Any, Any, Any], Any]] = {}
 
 _NAMESPACES: dict[type, Any] = {}
 _HALF: dict[tuple[type, Any], bool] = {}
@@ -122,6 +124,12 @@ def multiply_add(x: Array, c: Scalar, y: Array, out: Array | None = None) -> Arr
     """
     fused = MULTIPLY_ADD.get(type(x))
     return _multiply_add(x, c, y) if fused is None else fused(x, c, y, out)
+
+
+def add_product(Y: Array, A: Array, B: Array) -> Array:
+    """`Y + A B` of shapes (..., m, n), (..., m, k) and (..., k, n); `Y` may be overwritten."""
+    fused = ADD_PRODUCT.get(type(Y))
+    return Y + A @ B if fused is None else fused(Y, A, B)
 
 
 def at_least(x: Scalar, low: Scalar) -> Scalar:

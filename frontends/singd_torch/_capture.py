@@ -82,7 +82,8 @@ class Tap:
             return _compiled.probed(x, output, self._handle)
         if isinstance(output, FakeTensor):
             return None
-        return _Probe.apply(output, x.detach(), self)  # type: ignore[no-untyped-call,no-any-return]
+        x = x.detach() if x.requires_grad else x
+        return _Probe.apply(output, x, self)  # type: ignore[no-untyped-call,no-any-return]
 
     @torch.no_grad()
     def take(self, x: Tensor, g: Tensor) -> None:

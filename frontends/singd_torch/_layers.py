@@ -129,6 +129,9 @@ class Layer:
             return
         if source.swapped and self.bias is not None:  # a look-up does not see the bias
             rows = dataclasses.replace(rows, B=torch.nn.functional.pad(rows.B, (0, 1)))
+        if not others:
+            yield rows
+            return
         B, *more = torch.tensor_split(rows.B, 1 + len(others), dim=-2)
         yield dataclasses.replace(rows, B=B)
         for piece, B in zip(others, more, strict=True):

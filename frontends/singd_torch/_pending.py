@@ -67,9 +67,14 @@ class Rows:
         terms = {None: M, "batch": samples, "batch+sequence": kept}[loss_average]
         return cls(A, kept if each else samples, B, terms)
 
-    def owned(self) -> Rows:
-        """The same rows in memory of their own."""
-        return dataclasses.replace(self, A=self.A.clone(), B=self.B.clone())
+    def kept(self, lent: Sequence[Tensor]) -> Rows:
+        """The same rows, copied where they are in the memory of what they were made of."""
+        theirs = {tensor.untyped_storage().data_ptr() for tensor in lent}
+        A, B = (
+            rows.clone() if rows.untyped_storage().data_ptr() in theirs else rows
+            for rows in (self.A, self.B)
+        )
+        return dataclasses.replace(self, A=A, B=B)
 
 
 @dataclasses.dataclass(eq=False)

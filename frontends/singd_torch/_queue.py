@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
-import torch
+from torch import Tensor
 
 from singd_core.preconditioner import Factors
 from singd_core.structures import BlockTriangular, TrilToeplitz, TriuToeplitz
@@ -13,9 +13,8 @@ from singd_torch._layers import SMALL, Key, Layer
 from singd_torch._pending import Pending, Rows
 from singd_torch._pieces import numbers, on_host
 
-# In numbers. What waits is copied, since its memory may be used anew before it is measured, and is
-# held for a while: a call with more rows is worth products of its own.
-_MOST = 1 << 17
+# In numbers: what waits is held for a while.
+_MOST = 1 << 18
 # Structures that multiply each row with a factor, however many there are.
 _BY_ROWS = (BlockTriangular, TrilToeplitz, TriuToeplitz)
 
@@ -39,14 +38,13 @@ class Call:
         """The call as several of fewer rows, where products with a factor take much memory."""
         A, B = self.rows.A, self.rows.B
         n = -(-self.numbers // numbers(*self.layer.structures))
-        alike = A.shape[-2] == B.shape[-2] and on_host(A) and on_host(B)
-        if not alike or not any(issubclass(L, _BY_ROWS) for L in self.layer.structures):
+        short = min(A.shape[-2], B.shape[-2]) < n
+        multiplied = any(issubclass(L, _BY_ROWS) for L in self.layer.structures)
+        if short or not multiplied or not (on_host(A) and on_host(B)):
             return [self]
-        pairs = zip(torch.tensor_split(A, n, -2), torch.tensor_split(B, n, -2), strict=True)
-        rows = [
-            Rows(a, self.rows.N if i == 0 else 0, b, self.rows.M) for i, (a, b) in enumerate(pairs)
-        ]
-        return [dataclasses.replace(self, rows=own) for own in rows]
+        counts = [self.rows.N] + [0] * (n - 1)
+        pieces = zip(A.tensor_split(n, -2), counts, B.tensor_split(n, -2), strict=True)
+        return [dataclasses.replace(self, rows=Rows(*piece, self.rows.M)) for piece in pieces]
 
     @property
     def likeness(self) -> Hashable:
@@ -63,15 +61,15 @@ class Queue:
         self._calls: list[Call] = []
         self._numbers = 0
 
-    def take(self, call: Call) -> None:
-        """Measure a call, now or with others that come soon."""
+    def take(self, call: Call, lent: Sequence[Tensor]) -> None:
+        """Measure a call, now or with others that come soon, when the `lent` may have changed."""
         if self._calls and call.backward != self._calls[0].backward:
             self.flush()  # pending rows count the losses of one backward pass after the other
         if call.numbers > SMALL:
             for piece in call.pieces():
                 _measure([piece])
             return
-        self._calls.append(dataclasses.replace(call, rows=call.rows.owned()))
+        self._calls.append(dataclasses.replace(call, rows=call.rows.kept(lent)))
         self._numbers += call.numbers
         if self._numbers > _MOST:
             self.flush()

@@ -120,13 +120,10 @@ class Stack:
             self._compiled[function] = torch.compile(function, **options)
         return self._compiled[function](*args)  # type: ignore[no-any-return]
 
-    def taken_curvature(self, grad_scale: Any) -> Curvature:
-        """That of the pending rows, of gradients that were multiplied by `grad_scale`.
-
-        The rows are pending no longer, lest they be held beside it.
-        """
+    def curvature(self, grad_scale: Any) -> Curvature:
+        """That of the pending rows, of gradients that were multiplied by `grad_scale`."""
         found = {
-            key: Pending.joined([layer.pending.pop(key) for layer in self.layers])
+            key: Pending.joined([layer.pending[key] for layer in self.layers])
             for key in sorted(self.layers[0].pending, key=str)
         }
         first, *others = [pending.curvature(grad_scale) for pending in found.values()]

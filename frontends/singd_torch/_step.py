@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from singd_core._array import MULTIPLY_ADD, total, widen
+from singd_core._array import ADD_PRODUCT, MULTIPLY_ADD, total, widen
 from singd_core.preconditioner import Factors
 from singd_core.settings import Settings, is_bound, rate
 from singd_core.updates.curvature import Curvature
@@ -68,9 +68,11 @@ def prepare(stack: Stack, s: Settings, scales: Scales) -> Work:
         lr_cov = rate(s.lr_cov, layer.group["steps"])
         if stack.compile is not None:  # else each value of a schedule would be compiled anew
             lr_cov = torch.zeros_like(factors.averages.k) + lr_cov
-        curvature = stack.taken_curvature(scales.rows)
+        curvature = stack.curvature(scales.rows)
+        for one in stack.layers:  # its rows are as large as its factors, and so is the curvature
+            one.pending = {}
         factors = stack.run(_refresh, factors, curvature, lr_cov, s, stack.report)
-        del curvature  # it is as large as the factors
+        del curvature
         preconditioner = None
     elif preconditioner is None and stack.compile is None:
         preconditioner = stack.preconditioner = factors.preconditioner(s.T)
@@ -244,7 +246,14 @@ def _multiply_add(x: Tensor, c: float | Tensor, y: Tensor, out: Tensor | None) -
     return torch.add(y, x, alpha=c, out=out)
 
 
+def _add_product(Y: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    if Y.ndim > 3:
+        return Y + A @ B
+    return Y.addmm_(A, B) if Y.ndim == 2 else Y.baddbmm_(A, B)
+
+
 MULTIPLY_ADD |= dict.fromkeys((Tensor, nn.Parameter), _multiply_add)
+ADD_PRODUCT[Tensor] = _add_product
 
 
 def _gradient(p: nn.Parameter) -> Tensor:

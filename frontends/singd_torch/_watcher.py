@@ -102,7 +102,7 @@ class Watcher(torch.optim.Optimizer):
             factors, key = layer.factors_of(source.part), (source.part, source.swapped)
             backward = _capture.backward_pass()
             for rows in layer.rows(source, x, g, self._mask):
-                self._queue.take(Call(layer, key, rows, factors, backward))
+                self._queue.take(Call(layer, key, rows, factors, backward), lent=(x, g))
 
     def _factors(self, layer: Layer) -> Factors:
         if layer.factors is not None and not layer.fits():  # the model was moved or cast

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
 
-from singd_core._array import Array, Scalar, full, namespace
+from singd_core._array import Array, Scalar, add_product, full, namespace
 from singd_core.structures.base import Pattern, Structure, family, structure
 from singd_core.structures.dense import Dense
 from singd_core.structures.diagonal import Diagonal
@@ -88,9 +88,16 @@ class BlockTriangular(Pattern):
 
     @classmethod
     def outer(cls, X: Array) -> Self:
-        X_A, X_D = cls._halves(X)
+        return cls._outer(*cls._halves(X))
+
+    @classmethod
+    def _outer(cls, X_A: Array, X_D: Array) -> Self:
         B = X_A @ X_D.mT if cls.upper else X_D @ X_A.mT
         return cls(cls.Top.outer(X_A), 2.0 * B, cls.Bottom.outer(X_D))
+
+    def congruence(self, X: Array) -> Self:
+        """Π̂(Lᵀ X Xᵀ L), the halves of LᵀX never joined."""
+        return self._outer(*self._halves_of_t(*self._halves(X)))
 
     def gram(self) -> Self:
         """Π̂(LᵀL), from LᵀL = [[AᵀA, AᵀB], [·, BᵀB + DᵀD]] or [[AᵀA + BᵀB, ·], [DᵀB, DᵀD]]."""
@@ -106,28 +113,37 @@ class BlockTriangular(Pattern):
         return type(self)(self.A.matmul(other.A), B, self.D.matmul(other.D))
 
     def apply(self, X: Array) -> Array:
-        X_A, X_D = self._halves(X)
-        Y_A, Y_D = self.A.apply(X_A), self.D.apply(X_D)
-        if self.upper:
-            Y_A = Y_A + self.B @ X_D
-        else:
-            Y_D = Y_D + self.B @ X_A
-        return namespace(X).concat([Y_A, Y_D], axis=-2)
+        return _joined(self._halves_of(*self._halves(X)))
 
     def apply_t(self, X: Array) -> Array:
-        X_A, X_D = self._halves(X)
+        return _joined(self._halves_of_t(*self._halves(X)))
+
+    def precondition(self, X: Array) -> Array:
+        return _joined(self._halves_of(*self._halves_of_t(*self._halves(X))))
+
+    def _halves_of(self, X_A: Array, X_D: Array) -> tuple[Array, Array]:
+        """Those of L X."""
+        Y_A, Y_D = self.A.apply(X_A), self.D.apply(X_D)
+        if self.upper:
+            return add_product(Y_A, self.B, X_D), Y_D
+        return Y_A, add_product(Y_D, self.B, X_A)
+
+    def _halves_of_t(self, X_A: Array, X_D: Array) -> tuple[Array, Array]:
+        """Those of LᵀX."""
         Y_A, Y_D = self.A.apply_t(X_A), self.D.apply_t(X_D)
         if self.upper:
-            Y_D = Y_D + self.B.mT @ X_A
-        else:
-            Y_A = Y_A + self.B.mT @ X_D
-        return namespace(X).concat([Y_A, Y_D], axis=-2)
+            return Y_A, add_product(Y_D, self.B.mT, X_A)
+        return add_product(Y_A, self.B.mT, X_D), Y_D
 
     def add_identity(self, c: Scalar) -> Self:
         return type(self)(self.A.add_identity(c), self.B, self.D.add_identity(c))
 
     def trace(self) -> Array:
         return self.A.trace() + self.D.trace()
+
+
+def _joined(halves: tuple[Array, Array]) -> Array:
+    return namespace(halves[0]).concat(halves, axis=-2)
 
 
 def _at_least(k: int, least: int, name: str) -> None:

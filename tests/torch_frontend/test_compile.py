@@ -481,6 +481,6 @@ def test_a_compiled_step_equals_the_ordinary_one(structure: str) -> None:
 
     model, _ = trained(10)
     compiled, optimizer = trained(10, compile_step={"backend": "eager", "fullgraph": True})
-    assert all(len(stack._compiled) == 2 for stack in optimizer._stacks)
+    assert all(len(stack._compiled) == 3 for stack in optimizer._stacks)
     for p, q in zip(model.parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from singd_core.structures import Diagonal
 from singd_core.updates.weights import Preconditioner
-from singd_torch import SINGD, _pieces, _step
+from singd_torch import SINGD, _pieces, _queue, _step
 
 CASES: dict[str, dict[str, Any]] = {
     "diagonal": {"structures": ("diagonal", "diagonal")},
@@ -69,8 +69,8 @@ def test_pieces_take_the_steps_of_the_whole(case: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(_pieces, "_PIECE", 16)
     cuts: list[int] = []
 
-    def counted(x: Tensor, cut: Callable[[Tensor], Any] = _pieces.cut) -> Any:
-        found = cut(x)
+    def counted(*args: Any, cut: Callable[..., Any] = _pieces.cut) -> Any:
+        found = cut(*args)
         cuts.append(len(found))
         return found
 
@@ -80,6 +80,39 @@ def test_pieces_take_the_steps_of_the_whole(case: str, monkeypatch: pytest.Monke
     assert ours.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("structure", ["triltoeplitz", "triutoeplitz", "hierarchical:2,3"])
+def test_the_rows_of_a_large_call_are_measured_in_pieces(
+    structure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(2, 5, 2), nn.Tanh(), nn.Flatten(), nn.Linear(15, 7)).double()
+    x, y = torch.randn(40, 2, 4, dtype=torch.float64), torch.randint(7, (40,))
+    calls: list[int] = []
+
+    def measured(found: list[Any], measure: Callable[..., Any] = _queue._measure) -> None:
+        calls.append(len(found))
+        measure(found)
+
+    monkeypatch.setattr(_queue, "_measure", measured)
+
+    def stepped() -> tuple[int, SINGD]:
+        twin = copy.deepcopy(model)
+        optimizer = SINGD(twin, structures=(structure, structure))
+        calls.clear()
+        F.cross_entropy(twin(x), y).backward()
+        optimizer.step()
+        return len(calls), optimizer
+
+    whole, expected = stepped()
+    monkeypatch.setattr(_queue, "SMALL", 0)
+    monkeypatch.setattr(_pieces, "_PIECE", 400)
+    pieces, ours = stepped()
+    assert (whole, pieces > 8) == (2, True)
+    for p, q in zip(ours.state.values(), expected.state.values(), strict=True):
+        for name, value in q.items():
+            torch.testing.assert_close(p[name], value, rtol=1e-11, atol=1e-13, msg=name)
 
 
 def test_preconditioner_of_some_rows() -> None:

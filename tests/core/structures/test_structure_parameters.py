@@ -48,6 +48,20 @@ def test_the_projection_obeys_its_law(S: type[Structure], d: int, seed: int) -> 
     np.testing.assert_allclose(left, np.sum(M * R), rtol=1e-11, atol=1e-11 * np.sum(np.abs(M * R)))
 
 
+@given(STRUCTURES, SIDES, st.integers(0, 40), SEEDS)
+def test_a_congruence_is_the_projection_of_the_product(
+    S: type[Structure], d: int, n: int, seed: int
+) -> None:
+    """Few rows and many are multiplied in different orders."""
+    rng = np.random.default_rng(seed)
+    L, X = S.restrict(rng.standard_normal((d, d))), rng.standard_normal((d, n))
+    Y = L.dense().T @ X
+    scale = max(1.0, float(np.abs(Y @ Y.T).max()))
+    np.testing.assert_allclose(
+        L.congruence(X).dense(), S.project(Y @ Y.T).dense(), rtol=0, atol=1e-12 * scale
+    )
+
+
 @given(STRUCTURES, STRUCTURES, SIDES, SIDES, SEEDS)
 @settings(max_examples=50)
 def test_a_refresh_is_the_projected_recursion(
