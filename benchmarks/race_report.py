@@ -84,7 +84,7 @@ def draw(curves: Curves, raced: dict[str, dict[Entrant, list[Curve]]]) -> Figure
         for (name, T), mine in found.items():
             i = ENTRANTS.index((name, T))
             style = {"color": f"C{i % 10}", "linestyle": "-" if i < 10 else "--"}
-            times = np.linspace(0.0, RACES[task].seconds, 200)[1:]
+            times = np.linspace(0.0, RACES[task].seconds, 80)[1:]
             lines = [np.interp(times, c.seconds, c.losses, left=math.nan) for c in mine]
             label = f"{name}, T = {T}" if ENTRIES[name].refreshes else name
             panel.plot(times, np.mean(lines, axis=0), label=label, **style)
