@@ -190,6 +190,12 @@ ENTRIES: dict[str, Entry] = {
     "SINGD/hierarchical": _ours(build=partial(_singd, "hierarchical:15,15")),
     "SINGD/toeplitz": _ours(build=partial(_singd, "triltoeplitz")),
     "SINGD/kfac": _ours(build=partial(_singd, "dense", kfac=True)),
+    # the authors' update: what their package and this one take for the same mathematics
+    "SINGD-paper/dense": _ours(build=partial(_singd, "dense", recipe="paper")),
+    "SINGD-paper/diagonal": _ours(build=partial(_singd, "diagonal", recipe="paper")),
+    "SINGD-paper/block30": _ours(build=partial(_singd, "blockdiagonal:30", recipe="paper")),
+    "SINGD-paper/hierarchical": _ours(build=partial(_singd, "hierarchical:15,15", recipe="paper")),
+    "SINGD-paper/toeplitz": _ours(build=partial(_singd, "triltoeplitz", recipe="paper")),
     "singd-0.0.5/dense": _authors(build=partial(_authors_singd, "dense")),
     "singd-0.0.5/diagonal": _authors(build=partial(_authors_singd, "diagonal")),
     "singd-0.0.5/block30": _authors(build=partial(_authors_singd, "block30diagonal")),

@@ -78,12 +78,13 @@ def against(rows: Iterable[Row]) -> Iterator[list[str]]:
         for name in ENTRIES:
             method, _, structure = name.partition("/")
             one, ten = (found.get((problem, name, T)) for T in (1, 10))
-            if method != "SINGD" or adamw is None or one is None or ten is None:
+            ours = method in ("SINGD", "SINGD-paper")
+            if not ours or adamw is None or one is None or ten is None:
                 continue
             theirs = [found.get((problem, f"singd-0.0.5/{structure}", T)) for T in (1, 10)]
             yield [
                 problem,
-                structure,
+                structure if method == "SINGD" else f"{structure} (paper)",
                 *(
                     "" if other is None else digits(mine.own / other.own)
                     for mine, other in zip((one, ten), theirs, strict=True)

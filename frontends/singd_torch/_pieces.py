@@ -22,6 +22,11 @@ def on_host(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def transforms(*structures: type[Structure]) -> bool:
+    """Whether a product with one of these is a Fourier transform."""
+    return any(issubclass(structure, (TrilToeplitz, TriuToeplitz)) for structure in structures)
+
+
 def numbers(*structures: type[Structure]) -> int:
     """How many numbers a piece has of what is multiplied with matrices of these structures.
 
@@ -29,7 +34,7 @@ def numbers(*structures: type[Structure]) -> int:
     process if they are large. A step of a 512 × 785 weight takes 54 ms with Toeplitz matrices, in
     place of 80; with hierarchical ones 16, in place of 18.
     """
-    if any(issubclass(structure, (TrilToeplitz, TriuToeplitz)) for structure in structures):
+    if transforms(*structures):
         return _PIECE // 4
     return _PIECE if all(issubclass(s, Diagonal) for s in structures) else _PIECE // 2
 

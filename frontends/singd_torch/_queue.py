@@ -8,15 +8,12 @@ from collections.abc import Hashable, Sequence
 from torch import Tensor
 
 from singd_core.preconditioner import Factors
-from singd_core.structures import BlockTriangular, TrilToeplitz, TriuToeplitz
 from singd_torch._layers import SMALL, Key, Layer
 from singd_torch._pending import Pending, Rows
-from singd_torch._pieces import numbers, on_host
+from singd_torch._pieces import numbers, on_host, transforms
 
 # In numbers: what waits is held for a while.
 _MOST = 1 << 18
-# Structures that multiply each row with a factor, however many there are.
-_BY_ROWS = (BlockTriangular, TrilToeplitz, TriuToeplitz)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,12 +32,11 @@ class Call:
         return self.rows.A.numel() + self.rows.B.numel()
 
     def pieces(self) -> list[Call]:
-        """The call as several of fewer rows, where products with a factor take much memory."""
+        """The call as several of fewer rows, where products with a factor are transforms."""
         A, B = self.rows.A, self.rows.B
         n = -(-self.numbers // numbers(*self.layer.structures))
         short = min(A.shape[-2], B.shape[-2]) < n
-        multiplied = any(issubclass(L, _BY_ROWS) for L in self.layer.structures)
-        if short or not multiplied or not (on_host(A) and on_host(B)):
+        if short or not transforms(*self.layer.structures) or not (on_host(A) and on_host(B)):
             return [self]
         counts = [self.rows.N] + [0] * (n - 1)
         pieces = zip(A.tensor_split(n, -2), counts, B.tensor_split(n, -2), strict=True)
