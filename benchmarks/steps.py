@@ -75,8 +75,8 @@ class Row:
 
     @property
     def own(self) -> float:
-        """Seconds of the optimizer in a step: all but a plain forward and backward."""
-        return self._mean(lambda kind: kind.whole) - self.sgd.forward_backward
+        """What the optimizer adds to a plain forward and backward, over a step of SGD."""
+        return self.ratio - self.sgd.forward_backward / self.sgd.whole
 
     def brief(self) -> str:
         """One line for a terminal."""
@@ -88,7 +88,7 @@ class Row:
         ]
         return (
             f"{self.problem:5} {self.optimizer:24} T={self.T:<3} {self.ratio:6.2f} x SGD  "
-            f"own {1e3 * self.own:8.2f} ms  state {self.state / 2**20:8.2f} MiB  "
+            f"own {self.own:6.2f}  state {self.state / 2**20:8.2f} MiB  "
             f"peak {self.peak / 2**20:8.2f} MiB  {';  '.join(kinds)}"
         )
 
