@@ -247,9 +247,8 @@ def _multiply_add(x: Tensor, c: float | Tensor, y: Tensor, out: Tensor | None) -
 
 
 def _add_product(Y: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    if Y.ndim > 3 or not Y.ndim == A.ndim == B.ndim:
-        return Y + A @ B
-    return Y.addmm_(A, B) if Y.ndim == 2 else Y.baddbmm_(A, B)
+    # Matrices of a stack `baddbmm_` multiplies one by one, if they are views.
+    return Y.addmm_(A, B) if Y.ndim == A.ndim == B.ndim == 2 else Y.add_(A @ B)
 
 
 MULTIPLY_ADD |= dict.fromkeys((Tensor, nn.Parameter), _multiply_add)
