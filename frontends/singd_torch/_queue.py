@@ -7,9 +7,7 @@ from collections.abc import Hashable, Sequence
 
 from torch import Tensor
 
-from singd_core.curvature import Convolution
 from singd_core.preconditioner import Factors
-from singd_core.structures import BlockTriangular
 from singd_torch._layers import SMALL, Key, Layer
 from singd_torch._pending import Pending, Rows
 from singd_torch._pieces import numbers, on_host, transforms
@@ -34,19 +32,11 @@ class Call:
         return self.rows.A.numel() + self.rows.B.numel()
 
     def pieces(self) -> list[Call]:
-        """The call as several of fewer rows, where products of rows would set the peak of memory.
-
-        Dense and block-diagonal factors multiply sums over the rows, and a hierarchical one few
-        enough of a convolution, whose patches come in pieces.
-        """
-        A, B, structures = self.rows.A, self.rows.B, self.layer.structures
-        n = -(-self.numbers // numbers(*structures))
+        """The call as several of fewer rows, where products with a factor are transforms."""
+        A, B = self.rows.A, self.rows.B
+        n = -(-self.numbers // numbers(*self.layer.structures))
         short = min(A.shape[-2], B.shape[-2]) < n
-        large = transforms(*structures) or (
-            any(issubclass(structure, BlockTriangular) for structure in structures)
-            and not isinstance(self.layer.kind, Convolution)
-        )
-        if short or not large or not (on_host(A) and on_host(B)):
+        if short or not transforms(*self.layer.structures) or not (on_host(A) and on_host(B)):
             return [self]
         counts = [self.rows.N] + [0] * (n - 1)
         pieces = zip(A.tensor_split(n, -2), counts, B.tensor_split(n, -2), strict=True)

@@ -82,7 +82,7 @@ def test_pieces_take_the_steps_of_the_whole(case: str, monkeypatch: pytest.Monke
         torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("structure", ["triltoeplitz", "triutoeplitz", "hierarchical:2,3"])
+@pytest.mark.parametrize("structure", ["triltoeplitz", "triutoeplitz"])
 def test_the_rows_of_a_large_call_are_measured_in_pieces(
     structure: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,8 +109,7 @@ def test_the_rows_of_a_large_call_are_measured_in_pieces(
     monkeypatch.setattr(_queue, "SMALL", 0)
     monkeypatch.setattr(_pieces, "_PIECE", 400)
     pieces, ours = stepped()
-    assert whole == 2
-    assert pieces > 4  # hierarchical ones of the convolution stay together
+    assert (whole, pieces > 8) == (2, True)
     for p, q in zip(ours.state.values(), expected.state.values(), strict=True):
         for name, value in q.items():
             torch.testing.assert_close(p[name], value, rtol=1e-11, atol=1e-13, msg=name)
