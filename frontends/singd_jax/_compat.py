@@ -43,6 +43,11 @@ def _debug_info() -> Any:
     return jax.make_jaxpr(lambda: 0)().jaxpr.debug_info
 
 
+# Equations that run a jaxpr as it is, and those that may run it again, by their old and new names.
+INLINE = ("jit", "pjit", "closed_call", "core_call")
+REMAT = ("remat", "remat2", "checkpoint")
+
+
 def inner_jaxpr(eqn: Equation) -> tuple[Jaxpr, Sequence[Any]]:
     """The jaxpr that a call runs, and its constants."""
     found = eqn.params.get("jaxpr") or eqn.params["call_jaxpr"]

@@ -223,15 +223,9 @@ def _stacked(views: Sequence[View], key: Any, stack: Sequence[Any]) -> bool:
     )
 
 
-# The equations by their old and new names.
 CALLS: Mapping[str, Callable[..., Results]] = {
-    "jit": inline,
-    "pjit": inline,
-    "closed_call": inline,
-    "core_call": inline,
-    "remat": remat,
-    "remat2": remat,
-    "checkpoint": remat,
+    **dict.fromkeys(_compat.INLINE, inline),
+    **dict.fromkeys(_compat.REMAT, remat),
     "scan": scan,
     "cond": cond,
     "custom_jvp_call": custom_jvp,

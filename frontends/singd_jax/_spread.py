@@ -19,17 +19,7 @@ NONE: Axes = frozenset()
 
 _SHARES = {"all_gather", "all_gather_invariant", "pmax", "pmin", "psum", "psum2", "psum_invariant"}
 _PARTS = {"all_to_all", "axis_index", "reduce_scatter"}
-_CALLS = {
-    "checkpoint",
-    "closed_call",
-    "core_call",
-    "custom_jvp_call",
-    "custom_vjp_call",
-    "jit",
-    "pjit",
-    "remat",
-    "remat2",
-}
+_CALLS = {*_compat.INLINE, *_compat.REMAT, "custom_jvp_call", "custom_vjp_call"}
 
 
 class Spread:

@@ -27,7 +27,7 @@ def transforms(*structures: type[Structure]) -> bool:
     return any(issubclass(structure, (TrilToeplitz, TriuToeplitz)) for structure in structures)
 
 
-def numbers(*structures: type[Structure]) -> int:
+def piece_size(*structures: type[Structure]) -> int:
     """How many numbers a piece has of what is multiplied with matrices of these structures.
 
     Products have temporaries, and Fourier transforms have several, in memory that is new to the

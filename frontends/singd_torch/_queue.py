@@ -10,7 +10,7 @@ from torch import Tensor
 from singd_core.preconditioner import Factors
 from singd_torch._layers import SMALL, Key, Layer
 from singd_torch._pending import Pending, Rows
-from singd_torch._pieces import numbers, on_host, transforms
+from singd_torch._pieces import on_host, piece_size, transforms
 
 # In numbers: what waits is held for a while.
 _MOST = 1 << 18
@@ -34,7 +34,7 @@ class Call:
     def pieces(self) -> list[Call]:
         """The call as several of fewer rows, where products with a factor are transforms."""
         A, B = self.rows.A, self.rows.B
-        n = -(-self.numbers // numbers(*self.layer.structures))
+        n = -(-self.numbers // piece_size(*self.layer.structures))
         short = min(A.shape[-2], B.shape[-2]) < n
         if short or not transforms(*self.layer.structures) or not (on_host(A) and on_host(B)):
             return [self]

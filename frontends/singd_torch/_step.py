@@ -27,7 +27,7 @@ from singd_core.updates.weights import (
     weight_change,
 )
 from singd_torch._join import join
-from singd_torch._pieces import cut, number, numbers
+from singd_torch._pieces import cut, number, piece_size
 from singd_torch._scaling import Scales
 from singd_torch._stacks import Stack, State
 
@@ -101,7 +101,7 @@ def _solve(
     Nothing else is changed, so that it can be compiled, but a large gradient if `donate`.
     """
     preconditioner = preconditioner or factors.preconditioner(1)
-    most = numbers(type(preconditioner.K), type(preconditioner.C))
+    most = piece_size(type(preconditioner.K), type(preconditioner.C))
     if len(cut(gradient, most)) > 1:
         return _solve_by_pieces(preconditioner, gradient, s, donate, most)
     natural = preconditioner(gradient)
