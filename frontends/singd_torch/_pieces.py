@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from singd_core._array import NUMBER, number
 from singd_core.structures import Diagonal, Structure, TrilToeplitz, TriuToeplitz
 
 # In numbers: an operation on so many is still 20 times as long as its call.
@@ -49,13 +50,19 @@ def cut(x: Tensor, most: int | None = None) -> Sequence[Tensor]:
     return [x[i : i + n] for i in range(0, len(x), n)]
 
 
-def number(x: Any) -> Any:
-    """A 0-d tensor, or one of ones, as a number where the host need not wait.
+def read(x: Tensor) -> Any:
+    """A 0-d tensor as a number where the host need not wait for it."""
+    return x.item() if x.ndim == 0 and on_host(x) else x
 
-    An operation on a 0-d tensor takes 5 µs; a scale of 1 is a pass over memory that is not taken.
+
+def plain(scale: Any) -> Any:
+    """A scale, or one of each matrix, as a number where that is known and one will do.
+
+    A scale of 1 is a pass over memory that is not taken.
     """
-    if not isinstance(x, Tensor) or not on_host(x):
-        return x
-    if x.ndim == 0:
-        return x.item()
-    return 1.0 if bool((x == 1.0).all()) else x
+    if not isinstance(scale, Tensor) or scale.ndim == 0 or not on_host(scale):
+        return number(scale)
+    return 1.0 if bool((scale == 1.0).all()) else scale
+
+
+NUMBER |= dict.fromkeys((Tensor, nn.Parameter), read)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from singd_core._array import ADD_PRODUCT, MULTIPLY_ADD, total, widen
+from singd_core._array import ADD_PRODUCT, MULTIPLY_ADD, number, total, widen
 from singd_core.preconditioner import Factors
 from singd_core.settings import Settings, is_bound, rate
 from singd_core.updates.curvature import Curvature
@@ -27,7 +27,7 @@ from singd_core.updates.weights import (
     weight_change,
 )
 from singd_torch._join import join
-from singd_torch._pieces import cut, number, piece_size
+from singd_torch._pieces import cut, piece_size, plain
 from singd_torch._scaling import Scales
 from singd_torch._stacks import Stack, State
 
@@ -105,7 +105,7 @@ def _solve(
     if len(cut(gradient, most)) > 1:
         return _solve_by_pieces(preconditioner, gradient, s, donate, most)
     natural = preconditioner(gradient)
-    scale = number(rms_scale(natural, s.rms_bound, _norm(natural, s)))
+    scale = plain(rms_scale(natural, s.rms_bound, _norm(natural, s)))
     return natural, scale, number(total(scale * inner(gradient, natural)))
 
 
@@ -212,7 +212,7 @@ def _directed(
     """
     if momentum is not None and momentum.dtype != natural.dtype:
         u, momentum = direction(natural, decay, momentum, scale, s, donate=True)
-        return u, number(rms_scale(u, s.rms_bound, _norm(u, s))), momentum
+        return u, plain(rms_scale(u, s.rms_bound, _norm(u, s))), momentum
     n, norms = len(cut(natural)), []
     arrays = ((None,) * n if a is None else cut(a) for a in (natural, decay, momentum))
     for own, added, old in zip(*arrays, strict=True):
@@ -220,7 +220,7 @@ def _directed(
         norms.append(_norm(part, s))
     u = natural if momentum is None or part is own else momentum
     c = rms_scale(u, s.rms_bound, norms[0] if n == 1 else math.hypot(*norms))
-    return u, number(c), momentum
+    return u, plain(c), momentum
 
 
 def _directed_anew(

@@ -6,7 +6,17 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, ClassVar, Self
 
-from singd_core._array import Array, Scalar, cast, expand, eye, namespace, sum_of_squares, widen
+from singd_core._array import (
+    Array,
+    Scalar,
+    cast,
+    expand,
+    eye,
+    multiply_add,
+    namespace,
+    sum_of_squares,
+    widen,
+)
 from singd_core._tree import Tree
 from singd_core._tree import tree as structure
 
@@ -128,6 +138,10 @@ class Structure(Tree):
     def scale(self, c: Scalar) -> Self:
         """`c L`, for a number or an array of the batch axes' shape."""
         return self.map(lambda a: a * expand(c, a))
+
+    def add_scaled(self, c: Scalar, other: Self) -> Self:
+        """`L + c L'`, for a number or an array of the batch axes' shape."""
+        return self.map(lambda a, b: multiply_add(b, expand(c, b), a), other)
 
     def add_identity(self, c: Scalar) -> Self:
         """`L + c I`, for a number or an array of the batch axes' shape."""

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Self
 
 from singd_core._array import (
     Array,
     Scalar,
+    as_array,
     at_least,
     cast,
     device,
     namespace,
+    number,
     ranged,
     sum_of_squares,
+    where,
     widen,
 )
 from singd_core._tree import Tree, tree
 from singd_core.settings import Rate, Settings
 from singd_core.structures.base import Structure
+
+TINY = 2.0**-126  # the smallest normal number of float32, in all dtypes
 
 
 @tree
@@ -108,31 +114,37 @@ class Averages(Tree):
         xp, dtype = namespace(like), widen(like[..., :0]).dtype
         return cls(*(xp.zeros(tuple(batch), dtype=dtype, device=device(like)) for _ in range(3)))
 
-    def _usable(self, curvature: Curvature, s: Settings) -> Array:
+    def read(self, curvature: Curvature) -> tuple[Self, Curvature]:
+        """Both with numbers in place of 0-d arrays, where the host need not wait for them."""
+        t_U, t_G = cast(curvature.t_U, self.t_U), cast(curvature.t_G, self.t_G)
+        curvature = dataclasses.replace(curvature, t_U=number(t_U), t_G=number(t_G))
+        return self.map(number), curvature
+
+    def written(self, averages: Self) -> Self:
+        """What came of `read`, as arrays like these."""
+        return self.map(lambda old, new: as_array(new, old), averages)
+
+    def _usable(self, curvature: Curvature, s: Settings) -> Array | bool:
         """Where a curvature is usable: all-zero rows have no scale, and start K at infinity."""
         if s.relative_damping or s.scaled_start:
-            # below the smallest normal number the inverse would overflow
-            tiny = float(namespace(self.k).finfo(self.k.dtype).smallest_normal)
-            return (curvature.t_U > tiny) & (curvature.t_G > tiny)
-        return namespace(self.k).ones_like(self.k) > 0.0
+            # below it the inverse overflows
+            return (curvature.t_U > TINY) & (curvature.t_G > TINY)
+        return self.k >= 0.0  # always
 
     def update(self, curvature: Curvature, lr_cov: Rate, s: Settings) -> Self:
         """Average the new mean diagonals: equal weights at first, then forgetting at `lr_cov`."""
-        xp = namespace(self.k)
         usable = self._usable(curvature, s)
-        weight = xp.maximum(1.0 / (self.k + 1.0), xp.zeros_like(self.k) + lr_cov)
-        weight = xp.where(usable, weight, xp.zeros_like(weight))
-        t_U = self.t_U + weight * (cast(curvature.t_U, self.t_U) - self.t_U)
-        t_G = self.t_G + weight * (cast(curvature.t_G, self.t_G) - self.t_G)
-        return type(self)(t_U, t_G, self.k + xp.astype(usable, self.k.dtype))
+        weight = where(usable, at_least(1.0 / (self.k + 1.0), lr_cov), 0.0)
+        t_U = self.t_U + weight * (curvature.t_U - self.t_U)
+        t_G = self.t_G + weight * (curvature.t_G - self.t_G)
+        return type(self)(t_U, t_G, where(usable, self.k + 1.0, self.k))
 
-    def step_size(self, curvature: Curvature, lr_cov: Rate, s: Settings) -> Array:
+    def step_size(self, curvature: Curvature, lr_cov: Rate, s: Settings) -> Scalar:
         """β₁ of refresh k: at least min(½, 1/(k + 1)) with early averaging; 0 without curvature."""
-        xp = namespace(self.k)
-        beta = xp.zeros_like(self.k) + lr_cov
+        beta = self.k * 0.0 + lr_cov
         if s.early_averaging:
-            beta = xp.maximum(beta, 1.0 / at_least(self.k + 1.0, 2.0))
-        return xp.where(self._usable(curvature, s), beta, xp.zeros_like(beta))
+            beta = at_least(beta, 1.0 / at_least(self.k + 1.0, 2.0))
+        return where(self._usable(curvature, s), beta, 0.0)
 
     def damping(self, s: Settings) -> tuple[Scalar, Scalar]:
         """λ_K and λ_C: `damping` itself, or that share of the mean diagonals."""
@@ -146,9 +158,7 @@ class Averages(Tree):
         """The scales by which the first refresh multiplies the identity at which K and C start."""
         if not s.scaled_start:
             return 1.0, 1.0
-        xp = namespace(self.k)
-        ones = xp.ones_like(self.k)
         first = (self.k == 0.0) & (new.k > 0.0)
-        K_start = xp.where(first, new.t_U + lambda_K, ones) ** -0.5
-        C_start = xp.where(first, new.t_G + lambda_C, ones) ** -0.5
+        K_start = where(first, new.t_U + lambda_K, 1.0) ** -0.5
+        C_start = where(first, new.t_G + lambda_C, 1.0) ** -0.5
         return K_start, C_start

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Self
 
-from singd_core._array import Array, Scalar, at_least, namespace
+from singd_core._array import Array, Scalar, at_least, at_most, number
 from singd_core._tree import Tree, tree
 from singd_core.settings import Rate, Settings, is_bound
 from singd_core.structures.base import Structure
-from singd_core.updates.curvature import Averages, Curvature, Measured, measure
+from singd_core.updates.curvature import TINY, Averages, Curvature, Measured, measure
 from singd_core.updates.weights import Preconditioner
 
 
@@ -61,9 +62,10 @@ class InverseFree(Tree):
 
         A `report` is told β₁ ‖m‖_F of both, before the bound, as "K_step" and "C_step".
         """
-        averages = self.averages.update(curvature, lr_cov, s)
+        old, curvature = self.averages.read(curvature)
+        averages = old.update(curvature, lr_cov, s)
         lambda_K, lambda_C = averages.damping(s)
-        K_start, C_start = self.averages.start(lambda_K, lambda_C, averages, s)
+        K_start, C_start = old.start(lambda_K, lambda_C, averages, s)
         # Scaling the factors by c multiplies what was measured with them, and their Grams, by c².
         s_K, s_C = K_start * K_start, C_start * C_start
         H_K, H_C = curvature.H_K, curvature.H_C
@@ -73,16 +75,18 @@ class InverseFree(Tree):
             if s.relative_damping:
                 lambda_K = lambda_C = s.damping * averages.t_U * averages.t_G
             d_in, d_out = H_K.shape[-1], H_C.shape[-1]
-            h_K, h_C = s_C * H_C.trace() / d_out, s_K * H_K.trace() / d_in
-            lambda_K = lambda_K * s_C * CtC.trace() / d_out
-            lambda_C = lambda_C * s_K * KtK.trace() / d_in
-        beta = self.averages.step_size(curvature, lr_cov, s)
+            h_K = s_C * number(H_C.trace()) / d_out
+            h_C = s_K * number(H_K.trace()) / d_in
+            lambda_K = lambda_K * s_C * number(CtC.trace()) / d_out
+            lambda_C = lambda_C * s_K * number(KtK.trace()) / d_in
+        beta = old.step_size(curvature, lr_cov, s)
         m_K = direction(self.m_K, H_K, KtK, h_K * s_K, lambda_K * s_K, s)
         K = moved(self.K, m_K, K_start, beta, s)
         m_C = direction(self.m_C, H_C, CtC, h_C * s_C, lambda_C * s_C, s)
         C = moved(self.C, m_C, C_start, beta, s)
         if report is not None:
             report |= {"K_step": beta * m_K.norm(), "C_step": beta * m_C.norm()}
+        averages = self.averages.written(averages)
         return type(self)(K, C, _stored(m_K, self.m_K), _stored(m_C, self.m_C), averages)
 
     def norms(self) -> dict[str, Array]:
@@ -116,8 +120,8 @@ def direction(
     """
     alpha1 = 0.0 if s.kfac_like else s.alpha1
     half = 0.5 * (1.0 - alpha1) if s.normalize_lr_cov else 0.5
-    m = (H_K.scale(half * h) + KtK.scale(half * damping)).add_identity(-half)
-    return m if m_K is None or s.kfac_like else m + m_K.astype(m.like).scale(alpha1)
+    m = H_K.scale(half * h).add_scaled(half * damping, KtK).add_identity(-half)
+    return m if m_K is None or s.kfac_like else m.add_scaled(alpha1, m_K.astype(m.like))
 
 
 def moved(K: Structure, m: Structure, start: Scalar, beta: Scalar, s: Settings) -> Structure:
@@ -130,19 +134,15 @@ def moved(K: Structure, m: Structure, start: Scalar, beta: Scalar, s: Settings) 
         beta: The step size β₁ before its bounds.
         s: The settings.
     """
-    xp = namespace(m.like)
     if s.normalize_lr_cov:
-        beta = beta / at_least(m.max_abs(), 1.0)
-    if is_bound(s.factor_bound):
-        norm = m.norm()
-        # ‖m‖ may overflow, and infinity times a β₁ of 0 would be no number
-        norm = xp.minimum(norm, xp.full_like(norm, float(xp.finfo(norm.dtype).max)))
-        norm = norm * beta * (1.0 / s.factor_bound)
-        beta = beta / at_least(norm, 1.0)
+        beta = beta / at_least(number(m.max_abs()), 1.0)
+    if is_bound(s.factor_bound):  # of β₁ ‖m‖, where ‖m‖ may overflow or be zero
+        beta = at_most(s.factor_bound / at_least(number(m.norm()), TINY), beta)
+    step = m.scale(-1.0 * beta)
     K_new = term = K.astype(m.like).scale(start)
     for j in range(1, s.order + 1):
-        term = term.matmul(m).scale(-beta / j)  # torch.compile cannot trace `@`
-        K_new = K_new + term
+        term = term.matmul(step)  # torch.compile cannot trace `@`
+        K_new = K_new.add_scaled(1.0 / math.factorial(j), term)
     return K_new.astype(K.like)
 
 

@@ -59,14 +59,15 @@ class KFAC(Tree):
 
         There is nothing to `report`.
         """
-        averages = self.averages.update(curvature, lr_cov, s)
+        old, curvature = self.averages.read(curvature)
+        averages = old.update(curvature, lr_cov, s)
         lambda_K, lambda_C = averages.damping(s)
-        K_start, C_start = self.averages.start(lambda_K, lambda_C, averages, s)
-        beta = self.averages.step_size(curvature, lr_cov, s)
+        K_start, C_start = old.start(lambda_K, lambda_C, averages, s)
+        beta = old.step_size(curvature, lr_cov, s)
         S_K = average(self.S_K, curvature.H_K, beta, K_start)
         S_C = average(self.S_C, curvature.H_C, beta, C_start)
         P_K, P_C = damped_inverse(S_K, lambda_K), damped_inverse(S_C, lambda_C)
-        return type(self)(S_K, S_C, P_K, P_C, averages)
+        return type(self)(S_K, S_C, P_K, P_C, self.averages.written(averages))
 
     def norms(self) -> dict[str, Array]:
         """The Frobenius norms of the factors."""
