@@ -15,6 +15,8 @@ Scalar: TypeAlias = Any  # a Python number, or an array of the batch axes' shape
 MULTIPLY_ADD: dict[type, Callable[[Any, Any, Any, Any], Any]] = {}
 # The same for `add_product`.
 ADD_PRODUCT: dict[type, Callable[[Any, Any, Any], Any]] = {}
+# The same for `inverse`.
+INVERSE: dict[type, Callable[[Any], Any]] = {}
 # The same for `number`.
 NUMBER: dict[type, Callable[[Any], Any]] = {}
 
@@ -132,6 +134,12 @@ def add_product(Y: Array, A: Array, B: Array) -> Array:
     """`Y + A B` of shapes (..., m, n), (..., m, k) and (..., k, n); `Y` may be overwritten."""
     fused = ADD_PRODUCT.get(type(Y))
     return Y + A @ B if fused is None else fused(Y, A, B)
+
+
+def inverse(A: Array) -> Array:
+    """The inverse of `A`, shape (..., d, d)."""
+    fused = INVERSE.get(type(A))
+    return namespace(A).linalg.inv(A) if fused is None else fused(A)
 
 
 def number(x: Array) -> Scalar:

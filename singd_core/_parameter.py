@@ -59,7 +59,13 @@ def like(parameter: Parameter, arrays: Sequence[Array]) -> Parameter:
 def layer_state(
     kind: LayerKind, parameter: Parameter, structures: Any, dtypes: Sequence[Any], s: Settings
 ) -> LayerState:
-    """The state before the first step; `dtypes` of K and of C, or None."""
+    """The state before the first step; `dtypes` of K and of C, or None.
+
+    Raises:
+        ValueError: If KFAC is asked for a table of embeddings.
+    """
+    if s.kfac and kind.diagonal_inputs:
+        raise ValueError(f"KFAC inverts dense factors, and {kind} has none: leave it out of layers")
     weight, bias = pair(parameter)
     shape = kind.shape(tuple(weight.shape), bias is not None)
     K, C = preconditioner.resolve(structures, shape, kfac=s.kfac)

@@ -39,7 +39,10 @@ def resolve(
     if kfac and isinstance(structures, str):
         raise ValueError(f'structures="{structures}": KFAC inverts dense factors; choose "dense"')
     if isinstance(structures, str) and structures.startswith("auto:"):
-        b = int(structures.removeprefix("auto:"))
+        budget = structures.removeprefix("auto:")
+        if not budget.isdecimal() or int(budget) < 1:
+            raise ValueError(f'structures="{structures}": "auto:b" wants b >= 1 numbers a row')
+        b = int(budget)
         return within(d_in, b), within(d_out, b)
     if isinstance(structures, str) or len(structures) != 2:
         raise ValueError(f"structures={structures!r}: give two, those of K and of C")

@@ -2,6 +2,9 @@
 
 from singd_torch._estimate import Estimate, estimate
 from singd_torch._kinds import register_layer
+from singd_torch._pytree import register_trees
 from singd_torch.optimizer import SINGD
+
+register_trees()
 
 __all__ = ["SINGD", "Estimate", "estimate", "register_layer"]

@@ -28,18 +28,20 @@ def step(
         state: The optimizer's state, extended where it is missing.
         skip: On an accelerator, 1 where nothing may change, else 0.
     """
-    for p in params:
-        if "exp_avg" not in state[p]:
-            state[p].update(initial(p, on_device=skip is not None))
+    # In float16 squares and epsilon fall to 0, and 0 / 0 is NaN: such parameters step as copies.
+    wide = [ranged(p) for p in params]
+    for p, like in zip(params, wide, strict=True):
+        own = state[p]
+        if "exp_avg" not in own:
+            own.update(initial(p, on_device=skip is not None))
         for name in ("exp_avg", "exp_avg_sq"):  # where they are, unless the model was moved or cast
-            state[p][name] = state[p][name].to(ranged(p))
+            own[name] = own[name].to(like)
+        own["step"] = own["step"].to("cpu" if skip is None else p.device)
     beta1, beta2 = group["fallback_betas"]
     ratio = group["lr"] / group["base_lr"] if group["base_lr"] else 1.0
     fused = skip is not None
     if not fused:  # without a device that would have to be waited for, torch wants a number
         ratio = float(ratio)
-    # In float16 squares and epsilon fall to 0, and 0 / 0 is NaN: such parameters step as copies.
-    wide = [ranged(p) for p in params]
     adamw(
         wide,
         [ranged(g) for g in grads],

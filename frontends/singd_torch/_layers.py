@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -23,6 +24,8 @@ SMALL = 1 << 16
 # Numbers that patches may always have; or else a quarter of what the input has.
 _PATCHES = 1 << 18
 
+_BLOCKS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
 Key: TypeAlias = tuple[int | None, bool]
 
 
@@ -36,12 +39,14 @@ class Source:
         part: Which part of a stack of layers they are rows of, or None.
         swapped: Whether inputs are rows of C and output gradients rows of K, as for a table of
             embeddings whose weight is that of the linear map tied to it.
+        batch_second: Whether the batch is the second axis of three, not the first.
     """
 
     weight: Tensor
     kind: LayerKind
     part: int | None = None
     swapped: bool = False
+    batch_second: bool = False
 
 
 @dataclasses.dataclass(eq=False)
@@ -109,6 +114,8 @@ class Layer:
     def rows(self, source: Source, x: Tensor, g: Tensor, mask: Tensor | None) -> Iterator[Rows]:
         """The rows of one call, from its input and the gradient at its output, piece by piece."""
         group, kind = self.group, source.kind
+        if source.batch_second and x.ndim == 3:
+            x, g = x.transpose(0, 1), g.transpose(0, 1)
         bias = self.bias is not None and not source.swapped
         # The rows of small calls wait for others as they are, to be squared together.
         diagonal = issubclass(self.structures[0], Diagonal) and (
@@ -187,13 +194,18 @@ class _Shared:
     name: str
     uses: list[tuple[nn.Module, LayerKind, nn.Parameter | None]]
 
+    def bias(self, kind: LayerKind) -> nn.Parameter | None:
+        """The bias that all uses of this kind have in common."""
+        biases = [bias for _, other, bias in self.uses if other == kind]
+        return biases[0] if all(bias is biases[0] for bias in biases) else None
+
 
 def find(model: nn.Module, groups: Sequence[dict[str, Any]]) -> list[Layer]:
     """The layers of a model whose weight is trained by one of the groups.
 
     A weight that several modules use is one layer if they are of one kind, or a table of embeddings
     and the linear map tied to it. Its bias belongs to the layer if all of them have the same one.
-    All other parameters are left to the fallback.
+    All other parameters are left to the fallback, a bias of several weights among them.
     """
     group_of = {p: group for group in groups for p in group["params"]}
     found: dict[nn.Parameter, _Shared] = {}
@@ -210,25 +222,40 @@ def find(model: nn.Module, groups: Sequence[dict[str, Any]]) -> list[Layer]:
             shared = found.setdefault(weight, _Shared(f"{path}.{use.weight}".lstrip("."), []))
             shared.uses.append((module, kind, bias))
 
+    owners = Counter(b for s in found.values() for b in {bias for _, _, bias in s.uses})
+    turned = set(_sequence_first(model))
     layers = []
     for weight, shared in found.items():
         common, group = _common([kind for _, kind, _ in shared.uses]), group_of[weight]
         tied = any(kind != common for _, kind, _ in shared.uses)
         if common is None or (group["kfac"] and (tied or common.diagonal_inputs)):
             continue
-        biases = [bias for _, kind, bias in shared.uses if kind == common]
-        own = biases[0] is not None and biases[0] in group_of and biases[0].requires_grad
-        bias = biases[0] if own and all(other is biases[0] for other in biases) else None
+        bias = shared.bias(common)
+        if bias is not None and (bias not in group_of or not bias.requires_grad):
+            bias = None
+        if bias is not None and owners[bias] > 1:  # a bias has one matrix to be a column of
+            bias = None
         shape = common.shape(tuple(weight.shape), bias is not None)
         K, C = preconditioner.resolve(group["structures"], shape, kfac=group["kfac"])
         if tied:
             C = Diagonal
         elif common.diagonal_inputs:
             K = Diagonal
-        sources = [(m, Source(weight, kind, swapped=kind != common)) for m, kind, _ in shared.uses]
+        sources = [
+            (m, Source(weight, kind, swapped=kind != common, batch_second=m in turned))
+            for m, kind, _ in shared.uses
+        ]
         of_bias = None if bias is None else group_of[bias]
         layers.append(Layer(shared.name, common, weight, bias, sources, group, (K, C), of_bias))
     return layers
+
+
+def _sequence_first(model: nn.Module) -> Iterator[nn.Module]:
+    """The linear layers that are called with (length, batch, d), which only their parent knows."""
+    for module in model.modules():
+        if not isinstance(module, _BLOCKS) or module.self_attn.batch_first:
+            continue
+        yield from (module.linear1, module.linear2)
 
 
 def _common(kinds: Sequence[LayerKind]) -> LayerKind | None:

@@ -13,6 +13,7 @@ from singd_core.curvature import Embedding, LayerKind, Linear, StackedLinear
 from singd_core.preconditioner import Factors
 from singd_core.updates.curvature import Curvature, Measured
 from singd_torch._join import join, join_trees, tree_parts
+from singd_torch._pieces import placed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Rows:
         entries = kind.entries if isinstance(kind, Embedding) else None
         positions = x.shape if entries is not None else x.shape[:-1]
         masked = isinstance(kind, (Linear, StackedLinear, Embedding))
-        if mask is None or not masked or positions[: mask.ndim] != mask.shape:
+        if mask is None or not masked or positions[: mask.ndim] != mask.shape or 0 in positions:
             inputs_of = kind.diagonal_rows if diagonal else kind.inputs
             A, N = inputs_of(x, bias=bias, kfac_approx=kfac_approx)
             B, M = kind.outputs(g, kfac_approx=kfac_approx, loss_average=loss_average)
@@ -164,7 +165,7 @@ class Pending:
         """All sums as tensors, in a fixed order."""
         arrays = [a for part in (self.inputs, self.outputs) for _, a in part.named_arrays()]
         like = self.inputs.squares
-        counts = [torch.as_tensor(n, dtype=like.dtype, device=like.device) for n in self._counts()]
+        counts = [placed(n, like.dtype, like.device) for n in self._counts()]
         return [*arrays, *counts]
 
     def of_all(self, sums: Sequence[Tensor], processes: int, *, mean: bool) -> Pending:

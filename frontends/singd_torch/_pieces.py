@@ -55,6 +55,13 @@ def read(x: Tensor) -> Any:
     return x.item() if x.ndim == 0 and on_host(x) else x
 
 
+def placed(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number on a device, filled in there: a copy of it, as `as_tensor` makes, is a wait."""
+    if isinstance(value, Tensor):
+        return value.to(device, dtype)
+    return torch.full((), value, dtype=dtype, device=device)
+
+
 def plain(scale: Any) -> Any:
     """A scale, or one of each matrix, as a number where that is known and one will do.
 

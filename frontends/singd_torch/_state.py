@@ -99,7 +99,7 @@ def completed(state_dict: Mapping[str, Any], live: list[dict[str, Any]]) -> dict
     """A saved state dict with what `portable` left out taken from the live groups.
 
     Raises:
-        ValueError: If the groups do not fit.
+        ValueError: If the groups do not fit, or are those of another optimizer.
     """
     saved = [dict(group) for group in state_dict["param_groups"]]
     sizes = [[len(group["params"]) for group in groups] for groups in (saved, live)]
@@ -108,8 +108,12 @@ def completed(state_dict: Mapping[str, Any], live: list[dict[str, Any]]) -> dict
             f"the parameter groups have {sizes[0]} parameters in the checkpoint, here {sizes[1]}"
         )
     for group, own in zip(saved, live, strict=True):
+        if "structures" not in group:
+            raise ValueError("the checkpoint is of another optimizer: it has no 'structures'")
         if group.get("lr_cov") is None:
             group["lr_cov"] = own["lr_cov"]
+        for name, value in own.items():  # settings that are younger than the checkpoint
+            group.setdefault(name, value)
         if group["structures"] == _names(own["structures"]):
             group["structures"] = own["structures"]
     return dict(state_dict) | {"param_groups": saved}

@@ -6,12 +6,13 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from singd_core._array import ADD_PRODUCT, MULTIPLY_ADD, number, total, widen
+from singd_core._array import ADD_PRODUCT, INVERSE, MULTIPLY_ADD, number, ranged, total, widen
 from singd_core.preconditioner import Factors
 from singd_core.settings import Settings, is_bound, rate
 from singd_core.updates.curvature import Curvature
@@ -27,7 +28,7 @@ from singd_core.updates.weights import (
     weight_change,
 )
 from singd_torch._join import join
-from singd_torch._pieces import cut, piece_size, plain
+from singd_torch._pieces import cut, piece_size, placed, plain
 from singd_torch._scaling import Scales
 from singd_torch._stacks import Stack, State
 
@@ -78,7 +79,7 @@ def prepare(stack: Stack, s: Settings, scales: Scales) -> Work:
         preconditioner = stack.preconditioner = factors.preconditioner(s.T)
     gradient = stack.matrix(_gradient)
     if scales.grads is not None:
-        gradient = gradient / scales.grads
+        gradient = ranged(gradient) / scales.grads
     donate = len(layer.parameters) > 1  # it is no gradient itself, but was joined
     return Work(stack, s, factors, *stack.run(_solve, factors, gradient, s, preconditioner, donate))
 
@@ -193,12 +194,13 @@ def apply(
         for place, part in zip(places, stack.layers[0].split(u), strict=True):
             own = settings_of(place[0])
             own = own if ok is None else _masked(own, ok, u)
-            if len(place) > 1 and place[0].numel() <= _JOINED:
+            moves = [p.grad is not None for p in place]  # one may have been frozen since
+            if len(place) > 1 and place[0].numel() <= _JOINED and all(moves):
                 joined = join(place)
                 weight_change(part, c, joined, own, onto=joined)
                 torch._foreach_copy_(place, stack.split(joined))  # type: ignore[arg-type]
                 continue
-            for weight, direct in zip(place, stack.split(part), strict=True):
+            for weight, direct in compress(zip(place, stack.split(part), strict=True), moves):
                 for piece, change in zip(cut(weight), cut(direct), strict=True):
                     weight_change(change, c, piece, own, onto=piece)
 
@@ -234,7 +236,7 @@ def _directed_anew(
 def _masked(s: Settings, ok: Tensor, like: Tensor) -> Settings:
     """The settings with which zeros in place of a natural gradient change nothing unless ok."""
     dtype = widen(like[..., :0]).dtype
-    momentum, lr = (torch.as_tensor(v, dtype=dtype, device=ok.device) for v in (s.momentum, s.lr))
+    momentum, lr = (placed(v, dtype, ok.device) for v in (s.momentum, s.lr))
     return dataclasses.replace(
         s, momentum=torch.where(ok, momentum, 1.0), lr=torch.where(ok, lr, 0.0)
     )
@@ -253,6 +255,8 @@ def _add_product(Y: Tensor, A: Tensor, B: Tensor) -> Tensor:
 
 MULTIPLY_ADD |= dict.fromkeys((Tensor, nn.Parameter), _multiply_add)
 ADD_PRODUCT[Tensor] = _add_product
+# `inv` waits to know whether there is an inverse.
+INVERSE[Tensor] = lambda A: torch.linalg.inv_ex(A).inverse
 
 
 def _gradient(p: nn.Parameter) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from singd_core.curvature import StackedLinear
 from singd_core.preconditioner import Factors
 from singd_torch import _attention, _capture
 from singd_torch._capture import Tap
@@ -121,6 +122,9 @@ class Watcher(torch.optim.Optimizer):
         for stack in list(self._stacks):
             live = []
             for layer in stack.layers:
+                if layer.pending and isinstance(layer.kind, StackedLinear):
+                    for key in layer.roles():  # a part whose output has no gradient has no rows
+                        layer.pending.setdefault(key, layer.no_rows(key))
                 if layer.weight.grad is not None and (layer.seen or layer.pending):
                     live.append(layer)
                     continue
@@ -174,7 +178,12 @@ class Watcher(torch.optim.Optimizer):
             mask: Boolean, shape (batch, ...), False at positions that are left out. It concerns the
                 layers whose input has these first axes, and only their factors: the loss has to
                 leave the positions out by itself. None for no mask.
+
+        Raises:
+            TypeError: If the mask is not boolean.
         """
+        if mask is not None and mask.dtype != torch.bool:
+            raise TypeError(f"mask_rows wants a boolean mask, not {mask.dtype}: give mask.bool()")
         self._mask = mask
 
     def _forget_rows(self) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from singd_core import preconditioner
+from singd_core._array import ranged
 from singd_core.settings import STRUCTURES, Settings, settings
 from singd_torch import _diagnostics, _fallback, _pieces, _scaling, _state, _table
 from singd_torch._distributed import reduce_rows
@@ -25,8 +26,9 @@ from singd_torch._watcher import Watcher, is_due
 class SINGD(Watcher):
     """Structured inverse-free natural gradient descent (arXiv 2312.05705) for any model.
 
-    The weights of `nn.Linear` and `nn.Conv1d`, `2d`, `3d`, with their biases, are preconditioned by
-    structured factors of the inverse Fisher matrix; every other parameter is trained by AdamW.
+    The weights of linear layers, convolutions, embeddings and attention's projections, with their
+    biases, are preconditioned by structured factors of the inverse Fisher matrix; every other
+    parameter is trained by AdamW.
     `print(optimizer)` shows which is which. The arguments up to `normalize_lr_cov` are those of the
     authors' package `singd` 0.0.5; those left at None are filled by the recipe.
 
@@ -64,8 +66,8 @@ class SINGD(Watcher):
         **given: Any further setting of `singd_core.settings.Settings`, e.g. `nesterov=False`.
 
     Raises:
-        ValueError: If a setting or a name is wrong, a parameter is given twice or not of the
-            model, or there is nothing to train.
+        ValueError: If a setting or a name is wrong, a parameter is given twice, or there is
+            nothing to train.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.LayerNorm(8), nn.Linear(8, 2))
@@ -229,7 +231,7 @@ class SINGD(Watcher):
         chosen = {id(group): settings_of(group) for group in self.param_groups}
         scales = _scaling.scales(self, self._scale_of_rows)
         if self._processes is not None:
-            due = [layer for layer in self._layers if is_due(layer)]
+            due = [p for p in self._layers if p.weight.requires_grad and is_due(p)]
             for layer in due:
                 self._factors(layer)
             reduce_rows(due, self._processes)
@@ -253,7 +255,7 @@ class SINGD(Watcher):
         device = (works[0].natural if works else others[0]).device
         grads = [p.grad for p in others if p.grad is not None]
         if scales.grads is not None:
-            grads = [g / scales.grads for g in grads]
+            grads = [ranged(g) / scales.grads for g in grads]
         total: Any = sum(work.s.lr**2 * _on(device, work.energy) for work in works)
         checked = total if not grads else total + _on(device, _fallback.norms(grads))
         ok = skip = None
@@ -269,11 +271,13 @@ class SINGD(Watcher):
             self._skipped = self._skipped + skip
 
         apply(works, self.state, lambda p: chosen[id(self._group_of[p])], total, ok)
+        of_group: dict[int, list[tuple[nn.Parameter, Tensor]]] = {}
+        for p, g in zip(others, grads, strict=True):
+            of_group.setdefault(id(self._group_of[p]), []).append((p, g))
         for group in self.param_groups:
-            mine = [i for i, p in enumerate(others) if self._group_of[p] is group]
-            if mine:
-                of_group = [others[i] for i in mine], [grads[i] for i in mine]
-                _fallback.step(group, *of_group, self.state, skip)
+            if mine := of_group.get(id(group)):
+                params, their = zip(*mine, strict=True)
+                _fallback.step(group, params, their, self.state, skip)
 
     def _is_no_step(self) -> bool:
         """Whether this is how torch.distributed.checkpoint makes the state that it loads into."""

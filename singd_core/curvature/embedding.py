@@ -42,6 +42,8 @@ class Embedding(LayerKind):
         """
         # Sorting counts without a scatter, which the standard lacks, and without a host sync.
         xp, N = namespace(x), prod(x.shape)
+        if xp.iinfo(x.dtype).max <= self.entries:  # such as bytes for 256 entries
+            x = xp.astype(x, xp.int32)
         entries = xp.arange(self.entries + 1, dtype=x.dtype, device=device(x))
         found = xp.searchsorted(xp.sort(xp.reshape(x, (N,))), entries)
         counts = xp.astype(found[1:] - found[:-1], xp.float32)

@@ -40,8 +40,8 @@ class Measured(Tree):
     squares: Array
 
     def __add__(self, other: Self) -> Self:
-        """The sums over both sets of rows."""
-        return self.map(lambda a, b: a + b, other)
+        """The sums over both sets of rows, in at least float32: bfloat16 stops counting at 256."""
+        return self.map(lambda a, b: widen(a) + widen(b), other)
 
 
 def measure(L: Structure, rows: Array, *, identity: bool = False) -> Measured:

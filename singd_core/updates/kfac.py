@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Self
 
-from singd_core._array import Array, Scalar, cast, namespace, widen
+from singd_core._array import Array, Scalar, cast, inverse, widen
 from singd_core._tree import Tree, tree
 from singd_core.settings import Rate, Settings
 from singd_core.structures.base import Structure
@@ -83,4 +83,4 @@ def average(S: Dense, U: Structure, beta: Scalar, start: Scalar) -> Dense:
 def damped_inverse(S: Dense, damping: Scalar) -> Dense:
     """(S + λI)⁻¹, inverted in at least float32 and stored in the dtype of S."""
     damped = S.astype(widen(S.matrix)).add_identity(damping)
-    return Dense(cast(namespace(S.matrix).linalg.inv(damped.matrix), S.matrix))
+    return Dense(cast(inverse(damped.matrix), S.matrix))

@@ -53,7 +53,7 @@ def rms_scale(x: Array, bound: Rate, norm_x: Scalar | None = None) -> Scalar:
     if not is_bound(bound):
         return 1.0
     limit = bound * math.sqrt(x.shape[-2] * x.shape[-1])
-    return limit / at_least(norm(x) if norm_x is None else norm_x, limit)
+    return 1.0 / at_least((norm(x) if norm_x is None else norm_x) / limit, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)

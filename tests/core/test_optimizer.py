@@ -7,6 +7,7 @@ import pytest
 from optimizer_cases import LAYERS, leaves, mapped, params, steps, train
 
 from singd_core import Fallback, Linear, Optimizer, Settings
+from singd_core.curvature import Embedding
 from singd_core.updates.curvature import Curvature
 
 GIVEN: dict[str, dict[str, Any]] = {
@@ -146,6 +147,19 @@ def test_only_numpy_is_needed() -> None:
 # ---- bad input ---------------------------------------------------------------------------------
 
 NAN, INF = float("nan"), float("inf")
+
+
+def test_indices_may_be_bytes() -> None:
+    """As many entries as the dtype of the indices has values: one more would be none of them."""
+    x = np.arange(256, dtype=np.uint8)[None]
+    A, N = Embedding(256).inputs(x, bias=False, kfac_approx="expand")
+    np.testing.assert_array_equal(A, np.ones((1, 256)))
+    assert N == 256
+
+
+def test_a_table_has_no_dense_factor_to_invert() -> None:
+    with pytest.raises(ValueError, match=r"KFAC inverts dense factors, and Embedding"):
+        Optimizer({"e": Embedding(5)}, kfac=True).init({"e": np.zeros((5, 2))})
 
 
 def test_nothing_to_train_is_an_error() -> None:

@@ -97,6 +97,37 @@ def test_transformer_layers_are_unchanged_and_explained(layer: Any) -> None:
         assert (p.grad - q.grad).norm() <= CLOSE * q.grad.norm()
 
 
+@pytest.mark.parametrize("layer", [nn.TransformerEncoderLayer, nn.TransformerDecoderLayer])
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+def test_the_batch_may_be_the_second_axis(layer: Any, kfac_approx: str) -> None:
+    """As it is by default: the feed-forward layers would take the sequence for the batch."""
+    models = [layer(6, 2, 8, dropout=0.0, batch_first=first).double() for first in (True, False)]
+    models[1].load_state_dict(models[0].state_dict())
+    x = torch.randn(3, 5, 6, dtype=torch.float64)
+    for model, own in zip(models, (x, x.transpose(0, 1)), strict=True):
+        optimizer = SINGD(model, kfac_approx=kfac_approx, recipe="paper")
+        args = (own,) if layer is nn.TransformerEncoderLayer else (own, own)
+        model(*args).sin().mean().backward()
+        optimizer.step()
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert (p - q).norm() <= CLOSE * p.norm()
+
+
+def test_a_projection_whose_output_has_no_gradient_has_no_rows() -> None:
+    """As in a pointer network, whose loss is of the attention weights alone."""
+    model = attention(batch_first=True)
+    optimizer = SINGD(model, T=1, weight_decay=0.0)
+    before = model.in_proj_weight.detach().clone()
+    for _ in range(2):
+        optimizer.zero_grad()
+        x = torch.randn(3, 4, 6, dtype=torch.float64)
+        model(x, x, x)[1][..., 0].square().sum().backward()
+        optimizer.step()
+    assert optimizer.skipped == 0
+    moved = (model.in_proj_weight - before).unflatten(0, (3, -1)).abs().amax((1, 2))
+    assert (moved > 0.0).tolist() == [True, True, False]
+
+
 def test_nothing_is_intercepted_between_refreshes(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = attention(batch_first=True), torch.randn(2, 3, 6, dtype=torch.float64)
     optimizer = SINGD(model, T=2)

@@ -53,6 +53,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "rms_bound": ({"rms_bound": NAN}, r"rms_bound=nan"),
     "loss_average": ({"loss_average": "mean"}, r"loss_average = 'mean': choose 'batch'"),
     "kfac_approx": ({"kfac_approx": "shrink"}, r"kfac_approx = 'shrink': choose 'expand'"),
+    "a budget of words": ({"structures": "auto:x"}, r'structures="auto:x": "auto:b" wants b >= 1'),
+    "a budget of nothing": ({"structures": "auto:0"}, r'"auto:0": "auto:b" wants b >= 1'),
     "first structure": (
         {"structures": ("dens", "dense")},
         r'structures\[0\] = there is no structure "dens"; there are dense, diagonal',

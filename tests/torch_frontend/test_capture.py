@@ -290,6 +290,31 @@ def test_weight_frozen_after_construction() -> None:
     assert optimizer.skipped == 0
 
 
+@pytest.mark.parametrize("layers", [1, 2], ids=["alone", "stacked"])
+def test_bias_frozen_after_construction(layers: int) -> None:
+    model = net(*(nn.Linear(5, 5) for _ in range(layers)))
+    optimizer = SINGD(model, structures=("dense", "dense"))
+    for step in range(3):
+        optimizer.zero_grad()
+        loss_of(model(draw(9, 5))).backward()
+        before = copy.deepcopy(model)
+        optimizer.step()
+        frozen = torch.equal(model[0].bias, before[0].bias)
+        assert frozen == (step > 0)
+        assert not torch.equal(model[0].weight, before[0].weight)
+        assert layers == 1 or not torch.equal(model[1].bias, before[1].bias)
+        model[0].bias.requires_grad_(False)
+
+
+def test_bias_of_two_weights_is_a_column_of_none() -> None:
+    """Or both would move it. AdamW does."""
+    model = calls(lambda m, x: m.b(torch.tanh(m.a(x))), a=nn.Linear(5, 5), b=nn.Linear(5, 5))
+    model.b.bias = model.a.bias
+    optimizer = check(model, draw(9, 5), expected_layers=2)
+    assert [layer.bias for layer in optimizer._layers] == [None, None]
+    assert [id(p) for p in optimizer._fallback] == [id(model.a.bias)]
+
+
 def test_rows_wait_for_a_gradient_and_validation_leaves_none() -> None:
     model = net(nn.Linear(5, 4))
     optimizer = Watched(model)

@@ -324,6 +324,20 @@ def test_missing_entry_is_named(missing: str) -> None:
         SINGD(Network(), **dense).load_state_dict(state)
 
 
+def test_a_checkpoint_of_another_optimizer_is_refused() -> None:
+    model = Network()
+    with pytest.raises(ValueError, match="of another optimizer: it has no 'structures'"):
+        SINGD(model).load_state_dict(torch.optim.AdamW(model.parameters()).state_dict())
+
+
+def test_a_checkpoint_may_be_older_than_a_setting() -> None:
+    state = saved_by({"order": 1})
+    del state["param_groups"][0]["order"]
+    optimizer = SINGD(Network(), order=3)
+    optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["order"] == 3
+
+
 def test_momentum_of_another_shape_is_named() -> None:
     state = saved_by({})
     for entries in state["state"].values():

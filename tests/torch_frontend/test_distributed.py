@@ -23,9 +23,10 @@ class Branches(nn.Module):
         super().__init__()
         self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
         self.left, self.right, self.head = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 3)
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)  # nothing is asked of it
 
     def forward(self, x: torch.Tensor, branch: str) -> torch.Tensor:
-        x = self.attention(x, x, x)[0]
+        x = self.frozen(self.attention(x, x, x)[0])
         return self.head(getattr(self, branch)(x).tanh().mean(1))
 
 
@@ -56,10 +57,10 @@ def train(rank: int, world: int, folder: str, how: str) -> None:
     )
     inner = new_model()
     if how == "wrapped later":  # as Accelerate and Lightning do
-        optimizer = SINGD(inner, T=2)
+        optimizer = SINGD(inner, inner.parameters(), T=2)
     model = DistributedDataParallel(inner, find_unused_parameters=True)
     if how != "wrapped later":
-        optimizer = SINGD(model, T=2)
+        optimizer = SINGD(model, model.parameters(), T=2)
     calls = 0
     original = dist.all_reduce
 

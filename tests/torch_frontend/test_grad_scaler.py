@@ -109,6 +109,19 @@ def test_after_unscaling_the_scaler_is_asked_for_its_scale() -> None:
     assert all(map(torch.equal, model.parameters(), twin.parameters()))
 
 
+def test_gradients_of_float16_weights_are_unscaled_in_float32() -> None:
+    """Divided in float16, those for which there is a scale at all would be 0."""
+    model = nn.Linear(6, 4).half()
+    before = model.weight.detach().clone()
+    optimizer, amp = SINGD(model), scaler()
+    amp.scale(model(torch.randn(8, 6).half()).float().mean() * 2e-8).backward()
+    assert model.weight.grad is not None
+    assert model.weight.grad.any()
+    assert not (model.weight.grad / SCALE).any()
+    amp.step(optimizer)
+    assert not torch.equal(model.weight, before)
+
+
 def test_an_unknown_scale_is_an_error() -> None:
     model = network()
     optimizer = SINGD(model)

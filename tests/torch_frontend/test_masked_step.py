@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import singd_torch.optimizer
-from singd_torch import SINGD
+from singd_torch import SINGD, _fallback
 
 BF16 = torch.bfloat16
 
@@ -24,6 +25,17 @@ CASES: dict[str, dict[str, Any]] = {
     "toeplitz": {"structures": ("triltoeplitz", "triutoeplitz")},
     "no momentum, reduce": {"momentum": 0.0, "kfac_approx": "reduce"},
 }
+
+
+class NoCopy(TorchFunctionMode):
+    """Forbids numbers of the host to be copied to a device: it is a wait, which `full` is not."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        assert function not in (torch.tensor, torch.as_tensor) or result.device.type == "cpu"
+        return result
 
 
 def network() -> nn.Module:
@@ -162,12 +174,23 @@ def test_step_runs_on_the_meta_device(case: str, dtype: torch.dtype) -> None:
         optimizer.zero_grad()
         x, y = batch()
         backward(model, x.to("meta", dtype), y.to("meta"))
-        optimizer.step()
+        with NoCopy():
+            optimizer.step()
     values = [v for p in model.parameters() for v in optimizer.state[p].values()]
     assert {v.device.type for v in values} == {"meta"}
     factors = optimizer.state[model[4].weight].items()
     wide = torch.float32 if dtype == torch.float16 else dtype
     assert {v.dtype for name, v in factors if "averages" not in name} == {wide}
+
+
+def test_the_state_of_adamw_moves_to_a_device_with_its_parameter() -> None:
+    p = nn.Parameter(torch.empty(3, device="meta"))
+    state = {p: _fallback.initial(nn.Parameter(torch.zeros(3)), on_device=False)}
+    (group,) = SINGD(nn.Linear(1, 1)).param_groups
+    _fallback.step(group, [p], [torch.empty_like(p)], state, torch.zeros((), device="meta"))
+    assert {name: value.device.type for name, value in state[p].items()} == dict.fromkeys(
+        ("step", "exp_avg", "exp_avg_sq"), "meta"
+    )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -46,6 +46,21 @@ def test_masked_entries_of_a_table_are_not_counted() -> None:
     assert torch.allclose(U, torch.tensor([0.25, 0.5, 0.25, 0.0]))
 
 
+def test_a_mask_of_numbers_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"boolean mask, not torch\.int64: give mask\.bool\(\)"):
+        SINGD(nn.Linear(3, 2)).mask_rows(torch.ones(4, 5, dtype=torch.int64))
+
+
+@pytest.mark.filterwarnings("ignore:no rows of")
+def test_a_mask_of_an_empty_batch_does_no_harm() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = SINGD(model)
+    optimizer.mask_rows(torch.ones(0, 5, dtype=torch.bool))
+    model(torch.randn(0, 5, 3)).sum().backward()
+    optimizer.step()
+    assert optimizer.skipped == 0
+
+
 def test_a_mask_concerns_one_step() -> None:
     model = nn.Linear(3, 2)
     optimizer = SINGD(model)

@@ -9,6 +9,9 @@ from curvature_cases import CASES, Case
 
 from singd_core.curvature import Convolution, LayerKind, Linear
 
+# torch's, once, wherever it comes first
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even:UserWarning")
+
 # Two float64 sums of at most some hundred products in a different order.
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -35,7 +38,6 @@ def test_linear_rows_give_the_weight_gradient(shape: tuple[int, ...], bias: bool
     check_gradient(Linear(), module, torch.randn(*shape, 6, dtype=torch.float64))
 
 
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
 @pytest.mark.parametrize("name", CASES)
 def test_convolution_rows_give_the_weight_gradient(name: str) -> None:
     case = CASES[name]

@@ -1,10 +1,34 @@
 """Rows of any scale, none included, leave the factors finite and regular."""
 
 import numpy as np
+import pytest
+import torch
 
 from singd_core import preconditioner, settings
-from singd_core.structures import Dense
-from singd_core.updates.curvature import Curvature
+from singd_core.structures import Dense, Diagonal, Structure
+from singd_core.updates.curvature import Curvature, measure
+from singd_core.updates.weights import rms_scale
+
+
+@pytest.mark.parametrize("bound", [np.inf, 0.5, 2.0])
+def test_a_bound_may_be_an_array(bound: float) -> None:
+    x = np.array([[3.0, 4.0]])
+    np.testing.assert_allclose(rms_scale(x, np.asarray(bound)), min(1.0, bound / 12.5**0.5))
+    np.testing.assert_allclose(rms_scale(x, bound), min(1.0, bound / 12.5**0.5))
+
+
+@pytest.mark.parametrize("structure", [Dense, Diagonal])
+def test_sums_of_bfloat16_rows_do_not_stop_growing(structure: type[Structure]) -> None:
+    """1 added to 256 is 256 in bfloat16; the traces would be of other rows than their factors."""
+    one = measure(
+        structure(torch.eye(2).diagonal() if structure is Diagonal else torch.eye(2)),
+        torch.ones(1, 2),
+    )
+    one = one.map(lambda a: a.to(torch.bfloat16))
+    total = one
+    for _ in range(1023):
+        total = total + one
+    assert total.S.trace() == total.squares == 2048.0
 
 
 def test_huge_inputs_without_output_gradients_leave_the_factors_as_they_are() -> None:
