@@ -158,28 +158,34 @@ def as_array(x: Scalar, like: Array) -> Array:
 
 
 def at_least(x: Scalar, low: Scalar) -> Scalar:
-    """max(x, low), NaN where x is, of numbers or arrays; `low` may be a number where x is not."""
-    if isinstance(x, (int, float)):
+    """max(x, low), NaN where x is, of numbers and arrays."""
+    if isinstance(x, (int, float)) and isinstance(low, (int, float)):
         return max(x, low)
-    return namespace(x).maximum(x, _beside(low, x))
+    x, low = _alike(x, low)
+    return namespace(x).maximum(x, low)
 
 
 def at_most(x: Scalar, high: Scalar) -> Scalar:
-    """min(x, high), NaN where x is; `high` as in `at_least`."""
-    if isinstance(x, (int, float)):
+    """min(x, high), NaN where x is, of numbers and arrays."""
+    if isinstance(x, (int, float)) and isinstance(high, (int, float)):
         return min(x, high)
-    return namespace(x).minimum(x, _beside(high, x))
+    x, high = _alike(x, high)
+    return namespace(x).minimum(x, high)
 
 
 def where(condition: Array | bool, x: Scalar, y: Scalar) -> Scalar:
-    """`x` where the condition holds, else `y`, of numbers or arrays; `y` as in `at_least`."""
-    if isinstance(x, (int, float)):
+    """`x` where the condition holds, else `y`, of numbers and arrays."""
+    if isinstance(condition, bool) or isinstance(x, (int, float)):
         return x if condition else y
-    return namespace(x).where(condition, x, _beside(y, x))
+    x, y = _alike(x, y)
+    return namespace(x).where(condition, x, y)
 
 
-def _beside(y: Scalar, x: Array) -> Array:
-    return namespace(x).full_like(x, y) if isinstance(y, (int, float)) else cast(y, x)
+def _alike(x: Scalar, y: Scalar) -> tuple[Array, Array]:
+    """Both as arrays of one dtype, that of x unless x is a number."""
+    if isinstance(x, (int, float)):
+        return namespace(y).full_like(y, x), y
+    return x, namespace(x).full_like(x, y) if isinstance(y, (int, float)) else cast(y, x)
 
 
 def total(x: Array) -> Array:

@@ -129,11 +129,11 @@ class Structure(Tree):
 
     def __add__(self, other: Self) -> Self:
         """`L + L'`."""
-        return self.map(lambda a, b: a + b, other)
+        return self.add_scaled(1.0, other)
 
     def __sub__(self, other: Self) -> Self:
         """`L − L'`."""
-        return self.map(lambda a, b: a - b, other)
+        return self.add_scaled(-1.0, other)
 
     def scale(self, c: Scalar) -> Self:
         """`c L`, for a number or an array of the batch axes' shape."""

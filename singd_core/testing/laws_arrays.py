@@ -64,7 +64,7 @@ def dtype_of_the_leaf(case: Case) -> None:
     if case.backend.name == "numpy":
         others += [c[()] for c in others]  # NumPy's scalars: its own sums are no 0-d arrays
     for c in (0.5, *others):
-        for name in OPERATIONS if isinstance(c, float) else ("scale", "add_identity"):
+        for name in OPERATIONS if isinstance(c, float) else ("scale", "add_scaled", "add_identity"):
             result = _evaluate(case, name, arguments(case, c=c))
             for array, x in arrays(result) if result is not None else ():
                 expected = dtype_of(name, leaf)

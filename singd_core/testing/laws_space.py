@@ -60,10 +60,12 @@ def identity(case: Case) -> None:
 
 @law()
 def sums(case: Case) -> None:
-    """`L + R` and `L - R` are the sum and the difference of the dense matrices."""
+    """`L + R`, `L - R` and `L.add_scaled(c, R)` are what they are of the dense matrices."""
     L, R = case.member("L"), case.member("R")
     case.same(L + R, lambda L, R: L + R, L, R)
     case.same(L - R, lambda L, R: L - R, L, R)
+    for c in (3.0, case.to(3.0)):
+        case.same(L.add_scaled(c, R), lambda L, R, c: L + c * R, L, R, c)
 
 
 @law()

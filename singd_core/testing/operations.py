@@ -40,6 +40,7 @@ OPERATIONS: dict[str, Operation] = {
     "identity": lambda L, R, X, M, c: L.identity(L.shape[-1], like=X, batch=L.batch),
     "__add__": lambda L, R, X, M, c: L + R,
     "__sub__": lambda L, R, X, M, c: L - R,
+    "add_scaled": lambda L, R, X, M, c: L.add_scaled(c, R),
     "scale": lambda L, R, X, M, c: L.scale(c),
     "add_identity": lambda L, R, X, M, c: L.add_identity(c),
     "astype": lambda L, R, X, M, c: L.astype(other(X)),

@@ -39,8 +39,8 @@ class RemembersTheSide(Diagonal):
 
 @bug("update_stays_in_the_structure")
 class SumOfTheParent(Diagonal):
-    def __add__(self, other):
-        return Diagonal(self.diag + other.diag)
+    def add_scaled(self, c, other):
+        return Diagonal(super().add_scaled(c, other).diag)
 
 
 @bug("update_stays_positive_definite")
