@@ -55,10 +55,10 @@ class Tree:
     def map(self, function: Callable[..., Array], *others: Self) -> Self:
         """The tree of `function(array, *arrays of the others)`; other values stay as they are."""
         return type(self)(
-            *(
+            *[
                 _mapped(function, getattr(self, name), [getattr(other, name) for other in others])
                 for name in self.field_names()
-            )
+            ]
         )
 
     def rebuild(self, arrays: Iterable[Array]) -> Self:

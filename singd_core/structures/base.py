@@ -186,11 +186,12 @@ class Structure(Tree):
     @property
     def like(self) -> Array:
         """One of the arrays: it tells namespace, dtype and device."""
-        return next(self.named_arrays())[1]
+        first = getattr(self, self.field_names()[0])
+        return first.like if isinstance(first, Structure) else first
 
     def astype(self, like: Array) -> Self:
         """The same matrix in the dtype of `like`."""
-        return self.map(lambda a: cast(a, like))
+        return self if self.like.dtype == like.dtype else self.map(lambda a: cast(a, like))
 
     def __repr__(self) -> str:
         """Name, shape and dtype; `dense()` shows the numbers."""
