@@ -1,5 +1,7 @@
 """What all tests share."""
 
+import gc
+import itertools
 import os
 from importlib import metadata
 
@@ -16,3 +18,14 @@ if metadata.version("jaxlib").startswith("0.10."):
 # The same examples in every run, so that a failure is that of the change at hand.
 settings.register_profile("default", deadline=None, derandomize=True)
 settings.load_profile("default")
+
+# A full collection walks through all that libraries keep, compiled functions above all: late in the
+# run 2 s each time. Every so often what is left after one is set aside.
+_TESTS = 200
+_run = itertools.count(1)
+
+
+def pytest_runtest_logfinish() -> None:
+    if next(_run) % _TESTS == 0:
+        gc.collect()
+        gc.freeze()

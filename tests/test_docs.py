@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.md"))
 PAGES = [ROOT / "README.md", *sorted(set((ROOT / "docs").rglob("*.md")) - set(EXAMPLES))]
-SLOW = {"characters", "gpt2"}
+SLOW = {"characters", "gpt2", "new_structure"}
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 PACKAGES = [ROOT / "singd_core", *sorted((ROOT / "frontends").glob("singd_*"))]
 FENCE = re.compile(r"[ >]*(?P<fence>`{3,}|~{3,})[ ]*(?P<info>[^`]*)")
@@ -61,6 +61,18 @@ def modules() -> list[str]:
     return names
 
 
+def marked(pages: list[Path]) -> list:
+    """Pages as parameters of a test, the slow ones marked as such."""
+    return [
+        pytest.param(
+            page,
+            marks=[pytest.mark.slow] if page.stem in SLOW else [],
+            id=page.relative_to(ROOT).as_posix(),
+        )
+        for page in pages
+    ]
+
+
 def skip_without_framework(module: str) -> None:
     """Skip the test when `module` belongs to a frontend whose framework is not installed."""
     framework = module.split(".")[0].removeprefix("singd_")
@@ -91,7 +103,7 @@ def run(page, monkeypatch):
             exec(program, vars(module))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize("page", marked(PAGES))
 def test_the_python_examples_of_a_page_run(page, monkeypatch):
     run(page, monkeypatch)
 
@@ -99,11 +111,7 @@ def test_the_python_examples_of_a_page_run(page, monkeypatch):
 # What lightning says of the loaders of an example, and how it asks torch for a leaf of a tree.
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)`:FutureWarning")
-@pytest.mark.parametrize(
-    "page",
-    [pytest.param(p, marks=[pytest.mark.slow] if p.stem in SLOW else []) for p in EXAMPLES],
-    ids=lambda page: page.stem,
-)
+@pytest.mark.parametrize("page", marked(EXAMPLES))
 def test_an_example_prints_what_its_page_shows(page, monkeypatch, capsys):
     importlib.import_module(
         "torchvision_on_cpu"
