@@ -70,22 +70,23 @@ def value_and_curvature(
     ) -> tuple[Any, Any, dict[str, Curvature]]:
         states = find_states(state)
         refuse_lost_curvature(state)
-        factors, slots = _ports(layers, states)
+        trained = layers.of(states)
+        factors, slots = _ports(trained, states)
         known = [name for own in states for name in own.core.layers]
         if known and len(layers) and not factors:
             raise ValueError(
                 f"the state is that of {', '.join(known)}, and the layers are "
                 f"{', '.join(layers)}: give both the same layers"
             )
-        layers.refuse_others(
-            Leaves.of(params).named, [leaf for name in factors for leaf in layers[name].leaves]
+        trained.refuse_others(
+            Leaves.of(params).named, [leaf for layer in trained.values() for leaf in layer.leaves]
         )
         needed = layers.loss_average == "batch" or layers.kfac_approx == "reduce"
         n = size_of_batch(layers.batch_size, batch, keywords) if needed else None
         dues: list[Any] = [own.due for own in states]
         whole = branch == "layer" or any(due is None for due in dues)
         due = {name: own.due for own in states for name in own.core.layers} if whole else {}
-        tapped, seen = Tapped(loss, layers, n, due), set[str]()
+        tapped, seen = Tapped(loss, trained, n, due), set[str]()
 
         def measured() -> tuple[Any, Any, dict[str, Any]]:
             value, grads, sums, names = tapped.value_and_grad(
@@ -103,8 +104,8 @@ def value_and_curvature(
             value, grads, sums = jax.lax.cond(jnp.any(jnp.stack(dues)), measured, plain)
         curvature = {
             name + role: _curvature(sums[name][role], layers, n, role, uses)
-            for name in factors
-            for role, uses in layers[name].roles.items()
+            for name, layer in trained.items()
+            for role, uses in layer.roles.items()
             if name + role in seen
         }
         return value, grads, curvature
@@ -205,26 +206,23 @@ def _ports(
     layers: Layers, states: Sequence[SingdState]
 ) -> tuple[dict[str, Factors], dict[str, Any]]:
     """What each layer is measured with, and zeros for what its roles add up."""
-    factors = {
-        name: layer.factors.measuring()
-        for own in states
-        for name, layer in own.core.layers.items()
-        if name in layers
-    }
+    known = {name: layer.factors for own in states for name, layer in own.core.layers.items()}
+    factors = {name: known[name].measuring() for name in layers}
     slots = {
-        name: dict.fromkeys(layers[name].roles, _slot(layers[name], factors[name]))
-        for name in factors
+        name: dict.fromkeys(layer.roles, _slot(layer, factors[name]))
+        for name, layer in layers.items()
     }
     return factors, slots
 
 
 def blank(layers: Layers, states: Sequence[SingdState]) -> dict[str, Curvature]:
     """Zeros like the curvature of all layers."""
-    factors, slots = _ports(layers, states)
+    trained = layers.of(states)
+    _, slots = _ports(trained, states)
     return {
         name + role: _curvature(slots[name][role], layers, 1, role, uses)
-        for name in factors
-        for role, uses in layers[name].roles.items()
+        for name, layer in trained.items()
+        for role, uses in layer.roles.items()
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax.numpy as jnp
 
@@ -12,8 +12,12 @@ from singd_core import preconditioner
 from singd_core._array import Array
 from singd_core.curvature.base import append_bias
 from singd_core.structures import Diagonal, Structure
+from singd_core.updates.kfac import KFAC
 from singd_jax._axes import Group, Region, size
 from singd_jax._calls import Call
+
+if TYPE_CHECKING:
+    from singd_jax._state import SingdState
 
 # As what a product uses a matrix, which is what its curvature has after the name of the layer.
 Role: TypeAlias = str
@@ -135,6 +139,15 @@ class Layer:
         role = layouts.get(self.weight.layout)
         return role if role in self.roles else None
 
+    def without_bias(self) -> Layer:
+        """The layer of the weight alone, where the bias is trained by another transformation."""
+        return dataclasses.replace(self, bias=None)
+
+    def of(self, factors: preconditioner.Factors) -> Layer:
+        """The layer that the factors are of: with its bias only if they have a column for it."""
+        K = factors.S_K if isinstance(factors, KFAC) else factors.K
+        return self if K.shape[-1] == self.shape[-1] else self.without_bias()
+
     def matrix(self, leaves: Mapping[str, Array]) -> Array:
         """The matrix (*stack, d_out, d_in) of the leaves, or of their gradients."""
         weight = self.weight.take(leaves[self.weight.name])
@@ -196,6 +209,16 @@ class Layers(Mapping[str, Layer]):
     def __len__(self) -> int:
         """The number of layers."""
         return len(self.found)
+
+    def of(self, states: Iterable[SingdState]) -> Layers:
+        """Those that states train, as they train them."""
+        trained = {
+            name: self[name].of(layer.factors)
+            for own in states
+            for name, layer in own.core.layers.items()
+            if name in self
+        }
+        return dataclasses.replace(self, found=trained)
 
     @property
     def curvatures(self) -> dict[str, tuple[str, Role]]:

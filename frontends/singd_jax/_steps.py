@@ -202,20 +202,24 @@ class Steps:
         return LayerState(factors, buffer)
 
     def _present(self, arrays: Mapping[str, Array]) -> dict[str, Layer]:
-        """The layers all of whose leaves are there: masks and frozen parts leave some out.
+        """The layers whose weight is there, and their bias if it is: masks leave some out.
 
         KFAC inverts dense factors, which one-hot rows have none of.
         """
         kfac = self.optimizer.settings.kfac
         return {
-            name: layer
+            name: layer if layer.leaves[-1] in arrays else layer.without_bias()
             for name, layer in self.layers.items()
-            if all(leaf in arrays for leaf in layer.leaves) and not (kfac and layer.diagonal)
+            if layer.weight.name in arrays and not (kfac and layer.diagonal)
         }
 
+    def _trained(self, core: State) -> dict[str, Layer]:
+        """The layers of a state."""
+        return {name: self.layers[name].of(own.factors) for name, own in core.layers.items()}
+
     def _owned(self, core: State) -> list[str]:
-        """The leaves of the layers of a state."""
-        return [leaf for name in core.layers for leaf in self.layers[name].leaves]
+        """Their leaves."""
+        return [leaf for layer in self._trained(core).values() for leaf in layer.leaves]
 
     def _arrays(
         self, tree: Any, needed: Sequence[str], what: str
@@ -229,7 +233,7 @@ class Steps:
         self, arrays: Mapping[str, Array], core: State, others: bool = False
     ) -> dict[str, Array]:
         """The layers as matrices, and the other parameters as they are."""
-        layers = {name: self.layers[name].matrix(arrays) for name in core.layers}
+        layers = {name: layer.matrix(arrays) for name, layer in self._trained(core).items()}
         owned = self._owned(core)
         rest = {
             k: a for k, a in arrays.items() if (others or k in core.fallback) and k not in owned
@@ -240,10 +244,10 @@ class Steps:
         self, arrays: Mapping[str, Array], core: State, new: Mapping[str, Array]
     ) -> dict[str, Array]:
         """The leaves of what `_matrices` made."""
-        found = dict(arrays)
+        found, trained = dict(arrays), self._trained(core)
         for name, value in new.items():
-            if name in core.layers:
-                found |= self.layers[name].put(found, value)
+            if name in trained:
+                found |= trained[name].put(found, value)
             else:
                 found[name] = value
         return found
