@@ -42,7 +42,11 @@ class Steps:
     ) -> None:
         self.layers = layers
         schedules = {name: given[name] for name in _RATES if callable(given.get(name))}
-        started = {name: schedule(0) for name, schedule in schedules.items()}
+        started = {name: _start(schedule) for name, schedule in schedules.items()}
+        if callable(T):
+            raise ValueError(
+                f"T={T!r}: must be a number of steps; optax.inject_hyperparams takes a schedule"
+            )
         # T may be an array (inject_hyperparams makes one), which the core need not know
         counted = T if T is None or isinstance(T, (int, float)) else 1
         self.optimizer = Optimizer(
@@ -102,6 +106,8 @@ class Steps:
         gradients, tree = self._arrays(grads, needed, "gradients")
         weights, _ = self._arrays(params, needed, "parameters")
         _refuse_further(gradients, needed)
+        if not needed:  # an empty group
+            return grads, self._counted(core, core)
         optimizer, refreshed = self._begun(state, curvature)
         new, stepped = optimizer.update(
             self._matrices(gradients, core),
@@ -251,6 +257,20 @@ class Steps:
             else:
                 found[name] = value
         return found
+
+
+def _start(schedule: Callable[[Array], Any]) -> Any:
+    """What a schedule starts at: a number if it is constant, else an array.
+
+    What the optimizer keeps must not depend on a rate that happens to start at 0.
+    """
+    values: list[Any] = []
+    try:
+        jax.eval_shape(lambda count: values.append(schedule(count)), jnp.zeros((), jnp.int32))
+    except jax.errors.JAXTypeError:  # it reads the count: for steps that are not compiled
+        return jnp.zeros(())
+    # a count that nobody can read does not decide about a number
+    return values[0] if isinstance(values[0], (int, float)) else jnp.zeros(())
 
 
 def _moments(a: Array) -> Moments:

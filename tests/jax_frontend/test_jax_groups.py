@@ -1,8 +1,5 @@
 """Masks and groups may divide a layer, be empty, and accumulate on their own."""
 
-import functools
-
-import jax
 import jax.numpy as jnp
 import optax
 import pytest
@@ -44,3 +41,31 @@ def test_a_weight_is_trained_alone_where_its_bias_is_in_another_group(given):
     run(optax.masked(singd_jax.scale_by_singd(**GIVEN), matrices))
     own = singd_jax.MultiSteps(tx, 2, layers=LAYERS)
     run(optax.masked(own.gradient_transformation(), matrices))
+
+
+@pytest.mark.parametrize("T", [1, 2])
+@pytest.mark.parametrize(
+    "make", [lambda **given: singd_jax.singd(0.02, **given), singd_jax.scale_by_singd]
+)
+def test_a_group_without_parameters_takes_steps(make, T):
+    tx = make(layers=LAYERS, T=T)
+    _, state = run(optax.masked(tx, dict.fromkeys(start(), False)), 1)
+    assert int(find_state(state).core.step) == 1
+    own = singd_jax.MultiSteps(tx, 2, layers=LAYERS).gradient_transformation()
+    run(optax.multi_transform({"all": optax.sgd(0.1), "none": own}, "all"), 2)
+
+
+def test_a_group_accumulates_on_its_own():
+    plain = singd_jax.singd(0.02, **GIVEN)
+    labels = {"v": "first", "a": "first", "scale": "last", "w": "last", "b": "last"}
+    own = singd_jax.MultiSteps(plain, 2, layers=LAYERS).gradient_transformation()
+    params, state = run(optax.multi_transform({"first": own, "last": own}, labels))
+    groups = optax.multi_transform({"first": plain, "last": plain}, labels)
+    assert_close(params, run(groups, 2)[0])  # of equal micro-batches
+
+    mixed = optax.multi_transform({"first": own, "last": plain}, labels)
+    _, state = run(mixed)
+    assert [int(found.core.step) for found in find_states(state)] == [2, 4]
+    accumulating = singd_jax.MultiSteps(plain, 2, layers=LAYERS)
+    with pytest.raises(ValueError, match="the curvature has no 'v', which singd_jax"):
+        accumulating.update(start(), accumulating.init(start()), start(), curvature={})
