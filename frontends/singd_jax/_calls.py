@@ -38,6 +38,7 @@ class Call:
         product: BᵀA, the gradient of the matrix, where A is not written out.
         reduces: Whether rows of one example can be told from those of another.
         takes_bias: Whether its rows can have a column of ones.
+        times: How often it runs with one matrix: for each step of a scan, and on each device.
     """
 
     kind: str
@@ -52,6 +53,7 @@ class Call:
     product: Callable[[Array, Array], Array] | None = None
     reduces: bool = True
     takes_bias: bool = True
+    times: int = 1
 
     @property
     def layout(self) -> tuple[Any, ...]:

@@ -78,7 +78,7 @@ def scan(
     p = eqn.params
     body, (n_consts, n_carry) = p["jaxpr"], _compat.scan_counts(p)
     first = n_consts + n_carry
-    tracer.scans.add(id(eqn))
+    tracer.scans[id(eqn)] = p["length"]
     for o in origins[n_consts:first]:
         tracer.note(o, "carried through a scan")
     entered: list[Origin] = []

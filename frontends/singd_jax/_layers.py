@@ -129,9 +129,9 @@ class Layer:
         return tuple(map(size, w.stack)), size(w.outs), size(w.ins) + (self.bias is not None)
 
     @property
-    def roles(self) -> dict[Role, int]:
-        """As what it is used, and in how many products."""
-        return {UPRIGHT: self.uses} | ({TRANSPOSED: self.transposed} if self.transposed else {})
+    def roles(self) -> tuple[Role, ...]:
+        """As what it is used."""
+        return (UPRIGHT, TRANSPOSED) if self.transposed else (UPRIGHT,)
 
     def role(self, call: Call) -> Role | None:
         """As what a product uses it, None if as another matrix."""
