@@ -37,6 +37,7 @@ class Call:
         outputs: The rows B of the gradient, as `outputs(g, kfac_approx)`.
         product: BᵀA, the gradient of the matrix, where A is not written out.
         reduces: Whether rows of one example can be told from those of another.
+        guesses: Whether it is a guess which, since several axes are as long as the batch.
         takes_bias: Whether its rows can have a column of ones.
         times: How often it runs with one matrix: for each step of a scan, and on each device.
     """
@@ -52,6 +53,7 @@ class Call:
     outputs: Callable[[Array, str], Array]
     product: Callable[[Array, Array], Array] | None = None
     reduces: bool = True
+    guesses: bool = False
     takes_bias: bool = True
     times: int = 1
 
@@ -84,7 +86,8 @@ def dot_general(
     wf = [i for i in range(len(view.dims)) if i not in (*wc, *wb)]
     xf = [i for i in range(len(x)) if i not in (*xc, *xb)]
     nb, nf, nw = len(xb), len(xf), len(wf)
-    of_batch = [k for k, i in enumerate(xf) if x[i] == batch_size][:1]
+    as_long = [k for k, i in enumerate(xf) if x[i] == batch_size]
+    of_batch = as_long[:1]
     order = [*of_batch, *(k for k in range(nf) if k not in of_batch)]
     y_free = [nb + k if side == 1 else nb + nw + k for k in order]
     y_outs = [nb + nf + k if side == 1 else nb + k for k in range(nw)]
@@ -117,6 +120,7 @@ def dot_general(
         inputs=inputs,
         outputs=outputs,
         reduces=bool(of_batch) or nf == 0,
+        guesses=len(as_long) > 1,
     )
 
 

@@ -54,6 +54,21 @@ def inner_jaxpr(eqn: Equation) -> tuple[Jaxpr, Sequence[Any]]:
     return (found.jaxpr, found.consts) if isinstance(found, core.ClosedJaxpr) else (found, ())
 
 
+def switch(
+    eqn: Equation, index: Any, branches: Sequence[Callable[..., Any]], *args: Any
+) -> Sequence[Any]:
+    """A cond's branch of that index, or of the platform: those of others cannot be compiled."""
+    platforms = eqn.params.get("branches_platforms")
+    if platforms is None:
+        return jax.lax.switch(index, branches, *args)  # type: ignore[no-any-return]
+    own = {
+        name: branch
+        for names, branch in zip(platforms, branches, strict=True)
+        for name in names or ["default"]
+    }
+    return jax.lax.platform_dependent(*args, **own)  # type: ignore[no-any-return]
+
+
 def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
     """The numbers of constants and of carried values of a scan (a tree from jax 0.11 on)."""
     if "num_consts" in params:

@@ -179,7 +179,7 @@ class Layers(Mapping[str, Layer]):
 
     Attributes:
         found: The layers.
-        others: For each other parameter the reason.
+        others: For each other parameter the reason; a Python number is none of the following.
         shapes: The shape of each parameter.
         itemsizes: The bytes of one number of the factors of each parameter.
         structures: Of K and C, unless the optimizer is told others; None takes what fits each.
@@ -209,6 +209,15 @@ class Layers(Mapping[str, Layer]):
     def __len__(self) -> int:
         """The number of layers."""
         return len(self.found)
+
+    def __hash__(self) -> int:
+        """Equal layers are one static argument of a compiled step."""
+        return hash((*self.found.items(), self.kfac_approx, self.loss_average))
+
+    @property
+    def numbers(self) -> list[str]:
+        """The parameters that are Python numbers, and so are not trained."""
+        return [name for name in self.others if name not in self.shapes]
 
     def of(self, states: Iterable[SingdState]) -> Layers:
         """Those that states train, as they train them."""
@@ -265,7 +274,9 @@ class Layers(Mapping[str, Layer]):
         for layer in self.found.values():
             body.append(self._row(layer, wanted))
         for name, reason in self.others.items():
-            body.append((name, _times(self.shapes[name]), "AdamW", "", "", "", "", reason))
+            number = name in self.numbers
+            trained = ("", "") if number else (_times(self.shapes[name]), "AdamW")
+            body.append((name, *trained, "", "", "", "", reason))
         return _render(body)
 
     def _row(self, layer: Layer, wanted: Wanted) -> tuple[str, ...]:
@@ -283,11 +294,8 @@ class Layers(Mapping[str, Layer]):
 
 
 def _short(name: str) -> str:
-    """The last part of a name that says something.
-
-    Names of flax.nnx end in "value", those of entries of lists in numbers.
-    """
-    *_, last = [part for part in name.split(".") if part != "value"] or [name]
+    """The last part of a name, unless it is the number of an entry of a list."""
+    last = name.rpartition(".")[2]
     return name if last.isdigit() else last
 
 

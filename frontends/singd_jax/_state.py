@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -93,8 +94,11 @@ def refuse_lost_curvature(opt_state: Any) -> None:
 def _drops_curvature(node: Any) -> bool:
     """Whether it is the state of a transformation of optax, `optax.MultiSteps` around singd in it.
 
-    The state of a chain is a tuple, and those of others are classes of optax.
+    The state of a chain is a tuple, that of a named chain an `OrderedDict`, and those of others are
+    classes of optax.
     """
+    if isinstance(node, OrderedDict):
+        return _drops_curvature(tuple(node.values()))
     of_optax = type(node) is tuple or type(node).__module__.startswith("optax.")
     return of_optax and any(
         isinstance(part, optax.MultiStepsState)

@@ -72,7 +72,7 @@ class Steps:
         arrays = leaves.named
         needed = [name for name in self.layers.shapes if not leaves.leaves_out(name)]
         self.layers.refuse_others(arrays, needed)
-        _refuse_further(arrays, self.layers.shapes)
+        self._refuse_further(arrays, self.layers.shapes)
         found = self._present(arrays)
         owned = {name for layer in found.values() for name in layer.leaves}
         dtypes = {name: arrays[layer.weight.name].dtype for name, layer in found.items()}
@@ -105,7 +105,7 @@ class Steps:
         needed = [*self._owned(core), *core.fallback]
         gradients, tree = self._arrays(grads, needed, "gradients")
         weights, _ = self._arrays(params, needed, "parameters")
-        _refuse_further(gradients, needed)
+        self._refuse_further(gradients, needed)
         if not needed:  # an empty group
             return grads, self._counted(core, core)
         optimizer, refreshed = self._begun(state, curvature)
@@ -235,6 +235,24 @@ class Steps:
         self.layers.refuse_others(leaves.named, needed, what)
         return leaves.named, lambda new: leaves.join([new[name] for name in leaves.names])
 
+    def _refuse_further(self, arrays: Mapping[str, Array], known: Iterable[str]) -> None:
+        """Raise if there is an array that is none of those known.
+
+        Raises:
+            ValueError: Naming the first.
+        """
+        for name in arrays:
+            if name not in known and name in self.layers.numbers:
+                raise ValueError(
+                    f"{name!r} was a Python number when the layers were found, which is not "
+                    "trained: make it jnp.asarray(...) there"
+                )
+            if name not in known:
+                raise ValueError(
+                    f"{name!r} is none of the parameters that the layers were found with and that "
+                    "tx.init was given: do both anew with these parameters"
+                )
+
     def _matrices(
         self, arrays: Mapping[str, Array], core: State, others: bool = False
     ) -> dict[str, Array]:
@@ -277,17 +295,3 @@ def _moments(a: Array) -> Moments:
     """Zeros, sharded like the parameter; their count is on no device in particular."""
     wide = jnp.abs(jnp.zeros_like(widen(a)))  # real
     return Moments(jnp.zeros_like(a), wide, jnp.zeros((), wide.dtype))
-
-
-def _refuse_further(arrays: Mapping[str, Array], known: Iterable[str]) -> None:
-    """Raise if there is an array that is none of those known.
-
-    Raises:
-        ValueError: Naming the first.
-    """
-    for name in arrays:
-        if name not in known:
-            raise ValueError(
-                f"{name!r} is none of the parameters that the layers were found with and that "
-                "tx.init was given: do both anew with these parameters"
-            )

@@ -69,3 +69,14 @@ def test_a_group_accumulates_on_its_own():
     accumulating = singd_jax.MultiSteps(plain, 2, layers=LAYERS)
     with pytest.raises(ValueError, match="the curvature has no 'v', which singd_jax"):
         accumulating.update(start(), accumulating.init(start()), start(), curvature={})
+
+
+def test_a_named_chain_that_drops_the_curvature_is_an_error():
+    plain = singd_jax.singd(0.02, **GIVEN)
+    clip = ("clip", optax.clip_by_global_norm(1e9))
+    lost = optax.named_chain(clip, ("singd", optax.MultiSteps(plain, 2).gradient_transformation()))
+    with pytest.raises(ValueError, match=r"take singd_jax\.MultiSteps"):
+        run(lost)
+    own = singd_jax.MultiSteps(plain, 2, layers=LAYERS).gradient_transformation()
+    params, _ = run(optax.named_chain(clip, ("singd", own)))
+    assert_close(params, run(plain, 2)[0])

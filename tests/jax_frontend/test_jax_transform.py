@@ -562,7 +562,9 @@ def test_a_run_under_vmap_is_several_runs():
     assert_close(jax.tree.map(lambda a: a[0], params), run(tx, 3)[0], 1e-5)
 
 
-@pytest.mark.parametrize("name", ["embedding", "tied_embedding", "linen_lstm", "experts"])
+@pytest.mark.parametrize(
+    "name", ["embedding", "tied_embedding", "linen_lstm", "experts", "arrays_without_entries"]
+)
 def test_training_lowers_the_loss(name):
     case = CASES[name]()
     layers = singd_jax.find_layers(case.loss, structures="diagonal")(case.params, *case.batch)
@@ -611,6 +613,17 @@ def test_float64():
         gaps = singd_jax.check(loss, layers)(params, x)
         assert max(gaps.values()) < 1e-14
     assert_close(params, run(singd_jax.singd(0.02, layers=LAYERS, T=2), 3)[0], 1e-5)
+
+
+@pytest.mark.parametrize("T", [1, 2])
+def test_a_rate_of_64_bits_leaves_the_state_in_32(T):
+    with jax.enable_x64(True):
+        rate = jnp.asarray(0.05, "float64")
+        tx = singd_jax.singd(0.02, layers=LAYERS, T=T, lr_cov=rate)
+        _, state = run(tx, 3)
+        kinds = [[a.dtype for a in jax.tree.leaves(s)] for s in (state, tx.init(start()))]
+        assert kinds[0] == kinds[1]
+        assert "float64" not in kinds[0]
 
 
 def test_setting_errors_name_the_setting():
