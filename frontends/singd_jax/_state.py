@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax  # type: ignore[import-untyped]
 
 from singd_core import state as flat_state
@@ -128,8 +127,7 @@ def unflatten(opt_state: Any, flat: Mapping[str, Any]) -> Any:
     def restored(leaf: Any) -> Any:
         if not _is_state(leaf):
             return leaf
-        arrays = {name: jnp.asarray(array) for name, array in flat.items()}
-        return leaf._replace(core=flat_state.unflatten(leaf.core, arrays))
+        return leaf._replace(core=flat_state.unflatten(leaf.core, flat))
 
     return jax.tree.map(restored, opt_state, is_leaf=_is_state)
 
