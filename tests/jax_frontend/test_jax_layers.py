@@ -1,5 +1,7 @@
 """Which layers are found in which models, and that their rows multiply to their gradients."""
 
+from typing import Any, NamedTuple
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -98,3 +100,16 @@ def test_equal_layers_are_one_static_argument():
     for same in (layers, find(case.params, X), summed):
         step(case.params, state, same, X)
     assert traced == [layers, summed]
+
+
+def test_a_value_is_part_of_a_name_unless_it_is_all_of_its_branch():
+    class Attention(NamedTuple):
+        query: Any
+        value: Any
+
+    def loss(p, x):
+        return mean_square(x @ p["a"].query * (x @ p["a"].value) + x @ p["value"])
+
+    params = {"a": Attention(array(4, 3), array(4, 3, seed=1)), "value": array(4, 3, seed=2)}
+    layers = singd_jax.find_layers(loss)(params, X)
+    assert set(layers) == {"a.query", "a.value", "value"}

@@ -8,6 +8,7 @@ import jax_layout_cases  # noqa: F401 - adds its cases
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax_cases import CASES, N, X, array, mean_square
 
 import singd_jax
@@ -548,6 +549,28 @@ def test_an_equinox_module_is_trained_as_it_is():
     other = eqx.apply_updates(case.params, updates)
     assert_close(value, first)
     assert_close(eqx.filter(other, eqx.is_array), eqx.filter(model, eqx.is_array))
+
+
+@pytest.mark.skipif(not hasattr(nnx, "as_pure"), reason="flax before 0.12")
+def test_an_optimizer_of_nnx_steps_as_its_transformation_does():
+    case = CASES["nnx_mlp"]()
+    layers = singd_jax.find_layers(case.loss)(case.params, X)
+    tx = singd_jax.singd(0.02, layers=layers, T=2)
+    expected, state = case.params, tx.init(case.params)
+    plain = stepper(tx, case.loss, layers)
+    model = nnx.clone(case.params)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer, x):
+        function = singd_jax.value_and_curvature(case.loss, layers)
+        _, grads, curvature = function(model, nnx.as_pure(optimizer.opt_state), x)
+        optimizer.update(model, grads, curvature=curvature)
+
+    for _ in range(3):
+        expected, state, _ = plain(expected, state, X)
+        step(model, optimizer, X)
+    assert_close(nnx.as_pure(model), nnx.as_pure(expected))
 
 
 def test_a_run_under_vmap_is_several_runs():
