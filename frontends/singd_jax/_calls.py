@@ -187,8 +187,8 @@ def gather(
     collapsed, features = tuple(numbers.collapsed_slice_dims), list(numbers.offset_dims)
     if collapsed == ():  # as vmap makes it of a single index
         features.remove(numbers.offset_dims[axis])
-    # whatever else is an index has one place to be clipped to
-    clipped = mapped == [axis] or str(params["mode"]).endswith("CLIP")
+    # whatever else is an index has one place to be, or to be clipped to
+    clipped = mapped == [axis] or str(params["mode"]).endswith(("CLIP", "PROMISE_IN_BOUNDS"))
     if collapsed not in ((), (axis,)) or sizes[axis] != 1 or axis not in mapped or not clipped:
         return "indexed in part"
     rest = [d for d in range(len(view.dims)) if d != axis]

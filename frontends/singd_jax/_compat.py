@@ -1,6 +1,6 @@
 """Every use of what jax does not promise to keep: its jaxprs, and types that vary over a mesh.
 
-Written for jax 0.6 to 0.12. Primitives are matched by name: their objects move between modules.
+Written for jax 0.8 to 0.12. Primitives are matched by name: their objects move between modules.
 """
 
 from __future__ import annotations

@@ -551,7 +551,7 @@ def test_an_equinox_module_is_trained_as_it_is():
     assert_close(eqx.filter(other, eqx.is_array), eqx.filter(model, eqx.is_array))
 
 
-@pytest.mark.skipif(not hasattr(nnx, "as_pure"), reason="flax before 0.12")
+@pytest.mark.skipif(not hasattr(nnx, "as_pure"), reason="an older flax")
 def test_an_optimizer_of_nnx_steps_as_its_transformation_does():
     case = CASES["nnx_mlp"]()
     layers = singd_jax.find_layers(case.loss)(case.params, X)
