@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.experimental import pallas
 
 N = 6  # the batch size of all cases
 
@@ -296,9 +297,12 @@ def cond() -> Case:
 
 @case
 def branches_of_platforms() -> Case:
-    def elsewhere(x):  # which only a machine with a GPU can compile
+    def copied(x, y):
+        y[...] = x[...]
+
+    def elsewhere(x):  # lowered for a GPU alone
         x = lax.stop_gradient(x)[:, :3]
-        return jax.ffi.ffi_call("no_such_kernel", jax.ShapeDtypeStruct(x.shape, x.dtype))(x)
+        return pallas.pallas_call(copied, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype))(x)
 
     def loss(p, x):
         branches = {"cpu": lambda w, x: x @ w, "cuda": lambda w, x: x @ w + elsewhere(x)}
