@@ -36,6 +36,8 @@ def unflatten(template: State, flat: Mapping[str, Any]) -> State:
     Raises:
         ValueError: Naming the first entry that is missing, left over or of another shape.
     """
+    if "step" not in flat:
+        raise ValueError("the saved state has no 'step': is it what `flatten` returned?")
     arrays = []
     expected = dict(_named(template))
     for name in flat:
@@ -44,7 +46,8 @@ def unflatten(template: State, flat: Mapping[str, Any]) -> State:
     for name, array in expected.items():
         if name not in flat:
             raise ValueError(f"the saved state has no {name!r}: another structure or recipe?")
-        saved = namespace(array).asarray(flat[name], device=device(array), copy=True)
+        raw = _in_known_dtype(name, flat[name], array)
+        saved = namespace(array).asarray(raw, device=device(array), copy=True)
         if saved.shape != array.shape:
             raise ValueError(
                 f"{name!r} has shape {tuple(saved.shape)} in the saved state, "
@@ -58,6 +61,17 @@ def unflatten(template: State, flat: Mapping[str, Any]) -> State:
         step = namespace(step).asarray(flat["step"], dtype=step.dtype, device=device(step))
     restored = dataclasses.replace(template, step=0).rebuild(arrays)
     return dataclasses.replace(restored, step=step)
+
+
+def _in_known_dtype(name: str, saved: Any, array: Array) -> Any:
+    """What was saved, where a file of NumPy has kept the bytes of its dtype alone: of bfloat16."""
+    kinds = [getattr(getattr(a, "dtype", None), "kind", "") for a in (saved, array)]
+    if kinds[0] == "V" and kinds[1] != "V":
+        raise ValueError(
+            f"{name!r} was saved in a dtype that NumPy does not know, e.g. bfloat16, and "
+            f"{array.dtype} is needed: give this optimizer the dtypes of the saved one"
+        )
+    return saved.view(array.dtype) if kinds[0] == "V" else saved
 
 
 def _named(state: State) -> list[tuple[str, Array]]:

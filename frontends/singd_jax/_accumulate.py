@@ -107,7 +107,7 @@ class MultiSteps(optax.MultiSteps):  # type: ignore[misc]
         """The changes after the last micro-batch of a step, zeros after the others.
 
         Raises:
-            ValueError: If no curvature is given.
+            ValueError: If no curvature is given, or not that of the layers of the state.
         """
         if curvature is None:
             raise ValueError(
@@ -115,7 +115,15 @@ class MultiSteps(optax.MultiSteps):  # type: ignore[misc]
                 "params, curvature=curvature) that of value_and_curvature, and put its "
                 "gradient_transformation() where it is part of another transformation"
             )
-        both, n = Both(updates, dict(curvature)), state.mini_step + 1
+        own = {}
+        for name in state.acc_grads.curvature:  # of several groups the own one
+            if name not in curvature:
+                raise ValueError(
+                    f"the curvature has no {name!r}, which singd_jax.MultiSteps accumulates: give "
+                    "value_and_curvature the same layers and the loss that they were found in"
+                )
+            own[name] = curvature[name]
+        both, n = Both(updates, own), state.mini_step + 1
         changes, state = super().update(both, state, params, micro_batches=n, **extra)
         # optax empties what it has accumulated by a product with 0, which NaN survives
         begins = state.mini_step == 0

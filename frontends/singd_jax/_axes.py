@@ -54,7 +54,9 @@ def merged(atoms: Sequence[Atom]) -> Group:
 
 
 def reshaped(dims: Sequence[Group], shape: Sequence[int]) -> tuple[Group, ...] | None:
-    """The axes after a reshape, or None if it cuts an atom in two unevenly."""
+    """The axes after a reshape, or None if it cuts an atom in two unevenly or has no entries."""
+    if 0 in shape:
+        return None
     atoms, out = [atom for group in dims for atom in group], []
     for n in shape:
         group: list[Atom] = []
@@ -83,8 +85,6 @@ def rearranged(name: str, p: Mapping[str, Any], dims: tuple[Group, ...]) -> Any:
         return tuple(dims[i] for i in p["permutation"])
     if name == "squeeze":
         return tuple(group for i, group in enumerate(dims) if i not in p["dimensions"])
-    if name == "expand_dims":
-        return reshaped(dims, p["shape"])
     if name == "reshape":
         order = p.get("dimensions")  # a reshape may transpose first
         return reshaped(dims if order is None else [dims[i] for i in order], p["new_sizes"])
@@ -149,7 +149,7 @@ class View:
         group = self.dims[axis]
         if start == 0 and length == size(group):
             return self
-        if not group:
+        if not group or not length:
             return None
         (d, stride, n), *rest = group
         inner = size(tuple(rest))

@@ -37,7 +37,9 @@ class Call:
         outputs: The rows B of the gradient, as `outputs(g, kfac_approx)`.
         product: BᵀA, the gradient of the matrix, where A is not written out.
         reduces: Whether rows of one example can be told from those of another.
+        guesses: Whether it is a guess which, since several axes are as long as the batch.
         takes_bias: Whether its rows can have a column of ones.
+        times: How often it runs with one matrix: for each step of a scan, and on each device.
     """
 
     kind: str
@@ -51,7 +53,9 @@ class Call:
     outputs: Callable[[Array, str], Array]
     product: Callable[[Array, Array], Array] | None = None
     reduces: bool = True
+    guesses: bool = False
     takes_bias: bool = True
+    times: int = 1
 
     @property
     def layout(self) -> tuple[Any, ...]:
@@ -82,7 +86,8 @@ def dot_general(
     wf = [i for i in range(len(view.dims)) if i not in (*wc, *wb)]
     xf = [i for i in range(len(x)) if i not in (*xc, *xb)]
     nb, nf, nw = len(xb), len(xf), len(wf)
-    of_batch = [k for k, i in enumerate(xf) if x[i] == batch_size][:1]
+    as_long = [k for k, i in enumerate(xf) if x[i] == batch_size]
+    of_batch = as_long[:1]
     order = [*of_batch, *(k for k in range(nf) if k not in of_batch)]
     y_free = [nb + k if side == 1 else nb + nw + k for k in order]
     y_outs = [nb + nf + k if side == 1 else nb + k for k in range(nw)]
@@ -115,6 +120,7 @@ def dot_general(
         inputs=inputs,
         outputs=outputs,
         reduces=bool(of_batch) or nf == 0,
+        guesses=len(as_long) > 1,
     )
 
 
@@ -181,8 +187,8 @@ def gather(
     collapsed, features = tuple(numbers.collapsed_slice_dims), list(numbers.offset_dims)
     if collapsed == ():  # as vmap makes it of a single index
         features.remove(numbers.offset_dims[axis])
-    # whatever else is an index has one place to be clipped to
-    clipped = mapped == [axis] or str(params["mode"]).endswith("CLIP")
+    # whatever else is an index has one place to be, or to be clipped to
+    clipped = mapped == [axis] or str(params["mode"]).endswith(("CLIP", "PROMISE_IN_BOUNDS"))
     if collapsed not in ((), (axis,)) or sizes[axis] != 1 or axis not in mapped or not clipped:
         return "indexed in part"
     rest = [d for d in range(len(view.dims)) if d != axis]

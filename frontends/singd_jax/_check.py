@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from singd_core._array import Array
+from singd_core._array import Array, widen
 from singd_jax._calls import EXPAND, Call
 from singd_jax._curvature import Tapped, padded
 from singd_jax._layers import TRANSPOSED, Layer, Layers
@@ -16,7 +17,11 @@ from singd_jax._loss import Leaves
 
 
 def check(
-    loss: Callable[..., Any], layers: Layers, *, tolerance: float = 1e-4, has_aux: bool = False
+    loss: Callable[..., Any],
+    layers: Layers,
+    *,
+    tolerance: float | None = None,
+    has_aux: bool = False,
 ) -> Callable[..., dict[str, float]]:
     """Whether `Bᵀ A = ∇W` holds for the rows captured of every layer.
 
@@ -26,7 +31,8 @@ def check(
     Args:
         loss: The loss that the layers were found in.
         layers: What `find_layers` returned.
-        tolerance: Of the difference, relative to the norm of ∇W.
+        tolerance: Of the difference, relative to the norm of ∇W. None is 1e-4, or 8 times the
+            rounding of the coarsest numbers that are multiplied.
         has_aux: Whether the loss returns a pair of which the second is auxiliary.
 
     Returns:
@@ -50,10 +56,11 @@ def check(
         arrays = leaves.named
         layers.refuse_others(arrays, [leaf for layer in layers.values() for leaf in layer.leaves])
         slots = {
-            name: dict.fromkeys(layer.roles, jnp.zeros_like(layer.matrix(arrays)))
+            name: dict.fromkeys(layer.roles, widen(jnp.zeros_like(layer.matrix(arrays))))
             for name, layer in layers.items()
         }
-        tapped = Tapped(loss, layers, None, {}, _product)
+        dtypes = {name: jnp.dtype(jnp.float64) for name in layers}
+        tapped = Tapped(loss, layers, None, {}, functools.partial(_product, dtypes))
 
         @jax.jit
         def gaps(arrays: Any) -> dict[str, Array]:
@@ -67,10 +74,14 @@ def check(
             }
 
         found = {name: float(gap) for name, gap in gaps(leaves.arrays).items()}
+        limits = {
+            name: max(1e-4, 8 * _eps(dtypes[name])) if tolerance is None else tolerance
+            for name in found
+        }
         wrong = [
-            f"{name} ({gap:.2g})"
+            f"{name} ({gap:.2g} in {dtypes[name]}, where up to {limits[name]:.2g} is rounding)"
             for name, gap in found.items()
-            if not gap <= tolerance and not layers[name].elsewhere
+            if not gap <= limits[name] and not layers[name].elsewhere
         ]
         if wrong:
             raise AssertionError(
@@ -87,12 +98,20 @@ def _gap(got: Array, expected: Array) -> Array:
     return jnp.linalg.norm((got - expected).ravel()) / jnp.maximum(norm, 1e-30)
 
 
-def _product(call: Call, layer: Layer, kfac_approx: str) -> Callable[..., Array]:
-    """The rule that returns BᵀA."""
+def _eps(dtype: Any) -> float:
+    return float(jnp.finfo(dtype).eps)  # type: ignore[no-untyped-call]
+
+
+def _product(
+    dtypes: dict[str, Any], call: Call, layer: Layer, kfac_approx: str
+) -> Callable[..., Array]:
+    """The rule that returns BᵀA, and tells the coarsest dtype of what a layer multiplies."""
     transposed, bias = layer.role(call) == TRANSPOSED, layer.bias is not None
 
     def rule(x: Array, g: Array, factors: Any) -> Array:
         del factors
+        seen = [a.dtype for a in (x, g) if jnp.issubdtype(a.dtype, jnp.floating)]
+        dtypes[layer.name] = max(*seen, dtypes[layer.name], key=_eps)
         if call.product is not None:
             matrix = call.product(x, g)
         else:

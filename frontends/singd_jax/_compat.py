@@ -1,6 +1,6 @@
 """Every use of what jax does not promise to keep: its jaxprs, and types that vary over a mesh.
 
-Written for jax 0.6 to 0.12. Primitives are matched by name: their objects move between modules.
+Written for jax 0.8 to 0.12. Primitives are matched by name: their objects move between modules.
 """
 
 from __future__ import annotations
@@ -52,6 +52,21 @@ def inner_jaxpr(eqn: Equation) -> tuple[Jaxpr, Sequence[Any]]:
     """The jaxpr that a call runs, and its constants."""
     found = eqn.params.get("jaxpr") or eqn.params["call_jaxpr"]
     return (found.jaxpr, found.consts) if isinstance(found, core.ClosedJaxpr) else (found, ())
+
+
+def switch(
+    eqn: Equation, index: Any, branches: Sequence[Callable[..., Any]], *args: Any
+) -> Sequence[Any]:
+    """A cond's branch of that index, or of the platform: those of others cannot be compiled."""
+    platforms = eqn.params.get("branches_platforms")
+    if platforms is None:
+        return jax.lax.switch(index, branches, *args)  # type: ignore[no-any-return]
+    own = {
+        name: branch
+        for names, branch in zip(platforms, branches, strict=True)
+        for name in names or ["default"]
+    }
+    return jax.lax.platform_dependent(*args, **own)  # type: ignore[no-any-return]
 
 
 def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:

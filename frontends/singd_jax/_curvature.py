@@ -29,12 +29,14 @@ class Sums(NamedTuple):
         C: Of those of C.
         N: The number of rows.
         terms: Their number if every position is one.
+        uses: The number of products, each counted once however often it runs.
     """
 
     K: Measured
     C: Measured
     N: Array
     terms: Array
+    uses: Array
 
 
 def value_and_curvature(
@@ -70,22 +72,23 @@ def value_and_curvature(
     ) -> tuple[Any, Any, dict[str, Curvature]]:
         states = find_states(state)
         refuse_lost_curvature(state)
-        factors, slots = _ports(layers, states)
+        trained = layers.of(states)
+        factors, slots = _ports(trained, states)
         known = [name for own in states for name in own.core.layers]
         if known and len(layers) and not factors:
             raise ValueError(
                 f"the state is that of {', '.join(known)}, and the layers are "
                 f"{', '.join(layers)}: give both the same layers"
             )
-        layers.refuse_others(
-            Leaves.of(params).named, [leaf for name in factors for leaf in layers[name].leaves]
+        trained.refuse_others(
+            Leaves.of(params).named, [leaf for layer in trained.values() for leaf in layer.leaves]
         )
         needed = layers.loss_average == "batch" or layers.kfac_approx == "reduce"
         n = size_of_batch(layers.batch_size, batch, keywords) if needed else None
         dues: list[Any] = [own.due for own in states]
         whole = branch == "layer" or any(due is None for due in dues)
         due = {name: own.due for own in states for name in own.core.layers} if whole else {}
-        tapped, seen = Tapped(loss, layers, n, due), set[str]()
+        tapped, seen = Tapped(loss, trained, n, due), set[str]()
 
         def measured() -> tuple[Any, Any, dict[str, Any]]:
             value, grads, sums, names = tapped.value_and_grad(
@@ -102,9 +105,9 @@ def value_and_curvature(
         else:
             value, grads, sums = jax.lax.cond(jnp.any(jnp.stack(dues)), measured, plain)
         curvature = {
-            name + role: _curvature(sums[name][role], layers, n, role, uses)
-            for name in factors
-            for role, uses in layers[name].roles.items()
+            name + role: _curvature(sums[name][role], layers, n, role)
+            for name, layer in trained.items()
+            for role in layer.roles
             if name + role in seen
         }
         return value, grads, curvature
@@ -193,10 +196,10 @@ def _measure(call: Call, layer: Layer, kfac_approx: str) -> Callable[..., Sums]:
         A = call.inputs(x, bias and not transposed, kfac_approx)
         B = call.outputs(g, kfac_approx)
         stack = B.shape[:-2]
-        N, terms = (jnp.full(stack, n, jnp.float32) for n in (B.shape[-2], call.rows))
+        numbers = B.shape[-2], call.rows, 1.0 / call.times
         if transposed:
             A, B = padded(B) if bias else B, A
-        return Sums(*factors.measure(A, B), N, terms)
+        return Sums(*factors.measure(A, B), *(jnp.full(stack, n, jnp.float32) for n in numbers))
 
     return rule
 
@@ -205,53 +208,50 @@ def _ports(
     layers: Layers, states: Sequence[SingdState]
 ) -> tuple[dict[str, Factors], dict[str, Any]]:
     """What each layer is measured with, and zeros for what its roles add up."""
-    factors = {
-        name: layer.factors.measuring()
-        for own in states
-        for name, layer in own.core.layers.items()
-        if name in layers
-    }
+    known = {name: layer.factors for own in states for name, layer in own.core.layers.items()}
+    factors = {name: known[name].measuring() for name in layers}
     slots = {
-        name: dict.fromkeys(layers[name].roles, _slot(layers[name], factors[name]))
-        for name in factors
+        name: dict.fromkeys(layer.roles, _slot(layer, factors[name]))
+        for name, layer in layers.items()
     }
     return factors, slots
 
 
 def blank(layers: Layers, states: Sequence[SingdState]) -> dict[str, Curvature]:
     """Zeros like the curvature of all layers."""
-    factors, slots = _ports(layers, states)
+    trained = layers.of(states)
+    _, slots = _ports(trained, states)
     return {
-        name + role: _curvature(slots[name][role], layers, 1, role, uses)
-        for name in factors
-        for role, uses in layers[name].roles.items()
+        name + role: _curvature(slots[name][role], layers, 1, role)
+        for name, layer in trained.items()
+        for role in layer.roles
     }
 
 
 def _slot(layer: Layer, factors: Factors) -> Sums:
-    """Zeros of the shapes that `measure` returns."""
+    """Zeros of the shapes that `measure` returns, to add many up in: in at least float32."""
     stack, d_out, d_in = layer.shape
 
     def shaped(factors: Factors) -> Sums:
         A, B = (jnp.zeros((*stack, 1, d), jnp.float32) for d in (d_in, d_out))
         number = jnp.zeros(stack, jnp.float32)
-        return Sums(*factors.measure(A, B), number, number)
+        return Sums(*factors.measure(A, B), number, number, number)
 
     # as on one device: their products need no type that says how they are sharded
     make: Any = jax.ShapeDtypeStruct
     plain = jax.tree.map(lambda a: make(a.shape, a.dtype), factors)
     shapes = jax.eval_shape(shaped, plain)
-    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)  # type: ignore[no-any-return]
+    return jax.tree.map(  # type: ignore[no-any-return]
+        lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes
+    )
 
 
-def _curvature(
-    sums: Sums, layers: Layers, batch_size: int | None, role: Role, uses: int
-) -> Curvature:
+def _curvature(sums: Sums, layers: Layers, batch_size: int | None, role: Role) -> Curvature:
     M: Any = 1
     if layers.loss_average == "batch":
         M = batch_size
     elif layers.loss_average == "batch+sequence":
-        M = sums.terms / uses
+        M = sums.terms / jnp.where(sums.uses > 0, sums.uses, 1)
     if role == UPRIGHT:
         return Curvature.of(sums.K, sums.N, sums.C, M)
     turned = Curvature.of(sums.C, sums.N, sums.K, M)

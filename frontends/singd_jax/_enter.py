@@ -54,7 +54,7 @@ def remat(
 def cond(
     tracer: Tracer, eqn: Any, values: Sequence[Any], origins: Sequence[Origin], ports: Ports
 ) -> Results:
-    """`lax.cond` and `lax.switch`."""
+    """`lax.cond`, `lax.switch` and `lax.platform_dependent`."""
     # what one branch adds to the output of a layer outside is no bias of it
     inside = [None if isinstance(o, Product) else o for o in origins[1:]]
 
@@ -67,8 +67,8 @@ def cond(
         return body
 
     branches = [branch(closed) for closed in eqn.params["branches"]]
-    results = jax.lax.switch(values[0], branches, values[1:], ports)
-    return results, [None] * len(results)
+    results = _compat.switch(eqn, values[0], branches, values[1:], ports)
+    return list(results), [None] * len(results)
 
 
 def scan(
@@ -78,7 +78,7 @@ def scan(
     p = eqn.params
     body, (n_consts, n_carry) = p["jaxpr"], _compat.scan_counts(p)
     first = n_consts + n_carry
-    tracer.scans.add(id(eqn))
+    tracer.scans[id(eqn)] = p["length"]
     for o in origins[n_consts:first]:
         tracer.note(o, "carried through a scan")
     entered: list[Origin] = []

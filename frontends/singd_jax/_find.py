@@ -16,7 +16,7 @@ from singd_core.curvature.base import is_expand, loss_terms
 from singd_jax._axes import Key, merged
 from singd_jax._calls import Call
 from singd_jax._layers import TRANSPOSED, Layer, Layers, Part, pair
-from singd_jax._loss import Leaves, evaluate, is_complex, size_of_batch
+from singd_jax._loss import Leaves, evaluate, is_followed, size_of_batch
 from singd_jax._product import Bias, Path
 from singd_jax._trace import Ports, Tracer
 
@@ -138,10 +138,14 @@ class _Search:
                 reason = self.reasons.get(name) or "; ".join(self.tracer.reads.get(i, ()))
                 if not reason and i in biases:
                     reason = f"the bias of {biases[i]}, which forms no layer"
-                if is_complex(self.leaves.arrays[i]):
-                    reason = "of complex numbers"
+                if not is_followed(self.leaves.arrays[i]):
+                    reason = (
+                        "of complex numbers" if self.leaves.arrays[i].size else "has no entries"
+                    )
                 others[name] = reason or "not read by the loss"
-        return others
+        return others | dict.fromkeys(
+            self.leaves.numbers, "a Python number, not an array: not trained"
+        )
 
     def _layer(self, key: Key, calls: dict[Path, Call], kfac_approx: str) -> Layer | None:
         """The layer of a region of a leaf, or None with a reason."""
@@ -163,6 +167,8 @@ class _Search:
             diagonal = "K" if embeddings[0].layout == main.layout else "C"
         if kfac_approx == "reduce" and not all(call.reduces for call in calls.values()):
             notes.append('no axis of the batch: rows as in "expand"')
+        if kfac_approx == "reduce" and any(call.guesses for call in calls.values()):
+            notes.append("several axes are as long as the batch: the first was taken for it")
         if kfac_approx == "reduce" and key in self.tracer.steps:
             notes.append("the steps of a scan are not averaged over")
         kind = main.kind if len(uses) == 1 else f"{main.kind}, {len(uses)} uses"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax.numpy as jnp
 
@@ -12,8 +12,12 @@ from singd_core import preconditioner
 from singd_core._array import Array
 from singd_core.curvature.base import append_bias
 from singd_core.structures import Diagonal, Structure
+from singd_core.updates.kfac import KFAC
 from singd_jax._axes import Group, Region, size
 from singd_jax._calls import Call
+
+if TYPE_CHECKING:
+    from singd_jax._state import SingdState
 
 # As what a product uses a matrix, which is what its curvature has after the name of the layer.
 Role: TypeAlias = str
@@ -125,15 +129,24 @@ class Layer:
         return tuple(map(size, w.stack)), size(w.outs), size(w.ins) + (self.bias is not None)
 
     @property
-    def roles(self) -> dict[Role, int]:
-        """As what it is used, and in how many products."""
-        return {UPRIGHT: self.uses} | ({TRANSPOSED: self.transposed} if self.transposed else {})
+    def roles(self) -> tuple[Role, ...]:
+        """As what it is used."""
+        return (UPRIGHT, TRANSPOSED) if self.transposed else (UPRIGHT,)
 
     def role(self, call: Call) -> Role | None:
         """As what a product uses it, None if as another matrix."""
         layouts = {call.layout: UPRIGHT, call.transposed: TRANSPOSED}
         role = layouts.get(self.weight.layout)
         return role if role in self.roles else None
+
+    def without_bias(self) -> Layer:
+        """The layer of the weight alone, where the bias is trained by another transformation."""
+        return dataclasses.replace(self, bias=None)
+
+    def of(self, factors: preconditioner.Factors) -> Layer:
+        """The layer that the factors are of: with its bias only if they have a column for it."""
+        K = factors.S_K if isinstance(factors, KFAC) else factors.K
+        return self if K.shape[-1] == self.shape[-1] else self.without_bias()
 
     def matrix(self, leaves: Mapping[str, Array]) -> Array:
         """The matrix (*stack, d_out, d_in) of the leaves, or of their gradients."""
@@ -166,7 +179,7 @@ class Layers(Mapping[str, Layer]):
 
     Attributes:
         found: The layers.
-        others: For each other parameter the reason.
+        others: For each other parameter the reason; a Python number is none of the following.
         shapes: The shape of each parameter.
         itemsizes: The bytes of one number of the factors of each parameter.
         structures: Of K and C, unless the optimizer is told others; None takes what fits each.
@@ -196,6 +209,25 @@ class Layers(Mapping[str, Layer]):
     def __len__(self) -> int:
         """The number of layers."""
         return len(self.found)
+
+    def __hash__(self) -> int:
+        """Equal layers are one static argument of a compiled step."""
+        return hash((*self.found.items(), self.kfac_approx, self.loss_average))
+
+    @property
+    def numbers(self) -> list[str]:
+        """The parameters that are Python numbers, and so are not trained."""
+        return [name for name in self.others if name not in self.shapes]
+
+    def of(self, states: Iterable[SingdState]) -> Layers:
+        """Those that states train, as they train them."""
+        trained = {
+            name: self[name].of(layer.factors)
+            for own in states
+            for name, layer in own.core.layers.items()
+            if name in self
+        }
+        return dataclasses.replace(self, found=trained)
 
     @property
     def curvatures(self) -> dict[str, tuple[str, Role]]:
@@ -242,7 +274,9 @@ class Layers(Mapping[str, Layer]):
         for layer in self.found.values():
             body.append(self._row(layer, wanted))
         for name, reason in self.others.items():
-            body.append((name, _times(self.shapes[name]), "AdamW", "", "", "", "", reason))
+            number = name in self.numbers
+            trained = ("", "") if number else (_times(self.shapes[name]), "AdamW")
+            body.append((name, *trained, "", "", "", "", reason))
         return _render(body)
 
     def _row(self, layer: Layer, wanted: Wanted) -> tuple[str, ...]:
@@ -260,11 +294,8 @@ class Layers(Mapping[str, Layer]):
 
 
 def _short(name: str) -> str:
-    """The last part of a name that says something.
-
-    Names of flax.nnx end in "value", those of entries of lists in numbers.
-    """
-    *_, last = [part for part in name.split(".") if part != "value"] or [name]
+    """The last part of a name, unless it is the number of an entry of a list."""
+    last = name.rpartition(".")[2]
     return name if last.isdigit() else last
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -24,12 +25,14 @@ class Leaves:
         names: Their names: the path's keys joined by dots.
         arrays: The leaves.
         others: The names of what is not trained, e.g. of what a mask leaves out: maybe a branch.
+        numbers: Those among them of Python's numbers with a point, which are no arrays.
         join: Puts leaves back into the pytree.
     """
 
     names: tuple[str, ...]
     arrays: tuple[Array, ...]
     others: frozenset[str]
+    numbers: tuple[str, ...]
     join: Callable[[Sequence[Any]], Any]
 
     @classmethod
@@ -38,9 +41,10 @@ class Leaves:
         tree: Any
         flat, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_left_out)
         trained = [_is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact) for _, leaf in flat]
-        names = [_name(path) for path, _ in flat]
+        paths = _without_wrappers([path for path, _ in flat])
+        names = [_name(path) for path in paths]
         if len(set(names)) < len(names):  # {"a.b": ...} beside {"a": {"b": ...}}
-            names = [jax.tree_util.keystr(path) for path, _ in flat]
+            names = [jax.tree_util.keystr(path) for path in paths]
 
         def join(leaves: Sequence[Any]) -> Any:
             new = iter(leaves)
@@ -55,6 +59,11 @@ class Leaves:
                 name if path else ""
                 for (path, _), name, own in zip(flat, names, trained, strict=True)
                 if not own
+            ),
+            tuple(
+                name
+                for (_, leaf), name in zip(flat, names, strict=True)
+                if isinstance(leaf, (float, complex)) and not _is_array(leaf)
             ),
             join,
         )
@@ -112,7 +121,7 @@ def evaluate(
     arrays = [flat[i] for i in which]
     closed, shape = jax.make_jaxpr(function, return_shape=True)(list(leaves), arrays)
     views = [
-        None if is_complex(leaf) else View.of_leaf(i, leaf.shape) for i, leaf in enumerate(leaves)
+        View.of_leaf(i, leaf.shape) if is_followed(leaf) else None for i, leaf in enumerate(leaves)
     ]
     origins = [*views, *[None] * len(arrays)]
     args = [*leaves, *arrays]
@@ -148,8 +157,13 @@ def size_of_batch(given: Any, batch: tuple[Any, ...], keywords: Mapping[str, Any
 
 
 def is_complex(array: Any) -> bool:
-    """Whether an array holds complex numbers, which no layer is made of."""
+    """Whether an array holds complex numbers."""
     return bool(jnp.issubdtype(array.dtype, jnp.complexfloating))
+
+
+def is_followed(array: Any) -> bool:
+    """Whether a layer can be made of an array: of one that holds numbers, and no complex ones."""
+    return bool(array.size) and not is_complex(array)
 
 
 def _is_array(value: Any) -> bool:
@@ -165,6 +179,16 @@ def _is_key(value: Any) -> bool:
     if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         return True
     return bool(value.dtype == jnp.uint32) and tuple(value.shape) == (2,)
+
+
+def _without_wrappers(paths: Sequence[Any]) -> list[Any]:
+    """The paths without a last `.value` that is all of its branch: a variable of flax.nnx.
+
+    `nnx.Optimizer` gives variables at the start, and their arrays in every step.
+    """
+    entries = collections.Counter(path[:-1] for path in paths)
+    value = jax.tree_util.GetAttrKey("value")
+    return [p[:-1] if p and p[-1] == value and entries[p[:-1]] == 1 else p for p in paths]
 
 
 def _name(path: Any) -> str:

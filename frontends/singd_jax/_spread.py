@@ -7,6 +7,7 @@ and wrong for sums of squares.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -46,10 +47,8 @@ class Spread:
         """
         if _compat.is_literal(v) or v not in self.known:
             return
-        lax: Any = jax.lax  # its psum has no types
-        axes = self.unchecked | _compat.varying(x) | _compat.varying(y)
-        for axis in sorted(axes, key=str):
-            if axis not in self.known[v] and lax.psum(1, axis) > 1:
+        for axis in self._summed(x, y):
+            if axis not in self.known[v] and _length(axis) > 1:
                 raise ValueError(
                     f"inside shard_map a parameter multiplies {v.aval.str_short()}, which is the "
                     f"same on all devices along the axis {axis!r} of the mesh and whose type does "
@@ -57,6 +56,13 @@ class Spread:
                     "check, shard_map(check_vma=True), the default, and gather nothing that a "
                     "parameter multiplies; or divide the data over all axes"
                 )
+
+    def devices(self, x: Any, y: Any) -> int:
+        """How many devices have a part of the sum over a product `y` of an operand `x`."""
+        return math.prod(map(_length, self._summed(x, y)))
+
+    def _summed(self, x: Any, y: Any) -> list[Any]:
+        return sorted(self.unchecked | _compat.varying(x) | _compat.varying(y), key=str)
 
     def enter(self, eqn: _compat.Equation) -> None:
         """Follow the body of a shard_map."""
@@ -128,6 +134,11 @@ class Spread:
             if new == old:
                 return [axes | stops for axes in results], inner
             values = [*values[:consts], *new, *values[consts + carry :]]
+
+
+def _length(axis: Any) -> int:
+    lax: Any = jax.lax  # its psum has no types
+    return int(lax.psum(1, axis))
 
 
 def _named(params: Any) -> Axes:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax  # type: ignore[import-untyped]
 
 from singd_core import state as flat_state
@@ -93,8 +93,11 @@ def refuse_lost_curvature(opt_state: Any) -> None:
 def _drops_curvature(node: Any) -> bool:
     """Whether it is the state of a transformation of optax, `optax.MultiSteps` around singd in it.
 
-    The state of a chain is a tuple, and those of others are classes of optax.
+    The state of a chain is a tuple, that of a named chain an `OrderedDict`, and those of others are
+    classes of optax.
     """
+    if isinstance(node, OrderedDict):
+        return _drops_curvature(tuple(node.values()))
     of_optax = type(node) is tuple or type(node).__module__.startswith("optax.")
     return of_optax and any(
         isinstance(part, optax.MultiStepsState)
@@ -124,8 +127,7 @@ def unflatten(opt_state: Any, flat: Mapping[str, Any]) -> Any:
     def restored(leaf: Any) -> Any:
         if not _is_state(leaf):
             return leaf
-        arrays = {name: jnp.asarray(array) for name, array in flat.items()}
-        return leaf._replace(core=flat_state.unflatten(leaf.core, arrays))
+        return leaf._replace(core=flat_state.unflatten(leaf.core, flat))
 
     return jax.tree.map(restored, opt_state, is_leaf=_is_state)
 

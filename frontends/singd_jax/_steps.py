@@ -42,7 +42,11 @@ class Steps:
     ) -> None:
         self.layers = layers
         schedules = {name: given[name] for name in _RATES if callable(given.get(name))}
-        started = {name: schedule(0) for name, schedule in schedules.items()}
+        started = {name: _start(schedule) for name, schedule in schedules.items()}
+        if callable(T):
+            raise ValueError(
+                f"T={T!r}: must be a number of steps; optax.inject_hyperparams takes a schedule"
+            )
         # T may be an array (inject_hyperparams makes one), which the core need not know
         counted = T if T is None or isinstance(T, (int, float)) else 1
         self.optimizer = Optimizer(
@@ -68,7 +72,7 @@ class Steps:
         arrays = leaves.named
         needed = [name for name in self.layers.shapes if not leaves.leaves_out(name)]
         self.layers.refuse_others(arrays, needed)
-        _refuse_further(arrays, self.layers.shapes)
+        self._refuse_further(arrays, self.layers.shapes)
         found = self._present(arrays)
         owned = {name for layer in found.values() for name in layer.leaves}
         dtypes = {name: arrays[layer.weight.name].dtype for name, layer in found.items()}
@@ -101,7 +105,9 @@ class Steps:
         needed = [*self._owned(core), *core.fallback]
         gradients, tree = self._arrays(grads, needed, "gradients")
         weights, _ = self._arrays(params, needed, "parameters")
-        _refuse_further(gradients, needed)
+        self._refuse_further(gradients, needed)
+        if not needed:  # an empty group
+            return grads, self._counted(core, core)
         optimizer, refreshed = self._begun(state, curvature)
         new, stepped = optimizer.update(
             self._matrices(gradients, core),
@@ -202,20 +208,24 @@ class Steps:
         return LayerState(factors, buffer)
 
     def _present(self, arrays: Mapping[str, Array]) -> dict[str, Layer]:
-        """The layers all of whose leaves are there: masks and frozen parts leave some out.
+        """The layers whose weight is there, and their bias if it is: masks leave some out.
 
         KFAC inverts dense factors, which one-hot rows have none of.
         """
         kfac = self.optimizer.settings.kfac
         return {
-            name: layer
+            name: layer if layer.leaves[-1] in arrays else layer.without_bias()
             for name, layer in self.layers.items()
-            if all(leaf in arrays for leaf in layer.leaves) and not (kfac and layer.diagonal)
+            if layer.weight.name in arrays and not (kfac and layer.diagonal)
         }
 
+    def _trained(self, core: State) -> dict[str, Layer]:
+        """The layers of a state."""
+        return {name: self.layers[name].of(own.factors) for name, own in core.layers.items()}
+
     def _owned(self, core: State) -> list[str]:
-        """The leaves of the layers of a state."""
-        return [leaf for name in core.layers for leaf in self.layers[name].leaves]
+        """Their leaves."""
+        return [leaf for layer in self._trained(core).values() for leaf in layer.leaves]
 
     def _arrays(
         self, tree: Any, needed: Sequence[str], what: str
@@ -225,11 +235,29 @@ class Steps:
         self.layers.refuse_others(leaves.named, needed, what)
         return leaves.named, lambda new: leaves.join([new[name] for name in leaves.names])
 
+    def _refuse_further(self, arrays: Mapping[str, Array], known: Iterable[str]) -> None:
+        """Raise if there is an array that is none of those known.
+
+        Raises:
+            ValueError: Naming the first.
+        """
+        for name in arrays:
+            if name not in known and name in self.layers.numbers:
+                raise ValueError(
+                    f"{name!r} was a Python number when the layers were found, which is not "
+                    "trained: make it jnp.asarray(...) there"
+                )
+            if name not in known:
+                raise ValueError(
+                    f"{name!r} is none of the parameters that the layers were found with and that "
+                    "tx.init was given: do both anew with these parameters"
+                )
+
     def _matrices(
         self, arrays: Mapping[str, Array], core: State, others: bool = False
     ) -> dict[str, Array]:
         """The layers as matrices, and the other parameters as they are."""
-        layers = {name: self.layers[name].matrix(arrays) for name in core.layers}
+        layers = {name: layer.matrix(arrays) for name, layer in self._trained(core).items()}
         owned = self._owned(core)
         rest = {
             k: a for k, a in arrays.items() if (others or k in core.fallback) and k not in owned
@@ -240,30 +268,30 @@ class Steps:
         self, arrays: Mapping[str, Array], core: State, new: Mapping[str, Array]
     ) -> dict[str, Array]:
         """The leaves of what `_matrices` made."""
-        found = dict(arrays)
+        found, trained = dict(arrays), self._trained(core)
         for name, value in new.items():
-            if name in core.layers:
-                found |= self.layers[name].put(found, value)
+            if name in trained:
+                found |= trained[name].put(found, value)
             else:
                 found[name] = value
         return found
+
+
+def _start(schedule: Callable[[Array], Any]) -> Any:
+    """What a schedule starts at: a number if it is constant, else an array.
+
+    What the optimizer keeps must not depend on a rate that happens to start at 0.
+    """
+    values: list[Any] = []
+    try:
+        jax.eval_shape(lambda count: values.append(schedule(count)), jnp.zeros((), jnp.int32))
+    except jax.errors.JAXTypeError:  # it reads the count: for steps that are not compiled
+        return jnp.zeros(())
+    # a count that nobody can read does not decide about a number
+    return values[0] if isinstance(values[0], (int, float)) else jnp.zeros(())
 
 
 def _moments(a: Array) -> Moments:
     """Zeros, sharded like the parameter; their count is on no device in particular."""
     wide = jnp.abs(jnp.zeros_like(widen(a)))  # real
     return Moments(jnp.zeros_like(a), wide, jnp.zeros((), wide.dtype))
-
-
-def _refuse_further(arrays: Mapping[str, Array], known: Iterable[str]) -> None:
-    """Raise if there is an array that is none of those known.
-
-    Raises:
-        ValueError: Naming the first.
-    """
-    for name in arrays:
-        if name not in known:
-            raise ValueError(
-                f"{name!r} is none of the parameters that the layers were found with and that "
-                "tx.init was given: do both anew with these parameters"
-            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -34,7 +35,7 @@ class Tracer:
         calls: The products found of each weight, by the path of their equations.
         biases: What was added to them.
         reads: For each leaf the other equations that read it.
-        scans: The scans that were entered.
+        scans: The lengths of the scans that were entered.
         steps: The weights that every step of such a scan multiplies with.
         spread: Along which axes of a mesh data differ between devices.
     """
@@ -50,7 +51,7 @@ class Tracer:
         self.calls: dict[Key, dict[Path, Call]] = collections.defaultdict(dict)
         self.biases: dict[Key, dict[Path, Bias]] = collections.defaultdict(dict)
         self.reads: dict[int, dict[str, None]] = collections.defaultdict(dict)
-        self.scans: set[int] = set()
+        self.scans: dict[int, int] = {}
         self.steps: set[Key] = set()
         self.spread = Spread()
         self._within: Path = ()
@@ -187,10 +188,13 @@ class Tracer:
                 return None
             if x_cut or y_cut:
                 call = call.of_part(x_cut, y_cut)
+            scans = [i for i in self._within if i in self.scans and i not in view.scans]
+            if scans:
+                self.steps.add(view.key)
+            steps = math.prod(self.scans[i] for i in scans)
+            call = dataclasses.replace(call, times=max(steps, 1) * self.spread.devices(x, y))
             path = (*self._within, id(eqn))
             self.calls[view.key][path] = call
-            if self.scans.intersection(self._within).difference(view.scans):
-                self.steps.add(view.key)
             results[0] = self.visit(view.key, call, x, results[0], ports)
             pieces.append(Piece(view.key, path, call, y_cut))
         if any(cut[0] for cut in parts) or not pieces[0].call.takes_bias:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.experimental import pallas
 
 N = 6  # the batch size of all cases
 
@@ -148,6 +149,26 @@ def used_twice_with_its_bias() -> Case:
 
 
 @case
+def arrays_without_entries() -> Case:
+    def loss(p, x):
+        y = x @ p["w"] + x[:, :0] @ p["z"] + x[:, :0] @ p["w"][:0]
+        rest = (x[:0] @ p["w"]).reshape(3, 0)
+        return mean_square(y) + jnp.sum(p["e"].reshape(6, 0)) + jnp.sum(rest)
+
+    params = {"w": array(4, 3), "z": array(0, 3), "e": array(0, 6)}
+    return Case(loss, params, (X,), {"w"}, {"z", "e"})
+
+
+@case
+def python_number() -> Case:
+    def loss(p, x):
+        return mean_square(p["s"] * (x @ p["w"] + p["b"]))
+
+    params = {"w": array(4, 3), "b": array(3), "s": 2.0, "n": 3}
+    return Case(loss, params, (X,), {"w"}, {"s"})
+
+
+@case
 def complex_numbers() -> Case:
     def loss(p, x):
         z = (x @ p["w"]).astype(jnp.complex64) @ p["c"] + 1j * x @ p["v"]
@@ -198,8 +219,8 @@ def nnx_mlp() -> Case:
     def loss(params, x):
         return mean_square(nnx.merge(graph, params)(x))
 
-    layers = {"first.kernel.value", "last.kernel.value"}
-    return Case(loss, params, (X,), layers, {"norm.scale.value", "norm.bias.value"})
+    layers = {"first.kernel", "last.kernel"}
+    return Case(loss, params, (X,), layers, {"norm.scale", "norm.bias"})
 
 
 @case
@@ -272,6 +293,23 @@ def cond() -> Case:
         return mean_square(y)
 
     return Case(loss, {"w": array(4, 3), "b": array(3)}, (X,), {"w"})
+
+
+@case
+def branches_of_platforms() -> Case:
+    def copied(x, y):
+        y[...] = x[...]
+
+    def elsewhere(x):  # lowered for a GPU alone
+        x = lax.stop_gradient(x)[:, :3]
+        return pallas.pallas_call(copied, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype))(x)
+
+    def loss(p, x):
+        branches = {"cpu": lambda w, x: x @ w, "cuda": lambda w, x: x @ w + elsewhere(x)}
+        y = lax.platform_dependent(p["w"], x, **branches, default=lambda w, x: 2.0 * (x @ w))
+        return mean_square(y + p["b"])
+
+    return Case(loss, {"w": array(4, 3), "b": array(3)}, (X,), {"w"}, {"b"})
 
 
 @case

@@ -143,6 +143,16 @@ def unchecked_shard_map_with_one_axis(structures):
     return steps(loss_in_shard_map((8, 1), P("data"), False), PARAMS, X, structures)
 
 
+def mean_over_terms(structures):
+    """Without positions a mean over the batch, which both kinds of shard_map divide."""
+    checked = loss_in_shard_map((4, 2), P("data"), True)
+    unchecked = loss_in_shard_map((4, 2), P(("data", "model")), False)
+    given = {"loss_average": "batch+sequence"}
+    a, b = (steps(loss, PARAMS, X, structures, **given) for loss in (checked, unchecked))
+    assert gap(a, b) < 1e-5
+    return a
+
+
 def loss_that_gathers(check_vma):
     """Every device along "model" multiplies the same data."""
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
@@ -222,6 +232,7 @@ RUNS = (
     unchecked_shard_map_in_the_loss,
     unchecked_shard_map_with_constants,
     unchecked_shard_map_with_one_axis,
+    mean_over_terms,
     step_in_shard_map,
 )
 

@@ -194,6 +194,61 @@ def test_a_sum_and_a_mean_over_positions_are_scaled_as_told():
         close(both[name][1], G * S)
 
 
+def _with_aux(p, x):
+    return jnp.mean(mlp(p, x)), (x @ p["v"] + p["a"]).max()
+
+
+def _in_branches(p, x):
+    def other(x):
+        return jnp.sum((x @ p["v"] + p["a"]) @ p["w"] + p["b"])
+
+    return lax.cond(x[0, 0, 0] > -9.0, lambda x: jnp.mean(mlp(p, x)), other, x)
+
+
+def _in_a_scan(p, x):
+    @jax.checkpoint
+    def step(total, x):
+        return total + jnp.mean(mlp(p, x)), None
+
+    return lax.scan(step, 0.0, x[:, :, None].swapaxes(0, 1))[0] / x.shape[1]
+
+
+@pytest.mark.parametrize("loss", [_with_aux, _in_branches, _in_a_scan])
+def test_a_mean_over_positions_counts_the_products_that_have_a_gradient(loss):
+    given = {"loss_average": "batch+sequence"}
+
+    def mean(p, x):
+        return jnp.mean(mlp(p, x)) / (x.shape[1] if loss is _in_a_scan else 1)
+
+    _, _, expected = measured(mean, mlp_params(), SEQUENCE, **given)
+    _, _, found = measured(loss, mlp_params(), SEQUENCE, has_aux=loss is _with_aux, **given)
+    for name in expected:
+        for got, want in zip(found[name], expected[name], strict=True):
+            close(got, want)
+
+
+@pytest.mark.parametrize("branch", ["step", "layer"])
+def test_sixteen_bits_of_the_factors_do_not_round_a_sum_over_a_thousand_parts(branch):
+    def loss(p, x):
+        return lax.scan(lambda t, x: (t + jnp.sum(mlp(p, x)) / 2048, None), 0.0, x)[0]
+
+    params, x = mlp_params(), jnp.tile(X[:2], (1024, 1, 1))
+    layers = singd_jax.find_layers(loss, batch_size=2048, structures="dense")(params, x)
+    given = {"layers": layers, "recipe": "paper", "T": 2}
+    tx = singd_jax.singd(preconditioner_dtype=("bfloat16", "bfloat16"), **given)
+    own = singd_jax.MultiSteps(tx, 1, layers=layers)
+    function = jax.jit(singd_jax.value_and_curvature(loss, layers, branch=branch))
+    for optimizer in (tx, own):
+        state = optimizer.init(params)
+        _, grads, curvature = function(params, state, x)
+        for c in curvature.values():  # K = C = I, in eight bits of every part
+            for H, t in ((c.H_K, c.t_U), (c.H_C, c.t_G)):
+                np.testing.assert_allclose(jnp.trace(H.dense()) / H.shape[-1], t, rtol=2.0**-8)
+        _, new = jax.jit(optimizer.update)(grads, state, params, curvature=curvature)
+        kept = [[(a.shape, a.dtype) for a in jax.tree.leaves(tree)] for tree in (new, state)]
+        assert kept[0] == kept[1]
+
+
 def test_micro_batches_inside_the_loss_are_one_batch():
     params = mlp_params()
 

@@ -37,6 +37,7 @@ def found(request):
         "unchecked_shard_map_in_the_loss",
         "unchecked_shard_map_with_constants",
         "unchecked_shard_map_with_one_axis",
+        "mean_over_terms",
         "step_in_shard_map",
     ],
 )

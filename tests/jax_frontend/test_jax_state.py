@@ -11,6 +11,8 @@ from test_jax_transform import LAYERS, run, start
 import singd_jax
 from singd_core.structures import Diagonal, structure
 
+_BFLOAT16 = r"'v\.K\.matrix' was saved in a dtype that NumPy .* and float32 is needed"
+
 
 def optimizer(**given):
     return singd_jax.singd(0.02, layers=LAYERS, recipe="paper", T=3, **given)
@@ -33,14 +35,19 @@ def test_the_state_is_arrays_alone():
     )
 
 
-def test_a_run_goes_on_from_a_flat_file(tmp_path):
-    tx = optax.chain(optax.clip_by_global_norm(1e9), optimizer())
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_goes_on_from_a_flat_file(tmp_path, dtype):
+    own = optimizer(preconditioner_dtype=(dtype, dtype))
+    tx = optax.chain(optax.clip_by_global_norm(1e9), own)
     params, state = run(tx, 4)
     np.savez(tmp_path / "state.npz", **singd_jax.flatten(state))
     with np.load(tmp_path / "state.npz") as saved:
         restored = singd_jax.unflatten(tx.init(params), saved)
     assert_equal(restored, state)
     assert_equal(run(tx, 3, params, restored), run(tx, 3, params, state))
+    if dtype == "bfloat16":
+        with np.load(tmp_path / "state.npz") as saved, pytest.raises(ValueError, match=_BFLOAT16):
+            singd_jax.unflatten(optimizer().init(params), saved)
 
 
 def test_names_are_those_of_every_frontend():
@@ -56,6 +63,8 @@ def test_what_does_not_fit_is_named():
     diagonal = optimizer(structures="diagonal").init(start())
     with pytest.raises(ValueError, match=r"no 'v\.K\.diag'"):
         singd_jax.unflatten(diagonal, without)
+    with pytest.raises(ValueError, match="no 'step': is it what `flatten` returned"):
+        singd_jax.unflatten(tx.init(start()), {k: v for k, v in flat.items() if k != "step"})
     with pytest.raises(ValueError, match=r"'w\.K\.matrix' has shape"):
         singd_jax.unflatten(tx.init(start()), flat | {"w.K.matrix": jnp.eye(2)})
 

@@ -8,6 +8,7 @@ import jax_layout_cases  # noqa: F401 - adds its cases
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax_cases import CASES, N, X, array, mean_square
 
 import singd_jax
@@ -177,6 +178,33 @@ def test_schedules_of_every_rate():
     assert_close(params, expected)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "constant"),
+    [
+        (lambda c: 0.5 * c, False),
+        (lambda c: 0.5 / (1 + c.astype(jnp.float32)), False),
+        (lambda c: 0.0 if c < 1 else 0.5, False),  # where a step is not compiled
+        (optax.linear_schedule(0.0, 0.9, 10), False),
+        (optax.constant_schedule(0.0), True),
+        (0.0, True),
+        (jnp.zeros(()), False),
+    ],
+)
+def test_what_is_kept_does_not_depend_on_where_a_schedule_starts(schedule, constant):
+    given = {"recipe": "paper", "momentum": schedule, "alpha1": schedule}
+    state = singd_jax.singd(0.1, layers=LAYERS, **given).init(start())
+    layer = state.core.layers["w"]
+    assert (layer.momentum_buffer is None, layer.factors.m_K is None) == (constant, constant)
+
+
+def test_a_schedule_that_reads_its_count_is_for_steps_that_are_not_compiled():
+    rising = {"momentum": lambda c: 0.0 if c < 1 else 0.5}
+    tx = singd_jax.singd(0.02, layers=LAYERS, **rising)
+    params, _ = run(tx, 2, step=stepper(tx).__wrapped__)
+    traced = singd_jax.singd(0.02, layers=LAYERS, momentum=lambda c: jnp.where(c < 1, 0.0, 0.5))
+    assert_close(params, run(traced, 2)[0], 1e-5)
+
+
 def test_inject_hyperparams():
     tx = optax.inject_hyperparams(singd_jax.singd)(
         learning_rate=lambda count: 0.02 / (1 + count),
@@ -191,6 +219,11 @@ def test_inject_hyperparams():
     )
     assert_close(params, run(plain)[0])
     assert float(state.hyperparams["damping"]) == np.float32(0.2)
+    scheduled = optax.inject_hyperparams(singd_jax.singd)(
+        0.02, layers=LAYERS, T=lambda count: 2 + count
+    )
+    factors = find_state(run(scheduled)[1]).core.layers["w"].factors
+    assert int(factors.averages.k) == 1  # steps 0 of 4: 1 % 3, 2 % 4 and 3 % 5 are not 0
     state.hyperparams["damping"] = jnp.asarray(0.5)
     other, _ = run(tx, 1, params, state)
     assert not np.allclose(other["v"], run(tx, 1, params, run(tx)[1])[0]["v"])
@@ -257,10 +290,15 @@ def test_a_group_may_be_a_branch_of_the_parameters_or_all_of_them():
     params = {"all": start(), "none": {}}
     layers = singd_jax.find_layers(nested)(params, X)
     tx = singd_jax.singd(0.02, layers=layers)
+    whole, _, _ = stepper(tx, nested, layers)(params, tx.init(params), X)
     for labels in ({"all": "a", "none": "b"}, "a"):
-        state = optax.multi_transform({"a": tx, "b": tx}, labels).init(params)
+        groups = optax.multi_transform({"a": tx, "b": tx}, labels)
+        state = groups.init(params)
         sizes = [len(own.core.layers) for own in find_states(state)]
         assert sizes == [2, 0]
+        new, state, _ = stepper(groups, nested, layers)(params, state, X)
+        assert [int(own.core.step) for own in find_states(state)] == [1, 1]
+        assert_close(new, whole)
 
 
 def test_a_name_is_not_that_of_a_transposed_use():
@@ -513,6 +551,28 @@ def test_an_equinox_module_is_trained_as_it_is():
     assert_close(eqx.filter(other, eqx.is_array), eqx.filter(model, eqx.is_array))
 
 
+@pytest.mark.skipif(not hasattr(nnx, "as_pure"), reason="an older flax")
+def test_an_optimizer_of_nnx_steps_as_its_transformation_does():
+    case = CASES["nnx_mlp"]()
+    layers = singd_jax.find_layers(case.loss)(case.params, X)
+    tx = singd_jax.singd(0.02, layers=layers, T=2)
+    expected, state = case.params, tx.init(case.params)
+    plain = stepper(tx, case.loss, layers)
+    model = nnx.clone(case.params)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer, x):
+        function = singd_jax.value_and_curvature(case.loss, layers)
+        _, grads, curvature = function(model, nnx.as_pure(optimizer.opt_state), x)
+        optimizer.update(model, grads, curvature=curvature)
+
+    for _ in range(3):
+        expected, state, _ = plain(expected, state, X)
+        step(model, optimizer, X)
+    assert_close(nnx.as_pure(model), nnx.as_pure(expected))
+
+
 def test_a_run_under_vmap_is_several_runs():
     tx = singd_jax.singd(0.02, layers=LAYERS, T=2)
     step = stepper(tx)
@@ -525,7 +585,9 @@ def test_a_run_under_vmap_is_several_runs():
     assert_close(jax.tree.map(lambda a: a[0], params), run(tx, 3)[0], 1e-5)
 
 
-@pytest.mark.parametrize("name", ["embedding", "tied_embedding", "linen_lstm", "experts"])
+@pytest.mark.parametrize(
+    "name", ["embedding", "tied_embedding", "linen_lstm", "experts", "arrays_without_entries"]
+)
 def test_training_lowers_the_loss(name):
     case = CASES[name]()
     layers = singd_jax.find_layers(case.loss, structures="diagonal")(case.params, *case.batch)
@@ -576,11 +638,23 @@ def test_float64():
     assert_close(params, run(singd_jax.singd(0.02, layers=LAYERS, T=2), 3)[0], 1e-5)
 
 
+@pytest.mark.parametrize("T", [1, 2])
+def test_a_rate_of_64_bits_leaves_the_state_in_32(T):
+    with jax.enable_x64(True):
+        rate = jnp.asarray(0.05, "float64")
+        tx = singd_jax.singd(0.02, layers=LAYERS, T=T, lr_cov=rate)
+        _, state = run(tx, 3)
+        kinds = [[a.dtype for a in jax.tree.leaves(s)] for s in (state, tx.init(start()))]
+        assert kinds[0] == kinds[1]
+        assert "float64" not in kinds[0]
+
+
 def test_setting_errors_name_the_setting():
     with pytest.raises(ValueError, match="T=0"):
         singd_jax.singd(layers=LAYERS, T=0)
+    with pytest.raises(ValueError, match=r"T=.*: must be a number of steps; optax"):
+        singd_jax.singd(layers=LAYERS, T=lambda count: 10)
     with pytest.raises(ValueError, match="structures"):
         singd_jax.singd(layers=LAYERS, structures="dens")
     with pytest.raises(ValueError, match="loss_average"):
         singd_jax.find_layers(loss, loss_average="mean")
-    assert N == 6
