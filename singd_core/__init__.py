@@ -1,8 +1,8 @@
 """Structured inverse-free natural gradient descent (SINGD) on any array library."""
 
+from singd_core._settings import RECIPES, Settings, settings
 from singd_core.curvature import Convolution, Linear
 from singd_core.optimizer import Optimizer
-from singd_core.settings import RECIPES, Settings, settings
 from singd_core.structures import Structure, get, names, register, structure
 from singd_core.updates.adamw import Fallback
 

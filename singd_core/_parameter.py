@@ -7,9 +7,9 @@ from typing import Any, TypeAlias
 
 from singd_core import preconditioner
 from singd_core._array import Array, Scalar, device, expand, full, namespace, ranged, total, widen
+from singd_core._settings import Rate, Settings
 from singd_core._tree import T_Tree, Tree, tree
 from singd_core.curvature import LayerKind
-from singd_core.settings import Rate, Settings
 from singd_core.structures import Diagonal
 from singd_core.updates.adamw import Fallback, Moments
 from singd_core.updates.curvature import Curvature

@@ -11,10 +11,10 @@ from singd_core import preconditioner
 from singd_core._array import Array, Scalar, namespace
 from singd_core._parameter import LayerState as LayerState  # with `State`, what others import
 from singd_core._parameter import Parameter
+from singd_core._settings import STRUCTURES, rate, settings
 from singd_core._tree import Tree, tree
 from singd_core.curvature import LayerKind, Linear
 from singd_core.curvature.base import is_expand, loss_terms
-from singd_core.settings import STRUCTURES, rate, settings
 from singd_core.updates.adamw import Fallback, Moments
 from singd_core.updates.curvature import Curvature
 from singd_core.updates.weights import kl_scale
@@ -47,7 +47,7 @@ class Optimizer:
 
     Args:
         layers: The kind of each layer; None takes each tuple and each matrix as `Linear()`.
-        recipe: "robust" or "paper": the settings not given. See `singd_core.settings.Settings`.
+        recipe: "robust" or "paper": the settings not given. See `singd_core.Settings`.
         structures: Of K and of C, by name or class; None is dense for the recipe "paper", and
             else the richest that hold no more numbers than the weight.
         kfac_approx: "expand" or "reduce": how positions that share the weight are treated.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 from singd_core._array import Array, namespace
-from singd_core.settings import Settings
+from singd_core._settings import Settings
 from singd_core.structures import Dense, Diagonal, Structure, blockdiagonal, get
 from singd_core.updates.curvature import Averages
 from singd_core.updates.inverse_free import InverseFree

@@ -60,7 +60,7 @@ def singd(
             the recipe's.
         recipe: "robust" or "paper": the values of all settings left at None.
         momentum: Momentum of the weights (α₂).
-        nesterov: See `singd_core.settings.Settings`, as for all that follow.
+        nesterov: See `singd_core.Settings`, as for all that follow.
         weight_decay: Weight decay (γ) of the preconditioned weights.
         decoupled_weight_decay: Shrink the weights as AdamW does.
         T: Steps between two refreshes of the factors.

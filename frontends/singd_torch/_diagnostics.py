@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from singd_core._array import widen
-from singd_core.settings import is_bound
+from singd_core._settings import is_bound
 from singd_torch._groups import settings_of
 from singd_torch._stacks import Stack
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from singd_core import preconditioner
-from singd_core.settings import STRUCTURES, settings
+from singd_core._settings import STRUCTURES, settings
 from singd_torch import _table
 from singd_torch._layers import Layer, find
 

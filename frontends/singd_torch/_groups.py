@@ -6,8 +6,8 @@ import dataclasses
 from typing import Any
 
 from singd_core import preconditioner
+from singd_core._settings import Settings, validate
 from singd_core.curvature.base import is_expand, loss_terms
-from singd_core.settings import Settings, validate
 from singd_torch import _fallback
 
 _SETTINGS = tuple(f.name for f in dataclasses.fields(Settings))

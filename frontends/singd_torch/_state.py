@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from singd_core import preconditioner
+from singd_core._settings import Settings
 from singd_core.preconditioner import Factors
-from singd_core.settings import Settings
 from singd_torch import _fallback
 from singd_torch._groups import settings_of
 from singd_torch._layers import Layer

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from singd_core._array import ADD_PRODUCT, INVERSE, MULTIPLY_ADD, number, ranged, total, widen
+from singd_core._settings import Settings, is_bound, rate
 from singd_core.preconditioner import Factors
-from singd_core.settings import Settings, is_bound, rate
 from singd_core.updates.curvature import Curvature
 from singd_core.updates.weights import (
     Preconditioner,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from singd_core import preconditioner
 from singd_core._array import ranged
-from singd_core.settings import STRUCTURES, Settings, settings
+from singd_core._settings import STRUCTURES, Settings, settings
 from singd_torch import _diagnostics, _fallback, _pieces, _scaling, _state, _table
 from singd_torch._distributed import reduce_rows
 from singd_torch._estimate import automatic
@@ -63,7 +63,7 @@ class SINGD(Watcher):
         fallback_betas: AdamW's betas.
         fallback_eps: AdamW's epsilon.
         fallback_weight_decay: AdamW's weight decay.
-        **given: Any further setting of `singd_core.settings.Settings`, e.g. `nesterov=False`.
+        **given: Any further setting of `singd_core.Settings`, e.g. `nesterov=False`.
 
     Raises:
         ValueError: If a setting or a name is wrong, a parameter is given twice, or there is

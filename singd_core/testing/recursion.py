@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from singd_core import preconditioner
-from singd_core.settings import Settings
+from singd_core._settings import Settings
 from singd_core.testing.draw import Case
 from singd_core.testing.pytree_jax import register_trees
 from singd_core.updates.curvature import Curvature

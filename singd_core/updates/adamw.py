@@ -6,8 +6,8 @@ import dataclasses
 from typing import Self
 
 from singd_core._array import Array, cast, chain, device, expand, namespace, widen
+from singd_core._settings import Rate
 from singd_core._tree import Tree, tree
-from singd_core.settings import Rate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

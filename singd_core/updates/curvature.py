@@ -20,8 +20,8 @@ from singd_core._array import (
     where,
     widen,
 )
+from singd_core._settings import Rate, Settings
 from singd_core._tree import Tree, tree
-from singd_core.settings import Rate, Settings
 from singd_core.structures.base import Structure
 
 TINY = 2.0**-126  # the smallest normal number of float32, in all dtypes

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Self
 
 from singd_core._array import Array, Scalar, at_least, at_most, number
+from singd_core._settings import Rate, Settings, is_bound
 from singd_core._tree import Tree, tree
-from singd_core.settings import Rate, Settings, is_bound
 from singd_core.structures.base import Structure
 from singd_core.updates.curvature import TINY, Averages, Curvature, Measured, measure
 from singd_core.updates.weights import Preconditioner

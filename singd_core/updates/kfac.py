@@ -6,8 +6,8 @@ import dataclasses
 from typing import Self
 
 from singd_core._array import Array, Scalar, cast, inverse, widen
+from singd_core._settings import Rate, Settings
 from singd_core._tree import Tree, tree
-from singd_core.settings import Rate, Settings
 from singd_core.structures.base import Structure
 from singd_core.structures.dense import Dense
 from singd_core.updates.curvature import Averages, Curvature, Measured, measure

@@ -19,7 +19,7 @@ from singd_core._array import (
     namespace,
     widen,
 )
-from singd_core.settings import Rate, Settings, is_bound
+from singd_core._settings import Rate, Settings, is_bound
 from singd_core.structures.base import Structure
 from singd_core.structures.diagonal import Diagonal
 

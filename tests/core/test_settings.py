@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from singd_core import RECIPES, Settings, settings
-from singd_core.settings import rate
+from singd_core._settings import rate
 
 
 def test_there_are_two_recipes_and_robust_is_the_default() -> None:
