@@ -21,7 +21,7 @@ settings.load_profile("default")
 
 # A full collection walks through all that libraries keep, compiled functions above all: late in the
 # run 2 s each time. Every so often what is left after one is set aside.
-_TESTS = 200
+_TESTS = 100
 _run = itertools.count(1)
 
 
