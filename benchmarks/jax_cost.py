@@ -1,8 +1,10 @@
 """What the curvature costs in JAX: peak temporary memory, compile time and step time.
 
-A transformer of equal blocks in a scan, with `jax.checkpoint` and without, in float32.
+A transformer of equal blocks in a scan, with `jax.checkpoint` and without, in float32; with
+`--first` behind a linear layer, so that the scan does not begin with the batch itself.
 
     python benchmarks/jax_cost.py [--blocks 8] [--width 256] [--batch 8] [--length 256] [--steps 0]
+        [--first]
 """
 
 import argparse
@@ -15,14 +17,14 @@ import optax
 import singd_jax
 
 
-def init(key, blocks, d):
+def init(key, blocks, d, first):
     shapes = {"qkv": (d, 3 * d), "out": (d, d), "up": (d, 4 * d), "down": (4 * d, d)}
     params = {}
     for name, (d_in, d_out) in shapes.items():
         key, own = jax.random.split(key)
         w = jax.random.normal(own, (blocks, d_in, d_out)) / d_in**0.5
         params[name] = {"w": w, "b": jnp.zeros((blocks, d_out))}
-    return params
+    return {"blocks": params} | ({"first": jnp.eye(d)} if first else {})
 
 
 def make_loss(remat, heads=4):
@@ -38,7 +40,8 @@ def make_loss(remat, heads=4):
         return x + dense(p["down"], jax.nn.gelu(dense(p["up"], jax.nn.standardize(x)))), None
 
     def loss(params, x):
-        y, _ = jax.lax.scan(jax.checkpoint(block) if remat else block, x, params)
+        x = x @ params["first"] if "first" in params else x
+        y, _ = jax.lax.scan(jax.checkpoint(block) if remat else block, x, params["blocks"])
         return jnp.mean(jnp.sum((jnp.tanh(y) - 0.3) ** 2, axis=(1, 2)))
 
     return loss
@@ -106,8 +109,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in {"blocks": 8, "width": 256, "batch": 8, "length": 256, "steps": 0}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--first", action="store_true")
     given = parser.parse_args()
-    params = init(jax.random.key(0), given.blocks, given.width)
+    params = init(jax.random.key(0), given.blocks, given.width, given.first)
     x = jax.random.normal(jax.random.key(1), (given.batch, given.length, given.width))
     for remat in (True, False):
         print(f"{'with' if remat else 'without'} jax.checkpoint")
