@@ -58,6 +58,11 @@ def is_half(x: Array) -> bool:
     return half
 
 
+def is_inexact(x: Array) -> bool:
+    """Whether `x` holds floating-point numbers, real or complex."""
+    return is_half(x) or namespace(x).isdtype(x.dtype, ("real floating", "complex floating"))
+
+
 def _is_bfloat16(x: Array) -> bool:
     return str(x.dtype).endswith("bfloat16")
 

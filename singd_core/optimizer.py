@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from singd_core import _parameter as one
 from singd_core import preconditioner
-from singd_core._array import Array, Scalar, namespace
+from singd_core._array import Array, Scalar, is_inexact, namespace
 from singd_core._parameter import LayerState as LayerState  # with `State`, what others import
 from singd_core._parameter import Parameter
 from singd_core._settings import STRUCTURES, rate, settings
@@ -100,14 +100,23 @@ class Optimizer:
         """The state before the first step.
 
         Raises:
-            ValueError: If there is no parameter, or a layer is named that is none of them.
+            TypeError: If `params` is no dictionary.
+            ValueError: If there is no parameter, one is of integers, or a layer is named that is
+                none of them.
         """
+        if not isinstance(params, Mapping):
+            raise TypeError(
+                "params must be a dictionary of arrays, or of tuples (weight, bias), by name, not "
+                f"a {type(params).__name__}"
+            )
         if not params:
             raise ValueError("params is empty: there is nothing to train")
         kinds, first = self._kinds(params), next(iter(params.values()))
         given = self.structures, self.preconditioner_dtype, self.settings
         layers, fallback = {}, {}
         for name, parameter in params.items():
+            if not all(map(is_inexact, one.parts(parameter))):
+                raise ValueError(f"{name!r} is not of floating-point numbers: leave it out")
             if name in kinds:
                 start = partial(one.layer_state, kinds[name], parameter, *given)
                 layers[name] = self._run(start, parameter)

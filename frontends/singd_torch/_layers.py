@@ -231,7 +231,7 @@ def find(model: nn.Module, groups: Sequence[dict[str, Any]]) -> list[Layer]:
         if common is None or (group["kfac"] and (tied or common.diagonal_inputs)):
             continue
         bias = shared.bias(common)
-        if bias is not None and (bias not in group_of or not bias.requires_grad):
+        if bias is not None and bias not in group_of:
             bias = None
         if bias is not None and owners[bias] > 1:  # a bias has one matrix to be a column of
             bias = None

@@ -156,7 +156,7 @@ class Pending:
 
     def curvature(self, grad_scale: Any) -> Curvature:
         """The curvature, of gradients that were multiplied by `grad_scale`."""
-        M = (self.M + self.M_now) / (grad_scale * grad_scale)
+        M = (self.M + self.M_now) / grad_scale / grad_scale  # its square may leave float32
         if self.swapped:
             return Curvature.of(self.inputs, 1.0 / M, self.outputs, 1.0 / self.N)
         return Curvature.of(self.inputs, self.N, self.outputs, M)

@@ -180,6 +180,8 @@ class SINGD(Watcher):
             name = self._names.get(p, "a parameter")
             if nn.parameter.is_lazy(p):
                 raise ValueError(f"{name!r} has no shape yet: call the model once before")
+        if group.get("weight_decay") == 0.0:  # of the whole group, its norms and biases included
+            group.setdefault("fallback_weight_decay", 0.0)
         unknown = set(group) - set(self.defaults) - {"params", "param_names", "steps", "base_lr"}
         if unknown:
             raise ValueError(f"a parameter group has no setting {sorted(unknown)}")

@@ -60,6 +60,7 @@ class Case:
         floats: Draw normal numbers in place of small integers.
         rounds: Whether the law holds only up to rounding, even where all is integer.
         drawn: What was drawn, by name and shape: the same is not drawn twice.
+        members: The names under which members were drawn, of what they are the restriction.
         rounded: Whether a comparison came out equal only up to rounding.
     """
 
@@ -71,6 +72,7 @@ class Case:
     floats: bool = False
     rounds: Callable[[], bool] = lambda: False
     drawn: dict[tuple[str, tuple[int, ...]], np.ndarray] = field(default_factory=dict)
+    members: set[str] = field(default_factory=set)
     rounded: bool = False
 
     # ---- drawing --------------------------------------------------------------------------------
@@ -100,6 +102,7 @@ class Case:
 
     def member(self, name: str = "L", batch: tuple[int, ...] = ()) -> Structure:
         """A member of the structure, or a stack of them: the restriction of a random matrix."""
+        self.members.add(name)
         return self.S.restrict(self.array(name, *batch, self.d, self.d))
 
     # ---- conversion -----------------------------------------------------------------------------

@@ -140,7 +140,7 @@ def _rounds(law: Law, S: Any, sizes: tuple[int, ...] | None) -> bool:
 def _error(law: Law, case: Case, cause: Exception) -> LawError:
     kind = "" if isinstance(cause, AssertionError) else f"{type(cause).__name__}: "
     values = "".join(
-        f"\n{name} =\n{indent(show(a))}"
+        f"\n{name}{', the restriction of' if name in case.members else ' ='}\n{indent(show(a))}"
         for (name, _), a in case.drawn.items()
         if law.examples > 1  # the others name the operation that fails on any numbers
     )

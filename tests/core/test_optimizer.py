@@ -162,6 +162,16 @@ def test_a_table_has_no_dense_factor_to_invert() -> None:
         Optimizer({"e": Embedding(5)}, kfac=True).init({"e": np.zeros((5, 2))})
 
 
+def test_parameters_without_names_are_an_error() -> None:
+    with pytest.raises(TypeError, match="params must be a dictionary of arrays"):
+        Optimizer().init([np.zeros(3)])  # type: ignore[arg-type]
+
+
+def test_integers_are_named() -> None:
+    with pytest.raises(ValueError, match="'n' is not of floating-point numbers"):
+        Optimizer().init({"w": np.zeros((2, 2)), "n": np.arange(3)})
+
+
 def test_nothing_to_train_is_an_error() -> None:
     with pytest.raises(ValueError, match="params is empty"):
         Optimizer().init({})

@@ -306,6 +306,21 @@ def test_bias_frozen_after_construction(layers: int) -> None:
         model[0].bias.requires_grad_(False)
 
 
+def test_layer_unfrozen_after_construction() -> None:
+    model = net(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    model[0].requires_grad_(False)
+    optimizer = SINGD(model, model.parameters())
+    assert optimizer._layers[0].bias is model[0].bias
+    for thawed in (False, True):
+        model[0].requires_grad_(thawed)
+        before = copy.deepcopy(model[0])
+        optimizer.zero_grad()
+        loss_of(model(draw(9, 5))).backward()
+        optimizer.step()
+        for p, q in zip(model[0].parameters(), before.parameters(), strict=True):
+            assert torch.equal(p, q) == (not thawed)
+
+
 def test_bias_of_two_weights_is_a_column_of_none() -> None:
     """Or both would move it. AdamW does."""
     model = calls(lambda m, x: m.b(torch.tanh(m.a(x))), a=nn.Linear(5, 5), b=nn.Linear(5, 5))

@@ -111,6 +111,16 @@ def test_a_bias_in_another_group_has_its_own_rate_and_decay() -> None:
     torch.testing.assert_close(decayed["weight"], expected.detach(), rtol=0, atol=2.0**-22)
 
 
+def test_no_weight_decay_in_a_group_is_none_for_all_of_it() -> None:
+    model = Network()
+    norm = {"params": [model.norm.weight], "weight_decay": 0.0, "fallback_lr": 0.1}
+    optimizer = SINGD(model, [norm, {"params": [model.shift], "weight_decay": 0.1}])
+    assert [g["fallback_weight_decay"] for g in optimizer.param_groups] == [0.0, 0.01]
+    model.norm.weight.grad = torch.zeros_like(model.norm.weight)
+    optimizer.step()
+    assert torch.equal(model.norm.weight, torch.ones(6))
+
+
 def test_groups_have_settings_of_their_own() -> None:
     model = Network()
     rest = [p for n, p in model.named_parameters() if not n.startswith(("hidden", "out"))]

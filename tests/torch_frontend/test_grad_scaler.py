@@ -122,6 +122,23 @@ def test_gradients_of_float16_weights_are_unscaled_in_float32() -> None:
     assert not torch.equal(model.weight, before)
 
 
+def test_the_square_of_a_scale_may_leave_float32() -> None:
+    """2¹²⁸ does; the rows, scaled by 2⁶⁴, do not."""
+    plain, model = network(), network()
+    model.load_state_dict(plain.state_dict())
+    data = batches(3)
+    plainly(plain, data)
+    optimizer, amp = SINGD(model), torch.amp.GradScaler("cpu", init_scale=2.0**64)
+    for batch in data:
+        optimizer.zero_grad()
+        amp.scale(loss_of(model, batch)).backward()
+        amp.step(optimizer)
+        amp.update()
+    assert optimizer.skipped == 0
+    for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)  # 2⁻¹²⁸ has two bits less
+
+
 def test_an_unknown_scale_is_an_error() -> None:
     model = network()
     optimizer = SINGD(model)

@@ -107,7 +107,7 @@ def test_a_counterexample_is_made_small() -> None:
     with pytest.raises(LawError) as caught:
         check_structure(Squared, backends=NUMPY)
     assert (caught.value.law, caught.value.d) == ("apply", 1)
-    assert str(caught.value).endswith("with\nL =\n  [[1]]\nX =\n  [[0 0 1]]")
+    assert str(caught.value).endswith("with\nL, the restriction of\n  [[1]]\nX =\n  [[0 0 1]]")
 
 
 def test_many_more_examples_and_sizes_in_the_nightly_profile(
