@@ -17,6 +17,8 @@ MULTIPLY_ADD: dict[type, Callable[[Any, Any, Any, Any], Any]] = {}
 ADD_PRODUCT: dict[type, Callable[[Any, Any, Any], Any]] = {}
 # The same for `inverse`.
 INVERSE: dict[type, Callable[[Any], Any]] = {}
+# The same for `sums_of_squares`.
+SUMS_OF_SQUARES: dict[type, Callable[[Any], Any]] = {}
 # The same for `number`.
 NUMBER: dict[type, Callable[[Any], Any]] = {}
 
@@ -123,7 +125,8 @@ def sums_of_squares(X: Array) -> Array:
     1024 × 512 numbers on a CPU.
     """
     X = widen(X)
-    return namespace(X).sum(X * X, axis=-2)
+    fused = SUMS_OF_SQUARES.get(type(X))
+    return namespace(X).sum(X * X, axis=-2) if fused is None else fused(X)
 
 
 def multiply_add(x: Array, c: Scalar, y: Array, out: Array | None = None) -> Array:

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from singd_core._array import NUMBER, number
+from singd_core._array import NUMBER, SUMS_OF_SQUARES, number
 from singd_core.structures import Diagonal, Structure, TrilToeplitz, TriuToeplitz
 
 # In numbers: an operation on so many is still 20 times as long as its call.
 _PIECE = 1 << 18
+# The same of rows whose squares are summed up.
+_SQUARED = 1 << 16
 # In rows, so that pieces begin at multiples of 64 bytes. Where they do not, a dot product can take
 # five times as long: 140,515 numbers 157 µs, and 31 µs.
 _ALIGNED = 32
@@ -72,4 +74,15 @@ def plain(scale: Any) -> Any:
     return 1.0 if bool((scale == 1.0).all()) else scale
 
 
+def _sums_of_squares(X: Tensor) -> Tensor:
+    # The squares of all at once are memory that is new to the process: a third of the time that
+    # the rows of a GPT take with diagonal factors.
+    first, *others = cut(X, _SQUARED)
+    found = (first * first).sum(-2)
+    for piece in others:
+        found += (piece * piece).sum(-2)
+    return found
+
+
+SUMS_OF_SQUARES[Tensor] = _sums_of_squares
 NUMBER |= dict.fromkeys((Tensor, nn.Parameter), read)
