@@ -1,8 +1,10 @@
-"""`singd_core.state` through pinned memory: the names in a checkpoint are the same."""
+"""`singd_core.state` through pinned memory: the names in a checkpoint are the same.
+
+`unflatten` is the core's: CuPy copies from any host memory through pinned memory of its own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import cupy
@@ -10,6 +12,7 @@ import cupyx
 
 from singd_core import state as core
 from singd_core.optimizer import State
+from singd_core.state import unflatten as unflatten
 
 
 def flatten(state: State) -> dict[str, Any]:
@@ -26,17 +29,3 @@ def flatten(state: State) -> dict[str, Any]:
     for stream in streams.values():
         stream.synchronize()
     return flat
-
-
-def unflatten(template: State, flat: Mapping[str, Any]) -> State:
-    """`singd_core.state.unflatten`: each array goes to the device of the template's.
-
-    bfloat16, which `numpy.savez` reads back as two bytes without a meaning, gets its meaning from
-    the template. CuPy copies from any host memory through pinned memory of its own.
-    """
-    dtypes = {name: x.dtype for name, x in core.flatten(template).items() if hasattr(x, "dtype")}
-    known = {
-        name: x.view(dtypes[name]) if name in dtypes and x.dtype.kind == "V" else x
-        for name, x in flat.items()
-    }
-    return core.unflatten(template, known)

@@ -274,8 +274,7 @@ class Layers(Mapping[str, Layer]):
         for layer in self.found.values():
             body.append(self._row(layer, wanted))
         for name, reason in self.others.items():
-            number = name in self.numbers
-            trained = ("", "") if number else (_times(self.shapes[name]), "AdamW")
+            trained = (_times(self.shapes[name]), "AdamW") if name in self.shapes else ("", "")
             body.append((name, *trained, "", "", "", "", reason))
         return _render(body)
 

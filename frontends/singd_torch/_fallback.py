@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,22 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from singd_core._array import ranged
+
+
+def step_all(
+    group_of: Mapping[nn.Parameter, dict[str, Any]],
+    params: Sequence[nn.Parameter],
+    grads: Sequence[Tensor],
+    state: dict[Any, dict[str, Any]],
+    skip: Tensor | None,
+) -> None:
+    """`step` of each group with its own of the parameters."""
+    parted: dict[int, list[tuple[nn.Parameter, Tensor]]] = {}
+    for pair in zip(params, grads, strict=True):
+        parted.setdefault(id(group_of[pair[0]]), []).append(pair)
+    for pairs in parted.values():
+        mine, their = zip(*pairs, strict=True)
+        step(group_of[mine[0]], mine, their, state, skip)
 
 
 def step(

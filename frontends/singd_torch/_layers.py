@@ -231,9 +231,7 @@ def find(model: nn.Module, groups: Sequence[dict[str, Any]]) -> list[Layer]:
         if common is None or (group["kfac"] and (tied or common.diagonal_inputs)):
             continue
         bias = shared.bias(common)
-        if bias is not None and bias not in group_of:
-            bias = None
-        if bias is not None and owners[bias] > 1:  # a bias has one matrix to be a column of
+        if bias not in group_of or owners[bias] > 1:  # it has one matrix to be a column of
             bias = None
         shape = common.shape(tuple(weight.shape), bias is not None)
         K, C = preconditioner.resolve(group["structures"], shape, kfac=group["kfac"])
@@ -253,9 +251,8 @@ def find(model: nn.Module, groups: Sequence[dict[str, Any]]) -> list[Layer]:
 def _sequence_first(model: nn.Module) -> Iterator[nn.Module]:
     """The linear layers that are called with (length, batch, d), which only their parent knows."""
     for module in model.modules():
-        if not isinstance(module, _BLOCKS) or module.self_attn.batch_first:
-            continue
-        yield from (module.linear1, module.linear2)
+        if isinstance(module, _BLOCKS) and not module.self_attn.batch_first:
+            yield from (module.linear1, module.linear2)
 
 
 def _common(kinds: Sequence[LayerKind]) -> LayerKind | None:

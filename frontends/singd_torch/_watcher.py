@@ -123,8 +123,9 @@ class Watcher(torch.optim.Optimizer):
             live = []
             for layer in stack.layers:
                 if layer.pending and isinstance(layer.kind, StackedLinear):
-                    for key in layer.roles():  # a part whose output has no gradient has no rows
-                        layer.pending.setdefault(key, layer.no_rows(key))
+                    for key in layer.roles():
+                        if key not in layer.pending:  # the output of that part has no gradient
+                            layer.pending[key] = layer.no_rows(key)
                 if layer.weight.grad is not None and (layer.seen or layer.pending):
                     live.append(layer)
                     continue

@@ -233,7 +233,7 @@ class SINGD(Watcher):
         chosen = {id(group): settings_of(group) for group in self.param_groups}
         scales = _scaling.scales(self, self._scale_of_rows)
         if self._processes is not None:
-            due = [p for p in self._layers if p.weight.requires_grad and is_due(p)]
+            due = [one for one in self._layers if one.weight.requires_grad and is_due(one)]
             for layer in due:
                 self._factors(layer)
             reduce_rows(due, self._processes)
@@ -273,13 +273,7 @@ class SINGD(Watcher):
             self._skipped = self._skipped + skip
 
         apply(works, self.state, lambda p: chosen[id(self._group_of[p])], total, ok)
-        of_group: dict[int, list[tuple[nn.Parameter, Tensor]]] = {}
-        for p, g in zip(others, grads, strict=True):
-            of_group.setdefault(id(self._group_of[p]), []).append((p, g))
-        for group in self.param_groups:
-            if mine := of_group.get(id(group)):
-                params, their = zip(*mine, strict=True)
-                _fallback.step(group, params, their, self.state, skip)
+        _fallback.step_all(self._group_of, others, grads, self.state, skip)
 
     def _is_no_step(self) -> bool:
         """Whether this is how torch.distributed.checkpoint makes the state that it loads into."""

@@ -89,8 +89,8 @@ class Curvature(Tree):
         ratio = (self.t_U * other.t_G) / xp.where(other.t_U > 0.0, other.t_U * self.t_G, one)
         s = xp.where((self.t_G > 0.0) & (ratio > 0.0), xp.sqrt(ratio), one)
         return type(self)(
-            self.H_K + other.H_K.scale(s),
-            self.H_C + other.H_C.scale(1.0 / s),
+            self.H_K.add_scaled(s, other.H_K),
+            self.H_C.add_scaled(1.0 / s, other.H_C),
             self.t_U + other.t_U * s,
             self.t_G + other.t_G / s,
         )

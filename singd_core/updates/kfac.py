@@ -77,7 +77,7 @@ class KFAC(Tree):
 def average(S: Dense, U: Structure, beta: Scalar, start: Scalar) -> Dense:
     """(1 − β₁) S + β₁ U; the first refresh of a scaled start divides S = I by start²."""
     wide = S.astype(U.like).scale(1.0 / (start * start))
-    return (wide + (Dense(U.dense()) - wide).scale(beta)).astype(S.like)
+    return wide.add_scaled(beta, Dense(U.dense()) - wide).astype(S.like)
 
 
 def damped_inverse(S: Dense, damping: Scalar) -> Dense:
