@@ -22,6 +22,9 @@ SUMS_OF_SQUARES: dict[type, Callable[[Any], Any]] = {}
 # The same for `number`.
 NUMBER: dict[type, Callable[[Any], Any]] = {}
 
+# For a type of arrays that can be written to, what makes an array of any content: `empty`.
+EMPTY: dict[type, Callable[[Sequence[int], Any], Any]] = {}
+
 _NAMESPACES: dict[type, Any] = {}
 _HALF: dict[tuple[type, Any], bool] = {}
 # For a type of arrays, what makes of a chain of operations a function that runs it as one kernel.
@@ -109,6 +112,12 @@ def eye(d: int, *, like: Array, batch: Sequence[int] = ()) -> Array:
 def full(shape: Sequence[int], value: float, *, like: Array) -> Array:
     """An array of `value` everywhere, with the dtype and device of `like`."""
     return namespace(like).full(tuple(shape), value, dtype=like.dtype, device=device(like))
+
+
+def empty(shape: Sequence[int], *, like: Array) -> Array | None:
+    """An array to be written to, or None where a frontend has not said that arrays can be."""
+    make = EMPTY.get(type(like))
+    return None if make is None else make(shape, like)
 
 
 def sum_of_squares(x: Array, axes: int) -> Array:

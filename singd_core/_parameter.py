@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 from singd_core import preconditioner
-from singd_core._array import Array, Scalar, device, expand, full, namespace, ranged, total, widen
+from singd_core._array import (
+    Array,
+    as_array,
+    device,
+    expand,
+    namespace,
+    ranged,
+    total,
+    widen,
+)
 from singd_core._settings import Rate, Settings
 from singd_core._tree import T_Tree, Tree, tree
 from singd_core.curvature import LayerKind
+from singd_core.curvature.base import Shape
+from singd_core.step import Late, couples_decay, direction, squares_of, weight_change
 from singd_core.structures import Diagonal
 from singd_core.updates.adamw import Fallback, Moments
 from singd_core.updates.curvature import Curvature
 from singd_core.updates.inverse_free import InverseFree
-from singd_core.updates.weights import (
-    couples_decay,
-    direction,
-    inner,
-    rms_scale,
-    weight_change,
-)
 
 Parameter: TypeAlias = Array | tuple[Array, Array]  # a weight, or a weight with its bias
 
@@ -31,11 +36,31 @@ class LayerState(Tree):
 
     Attributes:
         factors: Its preconditioner.
-        momentum_buffer: The momentum of its weight matrix, bias included, or None.
+        momentum_buffer: The momentum of its weight, shaped like it, or None.
+        bias_momentum_buffer: The momentum of its bias, or None.
+        late: Sums over late gradients, or None.
     """
 
     factors: preconditioner.Factors
     momentum_buffer: Array | None
+    bias_momentum_buffer: Array | None = None
+    late: Late | None = None
+
+    @classmethod
+    def of(
+        cls, factors: preconditioner.Factors, momenta: Sequence[Array], late: Late | None
+    ) -> Self:
+        """With the momenta of the weight and, if there is one, of the bias."""
+        weight, *bias = momenta
+        return cls(factors, weight, bias[0] if bias else None, late)
+
+    @property
+    def momenta(self) -> list[Array] | None:
+        """The momenta of the weight and, if there is one, of the bias."""
+        if self.momentum_buffer is None:
+            return None
+        both = self.momentum_buffer, self.bias_momentum_buffer
+        return [m for m in both if m is not None]
 
 
 def pair(parameter: Parameter) -> tuple[Array, Array | None]:
@@ -71,9 +96,18 @@ def layer_state(
     K, C = preconditioner.resolve(structures, shape, kfac=s.kfac)
     K = Diagonal if kind.diagonal_inputs else K
     factors = preconditioner.init((K, C), shape, s, *(_empty(weight, dtype) for dtype in dtypes))
+    return begun(factors, parts(parameter), shape[0], s)
+
+
+def begun(
+    factors: preconditioner.Factors, parameters: Sequence[Array], batch: Shape, s: Settings
+) -> LayerState:
+    """The state of a layer with these factors before its first step."""
     if isinstance(s.momentum, (int, float)) and s.momentum == 0.0:
         return LayerState(factors, None)
-    return LayerState(factors, full((*shape[0], *shape[1:]), 0.0, like=ranged(weight)))
+    buffers = [namespace(p).zeros_like(ranged(p)) for p in parameters]
+    late = Late.zeros(batch, parameters[0]) if s.normalized else None
+    return LayerState.of(factors, buffers, late)
 
 
 def _empty(like: Array, dtype: Any) -> Array:
@@ -129,14 +163,13 @@ def refreshed(
     return factors.refresh(curvature, lr_cov, s)
 
 
-def natural_gradient(
-    kind: LayerKind, s: Settings, factors: preconditioner.Factors, gradient: Parameter
-) -> tuple[Array, Scalar, Array]:
-    """The natural gradient n as a matrix, the scale that bounds it, and ⟨∇W, n⟩ so scaled."""
-    matrix = kind.matrix(*pair(gradient))
-    natural = factors.precondition(matrix)
-    scale = rms_scale(natural, s.rms_bound)
-    return natural, scale, total(scale * inner(matrix, natural))
+def layer_squares(
+    kind: LayerKind, factors: preconditioner.Factors, gradient: Parameter
+) -> tuple[Array, Array]:
+    """‖∇W‖², of the batch axes' shape, and a number that is finite if it and the factors are."""
+    squares = squares_of(kind, parts(gradient))
+    known = factors.averages
+    return squares, total(squares) + total(known.t_U) + total(known.t_G)
 
 
 def squares(gradient: Array) -> Array:
@@ -150,24 +183,38 @@ def squares(gradient: Array) -> Array:
 def layer_change(
     kind: LayerKind,
     s: Settings,
-    natural: Array,
-    scale: Scalar,
-    kl: Scalar,
     parameter: Parameter,
-    momentum: Array | None,
+    gradient: Parameter,
+    squares: Array,
+    old: LayerState,
+    factors: preconditioner.Factors,
     ok: Array,
-) -> tuple[Parameter, Array | None]:
-    """The change of a layer's weight and bias, and the new momentum."""
-    weight, bias = pair(parameter)
-    matrix = kind.matrix(weight, bias)
-    decay = matrix * expand(s.weight_decay, matrix) if couples_decay(s) else None
-    u, new = direction(natural, decay, momentum, scale * kl, s)
-    change = weight_change(u, rms_scale(u, s.rms_bound), matrix, s)
-    change = kind.split(change, tuple(weight.shape), bias is not None)
-    changes = [_or_zero(ok, part) for part in change if part is not None]
-    if momentum is not None:
-        new = namespace(new).where(ok, new, momentum)
-    return like(parameter, changes), new
+) -> tuple[Parameter, LayerState, Array]:
+    """The change of a layer's weight and bias, its new state, and whether all of it is finite.
+
+    Nothing of the layer is changed unless `ok` and that.
+    """
+    own, weights = old.momenta, parts(parameter)
+    decay = [w * expand(s.weight_decay, w) for w in weights] if couples_decay(s) else None
+    found = direction(
+        kind,
+        s,
+        factors.precondition,
+        factors.averages.t_U,
+        tuple(weights[0].shape),
+        parts(gradient),
+        decay,
+        own,
+        old.late,
+        squares,
+    )
+    ok = namespace(ok).logical_and(ok, as_array(found.finite, ok))
+    pairs = zip(found.parts, weights, strict=True)
+    changes = [_or_zero(ok, weight_change(u, found.scale, w, s)) for u, w in pairs]
+    new = dataclasses.replace(old, factors=factors)
+    if found.momenta is not None:
+        new = LayerState.of(factors, found.momenta, found.late)
+    return like(parameter, changes), new_or_old(ok, new, old), ok
 
 
 def other_change(
@@ -188,10 +235,17 @@ def _or_zero(ok: Array, change: Array) -> Array:
     return xp.where(ok, change, xp.zeros_like(change))
 
 
-def count_failed(count: Array, ok: Array) -> Array:
-    """One more unless `ok`."""
-    xp = namespace(ok)
-    return count + xp.astype(xp.logical_not(ok), count.dtype)
+def all_finite(sizes: Sequence[Array]) -> Array:
+    """Whether the sum of all sizes is finite, 0-d."""
+    size = sum(sizes[1:], sizes[0])
+    return namespace(size).isfinite(size)
+
+
+def count_failed(count: Array, moved: Sequence[Array]) -> Array:
+    """One more unless everything moved."""
+    xp = namespace(count)
+    moved = xp.stack(list(moved))
+    return count + xp.astype(xp.logical_not(xp.all(moved)), count.dtype)
 
 
 def added(parameter: Parameter, change: Parameter) -> Parameter:

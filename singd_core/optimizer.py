@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeAlias
 
 from singd_core import _parameter as one
 from singd_core import preconditioner
-from singd_core._array import Array, Scalar, is_inexact, namespace
+from singd_core._array import Array, is_inexact
 from singd_core._parameter import LayerState as LayerState  # with `State`, what others import
 from singd_core._parameter import Parameter
-from singd_core._settings import STRUCTURES, rate, settings
+from singd_core._settings import DEFAULT, STRUCTURES, is_due, rate_of_factors, settings
 from singd_core._tree import Tree, tree
 from singd_core.curvature import LayerKind, Linear
 from singd_core.curvature.base import is_expand, loss_terms
+from singd_core.step import warmed
 from singd_core.updates.adamw import Fallback, Moments
 from singd_core.updates.curvature import Curvature
-from singd_core.updates.weights import kl_scale
 
 Rows: TypeAlias = tuple[Array, Array]  # a layer's input, and the loss's gradient at its output
 
@@ -47,7 +48,7 @@ class Optimizer:
 
     Args:
         layers: The kind of each layer; None takes each tuple and each matrix as `Linear()`.
-        recipe: "robust" or "paper": the settings not given. See `singd_core.Settings`.
+        recipe: "normalized" or "paper": the settings not given. See `singd_core.Settings`.
         structures: Of K and of C, by name or class; None is dense for the recipe "paper", and
             else the richest that hold no more numbers than the weight.
         kfac_approx: "expand" or "reduce": how positions that share the weight are treated.
@@ -78,7 +79,7 @@ class Optimizer:
         self,
         layers: Mapping[str, LayerKind] | None = None,
         *,
-        recipe: str = "robust",
+        recipe: str = DEFAULT,
         structures: preconditioner.Structures | str | None = None,
         kfac_approx: str = "expand",
         loss_average: str | None = "batch",
@@ -127,8 +128,8 @@ class Optimizer:
         return State(0, self._run(partial(one.count_state, first), first), layers, fallback)
 
     def due(self, state: State) -> bool:
-        """Whether the next `update` wants rows, which is every T steps."""
-        return state.step % self.settings.T == 0
+        """Whether the next `update` wants rows."""
+        return bool(is_due(state.step, self.settings))
 
     def curvature(
         self, rows: Mapping[str, Rows], state: State, params: Mapping[str, Parameter]
@@ -160,7 +161,7 @@ class Optimizer:
         self, state: State, curvature: Mapping[str, Curvature]
     ) -> dict[str, preconditioner.Factors]:
         """The factors of the layers whose curvature is given, one refresh later."""
-        lr_cov = rate(self.settings.lr_cov, state.step)
+        lr_cov = rate_of_factors(state.step, self.settings)
         new = {}
         for name, measured in curvature.items():
             old = state.layers[name].factors
@@ -196,36 +197,38 @@ class Optimizer:
             ValueError: If names or shapes do not fit.
         """
         _check_alike(grads, params)
-        s, kinds, first = self.settings, self._kinds(params), next(iter(params.values()))
+        kinds, first = self._kinds(params), next(iter(params.values()))
+        share = warmed(self.settings, state.step)
+        s = dataclasses.replace(self.settings, lr=self.settings.lr * share)
+        others = dataclasses.replace(self.fallback, lr=self.fallback.lr * share)
         if curvature is None:
             curvature = {} if rows is None else self.curvature(rows, state, params)
         refreshed = self.refresh(state, curvature) if refreshed is None else refreshed
-        naturals, energies, others = {}, [], []
-        for name, layer in state.layers.items():
-            factors, p, g = refreshed.get(name, layer.factors), params[name], grads[name]
-            precondition = partial(one.natural_gradient, kinds[name], s)
-            *naturals[name], energy = self._run(precondition, p, factors, g)
-            energies.append(energy)
+        factors = {n: refreshed.get(n, layer.factors) for n, layer in state.layers.items()}
+        squares, sizes = {}, []
+        for name in state.layers:
+            measure = partial(one.layer_squares, kinds[name])
+            squares[name], size = self._run(measure, params[name], factors[name], grads[name])
+            sizes.append(size)
         for name in state.fallback:
-            others.append(self._run(one.squares, params[name], grads[name]))
-        kl, ok = self._run(self._scale, first, energies, others)
+            sizes.append(self._run(one.squares, params[name], grads[name]))
+        ok = self._run(one.all_finite, first, sizes)
 
         updates: dict[str, Parameter] = {}
-        layers, fallback = {}, {}
+        layers, fallback, moved = {}, {}, [ok]
         for name, layer in state.layers.items():
-            p, old, m = params[name], layer.factors, layer.momentum_buffer
-            new = refreshed.get(name)
-            new = old if new is None else self._run(one.new_or_old, p, ok, new, old, like=old)
+            p, new = params[name], factors[name]
             change = partial(one.layer_change, kinds[name], s)
-            found = self._run(change, p, *naturals[name], kl, p, m, ok, like=(p, m))
-            updates[name], m = found
-            layers[name] = LayerState(new, m)
+            arguments = p, grads[name], squares[name], layer, new, ok
+            found = self._run(change, p, *arguments, like=(p, layer, ok))
+            updates[name], layers[name], finite = found
+            moved.append(finite)
         for name, moments in state.fallback.items():
             p, g = params[name], grads[name]
-            adamw = partial(one.other_change, self.fallback)
+            adamw = partial(one.other_change, others)
             found = self._run(adamw, p, moments, g, p, ok, like=(p, moments))
             updates[name], fallback[name] = found
-        skipped = self._run(one.count_failed, first, state.skipped, ok)
+        skipped = self._run(one.count_failed, first, state.skipped, moved)
         return updates, State(state.step + 1, skipped, layers, fallback)
 
     def apply(
@@ -248,12 +251,6 @@ class Optimizer:
             like: Structured like the result: its arrays have the dtypes to keep the result in.
         """
         return function(*arguments)
-
-    def _scale(self, energies: list[Array], others: list[Array]) -> tuple[Scalar, Array]:
-        """The scale of the natural gradients, and whether all that came in is finite."""
-        s, total = self.settings, sum(energies + others)
-        kl = kl_scale(s.lr**2 * sum(energies), s.kl_bound) if energies else 1.0
-        return kl, namespace(total).isfinite(total)
 
     def _kinds(self, params: Mapping[str, Parameter]) -> dict[str, LayerKind]:
         if self.layers is None:

@@ -47,6 +47,6 @@ def _quantities(stack: Stack) -> dict[str, Tensor]:
         if f"{name}_step" in report and is_bound(s.factor_bound):
             found[f"{name}_bounded"] = report[f"{name}_step"] > s.factor_bound
     if "update" in report:
-        weight = stack.matrix(lambda p: p)
+        weight = stack.layers[0].kind.matrix(*stack.joined(lambda p: p))
         found["update"] = report["update"] / torch.linalg.vector_norm(widen(weight), dim=(-2, -1))
     return found

@@ -49,7 +49,7 @@ def estimate(
     structures: preconditioner.Structures | str | None = None,
     *,
     memory_budget: int | None = None,
-    recipe: str = "robust",
+    recipe: str = "normalized",
     **given: Any,
 ) -> Estimate:
     """The bytes of state that `SINGD(model, structures=..., ...)` will hold.

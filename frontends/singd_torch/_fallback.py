@@ -18,14 +18,16 @@ def step_all(
     grads: Sequence[Tensor],
     state: dict[Any, dict[str, Any]],
     skip: Tensor | None,
+    shares: Mapping[int, Any],
 ) -> None:
-    """`step` of each group with its own of the parameters."""
+    """`step` of each group with its own of the parameters; `shares` of the rates by id of group."""
     parted: dict[int, list[tuple[nn.Parameter, Tensor]]] = {}
     for pair in zip(params, grads, strict=True):
         parted.setdefault(id(group_of[pair[0]]), []).append(pair)
     for pairs in parted.values():
         mine, their = zip(*pairs, strict=True)
-        step(group_of[mine[0]], mine, their, state, skip)
+        group = group_of[mine[0]]
+        step(group, mine, their, state, skip, shares[id(group)])
 
 
 def step(
@@ -34,6 +36,7 @@ def step(
     grads: Sequence[Tensor],
     state: dict[Any, dict[str, Any]],
     skip: Tensor | None,
+    share: Any,
 ) -> None:
     """One step of the group's fallback parameters.
 
@@ -43,6 +46,7 @@ def step(
         grads: Their gradients.
         state: The optimizer's state, extended where it is missing.
         skip: On an accelerator, 1 where nothing may change, else 0.
+        share: The share of the rate that a warm-up leaves.
     """
     # In float16 squares and epsilon fall to 0, and 0 / 0 is NaN: such parameters step as copies.
     wide = [ranged(p) for p in params]
@@ -54,7 +58,7 @@ def step(
             own[name] = own[name].to(like)
         own["step"] = own["step"].to("cpu" if skip is None else p.device)
     beta1, beta2 = group["fallback_betas"]
-    ratio = group["lr"] / group["base_lr"] if group["base_lr"] else 1.0
+    ratio = share * (group["lr"] / group["base_lr"] if group["base_lr"] else 1.0)
     fused = skip is not None
     if not fused:  # without a device that would have to be waited for, torch wants a number
         ratio = float(ratio)
@@ -86,12 +90,6 @@ def initial(p: nn.Parameter, *, on_device: bool) -> dict[str, Tensor]:
     exp_avg = torch.zeros_like(ranged(p), memory_format=torch.preserve_format)
     step = torch.zeros((), dtype=torch.float32, device=p.device if on_device else None)
     return {"step": step, "exp_avg": exp_avg, "exp_avg_sq": torch.zeros_like(exp_avg)}
-
-
-def norms(grads: Sequence[Tensor]) -> Tensor:
-    """The sum of the gradients' norms: finite only if all of them are."""
-    norms = torch._foreach_norm([ranged(g) for g in grads])
-    return torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms]).sum()
 
 
 def check(group: dict[str, Any]) -> None:

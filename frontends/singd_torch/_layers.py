@@ -161,6 +161,14 @@ class Layer:
             new = self.pending[key].add(new, mean=self.group["loss_average"] is not None)
         self.pending[key] = new
 
+    def sizes(self) -> list[Tensor]:
+        """What is finite if all pending rows are."""
+        return [
+            measured.squares
+            for pending in self.pending.values()
+            for measured in (pending.inputs, pending.outputs)
+        ]
+
     def roles(self) -> list[Key]:
         """The parts and roles of which there can be rows."""
         roles = {source.swapped for _, source in self.sources}

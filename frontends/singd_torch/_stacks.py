@@ -10,9 +10,13 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
+from singd_core._settings import Settings
 from singd_core.curvature import Convolution, Linear, StackedLinear
 from singd_core.preconditioner import Factors
+from singd_core.step import Late
 from singd_core.updates.curvature import Curvature
+from singd_core.updates.inverse_free import InverseFree
+from singd_core.updates.natural import Preconditioner
 from singd_torch import _state
 from singd_torch._groups import settings_of
 from singd_torch._join import join, join_trees, parts, tree_parts
@@ -34,18 +38,20 @@ class Stack:
     """Layers of equal kind, shape and settings. A single one has no first axis.
 
     Attributes:
-        layers: The layers. What they and the state have of factors and momentum are views of:
-        factors: The preconditioners, None until they are needed.
-        momentum: The momenta, None without or until they are needed.
-        preconditioner: What preconditions until the next refresh, where it is worth keeping.
+        layers: The layers. The state has views of the following three.
+        factors: Their factors, joined. None until they are needed.
+        momenta: The momenta of the weights and of the biases. None without or until needed.
+        late: The sums over late gradients. None without or until needed.
+        preconditioner: What preconditions until the next refresh.
         report: What a step tells the diagnostics, None if nobody asks for them.
         compile: Arguments of torch.compile, None to run things as they are.
     """
 
     layers: Sequence[Layer]
     factors: Factors | None = None
-    momentum: Tensor | None = None
-    preconditioner: Callable[[Tensor], Tensor] | None = None
+    momenta: Sequence[Tensor] | None = None
+    late: Late | None = None
+    preconditioner: Preconditioner | None = None
     report: dict[str, Any] | None = None
     compile: dict[str, Any] | None = None
     _handed_out: Sequence[Tensor] = ()
@@ -61,23 +67,54 @@ class Stack:
             elif not layer.fits():
                 layer.factors = _state.moved(layer, settings_of(layer.group))
         factors = [layer.factors for layer in self.layers if layer.factors is not None]
-        self.factors = self.momentum = None
+        self.factors = self.momenta = self.late = None
         self.hold(join_trees(factors).map(partial(_owned, set())), state)
-        momenta = [state.get(layer.weight, {}).get(_state.MOMENTUM) for layer in self.layers]
-        if any(m is not None for m in momenta):
-            zero = _state.no_momentum(self.layers[0])
-            found = join([zero if m is None else m.to(zero) for m in momenta])
-            self.hold_momentum(_owned(set(), found), state)
+        zeros = _state.no_momenta(self.layers[0])
+        places = list(zip(*(layer.parameters for layer in self.layers), strict=True))
+        kept = [[state.get(p, {}).get(_state.MOMENTUM) for p in place] for place in places]
+        if any(m is not None for place in kept for m in place):
+            momenta = [
+                _owned(set(), join([zero if m is None else m.to(zero) for m in place]))
+                for zero, place in zip(zeros, kept, strict=True)
+            ]
+            late = None
+            if settings_of(self.layers[0].group).normalized:
+                each = [_state.late_of(layer, state) for layer in self.layers]
+                late = join_trees(each).map(partial(_owned, set()))
+            self.hold_momenta(momenta, late, state)
 
-    def hold(self, factors: Factors, state: State, *, seen: bool = False) -> None:
-        """Have these factors from now on; `seen` if rows have reached them."""
-        self.preconditioner = None
+    def begin(self, state: State, s: Settings) -> None:
+        """Have momenta of nothing yet."""
+        zeros = [_state.no_momenta(layer) for layer in self.layers]
+        momenta = [join(list(place)) for place in zip(*zeros, strict=True)]
+        late = None
+        if s.normalized:
+            late = join_trees([_state.no_late(layer) for layer in self.layers])
+        self.hold_momenta(momenta, late, state)
+
+    def hold(
+        self,
+        factors: Factors,
+        state: State,
+        *,
+        seen: bool = False,
+        preconditioner: Preconditioner | None = None,
+    ) -> None:
+        """Have these factors from now on; `seen` if rows have reached them.
+
+        `preconditioner` is what preconditions with them, if that is known.
+        """
         if self.factors is None:
             self.factors = factors
             for layer, own in zip(self.layers, tree_parts(factors, len(self.layers)), strict=True):
                 layer.factors = own
         else:  # where they are: the layers' own are views
             self.factors.map(Tensor.copy_, factors)  # type: ignore[arg-type]
+            if preconditioner is not None and isinstance(self.factors, InverseFree):
+                preconditioner = dataclasses.replace(
+                    preconditioner, K=self.factors.K, C=self.factors.C
+                )
+        self.preconditioner = preconditioner
         for layer in self.layers:
             layer.seen = layer.seen or seen
             if layer.seen and layer.factors is not None:
@@ -85,18 +122,41 @@ class Stack:
 
     def is_tied(self, state: State) -> bool:
         """Whether it has what the state has, which others may write to, in the weights' dtype."""
-        if self.momentum is None:
+        if self.momenta is None:
             return self.factors is not None
-        return self.momentum.dtype == self.layers[0].dtypes[2] and all(
-            state.get(layer.weight, {}).get(_state.MOMENTUM) is part
-            for layer, part in zip(self.layers, self._handed_out, strict=True)
+        return self.momenta[0].dtype == self.layers[0].dtypes[2] and all(
+            state.get(p, {}).get(_state.MOMENTUM) is part
+            for p, part in zip(self._parameters(), self._handed_out, strict=True)
         )
 
-    def hold_momentum(self, momentum: Tensor, state: State) -> None:
-        """Have this momentum from now on."""
-        self.momentum, self._handed_out = momentum, self.split(momentum)
-        for layer, part in zip(self.layers, self._handed_out, strict=True):
-            state[layer.weight][_state.MOMENTUM] = part
+    def hold_momenta(self, momenta: Sequence[Tensor], late: Late | None, state: State) -> None:
+        """Have these momenta and sums from now on."""
+        changed = self.momenta is None or any(
+            m is not old for m, old in zip(momenta, self.momenta, strict=True)
+        )
+        if changed:
+            self.momenta = momenta
+            self._handed_out = [part for m in momenta for part in self.split(m)]
+            for p, part in zip(self._parameters(), self._handed_out, strict=True):
+                state[p][_state.MOMENTUM] = part
+        if late is None:
+            return
+        if self.late is None:
+            self.late = late
+            for layer, own in zip(self.layers, tree_parts(late, len(self.layers)), strict=True):
+                state[layer.weight].update(own.named_arrays(_state.LATE))
+        else:
+            self.late.map(Tensor.copy_, late)
+
+    def joined(self, of: Callable[[nn.Parameter], Tensor]) -> list[Tensor]:
+        """What the weights have, and what the biases have, such as their gradients."""
+        places = zip(*(layer.parameters for layer in self.layers), strict=True)
+        return [join(list(map(of, place))) for place in places]
+
+    def _parameters(self) -> list[nn.Parameter]:
+        """The weights of all layers, then their biases."""
+        places = zip(*(layer.parameters for layer in self.layers), strict=True)
+        return [p for place in places for p in place]
 
     def split(self, joined: Tensor) -> Sequence[Tensor]:
         """The parts of the layers, views."""
@@ -131,12 +191,6 @@ class Stack:
             axis = int(len(self.layers) > 1)
             return first.map(lambda *arrays: torch.stack(arrays, axis), *others)
         return first.joined(others[0]) if others else first
-
-    def matrix(self, of: Callable[[nn.Parameter], Tensor]) -> Tensor:
-        """The matrices of something that each parameter has, such as its gradient."""
-        places = zip(*(layer.parameters for layer in self.layers), strict=True)
-        matrix: Tensor = self.layers[0].kind.matrix(*(join(list(map(of, p))) for p in places))
-        return matrix
 
 
 def stacks(layers: Iterable[Layer]) -> list[Stack]:

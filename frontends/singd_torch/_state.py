@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from singd_core import preconditioner
 from singd_core._settings import Settings
 from singd_core.preconditioner import Factors
+from singd_core.step import Late
 from singd_torch import _fallback
 from singd_torch._groups import settings_of
 from singd_torch._layers import Layer
 
 MOMENTUM = "momentum_buffer"
+LATE = "late."
 
 
 def initial(layer: Layer, s: Settings) -> Factors:
@@ -25,10 +27,24 @@ def initial(layer: Layer, s: Settings) -> Factors:
     return preconditioner.init(layer.structures, layer.shape, s, like_K, like_C)
 
 
-def no_momentum(layer: Layer) -> Tensor:
-    """The momentum of a layer before its first step."""
-    batch, d_out, d_in = layer.shape
-    return torch.zeros((*batch, d_out, d_in), dtype=layer.dtypes[2], device=layer.weight.device)
+def no_momenta(layer: Layer) -> list[Tensor]:
+    """The momenta of a layer's parameters before its first step."""
+    dtype = layer.dtypes[2]
+    return [
+        torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format)
+        for p in layer.parameters
+    ]
+
+
+def no_late(layer: Layer) -> Late:
+    """The sums over late gradients of a layer before its first step."""
+    return Late.zeros(layer.shape[0], layer.weight)
+
+
+def late_of(layer: Layer, state: Mapping[Any, Mapping[str, Any]]) -> Late:
+    """The sums over late gradients that the state has of a layer."""
+    zero, kept = no_late(layer), state.get(layer.weight, {})
+    return zero.rebuild(kept.get(name, a).to(a) for name, a in zero.named_arrays(LATE))
 
 
 def before_any_step(
@@ -41,7 +57,10 @@ def before_any_step(
         layer.factors = initial(layer, s).map(torch.clone)
         state[layer.weight] = dict(layer.factors.named_arrays())
         if s.momentum != 0.0:
-            state[layer.weight][MOMENTUM] = no_momentum(layer)
+            for p, momentum in zip(layer.parameters, no_momenta(layer), strict=True):
+                state.setdefault(p, {})[MOMENTUM] = momentum
+            if s.normalized:
+                state[layer.weight].update(no_late(layer).named_arrays(LATE))
     for p in fallback:
         state[p] = _fallback.initial(p, on_device=p.device.type != "cpu")
     return state
@@ -114,6 +133,8 @@ def completed(state_dict: Mapping[str, Any], live: list[dict[str, Any]]) -> dict
             group["lr_cov"] = own["lr_cov"]
         for name, value in own.items():  # settings that are younger than the checkpoint
             group.setdefault(name, value)
+        for name in set(group) - set(own):  # or that no longer are
+            del group[name]
         if group["structures"] == _names(own["structures"]):
             group["structures"] = own["structures"]
     return dict(state_dict) | {"param_groups": saved}
@@ -143,6 +164,23 @@ def by_parameter(
     return entries
 
 
+def upgrade(layer: Layer, entries: dict[nn.Parameter, dict[str, Any]], *, normalized: bool) -> None:
+    """Turn what versions before 0.1 saved of a layer into what is kept now.
+
+    The momentum was that of the matrix with its bias, and of natural gradients: a rule that
+    averages gradients begins anew with it.
+    """
+    own = entries[layer.weight]
+    momentum, (batch, d_out, d_in) = own.get(MOMENTUM), layer.shape
+    if momentum is None or momentum.shape != (*batch, d_out, d_in):
+        return
+    if normalized:
+        del own[MOMENTUM]
+        return
+    for p, part in zip(layer.parameters, layer.split(momentum), strict=True):
+        entries[p][MOMENTUM] = part.contiguous()
+
+
 def checked(layer: Layer, entries: Mapping[str, Tensor], s: Settings) -> Factors | None:
     """The saved factors of a layer, None if it had none yet.
 
@@ -151,12 +189,11 @@ def checked(layer: Layer, entries: Mapping[str, Tensor], s: Settings) -> Factors
     """
     if not any("." in name for name in entries):
         return None
-    batch, d_out, d_in = layer.shape
     momentum = entries.get(MOMENTUM)
-    if momentum is not None and momentum.shape != (*batch, d_out, d_in):
+    if momentum is not None and momentum.shape != layer.weight.shape:
         raise ValueError(
             f"{MOMENTUM!r} of {layer.name!r} has shape {tuple(momentum.shape)} in the checkpoint, "
-            f"but {(*batch, d_out, d_in)} is needed"
+            f"but {tuple(layer.weight.shape)} is needed"
         )
     return restored(initial(layer, s), entries, layer.name)
 

@@ -1,10 +1,9 @@
-"""One step of the layers: refresh the factors, precondition, move the weights."""
+"""One step of a stack of layers: refresh the factors, find the direction, move the weights."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import compress
 from typing import Any
@@ -12,23 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from singd_core._array import ADD_PRODUCT, INVERSE, MULTIPLY_ADD, number, ranged, total, widen
-from singd_core._settings import Settings, is_bound, rate
+from singd_core._array import ADD_PRODUCT, EMPTY, INVERSE, MULTIPLY_ADD, sum_of_squares, widen
+from singd_core._settings import Settings, gap, rate_of_factors
 from singd_core.preconditioner import Factors
+from singd_core.step import Direction, couples_decay, direction, weight_change
 from singd_core.updates.curvature import Curvature
-from singd_core.updates.weights import (
-    Preconditioner,
-    couples_decay,
-    direction,
-    inner,
-    kl_scale,
-    norm,
-    rms_scale,
-    times,
-    weight_change,
-)
+from singd_core.updates.natural import Preconditioner
 from singd_torch._join import join
-from singd_torch._pieces import cut, piece_size, placed, plain
+from singd_torch._pieces import cut, piece_size, placed
 from singd_torch._scaling import Scales
 from singd_torch._stacks import Stack, State
 
@@ -36,52 +26,93 @@ from singd_torch._stacks import Stack, State
 _JOINED = 1 << 13
 
 
-@dataclasses.dataclass(eq=False)
-class Work:
-    """What a step has found out of a stack of layers before anything is changed.
+@dataclasses.dataclass(frozen=True)
+class Gradients:
+    """The gradients of a step, and what is known of them before anything is changed.
 
     Attributes:
-        stack: The layers.
-        s: Their settings.
-        factors: Their refreshed factors, or those they had.
-        natural: The natural gradient.
-        scale: What its bound scales it by.
-        energy: ⟨∇W, n⟩ so scaled, 0-d or a number.
+        of: The gradient of a parameter, without the scale of the loss.
+        norms: The norm of each gradient: a number, or 0-d on an accelerator.
+        settings: The settings of a parameter's own group in this step; a bias may have its own.
+        scales: What the loss was multiplied by.
+        ok: On an accelerator, whether the step may change anything; None where it is known to.
     """
 
-    stack: Stack
-    s: Settings
-    factors: Factors
-    natural: Tensor
-    scale: Any
-    energy: Any
+    of: Callable[[nn.Parameter], Tensor]
+    norms: Mapping[nn.Parameter, Any]
+    settings: Callable[[nn.Parameter], Settings]
+    scales: Scales
+    ok: Tensor | None
 
 
-def prepare(stack: Stack, s: Settings, scales: Scales) -> Work:
-    """The natural gradients of layers, their factors refreshed by the rows that are pending.
+def advance(stack: Stack, state: State, given: Gradients) -> Any:
+    """Write the new factors, momenta and weights of a stack.
 
-    A stack that has a report is told there of the refresh.
+    Returns:
+        Whether it moved: a bool, or 0-d on an accelerator. It did not if products left the range of
+        its dtype, and nothing but momenta of gradients was changed then.
     """
+    layer = stack.layers[0]
+    s, ok = given.settings(layer.weight), given.ok
+    factors, preconditioner = _refreshed(stack, s, given.scales)
+    gradient = stack.joined(given.of)
+    decay = None
+    if any(couples_decay(given.settings(p)) for p in layer.parameters):
+        decay = stack.joined(partial(_coupled_decay, given.settings))
+    if stack.momenta is None and s.momentum != 0.0:
+        stack.begin(state, s)
+    if ok is not None:
+        s = _masked(s, ok, gradient[0])
+        gradient = [torch.where(ok, g, 0.0) for g in gradient]  # NaN times 0 is NaN
+        if decay is not None:
+            decay = [torch.where(ok, w, 0.0) for w in decay]
+    found = stack.run(
+        _direction if stack.compile is None else _direction_anew,
+        *(layer.kind, s, preconditioner or factors, factors.averages.t_U),
+        *(tuple(layer.weight.shape), gradient, decay, stack.momenta, stack.late),
+        _squares(stack, given, gradient),
+    )
+    moves: Any
+    if ok is None:
+        moves = bool(found.finite)
+    else:
+        moves = ok & found.finite
+        found = _kept(found, moves, stack)
+        if factors is not stack.factors:
+            factors = factors.map(partial(_either, moves), stack.factors)  # type: ignore[arg-type]
+    if moves is False:  # of the host
+        return False
+    if stack.momenta is not None and found.momenta is not None:
+        stack.hold_momenta(found.momenta, found.late, state)
+    if factors is not stack.factors:
+        known = preconditioner if ok is None and stack.compile is None else None
+        stack.hold(factors, state, seen=True, preconditioner=known)
+    if stack.report is not None:
+        lengths = torch.stack([sum_of_squares(_rows(u, stack), 1) for u in found.parts]).sum(0)
+        update = s.lr * found.scale * lengths.sqrt()
+        stack.report |= {"agreement": found.agreement, "update": update}
+    _move(stack, found, given, None if ok is None else moves)
+    return moves
+
+
+def _refreshed(stack: Stack, s: Settings, scales: Scales) -> tuple[Factors, Preconditioner | None]:
+    """The factors, refreshed by the rows that are pending, and what preconditions with them."""
     layer, factors = stack.layers[0], stack.factors
     assert factors is not None
-    preconditioner = stack.preconditioner
+    steps = layer.group["steps"]
     if layer.pending:
-        lr_cov = rate(s.lr_cov, layer.group["steps"])
+        lr_cov = rate_of_factors(steps, s)
         if stack.compile is not None:  # else each value of a schedule would be compiled anew
             lr_cov = torch.zeros_like(factors.averages.k) + lr_cov
         curvature = stack.curvature(scales.rows)
         for one in stack.layers:  # its rows are as large as its factors, and so is the curvature
             one.pending = {}
         factors = stack.run(_refresh, factors, curvature, lr_cov, s, stack.report)
-        del curvature
-        preconditioner = None
-    elif preconditioner is None and stack.compile is None:
-        preconditioner = stack.preconditioner = factors.preconditioner(s.T)
-    gradient = stack.matrix(_gradient)
-    if scales.grads is not None:
-        gradient = ranged(gradient) / scales.grads
-    donate = len(layer.parameters) > 1  # it is no gradient itself, but was joined
-    return Work(stack, s, factors, *stack.run(_solve, factors, gradient, s, preconditioner, donate))
+        stack.preconditioner = None
+        return factors, None if stack.compile is not None else factors.preconditioner(gap(steps, s))
+    if stack.preconditioner is None and stack.compile is None:
+        stack.preconditioner = factors.preconditioner(gap(steps, s))
+    return factors, stack.preconditioner
 
 
 def _refresh(
@@ -90,151 +121,112 @@ def _refresh(
     return factors.refresh(curvature, lr_cov, s, report)
 
 
-def _solve(
-    factors: Factors,
-    gradient: Tensor,
-    s: Settings,
-    preconditioner: Preconditioner | None,
-    donate: bool,
-) -> tuple[Tensor, Any, Any]:
-    """The last three attributes of `Work`.
+def _direction(
+    kind: Any, s: Settings, factors: Any, t_U: Tensor, shape: Any, gradient: Any, decay: Any,
+    momenta: Any, late: Any, squares: Any,
+) -> Direction:  # fmt: skip
+    """`direction`, by pieces of large matrices, and with momenta written where they are."""
+    owned = s.normalized and s.nesterov and momenta is not None  # an average of its own
+    precondition = partial(_by_pieces, factors, owned)
+    arguments = precondition, t_U, shape, gradient, decay, momenta, late, squares
+    # what products made is known to be finite only afterwards, on an accelerator
+    donate = s.normalized or not isinstance(s.lr, Tensor)
+    return direction(kind, s, *arguments, donate=donate)
 
-    Nothing else is changed, so that it can be compiled, but a large gradient if `donate`.
+
+def _direction_anew(kind: Any, s: Settings, factors: Any, *arguments: Any) -> Direction:
+    """`_direction` for compilers, which find out by themselves what can be overwritten."""
+    return direction(kind, s, factors.precondition, *arguments)
+
+
+def _by_pieces(preconditioner: Preconditioner, owned: bool, gradient: Tensor) -> Tensor:
+    """The natural gradient, of a large matrix without temporaries of its size.
+
+    It overwrites the gradient if that is `owned` and fits.
     """
-    preconditioner = preconditioner or factors.preconditioner(1)
     most = piece_size(type(preconditioner.K), type(preconditioner.C))
-    if len(cut(gradient, most)) > 1:
-        return _solve_by_pieces(preconditioner, gradient, s, donate, most)
-    natural = preconditioner(gradient)
-    scale = plain(rms_scale(natural, s.rms_bound, _norm(natural, s)))
-    return natural, scale, number(total(scale * inner(gradient, natural)))
-
-
-def _solve_by_pieces(
-    preconditioner: Preconditioner, gradient: Tensor, s: Settings, donate: bool, most: int
-) -> tuple[Tensor, float, float]:
-    """The last three attributes of `Work` of a large matrix, without temporaries of its size."""
+    if len(cut(gradient, most)) == 1:
+        small: Tensor = preconditioner(gradient)
+        return small
     dtype, by_rows = preconditioner.C.like.dtype, preconditioner.rows(slice(0)) is not None
-    in_place = by_rows and donate and gradient.dtype == dtype
-    natural = gradient if in_place else torch.empty_like(gradient, dtype=dtype)
-    norms, energy = [], 0.0
-
-    def keep(own: Tensor, found: Tensor, place: Tensor) -> None:
-        nonlocal energy
-        norms.append(_norm(found, s))
-        energy += number(inner(own, found))
-        place.copy_(found)
-
-    pieces = zip(cut(gradient, most), cut(natural, most), strict=True)
-    if by_rows:
-        start = 0
-        for own, place in pieces:
+    natural = gradient
+    if not (owned and gradient.dtype == dtype):
+        natural = torch.empty_like(gradient, dtype=dtype)
+    start = 0
+    for own, place in zip(cut(gradient, most), cut(natural, most), strict=True):
+        if by_rows:
             rows = preconditioner.rows(slice(start, start + len(own)))
             assert rows is not None
-            keep(own, rows(own), place)
+            place.copy_(rows(own))
             start += len(own)
-    else:
-        for own, place in pieces:
+        else:
             place.copy_(preconditioner.right(own))
-        for own, place in zip(cut(gradient.mT, most), cut(natural.mT, most), strict=True):
-            keep(own.mT, preconditioner.left(place.mT), place.mT)
-    scale = rms_scale(natural, s.rms_bound, math.hypot(*norms))
-    return natural, scale, scale * energy
+    if not by_rows:
+        for place in cut(natural.mT, most):
+            place.mT.copy_(preconditioner.left(place.mT))
+    return natural
 
 
-def _norm(x: Tensor, s: Settings) -> Any:
-    """The norm of `x` if it is bounded."""
-    return number(norm(x)) if is_bound(s.rms_bound) else 0.0
+def _move(stack: Stack, found: Direction, given: Gradients, moves: Tensor | None) -> None:
+    """Change the weights and biases."""
+    places = zip(*(layer.parameters for layer in stack.layers), strict=True)
+    for place, part in zip(places, found.parts, strict=True):
+        own = given.settings(place[0])
+        own = own if moves is None else _masked(own, moves, part)
+        trained = [p.grad is not None for p in place]  # one may have been frozen since
+        if len(place) > 1 and place[0].numel() <= _JOINED and all(trained):
+            joined = join(place)
+            weight_change(part, found.scale, joined, own, onto=joined)
+            torch._foreach_copy_(place, stack.split(joined))  # type: ignore[arg-type]
+            continue
+        for weight, u in compress(zip(place, stack.split(part), strict=True), trained):
+            for piece, change in zip(cut(weight), cut(u), strict=True):
+                weight_change(change, found.scale, piece, own, onto=piece)
 
 
-def apply(
-    works: Sequence[Work],
-    state: State,
-    settings_of: Callable[[nn.Parameter], Settings],
-    energy: Any,
-    ok: Tensor | None,
-) -> None:
-    """Write the new factors, momenta and weights.
-
-    Args:
-        works: What `prepare` found.
-        state: The optimizer's state.
-        settings_of: The settings of a parameter's own group; a bias may have its own.
-        energy: The sum of the works' energies.
-        ok: On an accelerator, whether the step may change anything; None where it is known to.
-    """
-    kl = {id(work.s): kl_scale(energy, work.s.kl_bound) for work in works}
-    for work in works:
-        stack, s, factors = work.stack, work.s, work.factors
-        parameters, decay = stack.layers[0].parameters, None
-        if any(couples_decay(settings_of(p)) for p in parameters):
-            decay = stack.matrix(partial(_coupled_decay, settings_of))
-        if stack.momentum is None and s.momentum != 0.0:
-            momentum = torch.zeros_like(work.natural, dtype=stack.layers[0].dtypes[2])
-            stack.hold_momentum(momentum, state)
-        scale = work.scale * kl[id(s)]
-        if ok is not None:
-            s, scale = _masked(s, ok, work.natural), torch.where(ok, scale, 0.0)
-            for term in (work.natural, decay):
-                if term is not None:
-                    term.masked_fill_(~ok, 0.0)  # NaN times 0 is NaN
-            if factors is not stack.factors:
-                factors = factors.map(partial(_either, ok), stack.factors)  # type: ignore[arg-type]
-        step = _directed if stack.compile is None else _directed_anew
-        u, c, moved = stack.run(step, work.natural, decay, stack.momentum, scale, s)
-        if moved is not None and moved is not stack.momentum:
-            stack.hold_momentum(moved, state)
-        if stack.report is not None:
-            stack.report |= {"natural_scale": scale, "update": s.lr * c * norm(u)}
-        if isinstance(c, Tensor) and c.ndim > 0:  # the parts of u may have other axes
-            u, c = times(c, u, in_place=u is not stack.momentum), 1.0
-        if factors is not stack.factors:
-            stack.hold(factors, state, seen=True)
-        places = zip(*(layer.parameters for layer in stack.layers), strict=True)
-        for place, part in zip(places, stack.layers[0].split(u), strict=True):
-            own = settings_of(place[0])
-            own = own if ok is None else _masked(own, ok, u)
-            moves = [p.grad is not None for p in place]  # one may have been frozen since
-            if len(place) > 1 and place[0].numel() <= _JOINED and all(moves):
-                joined = join(place)
-                weight_change(part, c, joined, own, onto=joined)
-                torch._foreach_copy_(place, stack.split(joined))  # type: ignore[arg-type]
-                continue
-            for weight, direct in compress(zip(place, stack.split(part), strict=True), moves):
-                for piece, change in zip(cut(weight), cut(direct), strict=True):
-                    weight_change(change, c, piece, own, onto=piece)
+def _squares(stack: Stack, given: Gradients, gradient: Sequence[Tensor]) -> Any:
+    """‖∇W‖² of each matrix, from the norms of the gradients where those are of matrices."""
+    layer = stack.layers[0]
+    if layer.shape[0]:  # a gradient is that of several
+        weight, *bias = gradient
+        total = sum_of_squares(layer.kind.matrix(weight), 2)
+        for b in bias:
+            total = total + sum_of_squares(b.reshape(*total.shape, -1), 1)
+        return total
+    squares = [
+        sum(given.norms[p] ** 2 for p in one.parameters if p.grad is not None)
+        for one in stack.layers
+    ]
+    if len(squares) == 1 and stack.compile is None:
+        return squares[0]
+    like = stack.factors.averages.k  # type: ignore[union-attr]
+    if isinstance(squares[0], Tensor):
+        return torch.stack(squares).to(like).reshape(like.shape)
+    return like.new_tensor(squares).reshape(like.shape)
 
 
-def _directed(
-    natural: Tensor, decay: Tensor | None, momentum: Tensor | None, scale: Any, s: Settings
-) -> tuple[Tensor, Any, Tensor | None]:
-    """The direction, its bound and the new momentum.
-
-    The natural gradient is this step's own, and the momentum is updated where it is.
-    """
-    if momentum is not None and momentum.dtype != natural.dtype:
-        u, momentum = direction(natural, decay, momentum, scale, s, donate=True)
-        return u, plain(rms_scale(u, s.rms_bound, _norm(u, s))), momentum
-    n, norms = len(cut(natural)), []
-    arrays = ((None,) * n if a is None else cut(a) for a in (natural, decay, momentum))
-    for own, added, old in zip(*arrays, strict=True):
-        part, _ = direction(own, added, old, scale, s, donate=True)
-        norms.append(_norm(part, s))
-    u = natural if momentum is None or part is own else momentum
-    c = rms_scale(u, s.rms_bound, norms[0] if n == 1 else math.hypot(*norms))
-    return u, plain(c), momentum
+def _kept(found: Direction, moves: Tensor, stack: Stack) -> Direction:
+    """A direction that is zero unless the stack moves."""
+    parts = [torch.where(moves, u, 0.0) for u in found.parts]
+    late = found.late
+    if late is not None and stack.late is not None:
+        late = late.map(partial(_either, moves), stack.late)
+    scale = found.scale if isinstance(found.scale, float) else torch.where(moves, found.scale, 0.0)
+    momenta = found.momenta
+    if momenta is not None and stack.momenta is not None:
+        pairs = zip(momenta, stack.momenta, strict=True)
+        momenta = [_either(moves, new, old) for new, old in pairs]
+    return found._replace(parts=parts, momenta=momenta, late=late, scale=scale)
 
 
-def _directed_anew(
-    natural: Tensor, decay: Tensor | None, momentum: Tensor | None, scale: Any, s: Settings
-) -> tuple[Tensor, Any, Tensor | None]:
-    """`_directed` for compilers, which find out by themselves what can be overwritten."""
-    u, moved = direction(natural, decay, momentum, scale, s)
-    return u, rms_scale(u, s.rms_bound), moved
+def _rows(u: Tensor, stack: Stack) -> Tensor:
+    like = stack.factors.averages.k  # type: ignore[union-attr]
+    wide: Tensor = widen(u)
+    return wide.reshape(*like.shape, -1)
 
 
 def _masked(s: Settings, ok: Tensor, like: Tensor) -> Settings:
-    """The settings with which zeros in place of a natural gradient change nothing unless ok."""
+    """The settings with which zeros in place of a gradient change nothing unless ok."""
     dtype = widen(like[..., :0]).dtype
     momentum, lr = (placed(v, dtype, ok.device) for v in (s.momentum, s.lr))
     return dataclasses.replace(
@@ -257,10 +249,7 @@ MULTIPLY_ADD |= dict.fromkeys((Tensor, nn.Parameter), _multiply_add)
 ADD_PRODUCT[Tensor] = _add_product
 # `inv` waits to know whether there is an inverse.
 INVERSE[Tensor] = lambda A: torch.linalg.inv_ex(A).inverse
-
-
-def _gradient(p: nn.Parameter) -> Tensor:
-    return torch.zeros_like(p) if p.grad is None else p.grad
+EMPTY[Tensor] = lambda shape, like: torch.empty(shape, dtype=like.dtype, device=like.device)
 
 
 def _coupled_decay(settings_of: Callable[[nn.Parameter], Settings], p: nn.Parameter) -> Tensor:

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from singd_core import _settings
 from singd_core.curvature import StackedLinear
 from singd_core.preconditioner import Factors
 from singd_torch import _attention, _capture
 from singd_torch._capture import Tap
 from singd_torch._distributed import processes_of_call
+from singd_torch._groups import settings_of
 from singd_torch._layers import Layer, Source, find
 from singd_torch._queue import Call, Queue
 from singd_torch._stacks import Stack, stacks
@@ -214,4 +216,4 @@ class Watcher(torch.optim.Optimizer):
 
 
 def is_due(layer: Layer) -> bool:
-    return layer.group["steps"] % layer.group["T"] == 0 or not layer.seen
+    return _settings.is_due(layer.group["steps"], settings_of(layer.group)) or not layer.seen

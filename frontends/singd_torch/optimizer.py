@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,14 +13,16 @@ from torch import Tensor, nn
 
 from singd_core import preconditioner
 from singd_core._array import ranged
-from singd_core._settings import STRUCTURES, Settings, settings
-from singd_torch import _diagnostics, _fallback, _pieces, _scaling, _state, _table
+from singd_core._settings import DEFAULT, STRUCTURES, settings
+from singd_core.step import warmed
+from singd_torch import _diagnostics, _fallback, _finite, _scaling, _state, _table
 from singd_torch._distributed import reduce_rows
 from singd_torch._estimate import automatic
 from singd_torch._groups import check_group, settings_of
 from singd_torch._layers import find
 from singd_torch._scaling import Scales
-from singd_torch._step import Work, apply, prepare
+from singd_torch._stacks import Stack
+from singd_torch._step import Gradients, advance
 from singd_torch._warnings import warn
 from singd_torch._watcher import Watcher, is_due
 
@@ -52,7 +56,7 @@ class SINGD(Watcher):
         preconditioner_dtype: Of K and of C; None is the weight's, float32 for float16.
         init_grad_scale: Accepted for compatibility; the scale is read when a step is taken.
         normalize_lr_cov: The authors' normalization of the factor step.
-        recipe: "robust" or "paper": values for all settings not given.
+        recipe: "normalized" or "paper": values for all settings not given.
         memory_budget: With `structures="auto"`, the bytes that all of the state may take.
         kfac: Use KFAC with its inverses, the baseline.
         average_groups: Average the groups of a grouped convolution as the authors do, in place of
@@ -101,7 +105,7 @@ class SINGD(Watcher):
         init_grad_scale: float = 1.0,
         normalize_lr_cov: bool | None = None,
         *,
-        recipe: str = "robust",
+        recipe: str = DEFAULT,
         memory_budget: int | None = None,
         kfac: bool | None = None,
         average_groups: bool = False,
@@ -230,7 +234,6 @@ class SINGD(Watcher):
         if not self.state and self._is_no_step():
             self.state.update(_state.before_any_step(self._layers, self._fallback))
             return loss
-        chosen = {id(group): settings_of(group) for group in self.param_groups}
         scales = _scaling.scales(self, self._scale_of_rows)
         if self._processes is not None:
             due = [one for one in self._layers if one.weight.requires_grad and is_due(one)]
@@ -238,42 +241,47 @@ class SINGD(Watcher):
                 self._factors(layer)
             reduce_rows(due, self._processes)
         ready, others = self._ready()
-        works = [prepare(stack, chosen[id(stack.layers[0].group)], scales) for stack in ready]
-        if works or others:
-            self._take_step(works, others, chosen, scales)
+        if ready or others:
+            self._take_step(ready, others, scales)
         for group in self.param_groups:
             group["steps"] += 1
         self._forget_rows()
         self._mask = self._scale_of_rows = None
         return loss
 
-    def _take_step(
-        self,
-        works: list[Work],
-        others: list[nn.Parameter],
-        chosen: dict[int, Settings],
-        scales: Scales,
-    ) -> None:
-        device = (works[0].natural if works else others[0]).device
-        grads = [p.grad for p in others if p.grad is not None]
-        if scales.grads is not None:
-            grads = [ranged(g) / scales.grads for g in grads]
-        total: Any = sum(work.s.lr**2 * _on(device, work.energy) for work in works)
-        checked = total if not grads else total + _on(device, _fallback.norms(grads))
+    def _take_step(self, ready: list[Stack], others: list[nn.Parameter], scales: Scales) -> None:
+        shares = {id(g): warmed(settings_of(g), g["steps"]) for g in self.param_groups}
+        chosen = {
+            id(g): dataclasses.replace(settings_of(g), lr=g["lr"] * shares[id(g)])
+            for g in self.param_groups
+        }
+        layers = [layer for stack in ready for layer in stack.layers]
+        moving = [p for layer in layers for p in layer.parameters if p.grad is not None]
+        moving += others
+        of = partial(_unscaled, scales.grads)
+        norms = _finite.norms({p: of(p) for p in moving})
+        sizes = [x for layer in layers for x in layer.sizes()]
+        size = _finite.total([*norms.values(), *sizes])
         ok = skip = None
-        known = not isinstance(checked, Tensor) or _pieces.on_host(checked)
-        if known:  # then nothing is masked
-            if not math.isfinite(checked):
+        if not isinstance(size, Tensor):  # then nothing is masked
+            if not math.isfinite(size):
                 self._skipped += 1
                 self._warn_skipped()
                 return
         else:
-            ok = torch.isfinite(checked)
+            ok = torch.isfinite(size)
             skip = (~ok).to(torch.float32)
-            self._skipped = self._skipped + skip
 
-        apply(works, self.state, lambda p: chosen[id(self._group_of[p])], total, ok)
-        _fallback.step_all(self._group_of, others, grads, self.state, skip)
+        given = Gradients(of, norms, lambda p: chosen[id(self._group_of[p])], scales, ok)
+        moved = [advance(stack, self.state, given) for stack in ready]
+        grads = [of(p) for p in others]
+        _fallback.step_all(self._group_of, others, grads, self.state, skip, shares)
+        if ok is None and not all(moved):
+            self._skipped += 1
+            self._warn_skipped()
+        elif ok is not None:
+            failed = ~torch.stack([ok, *(m.to(ok.device) for m in moved)]).all()
+            self._skipped = self._skipped + failed.to(torch.float32)
 
     def _is_no_step(self) -> bool:
         """Whether this is how torch.distributed.checkpoint makes the state that it loads into."""
@@ -322,10 +330,13 @@ class SINGD(Watcher):
             group | {"params": own["params"]}
             for group, own in zip(saved["param_groups"], self.param_groups, strict=True)
         ]
-        factors = {
-            layer.weight: _state.checked(layer, entries[layer.weight], settings_of(layer.group))
-            for layer in find(self._model, groups)
-        }
+        older = [group for group in state_dict["param_groups"] if "normalized" not in group]
+        factors = {}
+        for layer in find(self._model, groups):
+            s, own = settings_of(layer.group), entries[layer.weight]
+            if older:
+                _state.upgrade(layer, entries, normalized=s.normalized)
+            factors[layer.weight] = _state.checked(layer, own, s)
         super().load_state_dict(saved)
         for p, found in entries.items():  # torch casts every tensor to the parameter's dtype
             if found:
@@ -365,7 +376,7 @@ class SINGD(Watcher):
         """What each layer's factors and steps are like, by `name of the weight/quantity`.
 
         The first call starts the recording of what is known only within a step (step and bounded,
-        natural_scale, update); the later ones have it of the last step and refresh. It waits for
+        agreement, update); the later ones have it of the last step and refresh. It waits for
         the device; steps do not. Of a layer of several matrices (groups, packed projections) it
         is the largest value. The quantities are
 
@@ -373,7 +384,7 @@ class SINGD(Watcher):
         - K_step, C_step: β₁ ‖m‖_F of the last refresh, before its bound;
         - K_bounded, C_bounded: 1 if the bound then was active, else 0;
         - K_damping, C_damping: the damping's share λ / (t + λ) of the mean diagonal;
-        - natural_scale: what the bounds on the natural gradient left of it, 1 if nothing was cut;
+        - agreement: how much the late gradients agree, from 0 to 1 (1 if the rule does not ask);
         - update: the norm of the update, decoupled decay apart, over the norm of the weight.
         """
         self._reports = True
@@ -392,5 +403,8 @@ def _plain(model: Any) -> nn.Module:
     return plain
 
 
-def _on(device: torch.device, x: Any) -> Any:
-    return x.to(device) if isinstance(x, Tensor) else x
+def _unscaled(scale: Tensor | None, p: nn.Parameter) -> Tensor:
+    """The gradient of a parameter, zeros where a layer's weight or bias has none."""
+    if p.grad is None:
+        return torch.zeros_like(p)
+    return p.grad if scale is None else ranged(p.grad) / scale

@@ -41,7 +41,7 @@ def update_as_on_the_page(case: Case) -> None:
 @law(backends=_EAGER, examples=3, sizes=(1, 4))
 def update_stays_in_the_structure(case: Case) -> None:
     """After an update K, C and their momenta are members, in the dtype they had."""
-    for s in (SINGD, settings("robust")):
+    for s in (SINGD, settings("normalized")):
         factors = run(case, draw_rows(case, 2), s)
         for name in ("K", "C", "m_K", "m_C"):
             L = getattr(factors, name)
@@ -110,7 +110,7 @@ def dense_tril_and_triu_agree_to_second_order(case: Case) -> None:
 def update_of_a_stack_equals_a_loop(case: Case) -> None:
     """A refresh of stacked factors is the stack of their refreshes, also where one has no rows."""
     stacks = [(A, B * case.to([[[1.0]], [[0.0]]])) for A, B in draw_rows(case, 2, (2,))]
-    for s in (SINGD, settings("robust")):
+    for s in (SINGD, settings("normalized")):
         found = run(case, stacks, s, batch=(2,))
         for i in range(2):
             alone = run(case, [(A[i, ...], B[i, ...]) for A, B in stacks], s)
@@ -133,7 +133,7 @@ def update_stays_positive_definite(case: Case) -> None:
         # the scale changes from step to step, the hardest case
         scaled = [(A * scales[t % 2], B * scales[1 - t % 2]) for t, (A, B) in enumerate(rows)]
         with np.errstate(over="ignore"):  # ‖m‖² leaves float32; the step is then 0
-            factors = run(case, scaled, settings("robust"))
+            factors = run(case, scaled, settings("normalized"))
         for name in ("K", "C"):
             dense = case.numpy(getattr(factors, name))
             require(bool(np.all(np.isfinite(dense))), f"{name} is not finite at scales {scales}")
@@ -168,7 +168,7 @@ def rows_in_any_order_and_number(case: Case) -> None:
 def loss_scaled_by_a_power_of_two(case: Case) -> None:
     """With relative damping, 64 times the loss divides C by 64, and changes nothing else."""
     case.floats = True
-    rows, s = draw_rows(case, 3), settings("robust")
+    rows, s = draw_rows(case, 3), settings("normalized")
     if not any(np.any(case.numpy(A)) and np.any(case.numpy(B)) for A, B in rows):
         return  # without rows C stays the identity
     once = run(case, rows, s)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Self
 
 from singd_core._array import Array, Scalar, at_least, at_most, number
@@ -12,7 +11,7 @@ from singd_core._settings import Rate, Settings, is_bound
 from singd_core._tree import Tree, tree
 from singd_core.structures.base import Structure
 from singd_core.updates.curvature import TINY, Averages, Curvature, Measured, measure
-from singd_core.updates.weights import Preconditioner
+from singd_core.updates.natural import Preconditioner
 
 
 @tree
@@ -43,13 +42,13 @@ class InverseFree(Tree):
 
     def precondition(self, gradient: Array) -> Array:
         """The natural gradient C Cᵀ ∇W K Kᵀ of ∇W, shape (..., d_out, d_in), in the dtype of C."""
-        return Preconditioner(self.K, self.K.precondition, self.C, self.C.precondition)(gradient)
+        return Preconditioner(self.K, None, self.C, None)(gradient)
 
     def preconditioner(self, T: int) -> Preconditioner:
         """`precondition` for T steps: with K Kᵀ and C Cᵀ formed once where that multiplies less."""
         d_in, d_out = self.K.shape[-1], self.C.shape[-1]
-        times_K, times_C = _square(self.K, T * d_out), _square(self.C, T * d_in)
-        return Preconditioner(self.K, times_K, self.C, times_C)
+        P_K, P_C = _square(self.K, T * d_out), _square(self.C, T * d_in)
+        return Preconditioner(self.K, P_K, self.C, P_C)
 
     def refresh(
         self,
@@ -94,10 +93,9 @@ class InverseFree(Tree):
         return {"K_norm": self.K.norm(), "C_norm": self.C.norm()}
 
 
-def _square(L: Structure, columns: int) -> Callable[[Array], Array]:
-    """The product L Lᵀ X, of so many columns in all."""
-    P = L.square() if columns > L.shape[-1] else None  # d³, and d² a column; 2 d² with L and Lᵀ
-    return L.precondition if P is None else P.apply
+def _square(L: Structure, columns: int) -> Structure | None:
+    """L Lᵀ, if it will be multiplied with so many columns that it is worth having."""
+    return L.square() if columns > L.shape[-1] else None  # d³, and d² a column; 2 d² with L and Lᵀ
 
 
 def direction(

@@ -11,7 +11,7 @@ from singd_core._tree import Tree, tree
 from singd_core.structures.base import Structure
 from singd_core.structures.dense import Dense
 from singd_core.updates.curvature import Averages, Curvature, Measured, measure
-from singd_core.updates.weights import Preconditioner
+from singd_core.updates.natural import Preconditioner
 
 
 @tree
@@ -46,7 +46,7 @@ class KFAC(Tree):
 
     def preconditioner(self, T: int) -> Preconditioner:
         """`precondition`."""
-        return Preconditioner(self.P_K, self.P_K.apply, self.P_C, self.P_C.apply)
+        return Preconditioner(self.P_K, self.P_K, self.P_C, self.P_C)
 
     def refresh(
         self,

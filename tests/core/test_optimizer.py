@@ -11,7 +11,7 @@ from singd_core.curvature import Embedding
 from singd_core.updates.curvature import Curvature
 
 GIVEN: dict[str, dict[str, Any]] = {
-    "robust": {},
+    "normalized": {},
     "paper": {"recipe": "paper", "damping": 0.1},
     "kfac": {"kfac": True},
     "diagonal": {"structures": ("diagonal", "diagonal")},
@@ -83,7 +83,7 @@ def test_layers_without_rows_keep_their_factors() -> None:
 
 
 def test_due_is_every_T_steps() -> None:
-    optimizer = Optimizer(LAYERS, T=3)
+    optimizer = Optimizer(LAYERS, T=3, growing_T=False)
     p, found = params(), []
     state = optimizer.init(p)
     for g, rows in steps(7):
@@ -116,7 +116,7 @@ def test_tuples_and_matrices_are_layers_unless_said_otherwise() -> None:
 def test_fallback_is_adamw(i: complex) -> None:
     """Loshchilov & Hutter, arXiv 1711.05101, algorithm 2, written out."""
     s = Fallback(lr=0.1, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.2)
-    optimizer = Optimizer({}, fallback=s)
+    optimizer = Optimizer({}, fallback=s, warmup=0)
     rng = np.random.default_rng(0)
     w = theta = rng.standard_normal(4) + i * rng.standard_normal(4)
     state, m, v = optimizer.init({"w": w}), 0.0, 0.0

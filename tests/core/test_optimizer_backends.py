@@ -20,7 +20,7 @@ EAGER = [b for b in OTHERS if b.library != "jax"]  # there each new operation co
 CLOSE = 1e-10
 
 CASES: dict[str, dict[str, Any]] = {
-    "robust": {},
+    "normalized": {},
     "paper": {"recipe": "paper", "T": 2, "weight_decay": 0.1},
     "normalized, second order": {"recipe": "paper", "normalize_lr_cov": True, "order": 2},
     "kfac": {"kfac": True},
@@ -91,7 +91,7 @@ def only(names: tuple[str, ...], tree: dict[str, Any]) -> dict[str, Any]:
 
 # One layer and one other parameter compile in a few seconds; all of them with all settings do not.
 FEW, ALL = ("map", "number"), tuple(params())
-JIT = [("robust", FEW), *(pytest.param(c, ALL, marks=pytest.mark.slow) for c in CASES)]
+JIT = [("normalized", FEW), *(pytest.param(c, ALL, marks=pytest.mark.slow) for c in CASES)]
 
 
 @pytest.mark.parametrize(("case", "names"), JIT)
@@ -135,7 +135,7 @@ def test_inputs_are_left_as_they_are(backend: Backend) -> None:
     with backend.active():
         arrays = mapped(lambda x: backend.to(x, "float64"), start)
         grads, rows = (mapped(lambda x: backend.to(x, "float64"), one) for one in data[0])
-        optimizer = optimizer_for("robust")
+        optimizer = optimizer_for("normalized")
         state = optimizer.init(arrays)
         before = {name: backend.back(a).copy() for name, a in state.named_arrays()}
         optimizer.update(grads, state, arrays, rows)

@@ -1,6 +1,7 @@
 """Settings: two recipes, what is given wins, and what cannot be is named."""
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -8,12 +9,12 @@ import numpy as np
 import pytest
 
 from singd_core import RECIPES, Settings, settings
-from singd_core._settings import rate
+from singd_core._settings import gap, is_due, rate, rate_of_factors
 
 
-def test_there_are_two_recipes_and_robust_is_the_default() -> None:
-    assert set(RECIPES) == {"paper", "robust"}
-    assert settings() == settings("robust") == RECIPES["robust"]
+def test_there_are_two_recipes_and_normalized_is_the_default() -> None:
+    assert set(RECIPES) == {"paper", "normalized"}
+    assert settings() == settings("normalized") == RECIPES["normalized"]
 
 
 def test_paper_is_what_the_authors_package_does_by_default() -> None:
@@ -29,10 +30,9 @@ def test_paper_is_what_the_authors_package_does_by_default() -> None:
         "normalize_lr_cov",
     }  # fmt: skip
     assert {n: ours[n] for n in common} == {n: theirs[n] for n in common}
-    bounds = {"factor_bound", "kl_bound", "rms_bound"}
-    assert all(ours[name] == math.inf for name in bounds)
+    assert ours["factor_bound"] == math.inf
     assert ours["order"] == 1
-    assert not any(ours[name] for name in ours.keys() - common - bounds - {"order"})
+    assert not any(ours[name] for name in ours.keys() - common - {"factor_bound", "order"})
 
 
 def test_a_scalar_of_numpy_is_the_number_it_holds() -> None:
@@ -47,7 +47,7 @@ def test_a_scalar_of_numpy_is_the_number_it_holds() -> None:
 def test_every_setting_can_be_given_and_wins(field: Any, recipe: str) -> None:
     other = {
         "lr": 0.5, "momentum": 0.5, "weight_decay": 0.5, "T": 7, "lr_cov": 0.5, "damping": 0.7,
-        "alpha1": 0.25, "factor_bound": 0.1, "order": 3, "kl_bound": 0.1, "rms_bound": 0.1,
+        "alpha1": 0.25, "factor_bound": 0.1, "order": 3, "warmup": 5,
     }  # fmt: skip
     recipes_value = getattr(RECIPES[recipe], field.name)
     value = other.get(field.name, not recipes_value)
@@ -72,10 +72,9 @@ def test_settings_cannot_be_changed_behind_the_optimizers_back() -> None:
         ("momentum", [-0.1, 1.0, 2, math.nan], r"must be in \[0, 1\)"),
         ("alpha1", [-0.1, 1.0, math.nan], r"must be in \[0, 1\)"),
         ("factor_bound", [0.0, -1.0, math.nan], "must be positive"),
-        ("kl_bound", [0.0, -1, math.nan], "must be positive"),
-        ("rms_bound", [0.0, math.nan], "must be positive"),
         ("T", [0, -1, 1.0, 2.5, "10"], "must be an integer of at least 1"),
         ("order", [0, 1.5], "must be an integer of at least 1"),
+        ("warmup", [-1, 2.5], "must be an integer of at least 0"),
     ],
 )
 def test_a_value_out_of_range_is_named(name: str, values: list[Any], message: str) -> None:
@@ -96,7 +95,7 @@ def test_an_array_is_not_looked_into() -> None:
 
 
 def test_unknown_names_are_errors_that_list_what_there_is() -> None:
-    with pytest.raises(ValueError, match=r"recipe='fast': there are 'paper', 'robust'"):
+    with pytest.raises(ValueError, match=r"recipe='fast': there are 'paper', 'normalized'"):
         settings("fast")
     with pytest.raises(
         ValueError, match=r"no setting 'learning_rate'; there are lr, momentum, nes"
@@ -109,3 +108,30 @@ def test_a_schedule_is_called_with_the_number_of_steps_taken() -> None:
     assert rate(0.25, 3) == 0.25
     schedule = settings(lr_cov=lambda step: 0.1).lr_cov
     assert callable(schedule)
+
+
+def test_gaps_grow_with_the_steps_taken_and_up_to_T() -> None:
+    s = settings("normalized")
+    due = [t for t in range(1000) if is_due(t, s)]
+    assert due[:20] == list(range(20))
+    for t, following in itertools.pairwise(due):
+        assert 1 <= following - t <= max(1, min(following // 10, 50))
+    assert [t for t in due if t >= 650] == list(range(650, 1000, 50))
+    assert gap(10**6, settings("normalized", T=7)) == 7
+    assert [gap(t, settings("normalized", growing_T=False, T=7)) for t in (0, 99)] == [7, 7]
+
+
+def test_gaps_of_arrays_are_those_of_numbers() -> None:
+    s, steps = settings("normalized"), np.arange(1000)
+    np.testing.assert_array_equal(gap(steps, s), [gap(t, s) for t in range(1000)])
+    np.testing.assert_array_equal(
+        [gap(np.asarray(t), s, np.asarray(7)) for t in range(300)],
+        [gap(t, settings("normalized", T=7)) for t in range(300)],
+    )
+
+
+def test_the_rate_of_the_factors_is_that_of_the_steps_of_a_gap() -> None:
+    s = settings("normalized", lr_cov=0.1)
+    assert rate_of_factors(0, s) == pytest.approx(0.1)
+    assert rate_of_factors(100, s) == pytest.approx(1.0 - 0.9**8)
+    assert rate_of_factors(100, settings("paper", lr_cov=0.1)) == 0.1

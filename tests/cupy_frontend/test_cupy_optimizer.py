@@ -19,7 +19,7 @@ from singd_core.testing.fake_cuda import fake_cuda
 from singd_cupy import _cuda
 
 CASES: dict[str, dict[str, Any]] = {
-    "robust": {},
+    "normalized": {},
     "paper": {"recipe": "paper", "T": 2, "weight_decay": 0.1},
     "kfac": {"kfac": True},
     "mixed": {"structures": ("hierarchical:1,2", "triltoeplitz"), "kfac_approx": "reduce"},

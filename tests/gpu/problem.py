@@ -24,7 +24,7 @@ ROWS = {
     "grouped": ((70, 4, 6), (70, 4, 6)),
 }
 CASES: dict[str, dict[str, Any]] = {
-    "robust": {},
+    "normalized": {},
     "paper": {"recipe": "paper", "T": 2, "weight_decay": 0.1},
     "kfac": {"kfac": True},
     "diagonal": {"structures": ("diagonal", "diagonal")},

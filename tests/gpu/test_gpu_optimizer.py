@@ -9,7 +9,7 @@ from problem import CASES, LAYERS, each, each_pair, go, leaves, problem, train
 
 import singd_core
 
-JAX_CASES = ("robust", "hierarchical")
+JAX_CASES = ("normalized", "hierarchical")
 # Relative to the largest entry: eight steps, some of which divide by small numbers.
 CLOSE = {"float64": 1e-9, "float32": 2e-3}
 

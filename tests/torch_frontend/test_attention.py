@@ -116,7 +116,7 @@ def test_the_batch_may_be_the_second_axis(layer: Any, kfac_approx: str) -> None:
 def test_a_projection_whose_output_has_no_gradient_has_no_rows() -> None:
     """As in a pointer network, whose loss is of the attention weights alone."""
     model = attention(batch_first=True)
-    optimizer = SINGD(model, T=1, weight_decay=0.0)
+    optimizer = SINGD(model, T=1, growing_T=False, weight_decay=0.0)
     before = model.in_proj_weight.detach().clone()
     for _ in range(2):
         optimizer.zero_grad()
@@ -130,7 +130,7 @@ def test_a_projection_whose_output_has_no_gradient_has_no_rows() -> None:
 
 def test_nothing_is_intercepted_between_refreshes(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = attention(batch_first=True), torch.randn(2, 3, 6, dtype=torch.float64)
-    optimizer = SINGD(model, T=2)
+    optimizer = SINGD(model, T=2, growing_T=False)
     entered = 0
 
     def enter(self: _Fused) -> Any:

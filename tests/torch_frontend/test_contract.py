@@ -55,9 +55,10 @@ def test_every_parameter_is_trained() -> None:
     before, optimizer = copy.deepcopy(model), SINGD(model)
     step(model, optimizer)
     assert min(moved(model, before).values()) > 0.0
-    owned = {p for p in model.parameters() if optimizer.state[p]}
-    biases = {model.conv.bias, model.hidden.bias}  # their state is that of their weight
-    assert owned == set(model.parameters()) - biases
+    assert all(optimizer.state[p] for p in model.parameters())
+    for p in model.parameters():
+        momenta = [v for k, v in optimizer.state[p].items() if k in ("momentum_buffer", "exp_avg")]
+        assert [m.shape for m in momenta] == [p.shape]
 
 
 def test_fallback_is_torch_adamw() -> None:
@@ -65,7 +66,8 @@ def test_fallback_is_torch_adamw() -> None:
     model = nn.Sequential(nn.Embedding(7, 6, max_norm=9.0), nn.LayerNorm(6))
     twin = copy.deepcopy(model)
     settings = {"betas": (0.8, 0.99), "eps": 1e-6, "weight_decay": 0.1}
-    ours = SINGD(model, fallback_lr=0.01, **{f"fallback_{k}": v for k, v in settings.items()})
+    given = {f"fallback_{k}": v for k, v in settings.items()}
+    ours = SINGD(model, fallback_lr=0.01, warmup=0, **given)
     theirs = torch.optim.AdamW(twin.parameters(), lr=0.01, foreach=True, **settings)
     for _ in range(5):
         x = torch.randint(7, (12,))
@@ -127,7 +129,12 @@ def test_groups_have_settings_of_their_own() -> None:
     optimizer = SINGD(
         model,
         [
-            {"params": model.hidden.parameters(), "structures": ("diagonal", "dense"), "T": 2},
+            {
+                "params": model.hidden.parameters(),
+                "structures": ("diagonal", "dense"),
+                "T": 2,
+                "growing_T": False,
+            },
             {"params": model.out.parameters(), "kfac": True, "lr": 1e-3},
             {"params": rest, "fallback_lr": 0.0, "lr": 0.0},
         ],
@@ -153,7 +160,7 @@ def test_add_param_group_trains_what_was_added() -> None:
     factors = optimizer.state[model.hidden.weight]["K.matrix"].clone()
 
     optimizer.add_param_group({"params": model.out.weight, "structures": ("diagonal", "diagonal")})
-    optimizer.add_param_group({"params": [model.shift], "fallback_lr": 0.1})
+    optimizer.add_param_group({"params": [model.shift], "fallback_lr": 0.1, "warmup": 0})
     assert torch.equal(optimizer.state[model.hidden.weight]["K.matrix"], factors)
     before = copy.deepcopy(model)
     step(model, optimizer)
@@ -188,7 +195,7 @@ def test_parameters_may_come_with_their_names() -> None:
 
 def test_the_rate_of_the_fallback_follows_the_schedule() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
-    optimizer = SINGD(model, lr=0.2, fallback_lr=0.1, fallback_weight_decay=0.0)
+    optimizer = SINGD(model, lr=0.2, warmup=0, fallback_lr=0.1, fallback_weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
     x = torch.randn(9, 4)
     for factor in (1.0, 0.5, 0.25):
@@ -297,7 +304,7 @@ def test_a_closure_may_evaluate_the_model_several_times() -> None:
 def test_clipped_gradients_are_those_that_are_stepped_along(clip: Any) -> None:
     model, data = Network(), batch()
     twin = copy.deepcopy(model)
-    optimizer, other = SINGD(model, kl_bound=None), SINGD(twin, kl_bound=None)
+    optimizer, other = SINGD(model), SINGD(twin)
     loss_of(model, data).backward()
     clip(model.parameters(), 1e-4)
     clipped = [p.grad.clone() for p in model.parameters()]
@@ -401,7 +408,7 @@ def test_print_shows_who_owns_each_parameter() -> None:
 
 
 STATES: dict[str, dict[str, Any]] = {
-    "robust": {},
+    "normalized": {},
     "paper": {"recipe": "paper"},
     "no momentum": {"momentum": 0.0},
     "kfac": {"kfac": True},
@@ -423,9 +430,12 @@ def test_bytes_in_the_table_are_those_of_the_state(case: str, dtype: torch.dtype
     step(model, optimizer)
     assert table(optimizer) == shown
     for name, (*_, size) in shown.items():
-        entries = optimizer.state[model.get_parameter(name.removesuffix(" + bias"))]
-        # the count of steps and the mean diagonals are a number each, and not shown
-        arrays = [v for k, v in entries.items() if not k.startswith(("averages.", "step"))]
+        weight, *bias = name.split(" + ")
+        names = [weight, *(weight.replace("weight", b) for b in bias)]
+        entries = [e for n in names for e in optimizer.state[model.get_parameter(n)].items()]
+        # the count of steps, the mean diagonals and the sums over late gradients are numbers
+        numbers = "averages.", "late.", "step"
+        arrays = [v for k, v in entries if not k.startswith(numbers)]
         assert int(size.replace(",", "")) == sum(a.numel() * a.element_size() for a in arrays), name
 
 

@@ -25,7 +25,7 @@ GIVEN: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("before", [0, 3])
-@pytest.mark.parametrize("given", GIVEN, ids=["robust", "paper", "kfac"])
+@pytest.mark.parametrize("given", GIVEN, ids=["normalized", "paper", "kfac"])
 @pytest.mark.parametrize("how", HOW)
 def test_a_copy_of_model_and_optimizer_goes_on_as_they_do(
     how: str, given: dict[str, Any], before: int

@@ -14,8 +14,8 @@ from singd_torch import SINGD
 CLOSE = 1e-11
 
 CASES: dict[str, dict[str, Any]] = {
-    "robust": {},
-    "robust, T = 3": {"T": 3, "weight_decay": 0.1},
+    "normalized": {},
+    "normalized, T = 3": {"T": 3, "growing_T": False, "weight_decay": 0.1},
     "paper": {"recipe": "paper", "T": 2, "weight_decay": 0.1, "damping": 0.1},
     "kfac": {"kfac": True},
     "reduce": {"kfac_approx": "reduce"},
@@ -23,6 +23,9 @@ CASES: dict[str, dict[str, Any]] = {
     "blocks": {"structures": ("blockdiagonal:4", "blockdiagonal:3")},
     "toeplitz": {"structures": ("triltoeplitz", "triutoeplitz")},
     "hierarchical": {"structures": ("hierarchical:2,1", "hierarchical:1,1")},
+    "coupled decay": {"weight_decay": 0.1, "decoupled_weight_decay": False},
+    "no look-ahead": {"nesterov": False, "warmup": 3},
+    "no momentum": {"momentum": 0.0},
     "schedule of the factors": {"lr_cov": lambda step: 0.3 / (1 + step)},
 }
 

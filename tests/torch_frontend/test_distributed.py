@@ -57,10 +57,10 @@ def train(rank: int, world: int, folder: str, how: str) -> None:
     )
     inner = new_model()
     if how == "wrapped later":  # as Accelerate and Lightning do
-        optimizer = SINGD(inner, inner.parameters(), T=2)
+        optimizer = SINGD(inner, inner.parameters(), T=2, growing_T=False)
     model = DistributedDataParallel(inner, find_unused_parameters=True)
     if how != "wrapped later":
-        optimizer = SINGD(model, model.parameters(), T=2)
+        optimizer = SINGD(model, model.parameters(), T=2, growing_T=False)
     calls = 0
     original = dist.all_reduce
 
@@ -102,7 +102,7 @@ def test_processes_train_like_one_with_the_whole_batch(
 ) -> None:
     mp.spawn(train, args=(world, str(tmp_path), how), nprocs=world)
     model = new_model()
-    optimizer = SINGD(model, T=2)
+    optimizer = SINGD(model, T=2, growing_T=False)
     X, Y = data()
     for step in range(STEPS):
         optimizer.zero_grad()

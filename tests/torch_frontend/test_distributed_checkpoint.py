@@ -55,7 +55,7 @@ class Tied(nn.Module):
 
 
 CASES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
-    "robust": (Network, {}),
+    "normalized": (Network, {}),
     "paper": (Network, {"recipe": "paper", "T": 2}),
     "kfac without momentum": (Network, {"kfac": True, "momentum": 0.0}),
     "structures": (Network, {"structures": ("hierarchical:2,3", "triltoeplitz")}),
@@ -88,7 +88,7 @@ def test_a_run_resumed_from_a_distributed_checkpoint_is_the_uninterrupted_one(
 def test_asking_for_the_state_before_the_first_step_changes_no_step() -> None:
     model, data = Network(), batches(F32, 4)
     plain = copy.deepcopy(model)
-    optimizer, alone = SINGD(model, T=2), SINGD(plain, T=2)
+    optimizer, alone = SINGD(model, T=2, growing_T=False), SINGD(plain, T=2, growing_T=False)
     get_state_dict(model, optimizer)
     train(model, optimizer, data)
     train(plain, alone, data)

@@ -24,7 +24,7 @@ def state_bytes(model: nn.Module, optimizer: SINGD) -> int:
 @pytest.mark.parametrize(
     "structures", [None, ("dense", "dense"), ("diagonal", "hierarchical:4,4"), "auto"]
 )
-@pytest.mark.parametrize("recipe", ["robust", "paper"])
+@pytest.mark.parametrize("recipe", ["normalized", "paper"])
 def test_the_estimate_is_what_the_state_holds(structures: object, recipe: str) -> None:
     budget = 30_000 if structures == "auto" else None
     kwargs = {"structures": structures, "recipe": recipe, "memory_budget": budget}

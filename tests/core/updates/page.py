@@ -9,12 +9,12 @@ from singd_core import get
 
 
 class Page:
-    """Sections 2 and 3 of the mathematics page, and the recipe of defaults.md.
+    """Sections 2, 3 and 5 of the mathematics page.
 
     Args:
         W: The weight with its bias as the last column.
         structures: Of K and C, whose projections are taken.
-        **s: The settings, and `rule`: "kfac", "singd", "ikfac" or "robust".
+        **s: The settings, and `rule`: "kfac", "singd", "ikfac" or "normalized".
     """
 
     def __init__(
@@ -25,15 +25,26 @@ class Page:
         self.S_K = self.K = np.eye(self.d_in)
         self.S_C = self.C = np.eye(self.d_out)
         self.m_K, self.m_C, self.m_W = 0.0 * self.K, 0.0 * self.C, 0.0 * W
-        self.t_U = self.t_G = 0.0
+        self.t_U = self.t_G = self.Q = self.w = 0.0
         self.P_K, self.P_C = map(_projection, structures)
 
     def step(self, grad: np.ndarray, A: np.ndarray, B: np.ndarray) -> np.ndarray:
         s = self.s
-        if self.t % s.get("T", 1) == 0:
+        gap = s.get("T", 1)
+        if s.get("growing_T"):
+            gap = min(gap, 2 ** int(np.log2(max(1, self.t // 10))))
+        if self.t % gap == 0:
             U, G = A.T @ A / len(A), len(B) * B.T @ B
-            {"kfac": self.kfac, "robust": self.robust}.get(s["rule"], self.inverse_free)(U, G)
+            if s["rule"] == "kfac":
+                self.kfac(U, G)
+            elif s["rule"] == "normalized":
+                lr_cov = s["lr_cov"]
+                self.relative(U, G, 1 - (1 - lr_cov) ** gap if s["growing_T"] else lr_cov)
+            else:
+                self.inverse_free(U, G)
         self.t += 1
+        if s["rule"] == "normalized":
+            return self.normalized(grad)
         if s["rule"] == "kfac":
             inverses = [
                 np.linalg.inv(S + s["damping"] * np.eye(len(S))) for S in (self.S_C, self.S_K)
@@ -41,18 +52,27 @@ class Page:
             natural = inverses[0] @ grad @ inverses[1]
         else:
             natural = self.C @ self.C.T @ grad @ self.K @ self.K.T
-        if s["rule"] == "robust":
-            early = s.get("rms_bound_of_n", s["rms_bound"])
-            natural = natural * min(1.0, early / np.sqrt(np.mean(natural * natural)))
-            energy = s["lr"] ** 2 * np.sum(grad * natural)
-            natural = natural * min(1.0, np.sqrt(s["kl_bound"] / energy))
-            self.m_W = s["momentum"] * self.m_W + natural
-            u = natural + s["momentum"] * self.m_W
-            u = u * min(1.0, s["rms_bound"] / np.sqrt(np.mean(u * u)))
-            self.W = self.W - s["lr"] * u - s["lr"] * s["weight_decay"] * self.W
-        else:
-            self.m_W = s["momentum"] * self.m_W + natural + s["weight_decay"] * self.W
-            self.W = self.W - s["lr"] * self.m_W
+        self.m_W = s["momentum"] * self.m_W + natural + s["weight_decay"] * self.W
+        self.W = self.W - s["lr"] * self.m_W
+        return self.W
+
+    def normalized(self, grad: np.ndarray) -> np.ndarray:
+        s, alpha, d_o, d_i = self.s, self.s["momentum"], self.d_out, self.d_in
+        if not s["decoupled_weight_decay"]:
+            grad = grad + s["weight_decay"] * self.W
+        square = np.sum(grad * grad)
+        self.m_W = alpha * self.m_W + grad
+        self.Q, self.w = alpha * self.Q + square, alpha * self.w + 1
+        ahead, Q, w = self.m_W, self.Q, self.w
+        if s["nesterov"]:
+            ahead, Q, w = grad + alpha * self.m_W, square + alpha * self.Q, 1 + alpha * self.w
+        agreement = np.linalg.norm(ahead) / np.sqrt(w * Q)
+        n = self.C @ self.C.T @ ahead @ self.K @ self.K.T
+        R = np.sqrt(2.26 / np.sqrt(max(d_o, d_i)) * 1.5 / np.sqrt(d_i * self.t_U))
+        u = R * np.sqrt(agreement) * n / np.sqrt(np.mean(n * n))
+        lr = s["lr"] * min(1.0, self.t / s["warmup"])
+        decay = s["weight_decay"] if s["decoupled_weight_decay"] else 0.0
+        self.W = self.W - lr * u - lr * decay * self.W
         return self.W
 
     def kfac(self, U: np.ndarray, G: np.ndarray) -> None:
@@ -78,17 +98,17 @@ class Page:
         self.K = K @ (np.eye(self.d_in) - s["lr_cov"] * self.m_K)
         self.C = C @ (np.eye(self.d_out) - s["lr_cov"] * self.m_C)
 
-    def robust(self, U: np.ndarray, G: np.ndarray) -> None:
+    def relative(self, U: np.ndarray, G: np.ndarray, lr_cov: float) -> None:
         s = self.s
         mean_U, mean_G = np.trace(U) / self.d_in, np.trace(G) / self.d_out
-        weight = max(1.0 / (self.k + 1), s["lr_cov"])
+        weight = max(1.0 / (self.k + 1), lr_cov)
         self.t_U += weight * (mean_U - self.t_U)
         self.t_G += weight * (mean_G - self.t_G)
         lambda_K, lambda_C = s["damping"] * self.t_U, s["damping"] * self.t_G
         if self.k == 0:
             self.K = (self.t_U + lambda_K) ** -0.5 * self.K
             self.C = (self.t_G + lambda_C) ** -0.5 * self.C
-        beta = max(s["lr_cov"], min(0.5, 1.0 / (self.k + 1)))
+        beta = max(lr_cov, min(0.5, 1.0 / (self.k + 1)))
         self.k += 1
         for name, P, M, damping in (
             ("K", self.P_K, U, lambda_K),

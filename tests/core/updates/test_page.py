@@ -1,4 +1,4 @@
-"""The optimizer's steps are those of the mathematics page, and of the recipe in defaults.md."""
+"""The optimizer's steps are those of the mathematics page."""
 
 import dataclasses
 from typing import Any
@@ -11,18 +11,20 @@ from singd_core import Optimizer, names, settings
 
 PAPER = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.03, "damping": 0.2, "lr_cov": 0.05}
 INGD = PAPER | {"alpha1": 0.6}
-ROBUST = PAPER | {
-    "nesterov": True,
-    "decoupled_weight_decay": True,
+NORMALIZED = PAPER | {
+    "normalized": True,
+    "nesterov": False,
+    "warmup": 5,
+    "decoupled_weight_decay": False,
+    "growing_T": False,
+    "T": 3,
     "relative_damping": True,
     "kfac_like": True,
     "scaled_start": True,
     "early_averaging": True,
-    "factor_bound": 0.5,
-    "kl_bound": 1e-2,
-    "rms_bound": 0.2,
+    "factor_bound": 0.3,
 }
-DEFAULTS = dataclasses.asdict(settings("robust"))
+DEFAULTS = dataclasses.asdict(settings("normalized"))
 RULES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # for the optimizer, for the page
     "kfac": (PAPER | {"kfac": True}, PAPER | {"rule": "kfac"}),
     "ingd": (INGD, INGD | {"rule": "singd"}),
@@ -48,11 +50,13 @@ def rows(n: int) -> list[tuple[np.ndarray, ...]]:
     return found
 
 
-def compare(given: dict[str, Any], page: Page, structures: tuple[str, str], recipe: str) -> None:
+def compare(
+    given: dict[str, Any], page: Page, structures: tuple[str, str], recipe: str, steps: int = 8
+) -> None:
     optimizer = Optimizer(recipe=recipe, structures=structures, **given)
     params: dict[str, Any] = {"map": (page.W[:, :-1], page.W[:, -1])}
     state = optimizer.init(params)
-    for x, A, B, grad in rows(8):
+    for x, A, B, grad in rows(steps):
         pair = {"map": (x, B)} if optimizer.due(state) else None
         grads = {"map": (grad[:, :-1], grad[:, -1])}
         updates, state = optimizer.update(grads, state, params, pair)
@@ -88,28 +92,27 @@ def test_structures_are_the_page_with_their_projection(structure: str, rule: str
     compare(given | {"T": 1}, Page(weights(), both, **page), both, "paper")
 
 
-@pytest.mark.parametrize("given", [{}, ROBUST], ids=["defaults", "other values"])
+@pytest.mark.parametrize("given", [{}, NORMALIZED], ids=["defaults", "other values"])
 @pytest.mark.parametrize("structure", STRUCTURES)
-def test_robust_recipe_is_that_of_the_defaults_page(structure: str, given: dict[str, Any]) -> None:
+def test_normalized_recipe_is_the_page(structure: str, given: dict[str, Any]) -> None:
     both = structure, structure
-    compare(given, Page(weights(), both, rule="robust", **DEFAULTS | given), both, "robust")
+    page = Page(weights(), both, rule="normalized", **DEFAULTS | given)
+    compare(given, page, both, "normalized", steps=45 if not given else 8)
 
 
-@pytest.mark.parametrize("bound", ["factor_bound", "kl_bound", "rms_bound"])
-def test_each_bound_of_the_robust_recipe_bites_there(bound: str) -> None:
+CHANGED: dict[str, Any] = {
+    "lr": 0.2, "momentum": 0.8, "nesterov": True, "warmup": 7, "weight_decay": 0.05,
+    "decoupled_weight_decay": True, "T": 2, "growing_T": True, "lr_cov": 0.7, "damping": 0.3,
+    "factor_bound": 0.5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("setting", CHANGED)
+def test_each_setting_of_the_normalized_recipe_bites_there(setting: str) -> None:
     """Else the test above would prove nothing of it."""
-    page = Page(weights(), rule="robust", **DEFAULTS | ROBUST | {bound: np.inf})
+    page = Page(weights(), rule="normalized", **DEFAULTS | NORMALIZED | {setting: CHANGED[setting]})
     with pytest.raises(AssertionError):
-        compare(ROBUST, page, ("dense", "dense"), "robust")
-
-
-def test_the_rms_bound_holds_before_the_momentum_too() -> None:
-    small = ROBUST | {"rms_bound": 0.02}
-    given = DEFAULTS | small
-    compare(small, Page(weights(), rule="robust", **given), ("dense", "dense"), "robust")
-    late_only = Page(weights(), rule="robust", **given, rms_bound_of_n=np.inf)
-    with pytest.raises(AssertionError):
-        compare(small, late_only, ("dense", "dense"), "robust")
+        compare(NORMALIZED, page, ("dense", "dense"), "normalized")
 
 
 def test_singd_with_dense_factors_is_ingd_whatever_the_structure_is_called() -> None:

@@ -1,0 +1,270 @@
+"""How a weight moves: momentum, natural gradient, the size of the step, decay.
+
+The equations are those of docs/mathematics.md, section 5. Matrices have shape (..., d_out, d_in):
+leading axes are matrices of their own. Parameters, gradients and momenta have their own shapes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Self, TypeAlias
+
+from singd_core._array import (
+    Array,
+    Scalar,
+    as_array,
+    at_least,
+    at_most,
+    cast,
+    device,
+    empty,
+    expand,
+    multiply_add,
+    namespace,
+    number,
+    sum_of_squares,
+    total,
+    where,
+    widen,
+)
+from singd_core._settings import Rate, Settings
+from singd_core._tree import Tree, tree
+from singd_core.curvature import LayerKind
+from singd_core.updates.curvature import TINY
+
+Parts: TypeAlias = Sequence[Array]  # a weight, or a weight and its bias; or their gradients
+
+# The size of a step is the geometric mean of two: a spectral norm of about 2.26 lr √(d_out / d_in),
+# and a root mean square of 1.5 lr by which the layer's outputs change.
+SPECTRAL = 2.26
+OUTPUTS = 1.5
+# The power of the agreement of late gradients in that size.
+POWER = 0.5
+
+
+@tree
+class Late(Tree):
+    """Sums over the late gradients of each matrix, weighted as in the momentum.
+
+    Attributes:
+        squares: Σⱼ αʲ ‖∇Wₜ₋ⱼ‖², of the batch axes' shape.
+        weights: Σⱼ αʲ, of the batch axes' shape.
+    """
+
+    squares: Array
+    weights: Array
+
+    @classmethod
+    def zeros(cls, batch: Sequence[int], like: Array) -> Self:
+        """Before the first step, on the device of `like`."""
+        xp, dtype = namespace(like), widen(like[..., :0]).dtype
+        return cls(*(xp.zeros(tuple(batch), dtype=dtype, device=device(like)) for _ in range(2)))
+
+    def update(self, squares: Scalar, s: Settings) -> Self:
+        """One step later, with ‖∇W‖²."""
+        return type(self)(self.squares * s.momentum + squares, self.weights * s.momentum + 1.0)
+
+    def agreement(self, ahead: Scalar, squares: Scalar, s: Settings) -> Scalar:
+        """‖Σ bⱼ Gⱼ‖ / √(Σ bⱼ · Σ bⱼ ‖Gⱼ‖²), in [0, 1]: 1 if all late gradients are equal.
+
+        Args:
+            ahead: The norm of Σ bⱼ Gⱼ, which is what `averaged` returns of gradients.
+            squares: ‖∇W‖² of this step.
+            s: The settings.
+        """
+        squared, weights = self.squares, self.weights
+        if s.nesterov:
+            squared, weights = squared * s.momentum + squares, weights * s.momentum + 1.0
+        return at_most(ahead / at_least(squared * weights, TINY) ** 0.5, 1.0)
+
+
+class Direction(NamedTuple):
+    """Where a layer goes: W ← W − lr c u (− lr γ W).
+
+    Attributes:
+        parts: u of the weight and of its bias.
+        scale: c, a number or 0-d.
+        finite: Whether all that made them is finite, a bool or 0-d.
+        momenta: The new momenta, None without.
+        late: The new sums over late gradients, None without.
+        agreement: How much they agree, a number or of the batch axes' shape.
+    """
+
+    parts: Parts
+    scale: Scalar
+    finite: Array | bool
+    momenta: Parts | None
+    late: Late | None
+    agreement: Scalar = 1.0
+
+
+def direction(
+    kind: LayerKind,
+    s: Settings,
+    precondition: Callable[[Array], Array],
+    t_U: Scalar,
+    shape: Sequence[int],
+    gradient: Parts,
+    decay: Parts | None,
+    momenta: Parts | None,
+    late: Late | None,
+    squares: Scalar,
+    *,
+    donate: bool = False,
+) -> Direction:
+    """The direction of a layer, or of a stack of equal ones along a first axis.
+
+    Args:
+        kind: How the parameters are a matrix.
+        s: The settings.
+        precondition: Makes n of ∇W; it may overwrite ∇W if `donate`.
+        t_U: The mean diagonal of U, of the batch axes' shape; 0 where it is not known.
+        shape: The shape of the weight of one layer.
+        gradient: The gradients of weight and bias.
+        decay: γ W of both if `couples_decay(s)`, else None.
+        momenta: The momenta of both, or None without momentum.
+        late: The sums over late gradients, or None without momentum.
+        squares: ‖∇W‖², of the batch axes' shape.
+        donate: Whether the momenta may be overwritten, where arrays can be.
+    """
+    bias = len(gradient) > 1
+    if not s.normalized:  # an average of natural gradients
+        natural = precondition(kind.matrix(*gradient))
+        own: Parts = [part for part in kind.split(natural, shape, bias) if part is not None]
+        finite = _finite(norm(natural))
+        if finite is False:  # before a momentum is overwritten
+            return Direction(own, 0.0, finite, momenta, late)
+        own, momenta = _averaged(_plus(own, decay), momenta, s, donate=donate)
+        return Direction(own, 1.0, finite, momenta, late)
+
+    if decay is not None:
+        gradient = _plus(gradient, decay)
+        squares = squares_of(kind, gradient)
+    room = None  # else the natural gradient of an average
+    if donate and bias and momenta is not None:  # the average is written where it is joined
+        stack = gradient[0].shape[: gradient[0].ndim - len(shape)]
+        batch, *sides = kind.shape(shape, bias)
+        room = empty((*stack, *batch, *sides), like=momenta[0])
+    outs = None if room is None else kind.split(room, shape, bias)
+    ahead, momenta = _averaged(gradient, momenta, s, donate=donate, outs=outs)
+    matrix = kind.matrix(*ahead) if room is None else room
+    agreement: Scalar = 1.0
+    if late is not None:
+        length, old = number(norm(matrix)), late
+        squares = number(squares)
+        late = late.map(number).update(squares, s)
+        agreement = late.agreement(length, squares, s)
+        late = old.map(lambda a, b: cast(as_array(b, a), a), late)
+    natural = precondition(matrix)
+    length = number(norm(natural))
+    scale = size(natural.shape, number(t_U), agreement) / at_least(length, TINY)
+    scale = where(number(squares) > 0.0, scale, 0.0)
+    if not isinstance(scale, (int, float)) and scale.ndim > 0:
+        natural, scale = times(scale, natural, in_place=donate), 1.0
+    parts = [part for part in kind.split(natural, shape, bias) if part is not None]
+    return Direction(parts, scale, _finite(length), momenta, late, agreement)
+
+
+def size(shape: Sequence[int], t_U: Scalar, agreement: Scalar) -> Scalar:
+    """R aᵖ √(d_out d_in), the Frobenius norm of a step of rate 1 (docs/mathematics.md, section 5).
+
+    R = √(R_spectral R_outputs), with R_spectral = 2.26 / √max(d_out, d_in) and R_outputs =
+    1.5 / √(d_in t_U), the second of which counts only where t_U is known.
+    """
+    d_out, d_in = shape[-2:]
+    spectral = SPECTRAL / math.sqrt(max(d_out, d_in))
+    known = t_U > TINY
+    outputs = OUTPUTS / (d_in * where(known, t_U, 1.0)) ** 0.5
+    R = (spectral * where(known, outputs, spectral)) ** 0.5
+    return R * agreement**POWER * math.sqrt(d_out * d_in)
+
+
+def averaged(
+    x: Array, momentum: Array | None, s: Settings, *, donate: bool = False, out: Array | None = None
+) -> tuple[Array, Array | None]:
+    """The average u, and the momentum m ← α₂ m + x;  u = m, or x + α₂ m (Nesterov).
+
+    Args:
+        x: What is averaged, of the shape of m.
+        momentum: m, or None without momentum: then u = x.
+        s: The settings.
+        donate: Whether m may be overwritten, where arrays can be.
+        out: Where u is to be written, or None.
+    """
+    if momentum is None:
+        return x, None
+    x, alpha = cast(x, momentum), expand(s.momentum, momentum)
+    momentum = multiply_add(momentum, alpha, x, out=momentum if donate else None)
+    if s.nesterov:
+        return multiply_add(momentum, alpha, x, out=out), momentum
+    return (momentum if out is None else multiply_add(momentum, 0.0, momentum, out=out)), momentum
+
+
+def weight_change(
+    u: Array, c: Scalar, weight: Array, s: Settings, onto: Array | None = None
+) -> Array:
+    """−lr c u, and −lr γ W for a decoupled decay, in the dtype of W, added `onto` an array."""
+    if s.decoupled_weight_decay and _is_on(s.weight_decay):
+        onto = _scaled(weight, -1.0 * s.lr * s.weight_decay, onto)
+    return _scaled(cast(u, weight), -1.0 * s.lr * c, onto)
+
+
+def squares_of(kind: LayerKind, gradient: Parts) -> Array:
+    """‖∇W‖² of each matrix, of the batch axes' shape, in at least float32."""
+    return sum_of_squares(kind.matrix(*gradient), 2)
+
+
+def norm(x: Array) -> Array:
+    """‖x‖_F of the batch axes' shape, in at least float32."""
+    return namespace(x).linalg.vector_norm(widen(x), axis=(-2, -1))
+
+
+def times(c: Scalar, x: Array, *, in_place: bool) -> Array:
+    """The product c x, for a number or an array of the batch axes' shape."""
+    if not in_place:
+        return x * expand(c, x)
+    x *= expand(c, x)
+    return x
+
+
+def couples_decay(s: Settings) -> bool:
+    """Whether the weight decay goes through the momentum."""
+    return not s.decoupled_weight_decay and _is_on(s.weight_decay)
+
+
+def warmed(s: Settings, step: Scalar) -> Scalar:
+    """The share of the rates in a step, counted from 0: it grows to 1 in `warmup` steps."""
+    return 1.0 if s.warmup == 0 else at_most((step + 1) / s.warmup, 1.0)
+
+
+def _averaged(
+    xs: Parts, momenta: Parts | None, s: Settings, *, donate: bool, outs: Any = None
+) -> tuple[Parts, Parts | None]:
+    if momenta is None:
+        return xs, None
+    outs = (None,) * len(xs) if outs is None else outs
+    pairs = [
+        averaged(x, m, s, donate=donate, out=out)
+        for x, m, out in zip(xs, momenta, outs, strict=True)
+    ]
+    return [u for u, _ in pairs], [m for _, m in pairs]
+
+
+def _plus(xs: Parts, decay: Parts | None) -> Parts:
+    return xs if decay is None else [x + cast(w, x) for x, w in zip(xs, decay, strict=True)]
+
+
+def _finite(x: Scalar) -> Array | bool:
+    """Whether a number, or all entries of a small array, are finite."""
+    x = x if isinstance(x, (int, float)) else number(total(x))
+    return math.isfinite(x) if isinstance(x, (int, float)) else namespace(x).isfinite(x)
+
+
+def _scaled(x: Array, c: Scalar, y: Array | None) -> Array:
+    c = expand(c, x)
+    return x * c if y is None else multiply_add(x, c, y, out=y)
+
+
+def _is_on(value: Rate) -> bool:
+    return not (isinstance(value, (int, float)) and value == 0.0)
