@@ -199,7 +199,7 @@ def layer_change(
     found = direction(
         kind,
         s,
-        factors.precondition,
+        (factors.unit() if s.normalized else factors).precondition,
         factors.averages.t_U,
         tuple(weights[0].shape),
         parts(gradient),

@@ -12,6 +12,15 @@ from singd_core.updates.curvature import Averages
 from singd_core.updates.inverse_free import InverseFree
 from singd_core.updates.kfac import KFAC
 
+DEFAULT = "cost:128"
+
+# Numbers that any factor may hold; operations that the products of any layer may take; the widest
+# and narrowest blocks.
+_SMALL = 1 << 16
+_FREE = 1 << 22
+_WIDEST = 1024
+_NARROWEST = 8
+
 Factors: TypeAlias = InverseFree | KFAC
 Structures: TypeAlias = Sequence[str | type[Structure]]
 Shape: TypeAlias = tuple[Sequence[int], int, int]  # batch axes, d_out, d_in
@@ -23,8 +32,9 @@ def resolve(
     """The structures of K and C of one layer.
 
     Args:
-        structures: Two names or classes; `"auto:b"` for the richest of at most b numbers a row; or
-            None for the richest that hold no more numbers than the weight matrix.
+        structures: Two names or classes; `"auto:b"` for the richest of at most b numbers a row;
+            `"cost:n"` for the richest that cost little beside n rows a step; or None for
+            `"cost:128"`.
         shape: The batch axes, d_out and d_in; two names do not ask for it.
         kfac: Whether they have to be dense.
 
@@ -35,15 +45,17 @@ def resolve(
     if kfac and structures is None:
         return Dense, Dense
     if structures is None:
-        return within(d_in, d_out), within(d_out, d_in)
+        structures = DEFAULT
     if kfac and isinstance(structures, str):
         raise ValueError(f'structures="{structures}": KFAC inverts dense factors; choose "dense"')
-    if isinstance(structures, str) and structures.startswith("auto:"):
-        budget = structures.removeprefix("auto:")
-        if not budget.isdecimal() or int(budget) < 1:
-            raise ValueError(f'structures="{structures}": "auto:b" wants b >= 1 numbers a row')
-        b = int(budget)
-        return within(d_in, b), within(d_out, b)
+    kind, _, count = structures.partition(":") if isinstance(structures, str) else ("", "", "")
+    if kind in ("auto", "cost"):
+        if not count.isdecimal() or int(count) < 1:
+            wanted = "b >= 1 numbers a row" if kind == "auto" else "n >= 1 rows a step"
+            raise ValueError(f'structures="{structures}": "{kind}:" wants {wanted}')
+        if kind == "cost":
+            return by_cost(d_out, d_in, int(count))
+        return within(d_in, int(count)), within(d_out, int(count))
     if isinstance(structures, str) or len(structures) != 2:
         raise ValueError(f"structures={structures!r}: give two, those of K and of C")
     found = []
@@ -58,6 +70,38 @@ def resolve(
                 "or the inverse-free update (kfac=False)"
             )
     return found[0], found[1]
+
+
+def by_cost(d_out: int, d_in: int, n: int) -> tuple[type[Structure], type[Structure]]:
+    """The richest structures of K and C that cost little in a step with n rows.
+
+    With blocks of sides w_K and w_C the two products of a step are 2 (w_K + w_C) d_out d_in
+    operations, where n rows take 6 n d_out d_in forward and backward: a tenth of them is spent. A
+    layer that is small may take 2^23 operations (a tenth of a millisecond), and no factor holds
+    more numbers than the weight, or than a small layer's.
+    """
+    numbers = max(d_out * d_in, _SMALL)
+    sides = min(0.3 * n, _WIDEST) if d_out * d_in else 0.0
+    total = max(sides, min(256, _FREE // max(1, d_out * d_in)))
+    most = [min(d, numbers // max(1, d), _WIDEST) for d in (d_in, d_out)]
+    w = [min(m, total / 2) for m in most]
+    w = [min(most[0], total - w[1]), min(most[1], total - w[0])]
+    return fitted(d_in, int(w[0]), (d_in, d_in - 1)), fitted(d_out, int(w[1]), (d_out,))
+
+
+def fitted(d: int, w: int, wholes: Sequence[int]) -> type[Structure]:
+    """The richest structure of side d with blocks of at most w: dense, blocks, or diagonal.
+
+    Blocks divide one of the `wholes` if they can without being less than half as large: the side,
+    or the side without the column of a bias.
+    """
+    if d <= w:
+        return Dense
+    if w < _NARROWEST:
+        return Diagonal
+    sizes = range(max(_NARROWEST, w // 2), w + 1)
+    even = [b for b in sizes if any(whole % b == 0 for whole in wholes)]
+    return blockdiagonal(max(even, default=w))
 
 
 def within(d: int, b: int) -> type[Structure]:

@@ -15,7 +15,6 @@ from singd_core.curvature import Convolution, Linear, StackedLinear
 from singd_core.preconditioner import Factors
 from singd_core.step import Late
 from singd_core.updates.curvature import Curvature
-from singd_core.updates.inverse_free import InverseFree
 from singd_core.updates.natural import Preconditioner
 from singd_torch import _state
 from singd_torch._groups import settings_of
@@ -110,10 +109,6 @@ class Stack:
                 layer.factors = own
         else:  # where they are: the layers' own are views
             self.factors.map(Tensor.copy_, factors)  # type: ignore[arg-type]
-            if preconditioner is not None and isinstance(self.factors, InverseFree):
-                preconditioner = dataclasses.replace(
-                    preconditioner, K=self.factors.K, C=self.factors.C
-                )
         self.preconditioner = preconditioner
         for layer in self.layers:
             layer.seen = layer.seen or seen

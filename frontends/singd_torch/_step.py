@@ -109,10 +109,14 @@ def _refreshed(stack: Stack, s: Settings, scales: Scales) -> tuple[Factors, Prec
             one.pending = {}
         factors = stack.run(_refresh, factors, curvature, lr_cov, s, stack.report)
         stack.preconditioner = None
-        return factors, None if stack.compile is not None else factors.preconditioner(gap(steps, s))
-    if stack.preconditioner is None and stack.compile is None:
-        stack.preconditioner = factors.preconditioner(gap(steps, s))
-    return factors, stack.preconditioner
+    elif stack.preconditioner is not None:
+        return factors, stack.preconditioner
+    if stack.compile is not None:
+        return factors, None
+    kept = (factors.unit() if s.normalized else factors).preconditioner(gap(steps, s))
+    if factors is stack.factors:
+        stack.preconditioner = kept
+    return factors, kept
 
 
 def _refresh(
@@ -136,6 +140,7 @@ def _direction(
 
 def _direction_anew(kind: Any, s: Settings, factors: Any, *arguments: Any) -> Direction:
     """`_direction` for compilers, which find out by themselves what can be overwritten."""
+    factors = factors.unit() if s.normalized else factors
     return direction(kind, s, factors.precondition, *arguments)
 
 

@@ -11,7 +11,7 @@ from singd_core._settings import Rate, Settings, is_bound
 from singd_core._tree import Tree, tree
 from singd_core.structures.base import Structure
 from singd_core.updates.curvature import TINY, Averages, Curvature, Measured, measure
-from singd_core.updates.natural import Preconditioner
+from singd_core.updates.natural import Preconditioner, of_unit_scale
 
 
 @tree
@@ -42,13 +42,19 @@ class InverseFree(Tree):
 
     def precondition(self, gradient: Array) -> Array:
         """The natural gradient C Cᵀ ∇W K Kᵀ of ∇W, shape (..., d_out, d_in), in the dtype of C."""
-        return Preconditioner(self.K, None, self.C, None)(gradient)
+        return Preconditioner.of(None, None, self)(gradient)
 
     def preconditioner(self, T: int) -> Preconditioner:
         """`precondition` for T steps: with K Kᵀ and C Cᵀ formed once where that multiplies less."""
         d_in, d_out = self.K.shape[-1], self.C.shape[-1]
-        P_K, P_C = _square(self.K, T * d_out), _square(self.C, T * d_in)
-        return Preconditioner(self.K, P_K, self.C, P_C)
+        return Preconditioner.of(_square(self.K, T * d_out), _square(self.C, T * d_in), self)
+
+    def unit(self) -> Self:
+        """The factors with norms of √d, for whom the scale of a natural gradient does not matter.
+
+        That of C may be stale by many orders, where gradients vanished and no longer do.
+        """
+        return dataclasses.replace(self, K=of_unit_scale(self.K), C=of_unit_scale(self.C))
 
     def refresh(
         self,

@@ -11,7 +11,7 @@ from singd_core._tree import Tree, tree
 from singd_core.structures.base import Structure
 from singd_core.structures.dense import Dense
 from singd_core.updates.curvature import Averages, Curvature, Measured, measure
-from singd_core.updates.natural import Preconditioner
+from singd_core.updates.natural import Preconditioner, of_unit_scale
 
 
 @tree
@@ -46,7 +46,11 @@ class KFAC(Tree):
 
     def preconditioner(self, T: int) -> Preconditioner:
         """`precondition`."""
-        return Preconditioner(self.P_K, self.P_K, self.P_C, self.P_C)
+        return Preconditioner(self.P_K, True, self.P_C, True)
+
+    def unit(self) -> Self:
+        """The inverses with norms of √d, as `InverseFree.unit`."""
+        return dataclasses.replace(self, P_K=of_unit_scale(self.P_K), P_C=of_unit_scale(self.P_C))
 
     def refresh(
         self,

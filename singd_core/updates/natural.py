@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from typing import Protocol, Self, TypeVar
 
-from singd_core._array import Array, cast
+from singd_core._array import Array, at_least, cast, number
 from singd_core.structures.base import Structure
 from singd_core.structures.diagonal import Diagonal
+from singd_core.updates.curvature import TINY
+
+S = TypeVar("S", bound=Structure)
+
+
+class _Pair(Protocol):
+    @property
+    def K(self) -> Structure: ...  # noqa: N802
+
+    @property
+    def C(self) -> Structure: ...  # noqa: N802
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,16 +27,21 @@ class Preconditioner:
     """∇W ↦ P_C ∇W P_K, the natural gradient of ∇W, shape (..., d_out, d_in), in the dtype of C.
 
     Attributes:
-        K: A factor with P_K = K Kᵀ, unless P_K is given.
-        P_K: P_K itself, or None.
-        C: A factor with P_C = C Cᵀ, unless P_C is given.
-        P_C: P_C itself, or None.
+        K: P_K, or a factor with P_K = K Kᵀ.
+        whole_K: Whether it is P_K.
+        C: P_C, or a factor with P_C = C Cᵀ.
+        whole_C: Whether it is P_C.
     """
 
     K: Structure
-    P_K: Structure | None
+    whole_K: bool
     C: Structure
-    P_C: Structure | None
+    whole_C: bool
+
+    @classmethod
+    def of(cls, P_K: Structure | None, P_C: Structure | None, factors: _Pair) -> Self:
+        """With P_K and P_C where they are known, and else with the factors."""
+        return cls(P_K or factors.K, P_K is not None, P_C or factors.C, P_C is not None)
 
     def __call__(self, gradient: Array) -> Array:
         """The natural gradient."""
@@ -31,18 +49,23 @@ class Preconditioner:
 
     def right(self, gradient: Array) -> Array:
         """∇W P_K, which acts on each row."""
-        return _product(self.K, self.P_K, cast(gradient, self.K.like).mT).mT
+        return _product(self.K, self.whole_K, cast(gradient, self.K.like).mT).mT
 
     def left(self, X: Array) -> Array:
         """P_C X, which acts on each column."""
-        return _product(self.C, self.P_C, cast(X, self.C.like))
+        return _product(self.C, self.whole_C, cast(X, self.C.like))
 
     def rows(self, j: slice) -> Preconditioner | None:
         """The one of the rows `j` of ∇W alone, or None where P_C mixes rows. Not of a stack."""
         if not isinstance(self.C, Diagonal):
             return None
-        return dataclasses.replace(self, C=Diagonal(self.C.diag[j]), P_C=None)
+        return dataclasses.replace(self, C=Diagonal(self.C.diag[j]))
 
 
-def _product(L: Structure, P: Structure | None, X: Array) -> Array:
-    return L.precondition(X) if P is None else P.apply(X)
+def _product(L: Structure, whole: bool, X: Array) -> Array:
+    return L.apply(X) if whole else L.precondition(X)
+
+
+def of_unit_scale(L: S) -> S:
+    """The matrix, or each of a stack, scaled to the norm that the identity has."""
+    return L.scale(math.sqrt(L.shape[-1]) / at_least(number(L.norm()), TINY))

@@ -118,7 +118,7 @@ def test_the_rows_of_a_large_call_are_measured_in_pieces(
 def test_preconditioner_of_some_rows() -> None:
     K, C = (Diagonal(torch.rand(d) + 0.5) for d in (4, 3))
     gradient = torch.randn(3, 4)
-    whole = Preconditioner(K, None, C, None)
+    whole = Preconditioner(K, False, C, False)
     rows = whole.rows(slice(1, 3))
     assert rows is not None
     torch.testing.assert_close(rows(gradient[1:3]), whole(gradient)[1:3])
