@@ -22,6 +22,9 @@ SUMS_OF_SQUARES: dict[type, Callable[[Any], Any]] = {}
 # The same for `number`.
 NUMBER: dict[type, Callable[[Any], Any]] = {}
 
+# What writes a product of matrices, and of entries, to an array that can be written to.
+PRODUCT: dict[type, Callable[[Any, Any, Any], Any]] = {}
+TIMES: dict[type, Callable[[Any, Any, Any], Any]] = {}
 # For a type of arrays that can be written to, what makes an array of any content: `empty`.
 EMPTY: dict[type, Callable[[Sequence[int], Any], Any]] = {}
 
@@ -151,6 +154,18 @@ def add_product(Y: Array, A: Array, B: Array) -> Array:
     """`Y + A B` of shapes (..., m, n), (..., m, k) and (..., k, n); `Y` may be overwritten."""
     fused = ADD_PRODUCT.get(type(Y))
     return Y + A @ B if fused is None else fused(Y, A, B)
+
+
+def product(A: Array, B: Array, out: Array) -> Array:
+    """`A B`, written to `out` where a frontend has said how."""
+    into = PRODUCT.get(type(A))
+    return A @ B if into is None else into(A, B, out)
+
+
+def times(A: Array, B: Array, out: Array) -> Array:
+    """`A * B`, written to `out` where a frontend has said how."""
+    into = TIMES.get(type(A))
+    return A * B if into is None else into(A, B, out)
 
 
 def inverse(A: Array) -> Array:

@@ -142,11 +142,11 @@ def direction(
         gradient = _plus(gradient, decay)
         squares = squares_of(kind, gradient)
     room = None  # else the natural gradient of an average
-    if donate and bias and momenta is not None:  # the average is written where it is joined
+    if donate and momenta is not None:  # the average is written where it is joined
         stack = gradient[0].shape[: gradient[0].ndim - len(shape)]
         batch, *sides = kind.shape(shape, bias)
         room = empty((*stack, *batch, *sides), like=momenta[0])
-    outs = None if room is None else kind.split(room, shape, bias)
+    outs = None if room is None else [r for r in kind.split(room, shape, bias) if r is not None]
     ahead, momenta = _averaged(gradient, momenta, s, donate=donate, outs=outs)
     matrix = kind.matrix(*ahead) if room is None else room
     agreement: Scalar = 1.0

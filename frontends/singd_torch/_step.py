@@ -11,15 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from singd_core._array import ADD_PRODUCT, EMPTY, INVERSE, MULTIPLY_ADD, sum_of_squares, widen
+from singd_core._array import (
+    ADD_PRODUCT,
+    EMPTY,
+    INVERSE,
+    MULTIPLY_ADD,
+    TIMES,
+    sum_of_squares,
+    widen,
+)
+from singd_core._array import PRODUCT as PRODUCT_INTO
 from singd_core._settings import Settings, gap, rate_of_factors
 from singd_core.preconditioner import Factors
 from singd_core.step import Direction, couples_decay, direction, weight_change
 from singd_core.updates.curvature import Curvature
 from singd_core.updates.natural import Preconditioner
+from singd_torch import _scratch
 from singd_torch._join import join
 from singd_torch._pieces import cut, piece_size, placed
 from singd_torch._scaling import Scales
+from singd_torch._scratch import PRODUCT
 from singd_torch._stacks import Stack, State
 
 # Weights of so many numbers, and stacks of smaller ones, are changed by one call.
@@ -150,10 +161,16 @@ def _by_pieces(preconditioner: Preconditioner, owned: bool, gradient: Tensor) ->
     It overwrites the gradient if that is `owned` and fits.
     """
     most = piece_size(type(preconditioner.K), type(preconditioner.C))
+    dtype, by_rows = preconditioner.C.like.dtype, preconditioner.rows(slice(0)) is not None
+    known = preconditioner.whole_K and preconditioner.whole_C
+    fits = gradient.dtype == dtype == preconditioner.K.like.dtype
+    if owned and known and fits:
+        right = preconditioner.right(gradient, _scratch.empty(gradient.shape, gradient, PRODUCT))
+        both: Tensor = preconditioner.left(right, gradient)
+        return both
     if len(cut(gradient, most)) == 1:
         small: Tensor = preconditioner(gradient)
         return small
-    dtype, by_rows = preconditioner.C.like.dtype, preconditioner.rows(slice(0)) is not None
     natural = gradient
     if not (owned and gradient.dtype == dtype):
         natural = torch.empty_like(gradient, dtype=dtype)
@@ -254,7 +271,9 @@ MULTIPLY_ADD |= dict.fromkeys((Tensor, nn.Parameter), _multiply_add)
 ADD_PRODUCT[Tensor] = _add_product
 # `inv` waits to know whether there is an inverse.
 INVERSE[Tensor] = lambda A: torch.linalg.inv_ex(A).inverse
-EMPTY[Tensor] = lambda shape, like: torch.empty(shape, dtype=like.dtype, device=like.device)
+EMPTY[Tensor] = _scratch.empty
+PRODUCT_INTO[Tensor] = lambda A, B, out: torch.matmul(A, B, out=out)
+TIMES[Tensor] = lambda A, B, out: torch.mul(A, B, out=out)
 
 
 def _coupled_decay(settings_of: Callable[[nn.Parameter], Settings], p: nn.Parameter) -> Tensor:

@@ -19,6 +19,7 @@ from singd_torch._distributed import processes_of_call
 from singd_torch._groups import settings_of
 from singd_torch._layers import Layer, Source, find
 from singd_torch._queue import Call, Queue
+from singd_torch._scratch import Scratch
 from singd_torch._stacks import Stack, stacks
 from singd_torch._warnings import warn
 
@@ -41,6 +42,7 @@ class Watcher(torch.optim.Optimizer):
         self._fallback: list[nn.Parameter] = []
         self._taps: dict[nn.Module, list[Tap]] = {}
         self._queue = Queue()
+        self._scratch = Scratch()
         self._warned: set[str] = set()
         self._reports = False
         self._scale_of_rows: float | None = None

@@ -15,7 +15,7 @@ from singd_core import preconditioner
 from singd_core._array import ranged
 from singd_core._settings import DEFAULT, STRUCTURES, settings
 from singd_core.step import warmed
-from singd_torch import _diagnostics, _fallback, _finite, _scaling, _state, _table
+from singd_torch import _diagnostics, _fallback, _finite, _scaling, _scratch, _state, _table
 from singd_torch._distributed import reduce_rows
 from singd_torch._estimate import automatic
 from singd_torch._groups import check_group, settings_of
@@ -273,7 +273,8 @@ class SINGD(Watcher):
             skip = (~ok).to(torch.float32)
 
         given = Gradients(of, norms, lambda p: chosen[id(self._group_of[p])], scales, ok)
-        moved = [advance(stack, self.state, given) for stack in ready]
+        with _scratch.lent(self._scratch):
+            moved = [advance(stack, self.state, given) for stack in ready]
         grads = [of(p) for p in others]
         _fallback.step_all(self._group_of, others, grads, self.state, skip, shares)
         if ok is None and not all(moved):

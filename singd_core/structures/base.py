@@ -113,6 +113,10 @@ class Structure(Tree):
         """`L Lᵀ X` for `X` of shape (..., d, n)."""
         return self.apply(self.apply_t(X))
 
+    def apply_into(self, X: Array, out: Array) -> Array | None:
+        """`L X`, written to `out` if arrays can be written to; None if only `apply` is known."""
+        return None
+
     def square(self) -> Structure | None:
         """`L Lᵀ`, in whatever structure it has, if one product with it costs less than two.
 

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar, Self
 
-from singd_core._array import Array, Scalar, concat, expand, eye, full, namespace, widen
+from singd_core._array import (
+    Array,
+    Scalar,
+    concat,
+    expand,
+    eye,
+    full,
+    namespace,
+    product,
+    widen,
+)
 from singd_core.structures.base import Pattern, family, structure
 
 
@@ -90,6 +100,13 @@ class BlockDiagonal(Pattern):
     def apply_t(self, X: Array) -> Array:
         blocks, last = self._split(X)
         return self._join(self.blocks.mT @ blocks, self.last.mT @ last)
+
+    def apply_into(self, X: Array, out: Array) -> Array:
+        into = self._split(out)
+        blocks, last = self._split(X)
+        found = product(self.blocks, blocks, into[0]), product(self.last, last, into[1])
+        written = all(a is b for a, b in zip(found, into, strict=True))
+        return out if written else self._join(*found)
 
     def square(self) -> Self:
         return type(self)(self.blocks @ self.blocks.mT, self.last @ self.last.mT)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Self
 
-from singd_core._array import Array, namespace
+from singd_core._array import Array, namespace, product
 from singd_core.structures.base import Pattern, structure
 
 
@@ -24,6 +24,9 @@ class _Square(Pattern):
 
     def dense(self) -> Array:
         return self.matrix
+
+    def apply_into(self, X: Array, out: Array) -> Array:
+        return product(self.matrix, X, out)
 
     def matmul(self, other: Self) -> Self:
         return type(self)(self.matrix @ other.matrix)

@@ -15,6 +15,7 @@ from singd_core._array import (
     namespace,
     sum_of_squares,
     sums_of_squares,
+    times,
     widen,
 )
 from singd_core.structures.base import Pattern, structure
@@ -77,6 +78,9 @@ class Diagonal(Pattern):
         return self.diag[..., None] * X
 
     apply_t = apply
+
+    def apply_into(self, X: Array, out: Array) -> Array:
+        return times(self.diag[..., None], X, out)
 
     def precondition(self, X: Array) -> Array:
         return self.square().apply(X)

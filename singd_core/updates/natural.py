@@ -47,13 +47,14 @@ class Preconditioner:
         """The natural gradient."""
         return self.left(self.right(gradient))
 
-    def right(self, gradient: Array) -> Array:
-        """∇W P_K, which acts on each row."""
-        return _product(self.K, self.whole_K, cast(gradient, self.K.like).mT).mT
+    def right(self, gradient: Array, out: Array | None = None) -> Array:
+        """∇W P_K, which acts on each row; `out` may be written to, where arrays can be."""
+        out = None if out is None else out.mT
+        return _product(self.K, self.whole_K, cast(gradient, self.K.like).mT, out).mT
 
-    def left(self, X: Array) -> Array:
-        """P_C X, which acts on each column."""
-        return _product(self.C, self.whole_C, cast(X, self.C.like))
+    def left(self, X: Array, out: Array | None = None) -> Array:
+        """P_C X, which acts on each column; `out` may be written to, where arrays can be."""
+        return _product(self.C, self.whole_C, cast(X, self.C.like), out)
 
     def rows(self, j: slice) -> Preconditioner | None:
         """The one of the rows `j` of ∇W alone, or None where P_C mixes rows. Not of a stack."""
@@ -62,8 +63,11 @@ class Preconditioner:
         return dataclasses.replace(self, C=Diagonal(self.C.diag[j]))
 
 
-def _product(L: Structure, whole: bool, X: Array) -> Array:
-    return L.apply(X) if whole else L.precondition(X)
+def _product(L: Structure, whole: bool, X: Array, out: Array | None) -> Array:
+    if not whole:
+        return L.precondition(X)
+    found = None if out is None else L.apply_into(X, out)
+    return L.apply(X) if found is None else found
 
 
 def of_unit_scale(L: S) -> S:
