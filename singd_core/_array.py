@@ -19,6 +19,8 @@ ADD_PRODUCT: dict[type, Callable[[Any, Any, Any], Any]] = {}
 INVERSE: dict[type, Callable[[Any], Any]] = {}
 # The same for `sums_of_squares`.
 SUMS_OF_SQUARES: dict[type, Callable[[Any], Any]] = {}
+# The same for `take`.
+TAKE: dict[type, Callable[[Any, Any, int], Any]] = {}
 # The same for `number`.
 NUMBER: dict[type, Callable[[Any], Any]] = {}
 
@@ -142,6 +144,12 @@ def add_product(Y: Array, A: Array, B: Array) -> Array:
     """`Y + A B` of shapes (..., m, n), (..., m, k) and (..., k, n); `Y` may be overwritten."""
     fused = ADD_PRODUCT.get(type(Y))
     return Y + A @ B if fused is None else fused(Y, A, B)
+
+
+def take(x: Array, indices: Array, axis: int) -> Array:
+    """The entries of `x` at `indices`, of one axis, along an axis that is not negative."""
+    fused = TAKE.get(type(x))
+    return namespace(x).take(x, indices, axis=axis) if fused is None else fused(x, indices, axis)
 
 
 def inverse(A: Array) -> Array:
