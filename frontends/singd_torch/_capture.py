@@ -24,7 +24,9 @@ class _Probe(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, tap: Tap, shape: torch.Size) -> Tensor:
+    def forward(
+        ctx: Any, output: Tensor, x: Tensor, tap: Tap, shape: torch.Size | None = None
+    ) -> Tensor:
         ctx.save_for_backward(x)
         ctx.tap, ctx.shape = tap, shape
         ctx.mark_dirty(output)
@@ -33,7 +35,7 @@ class _Probe(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (x,), (g,) = ctx.saved_tensors, grads
-        ctx.tap.take(x, g.reshape(ctx.shape))
+        ctx.tap.take(x, g if ctx.shape is None else g.reshape(ctx.shape))
         return g, None, None, None
 
 
@@ -84,8 +86,9 @@ class Tap:
             return None
         x = x.detach() if x.requires_grad else x
         base, shape = _base(output), output.shape
-        probed: Tensor = _Probe.apply(base, x, self, shape)  # type: ignore[no-untyped-call]
-        return probed if base is output else probed.view(shape)
+        if base is output:
+            return _Probe.apply(output, x, self)  # type: ignore[no-untyped-call,no-any-return]
+        return _Probe.apply(base, x, self, shape).view(shape)  # type: ignore[no-untyped-call,no-any-return]
 
     @torch.no_grad()
     def take(self, x: Tensor, g: Tensor) -> None:

@@ -128,8 +128,8 @@ class Layer:
         diagonal = issubclass(self.structures[0], Diagonal) and (
             isinstance(kind, Convolution) or x.numel() > SMALL
         )
-        samples = self._samples(source)
-        whole = diagonal or samples[0] is not None
+        sample = self._sample(source)
+        whole = diagonal or sample[0] is not None
         first, *others = (x,) if whole else self._pieces(kind, x, g)
         rows = Rows.of(
             kind,
@@ -140,7 +140,7 @@ class Layer:
             kfac_approx=group["kfac_approx"],
             loss_average=group["loss_average"],
             mask=mask,
-            samples=samples,
+            sample=sample,
         )
         if rows.A.shape[-2] == 0 or rows.B.shape[-2] == 0:
             return
@@ -155,7 +155,7 @@ class Layer:
             A, N = kind.inputs(piece, bias=bias, kfac_approx=group["kfac_approx"])
             yield Rows(A, N, B, rows.M)
 
-    def _samples(self, source: Source) -> tuple[Sample | None, Sample | None]:
+    def _sample(self, source: Source) -> tuple[Sample | None, Sample | None]:
         """Which rows of a call's inputs and of its gradients the factors want."""
         _, d_out, d_in = self.shape
         most, step = self.group.get("rows"), self.group["steps"]

@@ -37,16 +37,16 @@ class Rows:
         kfac_approx: str,
         loss_average: str | None,
         mask: Tensor | None,
-        samples: tuple[Sample | None, Sample | None] = (None, None),
+        sample: tuple[Sample | None, Sample | None] = (None, None),
     ) -> Rows:
         """From the input of a call and the gradient at its output.
 
         `diagonal` if only the diagonal of AᵀA is asked for.
         `mask`, of the first axes of the positions, is False at those that are no rows, such as
         padding. The channels and pixels of a convolution are no positions, so it has no mask.
-        `samples` of the inputs and of the gradients are which rows are made; None is all.
+        `sample`, of the inputs and of the gradients, is which rows are made; None is all.
         """
-        of_inputs, of_outputs = samples
+        of_inputs, of_outputs = sample
         entries = kind.entries if isinstance(kind, Embedding) else None
         positions = x.shape if entries is not None else x.shape[:-1]
         masked = isinstance(kind, (Linear, StackedLinear, Embedding))
@@ -72,9 +72,9 @@ class Rows:
             masked_g, kfac_approx=kfac_approx, loss_average=loss_average, sample=of_outputs
         )
         if entries is None:
-            A = A * _sampled(mask if each else used, of_inputs)
+            A = A * _thinned(mask if each else used, of_inputs)
         if each:
-            B = B * _sampled(mask, of_outputs)
+            B = B * _thinned(mask, of_outputs)
         terms = {None: M, "batch": samples, "batch+sequence": kept}[loss_average]
         return cls(A, kept if each else samples, B, terms)
 
@@ -88,7 +88,7 @@ class Rows:
         return dataclasses.replace(self, A=A, B=B)
 
 
-def _sampled(mask: Tensor, sample: Sample | None) -> Tensor:
+def _thinned(mask: Tensor, sample: Sample | None) -> Tensor:
     """The mask of rows as a column, of those that are sampled."""
     mask = mask[..., None] if sample is None else sample.rows(mask[..., None])[0]
     return mask.reshape(-1, 1)

@@ -98,12 +98,12 @@ class Sample:
 
 
 def _stride(n: int, m: int, shared: int) -> int:
-    """Near n/m, so that m strides are about one time round, never on the same number twice."""
+    """Near n/m, so that m strides go round about once, never to the same number twice."""
     if m >= n:
         return 1
     near = round(n / m)
     for further in count():
-        for k in (near - further, near + further):
+        for k in (near + further, near - further):  # rather more than once
             once = k * m <= n or math.gcd(k, n) == 1
             if k > 1 and once and math.gcd(k, shared) == 1:
                 return k

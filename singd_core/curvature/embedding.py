@@ -64,9 +64,7 @@ class Embedding(LayerKind):
         sample: Sample | None = None,
     ) -> tuple[Array, int]:
         """The rows `B`, shape `(N, d_out)`, of the gradient `(batch, *shared, d_out)`; and `M`."""
-        return Linear().outputs(
-            g, kfac_approx="expand", loss_average=loss_average, sample=sample
-        )
+        return Linear().outputs(g, kfac_approx="expand", loss_average=loss_average, sample=sample)
 
     def matrix(self, weight: Array, bias: Array | None = None) -> Array:
         """The table turned, `(d_out, entries)`."""
