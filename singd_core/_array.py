@@ -19,6 +19,8 @@ ADD_PRODUCT: dict[type, Callable[[Any, Any, Any], Any]] = {}
 INVERSE: dict[type, Callable[[Any], Any]] = {}
 # The same for `sums_of_squares`.
 SUMS_OF_SQUARES: dict[type, Callable[[Any], Any]] = {}
+# The same for `take`.
+TAKE: dict[type, Callable[[Any, Any, int], Any]] = {}
 # The same for `number`.
 NUMBER: dict[type, Callable[[Any], Any]] = {}
 
@@ -166,6 +168,12 @@ def times(A: Array, B: Array, out: Array) -> Array:
     """`A * B`, written to `out` where a frontend has said how."""
     into = TIMES.get(type(A))
     return A * B if into is None else into(A, B, out)
+
+
+def take(x: Array, indices: Array, axis: int) -> Array:
+    """The entries of `x` at `indices`, of one axis, along an axis that is not negative."""
+    fused = TAKE.get(type(x))
+    return namespace(x).take(x, indices, axis=axis) if fused is None else fused(x, indices, axis)
 
 
 def inverse(A: Array) -> Array:

@@ -24,17 +24,19 @@ class _Probe(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, tap: Tap) -> Tensor:
+    def forward(
+        ctx: Any, output: Tensor, x: Tensor, tap: Tap, shape: torch.Size | None = None
+    ) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.tap = tap
+        ctx.tap, ctx.shape = tap, shape
         ctx.mark_dirty(output)
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (x,), (g,) = ctx.saved_tensors, grads
-        ctx.tap.take(x, g)
-        return g, None, None
+        ctx.tap.take(x, g if ctx.shape is None else g.reshape(ctx.shape))
+        return g, None, None, None
 
 
 class Tap:
@@ -83,7 +85,10 @@ class Tap:
         if isinstance(output, FakeTensor):
             return None
         x = x.detach() if x.requires_grad else x
-        return _Probe.apply(output, x, self)  # type: ignore[no-untyped-call,no-any-return]
+        base, shape = _base(output), output.shape
+        if base is output:
+            return _Probe.apply(output, x, self)  # type: ignore[no-untyped-call,no-any-return]
+        return _Probe.apply(base, x, self, shape).view(shape)  # type: ignore[no-untyped-call,no-any-return]
 
     @torch.no_grad()
     def take(self, x: Tensor, g: Tensor) -> None:
@@ -107,6 +112,21 @@ class Tap:
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled as an inert tap."""
         return Tap, (None, None)
+
+
+def _base(output: Tensor) -> Tensor:
+    """What an output is a view of, if all of it and in the same order; else the output itself.
+
+    The output of a linear layer on three axes is a view of two. Of an operation in place on a view
+    autograd makes another one, on its base, whose backward pass fills two and copies four tensors
+    of the gradient's size.
+    """
+    base = output._base
+    if base is None or type(base) is not Tensor or not base.requires_grad or base.is_leaf:
+        return output
+    same = base.numel() == output.numel() and base.dtype == output.dtype
+    same = same and base.storage_offset() == output.storage_offset()
+    return base if same and base.is_contiguous() and output.is_contiguous() else output
 
 
 def install(owner: Any, source: Any, module: nn.Module) -> list[Tap]:

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from singd_core import preconditioner
-from singd_core.curvature import Convolution, Embedding, LayerKind, Linear, StackedLinear
+from singd_core.curvature import (
+    Convolution,
+    Embedding,
+    LayerKind,
+    Linear,
+    Sample,
+    StackedLinear,
+)
 from singd_core.preconditioner import Factors
 from singd_core.structures import Diagonal, Structure
 from singd_core.updates.inverse_free import InverseFree
@@ -121,7 +128,9 @@ class Layer:
         diagonal = issubclass(self.structures[0], Diagonal) and (
             isinstance(kind, Convolution) or x.numel() > SMALL
         )
-        first, *others = (x,) if diagonal else self._pieces(kind, x, g)
+        sample = self._sample(source)
+        whole = diagonal or sample[0] is not None
+        first, *others = (x,) if whole else self._pieces(kind, x, g)
         rows = Rows.of(
             kind,
             first,
@@ -131,6 +140,7 @@ class Layer:
             kfac_approx=group["kfac_approx"],
             loss_average=group["loss_average"],
             mask=mask,
+            sample=sample,
         )
         if rows.A.shape[-2] == 0 or rows.B.shape[-2] == 0:
             return
@@ -144,6 +154,16 @@ class Layer:
         for piece, B in zip(others, more, strict=True):
             A, N = kind.inputs(piece, bias=bias, kfac_approx=group["kfac_approx"])
             yield Rows(A, N, B, rows.M)
+
+    def _sample(self, source: Source) -> tuple[Sample | None, Sample | None]:
+        """Which rows of a call's inputs and of its gradients the factors want."""
+        _, d_out, d_in = self.shape
+        most, step = self.group.get("rows"), self.group["steps"]
+        K, C = (
+            Sample.of(most, structure, d, step)
+            for structure, d in zip(self.structures, (d_in, d_out), strict=True)
+        )
+        return (C, K) if source.swapped else (K, C)
 
     def _pieces(self, kind: LayerKind, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
         """The samples of an input in pieces, lest their patches be what sets the peak of memory."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from singd_core.curvature import Embedding, LayerKind, Linear, StackedLinear
+from singd_core.curvature import Embedding, LayerKind, Linear, Sample, StackedLinear
 from singd_core.preconditioner import Factors
 from singd_core.updates.curvature import Curvature, Measured
 from singd_torch._join import join, join_trees, tree_parts
@@ -37,20 +37,25 @@ class Rows:
         kfac_approx: str,
         loss_average: str | None,
         mask: Tensor | None,
+        sample: tuple[Sample | None, Sample | None] = (None, None),
     ) -> Rows:
         """From the input of a call and the gradient at its output.
 
         `diagonal` if only the diagonal of AᵀA is asked for.
         `mask`, of the first axes of the positions, is False at those that are no rows, such as
         padding. The channels and pixels of a convolution are no positions, so it has no mask.
+        `sample`, of the inputs and of the gradients, is which rows are made; None is all.
         """
+        of_inputs, of_outputs = sample
         entries = kind.entries if isinstance(kind, Embedding) else None
         positions = x.shape if entries is not None else x.shape[:-1]
         masked = isinstance(kind, (Linear, StackedLinear, Embedding))
         if mask is None or not masked or positions[: mask.ndim] != mask.shape or 0 in positions:
             inputs_of = kind.diagonal_rows if diagonal else kind.inputs
-            A, N = inputs_of(x, bias=bias, kfac_approx=kfac_approx)
-            B, M = kind.outputs(g, kfac_approx=kfac_approx, loss_average=loss_average)
+            A, N = inputs_of(x, bias=bias, kfac_approx=kfac_approx, sample=of_inputs)
+            B, M = kind.outputs(
+                g, kfac_approx=kfac_approx, loss_average=loss_average, sample=of_outputs
+            )
             return cls(A, N, B, M)
         mask = mask.reshape(*mask.shape, *(1,) * (len(positions) - mask.ndim)).expand(positions)
         used = mask.reshape(len(mask), -1).any(1)  # samples with a position that is kept
@@ -61,10 +66,15 @@ class Rows:
         elif not each:  # the mean over the kept positions of each sample
             share = mask.reshape(len(mask), -1).to(x.dtype).mean(1).clamp(min=1 / mask[0].numel())
             x = x * (mask / share.reshape(-1, *(1,) * (mask.ndim - 1)))[..., None]
-        A, N = kind.inputs(x, bias=bias, kfac_approx=kfac_approx)
-        B, M = kind.outputs(g * mask[..., None], kfac_approx=kfac_approx, loss_average=loss_average)
+        A, N = kind.inputs(x, bias=bias, kfac_approx=kfac_approx, sample=of_inputs)
+        masked_g = g if each else g * mask[..., None]
+        B, M = kind.outputs(
+            masked_g, kfac_approx=kfac_approx, loss_average=loss_average, sample=of_outputs
+        )
         if entries is None:
-            A = A * (mask if each else used).reshape(-1, 1)
+            A = A * _thinned(mask if each else used, of_inputs)
+        if each:
+            B = B * _thinned(mask, of_outputs)
         terms = {None: M, "batch": samples, "batch+sequence": kept}[loss_average]
         return cls(A, kept if each else samples, B, terms)
 
@@ -76,6 +86,12 @@ class Rows:
             for rows in (self.A, self.B)
         )
         return dataclasses.replace(self, A=A, B=B)
+
+
+def _thinned(mask: Tensor, sample: Sample | None) -> Tensor:
+    """The mask of rows as a column, of those that are sampled."""
+    mask = mask[..., None] if sample is None else sample.rows(mask[..., None])[0]
+    return mask.reshape(-1, 1)
 
 
 @dataclasses.dataclass(eq=False)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import product
+from math import prod
 
-from singd_core._array import Array, concat, namespace
+from singd_core._array import Array, concat, device, namespace, take
 from singd_core.curvature._windows import Window
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
@@ -34,6 +35,27 @@ def patches(x: Array, windows: Sequence[Window], axis: int, one: bool = False) -
     if one:
         seen.append(namespace(x).ones_like(seen[0]))
     return namespace(x).stack(seen, axis=axis)
+
+
+def patches_at(x: Array, windows: Sequence[Window], at: Sequence[Array]) -> Array:
+    """The patches of `x`, shape (groups, channels, batch, *spatial), padded, at some positions.
+
+    `at` has for each axis the numbers of output positions: their products are the positions.
+
+    Returns:
+        Shape (groups, channels, K1 K2 ..., N).
+    """
+    xp, axes = namespace(x), len(windows)
+    for i, (window, positions) in enumerate(zip(windows, at, strict=True)):
+        k = window.dilation * xp.arange(window.size, device=device(x))
+        seen = k[:, None] + window.stride * positions[None, :]
+        axis = 3 + 2 * i  # each axis before has become two
+        x = take(x, xp.reshape(seen, (prod(seen.shape),)), axis)
+        x = xp.reshape(x, (*x.shape[:axis], *seen.shape, *x.shape[axis + 1 :]))
+    entries, places = (range(3 + i, 3 + 2 * axes, 2) for i in range(2))
+    x = xp.permute_dims(x, (0, 1, *entries, 2, *places))
+    K = prod(x.shape[2 : 2 + axes])
+    return xp.reshape(x, (*x.shape[:2], K, prod(x.shape[2 + axes :])))
 
 
 def average_patch(x: Array, windows: Sequence[Window], mode: str) -> Array:

@@ -8,6 +8,7 @@ from math import prod
 from typing import ClassVar
 
 from singd_core._array import Array, concat, namespace
+from singd_core.curvature._sampling import Sample
 
 Shape = tuple[int, ...]
 
@@ -21,7 +22,10 @@ class LayerKind(ABC):
 
         U = Aᵀ A / N,     G = M Bᵀ B     (mathematics.md, section 1)
 
-    With `kfac_approx="expand"`, `Bᵀ A` is the gradient of the weight in matrix form. The
+    Given a `sample`, `inputs` and `outputs` may return fewer rows, multiplied so that the sums
+    `AᵀA` and `BᵀB` are expected to be those of all; N and M are always of all rows.
+
+    With `kfac_approx="expand"`, `Bᵀ A` of all rows is the gradient of the weight as a matrix. The
     leading axes `*groups` below are layers of their own that share a call; most kinds have none.
 
     Array arguments are arrays of any library that follows the Python Array API standard.
@@ -33,7 +37,9 @@ class LayerKind(ABC):
     diagonal_inputs: ClassVar[bool] = False
 
     @abstractmethod
-    def inputs(self, x: Array, *, bias: bool, kfac_approx: str) -> tuple[Array, int]:
+    def inputs(
+        self, x: Array, *, bias: bool, kfac_approx: str, sample: Sample | None = None
+    ) -> tuple[Array, int]:
         """The rows `A` of the layer's input and their number `N`.
 
         Args:
@@ -41,23 +47,33 @@ class LayerKind(ABC):
             bias: Whether the layer has a bias: appends a column of ones.
             kfac_approx: `"expand"`, every shared position is a row, or `"reduce"`, the mean over
                 the shared positions is (arXiv 2311.00636).
+            sample: Which rows to return; all if None.
 
         Returns:
-            `A`, shape `(*groups, N, d_in [+ 1])`, and `N`.
+            `A`, shape `(*groups, N, d_in [+ 1])`, of a sample fewer rows, and `N`.
 
         Raises:
             ValueError: If `kfac_approx` is unknown or `x` does not fit the layer.
         """
 
-    def diagonal_rows(self, x: Array, *, bias: bool, kfac_approx: str) -> tuple[Array, int]:
+    def diagonal_rows(
+        self, x: Array, *, bias: bool, kfac_approx: str, sample: Sample | None = None
+    ) -> tuple[Array, int]:
         """Rows that have the diagonal of `AᵀA` in common with those of `inputs`, maybe fewer.
 
         A diagonal K wants no more. Arguments and results are those of `inputs`; `N` is the same.
         """
-        return self.inputs(x, bias=bias, kfac_approx=kfac_approx)
+        return self.inputs(x, bias=bias, kfac_approx=kfac_approx, sample=sample)
 
     @abstractmethod
-    def outputs(self, g: Array, *, kfac_approx: str, loss_average: str | None) -> tuple[Array, int]:
+    def outputs(
+        self,
+        g: Array,
+        *,
+        kfac_approx: str,
+        loss_average: str | None,
+        sample: Sample | None = None,
+    ) -> tuple[Array, int]:
         """The rows `B` of the gradient of the layer's output and the number `M` of loss terms.
 
         Args:
@@ -65,9 +81,10 @@ class LayerKind(ABC):
             kfac_approx: `"expand"`, every shared position is a row, or `"reduce"`, their sum is.
             loss_average: What the loss is a mean over: `"batch"`, `"batch+sequence"` (the batch and
                 the shared positions), or `None` if it is a sum.
+            sample: Which rows to return; all if None. They need not be those of `inputs`.
 
         Returns:
-            `B`, shape `(*groups, N, d_out)`, and `M`.
+            `B`, shape `(*groups, N, d_out)`, of a sample fewer rows, and `M`.
 
         Raises:
             ValueError: If `kfac_approx` or `loss_average` is unknown or `g` does not fit the layer.

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from math import prod
 
 from singd_core._array import Array, namespace, widen
-from singd_core.curvature._patches import PADDING_MODES, average_patch, pad, patches
+from singd_core.curvature._patches import PADDING_MODES, average_patch, pad, patches, patches_at
+from singd_core.curvature._sampling import Sample
 from singd_core.curvature._windows import Padding, Size, Window, windows
 from singd_core.curvature.base import (
     LayerKind,
@@ -72,10 +73,16 @@ class Convolution(LayerKind):
             choices = ", ".join(map(repr, PADDING_MODES))
             raise ValueError(f"padding_mode = {self.padding_mode!r}: choose one of {choices}")
 
-    def inputs(self, x: Array, *, bias: bool, kfac_approx: str) -> tuple[Array, int]:
+    def inputs(
+        self, x: Array, *, bias: bool, kfac_approx: str, sample: Sample | None = None
+    ) -> tuple[Array, int]:
         """The rows `A`, shape `([groups,] N, d_in [+ 1])`, of `(batch, C_in, *spatial)`; `N`."""
         expand = is_expand(kfac_approx)
         x = self._batched(x, "input x")
+        if sample is not None and expand:
+            return self._some_inputs(x, bias, sample)
+        N = x.shape[0]
+        x, factor = (x, 1.0) if sample is None else sample.take(x, sample.most)
         xp, batch, spatial = namespace(x), x.shape[0], x.shape[2:]
         grouped = self._grouped(x)
         groups, channels = grouped.shape[1:3]
@@ -84,7 +91,8 @@ class Convolution(LayerKind):
             x = xp.reshape(grouped, (batch, groups * channels, *spatial))
             a = average_patch(x, self.windows, self.padding_mode)
             A = xp.moveaxis(xp.reshape(a, (batch, groups, d_in)), 1, 0)
-            return self._ungrouped(append_ones(A, 2) if bias else A), batch
+            A = A if factor == 1.0 else A * factor
+            return self._ungrouped(append_ones(A, 2, factor) if bias else A), N
         # Columns first in memory: the rows are a transposed view, made in one copy. The bias' ones
         # travel as one more channel, cut to one column afterwards: 37 ms, where appending them to
         # the finished rows takes 63 (torch, two CPU cores, input (32, 64, 32, 32), 3x3 kernel).
@@ -97,34 +105,70 @@ class Convolution(LayerKind):
         columns = xp.reshape(x, (groups, x.shape[1] * x.shape[2], N))
         return self._ungrouped(columns[:, : d_in + bias, :].mT), N
 
-    def diagonal_rows(self, x: Array, *, bias: bool, kfac_approx: str) -> tuple[Array, int]:
+    def _some_inputs(self, x: Array, bias: bool, sample: Sample) -> tuple[Array, int]:
+        """Patches at some output positions, without those of others."""
+        positions = self._positions(x)
+        lengths = (x.shape[0], *positions)
+        counts, N = sample.counts(lengths), prod(lengths)
+        if counts == lengths:
+            return self.inputs(x, bias=bias, kfac_approx="expand")
+        xp, grouped = namespace(x), self._grouped(sample.take(x, counts[0])[0])
+        axes = enumerate(zip(positions, counts[1:], strict=True), start=1)
+        at = [sample.indices(n, m, x, axis=i) for i, (n, m) in axes]
+        x = pad(xp.moveaxis(grouped, 0, 2), self.windows, self.padding_mode)
+        x = patches_at(x, self.windows, at)
+        factor = (N / prod(counts)) ** 0.5
+        columns = xp.reshape(x, (x.shape[0], prod(x.shape[1:-1]), x.shape[-1])) * factor
+        columns = append_ones(columns, 1, factor) if bias else columns
+        return self._ungrouped(columns.mT), N
+
+    def diagonal_rows(
+        self, x: Array, *, bias: bool, kfac_approx: str, sample: Sample | None = None
+    ) -> tuple[Array, int]:
         """One row of the roots of the diagonal of `AᵀA`, from sums over the batch of `x ∘ x`.
 
         The patches of the sums take the place of those of every input.
         """
         if not is_expand(kfac_approx):
-            return self.inputs(x, bias=bias, kfac_approx=kfac_approx)
-        x = widen(self._grouped(self._batched(x, "input x")))
-        xp, batch = namespace(x), x.shape[0]
+            return self.inputs(x, bias=bias, kfac_approx=kfac_approx, sample=sample)
+        x, factor = self._batched(x, "input x"), 1.0
+        batch = x.shape[0]
+        if sample is not None:  # with all positions: their number costs next to nothing
+            x, factor = sample.take(x, sample.counts((batch, *self._positions(x)))[0])
+        x = widen(self._grouped(x))
+        xp = namespace(x)
         sums = pad(xp.sum(x * x, axis=0), self.windows, self.padding_mode)
         seen = patches(sums, self.windows, axis=2)
         squares = xp.sum(seen, axis=tuple(range(3, seen.ndim)))
-        A = xp.sqrt(xp.reshape(squares, (squares.shape[0], 1, prod(squares.shape[1:]))))
+        A = xp.sqrt(xp.reshape(squares, (squares.shape[0], 1, prod(squares.shape[1:])))) * factor
         N = batch * prod(seen.shape[3:])
         A = append_ones(A, 2, N**0.5) if bias else A
         return self._ungrouped(A), N
 
-    def outputs(self, g: Array, *, kfac_approx: str, loss_average: str | None) -> tuple[Array, int]:
+    def outputs(
+        self,
+        g: Array,
+        *,
+        kfac_approx: str,
+        loss_average: str | None,
+        sample: Sample | None = None,
+    ) -> tuple[Array, int]:
         """The rows `B`, shape `([groups,] N, d_out)`, of `(batch, C_out, *positions)`; and `M`."""
         expand = is_expand(kfac_approx)
         g = self._batched(g, "output gradient g")
         M = loss_terms(loss_average, g.shape[0], g.shape[2:])
-        xp = namespace(g)
+        xp, factor = namespace(g), 1.0
+        if sample is not None:
+            counts = sample.counts((g.shape[0], *g.shape[2:])) if expand else (sample.most,)
+            for axis, count in enumerate(counts):
+                g, one = sample.take(g, count, axis and axis + 1, number=axis)
+                factor *= one
         if not expand:
             g = xp.sum(g, axis=tuple(range(2, g.ndim)))
         g = self._by_group(g, "output channels", self._matrix_groups)
         g = xp.moveaxis(g, 0, 2)  # (groups, d_out, batch, *positions)
         columns = xp.reshape(g, (*g.shape[:2], prod(g.shape[2:])))
+        columns = columns if factor == 1.0 else columns * factor
         return self._ungrouped(columns.mT), M
 
     def matrix(self, weight: Array, bias: Array | None = None) -> Array:
@@ -164,6 +208,11 @@ class Convolution(LayerKind):
                 f"(batch, channels, *spatial), {n + 2} axes, or {n + 1} without the batch"
             )
         return x if x.ndim == n + 2 else x[None, ...]
+
+    def _positions(self, x: Array) -> tuple[int, ...]:
+        """The numbers of output positions along the spatial axes of an input."""
+        along = zip(self.windows, x.shape[2:], strict=True)
+        return tuple(window.positions(n) for window, n in along)
 
     def _grouped(self, x: Array) -> Array:
         """The input by channel groups, or by their average."""

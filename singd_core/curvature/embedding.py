@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod
 
 from singd_core._array import Array, device, namespace
+from singd_core.curvature._sampling import Sample
 from singd_core.curvature.base import LayerKind, Shape
 from singd_core.curvature.linear import Linear
 
@@ -29,13 +30,16 @@ class Embedding(LayerKind):
 
     diagonal_inputs = True
 
-    def inputs(self, x: Array, *, bias: bool, kfac_approx: str) -> tuple[Array, int]:
+    def inputs(
+        self, x: Array, *, bias: bool, kfac_approx: str, sample: Sample | None = None
+    ) -> tuple[Array, int]:
         """One row of the roots of the entries' counts: its square has the diagonal of `AᵀA`.
 
         Args:
             x: Indices, shape `(batch, *shared)`, of an integer dtype.
             bias: Must be False: a table has none.
             kfac_approx: Ignored, see the class.
+            sample: Ignored: few numbers are read, and rare entries would be missed.
 
         Returns:
             `A`, shape `(1, entries)`, in float32, and the number `N` of indices.
@@ -51,9 +55,16 @@ class Embedding(LayerKind):
             counts = xp.where(entries[:-1] == self.padding_idx, xp.zeros_like(counts), counts)
         return xp.sqrt(counts)[None, :], N
 
-    def outputs(self, g: Array, *, kfac_approx: str, loss_average: str | None) -> tuple[Array, int]:
+    def outputs(
+        self,
+        g: Array,
+        *,
+        kfac_approx: str,
+        loss_average: str | None,
+        sample: Sample | None = None,
+    ) -> tuple[Array, int]:
         """The rows `B`, shape `(N, d_out)`, of the gradient `(batch, *shared, d_out)`; and `M`."""
-        return Linear().outputs(g, kfac_approx="expand", loss_average=loss_average)
+        return Linear().outputs(g, kfac_approx="expand", loss_average=loss_average, sample=sample)
 
     def matrix(self, weight: Array, bias: Array | None = None) -> Array:
         """The table turned, `(d_out, entries)`."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod
 
 from singd_core._array import Array, namespace, sums_of_squares
+from singd_core.curvature._sampling import Sample
 from singd_core.curvature.base import (
     LayerKind,
     Shape,
@@ -35,29 +36,45 @@ class Linear(LayerKind):
 
     transposed: bool = False
 
-    def inputs(self, x: Array, *, bias: bool, kfac_approx: str) -> tuple[Array, int]:
+    def inputs(
+        self, x: Array, *, bias: bool, kfac_approx: str, sample: Sample | None = None
+    ) -> tuple[Array, int]:
         """The rows `A`, shape `(N, d_in [+ 1])`, of the input `(batch, *shared, d_in)`; and `N`."""
         expand = is_expand(kfac_approx)
         x = _batched(x, "input x")
+        N = prod(x.shape[:-1]) if expand else x.shape[0]
+        x, factor = _some(x, expand, sample)
         if not expand and x.ndim > 2:
             x = namespace(x).mean(x, axis=tuple(range(1, x.ndim - 1)))
         A = _as_rows(x)
-        return (append_ones(A, 1) if bias else A), A.shape[0]
+        A = A if factor == 1.0 else A * factor
+        return (append_ones(A, 1, factor) if bias else A), N
 
-    def diagonal_rows(self, x: Array, *, bias: bool, kfac_approx: str) -> tuple[Array, int]:
+    def diagonal_rows(
+        self, x: Array, *, bias: bool, kfac_approx: str, sample: Sample | None = None
+    ) -> tuple[Array, int]:
         """One row of the roots of the diagonal of `AᵀA`: no copy of the input with ones."""
-        A, N = self.inputs(x, bias=False, kfac_approx=kfac_approx)
+        A, N = self.inputs(x, bias=False, kfac_approx=kfac_approx, sample=sample)
         A = namespace(A).sqrt(sums_of_squares(A))[None, :]
         return (append_ones(A, 1, N**0.5) if bias else A), N
 
-    def outputs(self, g: Array, *, kfac_approx: str, loss_average: str | None) -> tuple[Array, int]:
+    def outputs(
+        self,
+        g: Array,
+        *,
+        kfac_approx: str,
+        loss_average: str | None,
+        sample: Sample | None = None,
+    ) -> tuple[Array, int]:
         """The rows `B`, shape `(N, d_out)`, of the gradient `(batch, *shared, d_out)`; and `M`."""
         expand = is_expand(kfac_approx)
         g = _batched(g, "output gradient g")
         M = loss_terms(loss_average, g.shape[0], g.shape[1:-1])
+        g, factor = _some(g, expand, sample)
         if not expand and g.ndim > 2:
             g = namespace(g).sum(g, axis=tuple(range(1, g.ndim - 1)))
-        return _as_rows(g), M
+        B = _as_rows(g)
+        return (B if factor == 1.0 else B * factor), M
 
     def matrix(self, weight: Array, bias: Array | None = None) -> Array:
         """The weight as `(d_out, d_in)` with the bias `(d_out,)` as its last column."""
@@ -80,6 +97,13 @@ def _batched(x: Array, name: str) -> Array:
     if x.ndim == 0:
         raise ValueError(f"{name} of a linear layer is a number: give it at least the feature axis")
     return x if x.ndim > 1 else x[None, ...]
+
+
+def _some(x: Array, expand: bool, sample: Sample | None) -> tuple[Array, float]:
+    """Rows of any positions, or examples with all of them; and what they are multiplied by."""
+    if sample is None:
+        return x, 1.0
+    return sample.rows(x) if expand else sample.take(x, sample.most)
 
 
 def _as_rows(x: Array) -> Array:

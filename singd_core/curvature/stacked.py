@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from singd_core._array import Array, namespace
+from singd_core.curvature._sampling import Sample
 from singd_core.curvature.base import LayerKind, Shape, append_bias
 from singd_core.curvature.linear import Linear
 
@@ -20,17 +21,30 @@ class StackedLinear(LayerKind):
 
     parts: int
 
-    def inputs(self, x: Array, *, bias: bool, kfac_approx: str) -> tuple[Array, int]:
+    def inputs(
+        self, x: Array, *, bias: bool, kfac_approx: str, sample: Sample | None = None
+    ) -> tuple[Array, int]:
         """The rows `A`, shape `(N, d_in [+ 1])`, of one part's input; and `N`."""
-        return Linear().inputs(x, bias=bias, kfac_approx=kfac_approx)
+        return Linear().inputs(x, bias=bias, kfac_approx=kfac_approx, sample=sample)
 
-    def diagonal_rows(self, x: Array, *, bias: bool, kfac_approx: str) -> tuple[Array, int]:
+    def diagonal_rows(
+        self, x: Array, *, bias: bool, kfac_approx: str, sample: Sample | None = None
+    ) -> tuple[Array, int]:
         """One row of the roots of the diagonal of `AᵀA` of one part's input."""
-        return Linear().diagonal_rows(x, bias=bias, kfac_approx=kfac_approx)
+        return Linear().diagonal_rows(x, bias=bias, kfac_approx=kfac_approx, sample=sample)
 
-    def outputs(self, g: Array, *, kfac_approx: str, loss_average: str | None) -> tuple[Array, int]:
+    def outputs(
+        self,
+        g: Array,
+        *,
+        kfac_approx: str,
+        loss_average: str | None,
+        sample: Sample | None = None,
+    ) -> tuple[Array, int]:
         """The rows `B`, shape `(N, d_out)`, of one part's output gradient; and `M`."""
-        return Linear().outputs(g, kfac_approx=kfac_approx, loss_average=loss_average)
+        return Linear().outputs(
+            g, kfac_approx=kfac_approx, loss_average=loss_average, sample=sample
+        )
 
     def matrix(self, weight: Array, bias: Array | None = None) -> Array:
         """The parts, `(parts, d_out, d_in)`, each with its bias as the last column."""

@@ -171,6 +171,11 @@ class Structure(Tree):
 
         return sum(a.size for _, a in cls.identity(d, like=np.zeros(())).named_arrays())
 
+    @classmethod
+    def width(cls, d: int) -> int:
+        """The side of the largest dense block of a d × d matrix: so many rows inform it well."""
+        return d
+
     def trace(self) -> Array:
         """The trace, of the batch axes' shape, in at least float32."""
         xp, L = namespace(self.like), self.dense()

@@ -44,6 +44,10 @@ class BlockDiagonal(Pattern):
         return d // cls.b * cls.b**2 + (d % cls.b) ** 2
 
     @classmethod
+    def width(cls, d: int) -> int:
+        return min(cls.b, d)
+
+    @classmethod
     def restrict(cls, M: Array) -> Self:
         xp, b = namespace(M), cls.b
         *batch, d, _ = M.shape

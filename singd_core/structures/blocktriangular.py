@@ -56,6 +56,12 @@ class BlockTriangular(Pattern):
         return cls.Top.numbers(top) + top * bottom + cls.Bottom.numbers(bottom)
 
     @classmethod
+    def width(cls, d: int) -> int:
+        """That of both: every column of B is a row of A's block, next to one of D's."""
+        top, bottom = cls._sides(d)
+        return cls.Top.width(top) + cls.Bottom.width(bottom)
+
+    @classmethod
     def _blocks(cls, M: Array) -> tuple[Array, Array, Array]:
         """The blocks of a matrix in the places of A, B, D."""
         top, _ = cls._sides(M.shape[-1])

@@ -40,6 +40,10 @@ class Diagonal(Pattern):
         return d
 
     @classmethod
+    def width(cls, d: int) -> int:
+        return min(1, d)
+
+    @classmethod
     def restrict(cls, M: Array) -> Self:
         return cls(namespace(M).linalg.diagonal(M))
 

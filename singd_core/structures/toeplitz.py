@@ -35,6 +35,10 @@ class _Toeplitz(Structure):
         return d
 
     @classmethod
+    def width(cls, d: int) -> int:
+        return min(1, d)
+
+    @classmethod
     def identity(cls, d: int, *, like: Array, batch: Sequence[int] = ()) -> Self:
         return cls(full((*batch, d), 0.0, like=like)).add_identity(1.0)
 

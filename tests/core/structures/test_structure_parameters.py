@@ -100,3 +100,21 @@ def test_any_finite_rows_leave_the_preconditioner_positive_definite(
             assert np.all(np.isfinite(singular))
             assert singular[-1] > 0.0
             assert np.linalg.slogdet(L)[0] > 0.0  # it never passed through a singular matrix
+
+
+@given(STRUCTURES, SIDES)
+def test_the_width_is_that_of_the_largest_set_of_entries_that_meet(
+    S: type[Structure], d: int
+) -> None:
+    """Of i, j, ... with all of (i, j) or (j, i) in the pattern; a Toeplitz matrix averages."""
+    if "toeplitz" in S.name:
+        assert S.width(d) == 1
+        return
+    pattern = S.restrict(np.ones((d, d))).dense() != 0.0
+    meet = pattern | pattern.T
+    sets: list[tuple[int, ...]] = [()]
+    width = 0
+    for i in range(d):  # the sets that end before i, and those with it
+        sets += [(*s, i) for s in sets if all(meet[i, j] for j in s)]
+    width = max(map(len, sets))
+    assert S.width(d) == width

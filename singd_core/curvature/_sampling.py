@@ -1,0 +1,110 @@
+"""Some of the rows of a factor in place of all: a refresh then costs the same however many."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+from singd_core._array import Array, device, namespace, take
+from singd_core.structures.base import Structure
+
+# An axis starts at these shares of its length times the step, modulo 1: the golden ratio and roots
+# whose multiples fill the axis evenly, in 2⁻¹⁵. Odd, so that all 2¹⁵ starts come; small, so that
+# the products fit into 32 bits, in which JAX counts steps.
+_ONE = 1 << 15
+_SHARES = (20251, 13573, 23987, 7735)  # (√5 − 1)/2, √2 − 1, √3 − 1, √5 − 2
+
+
+@dataclass(frozen=True)
+class Sample:
+    """About `most` rows of a factor, others at each step.
+
+    Of n rows with numbers on a circle, m are taken at even strides from a start that the step
+    decides. Every row is in as many of the n starts as any other, so rows times √(n/m) have the
+    expected sums `AᵀA` of all rows. How many rows there are does not depend on the step.
+
+    Attributes:
+        most: How many rows.
+        step: The number of steps taken, or a 0-d array of it where that is traced.
+    """
+
+    most: int
+    step: Any = 0
+
+    @classmethod
+    def of(
+        cls, rows: float | None, structure: type[Structure], d: int, step: Any = 0
+    ) -> Sample | None:
+        """At least as many rows as a factor of side `d` is wide; None, for all, if `rows` is."""
+        if rows is None or rows == math.inf:
+            return None
+        return cls(max(int(rows), structure.width(d)), step)
+
+    def counts(self, lengths: Sequence[int]) -> tuple[int, ...]:
+        """How many of the examples, and how many along each axis of positions, are kept.
+
+        Both are thinned alike. Few positions of all examples would be the same ones, such as a
+        corner that is black in every image; all positions of few examples are not independent.
+        """
+        n, left, counts = math.prod(lengths), float(self.most), []
+        if n <= self.most:
+            return tuple(lengths)
+        for i, length in enumerate(lengths):
+            axes = len(lengths) - i
+            roots = min(axes, 2) if i == 0 else axes
+            thinned = (math.prod(lengths[i:]) / left) ** (1 / roots)
+            counts.append(min(length, max(1, round(length / thinned))))
+            left /= counts[-1]
+        return tuple(counts)
+
+    def indices(self, n: int, m: int, like: Array, *, axis: int = 0, shared: int = 1) -> Array:
+        """`m` of the indices below `n`, on the device of `like`.
+
+        Args:
+            n: The length of the axis.
+            m: How many.
+            like: An array.
+            axis: The number of the axis among those that are thinned: each has its own starts.
+            shared: The number of positions of an example, where the axis has them all. The stride
+                has no factor in common with it, else only some positions would be seen.
+        """
+        xp = namespace(like)
+        whole, rest = divmod(n, _ONE)
+        share = self.step % _ONE * _SHARES[axis % len(_SHARES)] % _ONE
+        start = share * whole + share * rest // _ONE  # share · n / 2¹⁵ in 32 bits
+        return (start + _stride(n, m, shared) * xp.arange(m, device=device(like))) % n
+
+    def take(
+        self, x: Array, m: int, axis: int = 0, *, number: int = 0, shared: int = 1
+    ) -> tuple[Array, float]:
+        """`m` entries of `x` along an axis, and what they have to be multiplied by.
+
+        `number` is that of the axis among those that are thinned, `shared` as in `indices`.
+        """
+        n = x.shape[axis]
+        if m >= n:
+            return x, 1.0
+        picked = self.indices(n, m, x, axis=number, shared=shared)
+        return take(x, picked, axis), (n / m) ** 0.5
+
+    def rows(self, x: Array) -> tuple[Array, float]:
+        """Of `x`, shape `(batch, *shared, d)`, rows `(m, d)` of any positions, and their factor."""
+        shared, d = math.prod(x.shape[1:-1]), x.shape[-1]
+        x = x if x.ndim == 2 else namespace(x).reshape(x, (x.shape[0] * shared, d))
+        return self.take(x, self.most, shared=shared)
+
+
+def _stride(n: int, m: int, shared: int) -> int:
+    """Near n/m, so that m strides go round about once, never to the same number twice."""
+    if m >= n:
+        return 1
+    near = round(n / m)
+    for further in count():
+        for k in (near + further, near - further):  # rather more than once
+            once = k * m <= n or math.gcd(k, n) == 1
+            if k > 1 and once and math.gcd(k, shared) == 1:
+                return k
+    raise AssertionError
