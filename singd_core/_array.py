@@ -125,11 +125,15 @@ def empty(shape: Sequence[int], *, like: Array) -> Array | None:
     return None if make is None else make(shape, like)
 
 
+def norm(x: Array, axes: int = 2) -> Array:
+    """The Frobenius norm over the last `axes` axes, in at least float32."""
+    return namespace(x).linalg.vector_norm(widen(x), axis=tuple(range(-axes, 0)))
+
+
 def sum_of_squares(x: Array, axes: int) -> Array:
     """The sum of squares over the last `axes` axes, accumulated in at least float32."""
-    x = widen(x)
-    norm = namespace(x).linalg.vector_norm(x, axis=tuple(range(-axes, 0)))
-    return norm * norm
+    root = norm(x, axes)
+    return root * root
 
 
 def sums_of_squares(X: Array) -> Array:
@@ -201,6 +205,8 @@ def at_least(x: Scalar, low: Scalar) -> Scalar:
     """max(x, low), NaN where x is, of numbers and arrays."""
     if isinstance(x, (int, float)) and isinstance(low, (int, float)):
         return max(x, low)
+    if isinstance(low, (int, float)):  # one operation, where an array of it would be another
+        return namespace(x).clip(x, min=low)
     x, low = _alike(x, low)
     return namespace(x).maximum(x, low)
 
@@ -209,6 +215,8 @@ def at_most(x: Scalar, high: Scalar) -> Scalar:
     """min(x, high), NaN where x is, of numbers and arrays."""
     if isinstance(x, (int, float)) and isinstance(high, (int, float)):
         return min(x, high)
+    if isinstance(high, (int, float)):
+        return namespace(x).clip(x, max=high)
     x, high = _alike(x, high)
     return namespace(x).minimum(x, high)
 

@@ -19,7 +19,7 @@ from singd_core._array import (
 )
 from singd_core._settings import Rate, Settings
 from singd_core._tree import T_Tree, Tree, tree
-from singd_core.curvature import LayerKind
+from singd_core.curvature import LayerKind, Sample
 from singd_core.curvature.base import Shape
 from singd_core.step import Late, couples_decay, direction, squares_of, weight_change
 from singd_core.structures import Diagonal
@@ -132,6 +132,8 @@ def layer_curvature(
     parameter: Parameter,
     kfac_approx: str,
     loss_average: str | None,
+    most: float,
+    step: Any,
     factors: preconditioner.Factors,
     x: Array,
     g: Array,
@@ -144,10 +146,15 @@ def layer_curvature(
     weight, bias = pair(parameter)
     diagonal = isinstance(factors, InverseFree) and isinstance(factors.K, Diagonal)
     inputs_of = kind.diagonal_rows if diagonal else kind.inputs
-    A, N = inputs_of(x, bias=bias is not None, kfac_approx=kfac_approx)
-    B, M = kind.outputs(g, kfac_approx=kfac_approx, loss_average=loss_average)
     _, d_out, d_in = kind.shape(tuple(weight.shape), bias is not None)
-    if (A.shape[-1], B.shape[-1]) != (d_in, d_out) or B.shape[-2] != N:
+    of_x, of_g = (
+        Sample.of(most, structure, d, step)
+        for structure, d in zip(factors.structures, (d_in, d_out), strict=True)
+    )
+    A, N = inputs_of(x, bias=bias is not None, kfac_approx=kfac_approx, sample=of_x)
+    B, M = kind.outputs(g, kfac_approx=kfac_approx, loss_average=loss_average, sample=of_g)
+    alike = x.shape[0] == g.shape[0] and (of_g is not None or B.shape[-2] == N)
+    if (A.shape[-1], B.shape[-1]) != (d_in, d_out) or not alike:
         raise ValueError(
             f"{N} of length {A.shape[-1]} and {B.shape[-2]} of length {B.shape[-1]} do not fit a "
             f"{d_out} × {d_in} matrix and each other"

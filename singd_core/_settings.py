@@ -31,6 +31,8 @@ class Settings:
             momentum averages.
         T: Steps between two refreshes of the factors.
         growing_T: Refresh more often at first: after t steps the gap is at most t / 10.
+        rows: Rows that a factor is measured with, at least as many as its blocks are wide; others
+            at each refresh. Infinite for all.
         lr_cov: Step size of the factors (β₁), or a function of the number of steps taken; with
             `growing_T` it is that of one step, of which a gap has several.
         damping: Damping (λ).
@@ -58,6 +60,7 @@ class Settings:
     decoupled_weight_decay: bool = False
     T: int = 10
     growing_T: bool = False
+    rows: float = math.inf
     lr_cov: Rate | Callable[[int], Rate] = 1e-2
     damping: Rate = 1e-3
     relative_damping: bool = False
@@ -83,6 +86,7 @@ RECIPES: dict[str, Settings] = {
         decoupled_weight_decay=True,
         T=50,
         growing_T=True,
+        rows=256,
         lr_cov=0.05,
         damping=0.3,
         relative_damping=True,
@@ -135,6 +139,7 @@ def validate(s: Settings) -> None:
         check(name, lambda v: 0.0 <= v < math.inf, "at least 0 and finite")
     for name in ("momentum", "alpha1"):
         check(name, lambda v: 0.0 <= v < 1.0, "in [0, 1)")
+    check("rows", lambda v: v >= 1.0, "at least 1 (infinite for all)")
     check("factor_bound", lambda v: v > 0.0, "positive (infinite for no bound)")
     for name, least in (("T", 1), ("order", 1), ("warmup", 0)):
         value = getattr(s, name)

@@ -146,7 +146,7 @@ class Optimizer:
             ValueError: If a name is no layer, or rows do not fit it.
         """
         kinds, found = self._kinds(params), {}
-        how = self.kfac_approx, self.loss_average
+        how = self.kfac_approx, self.loss_average, self.settings.rows, state.step
         for name, (x, g) in rows.items():
             if name not in state.layers:
                 raise ValueError(f"rows of {name!r}: no such layer; there are {list(state.layers)}")

@@ -51,8 +51,11 @@ def resolve(
     kind, _, count = structures.partition(":") if isinstance(structures, str) else ("", "", "")
     if kind in ("auto", "cost"):
         if not count.isdecimal() or int(count) < 1:
-            wanted = "b >= 1 numbers a row" if kind == "auto" else "n >= 1 rows a step"
-            raise ValueError(f'structures="{structures}": "{kind}:" wants {wanted}')
+            wanted = {
+                "auto": '"auto:b" wants b >= 1 numbers a row',
+                "cost": '"cost:n" wants n >= 1',
+            }
+            raise ValueError(f'structures="{structures}": {wanted[kind]}')
         if kind == "cost":
             return by_cost(d_out, d_in, int(count))
         return within(d_in, int(count)), within(d_out, int(count))

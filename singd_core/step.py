@@ -22,6 +22,7 @@ from singd_core._array import (
     expand,
     multiply_add,
     namespace,
+    norm,
     number,
     sum_of_squares,
     total,
@@ -205,19 +206,17 @@ def weight_change(
     u: Array, c: Scalar, weight: Array, s: Settings, onto: Array | None = None
 ) -> Array:
     """−lr c u, and −lr γ W for a decoupled decay, in the dtype of W, added `onto` an array."""
+    c = -1.0 * s.lr * c
+    if u.dtype != weight.dtype:  # float16 has no room for u, nor for c
+        u, c = cast(u * expand(c, u), weight), 1.0
     if s.decoupled_weight_decay and _is_on(s.weight_decay):
         onto = _scaled(weight, -1.0 * s.lr * s.weight_decay, onto)
-    return _scaled(cast(u, weight), -1.0 * s.lr * c, onto)
+    return _scaled(u, c, onto)
 
 
 def squares_of(kind: LayerKind, gradient: Parts) -> Array:
     """‖∇W‖² of each matrix, of the batch axes' shape, in at least float32."""
     return sum_of_squares(kind.matrix(*gradient), 2)
-
-
-def norm(x: Array) -> Array:
-    """‖x‖_F of the batch axes' shape, in at least float32."""
-    return namespace(x).linalg.vector_norm(widen(x), axis=(-2, -1))
 
 
 def times(c: Scalar, x: Array, *, in_place: bool) -> Array:

@@ -158,7 +158,7 @@ class Layer:
     def _sample(self, source: Source) -> tuple[Sample | None, Sample | None]:
         """Which rows of a call's inputs and of its gradients the factors want."""
         _, d_out, d_in = self.shape
-        most, step = self.group.get("rows"), self.group["steps"]
+        most, step = self.group["rows"], self.group["steps"]
         K, C = (
             Sample.of(most, structure, d, step)
             for structure, d in zip(self.structures, (d_in, d_out), strict=True)

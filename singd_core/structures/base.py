@@ -14,6 +14,7 @@ from singd_core._array import (
     eye,
     multiply_add,
     namespace,
+    norm,
     sum_of_squares,
     widen,
 )
@@ -243,10 +244,9 @@ class Pattern(Structure):
 
     def norm(self) -> Array:
         axes = len(self.batch)
-        squares = [
-            sum_of_squares(a, a.ndim - axes) for _, a in self.named_arrays() if 0 not in a.shape
-        ]
-        return namespace(squares[0]).sqrt(sum(squares[1:], squares[0]))
+        norms = [norm(a, a.ndim - axes) for _, a in self.named_arrays() if 0 not in a.shape]
+        xp = namespace(norms[0])
+        return norms[0] if len(norms) == 1 else xp.linalg.vector_norm(xp.stack(norms), axis=0)
 
     def max_abs(self) -> Array:
         axes, xp = len(self.batch), namespace(self.like)

@@ -32,6 +32,11 @@ class InverseFree(Tree):
     m_C: Structure | None
     averages: Averages
 
+    @property
+    def structures(self) -> tuple[type[Structure], type[Structure]]:
+        """The structures of K and of C."""
+        return type(self.K), type(self.C)
+
     def measure(self, A: Array, B: Array) -> tuple[Measured, Measured]:
         """Π̂(KᵀAᵀA K) and Π̂(CᵀBᵀB C) of rows A, shape (..., n, d_in), and B, (..., n, d_out)."""
         return measure(self.K, A), measure(self.C, B)
@@ -50,11 +55,11 @@ class InverseFree(Tree):
         return Preconditioner.of(_square(self.K, T * d_out), _square(self.C, T * d_in), self)
 
     def unit(self) -> Self:
-        """The factors with norms of √d, for whom the scale of a natural gradient does not matter.
+        """The factors with ‖C‖ = √d_out, for whom the scale of a natural gradient does not matter.
 
         That of C may be stale by many orders, where gradients vanished and no longer do.
         """
-        return dataclasses.replace(self, K=of_unit_scale(self.K), C=of_unit_scale(self.C))
+        return dataclasses.replace(self, C=of_unit_scale(self.C))
 
     def refresh(
         self,

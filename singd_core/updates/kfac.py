@@ -32,6 +32,11 @@ class KFAC(Tree):
     P_C: Dense
     averages: Averages
 
+    @property
+    def structures(self) -> tuple[type[Structure], type[Structure]]:
+        """Both are dense."""
+        return Dense, Dense
+
     def measure(self, A: Array, B: Array) -> tuple[Measured, Measured]:
         """AᵀA and BᵀB of rows A, shape (..., n, d_in), and B, shape (..., n, d_out)."""
         return measure(self.S_K, A, identity=True), measure(self.S_C, B, identity=True)
@@ -49,8 +54,8 @@ class KFAC(Tree):
         return Preconditioner(self.P_K, True, self.P_C, True)
 
     def unit(self) -> Self:
-        """The inverses with norms of √d, as `InverseFree.unit`."""
-        return dataclasses.replace(self, P_K=of_unit_scale(self.P_K), P_C=of_unit_scale(self.P_C))
+        """The factors with ‖P_C‖ = √d_out, as `InverseFree.unit`."""
+        return dataclasses.replace(self, P_C=of_unit_scale(self.P_C))
 
     def refresh(
         self,

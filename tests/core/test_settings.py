@@ -30,9 +30,10 @@ def test_paper_is_what_the_authors_package_does_by_default() -> None:
         "normalize_lr_cov",
     }  # fmt: skip
     assert {n: ours[n] for n in common} == {n: theirs[n] for n in common}
-    assert ours["factor_bound"] == math.inf
+    bounds = {"factor_bound", "rows"}
+    assert all(ours[name] == math.inf for name in bounds)
     assert ours["order"] == 1
-    assert not any(ours[name] for name in ours.keys() - common - {"factor_bound", "order"})
+    assert not any(ours[name] for name in ours.keys() - common - bounds - {"order"})
 
 
 def test_a_scalar_of_numpy_is_the_number_it_holds() -> None:
@@ -48,6 +49,7 @@ def test_every_setting_can_be_given_and_wins(field: Any, recipe: str) -> None:
     other = {
         "lr": 0.5, "momentum": 0.5, "weight_decay": 0.5, "T": 7, "lr_cov": 0.5, "damping": 0.7,
         "alpha1": 0.25, "factor_bound": 0.1, "order": 3, "warmup": 5,
+        "rows": 77,
     }  # fmt: skip
     recipes_value = getattr(RECIPES[recipe], field.name)
     value = other.get(field.name, not recipes_value)

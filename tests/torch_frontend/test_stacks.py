@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -251,7 +252,7 @@ def test_a_pass_without_a_step_leaves_no_entries_in_the_state() -> None:
 def test_patches_taken_piece_by_piece_are_those_of_the_whole_batch(
     name: str, kfac_approx: str, loss_average: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {"T": 1, "kfac_approx": kfac_approx, "loss_average": loss_average}
+    settings = {"T": 1, "rows": math.inf, "kfac_approx": kfac_approx, "loss_average": loss_average}
     model, _ = trained(*MODELS[name], **settings)
     monkeypatch.setattr(_layers, "_PATCHES", 0)
     taken: list[int] = []
