@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
-from singd_core._array import Array, device, namespace, take
+from singd_core._array import Array, concat, device, namespace, take
 from singd_core.structures.base import Structure
 
 # An axis starts at these shares of its length times the step, modulo 1: the golden ratio and roots
@@ -71,11 +71,14 @@ class Sample:
             shared: The number of positions of an example, where the axis has them all. The stride
                 has no factor in common with it, else only some positions would be seen.
         """
-        xp = namespace(like)
+        strides = _stride(n, m, shared) * namespace(like).arange(m, device=device(like))
+        return (self.start(n, axis) + strides) % n
+
+    def start(self, n: int, axis: int = 0) -> Any:
+        """Which of `n` indices is the first one, along the axis of this number."""
         whole, rest = divmod(n, _ONE)
         share = self.step % _ONE * _SHARES[axis % len(_SHARES)] % _ONE
-        start = share * whole + share * rest // _ONE  # share · n / 2¹⁵ in 32 bits
-        return (start + _stride(n, m, shared) * xp.arange(m, device=device(like))) % n
+        return share * whole + share * rest // _ONE  # share · n / 2¹⁵ in 32 bits
 
     def take(
         self, x: Array, m: int, axis: int = 0, *, number: int = 0, shared: int = 1
@@ -87,8 +90,13 @@ class Sample:
         n = x.shape[axis]
         if m >= n:
             return x, 1.0
-        picked = self.indices(n, m, x, axis=number, shared=shared)
-        return take(x, picked, axis), (n / m) ** 0.5
+        start, factor = self.start(n, number), (n / m) ** 0.5
+        if not isinstance(start, int):
+            return take(x, self.indices(n, m, x, axis=number, shared=shared), axis), factor
+        # The same with one kernel in place of five.
+        index = (slice(None),) * axis
+        slices = _slices(n, m, start, _stride(n, m, shared))
+        return concat([x[(*index, part, ...)] for part in slices], axis=axis), factor
 
     def rows(self, x: Array) -> tuple[Array, float]:
         """Of `x`, shape `(batch, *shared, d)`, rows `(m, d)` of any positions, and their factor."""
@@ -108,3 +116,12 @@ def _stride(n: int, m: int, shared: int) -> int:
             if k > 1 and once and math.gcd(k, shared) == 1:
                 return k
     raise AssertionError
+
+
+def _slices(n: int, m: int, start: int, stride: int) -> Iterator[slice]:
+    """The indices from `start` at equal strides, round after round."""
+    while m > 0:
+        here = min(m, -(-(n - start) // stride))
+        stop = start + here * stride
+        yield slice(start, stop - stride + 1, stride)
+        m, start = m - here, stop - n

@@ -17,9 +17,8 @@ EXACT = {"rtol": 1e-11, "atol": 1e-11}
 class Started(Sample):
     """A sample with a start that is given for each axis, in place of the step's."""
 
-    def indices(self, n, m, like, *, axis=0, shared=1):
-        at_zero = Sample(self.most, 0).indices(n, m, like, axis=axis, shared=shared)
-        return (at_zero + self.step[axis]) % n
+    def start(self, n, axis=0):
+        return self.step[axis]
 
 
 def sums(kind: LayerKind, x, g, sample, *, kfac_approx="expand", bias=True, diagonal=False):
