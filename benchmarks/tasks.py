@@ -49,6 +49,11 @@ class Task:
     needs: Path | None = None
 
     @property
+    def missing(self) -> str | None:
+        """What has to be there and is not."""
+        return None if self.needs is None or self.needs.exists() else str(self.needs)
+
+    @property
     def higher_is_better(self) -> bool:
         """Whether the metric grows as the model gets better."""
         return self.metric_name == "accuracy"
