@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from compare_runs import OURS, RIVALS, Run, Store, make
@@ -35,17 +35,27 @@ def neighbour(rate: float, up: bool) -> float:
     return ladder[here + (1 if up else -1)]
 
 
-def widened(rates: list[float], losses: Callable[[float], float | None]) -> list[float]:
+def known(losses: Iterable[float | None]) -> list[float] | None:
+    """The losses, once all of them are there."""
+    found = list(losses)
+    there = [loss for loss in found if loss is not None]
+    return there if len(there) == len(found) else None
+
+
+def lowest(rates: Sequence[float], loss: Callable[[float], float | None]) -> float | None:
+    """The rate with the lowest loss, once all were tried."""
+    losses = known(map(loss, rates))
+    return None if losses is None else rates[losses.index(min(losses))]
+
+
+def widened(rates: Sequence[float], loss: Callable[[float], float | None]) -> list[float]:
     """The rates, and those that are still to be tried since the best was at the edge."""
     rates = sorted(rates)
     for _ in range(EXTENSIONS):
-        found = [losses(rate) for rate in rates]
-        if None in found or min(found) == math.inf:  # type: ignore[type-var]
+        best = lowest(rates, loss)
+        if best is None or loss(best) == math.inf or best not in (rates[0], rates[-1]):
             break
-        best = found.index(min(found))  # type: ignore[type-var]
-        if 0 < best < len(rates) - 1:
-            break
-        rates = sorted([*rates, neighbour(rates[best], up=best > 0)])
+        rates = sorted([*rates, neighbour(best, up=best == rates[-1])])
     return rates
 
 
@@ -98,11 +108,8 @@ class Plan:
 
     def best(self, task: str, method: str, schedule: str) -> float | None:
         """The rate with the lowest loss, once all were tried."""
-        found = {
-            rate: self.searched(task, method, rate, schedule)
-            for rate in self.grid(task, method, schedule)
-        }
-        return None if None in found.values() else min(found, key=lambda rate: found[rate])
+        rates = self.grid(task, method, schedule)
+        return lowest(rates, lambda rate: self.searched(task, method, rate, schedule))
 
     def regret(self, method: str, rate: float, schedule: str) -> float | None:
         """How far a rate is from the best of the six for each task: a mean of logarithms.
@@ -112,20 +119,18 @@ class Plan:
         """
         behind = []
         for task in self.basis:
-            losses = [self.searched(task, method, r, schedule) for r in RATES[method]]
+            losses = known(self.searched(task, method, r, schedule) for r in RATES[method])
             mine = self.searched(task, method, rate, schedule)
-            if mine is None or None in losses:
+            if mine is None or losses is None:
                 return None
-            best = min(losses)  # type: ignore[type-var]
-            behind.append(mine if mine == math.inf else min(math.log(mine / best), 1.0))
+            ratio = mine / min(losses) if mine < math.inf else math.inf
+            behind.append(ratio if ratio == math.inf else min(math.log(ratio), 1.0))
         return statistics.fmean(behind)
 
     def one(self, method: str, schedule: str) -> float | None:
         """The rate that is best over all tasks, once all were tried."""
-        found = {
-            rate: self.regret(method, rate, schedule) for rate in self.common(method, schedule)
-        }
-        return None if None in found.values() else min(found, key=lambda rate: found[rate])
+        rates = self.common(method, schedule)
+        return lowest(rates, lambda rate: self.regret(method, rate, schedule))
 
     # ---- runs -----------------------------------------------------------------------------------
 

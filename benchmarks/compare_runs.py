@@ -123,7 +123,8 @@ def resolved(given: dict[str, Any]) -> dict[str, Any]:
     own |= {name: value for name, value in given.items() if name not in core}
     chosen = {name: value for name, value in given.items() if name in core}
     everything = own | vars(core_settings(own["recipe"], **chosen))
-    return json.loads(json.dumps(everything, default=str))
+    plain: dict[str, Any] = json.loads(json.dumps(everything, default=str))
+    return plain
 
 
 # ---- training -----------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ def tried(plan: Plan) -> str:
         rows = [
             [
                 *key,
-                ", ".join(f"{rate:g}" for rate in sorted({run.rate for run in found})),
+                ", ".join(f"{rate:g}" for rate in sorted({run.rate or 0.0 for run in found})),
                 _seeds(run for run in found if run.seed == SEARCH),
                 _seeds(run for run in found if run.seed != SEARCH),
                 str(len(found)),
@@ -86,7 +86,8 @@ def against_rivals(plan: Plan) -> str:
     said = []
     default = json.dumps(resolved({}), sort_keys=True)
     for schedule in plan.schedules:
-        rows, ratios = [], [[] for _ in plan.variants]
+        rows: list[list[str]] = []
+        ratios: list[list[float]] = [[] for _ in plan.variants]
         for task in plan.tasks:
             best = _best_rival(plan, task, schedule)
             cells = [task, digits(best)]
@@ -102,8 +103,8 @@ def against_rivals(plan: Plan) -> str:
             rows.append(cells)
         means = (f"{statistics.fmean(ratio):+.3f}" if ratio else "-" for ratio in ratios)
         rows.append(["mean", "", *means])
-        runs = (plan.run(plan.tasks[0], OURS, None, 0, schedule, **v) for v in plan.variants)
-        header = ["task", "best rival, seed 0", *(label(run, default) for run in runs)]
+        named = (plan.run(plan.tasks[0], OURS, None, 0, schedule, **v) for v in plan.variants)
+        header = ["task", "best rival, seed 0", *(label(run, default) for run in named)]
         said.append(f"{schedule}, seeds {_listed(plan.seeds)}:\n\n{table(header, rows)}")
     return "\n\n".join(said)
 
