@@ -59,6 +59,13 @@ def widened(rates: Sequence[float], loss: Callable[[float], float | None]) -> li
     return rates
 
 
+def behind(loss: float, other: float) -> float:
+    """The logarithm of a ratio of losses, at most 1 in size."""
+    if math.inf in (loss, other):
+        return float(loss > other) - float(loss < other)
+    return max(-1.0, min(1.0, math.log(max(loss, 1e-30) / max(other, 1e-30))))
+
+
 @dataclasses.dataclass
 class Plan:
     """What is wanted, and what of it is known from the runs that were made.
@@ -117,15 +124,14 @@ class Plan:
         A loss of more than e times the best counts as e times, so that no task decides alone; one
         that went astray is never made good.
         """
-        behind = []
+        ratios = []
         for task in self.basis:
             losses = known(self.searched(task, method, r, schedule) for r in RATES[method])
             mine = self.searched(task, method, rate, schedule)
             if mine is None or losses is None:
                 return None
-            ratio = mine / min(losses) if mine < math.inf else math.inf
-            behind.append(ratio if ratio == math.inf else min(math.log(ratio), 1.0))
-        return statistics.fmean(behind)
+            ratios.append(mine if mine == math.inf else behind(mine, min(losses)))
+        return statistics.fmean(ratios)
 
     def one(self, method: str, schedule: str) -> float | None:
         """The rate that is best over all tasks, once all were tried."""

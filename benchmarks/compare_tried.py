@@ -9,7 +9,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable
 
-from compare_plan import CHOICE, SEARCH, Plan
+from compare_plan import CHOICE, SEARCH, Plan, behind
 from compare_runs import OURS, RIVALS, Result, Run, resolved
 from pages import digits, table
 from tasks import TASKS, TWELVE
@@ -72,13 +72,6 @@ def _settings(found: Found, default: Found, default_settings: str) -> list[str]:
         _seeds(found),
         *(f"{statistics.fmean(part):.3f}" if part else "-" for part in parts.values()),
     ]
-
-
-def behind(loss: float, other: float) -> float:
-    """The logarithm of a ratio of losses, at most 1 in size."""
-    if math.inf in (loss, other):
-        return float(loss > other) - float(loss < other)
-    return max(-1.0, min(1.0, math.log(max(loss, 1e-30) / max(other, 1e-30))))
 
 
 def against_rivals(plan: Plan) -> str:
