@@ -110,7 +110,10 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
         args.seeds = CHOICE if args.singd else CONFIRM
     args.methods = args.methods or ([OURS] if args.singd else [OURS, *RIVALS])
     tasks = dict.fromkeys(task for name in args.tasks for task in GROUPS.get(name, [name]))
-    args.tasks = [task for task in tasks if TASKS[task].missing is None]
+    for name in tasks:
+        if missing := TASKS[name].missing:
+            print(f"{name} is left out: it needs {missing}")
+    args.tasks = [name for name in tasks if TASKS[name].missing is None]
     return args
 
 

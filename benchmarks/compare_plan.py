@@ -77,7 +77,8 @@ class Plan:
         schedules: To run.
         seeds: To confirm with.
         variants: Settings of SINGD; the default is {}.
-        basis: The tasks over which a rival's one rate is the best.
+        basis: The tasks over which a rival's one rate is the best; of the twelve, those whose data
+            or runs are there, if none are named.
         steps: At most so many for each run; None for the task's own.
     """
 
@@ -87,8 +88,13 @@ class Plan:
     schedules: Sequence[str] = ("linear",)
     seeds: Sequence[int] = CONFIRM
     variants: Sequence[dict[str, Any]] = ({},)
-    basis: Sequence[str] = tuple(TWELVE)
+    basis: Sequence[str] = ()
     steps: int | None = None
+
+    def __post_init__(self) -> None:
+        kept = {run.task for run, _ in self.store}
+        there = (name for name, task in TWELVE.items() if name in kept or task.missing is None)
+        self.basis = self.basis or list(there)
 
     def run(
         self, task: str, method: str, rate: float | None, seed: int, schedule: str, **given: Any

@@ -182,6 +182,12 @@ def test_compare_keeps_its_runs_and_makes_none_twice(compare, tmp_path, monkeypa
     assert "| digits-mlp |" in (tmp_path / "comparison.md").read_text()
 
 
+def test_a_quick_comparison_keeps_nothing(compare, tmp_path, capsys):
+    compare("--quick", "--methods", "AdamW", "SINGD")
+    assert "| digits-mlp |" in capsys.readouterr().out
+    assert not (tmp_path / "runs").exists()
+
+
 def test_compare_makes_runs_of_singd_anew_when_its_code_changes(compare, tmp_path, monkeypatch):
     runs = importlib.import_module("compare_runs")
     compare("--singd", "lr=0.01,structures=('diagonal', 'dense')", "--seeds", "0")
