@@ -59,18 +59,19 @@ def _results(todo: Sequence[Run], workers: int) -> Iterator[tuple[Run, Result]]:
         yield from map(_one_thread, todo)
         return
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        yield from pool.imap(_one_thread, todo)
+        yield from pool.imap_unordered(_one_thread, todo)
 
 
 def execute(plan: Plan, workers: int, report: Callable[[int, int], None]) -> None:
     """Make all that is missing; what was found decides what is missing next."""
     made: set[Run] = set()
     while todo := [run for run in plan.pending() if run not in made]:
-        report(len(made), len(made) + len(todo))
+        total = len(made) + len(todo)
+        report(len(made), total)
         for run, result in _results(todo, workers):
             plan.store.add(run, result)
             made.add(run)
-            report(len(made), len(made) + len(todo) - todo.index(run) - 1)
+            report(len(made), total)
 
 
 def cost(plan: Plan) -> str:
