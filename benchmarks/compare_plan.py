@@ -112,7 +112,13 @@ class Plan:
 
     def common(self, method: str, schedule: str) -> list[float]:
         """The rates that are tried on every task."""
-        return widened(list(RATES[method]), lambda rate: self.regret(method, rate, schedule))
+        rates = sorted(RATES[method])
+        for _ in range(EXTENSIONS):
+            best = self._least_regret(method, schedule, rates)
+            if best not in (rates[0], rates[-1]):  # within, or not known yet
+                break
+            rates = sorted([*rates, neighbour(best, up=best == rates[-1])])
+        return rates
 
     def grid(self, task: str, method: str, schedule: str) -> list[float]:
         """The rates that are tried on a task."""
@@ -124,15 +130,17 @@ class Plan:
         rates = self.grid(task, method, schedule)
         return lowest(rates, lambda rate: self.searched(task, method, rate, schedule))
 
-    def regret(self, method: str, rate: float, schedule: str) -> float | None:
-        """How far a rate is from the best of the six for each task: a mean of logarithms.
+    def regret(
+        self, method: str, rate: float, schedule: str, rates: Sequence[float]
+    ) -> float | None:
+        """How far a rate is from the best of some for each task: a mean of logarithms.
 
         A loss of more than e times the best counts as e times, so that no task decides alone; one
         that went astray is never made good.
         """
         ratios = []
         for task in self.basis:
-            losses = known(self.searched(task, method, r, schedule) for r in RATES[method])
+            losses = known(self.searched(task, method, r, schedule) for r in rates)
             mine = self.searched(task, method, rate, schedule)
             if mine is None or losses is None:
                 return None
@@ -141,8 +149,10 @@ class Plan:
 
     def one(self, method: str, schedule: str) -> float | None:
         """The rate that is best over all tasks, once all were tried."""
-        rates = self.common(method, schedule)
-        return lowest(rates, lambda rate: self.regret(method, rate, schedule))
+        return self._least_regret(method, schedule, self.common(method, schedule))
+
+    def _least_regret(self, method: str, schedule: str, rates: Sequence[float]) -> float | None:
+        return lowest(rates, lambda rate: self.regret(method, rate, schedule, rates))
 
     # ---- runs -----------------------------------------------------------------------------------
 
