@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -219,6 +220,18 @@ def at_most(x: Scalar, high: Scalar) -> Scalar:
         return namespace(x).clip(x, max=high)
     x, high = _alike(x, high)
     return namespace(x).minimum(x, high)
+
+
+def clip(x: Scalar, low: float, high: float) -> Scalar:
+    """min(max(x, low), high) of a number or an array."""
+    if isinstance(x, (int, float)):
+        return min(max(x, low), high)
+    return namespace(x).clip(x, min=low, max=high)
+
+
+def exp(x: Scalar) -> Scalar:
+    """E to the power of a number or an array."""
+    return math.exp(x) if isinstance(x, (int, float)) else namespace(x).exp(x)
 
 
 def where(condition: Array | bool, x: Scalar, y: Scalar) -> Scalar:

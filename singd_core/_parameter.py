@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Self, TypeAlias
 
 from singd_core import preconditioner
@@ -206,7 +207,7 @@ def layer_change(
     found = direction(
         kind,
         s,
-        (factors.unit() if s.normalized else factors).precondition,
+        partial(factors.precondition, balanced=s.normalized),
         factors.averages.t_U,
         tuple(weights[0].shape),
         parts(gradient),

@@ -79,7 +79,7 @@ RECIPES: dict[str, Settings] = {
     "paper": Settings(),
     # steps of a size of their own: one rate for all scales; `make compare` measures it
     "normalized": Settings(
-        lr=0.06,
+        lr=0.12,
         nesterov=True,
         normalized=True,
         warmup=20,
@@ -88,7 +88,7 @@ RECIPES: dict[str, Settings] = {
         growing_T=True,
         rows=256,
         lr_cov=0.05,
-        damping=0.3,
+        damping=0.1,
         relative_damping=True,
         alpha1=0.0,
         kfac_like=True,
@@ -99,6 +99,9 @@ RECIPES: dict[str, Settings] = {
 }
 
 DEFAULT = "normalized"
+
+# The rate of AdamW for all other parameters, where none is given.
+FALLBACK_RATES = {"paper": 1e-3, DEFAULT: 1e-2}
 
 # The structures of K and C where none are given; None takes what fits each weight.
 STRUCTURES: dict[str, tuple[str, str] | None] = {"paper": ("dense", "dense"), DEFAULT: None}

@@ -12,7 +12,14 @@ from singd_core import preconditioner
 from singd_core._array import Array, is_inexact
 from singd_core._parameter import LayerState as LayerState  # with `State`, what others import
 from singd_core._parameter import Parameter
-from singd_core._settings import DEFAULT, STRUCTURES, is_due, rate_of_factors, settings
+from singd_core._settings import (
+    DEFAULT,
+    FALLBACK_RATES,
+    STRUCTURES,
+    is_due,
+    rate_of_factors,
+    settings,
+)
 from singd_core._tree import Tree, tree
 from singd_core.curvature import LayerKind, Linear
 from singd_core.curvature.base import is_expand, loss_terms
@@ -54,7 +61,7 @@ class Optimizer:
         kfac_approx: "expand" or "reduce": how positions that share the weight are treated.
         loss_average: What the loss is a mean of: "batch", "batch+sequence", or None for a sum.
         preconditioner_dtype: Of K and of C; None is the weight's, float32 for float16.
-        fallback: Settings of AdamW.
+        fallback: Settings of AdamW; None is its own defaults with the rate of the recipe.
         **given: Settings that win over the recipe, e.g. `lr=0.01` or `T=10`.
 
     Raises:
@@ -95,7 +102,7 @@ class Optimizer:
         loss_terms(loss_average, 1, ())
         self.kfac_approx, self.loss_average = kfac_approx, loss_average
         self.preconditioner_dtype = preconditioner_dtype
-        self.fallback = fallback or Fallback()
+        self.fallback = fallback or Fallback(lr=FALLBACK_RATES[recipe])
 
     def init(self, params: Mapping[str, Parameter]) -> State:
         """The state before the first step.

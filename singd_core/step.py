@@ -17,8 +17,10 @@ from singd_core._array import (
     at_least,
     at_most,
     cast,
+    clip,
     device,
     empty,
+    exp,
     expand,
     multiply_add,
     namespace,
@@ -40,8 +42,13 @@ Parts: TypeAlias = Sequence[Array]  # a weight, or a weight and its bias; or the
 # and a root mean square of 1.5 lr by which the layer's outputs change.
 SPECTRAL = 2.26
 OUTPUTS = 1.5
-# The power of the agreement of late gradients in that size.
-POWER = 0.5
+# Where late gradients agree that much more than noise, steps are too short: each makes the next
+# ones longer by up to this, to at most 55 times. Where they agree less than noise, shorter again.
+CLEARLY = 3.0
+GROWTH = 0.15
+LONGEST = 4.0
+# It begins when the sums have forgotten that they began with nothing.
+_FORGOTTEN = 0.88
 
 
 @tree
@@ -51,20 +58,31 @@ class Late(Tree):
     Attributes:
         squares: Σⱼ αʲ ‖∇Wₜ₋ⱼ‖², of the batch axes' shape.
         weights: Σⱼ αʲ, of the batch axes' shape.
+        growth: The logarithm of how much longer steps have become, of the batch axes' shape.
     """
 
     squares: Array
     weights: Array
+    growth: Array
 
     @classmethod
     def zeros(cls, batch: Sequence[int], like: Array) -> Self:
         """Before the first step, on the device of `like`."""
         xp, dtype = namespace(like), widen(like[..., :0]).dtype
-        return cls(*(xp.zeros(tuple(batch), dtype=dtype, device=device(like)) for _ in range(2)))
+        return cls(*(xp.zeros(tuple(batch), dtype=dtype, device=device(like)) for _ in range(3)))
 
     def update(self, squares: Scalar, s: Settings) -> Self:
         """One step later, with ‖∇W‖²."""
-        return type(self)(self.squares * s.momentum + squares, self.weights * s.momentum + 1.0)
+        sums = self.squares * s.momentum + squares, self.weights * s.momentum + 1.0
+        return type(self)(*sums, self.growth)
+
+    def grown(self, agreement: Scalar, s: Settings) -> Self:
+        """With steps that are longer or shorter, after the agreement of this step."""
+        ratio = agreement * agreement / agreement_of_noise(s)
+        up, down = clip(ratio - CLEARLY, 0.0, 1.0), clip(1.0 - ratio, 0.0, 1.0)
+        change = where(self.weights * (1.0 - s.momentum) > _FORGOTTEN, GROWTH * (up - down), 0.0)
+        growth = clip(self.growth + change, 0.0, LONGEST)
+        return type(self)(self.squares, self.weights, growth)
 
     def agreement(self, ahead: Scalar, squares: Scalar, s: Settings) -> Scalar:
         """‖Σ bⱼ Gⱼ‖ / √(Σ bⱼ · Σ bⱼ ‖Gⱼ‖²), in [0, 1]: 1 if all late gradients are equal.
@@ -78,6 +96,14 @@ class Late(Tree):
         if s.nesterov:
             squared, weights = squared * s.momentum + squares, weights * s.momentum + 1.0
         return at_most(ahead / at_least(squared * weights, TINY) ** 0.5, 1.0)
+
+
+def agreement_of_noise(s: Settings) -> Scalar:
+    """The squared agreement Σ bⱼ² / (Σ bⱼ)² of gradients that have nothing in common."""
+    alpha = s.momentum
+    if not s.nesterov:
+        return (1.0 - alpha) / (1.0 + alpha)
+    return (1.0 + 2.0 * alpha + alpha**2 / (1.0 - alpha**2)) * (1.0 - alpha) ** 2
 
 
 class Direction(NamedTuple):
@@ -151,15 +177,18 @@ def direction(
     ahead, momenta = _averaged(gradient, momenta, s, donate=donate, outs=outs)
     matrix = kind.matrix(*ahead) if room is None else room
     agreement: Scalar = 1.0
+    longer: Scalar = 1.0
     if late is not None:
         length, old = number(norm(matrix)), late
         squares = number(squares)
         late = late.map(number).update(squares, s)
         agreement = late.agreement(length, squares, s)
+        late = late.grown(agreement, s)
+        longer = exp(late.growth)
         late = old.map(lambda a, b: cast(as_array(b, a), a), late)
     natural = precondition(matrix)
     length = number(norm(natural))
-    scale = size(natural.shape, number(t_U), agreement) / at_least(length, TINY)
+    scale = longer * size(natural.shape, number(t_U), agreement) / at_least(length, TINY)
     scale = where(number(squares) > 0.0, scale, 0.0)
     if not isinstance(scale, (int, float)) and scale.ndim > 0:
         natural, scale = times(scale, natural, in_place=donate), 1.0
@@ -168,7 +197,7 @@ def direction(
 
 
 def size(shape: Sequence[int], t_U: Scalar, agreement: Scalar) -> Scalar:
-    """R aᵖ √(d_out d_in), the Frobenius norm of a step of rate 1 (docs/mathematics.md, section 5).
+    """R a √(d_out d_in), the Frobenius norm of a step of rate 1 (docs/mathematics.md, section 5).
 
     R = √(R_spectral R_outputs), with R_spectral = 2.26 / √max(d_out, d_in) and R_outputs =
     1.5 / √(d_in t_U), the second of which counts only where t_U is known.
@@ -178,7 +207,7 @@ def size(shape: Sequence[int], t_U: Scalar, agreement: Scalar) -> Scalar:
     known = t_U > TINY
     outputs = OUTPUTS / (d_in * where(known, t_U, 1.0)) ** 0.5
     R = (spectral * where(known, outputs, spectral)) ** 0.5
-    return R * agreement**POWER * math.sqrt(d_out * d_in)
+    return R * agreement * math.sqrt(d_out * d_in)
 
 
 def averaged(

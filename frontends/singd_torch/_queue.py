@@ -13,7 +13,7 @@ from singd_torch._pending import Pending, Rows
 from singd_torch._pieces import on_host, piece_size, transforms
 
 # In numbers: what waits is held for a while.
-_MOST = 1 << 18
+_MOST = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -124,7 +124,7 @@ def _refreshed(stack: Stack, s: Settings, scales: Scales) -> tuple[Factors, Prec
         return factors, stack.preconditioner
     if stack.compile is not None:
         return factors, None
-    kept = (factors.unit() if s.normalized else factors).preconditioner(gap(steps, s))
+    kept = factors.preconditioner(gap(steps, s), balanced=s.normalized)
     if factors is stack.factors:
         stack.preconditioner = kept
     return factors, kept
@@ -151,8 +151,8 @@ def _direction(
 
 def _direction_anew(kind: Any, s: Settings, factors: Any, *arguments: Any) -> Direction:
     """`_direction` for compilers, which find out by themselves what can be overwritten."""
-    factors = factors.unit() if s.normalized else factors
-    return direction(kind, s, factors.precondition, *arguments)
+    precondition = partial(factors.precondition, balanced=s.normalized)
+    return direction(kind, s, precondition, *arguments)
 
 
 def _by_pieces(preconditioner: Preconditioner, owned: bool, gradient: Tensor) -> Tensor:
@@ -160,10 +160,11 @@ def _by_pieces(preconditioner: Preconditioner, owned: bool, gradient: Tensor) ->
 
     It overwrites the gradient if that is `owned` and fits.
     """
-    most = piece_size(type(preconditioner.K), type(preconditioner.C))
-    dtype, by_rows = preconditioner.C.like.dtype, preconditioner.rows(slice(0)) is not None
-    known = preconditioner.whole_K and preconditioner.whole_C
-    fits = gradient.dtype == dtype == preconditioner.K.like.dtype
+    K, C = preconditioner.K, preconditioner.C
+    most = piece_size(type(K.L), type(C.L))
+    dtype, by_rows = C.L.like.dtype, preconditioner.rows(slice(0)) is not None
+    known = K.whole and C.whole
+    fits = gradient.dtype == dtype == K.L.like.dtype
     if owned and known and fits:
         right = preconditioner.right(gradient, _scratch.empty(gradient.shape, gradient, PRODUCT))
         both: Tensor = preconditioner.left(right, gradient)

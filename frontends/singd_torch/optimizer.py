@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from singd_core import preconditioner
 from singd_core._array import ranged
-from singd_core._settings import DEFAULT, STRUCTURES, settings
+from singd_core._settings import DEFAULT, FALLBACK_RATES, STRUCTURES, settings
 from singd_core.step import warmed
 from singd_torch import _diagnostics, _fallback, _finite, _scaling, _scratch, _state, _table
 from singd_torch._distributed import reduce_rows
@@ -63,7 +63,7 @@ class SINGD(Watcher):
             exact factors for each group.
         compile_step: Run the mathematics of the step through torch.compile, by True or by its
             arguments, such as {"mode": "max-autotune-no-cudagraphs"}. It needs torch 2.13.
-        fallback_lr: AdamW's rate. It follows `lr`: a schedule that halves one halves the other.
+        fallback_lr: AdamW's rate, None for that of the recipe. It follows `lr`: a schedule that halves one halves the other.
         fallback_betas: AdamW's betas.
         fallback_eps: AdamW's epsilon.
         fallback_weight_decay: AdamW's weight decay.
@@ -110,7 +110,7 @@ class SINGD(Watcher):
         kfac: bool | None = None,
         average_groups: bool = False,
         compile_step: bool | dict[str, Any] = False,
-        fallback_lr: float = 1e-3,
+        fallback_lr: float | None = None,
         fallback_betas: tuple[float, float] = (0.9, 0.999),
         fallback_eps: float = 1e-8,
         fallback_weight_decay: float = 0.01,
@@ -141,7 +141,7 @@ class SINGD(Watcher):
             "kfac_approx": kfac_approx,
             "preconditioner_dtype": preconditioner_dtype,
             "average_groups": average_groups,
-            "fallback_lr": fallback_lr,
+            "fallback_lr": FALLBACK_RATES[recipe] if fallback_lr is None else fallback_lr,
             "fallback_betas": fallback_betas,
             "fallback_eps": fallback_eps,
             "fallback_weight_decay": fallback_weight_decay,

@@ -118,6 +118,10 @@ class Structure(Tree):
         """`L X`, written to `out` if arrays can be written to; None if only `apply` is known."""
         return None
 
+    def scale_rows(self, c: Array) -> Structure | None:
+        """`diag(c) L`, with c of shape (..., d), if it is of a structure; else None."""
+        return None
+
     def square(self) -> Structure | None:
         """`L Lᵀ`, in whatever structure it has, if one product with it costs less than two.
 
@@ -190,6 +194,10 @@ class Structure(Tree):
         """The largest absolute value of an entry, of the batch axes' shape."""
         xp = namespace(self.like)
         return xp.max(xp.abs(self.dense()), axis=(-2, -1))
+
+    def row_norms(self) -> Array:
+        """The norms of the rows, shape (..., d), in at least float32: √diag(L Lᵀ)."""
+        return norm(self.dense(), 1)
 
     # ---- the arrays -----------------------------------------------------------------------------
 

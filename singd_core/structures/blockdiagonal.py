@@ -13,6 +13,7 @@ from singd_core._array import (
     eye,
     full,
     namespace,
+    norm,
     product,
     widen,
 )
@@ -114,6 +115,15 @@ class BlockDiagonal(Pattern):
 
     def square(self) -> Self:
         return type(self)(self.blocks @ self.blocks.mT, self.last @ self.last.mT)
+
+    def row_norms(self) -> Array:
+        rows = [norm(a, 1) for a in (self.blocks, self.last)]
+        *batch, q, b = rows[0].shape
+        return concat([namespace(rows[0]).reshape(rows[0], (*batch, q * b)), rows[1]], axis=-1)
+
+    def scale_rows(self, c: Array) -> Self:
+        blocks, last = self._split(c[..., None])
+        return type(self)(self.blocks * blocks, self.last * last)
 
     def add_identity(self, c: Scalar) -> Self:
         return self.map(lambda a: a + expand(c, a) * eye(a.shape[-1], like=a))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
 
-from singd_core._array import Array, Scalar, add_product, full, namespace
+from singd_core._array import Array, Scalar, add_product, full, namespace, norm
 from singd_core.structures.base import Pattern, Structure, family, structure
 from singd_core.structures.dense import Dense
 from singd_core.structures.diagonal import Diagonal
@@ -143,6 +143,10 @@ class BlockTriangular(Pattern):
 
     def add_identity(self, c: Scalar) -> Self:
         return type(self)(self.A.add_identity(c), self.B, self.D.add_identity(c))
+
+    def row_norms(self) -> Array:
+        A, D, B, xp = self.A.row_norms(), self.D.row_norms(), norm(self.B, 1), namespace(self.B)
+        return xp.concat((xp.hypot(A, B), D) if self.upper else (A, xp.hypot(D, B)), axis=-1)
 
     def trace(self) -> Array:
         return self.A.trace() + self.D.trace()

@@ -28,6 +28,9 @@ class _Square(Pattern):
     def apply_into(self, X: Array, out: Array) -> Array:
         return product(self.matrix, X, out)
 
+    def scale_rows(self, c: Array) -> Self:
+        return type(self)(self.matrix * c[..., None])
+
     def matmul(self, other: Self) -> Self:
         return type(self)(self.matrix @ other.matrix)
 

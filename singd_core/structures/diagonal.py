@@ -72,6 +72,12 @@ class Diagonal(Pattern):
         H = type(self)(self.diag * self.diag * cast(squares, A))
         return H, namespace(A).linalg.vector_norm(squares, ord=1, axis=-1)
 
+    def row_norms(self) -> Array:
+        return abs(widen(self.diag))
+
+    def scale_rows(self, c: Array) -> Self:
+        return type(self)(self.diag * c)
+
     def gram(self) -> Self:
         return self.square()
 

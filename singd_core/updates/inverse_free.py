@@ -11,7 +11,7 @@ from singd_core._settings import Rate, Settings, is_bound
 from singd_core._tree import Tree, tree
 from singd_core.structures.base import Structure
 from singd_core.updates.curvature import TINY, Averages, Curvature, Measured, measure
-from singd_core.updates.natural import Preconditioner, of_unit_scale
+from singd_core.updates.natural import Preconditioner
 
 
 @tree
@@ -45,21 +45,18 @@ class InverseFree(Tree):
         """What `measure` needs; the rest is None."""
         return dataclasses.replace(self, m_K=None, m_C=None, averages=None)  # type: ignore[arg-type]
 
-    def precondition(self, gradient: Array) -> Array:
-        """The natural gradient C Cᵀ ∇W K Kᵀ of ∇W, shape (..., d_out, d_in), in the dtype of C."""
-        return Preconditioner.of(None, None, self)(gradient)
+    def precondition(self, gradient: Array, *, balanced: bool = False) -> Array:
+        """The natural gradient C Cᵀ ∇W K Kᵀ of ∇W, shape (..., d_out, d_in), in the dtype of C.
 
-    def preconditioner(self, T: int) -> Preconditioner:
+        `balanced` is told of in `Preconditioner`.
+        """
+        return Preconditioner.of(None, None, self, balanced=balanced)(gradient)
+
+    def preconditioner(self, T: int, *, balanced: bool = False) -> Preconditioner:
         """`precondition` for T steps: with K Kᵀ and C Cᵀ formed once where that multiplies less."""
         d_in, d_out = self.K.shape[-1], self.C.shape[-1]
-        return Preconditioner.of(_square(self.K, T * d_out), _square(self.C, T * d_in), self)
-
-    def unit(self) -> Self:
-        """The factors with ‖C‖ = √d_out, for whom the scale of a natural gradient does not matter.
-
-        That of C may be stale by many orders, where gradients vanished and no longer do.
-        """
-        return dataclasses.replace(self, C=of_unit_scale(self.C))
+        P_K, P_C = _square(self.K, T * d_out), _square(self.C, T * d_in)
+        return Preconditioner.of(P_K, P_C, self, balanced=balanced)
 
     def refresh(
         self,

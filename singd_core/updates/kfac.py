@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Self
 
-from singd_core._array import Array, Scalar, cast, inverse, widen
+from singd_core._array import Array, Scalar, at_least, cast, inverse, namespace, widen
 from singd_core._settings import Rate, Settings
 from singd_core._tree import Tree, tree
 from singd_core.structures.base import Structure
 from singd_core.structures.dense import Dense
-from singd_core.updates.curvature import Averages, Curvature, Measured, measure
-from singd_core.updates.natural import Preconditioner, of_unit_scale
+from singd_core.updates.curvature import TINY, Averages, Curvature, Measured, measure
+from singd_core.updates.natural import Preconditioner, Side
 
 
 @tree
@@ -45,17 +45,13 @@ class KFAC(Tree):
         """What `measure` needs; the rest is None."""
         return dataclasses.replace(self, P_K=None, P_C=None, averages=None)  # type: ignore[arg-type]
 
-    def precondition(self, gradient: Array) -> Array:
+    def precondition(self, gradient: Array, *, balanced: bool = False) -> Array:
         """(S_C + λ_C I)⁻¹ ∇W (S_K + λ_K I)⁻¹ of a gradient, shape (..., d_out, d_in)."""
-        return self.preconditioner(1)(gradient)
+        return self.preconditioner(1, balanced=balanced)(gradient)
 
-    def preconditioner(self, T: int) -> Preconditioner:
+    def preconditioner(self, T: int, *, balanced: bool = False) -> Preconditioner:
         """`precondition`."""
-        return Preconditioner(self.P_K, True, self.P_C, True)
-
-    def unit(self) -> Self:
-        """The factors with ‖P_C‖ = √d_out, as `InverseFree.unit`."""
-        return dataclasses.replace(self, P_C=of_unit_scale(self.P_C))
+        return Preconditioner(*(_side(P, balanced=balanced) for P in (self.P_K, self.P_C)))
 
     def refresh(
         self,
@@ -81,6 +77,15 @@ class KFAC(Tree):
     def norms(self) -> dict[str, Array]:
         """The Frobenius norms of the factors."""
         return {"S_K_norm": self.S_K.norm(), "S_C_norm": self.S_C.norm()}
+
+
+def _side(P: Dense, *, balanced: bool) -> Side:
+    """The product with P, or with D^(−½) P, D being the diagonal of P."""
+    if not balanced:
+        return Side(P, True)
+    diagonal = widen(namespace(P.matrix).linalg.diagonal(P.matrix))
+    scale = at_least(diagonal, TINY) ** -0.5
+    return Side(P.scale_rows(cast(scale, P.matrix)), True)
 
 
 def average(S: Dense, U: Structure, beta: Scalar, start: Scalar) -> Dense:

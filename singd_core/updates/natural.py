@@ -3,45 +3,77 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import Protocol, Self, TypeVar
+from typing import Protocol, Self
 
-from singd_core._array import Array, at_least, cast, number
+from singd_core._array import Array, at_least, cast
 from singd_core.structures.base import Structure
 from singd_core.structures.diagonal import Diagonal
 from singd_core.updates.curvature import TINY
 
-S = TypeVar("S", bound=Structure)
-
 
 class _Pair(Protocol):
     @property
-    def K(self) -> Structure: ...  # noqa: N802
+    def K(self) -> Structure: ...
 
     @property
-    def C(self) -> Structure: ...  # noqa: N802
+    def C(self) -> Structure: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """The product with one of P_K and P_C, balanced or not.
+
+    Attributes:
+        L: The matrix, or a factor L with P = L Lᵀ.
+        whole: Whether it is the matrix.
+        scale: What the rows of the product are multiplied by, or None.
+    """
+
+    L: Structure
+    whole: bool
+    scale: Array | None = None
+
+    @classmethod
+    def of(cls, L: Structure, P: Structure | None, *, balanced: bool) -> Self:
+        """The product with P = L Lᵀ, or with D^(−½) P if `balanced`, D being the diagonal of P."""
+        if not balanced:
+            return cls(P or L, P is not None)
+        scale = at_least(L.row_norms(), TINY) ** -1.0
+        scaled = None if P is None else P.scale_rows(cast(scale, P.like))
+        return cls(L, False, scale) if scaled is None else cls(scaled, True)
+
+    def __call__(self, X: Array, out: Array | None = None) -> Array:
+        """The product with X, shape (..., d, n); `out` may be written to, where arrays can be."""
+        X = cast(X, self.L.like)
+        if self.whole:
+            found = None if out is None else self.L.apply_into(X, out)
+            return self.L.apply(X) if found is None else found
+        product = self.L.precondition(X)
+        return product if self.scale is None else product * cast(self.scale, product)[..., None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Preconditioner:
     """∇W ↦ P_C ∇W P_K, the natural gradient of ∇W, shape (..., d_out, d_in), in the dtype of C.
 
+    Balanced, each entry is divided by √(D_C D_K) of its row and column, the diagonals of P_C and
+    P_K: gradients with the covariance of the curvature then give entries of equal variance.
+
     Attributes:
-        K: P_K, or a factor with P_K = K Kᵀ.
-        whole_K: Whether it is P_K.
-        C: P_C, or a factor with P_C = C Cᵀ.
-        whole_C: Whether it is P_C.
+        K: The product with P_K.
+        C: The product with P_C.
     """
 
-    K: Structure
-    whole_K: bool
-    C: Structure
-    whole_C: bool
+    K: Side
+    C: Side
 
     @classmethod
-    def of(cls, P_K: Structure | None, P_C: Structure | None, factors: _Pair) -> Self:
+    def of(
+        cls, P_K: Structure | None, P_C: Structure | None, factors: _Pair, *, balanced: bool
+    ) -> Self:
         """With P_K and P_C where they are known, and else with the factors."""
-        return cls(P_K or factors.K, P_K is not None, P_C or factors.C, P_C is not None)
+        sides = (factors.K, P_K), (factors.C, P_C)
+        return cls(*(Side.of(L, P, balanced=balanced) for L, P in sides))
 
     def __call__(self, gradient: Array) -> Array:
         """The natural gradient."""
@@ -49,27 +81,16 @@ class Preconditioner:
 
     def right(self, gradient: Array, out: Array | None = None) -> Array:
         """∇W P_K, which acts on each row; `out` may be written to, where arrays can be."""
-        out = None if out is None else out.mT
-        return _product(self.K, self.whole_K, cast(gradient, self.K.like).mT, out).mT
+        return self.K(gradient.mT, None if out is None else out.mT).mT
 
     def left(self, X: Array, out: Array | None = None) -> Array:
         """P_C X, which acts on each column; `out` may be written to, where arrays can be."""
-        return _product(self.C, self.whole_C, cast(X, self.C.like), out)
+        return self.C(X, out)
 
     def rows(self, j: slice) -> Preconditioner | None:
         """The one of the rows `j` of ∇W alone, or None where P_C mixes rows. Not of a stack."""
-        if not isinstance(self.C, Diagonal):
+        L, scale = self.C.L, self.C.scale
+        if not isinstance(L, Diagonal):
             return None
-        return dataclasses.replace(self, C=Diagonal(self.C.diag[j]))
-
-
-def _product(L: Structure, whole: bool, X: Array, out: Array | None) -> Array:
-    if not whole:
-        return L.precondition(X)
-    found = None if out is None else L.apply_into(X, out)
-    return L.apply(X) if found is None else found
-
-
-def of_unit_scale(L: S) -> S:
-    """The matrix, or each of a stack, scaled to the norm that the identity has."""
-    return L.scale(math.sqrt(L.shape[-1]) / at_least(number(L.norm()), TINY))
+        C = Side(Diagonal(L.diag[j]), self.C.whole, None if scale is None else scale[j])
+        return dataclasses.replace(self, C=C)

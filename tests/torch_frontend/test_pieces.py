@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from singd_core.structures import Diagonal
-from singd_core.updates.natural import Preconditioner
+from singd_core.updates.natural import Preconditioner, Side
 from singd_torch import SINGD, _pieces, _queue, _step
 
 CASES: dict[str, dict[str, Any]] = {
@@ -118,7 +118,7 @@ def test_the_rows_of_a_large_call_are_measured_in_pieces(
 def test_preconditioner_of_some_rows() -> None:
     K, C = (Diagonal(torch.rand(d) + 0.5) for d in (4, 3))
     gradient = torch.randn(3, 4)
-    whole = Preconditioner(K, False, C, False)
+    whole = Preconditioner(Side(K, False), Side(C, False))
     rows = whole.rows(slice(1, 3))
     assert rows is not None
     torch.testing.assert_close(rows(gradient[1:3]), whole(gradient)[1:3])

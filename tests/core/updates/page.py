@@ -7,6 +7,16 @@ import numpy as np
 
 from singd_core import get
 
+# Σ bⱼ² / (Σ bⱼ)², with the look ahead b₀ = 1 + α and bⱼ = αʲ⁺¹, and without bⱼ = αʲ
+NOISE = {
+    True: lambda alpha: _share([1 + alpha] + [alpha ** (j + 1) for j in range(1, 2000)]),
+    False: lambda alpha: _share([alpha**j for j in range(2000)]),
+}
+
+
+def _share(b: list[float]) -> float:
+    return float(np.sum(np.square(b)) / np.sum(b) ** 2)
+
 
 class Page:
     """Sections 2, 3 and 5 of the mathematics page.
@@ -25,7 +35,7 @@ class Page:
         self.S_K = self.K = np.eye(self.d_in)
         self.S_C = self.C = np.eye(self.d_out)
         self.m_K, self.m_C, self.m_W = 0.0 * self.K, 0.0 * self.C, 0.0 * W
-        self.t_U = self.t_G = self.Q = self.w = 0.0
+        self.t_U = self.t_G = self.Q = self.w = self.growth = 0.0
         self.P_K, self.P_C = map(_projection, structures)
 
     def step(self, grad: np.ndarray, A: np.ndarray, B: np.ndarray) -> np.ndarray:
@@ -67,9 +77,14 @@ class Page:
         if s["nesterov"]:
             ahead, Q, w = grad + alpha * self.m_W, square + alpha * self.Q, 1 + alpha * self.w
         agreement = np.linalg.norm(ahead) / np.sqrt(w * Q)
-        n = self.C @ self.C.T @ ahead @ self.K @ self.K.T
+        P_C, P_K = self.C @ self.C.T, self.K @ self.K.T
+        n = P_C @ ahead @ P_K / np.sqrt(np.outer(np.diag(P_C), np.diag(P_K)))
+        if self.w * (1 - alpha) > 0.88:
+            ratio = agreement**2 / NOISE[s["nesterov"]](alpha)
+            change = np.clip(ratio - 3, 0, 1) - np.clip(1 - ratio, 0, 1)
+            self.growth = np.clip(self.growth + 0.15 * change, 0, 4)
         R = np.sqrt(2.26 / np.sqrt(max(d_o, d_i)) * 1.5 / np.sqrt(d_i * self.t_U))
-        u = R * np.sqrt(agreement) * n / np.sqrt(np.mean(n * n))
+        u = R * np.exp(self.growth) * agreement * n / np.sqrt(np.mean(n * n))
         lr = s["lr"] * min(1.0, self.t / s["warmup"])
         decay = s["weight_decay"] if s["decoupled_weight_decay"] else 0.0
         self.W = self.W - lr * u - lr * decay * self.W

@@ -1,0 +1,125 @@
+"""The step of the normalized recipe: its size is its own, whatever the scales that came in."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+from optimizer_cases import LAYERS, leaves, mapped, params, steps, train
+
+from singd_core import Optimizer, settings
+from singd_core.step import LONGEST, OUTPUTS, SPECTRAL, Late, agreement_of_noise
+
+STRUCTURES = ["dense", "diagonal", "blockdiagonal:2", "triltoeplitz", "hierarchical:1,1"]
+
+# Relative to the largest entry, float64: scales that are no powers of two round otherwise, and the
+# roots of sums of squares lose half of what leaves the range of neither.
+CLOSE = 1e-9
+
+
+def changes(scale: float, n: int = 4, **given: Any) -> list[np.ndarray]:
+    """What the layers' parameters have moved by after some steps of a loss times `scale`."""
+    start = params()
+    data = [
+        (
+            mapped(lambda x: x * scale, g),
+            {name: (x, z * scale) for name, (x, z) in rows.items()},
+        )
+        for g, rows in steps(n)
+    ]
+    end, state = train(Optimizer(LAYERS, **given), data, start)
+    assert state.skipped == 0
+    names = list(state.layers)
+    old, new = ({name: p[name] for name in names} for p in (start, end))
+    return [b - a for a, b in zip(leaves(old), leaves(new), strict=True)]
+
+
+def assert_alike(found: list[np.ndarray], expected: list[np.ndarray]) -> None:
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=CLOSE * np.max(np.abs(b)))
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e3, 1e6])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_the_scale_of_the_loss_changes_no_step(structure: str, scale: float) -> None:
+    given = {"structures": (structure, structure)}
+    assert_alike(changes(scale, **given), changes(1.0, **given))
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_nor_does_it_with_kfac(scale: float) -> None:
+    assert_alike(changes(scale, kfac=True), changes(1.0, kfac=True))
+
+
+@pytest.mark.parametrize("loss_average", ["batch+sequence", None])
+def test_what_the_loss_is_a_mean_of_changes_no_step(loss_average: str | None) -> None:
+    assert_alike(changes(1.0, loss_average=loss_average), changes(1.0, loss_average="batch"))
+
+
+def test_a_first_step_has_the_size_that_the_page_says() -> None:
+    rng = np.random.default_rng(0)
+    W, x, z = rng.standard_normal((5, 3)), rng.standard_normal((8, 3)), rng.standard_normal((8, 5))
+    optimizer = Optimizer(lr=0.1, warmup=0)
+    p = {"W": W}
+    updates, _ = optimizer.update({"W": z.T @ x}, optimizer.init(p), p, {"W": (x, z)})
+    t_U = np.mean(x**2)
+    R = np.sqrt(SPECTRAL / np.sqrt(5) * OUTPUTS / np.sqrt(3 * t_U))
+    np.testing.assert_allclose(np.sqrt(np.mean(updates["W"] ** 2)), 0.1 * R, rtol=1e-12)
+
+
+def test_without_rows_the_size_is_the_spectral_one() -> None:
+    """Factors that saw nothing are the identity, and the step is that of the momentum alone."""
+    optimizer, p = Optimizer(lr=0.1, warmup=0), {"W": np.zeros((5, 3))}
+    g = np.random.default_rng(0).standard_normal((5, 3))
+    updates, _ = optimizer.update({"W": g}, optimizer.init(p), p)
+    size = 0.1 * SPECTRAL / np.sqrt(5)
+    np.testing.assert_allclose(updates["W"], -size * g / np.sqrt(np.mean(g**2)), rtol=1e-12)
+
+
+def test_a_dead_matrix_does_not_walk() -> None:
+    """Its momentum goes on for ever, and would at full size."""
+    optimizer, p = Optimizer(LAYERS), params()
+    p, state = train(optimizer, steps(3), p)
+    g, rows = steps(4)[3]
+    for name in rows:
+        g |= {name: mapped(np.zeros_like, g[name])}
+    dead = {name: mapped(np.copy, p[name]) for name in rows}
+    for _ in range(10_000 // len(rows)):
+        updates, state = optimizer.update(g, state, p)
+        p = optimizer.apply(p, updates)
+    assert state.skipped == 0
+    for name, before in dead.items():
+        assert all(map(np.array_equal, leaves(p[name]), leaves(before)))
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_the_agreement_of_noise_is_what_random_gradients_have(nesterov: bool) -> None:
+    s = dataclasses.replace(settings("normalized"), nesterov=nesterov)
+    rng, m, found = np.random.default_rng(0), 0.0, []
+    late = Late(0.0, 0.0, 0.0)
+    for t in range(300):
+        g = rng.standard_normal(10_000)
+        m = s.momentum * m + g
+        late = late.update(g @ g, s)
+        ahead = g + s.momentum * m if nesterov else m
+        found.append(float(late.agreement(np.linalg.norm(ahead), g @ g, s)) ** 2 if t > 100 else 0)
+    assert np.mean(found[101:]) == pytest.approx(agreement_of_noise(s), rel=0.02)
+
+
+def test_steps_grow_while_gradients_agree_and_shrink_where_they_oppose() -> None:
+    s = settings("normalized")
+    late = Late(0.0, 0.0, 0.0)
+    growths = []
+    for agreement in [1.0] * 60 + [0.0] * 60:
+        late = late.update(1.0, s).grown(agreement, s)
+        growths.append(late.growth)
+    assert growths[:15] == [0.0] * 15  # sums that have just begun say little
+    assert growths[59] == LONGEST
+    assert growths[-1] == 0.0
+
+
+def test_noise_does_not_change_the_size() -> None:
+    s, late = settings("normalized"), Late(0.0, 0.0, 0.0)
+    for _ in range(60):
+        late = late.update(1.0, s).grown(agreement_of_noise(s) ** 0.5, s)
+    assert late.growth == 0.0
