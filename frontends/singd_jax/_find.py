@@ -15,8 +15,9 @@ from singd_core._array import Array, ranged
 from singd_core.curvature.base import is_expand, loss_terms
 from singd_jax._axes import Key, merged
 from singd_jax._calls import Call
-from singd_jax._layers import TRANSPOSED, Layer, Layers, Part, pair
+from singd_jax._layers import TRANSPOSED, Layer, Layers, pair
 from singd_jax._loss import Leaves, evaluate, is_followed, size_of_batch
+from singd_jax._part import Part
 from singd_jax._product import Bias, Path
 from singd_jax._trace import Ports, Tracer
 

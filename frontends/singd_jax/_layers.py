@@ -6,15 +6,13 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import jax.numpy as jnp
-
 from singd_core import preconditioner
 from singd_core._array import Array
-from singd_core.curvature.base import append_bias
+from singd_core._parameter import Parameter, parts
 from singd_core.structures import Diagonal, Structure
 from singd_core.updates.kfac import KFAC
-from singd_jax._axes import Group, Region, size
 from singd_jax._calls import Call
+from singd_jax._part import Laid, Part
 
 if TYPE_CHECKING:
     from singd_jax._state import SingdState
@@ -25,70 +23,6 @@ UPRIGHT, TRANSPOSED = "", " transposed"
 
 # Two names or classes, "auto:b", or None for what fits each weight; see preconditioner.resolve.
 Wanted: TypeAlias = preconditioner.Structures | str | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """A region of a parameter leaf, as a matrix or a stack of matrices.
-
-    Attributes:
-        name: The name of the leaf.
-        shape: Its shape.
-        region: Where the matrix lies in it.
-        flips: Axes that are reversed.
-        stack: The axes of a stack.
-        outs: The atoms of the matrix's rows.
-        ins: Those of its columns.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    region: Region
-    flips: frozenset[int]
-    stack: tuple[Group, ...]
-    outs: Group
-    ins: Group
-
-    @property
-    def numbers(self) -> int:
-        """How many entries it has."""
-        return size((*(atom for group in self.stack for atom in group), *self.outs, *self.ins))
-
-    @property
-    def whole(self) -> bool:
-        """Whether it is the whole leaf."""
-        return self.region == tuple((0, n) for n in self.shape)
-
-    @property
-    def layout(self) -> tuple[Any, ...]:
-        """How it lies in its region: products of the same layout are uses of one matrix."""
-        return self.stack, self.outs, self.ins, self.flips
-
-    def take(self, leaf: Array) -> Array:
-        """The matrix, shape (*stack, d_out, d_in)."""
-        x = leaf if self.whole else leaf[self._slices()]
-        x = jnp.flip(x, sorted(self.flips)) if self.flips else x
-        have, order = self._order()
-        x = jnp.transpose(x.reshape([n for *_, n in have]), order)
-        return x.reshape(*map(size, self.stack), size(self.outs), size(self.ins))
-
-    def put(self, leaf: Array, matrix: Array) -> Array:
-        """The leaf with the matrix in it."""
-        have, order = self._order()
-        x = matrix.astype(leaf.dtype).reshape([have[i][2] for i in order])
-        back = sorted(range(len(order)), key=order.__getitem__)
-        x = jnp.transpose(x, back).reshape([n for _, n in self.region])
-        x = jnp.flip(x, sorted(self.flips)) if self.flips else x
-        return x if self.whole else leaf.at[self._slices()].set(x)
-
-    def _slices(self) -> tuple[slice, ...]:
-        return tuple(slice(start, start + n) for start, n in self.region)
-
-    def _order(self) -> tuple[list[tuple[int, int, int]], list[int]]:
-        """The atoms as they lie in the leaf, and where the matrix wants them."""
-        want = [*(atom for group in self.stack for atom in group), *self.outs, *self.ins]
-        have = sorted(want, key=lambda atom: (atom[0], -atom[1]))
-        return have, [have.index(atom) for atom in want]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,15 +52,24 @@ class Layer:
     notes: tuple[str, ...] = ()
 
     @property
+    def parts(self) -> tuple[Part, ...]:
+        """Where its weight lies, and where its bias."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+    @property
     def leaves(self) -> tuple[str, ...]:
         """The names of the leaves that it is made of."""
-        return (self.weight.name,) if self.bias is None else (self.weight.name, self.bias.name)
+        return tuple(part.name for part in self.parts)
+
+    @property
+    def laid(self) -> Laid:
+        """How its parameter is a matrix."""
+        return Laid(self.weight, self.bias)
 
     @property
     def shape(self) -> tuple[tuple[int, ...], int, int]:
         """The stack, d_out and d_in of the matrix, the bias counted in."""
-        w = self.weight
-        return tuple(map(size, w.stack)), size(w.outs), size(w.ins) + (self.bias is not None)
+        return self.laid.shape(self.weight.shape, self.bias is not None)
 
     @property
     def roles(self) -> tuple[Role, ...]:
@@ -148,21 +91,19 @@ class Layer:
         K = factors.S_K if isinstance(factors, KFAC) else factors.K
         return self if K.shape[-1] == self.shape[-1] else self.without_bias()
 
+    def parameter(self, leaves: Mapping[str, Array]) -> Parameter:
+        """The regions of the leaves, or of their gradients, in their own axes: what is trained."""
+        found = tuple(part.take(leaves[part.name]) for part in self.parts)
+        return found[0] if self.bias is None else found
+
     def matrix(self, leaves: Mapping[str, Array]) -> Array:
         """The matrix (*stack, d_out, d_in) of the leaves, or of their gradients."""
-        weight = self.weight.take(leaves[self.weight.name])
-        if self.bias is None:
-            return weight
-        return append_bias(weight, self.bias.take(leaves[self.bias.name])[..., 0])
+        return self.laid.matrix(*parts(self.parameter(leaves)))
 
-    def put(self, leaves: Mapping[str, Array], matrix: Array) -> dict[str, Array]:
-        """The leaves with the matrix in them: the inverse of `matrix`."""
-        if self.bias is None:
-            return {self.weight.name: self.weight.put(leaves[self.weight.name], matrix)}
-        return {
-            self.weight.name: self.weight.put(leaves[self.weight.name], matrix[..., :-1]),
-            self.bias.name: self.bias.put(leaves[self.bias.name], matrix[..., -1]),
-        }
+    def put(self, leaves: Mapping[str, Array], parameter: Parameter) -> dict[str, Array]:
+        """The leaves with the regions in them: the inverse of `parameter`."""
+        pairs = zip(self.parts, parts(parameter), strict=True)
+        return {part.name: part.put(leaves[part.name], region) for part, region in pairs}
 
     def structures(self, wanted: Wanted, *, kfac: bool) -> tuple[type[Structure], type[Structure]]:
         """Those of K and of C: what was asked for, or diagonal where it must be."""

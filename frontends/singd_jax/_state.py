@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -11,25 +13,35 @@ import optax  # type: ignore[import-untyped]
 
 from singd_core import state as flat_state
 from singd_core._array import Array
+from singd_core._settings import Settings, is_due
 from singd_core.optimizer import State
 from singd_core.updates.curvature import Curvature
 
 
-class SingdState(NamedTuple):
-    """The state of `singd` and `scale_by_singd`.
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("core", "T"), meta_fields=("growing_T",)
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class SingdState:
+    """The state of `singd` and `scale_by_singd`: a pytree of arrays.
 
     Attributes:
         core: The state as every frontend has it; see `singd_core.optimizer.State`.
         T: Steps between two refreshes of the factors, or None if it is every step.
+        growing_T: Whether there are fewer at first, which is no array but part of the structure.
     """
 
     core: State
     T: Array | None
+    growing_T: bool = False
 
     @property
     def due(self) -> Array | None:
         """Whether the next step refreshes the factors; None if every step does."""
-        return None if self.T is None else self.core.step % self.T == 0
+        if self.T is None:
+            return None
+        due: Array = is_due(self.core.step, Settings(growing_T=self.growing_T), self.T)
+        return due
 
 
 class Both(NamedTuple):
@@ -127,7 +139,7 @@ def unflatten(opt_state: Any, flat: Mapping[str, Any]) -> Any:
     def restored(leaf: Any) -> Any:
         if not _is_state(leaf):
             return leaf
-        return leaf._replace(core=flat_state.unflatten(leaf.core, flat))
+        return dataclasses.replace(leaf, core=flat_state.unflatten(leaf.core, flat))
 
     return jax.tree.map(restored, opt_state, is_leaf=_is_state)
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from singd_core import preconditioner
 from singd_core._array import Array, ranged, widen
-from singd_core.curvature import Linear
+from singd_core._parameter import Parameter, begun, like, parts
 from singd_core.optimizer import LayerState, Optimizer, State
 from singd_core.preconditioner import Factors
 from singd_core.updates.adamw import Fallback, Moments
@@ -28,7 +28,7 @@ _RATES = ("lr", "momentum", "weight_decay", "damping", "alpha1")
 
 
 class Steps:
-    """The core's optimizer on the matrices of the layers."""
+    """The core's optimizer on the layers, each a weight with its bias as their leaves have them."""
 
     def __init__(
         self,
@@ -75,15 +75,16 @@ class Steps:
         self._refuse_further(arrays, self.layers.shapes)
         found = self._present(arrays)
         owned = {name for layer in found.values() for name in layer.leaves}
-        dtypes = {name: arrays[layer.weight.name].dtype for name, layer in found.items()}
+        dtypes = {name: arrays[name].dtype for name in owned}
         # Compiled, so that no array is tied to a device: the core makes them on that of another
         # array, and the second step would be compiled again for what is then tied to it.
         states = jax.jit(
-            lambda: {name: self._layer_state(found[name], dtype) for name, dtype in dtypes.items()}
+            lambda: {name: self._layer_state(layer, dtypes) for name, layer in found.items()}
         )()
+        states = {k: _with_momenta(found[k], layer, arrays) for k, layer in states.items()}
         rest = {k: _moments(a) for k, a in arrays.items() if others and k not in owned}
         count, skipped = (jnp.zeros((), jnp.int32) for _ in range(2))
-        return SingdState(State(count, skipped, states, rest), self._period())  # type: ignore[arg-type]
+        return self._state(State(count, skipped, states, rest))  # type: ignore[arg-type]
 
     def update(
         self,
@@ -110,9 +111,9 @@ class Steps:
             return grads, self._counted(core, core)
         optimizer, refreshed = self._begun(state, curvature)
         new, stepped = optimizer.update(
-            self._matrices(gradients, core),
+            self._parameters(gradients, core),
             core,
-            self._matrices(weights, core),
+            self._parameters(weights, core),
             refreshed=refreshed,
         )
         changes = self._leaves(gradients, core, new)
@@ -134,14 +135,18 @@ class Steps:
         core = state.core
         gradients, tree = self._arrays(grads, self._owned(core), "gradients")
         _, refreshed = self._begun(state, curvature)
-        new, total = self._matrices(gradients, core, others=True), jnp.zeros(())
-        layers = {}
-        for name, matrix in new.items():
+        new, total = self._parameters(gradients, core, others=True), jnp.zeros(())
+        layers, trained = {}, self._trained(core)
+        for name, gradient in new.items():
             if name in core.layers:
+                kind, own = trained[name].laid, parts(gradient)
                 factors = refreshed.get(name, core.layers[name].factors)
-                new[name] = factors.precondition(matrix)
+                natural = factors.precondition(kind.matrix(*own))
+                regions = kind.split(natural, own[0].shape, len(own) > 1)
+                new[name] = like(gradient, [part for part in regions if part is not None])
                 layers[name] = LayerState(factors, None)
-            total = total + jnp.sum(widen(matrix) * widen(new[name]))
+            for g, n in zip(parts(gradient), parts(new[name]), strict=True):
+                total = total + jnp.sum(widen(g) * widen(n))
         ok = jnp.isfinite(total)
         kept = State(core.step, core.skipped, layers, {}).map(
             lambda new, old: new if new is old else jnp.where(ok, new, old), core
@@ -151,11 +156,13 @@ class Steps:
         changes = {name: jnp.where(ok, a, jnp.zeros_like(a)) for name, a in changes.items()}
         return tree(changes), self._counted(core, dataclasses.replace(kept, skipped=skipped))
 
-    def _at(self, core: State) -> Optimizer:
+    def _at(self, state: SingdState) -> Optimizer:
         """The optimizer with the rates of this step."""
-        optimizer = copy.copy(self.optimizer)
-        optimizer.layers = {name: Linear() for name in core.layers}  # of matrices
+        core, optimizer = state.core, copy.copy(self.optimizer)
+        optimizer.layers = {name: layer.laid for name, layer in self._trained(core).items()}
         rates = {name: schedule(core.step) for name, schedule in self.schedules.items()}
+        if state.T is not None:  # maybe an array
+            rates["T"] = state.T
         optimizer.settings = dataclasses.replace(optimizer.settings, **rates)
         own = {
             name: value(core.step)
@@ -169,7 +176,7 @@ class Steps:
         self, state: SingdState, curvature: Mapping[str, Curvature] | None
     ) -> tuple[Optimizer, dict[str, Factors]]:
         """The optimizer of this step, and the factors of the layers of which there is curvature."""
-        optimizer, core = self._at(state.core), state.core
+        optimizer, core = self._at(state), state.core
         given = joined(curvature or {}, self.layers)
         known = {k: c for k, c in given.items() if k in core.layers}
         if curvature and core.layers and not known:
@@ -180,7 +187,7 @@ class Steps:
         if not known or state.T is None:
             return optimizer, optimizer.refresh(core, known)
         refreshed = jax.lax.cond(
-            core.step % self.T == 0,
+            state.due,
             lambda known, old: optimizer.refresh(core, known),
             lambda known, old: old,
             known,
@@ -190,22 +197,24 @@ class Steps:
 
     def _counted(self, core: State, stepped: State) -> SingdState:
         step = core.step + 1  # also where nothing else has changed
-        return SingdState(dataclasses.replace(stepped, step=step), self._period())
+        return self._state(dataclasses.replace(stepped, step=step))
 
-    def _period(self) -> Array | None:
-        return None if isinstance(self.T, int) and self.T == 1 else jnp.asarray(self.T, jnp.int32)
+    def _state(self, core: State) -> SingdState:
+        always = isinstance(self.T, int) and self.T == 1
+        T = None if always else jnp.asarray(self.T, jnp.int32)
+        return SingdState(core, T, self.optimizer.settings.growing_T)
 
-    def _layer_state(self, layer: Layer, dtype: Any) -> LayerState:
+    def _layer_state(self, layer: Layer, dtypes: Mapping[str, Any]) -> LayerState:
+        """The state of a layer, its momenta without entries yet."""
         optimizer = self.optimizer
         structures = layer.structures(optimizer.structures, kfac=optimizer.settings.kfac)
-        own = ranged(jnp.zeros((0,), dtype))
-        likes = [own if d is None else jnp.zeros((0,), d) for d in optimizer.preconditioner_dtype]
+        empty = [jnp.zeros((0,), dtypes[leaf]) for leaf in layer.leaves]
+        likes = [
+            ranged(empty[0]) if dtype is None else jnp.zeros((0,), dtype)
+            for dtype in optimizer.preconditioner_dtype
+        ]
         factors = preconditioner.init(structures, layer.shape, optimizer.settings, *likes)
-        stack, *sides = layer.shape
-        momentum = optimizer.settings.momentum
-        without = isinstance(momentum, (int, float)) and momentum == 0.0
-        buffer = None if without else jnp.zeros((*stack, *sides), own.dtype)
-        return LayerState(factors, buffer)
+        return begun(factors, empty, layer.shape[0], optimizer.settings)
 
     def _present(self, arrays: Mapping[str, Array]) -> dict[str, Layer]:
         """The layers whose weight is there, and their bias if it is: masks leave some out.
@@ -253,11 +262,11 @@ class Steps:
                     "tx.init was given: do both anew with these parameters"
                 )
 
-    def _matrices(
+    def _parameters(
         self, arrays: Mapping[str, Array], core: State, others: bool = False
-    ) -> dict[str, Array]:
-        """The layers as matrices, and the other parameters as they are."""
-        layers = {name: layer.matrix(arrays) for name, layer in self._trained(core).items()}
+    ) -> dict[str, Parameter]:
+        """The layers as weights with biases, and the other parameters as they are."""
+        layers = {name: layer.parameter(arrays) for name, layer in self._trained(core).items()}
         owned = self._owned(core)
         rest = {
             k: a for k, a in arrays.items() if (others or k in core.fallback) and k not in owned
@@ -265,9 +274,9 @@ class Steps:
         return layers | rest
 
     def _leaves(
-        self, arrays: Mapping[str, Array], core: State, new: Mapping[str, Array]
+        self, arrays: Mapping[str, Array], core: State, new: Mapping[str, Parameter]
     ) -> dict[str, Array]:
-        """The leaves of what `_matrices` made."""
+        """The leaves of what `_parameters` made."""
         found, trained = dict(arrays), self._trained(core)
         for name, value in new.items():
             if name in trained:
@@ -275,6 +284,15 @@ class Steps:
             else:
                 found[name] = value
         return found
+
+
+def _with_momenta(layer: Layer, state: LayerState, arrays: Mapping[str, Array]) -> LayerState:
+    """The state with momenta like the parameters, and so sharded like them."""
+    if state.momenta is None:
+        return state
+    pairs = zip(layer.parts, state.momenta, strict=True)
+    zeros = [part.zeros(arrays[part.name], empty.dtype) for part, empty in pairs]
+    return LayerState.of(state.factors, zeros, state.late)
 
 
 def _start(schedule: Callable[[Array], Any]) -> Any:

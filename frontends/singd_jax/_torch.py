@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
 from singd_core._array import Array
+from singd_jax._layers import Layers
+from singd_jax._part import Part
+
+_MOMENTUM = "momentum_buffer"
 
 
-def from_torch(saved: Mapping[str, Any], names: Sequence[str | Sequence[str]]) -> dict[str, Any]:
+def from_torch(
+    saved: Mapping[str, Any], names: Sequence[str | Sequence[str]], layers: Layers
+) -> dict[str, Any]:
     """The state of `singd_torch.SINGD` as named arrays, which `unflatten` takes.
 
-    A layer's matrix is `(d_out, d_in + 1)` in both, however its weight is stored, so only the names
-    differ.
+    A layer's matrix is `(d_out, d_in + 1)` in both, however its weight is stored, and so are its
+    factors. A momentum is stored as its parameter is: it is rearranged from a weight of torch,
+    `(d_out, ...)` or a table `(entries, d_out)`, to one of JAX.
 
     Args:
         saved: What `optimizer.state_dict()` returned.
         names: For each parameter of the torch optimizer, in order, its name in JAX, or that of
-            the layer whose weight it is. Several names are those of the layers that torch packs
-            into one weight: query, key and value of `torch.nn.MultiheadAttention`.
+            the layer whose weight it is. Several names are those of the layers, or of their
+            biases, that torch packs into one: query, key and value of
+            `torch.nn.MultiheadAttention`.
+        layers: What `find_layers` returned.
 
     Raises:
-        ValueError: If there are more parameters than names, or a weight has not as many parts.
+        ValueError: If there are more parameters than names, a weight has not as many parts, or a
+            momentum does not fit.
     """
     flat: dict[str, Any] = {"step": saved["param_groups"][0]["steps"], "skipped": 0}
     if len(names) <= max(saved["state"], default=-1):
@@ -33,17 +44,50 @@ def from_torch(saved: Mapping[str, Any], names: Sequence[str | Sequence[str]]) -
         )
     for i, entries in saved["state"].items():
         name, arrays = names[i], {key: _array(value) for key, value in entries.items()}
-        if isinstance(name, str):
-            flat |= {f"{name}.{key}": a for key, a in arrays.items()}
-            continue
-        for key, a in arrays.items():
-            if a.ndim == 0 or len(a) != len(name):
-                raise ValueError(
-                    f"names[{i}] = {name!r}: {key} has shape {tuple(a.shape)}, which is not one of "
-                    f"{len(name)} packed layers"
-                )
-            flat |= {f"{part}.{key}": a[j] for j, part in enumerate(name)}
+        packed = [name] if isinstance(name, str) else list(name)
+        momentum = arrays.pop(_MOMENTUM, None)
+        try:
+            if momentum is not None:
+                flat |= _momenta(momentum, packed, layers)
+            for key, a in arrays.items():
+                pieces = [a] if isinstance(name, str) else _unpacked(key, a, len(packed))
+                flat |= {f"{k}.{key}": piece for k, piece in zip(packed, pieces, strict=True)}
+        except ValueError as error:
+            raise ValueError(f"names[{i}] = {name!r}: {error}") from None
     return flat
+
+
+def _momenta(momentum: Array, names: Sequence[str], layers: Layers) -> dict[str, Array]:
+    """The momenta of the layers with such a name, or with a bias of such a name."""
+    found: list[tuple[str, Part, bool]] = []
+    for name in names:
+        if name in layers:
+            layer = layers[name]
+            table = layer.kind.startswith("embedding")
+            found.append((f"{name}.{_MOMENTUM}", layer.weight, table))
+        for layer in layers.values():
+            if layer.bias is not None and layer.bias.name == name:
+                found.append((f"{layer.name}.bias_{_MOMENTUM}", layer.bias, False))
+    if not found:
+        raise ValueError("it has a momentum, and the layers no such weight or bias")
+    *stack, d_out, d_in = found[0][1].matrix_shape
+    first, rest = (d_in, d_out) if found[0][2] else (math.prod(stack) * d_out, d_in)
+    shape = tuple(momentum.shape)
+    if shape[0] != len(found) * first or math.prod(shape[1:]) != rest:
+        raise ValueError(
+            f"its momentum has shape {shape}, where {len(found)} of {first} × {rest} numbers fit"
+        )
+    pieces = momentum.reshape(len(found), first, rest)
+    return {
+        key: part.of_matrix(piece.T if table else piece)
+        for (key, part, table), piece in zip(found, pieces, strict=True)
+    }
+
+
+def _unpacked(key: str, a: Array, n: int) -> Sequence[Array]:
+    if a.ndim == 0 or len(a) != n:
+        raise ValueError(f"{key} has shape {tuple(a.shape)}, which is not one of {n} packed layers")
+    return list(a)
 
 
 def _array(value: Any) -> Array:

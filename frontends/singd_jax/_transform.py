@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import optax  # type: ignore[import-untyped]
 
+from singd_core._settings import DEFAULT
 from singd_core.updates.adamw import Fallback
 from singd_core.updates.curvature import Curvature
 from singd_jax import _compat
@@ -22,12 +22,15 @@ def singd(
     *,
     layers: Layers,
     structures: Any = None,
-    recipe: str = "robust",
+    recipe: str = DEFAULT,
     momentum: Rate = None,
     nesterov: bool | None = None,
+    normalized: bool | None = None,
+    warmup: int | None = None,
     weight_decay: Rate = None,
     decoupled_weight_decay: bool | None = None,
     T: Any = None,
+    growing_T: bool | None = None,
     lr_cov: Rate = None,
     damping: Rate = None,
     relative_damping: bool | None = None,
@@ -38,8 +41,6 @@ def singd(
     early_averaging: bool | None = None,
     factor_bound: float | None = None,
     order: int | None = None,
-    kl_bound: float | None = None,
-    rms_bound: float | None = None,
     kfac: bool | None = None,
     preconditioner_dtype: tuple[Any, Any] = (None, None),
     fallback: Fallback | None = None,
@@ -58,13 +59,18 @@ def singd(
         layers: What `find_layers` returned.
         structures: Of K and C, one for both, or "auto:b"; None takes those of `layers`, or else
             the recipe's.
-        recipe: "robust" or "paper": the values of all settings left at None.
+        recipe: "normalized" or "paper": the values of all settings left at None.
         momentum: Momentum of the weights (α₂).
         nesterov: See `singd_core.Settings`, as for all that follow.
+        normalized: The momentum averages gradients, and the step of each matrix has a size of its
+            own, whatever that of the gradient.
+        warmup: Steps in which the rates grow from 0.
         weight_decay: Weight decay (γ) of the preconditioned weights.
         decoupled_weight_decay: Shrink the weights as AdamW does.
         T: Steps between two refreshes of the factors.
-        lr_cov: Step size of the factors (β₁).
+        growing_T: Refresh more often at first: after t steps the gap is at most t / 10.
+        lr_cov: Step size of the factors (β₁); with `growing_T` that of one step, of which a gap
+            has several.
         damping: Damping (λ).
         relative_damping: `damping` is a share of the curvature's mean diagonal.
         alpha1: Riemannian momentum of the factors (α₁).
@@ -74,14 +80,13 @@ def singd(
         early_averaging: Average the first curvatures.
         factor_bound: Bound on the factor step.
         order: Terms of the exponential.
-        kl_bound: Bound on the KL divergence of a step.
-        rms_bound: Bound on the root mean square of a layer's update.
         kfac: Use KFAC with its inverses, the baseline.
         preconditioner_dtype: Of K and of C; None is the weight's, float32 for float16.
         fallback: Settings of AdamW; its rates may be schedules too.
 
     Returns:
-        The transformation. With `optax.inject_hyperparams` name `order` in `static_args`.
+        The transformation. With `optax.inject_hyperparams` name `order` and `warmup`, if given, in
+        `static_args`.
 
     Raises:
         ValueError: If a setting is out of range or a name unknown.
@@ -95,8 +100,9 @@ def scale_by_singd(
     *,
     layers: Layers,
     structures: Any = None,
-    recipe: str = "robust",
+    recipe: str = DEFAULT,
     T: Any = None,
+    growing_T: bool | None = None,
     lr_cov: Rate = None,
     damping: Rate = None,
     relative_damping: bool | None = None,
@@ -112,16 +118,17 @@ def scale_by_singd(
 ) -> optax.GradientTransformationExtraArgs:
     """The bare preconditioner: C Cᵀ ∇W K Kᵀ in place of the gradient of each layer.
 
-    No rate, momentum, decay or bound is applied, and other parameters keep their gradient:
-    put it into an `optax.chain`. If anything is not finite, all updates are zero and the factors
-    stay as they were.
+    No rate, momentum, decay or size of a step is applied, and other parameters keep their
+    gradient: put it into an `optax.chain`. If anything is not finite, all updates are zero and the
+    factors stay as they were.
 
     Args:
         layers: What `find_layers` returned.
         structures: Of K and C, one for both, or "auto:b"; None takes those of `layers`, or else
             the recipe's.
-        recipe: "robust" or "paper": the values of all settings not given.
+        recipe: "normalized" or "paper": the values of all settings not given.
         T: Steps between two refreshes of the factors.
+        growing_T: Refresh more often at first: after t steps the gap is at most t / 10.
         lr_cov: As of `singd`, as all that follow.
         damping: Damping (λ).
         relative_damping: `damping` is a share of the curvature's mean diagonal.
@@ -138,8 +145,8 @@ def scale_by_singd(
     Raises:
         ValueError: If a setting is out of range or a name unknown.
     """
-    given = dict(locals()) | {"momentum": 0.0, "kl_bound": math.inf, "rms_bound": math.inf}
-    steps = Steps(fallback=None, **given)
+    given = dict(locals())
+    steps = Steps(fallback=None, momentum=0.0, **given)
     return _transformation(functools.partial(steps.init, others=False), steps.precondition)
 
 

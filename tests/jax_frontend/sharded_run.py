@@ -21,6 +21,7 @@ def array(*shape):
 
 PARAMS = {"v": array(4, 8), "a": array(8), "w": array(2, 8, 8), "b": array(2, 8), "s": array(8)}
 X, BATCH = array(16, 4), 16
+GAPS = {"T": 2, "growing_T": False}
 SPECS = {"v": P(None, "model"), "a": P("model"), "w": P(None, "model"), "b": P(), "s": P()}
 
 
@@ -37,7 +38,7 @@ def loss(p, x):
 def steps(loss, params, x, structures, place=lambda state: state, wrap=lambda f: f, **options):
     """The parameters after three steps, as NumPy."""
     layers = singd_jax.find_layers(loss, **options)(params, x)
-    tx = singd_jax.singd(0.05, layers=layers, structures=structures, T=2)
+    tx = singd_jax.singd(0.05, layers=layers, structures=structures, **GAPS)
 
     def step(params, state, x):
         _, grads, curvature = singd_jax.value_and_curvature(loss, layers)(params, state, x)
@@ -191,7 +192,7 @@ def step_in_shard_map(structures):
     found = singd_jax.find_layers(loss)(PARAMS, X)  # the same layers, outside
     layers = singd_jax.find_layers(loss, batch_size=BATCH)(PARAMS, X)
     assert set(found) == set(layers)
-    tx = singd_jax.singd(0.05, layers=layers, structures=structures, T=2)
+    tx = singd_jax.singd(0.05, layers=layers, structures=structures, **GAPS)
 
     def step(params, state, x):
         _, grads, curvature = singd_jax.value_and_curvature(local, layers)(params, state, x)
@@ -224,6 +225,29 @@ def all_reduces():
     return counts
 
 
+def momenta():
+    """How often a momentum is sharded otherwise than its parameter, at the start and later."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    params, x = placed(mesh, P("data"), SPECS)
+    layers = singd_jax.find_layers(loss)(params, x)
+    tx = singd_jax.singd(0.05, layers=layers, **GAPS)
+
+    @jax.jit
+    def step(params, state, x):
+        _, grads, curvature = singd_jax.value_and_curvature(loss, layers)(params, state, x)
+        updates, state = tx.update(grads, state, params, curvature=curvature)
+        return optax.apply_updates(params, updates), state
+
+    state, wrong = tx.init(params), 0
+    for _ in range(3):
+        for name, own in state.core.layers.items():
+            for leaf, m in zip(layers[name].leaves, own.momenta, strict=True):
+                wrong += m.shape != PARAMS[leaf].shape
+                wrong += not m.sharding.is_equivalent_to(params[leaf].sharding, m.ndim)
+        params, state = step(params, state, x)
+    return wrong
+
+
 RUNS = (
     gspmd,
     explicit,
@@ -247,6 +271,7 @@ def main():
             found[run.__name__] = gap(run(structures), expected)
     found["refusals"] = refusals()
     found["all-reduces"] = all_reduces()
+    found["momenta"] = momenta()
     print(json.dumps(found))
 
 

@@ -51,6 +51,10 @@ def test_curvature_needs_no_further_all_reduces(found):
     assert sometimes <= 2 * gradient, found["all-reduces"]  # in two branches, of which one runs
 
 
+def test_momenta_are_sharded_like_their_parameters(found):
+    assert found["momenta"] == 0
+
+
 def test_products_of_data_that_devices_share_are_rejected_and_it_is_said_why(found):
     assert len(found["refusals"]) == 3
     for said in found["refusals"]:

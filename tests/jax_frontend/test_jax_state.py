@@ -9,13 +9,18 @@ from jax_cases import X
 from test_jax_transform import LAYERS, run, start
 
 import singd_jax
+from singd_core import state as flat_state
+from singd_core._parameter import parts
+from singd_core.curvature import Linear
+from singd_core.optimizer import Optimizer
 from singd_core.structures import Diagonal, structure
 
 _BFLOAT16 = r"'v\.K\.matrix' was saved in a dtype that NumPy .* and float32 is needed"
 
 
-def optimizer(**given):
-    return singd_jax.singd(0.02, layers=LAYERS, recipe="paper", T=3, **given)
+def optimizer(recipe="paper", **given):
+    given = {"T": 3, "growing_T": False} | given
+    return singd_jax.singd(0.02, layers=LAYERS, recipe=recipe, **given)
 
 
 def assert_equal(got, expected):
@@ -35,9 +40,10 @@ def test_the_state_is_arrays_alone():
     )
 
 
+@pytest.mark.parametrize("recipe", ["normalized", "paper"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_run_goes_on_from_a_flat_file(tmp_path, dtype):
-    own = optimizer(preconditioner_dtype=(dtype, dtype))
+def test_a_run_goes_on_from_a_flat_file(tmp_path, dtype, recipe):
+    own = optimizer(recipe, preconditioner_dtype=(dtype, dtype))
     tx = optax.chain(optax.clip_by_global_norm(1e9), own)
     params, state = run(tx, 4)
     np.savez(tmp_path / "state.npz", **singd_jax.flatten(state))
@@ -45,7 +51,7 @@ def test_a_run_goes_on_from_a_flat_file(tmp_path, dtype):
         restored = singd_jax.unflatten(tx.init(params), saved)
     assert_equal(restored, state)
     assert_equal(run(tx, 3, params, restored), run(tx, 3, params, state))
-    if dtype == "bfloat16":
+    if dtype == "bfloat16" and recipe == "paper":
         with np.load(tmp_path / "state.npz") as saved, pytest.raises(ValueError, match=_BFLOAT16):
             singd_jax.unflatten(optimizer().init(params), saved)
 
@@ -54,6 +60,34 @@ def test_names_are_those_of_every_frontend():
     names = singd_jax.flatten(optimizer().init(start()))
     assert {"step", "skipped", "v.K.matrix", "w.m_C.matrix", "w.momentum_buffer"} <= set(names)
     assert {"scale.exp_avg", "scale.exp_avg_sq", "scale.step", "v.averages.k"} <= set(names)
+    names = singd_jax.flatten(optimizer("normalized").init(start()))
+    assert {"v.momentum_buffer", "v.bias_momentum_buffer", "v.late.squares"} <= set(names)
+
+
+@pytest.mark.parametrize("recipe", ["normalized", "paper"])
+def test_a_run_goes_on_in_the_core(recipe):
+    given = {"lr": 0.02, "recipe": recipe, "structures": ("dense", "dense")}
+    _, state = run(singd_jax.singd(given["lr"], layers=LAYERS, recipe=recipe, T=1), 4)
+
+    def layered(p):
+        p = jax.tree.map(np.asarray, p)
+        return {"v": (p["v"], p["a"]), "w": (p["w"], p["b"]), "scale": p["scale"]}
+
+    kinds = dict.fromkeys(("v", "w"), Linear(transposed=True))
+    core = Optimizer(kinds, T=1, **given)
+    flat = singd_jax.flatten(state)
+    restored = flat_state.unflatten(core.init(layered(start())), flat)
+    grads = jax.tree.map(lambda a: a**2, start())
+    expected, stepped = core.update(layered(grads), restored, layered(start()))
+
+    tx = singd_jax.singd(given["lr"], layers=LAYERS, recipe=recipe, T=1)
+    again = singd_jax.unflatten(tx.init(start()), flat_state.flatten(restored))
+    updates, new = jax.jit(tx.update)(grads, again, start())
+    for name, change in layered(updates).items():
+        for got, wanted in zip(parts(change), parts(expected[name]), strict=True):
+            np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-7)
+    for name, array in flat_state.flatten(stepped).items():
+        np.testing.assert_allclose(singd_jax.flatten(new)[name], array, rtol=1e-5, atol=1e-6)
 
 
 def test_what_does_not_fit_is_named():

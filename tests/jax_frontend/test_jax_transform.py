@@ -69,7 +69,7 @@ def test_the_table_tells_who_owns_each_parameter():
 
 def test_parameters_of_no_layer_follow_optax_adamw():
     fallback = Fallback(lr=0.01, weight_decay=0.1)
-    params, state = run(singd_jax.singd(0.0, layers=LAYERS, fallback=fallback))
+    params, state = run(singd_jax.singd(0.0, layers=LAYERS, warmup=0, fallback=fallback))
     # with a rate of 0 only `scale` moves, so optax sees the same gradients
     adamw = optax.adamw(0.01, weight_decay=0.1)
     expected = start()
@@ -87,7 +87,7 @@ def test_complex_parameters_follow_optax_adamw():
     layers = singd_jax.find_layers(case.loss)(case.params, X)
     fallback = Fallback(lr=0.01, weight_decay=0.1)
     tx, adamw = (
-        singd_jax.singd(0.0, layers=layers, fallback=fallback),
+        singd_jax.singd(0.0, layers=layers, warmup=0, fallback=fallback),
         optax.adamw(0.01, weight_decay=0.1),
     )
     params, state = case.params, tx.init(case.params)
@@ -211,16 +211,16 @@ def test_inject_hyperparams():
         layers=LAYERS,
         damping=0.2,
         T=2,
-        kl_bound=1e-3,
+        growing_T=False,
     )
     params, state = run(tx)
     plain = singd_jax.singd(
-        lambda c: 0.02 / (1 + c), layers=LAYERS, damping=0.2, T=2, kl_bound=1e-3
+        lambda c: 0.02 / (1 + c), layers=LAYERS, damping=0.2, T=2, growing_T=False
     )
     assert_close(params, run(plain)[0])
     assert float(state.hyperparams["damping"]) == np.float32(0.2)
     scheduled = optax.inject_hyperparams(singd_jax.singd)(
-        0.02, layers=LAYERS, T=lambda count: 2 + count
+        0.02, layers=LAYERS, T=lambda count: 2 + count, growing_T=False
     )
     factors = find_state(run(scheduled)[1]).core.layers["w"].factors
     assert int(factors.averages.k) == 1  # steps 0 of 4: 1 % 3, 2 % 4 and 3 % 5 are not 0
@@ -230,8 +230,10 @@ def test_inject_hyperparams():
 
 
 def test_chain_finds_its_state_and_passes_the_curvature_on():
-    tx = optax.chain(optax.clip_by_global_norm(1e9), singd_jax.singd(0.02, layers=LAYERS, T=2))
-    assert_close(run(tx)[0], run(singd_jax.singd(0.02, layers=LAYERS, T=2))[0])
+    tx = optax.chain(
+        optax.clip_by_global_norm(1e9), singd_jax.singd(0.02, layers=LAYERS, T=2, growing_T=False)
+    )
+    assert_close(run(tx)[0], run(singd_jax.singd(0.02, layers=LAYERS, T=2, growing_T=False))[0])
     with pytest.raises(ValueError, match="holds no state of singd"):
         run(optax.sgd(0.1))
 
@@ -252,7 +254,7 @@ def test_masked_leaves_parameters_out():
 @pytest.mark.parametrize("T", [1, 2])
 def test_groups_with_settings_of_their_own(T, branch):
     groups = {
-        "first": singd_jax.singd(0.02, layers=LAYERS, T=T, structures="diagonal"),
+        "first": singd_jax.singd(0.02, layers=LAYERS, T=T, growing_T=False, structures="diagonal"),
         "last": singd_jax.singd(0.02, layers=LAYERS, T=3, recipe="paper"),
     }
     labels = {"v": "first", "a": "first", "scale": "first", "w": "last", "b": "last"}
@@ -346,7 +348,9 @@ def tied_loss(p, x):
     return mean_square(y @ p["v"] @ p["v"].T)
 
 
-@pytest.mark.parametrize("given", [{"T": 2}, {"recipe": "paper", "T": 1, "kfac": True}])
+@pytest.mark.parametrize(
+    "given", [{"T": 2, "growing_T": False}, {"recipe": "paper", "T": 1, "kfac": True}]
+)
 @pytest.mark.parametrize("loss_average", ["batch", None])
 def test_micro_batches_are_one_large_batch(loss_average, given):
     params = {"v": array(4, 5), "a": array(5), "w": array(5, 4)}
@@ -384,7 +388,7 @@ def test_micro_batches_may_be_skipped_and_need_a_curvature():
 
 
 def test_a_micro_batch_that_is_not_finite_spoils_one_step_alone():
-    plain = singd_jax.singd(0.02, layers=LAYERS, T=1)
+    plain = singd_jax.singd(0.02, layers=LAYERS, T=1, warmup=0)
     tx = singd_jax.MultiSteps(plain, 2, layers=LAYERS)
     step, params, state = stepper(tx), start(), tx.init(start())
     for x in (X, X * jnp.nan, X, X):
@@ -493,7 +497,7 @@ def test_auxiliary_output():
 
 
 def test_donated_buffers():
-    tx = singd_jax.singd(0.02, layers=LAYERS, T=2)
+    tx = singd_jax.singd(0.02, layers=LAYERS, T=2, growing_T=False)
     step = stepper(tx, donate_argnums=(0, 1))
     params, state = start(), tx.init(start())
     for _ in range(3):
@@ -555,7 +559,7 @@ def test_an_equinox_module_is_trained_as_it_is():
 def test_an_optimizer_of_nnx_steps_as_its_transformation_does():
     case = CASES["nnx_mlp"]()
     layers = singd_jax.find_layers(case.loss)(case.params, X)
-    tx = singd_jax.singd(0.02, layers=layers, T=2)
+    tx = singd_jax.singd(0.02, layers=layers, T=2, growing_T=False)
     expected, state = case.params, tx.init(case.params)
     plain = stepper(tx, case.loss, layers)
     model = nnx.clone(case.params)
@@ -574,7 +578,7 @@ def test_an_optimizer_of_nnx_steps_as_its_transformation_does():
 
 
 def test_a_run_under_vmap_is_several_runs():
-    tx = singd_jax.singd(0.02, layers=LAYERS, T=2)
+    tx = singd_jax.singd(0.02, layers=LAYERS, T=2, growing_T=False)
     step = stepper(tx)
     single = start()
     params = jax.tree.map(lambda a: jnp.stack([a, 0.5 * a]), single)
@@ -591,7 +595,7 @@ def test_a_run_under_vmap_is_several_runs():
 def test_training_lowers_the_loss(name):
     case = CASES[name]()
     layers = singd_jax.find_layers(case.loss, structures="diagonal")(case.params, *case.batch)
-    tx = singd_jax.singd(0.05, layers=layers, T=2)
+    tx = singd_jax.singd(0.05, layers=layers, T=2, growing_T=False)
     step = stepper(tx, case.loss, layers)
     params, state = case.params, tx.init(case.params)
     values = []
@@ -607,7 +611,7 @@ def test_half_precision_parameters(dtype):
     params = jax.tree.map(lambda a: a.astype(dtype), start())
     x = X.astype(dtype)
     layers = singd_jax.find_layers(loss)(params, x)
-    tx = singd_jax.singd(0.02, layers=layers, T=2)
+    tx = singd_jax.singd(0.02, layers=layers, T=2, growing_T=False)
     step = stepper(tx, layers=layers)
     state = tx.init(params)
     values = []
@@ -626,7 +630,7 @@ def test_float64():
         params = jax.tree.map(lambda a: a.astype("float64"), start())
         x = X.astype("float64")
         layers = singd_jax.find_layers(loss, structures="dense")(params, x)
-        tx = singd_jax.singd(0.02, layers=layers, T=2)
+        tx = singd_jax.singd(0.02, layers=layers, T=2, growing_T=False)
         step = stepper(tx, layers=layers)
         state = tx.init(params)
         for _ in range(3):
@@ -635,14 +639,16 @@ def test_float64():
         assert state.core.layers["v"].factors.K.matrix.dtype == "float64"
         gaps = singd_jax.check(loss, layers)(params, x)
         assert max(gaps.values()) < 1e-14
-    assert_close(params, run(singd_jax.singd(0.02, layers=LAYERS, T=2), 3)[0], 1e-5)
+    assert_close(
+        params, run(singd_jax.singd(0.02, layers=LAYERS, T=2, growing_T=False), 3)[0], 1e-5
+    )
 
 
-@pytest.mark.parametrize("T", [1, 2])
-def test_a_rate_of_64_bits_leaves_the_state_in_32(T):
+@pytest.mark.parametrize(("T", "growing"), [(1, False), (2, False), (2, True)])
+def test_a_rate_of_64_bits_leaves_the_state_in_32(T, growing):
     with jax.enable_x64(True):
         rate = jnp.asarray(0.05, "float64")
-        tx = singd_jax.singd(0.02, layers=LAYERS, T=T, lr_cov=rate)
+        tx = singd_jax.singd(0.02, layers=LAYERS, T=T, growing_T=growing, lr_cov=rate)
         _, state = run(tx, 3)
         kinds = [[a.dtype for a in jax.tree.leaves(s)] for s in (state, tx.init(start()))]
         assert kinds[0] == kinds[1]

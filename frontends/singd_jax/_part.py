@@ -1,0 +1,148 @@
+"""Where a matrix lies in the leaves of the parameters, and how it is read and written there."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import jax.numpy as jnp
+
+from singd_core._array import Array
+from singd_core.curvature import LayerKind, Sample
+from singd_core.curvature.base import append_bias
+from singd_jax._axes import Group, Region, size
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A region of a parameter leaf, as a matrix or a stack of matrices.
+
+    Attributes:
+        name: The name of the leaf.
+        shape: Its shape.
+        region: Where the matrix lies in it.
+        flips: Axes that are reversed.
+        stack: The axes of a stack.
+        outs: The atoms of the matrix's rows.
+        ins: Those of its columns.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    region: Region
+    flips: frozenset[int]
+    stack: tuple[Group, ...]
+    outs: Group
+    ins: Group
+
+    @property
+    def numbers(self) -> int:
+        """How many entries it has."""
+        return size((*(atom for group in self.stack for atom in group), *self.outs, *self.ins))
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is the whole leaf."""
+        return self.region == tuple((0, n) for n in self.shape)
+
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        """How it lies in its region: products of the same layout are uses of one matrix."""
+        return self.stack, self.outs, self.ins, self.flips
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """The shape (*stack, d_out, d_in)."""
+        return (*map(size, self.stack), size(self.outs), size(self.ins))
+
+    def take(self, leaf: Array) -> Array:
+        """The region, in the leaf's own axes."""
+        return leaf if self.whole else leaf[self._slices()]
+
+    def put(self, leaf: Array, region: Array) -> Array:
+        """The leaf with the region in it."""
+        region = region.astype(leaf.dtype)
+        return region if self.whole else leaf.at[self._slices()].set(region)
+
+    def zeros(self, leaf: Array, dtype: Any) -> Array:
+        """Zeros of the shape of the region, sharded like the leaf if it is all of it."""
+        if self.whole:
+            return jnp.zeros_like(leaf, dtype=dtype)
+        return jnp.zeros([n for _, n in self.region], dtype)
+
+    def matrix(self, region: Array) -> Array:
+        """The matrix, shape (*stack, d_out, d_in), of the region."""
+        x = jnp.flip(region, sorted(self.flips)) if self.flips else region
+        have, order = self._order()
+        x = jnp.transpose(x.reshape([n for *_, n in have]), order)
+        return x.reshape(self.matrix_shape)
+
+    def of_matrix(self, matrix: Array) -> Array:
+        """The region of the matrix: the inverse of `matrix`."""
+        have, order = self._order()
+        x = matrix.reshape([have[i][2] for i in order])
+        back = sorted(range(len(order)), key=order.__getitem__)
+        x = jnp.transpose(x, back).reshape([n for _, n in self.region])
+        return jnp.flip(x, sorted(self.flips)) if self.flips else x
+
+    def _slices(self) -> tuple[slice, ...]:
+        return tuple(slice(start, start + n) for start, n in self.region)
+
+    def _order(self) -> tuple[list[tuple[int, int, int]], list[int]]:
+        """The atoms as they lie in the leaf, and where the matrix wants them."""
+        want = [*(atom for group in self.stack for atom in group), *self.outs, *self.ins]
+        have = sorted(want, key=lambda atom: (atom[0], -atom[1]))
+        return have, [have.index(atom) for atom in want]
+
+
+@dataclasses.dataclass(frozen=True)
+class Laid(LayerKind):
+    """How the regions of a weight and of its bias, in their leaves' own axes, are a matrix.
+
+    It makes no rows: those come from the products that the loss is traced for.
+
+    Attributes:
+        weight: Where the matrix W lies.
+        bias: Where its last column lies, or None.
+    """
+
+    weight: Part
+    bias: Part | None
+
+    def inputs(
+        self, x: Array, *, bias: bool, kfac_approx: str, sample: Sample | None = None
+    ) -> NoReturn:
+        """Not to be asked for."""
+        raise NotImplementedError
+
+    def outputs(
+        self,
+        g: Array,
+        *,
+        kfac_approx: str,
+        loss_average: str | None,
+        sample: Sample | None = None,
+    ) -> NoReturn:
+        """Not to be asked for."""
+        raise NotImplementedError
+
+    def matrix(self, weight: Array, bias: Array | None = None) -> Array:
+        """The matrix (*stack, d_out, d_in [+ 1]) of the regions, or of their gradients."""
+        matrix = self.weight.matrix(weight)
+        if bias is None or self.bias is None:
+            return matrix
+        return append_bias(matrix, self.bias.matrix(bias)[..., 0])
+
+    def split(
+        self, matrix: Array, weight_shape: Sequence[int], bias: bool
+    ) -> tuple[Array, Array | None]:
+        """The regions of the matrix."""
+        if not bias or self.bias is None:
+            return self.weight.of_matrix(matrix), None
+        return self.weight.of_matrix(matrix[..., :-1]), self.bias.of_matrix(matrix[..., -1])
+
+    def shape(self, weight_shape: Sequence[int], bias: bool) -> tuple[tuple[int, ...], int, int]:
+        """The stack, d_out and d_in [+ 1]."""
+        *stack, d_out, d_in = self.weight.matrix_shape
+        return tuple(stack), d_out, d_in + bias
