@@ -13,5 +13,5 @@ ROW = re.compile(r"\| `(\w+)` \| `([^`]+)` \| `([^`]+)` \|")
 def test_the_table_of_settings_shows_both_recipes():
     shown = [match.groups() for match in ROW.finditer(PAGE.read_text(encoding="utf-8"))]
     names = [field.name for field in dataclasses.fields(Settings)]
-    paper, robust = RECIPES["paper"], RECIPES["robust"]
-    assert shown == [(n, repr(getattr(paper, n)), repr(getattr(robust, n))) for n in names]
+    paper, ours = RECIPES["paper"], RECIPES["normalized"]
+    assert shown == [(n, repr(getattr(paper, n)), repr(getattr(ours, n))) for n in names]

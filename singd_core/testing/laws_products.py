@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from singd_core._array import namespace
 from singd_core.testing.draw import Case
 from singd_core.testing.law import law
 from singd_core.testing.mismatch import require
@@ -39,6 +40,31 @@ def square(case: Case) -> None:
     L = case.member()
     if (P := L.square()) is not None:
         case.same(P, lambda L: L @ L.T, L)
+
+
+@law()
+def apply_into(case: Case) -> None:
+    """`L.apply_into(X, out)` is L X, in `out` where arrays can be written to, or None."""
+    L, X = case.member(), case.rows()
+    out = namespace(X).zeros_like(X)
+    if (found := L.apply_into(X, out)) is not None:
+        case.same(found, lambda L, X: L @ X, L, X)
+        case.equal(X, case.numpy(case.rows()), "X")
+
+
+@law()
+def scale_rows(case: Case) -> None:
+    """`L.scale_rows(c)` is diag(c) L, or None."""
+    L, c = case.member(), case.array("c", case.d)
+    if (found := L.scale_rows(c)) is not None:
+        case.same(found, lambda L, c: c[:, None] * L, L, c)
+
+
+@law()
+def row_norms(case: Case) -> None:
+    """`L.row_norms()` are the Euclidean norms of the rows, shape (d,)."""
+    L = case.member()
+    case.same(L.row_norms(), lambda L: np.sqrt(np.sum(L * L, axis=1)), L, exact=False)
 
 
 @law()

@@ -1,4 +1,7 @@
-"""Every operation of a structure under its name, for the laws that hold for all of them."""
+"""Every operation of a structure under its name, for the laws that hold for all of them.
+
+`apply_into` writes to an array, which is neither mapped nor differentiated: it has its own law.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,11 @@ def _square(L: Any, X: Array) -> Array:
     return L.precondition(X) if P is None else P.apply(X)
 
 
+def _scale_rows(L: Any, c: Array) -> Any:
+    scaled = L.scale_rows(c)
+    return L.dense() * c[..., None] if scaled is None else scaled
+
+
 OPERATIONS: dict[str, Operation] = {
     "restrict": lambda L, R, X, M, c: L.restrict(M),
     "dense": lambda L, R, X, M, c: L.dense(),
@@ -37,6 +45,8 @@ OPERATIONS: dict[str, Operation] = {
     "apply_t": lambda L, R, X, M, c: L.apply_t(X),
     "precondition": lambda L, R, X, M, c: L.precondition(X),
     "square": lambda L, R, X, M, c: _square(L, X),
+    "scale_rows": lambda L, R, X, M, c: _scale_rows(L, M[..., 0]),
+    "row_norms": lambda L, R, X, M, c: L.row_norms(),
     "identity": lambda L, R, X, M, c: L.identity(L.shape[-1], like=X, batch=L.batch),
     "__add__": lambda L, R, X, M, c: L + R,
     "__sub__": lambda L, R, X, M, c: L - R,
@@ -52,7 +62,7 @@ OPERATIONS: dict[str, Operation] = {
 # what may form d × d matrices: the three whose argument or result is one
 DENSE = ("restrict", "dense", "project")
 # what sums up all entries, in at least float32
-SUMS = ("trace", "norm", "measured, ‖X‖²")
+SUMS = ("trace", "norm", "row_norms", "measured, ‖X‖²")
 
 
 def dtype_of(name: str, leaf: Array) -> Any:

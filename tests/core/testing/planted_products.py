@@ -63,6 +63,24 @@ class SquareTheOtherWay(Dense):
         return Dense(self.matrix.mT @ self.matrix)
 
 
+@bug("apply_into")
+class WritesTheTranspose(Dense):
+    def apply_into(self, X, out):
+        return self.matrix.mT @ X
+
+
+@bug("scale_rows")
+class ScalesColumns(Dense):
+    def scale_rows(self, c):
+        return Dense(self.matrix * c[..., None, :])
+
+
+@bug("row_norms")
+class NormsOfColumns(Tril):
+    def row_norms(self):
+        return namespace(self.matrix).linalg.vector_norm(widen(self.matrix), axis=-2)
+
+
 @bug("projection")
 class WithoutTheTwo(Tril):
     @classmethod
