@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from compare_plan import CONFIRM, EXTENSIONS, SEARCH, Plan
 from compare_runs import OURS, RIVALS, SCHEDULES, WARM_UP, Result, Store
 from compare_tried import costs, tried
-from pages import digits, table
+from pages import table
 from tasks import BATCHES, HELD_OUT, TASKS, TWELVE
 
 TITLES = {
@@ -61,7 +61,7 @@ class Entry:
         if not self.results:
             return "-"
         value = self.metric if test else self.loss
-        said = digits(value) if math.isfinite(value) else "astray"
+        said = f"{value:.4g}" if math.isfinite(value) else "astray"
         said = f"**{said}**" if bold else said
         if not test and self.spread:
             said += f" ± {float(f'{self.spread:.2g}'):g}"
