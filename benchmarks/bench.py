@@ -112,7 +112,7 @@ def measure(
     made = [
         Runner(PROBLEMS[problem], name, T, device, limit)
         for name in names
-        for T in ENTRIES[name].periods
+        for T in ENTRIES[name].measured or ENTRIES[name].periods
     ]
     base = next(runner for runner in made if runner.name == "SGD")
     if device.type == "cuda":

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from singd_core import settings
+from singd_core._settings import is_due
 from singd_torch import SINGD
 
 Optimizer = torch.optim.Optimizer
@@ -81,7 +83,14 @@ def _singd(
     structure: str | None, model: nn.Module, lr: float, T: int, loss_average: str, **given: Any
 ) -> Optimizer:
     both = None if structure is None else (structure, structure)
+    given = {"growing_T": False} | given
     return SINGD(model, lr=lr, T=T, structures=both, loss_average=loss_average, **given)
+
+
+def _default(model: nn.Module, lr: float, T: int, loss_average: str) -> Optimizer:
+    """SINGD as it is, whose gaps grow to 50; with another T it has that gap from the start."""
+    growing = settings().T == T
+    return _singd(None, model, lr, T, loss_average, growing_T=growing)
 
 
 def _authors_singd(
@@ -144,6 +153,9 @@ class Entry:
         build: Builds it of a model, a rate, T, and what the loss is a mean of.
         rates: The grid of a race.
         refreshes: Whether it refreshes something every T steps.
+        periods: The T to race with.
+        measured: The T to measure, those to race with if there are none.
+        share: Which share of the steps refresh, None for one in T.
         late: Whether that is in the last of T steps, and not in the first.
         extra: The extra of pyproject.toml that brings its package; empty for torch's own and ours.
         package: The module that has to be there.
@@ -152,6 +164,9 @@ class Entry:
     build: Callable[[nn.Module, float, int, str], Optimizer]
     rates: tuple[float, float, float, float]
     refreshes: bool = True
+    periods: tuple[int, ...] = (1, 10)
+    measured: tuple[int, ...] = ()
+    share: float | None = None
     late: bool = False
     extra: str = ""
     package: str = "torch"
@@ -161,18 +176,24 @@ class Entry:
         """Whether its package is installed."""
         return importlib.util.find_spec(self.package) is not None
 
-    @property
-    def periods(self) -> tuple[int, ...]:
-        """The T to measure."""
-        return (1, 10) if self.refreshes else (1,)
+    def __post_init__(self) -> None:
+        if not self.refreshes:
+            object.__setattr__(self, "periods", (1,))
+
+    def share_of(self, T: int) -> float:
+        """Which share of the steps refresh."""
+        return 1.0 / T if self.share is None else self.share
 
     def is_refresh(self, step: int, T: int) -> bool:
         """Whether a step, counted from 0, is one of those that refresh."""
         return self.refreshes and (step + self.late) % T == 0
 
 
+# Of the first 1000 steps of SINGD as it is, the share that refreshes.
+_SHARE = sum(is_due(step, settings()) for step in range(1000)) / 1000
+
 _ADAM_RATES = (0.003, 0.01, 0.03, 0.1)
-_ours = partial(Entry, rates=(0.006, 0.02, 0.06, 0.2))
+_ours = partial(Entry, rates=(0.03, 0.06, 0.12, 0.24))
 _authors = partial(Entry, rates=(0.01, 0.03, 0.1, 0.3), extra="peer-singd", package="singd")
 _heavy = partial(Entry, rates=_ADAM_RATES, extra="peer-heavyball", package="heavyball")
 _collected = partial(
@@ -183,7 +204,7 @@ ENTRIES: dict[str, Entry] = {
     "SGD": Entry(build=_sgd, rates=(0.03, 0.1, 0.3, 1.0), refreshes=False),
     "AdamW": Entry(build=_adamw, rates=_ADAM_RATES, refreshes=False),
     "Muon": Entry(build=_muon, rates=(0.01, 0.03, 0.1, 0.3), refreshes=False),
-    "SINGD/default": _ours(build=partial(_singd, None)),
+    "SINGD/default": _ours(build=_default, periods=(settings().T,), measured=(10,), share=_SHARE),
     "SINGD/dense": _ours(build=partial(_singd, "dense")),
     "SINGD/diagonal": _ours(build=partial(_singd, "diagonal")),
     "SINGD/block30": _ours(build=partial(_singd, "blockdiagonal:30")),

@@ -66,7 +66,8 @@ class Row:
         """The mean over a period of what steps of either kind take."""
         if self.refresh is None or self.other is None:
             return values(self.refresh or self.other)
-        return (values(self.refresh) + (self.T - 1) * values(self.other)) / self.T
+        share = ENTRIES[self.optimizer].share_of(self.T)
+        return share * values(self.refresh) + (1.0 - share) * values(self.other)
 
     @property
     def ratio(self) -> float:

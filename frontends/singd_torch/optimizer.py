@@ -63,7 +63,8 @@ class SINGD(Watcher):
             exact factors for each group.
         compile_step: Run the mathematics of the step through torch.compile, by True or by its
             arguments, such as {"mode": "max-autotune-no-cudagraphs"}. It needs torch 2.13.
-        fallback_lr: AdamW's rate, None for that of the recipe. It follows `lr`: a schedule that halves one halves the other.
+        fallback_lr: AdamW's rate, None for that of the recipe. It follows `lr`: a schedule that
+            halves one halves the other.
         fallback_betas: AdamW's betas.
         fallback_eps: AdamW's epsilon.
         fallback_weight_decay: AdamW's weight decay.
