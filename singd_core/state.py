@@ -2,7 +2,9 @@
 
     <layer>.K.<array>, <layer>.C.<array>      the factors, and m_K, m_C (KFAC: S_K, S_C, P_K, P_C)
     <layer>.averages.t_U, .t_G, .k            what the refreshes average, and their number
-    <layer>.momentum_buffer                   the momentum of the weight matrix, bias included
+    <layer>.momentum_buffer                   the momentum of the weight, in its shape
+    <layer>.bias_momentum_buffer              the momentum of the bias
+    <layer>.late.squares, .weights, .growth   sums over late gradients, and what they tell
     <parameter>.exp_avg, .exp_avg_sq, .step   of a parameter that AdamW trains
     step, skipped                             counts of the whole optimizer
 
@@ -38,7 +40,7 @@ def unflatten(template: State, flat: Mapping[str, Any]) -> State:
     """
     if "step" not in flat:
         raise ValueError("the saved state has no 'step': is it what `flatten` returned?")
-    arrays = []
+    arrays, flat = [], _upgraded(template, flat)
     expected = dict(_named(template))
     for name in flat:
         if name != "step" and name not in expected:
@@ -61,6 +63,28 @@ def unflatten(template: State, flat: Mapping[str, Any]) -> State:
         step = namespace(step).asarray(flat["step"], dtype=step.dtype, device=device(step))
     restored = dataclasses.replace(template, step=0).rebuild(arrays)
     return dataclasses.replace(restored, step=step)
+
+
+def _upgraded(template: State, flat: Mapping[str, Any]) -> dict[str, Any]:
+    """With what is kept now of a state saved before 0.1.
+
+    It had one momentum for a weight matrix and its bias, which averaged natural gradients: a rule
+    that averages gradients begins anew with it.
+    """
+    found = dict(flat)
+    for name, layer in template.layers.items():
+        own = {k: a for k, a in layer.named_arrays() if not k.startswith(_FACTORS)}
+        momentum = flat.get(f"{name}.momentum_buffer")
+        missing = {key for key in own if f"{name}.{key}" not in flat}
+        if momentum is None or not missing:
+            continue
+        if layer.late is not None:
+            found |= {f"{name}.{k}": namespace(a).zeros_like(a) for k, a in own.items()}
+        elif missing == {"bias_momentum_buffer"}:
+            parts = momentum[..., :-1], momentum[..., -1]
+            for key, part in zip(("momentum_buffer", "bias_momentum_buffer"), parts, strict=True):
+                found[f"{name}.{key}"] = part.reshape(own[key].shape)
+    return found
 
 
 def _in_known_dtype(name: str, saved: Any, array: Array) -> Any:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from singd_core._array import Array
-from singd_core.curvature import Convolution, Embedding, Linear
+from singd_core.curvature import Convolution, Embedding, Linear, Sample
 from singd_jax._axes import Atom, Group, View, merged, reshaped, size
 
 EXPAND = "expand"
@@ -32,9 +32,10 @@ class Call:
         outs: The atoms of the matrix's rows, in order, not merged.
         ins: Those of its columns.
         along: For each axis of the product the atoms of the parameter, empty for rows.
-        rows: How many rows it has.
-        inputs: The rows A of the other operand, as `inputs(x, bias, kfac_approx)`.
-        outputs: The rows B of the gradient, as `outputs(g, kfac_approx)`.
+        rows: How many rows it has if every position is one.
+        examples: How many if those of an example are averaged.
+        inputs: The rows A of the other operand, as `inputs(x, bias, kfac_approx, sample)`.
+        outputs: The rows B of the gradient, as `outputs(g, kfac_approx, sample)`.
         product: BᵀA, the gradient of the matrix, where A is not written out.
         reduces: Whether rows of one example can be told from those of another.
         guesses: Whether it is a guess which, since several axes are as long as the batch.
@@ -49,8 +50,9 @@ class Call:
     ins: tuple[Atom, ...]
     along: tuple[tuple[Atom, ...], ...]
     rows: int
-    inputs: Callable[[Array, bool, str], Array]
-    outputs: Callable[[Array, str], Array]
+    examples: int
+    inputs: Callable[[Array, bool, str, Sample | None], Array]
+    outputs: Callable[[Array, str, Sample | None], Array]
     product: Callable[[Array, Array], Array] | None = None
     reduces: bool = True
     guesses: bool = False
@@ -72,8 +74,8 @@ class Call:
         inputs, outputs = self.inputs, self.outputs
         return dataclasses.replace(
             self,
-            inputs=lambda a, bias, how: inputs(_cut(a, x), bias, how),
-            outputs=lambda b, how: outputs(_cut(b, g), how),
+            inputs=lambda a, bias, how, sample: inputs(_cut(a, x), bias, how, sample),
+            outputs=lambda b, how, sample: outputs(_cut(b, g), how, sample),
         )
 
 
@@ -98,17 +100,23 @@ def dot_general(
     for k, i in zip(y_outs, wf, strict=True):
         along[k] = view.dims[i]
 
-    def inputs(x: Array, bias: bool, how: str) -> Array:
-        x = _features(x, xb, [xf[k] for k in order], xc, ins)
-        how = how if of_batch else EXPAND
-        return _stacked(lambda a: Linear().inputs(a, bias=bias, kfac_approx=how)[0], nb)(x)
+    def inputs(x: Array, bias: bool, how: str, sample: Sample | None) -> Array:
+        x, how = _features(x, xb, [xf[k] for k in order], xc, ins), how if of_batch else EXPAND
 
-    def outputs(g: Array, how: str) -> Array:
-        g = _features(g, range(nb), y_free, y_outs, outs)
-        how = how if of_batch else EXPAND
-        rows = _stacked(lambda b: Linear().outputs(b, kfac_approx=how, loss_average=None)[0], nb)
-        return rows(g)
+        def one(a: Array) -> Array:
+            return Linear().inputs(a, bias=bias, kfac_approx=how, sample=sample)[0]
 
+        return _stacked(one, nb)(x)
+
+    def outputs(g: Array, how: str, sample: Sample | None) -> Array:
+        g, how = _features(g, range(nb), y_free, y_outs, outs), how if of_batch else EXPAND
+
+        def one(b: Array) -> Array:
+            return Linear().outputs(b, kfac_approx=how, loss_average=None, sample=sample)[0]
+
+        return _stacked(one, nb)(g)
+
+    rows = math.prod(x[i] for i in xf)
     return Call(
         kind="dense",
         view=view,
@@ -116,7 +124,8 @@ def dot_general(
         outs=_in_order(outs),
         ins=_in_order(ins),
         along=tuple(along),
-        rows=math.prod(x[i] for i in xf),
+        rows=rows,
+        examples=x[xf[of_batch[0]]] if of_batch else rows,
         inputs=inputs,
         outputs=outputs,
         reduces=bool(of_batch) or nf == 0,
@@ -146,17 +155,17 @@ def convolution(params: Mapping[str, Any], view: View, y: Sequence[int]) -> Call
         groups=groups,
     )
 
-    def inputs(x: Array, bias: bool, how: str) -> Array:
+    def inputs(x: Array, bias: bool, how: str, sample: Sample | None) -> Array:
         x = jnp.transpose(x, numbers.lhs_spec)
         if dilated or negative:
             zeros = zip(params["padding"], params["lhs_dilation"], strict=True)
             along = [(0, 0, 0)] * 2 + [(lo, hi, n - 1) for (lo, hi), n in zeros]
             x = jax.lax.pad(x, jnp.zeros((), x.dtype), along)
-        return layer.inputs(x, bias=bias, kfac_approx=how)[0]
+        return layer.inputs(x, bias=bias, kfac_approx=how, sample=sample)[0]
 
-    def outputs(g: Array, how: str) -> Array:
+    def outputs(g: Array, how: str, sample: Sample | None) -> Array:
         g = jnp.transpose(g, numbers.out_spec)
-        return layer.outputs(g, kfac_approx=how, loss_average=None)[0]
+        return layer.outputs(g, kfac_approx=how, loss_average=None, sample=sample)[0]
 
     along: list[tuple[Atom, ...]] = [()] * len(y)
     along[numbers.out_spec[1]] = (*stack, *outs)
@@ -169,6 +178,7 @@ def convolution(params: Mapping[str, Any], view: View, y: Sequence[int]) -> Call
         ins=_atoms(view, (i, *spatial)),
         along=tuple(along),
         rows=math.prod(y) // y[numbers.out_spec[1]],
+        examples=y[numbers.out_spec[0]],
         inputs=inputs,
         outputs=outputs,
     )
@@ -199,15 +209,15 @@ def gather(
     def places(x: Array) -> Array:
         return x[..., mapped.index(axis)]
 
-    def inputs(x: Array, bias: bool, how: str) -> Array:
-        return layer.inputs(places(x), bias=bias, kfac_approx=how)[0]
+    def inputs(x: Array, bias: bool, how: str, sample: Sample | None) -> Array:
+        return layer.inputs(places(x), bias=bias, kfac_approx=how, sample=sample)[0]
 
-    def outputs(g: Array, how: str) -> Array:
+    def outputs(g: Array, how: str, sample: Sample | None) -> Array:
         g = _features(g, (), free, features, outs)
-        return layer.outputs(g, kfac_approx=how, loss_average=None)[0]
+        return layer.outputs(g, kfac_approx=how, loss_average=None, sample=sample)[0]
 
     def product(x: Array, g: Array) -> Array:
-        B, at = outputs(g, EXPAND), places(x).reshape(-1)
+        B, at = outputs(g, EXPAND, None), places(x).reshape(-1)
         return jnp.zeros((B.shape[-1], entries), B.dtype).at[:, at].add(B.T, mode="drop")
 
     along: list[tuple[Atom, ...]] = [()] * len(y)
@@ -219,6 +229,7 @@ def gather(
         ins=view.dims[axis],
         along=tuple(along),
         rows=math.prod(index[:-1]),
+        examples=math.prod(index[:-1]),
         inputs=inputs,
         outputs=outputs,
         product=product,

@@ -60,7 +60,8 @@ def check(
             for name, layer in layers.items()
         }
         dtypes = {name: jnp.dtype(jnp.float64) for name in layers}
-        tapped = Tapped(loss, layers, None, {}, functools.partial(_product, dtypes))
+        rule = functools.partial(_product, dtypes)
+        tapped = Tapped(loss, layers, None, rule, {}, {})
 
         @jax.jit
         def gaps(arrays: Any) -> dict[str, Array]:
@@ -108,14 +109,15 @@ def _product(
     """The rule that returns BᵀA, and tells the coarsest dtype of what a layer multiplies."""
     transposed, bias = layer.role(call) == TRANSPOSED, layer.bias is not None
 
-    def rule(x: Array, g: Array, factors: Any) -> Array:
-        del factors
+    def rule(x: Array, g: Array, factors: Any, step: Any) -> Array:
+        del factors, step
         seen = [a.dtype for a in (x, g) if jnp.issubdtype(a.dtype, jnp.floating)]
         dtypes[layer.name] = max(*seen, dtypes[layer.name], key=_eps)
         if call.product is not None:
             matrix = call.product(x, g)
         else:
-            A, B = call.inputs(x, bias and not transposed, EXPAND), call.outputs(g, EXPAND)
+            A = call.inputs(x, bias and not transposed, EXPAND, None)
+            B = call.outputs(g, EXPAND, None)
             matrix = B.mT @ A
         if not transposed:
             return matrix

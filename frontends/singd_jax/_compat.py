@@ -114,6 +114,14 @@ def vary(x: Any, axes: frozenset[Any]) -> Any:
     return lax.pcast(x, new, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, new)
 
 
+def is_local() -> bool:
+    """Whether an array of this trace lies on one device: there is one, or each has its own."""
+    mesh = getattr(jax.sharding, "get_abstract_mesh", lambda: None)()
+    names = tuple(getattr(mesh, "axis_names", ()))
+    manual = tuple(getattr(mesh, "manual_axes", ()))
+    return jax.device_count() == 1 or (len(names) > 0 and set(names) == set(manual))
+
+
 def auto_sharded(f: Callable[..., Any], like: Any) -> Callable[..., Any]:
     """`f` with its shardings left to XLA, the result sharded like `like`, on explicit meshes."""
     mesh = getattr(jax.sharding, "get_abstract_mesh", lambda: None)()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,8 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from singd_core._array import Array
+from singd_core.curvature import Sample
 from singd_core.preconditioner import Factors
 from singd_core.updates.curvature import Curvature, Measured
+from singd_jax import _compat
 from singd_jax._axes import Key
 from singd_jax._calls import Call
 from singd_jax._layers import TRANSPOSED, UPRIGHT, Layer, Layers, Role
@@ -88,7 +92,11 @@ def value_and_curvature(
         dues: list[Any] = [own.due for own in states]
         whole = branch == "layer" or any(due is None for due in dues)
         due = {name: own.due for own in states for name in own.core.layers} if whole else {}
-        tapped, seen = Tapped(loss, trained, n, due), set[str]()
+        rows = {name: own.rows for own in states for name in own.core.layers}
+        sampled = [own for own in states if own.rows != math.inf]
+        steps = {name: own.core.step for own in sampled for name in own.core.layers}
+        rule = functools.partial(_measure, rows)
+        tapped, seen = Tapped(loss, trained, n, rule, due, steps), set[str]()
 
         def measured() -> tuple[Any, Any, dict[str, Any]]:
             value, grads, sums, names = tapped.value_and_grad(
@@ -123,15 +131,17 @@ class Tapped:
         loss: The loss.
         layers: Its layers.
         batch_size: The number of examples.
-        due: For a layer, whether it is to be returned; None, and one that is not named, is always.
         rule: Makes what is returned from the product, the layer and `kfac_approx`.
+        due: For a layer, whether it is to be returned; None, and one that is not named, is always.
+        steps: The number of steps taken, for the layers whose rule wants it.
     """
 
     loss: Callable[..., Any]
     layers: Layers
     batch_size: int | None
+    rule: Callable[[Call, Layer, str], Callable[..., Any]]
     due: Mapping[str, Array | None]
-    rule: Callable[[Call, Layer, str], Callable[..., Any]] | None = None
+    steps: Mapping[str, Array]
 
     def value_and_grad(
         self,
@@ -159,12 +169,15 @@ class Tapped:
             if name is None or role is None:
                 return y
             seen.add(name + role)
-            rule = (self.rule or _measure)(call, self.layers[name], self.layers.kfac_approx)
+            rule = self.rule(call, self.layers[name], self.layers.kfac_approx)
             port = ports[key]
             return tap(rule, y, x, port._replace(slot=port.slot[role]), self.due.get(name))
 
         def function(arrays: list[Array], slots: Mapping[str, Any]) -> Any:
-            ports = {key: Port(slots[name], factors.get(name)) for key, name in keys.items()}
+            ports = {
+                key: Port(slots[name], factors.get(name), self.steps.get(name))
+                for key, name in keys.items()
+            }
             stacks = {key: self.layers[name].weight.stack for key, name in keys.items()}
             tracer = Tracer(self.batch_size, visit, stacks)
             return evaluate(self.loss, tracer, leaves, arrays, ports, batch, keywords)
@@ -188,15 +201,25 @@ def _value_and_grad(
     return value, leaves.gradients(grads)
 
 
-def _measure(call: Call, layer: Layer, kfac_approx: str) -> Callable[..., Sums]:
-    """The rule that measures the rows with the layer's factors."""
+def _measure(
+    rows: Mapping[str, float], call: Call, layer: Layer, kfac_approx: str
+) -> Callable[..., Sums]:
+    """The rule that measures so many of the rows, or all, with the layer's factors."""
     transposed, bias = layer.role(call) == TRANSPOSED, layer.bias is not None
+    _, d_out, d_in = layer.shape
+    most = rows[layer.name] if _compat.is_local() else math.inf
+    N = call.examples if kfac_approx == "reduce" else call.rows
 
-    def rule(x: Array, g: Array, factors: Factors) -> Sums:
-        A = call.inputs(x, bias and not transposed, kfac_approx)
-        B = call.outputs(g, kfac_approx)
+    def rule(x: Array, g: Array, factors: Factors, step: Array | None) -> Sums:
+        of_K, of_C = (
+            Sample.of(most, structure, d, step)
+            for structure, d in zip(factors.structures, (d_in, d_out), strict=True)
+        )
+        of_x, of_g = (of_C, of_K) if transposed else (of_K, of_C)
+        A = call.inputs(x, bias and not transposed, kfac_approx, of_x)
+        B = call.outputs(g, kfac_approx, of_g)
         stack = B.shape[:-2]
-        numbers = B.shape[-2], call.rows, 1.0 / call.times
+        numbers = N, call.rows, 1.0 / call.times
         if transposed:
             A, B = padded(B) if bias else B, A
         return Sums(*factors.measure(A, B), *(jnp.full(stack, n, jnp.float32) for n in numbers))

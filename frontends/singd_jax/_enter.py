@@ -90,12 +90,11 @@ def scan(
     scanned = [o for o in origins[first:] if isinstance(o, View)]
     sliced = {k: v for k, v in ports.items() if _stacked(scanned, k, tracer.stacks[k])}
     whole = {k: v for k, v in ports.items() if k not in sliced}
-    stacks = {k: port.factors for k, port in sliced.items()}
     slots = {k: port.slot for k, port in sliced.items()}
 
     def step(carry: Any, xs: Any) -> Any:
         xs, slots, i = xs
-        mine = {k: Port(slot, Slice(stacks[k], i)) for k, slot in slots.items()}
+        mine = {k: Port(slots[k], Slice(port.factors, i), port.step) for k, port in sliced.items()}
         args = [*values[:n_consts], *carry, *xs]
         results, found = tracer.run(body.jaxpr, body.consts, args, inside, {**whole, **mine})
         _note_returned(tracer, found, "scan")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -19,7 +20,9 @@ from singd_core.updates.curvature import Curvature
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("core", "T"), meta_fields=("growing_T",)
+    jax.tree_util.register_dataclass,
+    data_fields=("core", "T"),
+    meta_fields=("growing_T", "rows"),
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class SingdState:
@@ -29,11 +32,13 @@ class SingdState:
         core: The state as every frontend has it; see `singd_core.optimizer.State`.
         T: Steps between two refreshes of the factors, or None if it is every step.
         growing_T: Whether there are fewer at first, which is no array but part of the structure.
+        rows: Rows that a factor is measured with, which is no array either.
     """
 
     core: State
     T: Array | None
     growing_T: bool = False
+    rows: float = math.inf
 
     @property
     def due(self) -> Array | None:

@@ -47,6 +47,12 @@ class Steps:
             raise ValueError(
                 f"T={T!r}: must be a number of steps; optax.inject_hyperparams takes a schedule"
             )
+        rows = given.get("rows")
+        if rows is not None and not isinstance(rows, (int, float)):
+            raise ValueError(
+                f"rows={rows!r}: must be a number, which shapes depend on; name it in the "
+                "static_args of optax.inject_hyperparams"
+            )
         # T may be an array (inject_hyperparams makes one), which the core need not know
         counted = T if T is None or isinstance(T, (int, float)) else 1
         self.optimizer = Optimizer(
@@ -202,7 +208,8 @@ class Steps:
     def _state(self, core: State) -> SingdState:
         always = isinstance(self.T, int) and self.T == 1
         T = None if always else jnp.asarray(self.T, jnp.int32)
-        return SingdState(core, T, self.optimizer.settings.growing_T)
+        s = self.optimizer.settings
+        return SingdState(core, T, s.growing_T, s.rows)
 
     def _layer_state(self, layer: Layer, dtypes: Mapping[str, Any]) -> LayerState:
         """The state of a layer, its momenta without entries yet."""

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from singd_core._array import Array
 from singd_jax import _compat
 
-# Takes the layer's input, the gradient at its output and the factors; returns a tree like `slot`.
-Rule: TypeAlias = Callable[[Array, Array, Any], Any]
+# Takes the layer's input, the gradient at its output, the factors and the step; returns a tree like
+# `slot`.
+Rule: TypeAlias = Callable[[Array, Array, Any, Any], Any]
 
 
 class Port(NamedTuple):
@@ -22,10 +23,12 @@ class Port(NamedTuple):
     Attributes:
         slot: Zeros. The gradient with respect to it is the sum of what the rule returns.
         factors: What the rule measures with, or a `Slice`.
+        step: The number of steps taken, where the rule wants it, or None.
     """
 
     slot: Any
     factors: Any
+    step: Any = None
 
 
 class Slice(NamedTuple):
@@ -48,43 +51,43 @@ class Slice(NamedTuple):
 
 
 def tap(rule: Rule, y: Array, x: Array, port: Port, due: Array | None) -> Array:
-    """`y`. Where `due`, `rule(x, g, factors)` of its gradient g is added to that of the slot.
+    """`y`. Where `due`, `rule(x, g, factors, step)` of its gradient g joins that of the slot.
 
     Sums over the steps of a scan, over devices, micro-batches and uses of a weight are autodiff's.
     """
     axes = _compat.varying(y) | _compat.varying(x)
     slot = jax.tree.map(lambda s: _compat.vary(s, axes), port.slot)
-    return _tap(rule, y, x, slot, port.factors, due)
+    return _tap(rule, y, x, slot, port.factors, port.step, due)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _tap(rule: Rule, y: Array, x: Array, slot: Any, factors: Any, due: Any) -> Array:
+def _tap(rule: Rule, y: Array, x: Array, slot: Any, factors: Any, step: Any, due: Any) -> Array:
     return y
 
 
 def _forward(
-    rule: Rule, y: Array, x: Array, slot: Any, factors: Any, due: Any
+    rule: Rule, y: Array, x: Array, slot: Any, factors: Any, step: Any, due: Any
 ) -> tuple[Array, Any]:
-    return y, (x, slot, factors, due)
+    return y, (x, slot, factors, step, due)
 
 
 def _backward(rule: Rule, residuals: Any, g: Array) -> tuple[Any, ...]:
-    x, slot, factors, due = residuals
+    x, slot, factors, step, due = residuals
 
-    def measured(x: Array, g: Array, factors: Any) -> Any:
-        found = rule(x, g, factors.cut(g) if isinstance(factors, Slice) else factors)
+    def measured(x: Array, g: Array, factors: Any, step: Any) -> Any:
+        found = rule(x, g, factors.cut(g) if isinstance(factors, Slice) else factors, step)
         return jax.tree.map(_like, found, slot)
 
-    def nothing(x: Array, g: Array, factors: Any) -> Any:
+    def nothing(x: Array, g: Array, factors: Any, step: Any) -> Any:
         return jax.tree.map(lambda s: _like(jnp.zeros(s.shape, s.dtype), s), slot)
 
-    def curvature(x: Array, g: Array, factors: Any, due: Any) -> Any:
+    def curvature(x: Array, g: Array, factors: Any, step: Any, due: Any) -> Any:
         if due is None:
-            return measured(x, g, factors)
-        return jax.lax.cond(due, measured, nothing, x, g, factors)
+            return measured(x, g, factors, step)
+        return jax.lax.cond(due, measured, nothing, x, g, factors, step)
 
-    found = _compat.auto_sharded(curvature, slot)(x, g, factors, due)
-    return g, None, found, None, None
+    found = _compat.auto_sharded(curvature, slot)(x, g, factors, step, due)
+    return g, None, found, None, None, None
 
 
 def _like(value: Array, slot: Array) -> Array:

@@ -31,6 +31,7 @@ def singd(
     decoupled_weight_decay: bool | None = None,
     T: Any = None,
     growing_T: bool | None = None,
+    rows: float | None = None,
     lr_cov: Rate = None,
     damping: Rate = None,
     relative_damping: bool | None = None,
@@ -69,6 +70,8 @@ def singd(
         decoupled_weight_decay: Shrink the weights as AdamW does.
         T: Steps between two refreshes of the factors.
         growing_T: Refresh more often at first: after t steps the gap is at most t / 10.
+        rows: Rows that a factor is measured with, at least as many as its blocks are wide; others
+            at each refresh. Infinite for all.
         lr_cov: Step size of the factors (β₁); with `growing_T` that of one step, of which a gap
             has several.
         damping: Damping (λ).
@@ -85,8 +88,8 @@ def singd(
         fallback: Settings of AdamW; its rates may be schedules too.
 
     Returns:
-        The transformation. With `optax.inject_hyperparams` name `order` and `warmup`, if given, in
-        `static_args`.
+        The transformation. With `optax.inject_hyperparams` name `order`, `rows` and `warmup`, if
+        given, in `static_args`.
 
     Raises:
         ValueError: If a setting is out of range or a name unknown.
@@ -103,6 +106,7 @@ def scale_by_singd(
     recipe: str = DEFAULT,
     T: Any = None,
     growing_T: bool | None = None,
+    rows: float | None = None,
     lr_cov: Rate = None,
     damping: Rate = None,
     relative_damping: bool | None = None,
@@ -129,6 +133,8 @@ def scale_by_singd(
         recipe: "normalized" or "paper": the values of all settings not given.
         T: Steps between two refreshes of the factors.
         growing_T: Refresh more often at first: after t steps the gap is at most t / 10.
+        rows: Rows that a factor is measured with, at least as many as its blocks are wide; others
+            at each refresh. Infinite for all.
         lr_cov: As of `singd`, as all that follow.
         damping: Damping (λ).
         relative_damping: `damping` is a share of the curvature's mean diagonal.

@@ -1,5 +1,6 @@
 """Run by test_jax_sharding.py in a process with eight fake devices; prints JSON."""
 
+import dataclasses
 import functools
 import json
 import sys
@@ -35,10 +36,12 @@ def loss(p, x):
     return jnp.mean(model(p, x))
 
 
-def steps(loss, params, x, structures, place=lambda state: state, wrap=lambda f: f, **options):
+def steps(
+    loss, params, x, structures, place=lambda state: state, wrap=lambda f: f, rows=None, **options
+):
     """The parameters after three steps, as NumPy."""
     layers = singd_jax.find_layers(loss, **options)(params, x)
-    tx = singd_jax.singd(0.05, layers=layers, structures=structures, **GAPS)
+    tx = singd_jax.singd(0.05, layers=layers, structures=structures, rows=rows, **GAPS)
 
     def step(params, state, x):
         _, grads, curvature = singd_jax.value_and_curvature(loss, layers)(params, state, x)
@@ -73,10 +76,16 @@ def factors_sharded(mesh, state):
     return jax.tree.map(place, state)
 
 
-def gspmd(structures):
+def gspmd(structures, rows=None):
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     params, x = placed(mesh, P("data"), SPECS)
-    return steps(loss, params, x, structures, functools.partial(factors_sharded, mesh))
+    place = functools.partial(factors_sharded, mesh)
+    return steps(loss, params, x, structures, place, rows=rows)
+
+
+def few_rows_of_divided_data(structures):
+    """All are measured: the chosen ones would have to be sent."""
+    return gspmd(structures, rows=1)
 
 
 def explicit(structures):
@@ -207,6 +216,39 @@ def step_in_shard_map(structures):
     return jax.tree.map(np.asarray, params)
 
 
+def few_rows_of_each_device(structures):
+    """The mean over steps against all rows, and how many all-reduces both need."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    params, x = placed(mesh, P("data"), dict.fromkeys(SPECS, P()))
+    layers = singd_jax.find_layers(loss, batch_size=BATCH)(PARAMS, X)
+    found, counts = [], []
+    for rows in (None, 1):
+        tx = singd_jax.singd(layers=layers, structures=structures, rows=rows, T=1)
+
+        def curvature(params, state, x):
+            def local(p, x):
+                return jax.lax.pmean(jnp.mean(model(p, x)), "data")
+
+            return singd_jax.value_and_curvature(local, layers)(params, state, x)[2]
+
+        state = tx.init(params)
+        inside = jax.shard_map(curvature, mesh=mesh, in_specs=(P(), P(), P("data")), out_specs=P())
+        function = jax.jit(inside).lower(params, state, x).compile()
+        counts.append(function.as_text().count(" all-reduce("))
+        each = []
+        for step in range(64):
+            core = dataclasses.replace(state.core, step=jnp.asarray(step, jnp.int32))
+            c = function(params, dataclasses.replace(state, core=core), x)
+            each.append(jax.tree.map(np.asarray, c))
+        found.append(jax.tree.map(lambda *a: np.stack(a), *each))
+    full, some = found
+    mean = jax.tree.map(lambda a: a.mean(0), (full, some))
+    spread = max(
+        float((a.std(0) / a.mean(0)).max()) for a in jax.tree.leaves([c.t_U for c in some.values()])
+    )
+    return {"gap": gap(mean[1], mean[0]), "spread": spread, "all-reduces": counts}
+
+
 def all_reduces():
     """How many a data-parallel step needs, for the gradient and with the curvature."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
@@ -250,6 +292,7 @@ def momenta():
 
 RUNS = (
     gspmd,
+    few_rows_of_divided_data,
     explicit,
     explicit_parameters,
     shard_map_in_the_loss,
@@ -272,6 +315,7 @@ def main():
     found["refusals"] = refusals()
     found["all-reduces"] = all_reduces()
     found["momenta"] = momenta()
+    found["few rows"] = few_rows_of_each_device(structures)
     print(json.dumps(found))
 
 

@@ -24,13 +24,14 @@ def found(request):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1]) | {"structures": request.param}
 
 
 @pytest.mark.parametrize(
     "how",
     [
         "gspmd",
+        "few_rows_of_divided_data",
         "explicit",
         "explicit_parameters",
         "shard_map_in_the_loss",
@@ -49,6 +50,13 @@ def test_curvature_needs_no_further_all_reduces(found):
     gradient, always, sometimes = found["all-reduces"]
     assert always <= gradient, found["all-reduces"]
     assert sometimes <= 2 * gradient, found["all-reduces"]  # in two branches, of which one runs
+
+
+def test_each_device_measures_some_of_its_own_rows(found):
+    full, some = found["few rows"]["all-reduces"]
+    assert some == full
+    assert found["few rows"]["gap"] < 0.05
+    assert found["few rows"]["spread"] > 0.01 or found["structures"] == "dense"
 
 
 def test_momenta_are_sharded_like_their_parameters(found):

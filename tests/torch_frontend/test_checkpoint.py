@@ -345,3 +345,45 @@ def test_momentum_of_another_shape_is_named() -> None:
             entries["momentum_buffer"] = torch.zeros(2, 2)
     with pytest.raises(ValueError, match=r"'momentum_buffer' of 'conv\.weight' has shape \(2, 2\)"):
         SINGD(Network()).load_state_dict(state)
+
+
+def as_saved_before(optimizer: SINGD) -> dict[str, Any]:
+    """What versions before 0.1 saved: one momentum for a matrix and its bias, and other settings."""
+    saved = copy.deepcopy(optimizer.state_dict())
+    index = {p: i for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
+    for layer in optimizer._layers:
+        entries = [saved["state"][index[p]] for p in layer.parameters]
+        momenta = [entry.pop("momentum_buffer") for entry in entries]
+        entries[0]["momentum_buffer"] = layer.kind.matrix(*momenta)
+        for name in [name for name in entries[0] if name.startswith("late.")]:
+            del entries[0][name]
+    for group in saved["param_groups"]:
+        for name in ("normalized", "warmup", "growing_T", "rows"):
+            del group[name]
+        group |= {"kl_bound": 1e-3, "rms_bound": 0.2}
+    return saved
+
+
+def test_a_momentum_of_natural_gradients_is_parted() -> None:
+    model, twin = Network(), Network()
+    optimizer = SINGD(model, recipe="paper")
+    train(model, optimizer, batches(F32, 3))
+    twin.load_state_dict(model.state_dict())
+    other = SINGD(twin, recipe="paper")
+    other.load_state_dict(as_saved_before(optimizer))
+    train(model, optimizer, batches(F32, 3))
+    train(twin, other, batches(F32, 3))
+    assert_equal(all_numbers(model, optimizer), all_numbers(twin, other))
+
+
+def test_a_rule_that_averages_gradients_begins_anew_with_such_a_momentum() -> None:
+    model, twin = Network(), Network()
+    optimizer, other = SINGD(model), SINGD(twin)
+    train(model, optimizer, batches(F32, 3))
+    other.load_state_dict(as_saved_before(optimizer))
+    for layer, its in zip(optimizer._layers, other._layers, strict=True):
+        kept, found = optimizer.state[layer.weight], other.state[its.weight]
+        assert "momentum_buffer" not in found
+        assert torch.equal(found["averages.t_U"], kept["averages.t_U"])
+    train(twin, other, batches(F32, 2))
+    assert other.skipped == 0
