@@ -26,7 +26,7 @@ Make = Callable[[np.ndarray], Optimizer]
 
 
 def singd(structure: str) -> tuple[float, Make]:
-    return 0.02, lambda lr: Optimizer(lr=lr, structures=(structure, structure))
+    return 0.12, lambda lr: Optimizer(lr=lr, structures=(structure, structure))
 
 
 OPTIMIZERS: dict[str, tuple[float, Make]] = {
