@@ -160,6 +160,8 @@ def main(given: Sequence[str] | None = None) -> None:
                 print(against_rivals(plan))
             seeds = args.seeds if set(args.seeds) >= set(CONFIRM) else CONFIRM
             write(args.page, "make compare", compare_report.markdown(plan.store, seeds))
+            if args.page == PAGE:
+                write(ROOT / "README.md", "make compare", compare_report.brief(plan.store, seeds))
 
 
 if __name__ == "__main__":

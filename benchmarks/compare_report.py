@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from compare_plan import CONFIRM, EXTENSIONS, SEARCH, Plan
 from compare_runs import OURS, RIVALS, SCHEDULES, WARM_UP, Result, Store
 from compare_tried import costs, tried
-from pages import table
+from pages import digits, table
 from tasks import BATCHES, HELD_OUT, TASKS, TWELVE
 
 TITLES = {
@@ -168,6 +168,21 @@ def losses(plan: Plan, schedule: str, tasks: Sequence[str], test: bool = False) 
         lines.append([name, *([TASKS[name].metric_name] if test else []), *cells])
     said = table(header, lines, words=1 + test)
     return said if test else "\n\n".join([said, *counts(list(rows.values()))])
+
+
+def brief(store: Store, seeds: Sequence[int] = CONFIRM) -> str:
+    """The table of README.md: the default beside each rival at its best rate for the task."""
+    plan = Plan(store, list(TASKS), seeds=seeds)
+    rows = [row(plan, task, "linear") for task in TWELVE]
+    lines = []
+    for task, found in zip(TWELVE, rows, strict=True):
+        shown = [found[OURS, "default"], *(found[m, "best"] for m in RIVALS)]
+        top = min(entry.loss for entry in shown)
+        cells = [digits(e.loss) if math.isfinite(e.loss) else "-" for e in shown]
+        bold = [f"**{c}**" if e.loss == top else c for c, e in zip(cells, shown, strict=True)]
+        lines.append([TASKS[task].title, *bold])
+    header = ["", "SINGD", *(f"{m}, best rate" for m in RIVALS)]
+    return "\n\n".join([table(header, lines), *counts(rows)])
 
 
 def quick(plan: Plan) -> str:
