@@ -19,7 +19,7 @@ SEEDS = (1, 2, 3)
 AHEAD = 0.75  # of AdamW's time, after which it sets the target
 ENTRANTS: tuple[Entrant, ...] = (
     *(("SGD", 1), ("AdamW", 1), ("Muon", 1)),
-    *(("SINGD/default", 1), ("SINGD/default", 10), ("SINGD/dense", 10), ("SINGD/diagonal", 10)),
+    *((name, T) for name in ("SINGD/default",) for T in ENTRIES[name].periods),
     *(("singd-0.0.5/dense", 10), ("singd-0.0.5/diagonal", 10)),
     *(("SOAP/heavyball", 10), ("SOAP/pytorch-optimizer", 10)),
     *(("PSGD/heavyball", 10), ("PSGD/pytorch-optimizer", 10)),

@@ -162,7 +162,7 @@ class Entry:
     """
 
     build: Callable[[nn.Module, float, int, str], Optimizer]
-    rates: tuple[float, float, float, float]
+    rates: tuple[float, ...]
     refreshes: bool = True
     periods: tuple[int, ...] = (1, 10)
     measured: tuple[int, ...] = ()
@@ -204,7 +204,13 @@ ENTRIES: dict[str, Entry] = {
     "SGD": Entry(build=_sgd, rates=(0.03, 0.1, 0.3, 1.0), refreshes=False),
     "AdamW": Entry(build=_adamw, rates=_ADAM_RATES, refreshes=False),
     "Muon": Entry(build=_muon, rates=(0.01, 0.03, 0.1, 0.3), refreshes=False),
-    "SINGD/default": _ours(build=_default, periods=(settings().T,), measured=(10,), share=_SHARE),
+    "SINGD/default": Entry(
+        build=_default,
+        rates=(settings().lr,),
+        periods=(settings().T,),
+        measured=(10,),
+        share=_SHARE,
+    ),
     "SINGD/dense": _ours(build=partial(_singd, "dense")),
     "SINGD/diagonal": _ours(build=partial(_singd, "diagonal")),
     "SINGD/block30": _ours(build=partial(_singd, "blockdiagonal:30")),

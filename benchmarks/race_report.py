@@ -57,7 +57,8 @@ def cells(entrant: Entrant, mine: list[Curve], goal: float) -> tuple[float, list
     milliseconds = statistics.fmean(1e3 * c.seconds[-1] / c.steps[-1] for c in mine)
     all_there = len(reached) == len(mine)
     rate = f"{mine[0].run.rate:g}"
-    edge = mine[0].run.rate in (ENTRIES[name].rates[0], ENTRIES[name].rates[-1])
+    rates = ENTRIES[name].rates
+    edge = len(rates) > 1 and mine[0].run.rate in (rates[0], rates[-1])
     return statistics.fmean(arrivals), [
         name,
         str(T) if ENTRIES[name].refreshes else "",

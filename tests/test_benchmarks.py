@@ -103,17 +103,17 @@ def test_race_goes_on_where_it_stopped_and_writes_the_page(page, tmp_path, monke
     race, curves = importlib.import_module("race"), importlib.import_module("curves")
     monkeypatch.setattr(race, "EXAMPLES", 20)
     where = ["--results", str(tmp_path), "--page", str(page), "--workers", "0"]
-    given = ["--tasks", "digits", "--optimizers", "SINGD/diagonal", "--scale", "1e-6", *where]
+    given = ["--tasks", "digits", "--optimizers", "SINGD/default", "--scale", "1e-6", *where]
     race.main([*given, "--minutes", "0"])
     assert not curves.load(tmp_path)
     race.main(given)
     found = curves.load(tmp_path)
-    entrants = ("SGD", 1), ("AdamW", 1), ("SINGD/diagonal", 10)
-    assert len(found) == len(entrants) * (4 + 3)
+    entrants = ("SGD", 1), ("AdamW", 1), ("SINGD/default", 50)
+    assert len(found) == 7 + 7 + 4  # rates and seeds; SINGD as it is has one rate
     assert not curves.pending(found, "digits", entrants)
     race.main(given)
     assert len(curves.load(tmp_path)) == len(found)
-    assert "| SINGD/diagonal | 10 |" in page.read_text()
+    assert "| SINGD/default | 50 |" in page.read_text()
     assert (tmp_path / "benchmarks-race.svg").exists()
 
 
