@@ -348,7 +348,7 @@ def test_momentum_of_another_shape_is_named() -> None:
 
 
 def as_saved_before(optimizer: SINGD) -> dict[str, Any]:
-    """What versions before 0.1 saved: one momentum for a matrix and its bias, and other settings."""
+    """What was saved before 0.1: one momentum for a matrix and its bias, and other settings."""
     saved = copy.deepcopy(optimizer.state_dict())
     index = {p: i for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
     for layer in optimizer._layers:
