@@ -1,0 +1,93 @@
+"""What the step of the default recipe does not depend on, on models of torch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from singd_torch import SINGD
+
+# Relative to the largest entry, float64: scales that are no powers of two round otherwise.
+CLOSE = 1e-8
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Conv2d(2, 4, 3, groups=2), nn.Tanh(), nn.Flatten()),
+        *(nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3, bias=False)),
+    ).double()
+
+
+def trained(loss_of: Callable[[Tensor, Tensor], Tensor], **given: Any) -> list[Tensor]:
+    model = network()
+    optimizer = SINGD(model, **given)
+    for step in range(6):
+        torch.manual_seed(step)
+        x, y = torch.randn(8, 2, 4, 4).double(), torch.randint(3, (8,))
+        optimizer.zero_grad()
+        loss_of(model(x), y).backward()
+        optimizer.step()
+    assert optimizer.skipped == 0
+    return [p.detach() for p in model.parameters()]
+
+
+def assert_alike(found: list[Tensor], expected: list[Tensor]) -> None:
+    for p, q in zip(found, expected, strict=True):
+        assert (p - q).abs().max() <= CLOSE * q.abs().max()
+
+
+STRUCTURES = [None, ("dense", "dense"), ("diagonal", "diagonal"), ("triltoeplitz", "dense")]
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+@pytest.mark.parametrize("structures", STRUCTURES, ids=str)
+def test_the_scale_of_the_loss_changes_nothing(structures: Any, scale: float) -> None:
+    loss = nn.functional.cross_entropy
+    expected = trained(loss, structures=structures)
+    assert_alike(trained(lambda z, y: loss(z, y) * scale, structures=structures), expected)
+
+
+@pytest.mark.parametrize("loss_average", ["batch", "batch+sequence", None])
+def test_nor_does_a_sum_or_what_the_loss_is_said_to_be_a_mean_of(loss_average: str | None) -> None:
+    expected = trained(nn.functional.cross_entropy)
+    found = trained(
+        lambda z, y: nn.functional.cross_entropy(z, y, reduction="sum"), loss_average=loss_average
+    )
+    assert_alike(found, expected)
+
+
+@pytest.mark.parametrize("structures", STRUCTURES, ids=str)
+def test_a_dead_layer_stays_where_it_is(structures: Any) -> None:
+    model = network()
+    optimizer = SINGD(model, structures=structures)
+    for step in range(40):
+        torch.manual_seed(step)
+        x, y = torch.randn(8, 2, 4, 4).double(), torch.randint(3, (8,))
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        (loss if step < 5 else loss * 0.0).backward()
+        if step == 5:
+            before = copy.deepcopy(model)
+        optimizer.step()
+    assert all(map(torch.equal, model.parameters(), before.parameters()))
+
+
+def test_gradients_that_vanish_and_come_back_are_followed() -> None:
+    """A stale scale of the factors by many orders must not make a step overflow."""
+    torch.manual_seed(0)
+    model = nn.Linear(6, 4)
+    optimizer = SINGD(model, structures=("dense", "dense"))
+    for step in range(60):
+        optimizer.zero_grad()
+        scale = 1e-15 if step < 3 else 1e3
+        x, y = torch.randn(16, 6), torch.randint(4, (16,))
+        (nn.functional.cross_entropy(model(x), y) * scale).backward()
+        optimizer.step()
+    assert optimizer.skipped == 0
+    assert all(p.isfinite().all() for p in model.parameters())
