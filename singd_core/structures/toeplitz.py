@@ -93,6 +93,11 @@ class _Toeplitz(Structure):
         c, xp = widen(self.entries), namespace(self.entries)
         return xp.sqrt(sum_of_squares(c * xp.sqrt(_lengths(c)), 1))
 
+    def _norms(self) -> Array:
+        """The norms of the rows with one entry, two, ..., all d."""
+        c, xp = widen(self.entries), namespace(self.entries)
+        return xp.sqrt(xp.cumulative_sum(c * c, axis=-1))
+
     def max_abs(self) -> Array:
         return namespace(self.entries).max(namespace(self.entries).abs(self.entries), axis=-1)
 
@@ -114,6 +119,9 @@ class TrilToeplitz(_Toeplitz):
     """
 
     entries: Array
+
+    def row_norms(self) -> Array:
+        return self._norms()
 
     @classmethod
     def restrict(cls, M: Array) -> Self:
@@ -138,6 +146,9 @@ class TriuToeplitz(_Toeplitz):
     """
 
     entries: Array
+
+    def row_norms(self) -> Array:
+        return namespace(self.entries).flip(self._norms(), axis=-1)
 
     @classmethod
     def restrict(cls, M: Array) -> Self:
