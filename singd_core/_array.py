@@ -137,6 +137,14 @@ def sum_of_squares(x: Array, axes: int) -> Array:
     return root * root
 
 
+def cumulative_sum(x: Array) -> Array:
+    """The sums of the first entries along the last axis, one, two, ..., all of them."""
+    xp = namespace(x)
+    # The name that libraries had before the standard: torch.compile warns of what wraps the other.
+    before = getattr(xp, "cumsum", None)
+    return xp.cumulative_sum(x, axis=-1) if before is None else before(x, -1)
+
+
 def sums_of_squares(X: Array) -> Array:
     """Sums of squares over the rows of `X`, shape (..., n, d), as (..., d), in at least float32.
 

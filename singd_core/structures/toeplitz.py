@@ -10,6 +10,7 @@ from singd_core._array import (
     Scalar,
     cast,
     concat,
+    cumulative_sum,
     device,
     expand,
     full,
@@ -96,7 +97,7 @@ class _Toeplitz(Structure):
     def _norms(self) -> Array:
         """The norms of the rows with one entry, two, ..., all d."""
         c, xp = widen(self.entries), namespace(self.entries)
-        return xp.sqrt(xp.cumulative_sum(c * c, axis=-1))
+        return xp.sqrt(cumulative_sum(c * c))
 
     def max_abs(self) -> Array:
         return namespace(self.entries).max(namespace(self.entries).abs(self.entries), axis=-1)
