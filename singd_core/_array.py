@@ -238,7 +238,7 @@ def clip(x: Scalar, low: float, high: float) -> Scalar:
 
 
 def exp(x: Scalar) -> Scalar:
-    """E to the power of a number or an array."""
+    """The exponential of a number or an array."""
     return math.exp(x) if isinstance(x, (int, float)) else namespace(x).exp(x)
 
 
