@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from singd_core import preconditioner
-from singd_core._array import ranged
 from singd_core._settings import DEFAULT, FALLBACK_RATES, STRUCTURES, settings
-from singd_core.step import warmed
-from singd_torch import _diagnostics, _fallback, _finite, _scaling, _scratch, _state, _table
+from singd_torch import _diagnostics, _scaling, _state, _table
 from singd_torch._distributed import reduce_rows
 from singd_torch._estimate import automatic
 from singd_torch._groups import check_group, settings_of
 from singd_torch._layers import find
-from singd_torch._scaling import Scales
-from singd_torch._stacks import Stack
-from singd_torch._step import Gradients, advance
+from singd_torch._stepper import Stepper
 from singd_torch._warnings import warn
-from singd_torch._watcher import Watcher, is_due
+from singd_torch._watcher import is_due
 
 
-class SINGD(Watcher):
+class SINGD(Stepper):
     """Structured inverse-free natural gradient descent (arXiv 2312.05705) for any model.
 
     The weights of linear layers, convolutions, embeddings and attention's projections, with their
@@ -147,7 +140,6 @@ class SINGD(Watcher):
             "fallback_eps": fallback_eps,
             "fallback_weight_decay": fallback_weight_decay,
         }
-        self._skipped: Tensor | int = 0
         self._compile = {} if compile_step is True else compile_step or None
         self._watch(model)
         if params is None:
@@ -250,59 +242,10 @@ class SINGD(Watcher):
         self._mask = self._scale_of_rows = None
         return loss
 
-    def _take_step(self, ready: list[Stack], others: list[nn.Parameter], scales: Scales) -> None:
-        shares = {id(g): warmed(settings_of(g), g["steps"]) for g in self.param_groups}
-        chosen = {
-            id(g): dataclasses.replace(settings_of(g), lr=g["lr"] * shares[id(g)])
-            for g in self.param_groups
-        }
-        layers = [layer for stack in ready for layer in stack.layers]
-        moving = [p for layer in layers for p in layer.parameters if p.grad is not None]
-        moving += others
-        of = partial(_unscaled, scales.grads)
-        norms = _finite.norms({p: of(p) for p in moving})
-        sizes = [x for layer in layers for x in layer.sizes()]
-        size = _finite.total([*norms.values(), *sizes])
-        ok = skip = None
-        if not isinstance(size, Tensor):  # then nothing is masked
-            if not math.isfinite(size):
-                self._skipped += 1
-                self._warn_skipped()
-                return
-        else:
-            ok = torch.isfinite(size)
-            skip = (~ok).to(torch.float32)
-
-        given = Gradients(of, norms, lambda p: chosen[id(self._group_of[p])], scales, ok)
-        with _scratch.lent(self._scratch):
-            moved = [advance(stack, self.state, given) for stack in ready]
-        grads = [of(p) for p in others]
-        _fallback.step_all(self._group_of, others, grads, self.state, skip, shares)
-        if ok is None and not all(moved):
-            self._skipped += 1
-            self._warn_skipped()
-        elif ok is not None:
-            failed = ~torch.stack([ok, *(m.to(ok.device) for m in moved)]).all()
-            self._skipped = self._skipped + failed.to(torch.float32)
-
     def _is_no_step(self) -> bool:
         """Whether this is how torch.distributed.checkpoint makes the state that it loads into."""
         rates_are_zero = all(float(group["lr"]) == 0.0 for group in self.param_groups)
         return rates_are_zero and not any(layer.pending for layer in self._layers)
-
-    @property
-    def skipped(self) -> int:
-        """How many steps changed nothing, as a gradient or row was not finite (a host sync)."""
-        count = int(self._skipped)
-        if count:
-            self._warn_skipped()
-        return count
-
-    def _warn_skipped(self) -> None:
-        self._warn_once(
-            "a gradient or a layer's row was NaN or infinite: the step changed nothing. "
-            "`optimizer.skipped` counts such steps"
-        )
 
     # ---- gradient scaling -----------------------------------------------------------------------
 
@@ -403,10 +346,3 @@ def _plain(model: Any) -> nn.Module:
     """The model inside torch.compile(model)."""
     plain: nn.Module = getattr(model, "_orig_mod", model)
     return plain
-
-
-def _unscaled(scale: Tensor | None, p: nn.Parameter) -> Tensor:
-    """The gradient of a parameter, zeros where a layer's weight or bias has none."""
-    if p.grad is None:
-        return torch.zeros_like(p)
-    return p.grad if scale is None else ranged(p.grad) / scale
