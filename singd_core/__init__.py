@@ -1,22 +1,37 @@
 """Structured inverse-free natural gradient descent (SINGD) on any array library."""
 
+from singd_core import structures
+from singd_core._check import check
 from singd_core._settings import RECIPES, Settings, settings
-from singd_core.curvature import Convolution, Linear
+from singd_core._version import __version__
+from singd_core.curvature import Convolution, Embedding, LayerKind, Linear, StackedLinear
 from singd_core.optimizer import Optimizer
-from singd_core.structures import Structure, get, names, register, structure
+from singd_core.state import flatten, unflatten
+
+# `structures.get`, `structures.names` and `structures.register` say of what they are; the names
+# without it are for code that has them already.
+from singd_core.structures import Structure, structure
+from singd_core.structures import get as get
+from singd_core.structures import names as names
+from singd_core.structures import register as register
 from singd_core.updates.adamw import Fallback
 
 __all__ = [
     "RECIPES",
     "Convolution",
+    "Embedding",
     "Fallback",
+    "LayerKind",
     "Linear",
     "Optimizer",
     "Settings",
+    "StackedLinear",
     "Structure",
-    "get",
-    "names",
-    "register",
+    "__version__",
+    "check",
+    "flatten",
     "settings",
     "structure",
+    "structures",
+    "unflatten",
 ]

@@ -74,6 +74,11 @@ def is_inexact(x: Array) -> bool:
     return is_half(x) or namespace(x).isdtype(x.dtype, ("real floating", "complex floating"))
 
 
+def is_complex(x: Array) -> bool:
+    """Whether `x` holds complex numbers."""
+    return not _is_bfloat16(x) and bool(namespace(x).isdtype(x.dtype, "complex floating"))
+
+
 def _is_bfloat16(x: Array) -> bool:
     return str(x.dtype).endswith("bfloat16")
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from math import prod
 from typing import Any, Self, TypeAlias
 
 from singd_core import preconditioner
@@ -13,6 +14,8 @@ from singd_core._array import (
     as_array,
     device,
     expand,
+    is_complex,
+    is_inexact,
     namespace,
     ranged,
     total,
@@ -20,7 +23,7 @@ from singd_core._array import (
 )
 from singd_core._settings import Rate, Settings
 from singd_core._tree import T_Tree, Tree, tree
-from singd_core.curvature import LayerKind, Sample
+from singd_core.curvature import LayerKind, Linear, Sample
 from singd_core.curvature.base import Shape
 from singd_core.step import Late, couples_decay, direction, squares_of, weight_change
 from singd_core.structures import Diagonal
@@ -77,6 +80,97 @@ def parts(parameter: Parameter) -> tuple[Array, ...]:
 def like(parameter: Parameter, arrays: Sequence[Array]) -> Parameter:
     """The inverse of `parts`."""
     return tuple(arrays) if isinstance(parameter, tuple) else arrays[0]
+
+
+# ---- what is given -----------------------------------------------------------------------------
+
+
+def kinds_of(
+    layers: Mapping[str, LayerKind] | None, params: Mapping[str, Parameter]
+) -> Mapping[str, LayerKind]:
+    """The kind of each layer; where none are named, each tuple and each matrix is linear.
+
+    A complex matrix is no layer unless named: the curvature is that of real maps.
+
+    Raises:
+        ValueError: If a layer is named that is no parameter.
+    """
+    if layers is None:
+        return {n: Linear() for n, p in params.items() if isinstance(p, tuple) or _is_matrix(p)}
+    for name in layers:
+        if name not in params:
+            raise ValueError(f"layers: {name!r} is no parameter; there are {list(params)}")
+    return layers
+
+
+def _is_matrix(weight: Array) -> bool:
+    return getattr(weight, "ndim", 0) == 2 and not is_complex(weight)
+
+
+def check_parameter(name: str, parameter: Parameter, kind: LayerKind | None) -> None:
+    """Refuse what is no parameter, or no layer of its kind.
+
+    Raises:
+        TypeError: If it is neither an array nor a tuple of two.
+        ValueError: If it is not of floating-point numbers, or does not fit the kind.
+    """
+    shapes_of(name, parameter)
+    if not all(map(is_inexact, parts(parameter))):
+        raise ValueError(f"{name!r} is not of floating-point numbers: leave it out")
+    if kind is None and isinstance(parameter, tuple):
+        raise ValueError(f"{name!r} has a bias but is no layer: name it in layers=")
+    if kind is None:
+        return
+    if any(map(is_complex, parts(parameter))):
+        raise ValueError(
+            f"{name!r} is complex, and {kind} is a real layer: leave it out of layers=, and give a "
+            "bias a name of its own; AdamW trains both"
+        )
+    weight, bias = pair(parameter)
+    try:
+        batch, d_out, _ = kind.shape(tuple(weight.shape), bias is not None)
+    except ValueError as error:
+        raise ValueError(f"{name!r}: {error}") from None
+    outputs = prod(batch) * d_out
+    if bias is not None and prod(bias.shape) != outputs:
+        raise ValueError(
+            f"{name!r}: the bias has shape {tuple(bias.shape)}, but a weight of shape "
+            f"{tuple(weight.shape)} has {outputs} outputs"
+        )
+
+
+def shapes_of(name: str, parameter: Parameter, what: str = "") -> list[tuple[int, ...]]:
+    """The shapes of the one or two arrays of a parameter, or `what`, e.g. "the gradient of ".
+
+    Raises:
+        TypeError: If it is neither an array nor a tuple of two.
+    """
+    found = [getattr(part, "shape", None) for part in parts(parameter)]
+    if None in found or len(found) > 2 or not found:
+        raise TypeError(
+            f"{what}{name!r} must be an array or a tuple (weight, bias), "
+            f"not {_described(parameter)}"
+        )
+    return [tuple(shape) for shape in found if shape is not None]
+
+
+def row_pair(name: str, rows: Any) -> tuple[Array, Array]:
+    """The layer's input and the gradient at its output.
+
+    Raises:
+        TypeError: If they are not two.
+    """
+    if isinstance(rows, (tuple, list)) and len(rows) == 2:
+        return rows[0], rows[1]
+    raise TypeError(
+        f"rows of {name!r} must be a pair, the layer's input and the gradient at its output, not "
+        f"{_described(rows)}; a layer without rows is left out"
+    )
+
+
+def _described(x: Any) -> str:
+    many = f" of {len(x)}" if isinstance(x, (tuple, list)) else ""
+    return "None" if x is None else f"a {type(x).__name__}{many}"
 
 
 # ---- the start ---------------------------------------------------------------------------------

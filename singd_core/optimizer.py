@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from singd_core import _parameter as one
 from singd_core import preconditioner
-from singd_core._array import Array, is_inexact
+from singd_core._array import Array
 from singd_core._parameter import LayerState as LayerState  # with `State`, what others import
 from singd_core._parameter import Parameter
 from singd_core._settings import (
@@ -21,7 +21,7 @@ from singd_core._settings import (
     settings,
 )
 from singd_core._tree import Tree, tree
-from singd_core.curvature import LayerKind, Linear
+from singd_core.curvature import LayerKind
 from singd_core.curvature.base import is_expand, loss_terms
 from singd_core.step import warmed
 from singd_core.updates.adamw import Fallback, Moments
@@ -108,9 +108,9 @@ class Optimizer:
         """The state before the first step.
 
         Raises:
-            TypeError: If `params` is no dictionary.
-            ValueError: If there is no parameter, one is of integers, or a layer is named that is
-                none of them.
+            TypeError: If `params` is no dictionary of arrays and tuples.
+            ValueError: If there is no parameter, one is of integers, a layer is named that is none
+                of them, or a weight and its bias do not fit the kind of their layer.
         """
         if not isinstance(params, Mapping):
             raise TypeError(
@@ -123,13 +123,11 @@ class Optimizer:
         given = self.structures, self.preconditioner_dtype, self.settings
         layers, fallback = {}, {}
         for name, parameter in params.items():
-            if not all(map(is_inexact, one.parts(parameter))):
-                raise ValueError(f"{name!r} is not of floating-point numbers: leave it out")
+            one.check_parameter(name, parameter, kinds.get(name))
+        for name, parameter in params.items():
             if name in kinds:
                 start = partial(one.layer_state, kinds[name], parameter, *given)
                 layers[name] = self._run(start, parameter)
-            elif isinstance(parameter, tuple):
-                raise ValueError(f"{name!r} has a bias but is no layer: name it in layers=")
             else:
                 fallback[name] = self._run(partial(Moments.zeros, parameter), parameter)
         return State(0, self._run(partial(one.count_state, first), first), layers, fallback)
@@ -150,13 +148,16 @@ class Optimizer:
             params: The current parameters.
 
         Raises:
+            TypeError: If rows are no pair.
             ValueError: If a name is no layer, or rows do not fit it.
         """
         kinds, found = self._kinds(params), {}
         how = self.kfac_approx, self.loss_average, self.settings.rows, state.step
-        for name, (x, g) in rows.items():
+        for name, given in rows.items():
             if name not in state.layers:
-                raise ValueError(f"rows of {name!r}: no such layer; there are {list(state.layers)}")
+                why = "AdamW trains it" if name in state.fallback else "no such layer"
+                raise ValueError(f"rows of {name!r}: {why}; the layers are {list(state.layers)}")
+            x, g = one.row_pair(name, given)
             measure = partial(one.layer_curvature, kinds[name], params[name], *how)
             try:
                 found[name] = self._run(measure, params[name], state.layers[name].factors, x, g)
@@ -201,9 +202,11 @@ class Optimizer:
             and rows is not finite, the changes are zero and all but the counts stays as it was.
 
         Raises:
+            TypeError: If a gradient is no array or tuple, or rows are no pair.
             ValueError: If names or shapes do not fit.
         """
         _check_alike(grads, params)
+        _check_state(state, params)
         kinds, first = self._kinds(params), next(iter(params.values()))
         share = warmed(self.settings, state.step)
         s = dataclasses.replace(self.settings, lr=self.settings.lr * share)
@@ -259,13 +262,8 @@ class Optimizer:
         """
         return function(*arguments)
 
-    def _kinds(self, params: Mapping[str, Parameter]) -> dict[str, LayerKind]:
-        if self.layers is None:
-            return {n: Linear() for n, p in params.items() if isinstance(p, tuple) or p.ndim == 2}
-        for name in self.layers:
-            if name not in params:
-                raise ValueError(f"layers: {name!r} is no parameter; there are {list(params)}")
-        return self.layers
+    def _kinds(self, params: Mapping[str, Parameter]) -> Mapping[str, LayerKind]:
+        return one.kinds_of(self.layers, params)
 
 
 def _check_alike(grads: Mapping[str, Parameter], params: Mapping[str, Parameter]) -> None:
@@ -275,10 +273,16 @@ def _check_alike(grads: Mapping[str, Parameter], params: Mapping[str, Parameter]
             f"gradients and parameters have different names: {odd} in only one of them"
         )
     for name, parameter in params.items():
-        got, expected = _shapes(grads[name]), _shapes(parameter)
+        got = one.shapes_of(name, grads[name], "the gradient of ")
+        expected = one.shapes_of(name, parameter)
         if got != expected:
             raise ValueError(f"the gradient of {name!r} has shape {got}, its parameter {expected}")
 
 
-def _shapes(parameter: Parameter) -> list[tuple[int, ...]]:
-    return [tuple(part.shape) for part in one.parts(parameter)]
+def _check_state(state: State, params: Mapping[str, Parameter]) -> None:
+    odd = sorted({*state.layers, *state.fallback} ^ set(params))
+    if odd:
+        raise ValueError(
+            f"the state and the parameters have different names: {odd} in only one of them; "
+            "`init(params)` makes the state"
+        )

@@ -56,6 +56,8 @@ def resolve(
                 "cost": '"cost:n" wants n >= 1',
             }
             raise ValueError(f'structures="{structures}": {wanted[kind]}')
+        if 0 in (d_out, d_in):
+            return Dense, Dense
         if kind == "cost":
             return by_cost(d_out, d_in, int(count))
         return within(d_in, int(count)), within(d_out, int(count))
@@ -72,6 +74,8 @@ def resolve(
                 f'structures[{i}] = "{found[i].name}": KFAC inverts dense factors; choose "dense", '
                 "or the inverse-free update (kfac=False)"
             )
+    if 0 in (d_out, d_in):  # there is nothing to learn, and not every structure has a side of 0
+        return Dense, Dense
     return found[0], found[1]
 
 

@@ -203,6 +203,8 @@ def size(shape: Sequence[int], t_U: Scalar, agreement: Scalar) -> Scalar:
     1.5 / √(d_in t_U), the second of which counts only where t_U is known.
     """
     d_out, d_in = shape[-2:]
+    if 0 in (d_out, d_in):
+        return 0.0
     spectral = SPECTRAL / math.sqrt(max(d_out, d_in))
     known = t_U > TINY
     outputs = OUTPUTS / (d_in * where(known, t_U, 1.0)) ** 0.5

@@ -4,9 +4,10 @@ from singd_cupy._cuda import require
 
 require()
 
+from singd_core import __version__  # noqa: E402
 from singd_cupy import _fuse  # noqa: E402, F401 - registers itself
 from singd_cupy.dlpack import from_dlpack  # noqa: E402
 from singd_cupy.optimizer import Optimizer  # noqa: E402
 from singd_cupy.state import flatten, unflatten  # noqa: E402
 
-__all__ = ["Optimizer", "flatten", "from_dlpack", "unflatten"]
+__all__ = ["Optimizer", "__version__", "flatten", "from_dlpack", "unflatten"]

@@ -1,5 +1,6 @@
 """SINGD for JAX: an optax optimizer for unmodified models."""
 
+from singd_core import __version__
 from singd_jax._accumulate import MultiSteps
 from singd_jax._check import check
 from singd_jax._curvature import value_and_curvature
@@ -15,6 +16,7 @@ __all__ = [
     "Layers",
     "MultiSteps",
     "SingdState",
+    "__version__",
     "check",
     "find_layers",
     "flatten",

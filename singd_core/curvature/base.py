@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import ClassVar
 
-from singd_core._array import Array, concat, namespace
+from singd_core._array import Array, concat, full, namespace
 from singd_core.curvature._sampling import Sample
 
 Shape = tuple[int, ...]
@@ -138,5 +138,21 @@ def append_bias(matrix: Array, bias: Array | None) -> Array:
 
 def append_ones(x: Array, axis: int, value: float = 1.0) -> Array:
     """`x` with one more entry along `axis`, filled with ones (or another value)."""
+    if x.shape[axis] == 0:
+        return full((*x.shape[:axis], 1, *x.shape[axis + 1 :]), value, like=x)
     index = (slice(None),) * axis + (slice(0, 1), ...)
     return concat((x, namespace(x).full_like(x[index], value)), axis=axis)
+
+
+def two_axes(weight_shape: Sequence[int], kind: LayerKind) -> tuple[int, int]:
+    """The shape of a weight with two axes.
+
+    Raises:
+        ValueError: If it has another number of axes.
+    """
+    if len(weight_shape) != 2:
+        raise ValueError(
+            f"{kind} has a weight of 2 axes, not of shape {tuple(weight_shape)}: give the kind of "
+            "the layer in layers="
+        )
+    return weight_shape[0], weight_shape[1]

@@ -190,6 +190,11 @@ class Convolution(LayerKind):
 
     def shape(self, weight_shape: Sequence[int], bias: bool) -> tuple[Shape, int, int]:
         """`((groups,), C_out / groups, d_in [+ 1])`, `((), C_out, d_in [+ 1])` without."""
+        if len(weight_shape) != len(self.windows) + 2:
+            raise ValueError(
+                f"{self} has a weight of {len(self.windows) + 2} axes, not of shape "
+                f"{tuple(weight_shape)}"
+            )
         groups, d_in = self._matrix_groups, prod(weight_shape[1:]) + bias
         return ((groups,) if groups > 1 else ()), weight_shape[0] // groups, d_in
 

@@ -8,7 +8,7 @@ from math import prod
 
 from singd_core._array import Array, device, namespace
 from singd_core.curvature._sampling import Sample
-from singd_core.curvature.base import LayerKind, Shape
+from singd_core.curvature.base import LayerKind, Shape, two_axes
 from singd_core.curvature.linear import Linear
 
 
@@ -78,5 +78,5 @@ class Embedding(LayerKind):
 
     def shape(self, weight_shape: Sequence[int], bias: bool) -> tuple[Shape, int, int]:
         """`((), d_out, entries)`."""
-        entries, d_out = weight_shape
+        entries, d_out = two_axes(weight_shape, self)
         return (), d_out, entries

@@ -15,6 +15,7 @@ from singd_core.curvature.base import (
     append_ones,
     is_expand,
     loss_terms,
+    two_axes,
 )
 
 
@@ -89,7 +90,8 @@ class Linear(LayerKind):
 
     def shape(self, weight_shape: Sequence[int], bias: bool) -> tuple[Shape, int, int]:
         """`((), d_out, d_in [+ 1])`."""
-        d_out, d_in = reversed(weight_shape) if self.transposed else weight_shape
+        first, last = two_axes(weight_shape, self)
+        d_out, d_in = (last, first) if self.transposed else (first, last)
         return (), d_out, d_in + bias
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from singd_core._array import Array, namespace
 from singd_core.curvature._sampling import Sample
-from singd_core.curvature.base import LayerKind, Shape, append_bias
+from singd_core.curvature.base import LayerKind, Shape, append_bias, two_axes
 from singd_core.curvature.linear import Linear
 
 
@@ -64,5 +64,5 @@ class StackedLinear(LayerKind):
 
     def shape(self, weight_shape: Sequence[int], bias: bool) -> tuple[Shape, int, int]:
         """`((parts,), d_out, d_in [+ 1])`."""
-        d_out, d_in = weight_shape
+        d_out, d_in = two_axes(weight_shape, self)
         return (self.parts,), d_out // self.parts, d_in + bias

@@ -253,7 +253,9 @@ class Pattern(Structure):
     def norm(self) -> Array:
         axes = len(self.batch)
         norms = [norm(a, a.ndim - axes) for _, a in self.named_arrays() if 0 not in a.shape]
-        xp = namespace(norms[0])
+        xp = namespace(self.like)
+        if not norms:  # of a side of 0
+            return norm(self.like, self.like.ndim - axes)
         return norms[0] if len(norms) == 1 else xp.linalg.vector_norm(xp.stack(norms), axis=0)
 
     def max_abs(self) -> Array:
@@ -263,4 +265,4 @@ class Pattern(Structure):
             if 0 not in a.shape:
                 new = xp.max(xp.abs(a), axis=tuple(range(axes, a.ndim)))
                 largest = new if largest is None else xp.maximum(largest, new)
-        return largest
+        return self.norm() if largest is None else largest

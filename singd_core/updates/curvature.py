@@ -71,7 +71,7 @@ class Curvature(Tree):
     @classmethod
     def of(cls, inputs: Measured, N: Scalar, outputs: Measured, M: Scalar) -> Self:
         """From the sums of N rows of inputs, and of output gradients of a mean over M terms."""
-        d_in, d_out = inputs.S.shape[-1], outputs.S.shape[-1]
+        d_in, d_out = (max(1, sums.S.shape[-1]) for sums in (inputs, outputs))
         if isinstance(N, (int, float)):
             N = N or 1
         else:  # counted on the device, where there may be none

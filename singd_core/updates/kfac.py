@@ -64,6 +64,8 @@ class KFAC(Tree):
 
         There is nothing to `report`.
         """
+        if 0 in (self.S_K.shape[-1], self.S_C.shape[-1]):
+            return self  # of a weight without numbers
         old, curvature = self.averages.read(curvature)
         averages = old.update(curvature, lr_cov, s)
         lambda_K, lambda_C = averages.damping(s)
@@ -90,7 +92,8 @@ def _side(P: Dense, *, balanced: bool) -> Side:
 
 def average(S: Dense, U: Structure, beta: Scalar, start: Scalar) -> Dense:
     """(1 − β₁) S + β₁ U; the first refresh of a scaled start divides S = I by start²."""
-    wide = S.astype(U.like).scale(1.0 / (start * start))
+    # start is 0 where the curvature is infinite: that shows in U, and the step is skipped
+    wide = S.astype(U.like).scale(1.0 / at_least(start * start, TINY))
     return wide.add_scaled(beta, Dense(U.dense()) - wide).astype(S.like)
 
 

@@ -218,7 +218,7 @@ def broken(g: Any, rows: Any, case: str) -> tuple[Any, Any, str]:
         "left over": (g | {"tail": np.ones(2)}, rows, r"\['tail'\] in only one of them"),
         "shape": (g | {"head": g["head"].T}, rows, r"gradient of 'head' has shape \[\(5, 3\)\]"),
         "no bias": (g | {"map": g["map"][0]}, rows, r"gradient of 'map' has shape"),
-        "rows of no layer": (g, rows | {"vector": rows["map"]}, r"rows of 'vector': no such layer"),
+        "rows of no layer": (g, rows | {"vector": rows["map"]}, r"'vector': AdamW trains it"),
         "too few features": (g, {"map": (rows["map"][0][:, :3], rows["map"][1])}, r"rows of 'map'"),
         "too few outputs": (g, {"map": (rows["map"][0], rows["map"][1][:, :3])}, r"rows of 'map'"),
         "unequal batches": (g, {"map": (rows["map"][0][:3], rows["map"][1])}, r"rows of 'map'"),

@@ -1,0 +1,223 @@
+"""What the pure optimizer is given: sizes of zero, complex numbers, infinities, and mistakes."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from backends import BACKENDS, Backend
+
+from singd_core import (
+    Convolution,
+    Embedding,
+    Linear,
+    Optimizer,
+    StackedLinear,
+    check,
+    flatten,
+)
+
+GIVEN: dict[str, dict[str, Any]] = {
+    "normalized": {},
+    "paper": {"recipe": "paper", "normalize_lr_cov": True},
+    "kfac": {"kfac": True},
+    "diagonal": {"structures": ("diagonal", "diagonal")},
+    "toeplitz": {"structures": ("triltoeplitz", "triutoeplitz")},
+    "hierarchical": {"structures": ("hierarchical:1,1", "blockdiagonal:2")},
+}
+EAGER = [b for b in BACKENDS if b.library != "jax"]  # there each new operation compiles
+
+
+def steps(optimizer: Optimizer, params: Any, grads: Any, rows: Any, n: int = 3) -> Any:
+    state = optimizer.init(params)
+    for _ in range(n):
+        given = rows if optimizer.due(state) else None
+        updates, state = optimizer.update(grads, state, params, given)
+        params = optimizer.apply(params, updates)
+    return params, state
+
+
+# ---- sizes of zero -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", GIVEN)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize(("d_out", "d_in"), [(3, 0), (0, 4), (0, 0)])
+@pytest.mark.parametrize("backend", EAGER, ids=str)
+def test_a_layer_without_inputs_or_outputs_leaves_the_others_alone(
+    backend: Backend, d_out: int, d_in: int, bias: bool, case: str
+) -> None:
+    rng = np.random.default_rng(0)
+    x, g = rng.standard_normal((8, d_in)), rng.standard_normal((8, d_out))
+    other, z = rng.standard_normal((8, 2)), rng.standard_normal((8, 2))
+    with backend.active():
+
+        def to(*arrays: np.ndarray) -> Any:
+            return tuple(backend.to(a, "float32") for a in arrays)
+
+        weight, *bias_of = to(np.ones((d_out, d_in)), *([np.ones(d_out)] if bias else []))
+        grad, *bias_grad = to(g.T @ x, *([g.sum(0)] if bias else []))
+        params = {"empty": (weight, *bias_of) if bias else weight, "other": to(np.ones((2, 2)))[0]}
+        grads = {"empty": (grad, *bias_grad) if bias else grad, "other": to(z.T @ other)[0]}
+        rows = {"empty": to(x, g), "other": to(other, z)}
+        params, state = steps(Optimizer(**GIVEN[case]), params, grads, rows)
+        alone, _ = steps(
+            Optimizer(**GIVEN[case]),
+            {"other": to(np.ones((2, 2)))[0]},
+            {"other": grads["other"]},
+            {"other": rows["other"]},
+        )
+        assert float(backend.back(state.skipped)) == 0
+        np.testing.assert_array_equal(*(backend.back(p["other"]) for p in (params, alone)))
+        if bias and d_out:  # the bias of a layer without inputs is trained
+            moved = backend.back(params["empty"][1])
+            assert np.all(np.isfinite(moved))
+            assert np.all(moved != 1.0)
+
+
+# ---- complex numbers ---------------------------------------------------------------------------
+
+
+def test_a_complex_matrix_is_trained_by_adamw() -> None:
+    weight = np.ones((3, 2)) + 1j
+    state = Optimizer().init({"w": weight, "real": np.ones((3, 2))})
+    assert (set(state.layers), set(state.fallback)) == ({"real"}, {"w"})
+    with pytest.raises(ValueError, match=r"'w': AdamW trains it; the layers are \['real'\]"):
+        Optimizer().curvature(
+            {"w": (np.ones((4, 2)), np.ones((4, 3)))}, state, {"w": weight, "real": np.ones((3, 2))}
+        )
+
+
+@pytest.mark.parametrize("layers", [None, {"w": Linear()}], ids=["found", "named"])
+def test_a_complex_layer_is_an_error(layers: Any) -> None:
+    with pytest.raises(ValueError, match=r"'w' is complex, and Linear.* is a real layer"):
+        Optimizer(layers).init({"w": (np.ones((3, 2)) + 0j, np.ones(3) + 0j)})
+
+
+# ---- infinities --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", EAGER, ids=str)
+@pytest.mark.parametrize("case", GIVEN)
+@pytest.mark.parametrize("where", ["input", "output"])
+def test_an_infinity_in_the_first_rows_skips_the_step(
+    where: str, case: str, backend: Backend
+) -> None:
+    x, g = np.ones((8, 5)), np.ones((8, 3))
+    bad = (np.where(x > 0.0, np.inf, x), g) if where == "input" else (x, np.where(g > 0, np.inf, g))
+    with backend.active(), np.errstate(all="ignore"):
+        params = {"w": backend.to(np.ones((3, 5)), "float32")}
+        grads = {"w": backend.to(g.T @ x, "float32")}
+        optimizer = Optimizer(**GIVEN[case])
+        state = optimizer.init(params)
+        rows = {"w": tuple(backend.to(a, "float32") for a in bad)}
+        updates, new = optimizer.update(grads, state, params, rows)
+        assert float(backend.back(new.skipped)) == 1
+        assert not np.any(backend.back(updates["w"]))
+        for (name, a), (_, b) in zip(new.named_arrays(), state.named_arrays(), strict=True):
+            assert name == "skipped" or np.array_equal(backend.back(a), backend.back(b)), name
+
+
+# ---- mistakes ----------------------------------------------------------------------------------
+
+W, B = np.zeros((4, 3)), np.zeros(4)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "layers", "error", "message"),
+    [
+        ([W, B], None, TypeError, r"'a' must be an array or a tuple \(weight, bias\), not a list"),
+        (None, None, TypeError, "'a' must be an array or a tuple .*, not None"),
+        ((W, B, B), None, TypeError, "'a' must be an array or .*, not a tuple of 3"),
+        ((W, None), None, TypeError, "'a' must be an array or .*, not a tuple of 2"),
+        (
+            (W, B[:3]),
+            None,
+            ValueError,
+            r"'a': the bias has shape \(3,\), but .* 4 outputs",
+        ),
+        ((B, B), None, ValueError, r"'a': Linear.* a weight of 2 axes, not of shape \(4,\)"),
+        ((W[..., None], B), None, ValueError, r"'a': Linear.* not of shape \(4, 3, 1\)"),
+        (B, Linear(), ValueError, r"'a': Linear.* not of shape \(4,\)"),
+        (B, Embedding(4), ValueError, r"'a': Embedding.* not of shape \(4,\)"),
+        (B, StackedLinear(2), ValueError, r"'a': StackedLinear.* not of shape \(4,\)"),
+        (W, Convolution((1,)), ValueError, r"'a': Convolution.* 3 axes, not of shape \(4, 3\)"),
+    ],
+)
+def test_a_parameter_that_does_not_fit_is_named(
+    parameter: Any, layers: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        Optimizer(None if layers is None else {"a": layers}).init({"a": parameter})
+
+
+@pytest.mark.parametrize(
+    ("grad", "rows", "error", "message"),
+    [
+        ([W, B], None, TypeError, "the gradient of 'a' must be an array or a tuple .* a list of 2"),
+        (None, None, TypeError, "the gradient of 'a' must be .*, not None"),
+        ((W, B), {"a": None}, TypeError, "rows of 'a' must be a pair.* not None; a layer without"),
+        ((W, B), {"a": np.ones((5, 3))}, TypeError, "rows of 'a' must be a pair.* not a ndarray"),
+        ((W, B), {"b": (W, W)}, ValueError, r"rows of 'b': no such layer; the layers are \['a'\]"),
+    ],
+)
+def test_gradients_and_rows_that_do_not_fit_are_named(
+    grad: Any, rows: Any, error: type[Exception], message: str
+) -> None:
+    optimizer, params = Optimizer(), {"a": (W, B)}
+    with pytest.raises(error, match=message):
+        optimizer.update({"a": grad}, optimizer.init(params), params, rows)
+
+
+def test_a_state_of_other_parameters_is_named() -> None:
+    optimizer, other = Optimizer(), {"q": np.zeros((2, 2))}
+    with pytest.raises(ValueError, match=r"the state and the parameters .* \['a', 'q'\] in only"):
+        optimizer.update(other, optimizer.init({"a": (W, B)}), other)
+
+
+# ---- `check` -----------------------------------------------------------------------------------
+
+
+def problem() -> tuple[Any, Any, Any]:
+    rng = np.random.default_rng(0)
+    x, g, images, h = (
+        rng.standard_normal(shape) for shape in ((8, 3), (8, 4), (8, 2, 5), (8, 4, 5))
+    )
+    conv = Convolution((3,), padding=1)
+    A, _ = conv.inputs(images, bias=True, kfac_approx="expand")
+    rows_of_h, _ = conv.outputs(h, kfac_approx="expand", loss_average=None)
+    kernel = conv.split(rows_of_h.T @ A, (4, 2, 3), True)
+    grads = {"map": (g.T @ x, g.sum(0)), "conv": kernel, "vector": np.ones(3)}
+    params = {n: tuple(map(np.zeros_like, p)) for n, p in grads.items() if n != "vector"}
+    rows = {"map": (x, g), "conv": (images, h)}
+    return grads, params | {"vector": np.ones(3)}, rows
+
+
+LAYERS = {"map": Linear(), "conv": Convolution((3,), padding=1)}
+
+
+def test_rows_multiply_to_the_gradient() -> None:
+    found = check(*problem(), LAYERS)
+    assert set(found) == {"map", "conv"}
+    assert max(found.values()) < 1e-12
+
+
+def test_rows_that_do_not_are_named_with_the_factor_that_is_missing() -> None:
+    grads, params, rows = problem()
+    x, g = rows["map"]
+    with pytest.raises(ValueError, match=r"'map' \(off by 0\.875; right if .* multiplied by 8\)"):
+        check(grads, params, rows | {"map": (x, g / 8)}, LAYERS)
+    with pytest.raises(ValueError, match=r"gradient: 'map' \(off by [\d.]+\)$"):
+        check(grads, params, rows | {"map": (x[::-1], g)}, LAYERS)
+    with pytest.raises(ValueError, match="rows of 'vector': no such layer"):
+        check(grads, params, {"vector": (x, g)}, LAYERS)
+
+
+def test_what_is_exported_is_what_pages_tell_to_use() -> None:
+    import singd_core
+
+    assert singd_core.get is singd_core.structures.get
+    assert {"Embedding", "StackedLinear", "LayerKind", "flatten", "check"} <= set(
+        singd_core.__all__
+    )
+    state = Optimizer().init({"w": W})
+    assert "w.K.matrix" in flatten(state)
