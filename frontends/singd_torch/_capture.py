@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -100,6 +100,12 @@ class Tap:
     def update(self) -> None:
         """Ask the owner whether rows are wanted."""
         self.due = self._rows() is not None
+
+    def follow(self, new: Mapping[Tensor, Tensor]) -> None:
+        """Watch the weight that is in the place of its own now, if there is one."""
+        if self._source is not None and self._source.weight in new:
+            self._source = self._source.of(new)
+            _compiled.tell_apart(self._owner(), self._source.weight)  # type: ignore[misc]
 
     def _rows(self) -> Rows | None:
         owner = None if self._owner is None else self._owner()

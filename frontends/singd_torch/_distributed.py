@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from singd_torch._layers import Layer
@@ -15,6 +17,23 @@ def processes_of_call() -> dist.ProcessGroup | None:
     """The processes of the DistributedDataParallel wrapper whose forward pass this is part of."""
     wrapper = DistributedDataParallel._active_ddp_module
     return None if wrapper is None else wrapper.process_group
+
+
+def group_of(processes: Any) -> dist.ProcessGroup:
+    """The group of all processes of a DeviceMesh, or the ProcessGroup that was given.
+
+    Raises:
+        TypeError: If it is neither.
+        ValueError: If this process is not one of them.
+    """
+    if processes is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("processes: this process is not one of them")
+    if isinstance(processes, DeviceMesh):
+        mesh = processes if processes.ndim == 1 else processes._flatten()
+        return mesh.get_group()
+    if not isinstance(processes, dist.ProcessGroup):
+        raise TypeError(f"processes={processes!r}: give a ProcessGroup or a DeviceMesh")
+    return processes
 
 
 def reduce_rows(layers: Sequence[Layer], group: dist.ProcessGroup) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -54,6 +54,10 @@ class Source:
     part: int | None = None
     swapped: bool = False
     batch_second: bool = False
+
+    def of(self, new: Mapping[Tensor, Tensor]) -> Source:
+        """The same of the weight that is in the place of its own now."""
+        return dataclasses.replace(self, weight=new.get(self.weight, self.weight))
 
 
 @dataclasses.dataclass(eq=False)

@@ -22,6 +22,8 @@ from singd_torch._queue import Call, Queue
 from singd_torch._scratch import Scratch
 from singd_torch._stacks import Stack, stacks
 from singd_torch._warnings import warn
+from singd_torch.sharding.guards import refuse_stages
+from singd_torch.sharding.switched import switched
 
 
 class Watcher(torch.optim.Optimizer):
@@ -33,6 +35,7 @@ class Watcher(torch.optim.Optimizer):
     """
 
     _processes: torch.distributed.ProcessGroup | None
+    _names: dict[nn.Parameter, str]
     _compile: dict[str, Any] | None
     _names: dict[nn.Parameter, str]
 
@@ -49,6 +52,7 @@ class Watcher(torch.optim.Optimizer):
         self._scale_of_rows: float | None = None
         self._mask: Tensor | None = None
         self._sampled: str | None = None
+        self._is_checked = False
 
     def _route(self) -> None:
         """Decide which parameters form layers, keeping what is known of those that stay."""
@@ -67,17 +71,49 @@ class Watcher(torch.optim.Optimizer):
                     else:
                         self._taps[module] = _capture.install(self, source, module)
         self._stack_up()
+        self._index()
+
+    def _index(self) -> None:
+        """Find layers and groups by parameters."""
         self._by_weight: dict[Tensor, Layer] = {layer.weight: layer for layer in self._layers}
         self._group_of = {p: group for group in self.param_groups for p in group["params"]}
         owned = {p for layer in self._layers for p in layer.parameters}
         self._fallback = [p for p in self._group_of if p not in owned]
         self._tell_taps()
 
+    def _is_switched(self) -> bool:
+        """Whether the groups have other parameters than they had, which all are in that case."""
+        groups = self.param_groups
+        return any(p not in self._group_of for group in groups for p in group["params"][:1])
+
+    def _follow(self) -> dict[Tensor, nn.Parameter]:
+        """Train the parameters that the groups have now, by those in whose places they are.
+
+        Modules are not asked: in a forward pass they may have others still, gathered for it.
+        """
+        new = switched(self.param_groups, list(self._group_of))
+        for layer in self._layers:
+            layer.weight = new[layer.weight]
+            layer.bias = None if layer.bias is None else new[layer.bias]
+            layer.sources = [(module, source.of(new)) for module, source in layer.sources]
+        for taps in self._taps.values():
+            for tap in taps:
+                tap.follow(new)
+        for p, q in new.items():
+            if p in self.state:
+                self.state[q] = self.state.pop(p)
+        self._names = {new.get(p, p): name for p, name in self._names.items()}
+        self._stack_up()
+        self._index()
+        return new
+
     def _tell_taps(self) -> None:
         """Whether rows are wanted now, for graphs of torch.compile."""
+        was_checked, self._is_checked = self._is_checked, True  # nobody calls the model here
         for taps in self._taps.values():
             for tap in taps:
                 tap.update()
+        self._is_checked = was_checked
 
     def _stack_up(self, parted: list[Stack] | None = None) -> None:
         self._stacks = stacks(self._layers) if parted is None else parted
@@ -95,6 +131,11 @@ class Watcher(torch.optim.Optimizer):
 
     def rows_wanted(self, source: Source) -> Callable[[Tensor, Tensor], None] | None:
         """What takes the rows of a layer in the current step, or None when it is not due."""
+        if not self._is_checked:
+            refuse_stages()
+            self._is_checked = True
+        if self._is_switched():
+            source = source.of(self._follow())
         layer = self._by_weight.get(source.weight)
         if layer is None or not layer.weight.requires_grad:
             return None

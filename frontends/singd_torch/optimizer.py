@@ -7,17 +7,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
 from singd_core import preconditioner
 from singd_core._settings import DEFAULT, FALLBACK_RATES, STRUCTURES, settings
 from singd_torch import _diagnostics, _scaling, _state, _table
-from singd_torch._distributed import reduce_rows
+from singd_torch._distributed import group_of, reduce_rows
 from singd_torch._estimate import automatic
 from singd_torch._groups import check_group
 from singd_torch._saving import Saving
 from singd_torch._stepper import Stepper
 from singd_torch._warnings import warn
 from singd_torch._watcher import is_due
+from singd_torch.sharding.guards import ALONE, check_model, is_one_of_several
 
 
 class SINGD(Stepper, Saving):
@@ -61,6 +64,8 @@ class SINGD(Stepper, Saving):
         fallback_betas: AdamW's betas.
         fallback_eps: AdamW's epsilon.
         fallback_weight_decay: AdamW's weight decay.
+        processes: The processes that train copies of the model whose gradients are averaged
+            without a wrapper; a DistributedDataParallel wrapper tells them by itself.
         **given: Any further setting of `singd_core.Settings`, e.g. `nesterov=False`.
 
     Raises:
@@ -108,15 +113,17 @@ class SINGD(Stepper, Saving):
         fallback_betas: tuple[float, float] = (0.9, 0.999),
         fallback_eps: float = 1e-8,
         fallback_weight_decay: float = 0.01,
+        processes: ProcessGroup | DeviceMesh | None = None,
         **given: Any,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        if isinstance(model, nn.DataParallel):
-            raise TypeError("nn.DataParallel is not supported: use DistributedDataParallel")
+        check_model(model)
         self._processes, model = None, _plain(model)
         if isinstance(model, nn.parallel.DistributedDataParallel):
             self._processes, model = model.process_group, _plain(model.module)
+        if processes is not None:
+            self._processes = group_of(processes)
         given |= {
             "lr": lr,
             "momentum": momentum,
@@ -216,6 +223,8 @@ class SINGD(Stepper, Saving):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._is_switched():
+            self._follow()
         for p in self._group_of:
             if p.grad is not None and p.grad.is_sparse:
                 name = self._names.get(p, "a parameter")
@@ -233,14 +242,26 @@ class SINGD(Stepper, Saving):
             for layer in due:
                 self._factors(layer)
             reduce_rows(due, self._processes)
+        elif is_one_of_several() and any(layer.pending for layer in self._layers):
+            self._warn_once(ALONE)
         ready, others = self._ready()
         if ready or others:
             self._take_step(ready, others, scales)
+        else:
+            self._check_parameters()
         for group in self.param_groups:
             group["steps"] += 1
         self._forget_rows()
         self._mask = self._scale_of_rows = None
         return loss
+
+    def _check_parameters(self) -> None:
+        """Refuse to train nothing, as the model has other parameters by now."""
+        if not set(self._group_of) & set(self._model.parameters()):
+            raise RuntimeError(
+                "the model has none of the optimizer's parameters any more: build the optimizer "
+                "after what replaces them, such as fully_shard(model) and model.to(...)"
+            )
 
     def _is_no_step(self) -> bool:
         """Whether this is how torch.distributed.checkpoint makes the state that it loads into."""

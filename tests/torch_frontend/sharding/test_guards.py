@@ -1,0 +1,177 @@
+"""What cannot be trained in parts is refused; copies of a model do not drift apart unnoticed."""
+
+import warnings
+from typing import Any
+
+import gloo
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+
+from singd_torch import SINGD
+
+STEPS = 4
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+
+def data(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(step)
+    x = torch.randn(16, 4, generator=draw, dtype=torch.float64)
+    return x, torch.randint(3, (16,), generator=draw)
+
+
+def backward(model: nn.Module, step: int, rank: int = 0, world: int = 1) -> None:
+    x, y = (t.chunk(world)[rank] for t in data(step))
+    nn.functional.cross_entropy(model(x), y).backward()
+
+
+def own_loop(rank: int, world: int, how: str) -> Any:
+    """Gradients that are averaged by hand: the weights, and what the optimizer warned of."""
+    model = network()
+    given = {
+        "nothing": {},
+        "a group": {"processes": dist.group.WORLD},
+        "a mesh": {"processes": init_device_mesh("cpu", (world,))},
+    }[how]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer = SINGD(model, **given)
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            backward(model, step, rank, world)
+            for p in model.parameters():
+                dist.all_reduce(p.grad)
+                p.grad /= world
+            optimizer.step()
+    said = [str(w.message) for w in caught if "several processes" in str(w.message)]
+    return [p.detach() for p in model.parameters()], said
+
+
+@pytest.mark.parametrize("how", ["a group", "a mesh"])
+def test_processes_that_average_gradients_by_themselves_train_like_one(how: str) -> None:
+    found = gloo.run(2, own_loop, how)
+    model = network()
+    optimizer = SINGD(model)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        backward(model, step)
+        optimizer.step()
+    for weights, said in found:
+        assert not said
+        for p, q in zip(model.parameters(), weights, strict=True):
+            torch.testing.assert_close(p.detach(), q, rtol=0.0, atol=1e-12)
+
+
+def test_processes_of_which_nothing_is_told_are_warned_once_what_to_tell() -> None:
+    for _, said in gloo.run(2, own_loop, "nothing"):
+        (text,) = said
+        assert "SINGD(model, processes=torch.distributed.group.WORLD)" in text
+
+
+def wrapped_flat(rank: int, world: int, original: bool) -> str:
+    model = FullyShardedDataParallel(
+        network(), device_id=torch.device("cpu"), use_orig_params=original
+    )
+    with pytest.raises(TypeError, match="fully_shard") as error:
+        SINGD(model)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("original", [False, True])
+def test_flat_parameters_are_refused(original: bool) -> None:
+    gloo.run(1, wrapped_flat, original)
+
+
+def staged(rank: int, world: int) -> None:
+    model = network()
+    stage = PipelineStage(model, 0, 1, torch.device("cpu"))
+    schedule = ScheduleGPipe(stage, n_microbatches=2, loss_fn=nn.functional.cross_entropy)
+    optimizer = SINGD(model)
+    x, y = data(0)
+    with pytest.raises(RuntimeError, match="stages of a pipeline"):
+        schedule.step(x, target=y)
+    del optimizer
+    schedule.step(x, target=y)  # the model is as it was
+
+
+def test_a_stage_of_a_pipeline_is_refused_in_its_first_forward_pass() -> None:
+    gloo.run(1, staged)
+
+
+def replace(model: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
+    """Give all modules new parameters."""
+    new = {p: nn.Parameter(p.detach().clone()) for p in model.parameters()}
+    for module in model.modules():
+        for name, p in list(module._parameters.items()):
+            module._parameters[name] = None if p is None else new[p]
+    return new
+
+
+class Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.last = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)[:, None]
+        return self.last(self.attention(x, x, x)[0][:, 0])
+
+
+@pytest.mark.parametrize("after", [0, 2])
+@pytest.mark.parametrize("zero_first", [False, True])
+def test_parameters_that_are_switched_go_on_as_those_they_replace(
+    after: int, zero_first: bool
+) -> None:
+    weights = []
+    for switches in (False, True):
+        torch.manual_seed(0)
+        model = Mixed().double()
+        optimizer = SINGD(model, T=1, growing_T=False)
+        for step in range(STEPS):
+            if switches and step == after:
+                new = replace(model)
+                for group in optimizer.param_groups:
+                    group["params"] = [new[p] for p in group["params"]]
+            if zero_first:
+                optimizer.zero_grad()
+            backward(model, step)
+            optimizer.step()
+            optimizer.zero_grad()
+        assert "first.weight + bias" in repr(optimizer)
+        assert all(p in optimizer.state for p in model.parameters() if p.ndim == 2)
+        weights.append([p.detach() for p in model.parameters()])
+    for p, q in zip(*weights, strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_switch_to_other_shapes_is_an_error() -> None:
+    model = network()
+    optimizer = SINGD(model)
+    optimizer.param_groups[0]["params"] = [nn.Parameter(torch.ones(3))] * 6
+    with pytest.raises(ValueError, match="build the optimizer again"):
+        optimizer.step()
+
+
+def test_a_model_that_has_other_parameters_by_now_is_an_error() -> None:
+    model = network()
+    optimizer = SINGD(model)
+    replace(model)
+    backward(model, 0)
+    with pytest.raises(RuntimeError, match="fully_shard"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("given", [1, "gloo"])
+def test_processes_that_are_no_group_are_an_error(given: Any) -> None:
+    with pytest.raises(TypeError, match="ProcessGroup"):
+        SINGD(network(), processes=given)
