@@ -37,7 +37,6 @@ class Watcher(torch.optim.Optimizer):
     _processes: torch.distributed.ProcessGroup | None
     _names: dict[nn.Parameter, str]
     _compile: dict[str, Any] | None
-    _names: dict[nn.Parameter, str]
 
     def _watch(self, model: nn.Module) -> None:
         """Begin with a model of which no layer is known yet."""
