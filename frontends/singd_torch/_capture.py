@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
@@ -37,6 +38,26 @@ class _Probe(torch.autograd.Function):
         (x,), (g,) = ctx.saved_tensors, grads
         ctx.tap.take(x, g if ctx.shape is None else g.reshape(ctx.shape))
         return g, None, None, None
+
+
+class Reach(enum.Enum):
+    """What the backward pass that runs does with the gradient of a weight."""
+
+    NOT = enum.auto()  # it is a derivative with respect to something else
+    ADDED = enum.auto()  # to `weight.grad`, by `backward`
+    RETURNED = enum.auto()  # by `torch.autograd.grad`
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Reach:
+        """That of a leaf, in the backward pass that runs."""
+        with torch.enable_grad():
+            view = weight.view_as(weight).grad_fn
+        assert view is not None
+        try:
+            reached = torch._C._will_engine_execute_node(view.next_functions[0][0])
+        except RuntimeError:  # torch says so of a leaf that torch.autograd.grad was asked for
+            return cls.RETURNED
+        return cls.ADDED if reached else cls.NOT
 
 
 class Tap:
@@ -92,9 +113,9 @@ class Tap:
 
     @torch.no_grad()
     def take(self, x: Tensor, g: Tensor) -> None:
-        """Hand rows to the owner, if it wants them."""
+        """Hand rows to the owner, if it wants them and the backward pass is one of the loss."""
         rows = self._rows()
-        if rows is not None:
+        if rows is not None and Reach.of(self._source.weight) is not Reach.NOT:
             rows(x, g)
 
     def update(self) -> None:

@@ -23,6 +23,7 @@ from singd_core.curvature import (
 from singd_core.preconditioner import Factors
 from singd_core.structures import Diagonal, Structure
 from singd_core.updates.inverse_free import InverseFree
+from singd_torch._capture import Reach
 from singd_torch._kinds import uses
 from singd_torch._pending import Pending, Rows
 
@@ -75,6 +76,7 @@ class Layer:
         structures: Of K and of C.
         factors: The preconditioner, None until it is first needed.
         pending: The rows of the current step, summed up, by part and role.
+        last_pass: The last backward pass that brought rows, and what it did with the gradient.
         seen: Whether rows have ever reached the factors.
     """
 
@@ -88,6 +90,7 @@ class Layer:
     bias_group: dict[str, Any] | None = None
     factors: Factors | None = None
     pending: dict[Key, Pending] = dataclasses.field(default_factory=dict)
+    last_pass: tuple[int, Reach] = (-1, Reach.NOT)
     seen: bool = False
 
     @property

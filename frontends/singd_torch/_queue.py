@@ -79,9 +79,10 @@ class Queue:
         for calls in alike.values():
             _measure(calls)
 
-    def forget(self) -> None:
-        """Drop the calls that wait."""
-        self._calls, self._numbers = [], 0
+    def forget(self, layer: Layer | None = None) -> None:
+        """Drop the calls that wait, or only those of one layer."""
+        kept = [] if layer is None else [call for call in self._calls if call.layer is not layer]
+        self._calls, self._numbers = kept, sum(call.numbers for call in kept)
 
 
 def _measure(calls: list[Call]) -> None:

@@ -14,7 +14,7 @@ from singd_core import _settings
 from singd_core.curvature import StackedLinear
 from singd_core.preconditioner import Factors
 from singd_torch import _attention, _capture
-from singd_torch._capture import Tap
+from singd_torch._capture import Reach, Tap
 from singd_torch._distributed import processes_of_call
 from singd_torch._groups import settings_of
 from singd_torch._layers import Layer, Source, find
@@ -52,6 +52,7 @@ class Watcher(torch.optim.Optimizer):
         self._mask: Tensor | None = None
         self._sampled: str | None = None
         self._is_checked = False
+        self._refused = False
 
     def _route(self) -> None:
         """Decide which parameters form layers, keeping what is known of those that stay."""
@@ -143,12 +144,22 @@ class Watcher(torch.optim.Optimizer):
         return partial(self._take_rows, layer, source) if is_due(layer) else None
 
     def _take_rows(self, layer: Layer, source: Source, x: Tensor, g: Tensor) -> None:
-        if self._sampled in (None, "inside"):
+        if self._sampled in (None, "inside") and not self._refused:
             self._factors(layer)
             factors, key = layer.factors_of(source.part), (source.part, source.swapped)
             backward = _capture.backward_pass()
+            if backward != layer.last_pass[0]:
+                self._begin_pass(layer, backward)
             for rows in layer.rows(source, x, g, self._mask):
                 self._queue.take(Call(layer, key, rows, factors, backward), lent=(x, g))
+
+    def _begin_pass(self, layer: Layer, backward: int) -> None:
+        """Drop the rows of an earlier pass whose gradient is gone, as by `model.zero_grad()`."""
+        gone = layer.last_pass[1] is Reach.ADDED and layer.weight.grad is None
+        if gone and self._sampled is None:  # `sampled_labels` takes gradients away itself
+            self._queue.forget(layer)
+            layer.pending = {}
+        layer.last_pass = backward, Reach.of(layer.weight)
 
     def _factors(self, layer: Layer) -> Factors:
         if layer.factors is not None and not layer.fits():  # the model was moved or cast
@@ -217,6 +228,23 @@ class Watcher(torch.optim.Optimizer):
             for p, gradient in gradients:
                 p.grad = gradient
 
+    @contextlib.contextmanager
+    def no_rows(self) -> Iterator[None]:
+        """Take no rows from backward passes inside the block.
+
+        For passes with respect to the weights whose gradients are not those of the training loss:
+        Hessian-vector products, norms of the gradients of single tasks, sharpness. (Passes that
+        reach no weight, such as derivatives with respect to inputs, bring no rows anyway.)
+
+            with optimizer.no_rows():
+                gradients = torch.autograd.grad(loss, parameters, create_graph=True)
+        """
+        before, self._refused = self._refused, True
+        try:
+            yield
+        finally:
+            self._refused = before
+
     def mask_rows(self, mask: Tensor | None) -> None:
         """Leave rows out of the factors until the next step, such as those of padding.
 
@@ -236,7 +264,7 @@ class Watcher(torch.optim.Optimizer):
         self._sampled = None
         self._queue.forget()
         for layer in self._layers:
-            layer.pending = {}
+            layer.pending, layer.last_pass = {}, (-1, Reach.NOT)
         self._tell_taps()
 
     def _warn_unseen(self, layer: Layer) -> None:
