@@ -52,9 +52,10 @@ class Reach(enum.Enum):
         """That of a leaf, in the backward pass that runs."""
         with torch.enable_grad():
             view = weight.view_as(weight).grad_fn
-        assert view is not None
+        node = None if view is None else view.next_functions[0][0]
+        assert node is not None
         try:
-            reached = torch._C._will_engine_execute_node(view.next_functions[0][0])
+            reached = torch._C._will_engine_execute_node(node)
         except RuntimeError:  # torch says so of a leaf that torch.autograd.grad was asked for
             return cls.RETURNED
         return cls.ADDED if reached else cls.NOT
