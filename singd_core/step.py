@@ -171,45 +171,77 @@ def direction(
     room = None  # else the natural gradient of an average
     if donate and momenta is not None:  # the average is written where it is joined
         stack = gradient[0].shape[: gradient[0].ndim - len(shape)]
-        batch, *sides = kind.shape(shape, bias)
-        room = empty((*stack, *batch, *sides), like=momenta[0])
+        batch, d_out, d_in = kind.shape(shape, bias)
+        room = empty((*stack, *batch, d_out, d_in), like=momenta[0])
     outs = None if room is None else [r for r in kind.split(room, shape, bias) if r is not None]
     ahead, momenta = _averaged(gradient, momenta, s, donate=donate, outs=outs)
     matrix = kind.matrix(*ahead) if room is None else room
-    agreement: Scalar = 1.0
-    longer: Scalar = 1.0
-    if late is not None:
-        length, old = number(norm(matrix)), late
-        squares = number(squares)
-        late = late.map(number).update(squares, s)
-        agreement = late.agreement(length, squares, s)
-        late = late.grown(agreement, s)
-        longer = exp(late.growth)
-        late = old.map(lambda a, b: cast(as_array(b, a), a), late)
+    length = number(norm(matrix))
     natural = precondition(matrix)
-    length = number(norm(natural))
-    scale = longer * size(natural.shape, number(t_U), agreement) / at_least(length, TINY)
-    scale = where(number(squares) > 0.0, scale, 0.0)
+    lengths = length, number(norm(natural))
+    sums = None if late is None else late.map(number)
+    own = sides(*natural.shape[-2:]), number(t_U), number(squares)
+    scale, sums, agreement = scaled(s, *own, lengths, sums)
+    if late is not None and sums is not None:
+        late = late.map(lambda a, b: cast(as_array(b, a), a), sums)
     if not isinstance(scale, (int, float)) and scale.ndim > 0:
         natural, scale = times(scale, natural, in_place=donate), 1.0
     parts = [part for part in kind.split(natural, shape, bias) if part is not None]
-    return Direction(parts, scale, _finite(length), momenta, late, agreement)
+    return Direction(parts, scale, _finite(lengths[1]), momenta, late, agreement)
 
 
-def size(shape: Sequence[int], t_U: Scalar, agreement: Scalar) -> Scalar:
+def scaled(
+    s: Settings,
+    sides: tuple[Scalar, Scalar],
+    t_U: Scalar,
+    squares: Scalar,
+    lengths: tuple[Scalar, Scalar],
+    late: Late | None,
+) -> tuple[Scalar, Late | None, Scalar]:
+    """How much a step of rate 1 multiplies the natural gradient by: c of W ← W − lr c n.
+
+    All numbers are those of one matrix, or arrays of those of many.
+
+    Args:
+        s: The settings.
+        sides: What `sides` returns.
+        t_U: The mean diagonal of U.
+        squares: ‖∇W‖².
+        lengths: The norms of the average of gradients and of its natural gradient n.
+        late: The sums over late gradients, or None without momentum.
+
+    Returns:
+        c, the new sums, and how much the late gradients agree.
+    """
+    agreement: Scalar = 1.0
+    longer: Scalar = 1.0
+    ahead, natural = lengths
+    if late is not None:
+        late = late.update(squares, s)
+        agreement = late.agreement(ahead, squares, s)
+        late = late.grown(agreement, s)
+        longer = exp(late.growth)
+    scale = longer * size(sides, t_U, agreement) / at_least(natural, TINY)
+    return where(squares > 0.0, scale, 0.0), late, agreement
+
+
+def sides(d_out: int, d_in: int) -> tuple[float, float]:
+    """The Frobenius norms of a step of rate 1 that is sized by its spectral norm, and by outputs.
+
+    These are R √(d_out d_in) with R_spectral = 2.26 / √max(d_out, d_in), and with R_outputs =
+    1.5 / √(d_in t_U) where the mean diagonal t_U of U is 1.
+    """
+    return SPECTRAL * math.sqrt(min(d_out, d_in)), OUTPUTS * math.sqrt(d_out)
+
+
+def size(sides: tuple[Scalar, Scalar], t_U: Scalar, agreement: Scalar) -> Scalar:
     """R a √(d_out d_in), the Frobenius norm of a step of rate 1 (docs/mathematics.md, section 5).
 
-    R = √(R_spectral R_outputs), with R_spectral = 2.26 / √max(d_out, d_in) and R_outputs =
-    1.5 / √(d_in t_U), the second of which counts only where t_U is known.
+    R = √(R_spectral R_outputs), the second of which counts only where t_U is known.
     """
-    d_out, d_in = shape[-2:]
-    if 0 in (d_out, d_in):
-        return 0.0
-    spectral = SPECTRAL / math.sqrt(max(d_out, d_in))
-    known = t_U > TINY
-    outputs = OUTPUTS / (d_in * where(known, t_U, 1.0)) ** 0.5
-    R = (spectral * where(known, outputs, spectral)) ** 0.5
-    return R * agreement * math.sqrt(d_out * d_in)
+    spectral, outputs = sides
+    outputs = where(t_U > TINY, outputs * at_least(t_U, TINY) ** -0.5, spectral)
+    return agreement * (spectral * outputs) ** 0.5
 
 
 def averaged(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Self
+from typing import NamedTuple, Self
 
 from singd_core._array import (
     Array,
@@ -25,6 +25,22 @@ from singd_core._tree import Tree, tree
 from singd_core.structures.base import Structure
 
 TINY = 2.0**-126  # the smallest normal number of float32, in all dtypes
+
+
+class Rates(NamedTuple):
+    """The numbers of one refresh, of the batch axes' shape, or of many matrices in a row.
+
+    Attributes:
+        averages: The new averages.
+        damping: λ_K and λ_C.
+        start: What K and C are multiplied by before they step: 1 from the second refresh on.
+        beta: β₁.
+    """
+
+    averages: Averages
+    damping: tuple[Scalar, Scalar]
+    start: tuple[Scalar, Scalar]
+    beta: Scalar
 
 
 @tree
@@ -124,27 +140,35 @@ class Averages(Tree):
         """What came of `read`, as arrays like these."""
         return self.map(lambda old, new: as_array(new, old), averages)
 
-    def _usable(self, curvature: Curvature, s: Settings) -> Array | bool:
+    def rates(self, t_U: Scalar, t_G: Scalar, lr_cov: Rate, s: Settings) -> Rates:
+        """The numbers of a refresh with curvature of these mean diagonals."""
+        usable = self._usable(t_U, t_G, s)
+        new = self._update(t_U, t_G, usable, lr_cov)
+        damping = new.damping(s)
+        start = self._start(*damping, new, s)
+        return Rates(new, damping, start, self._step_size(usable, lr_cov, s))
+
+    def _usable(self, t_U: Scalar, t_G: Scalar, s: Settings) -> Array | bool:
         """Where a curvature is usable: all-zero rows have no scale, and start K at infinity."""
         if s.relative_damping or s.scaled_start:
             # below it the inverse overflows
-            return (curvature.t_U > TINY) & (curvature.t_G > TINY)
+            return (t_U > TINY) & (t_G > TINY)
         return self.k >= 0.0  # always
 
-    def update(self, curvature: Curvature, lr_cov: Rate, s: Settings) -> Self:
+    def _update(self, t_U: Scalar, t_G: Scalar, usable: Array | bool, lr_cov: Rate) -> Self:
         """Average the new mean diagonals: equal weights at first, then forgetting at `lr_cov`."""
-        usable = self._usable(curvature, s)
-        weight = where(usable, at_least(1.0 / (self.k + 1.0), lr_cov), 0.0)
-        t_U = self.t_U + weight * (curvature.t_U - self.t_U)
-        t_G = self.t_G + weight * (curvature.t_G - self.t_G)
-        return type(self)(t_U, t_G, where(usable, self.k + 1.0, self.k))
+        k = self.k + 1.0
+        weight = where(usable, at_least(1.0 / k, lr_cov), 0.0)
+        t_U = self.t_U + weight * (t_U - self.t_U)
+        t_G = self.t_G + weight * (t_G - self.t_G)
+        return type(self)(t_U, t_G, where(usable, k, self.k))
 
-    def step_size(self, curvature: Curvature, lr_cov: Rate, s: Settings) -> Scalar:
+    def _step_size(self, usable: Array | bool, lr_cov: Rate, s: Settings) -> Scalar:
         """β₁ of refresh k: at least min(½, 1/(k + 1)) with early averaging; 0 without curvature."""
         beta = self.k * 0.0 + lr_cov
         if s.early_averaging:
             beta = at_least(beta, 1.0 / at_least(self.k + 1.0, 2.0))
-        return where(self._usable(curvature, s), beta, 0.0)
+        return where(usable, beta, 0.0)
 
     def damping(self, s: Settings) -> tuple[Scalar, Scalar]:
         """λ_K and λ_C: `damping` itself, or that share of the mean diagonals."""
@@ -152,7 +176,7 @@ class Averages(Tree):
             return s.damping * self.t_U, s.damping * self.t_G
         return s.damping, s.damping
 
-    def start(
+    def _start(
         self, lambda_K: Scalar, lambda_C: Scalar, new: Averages, s: Settings
     ) -> tuple[Scalar, Scalar]:
         """The scales by which the first refresh multiplies the identity at which K and C start."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Self
 
 from singd_core._array import Array, Scalar, at_least, at_most, number
 from singd_core._settings import Rate, Settings, is_bound
 from singd_core._tree import Tree, tree
 from singd_core.structures.base import Structure
-from singd_core.updates.curvature import TINY, Averages, Curvature, Measured, measure
+from singd_core.updates.curvature import TINY, Averages, Curvature, Measured, Rates, measure
 from singd_core.updates.natural import Preconditioner
 
 
@@ -72,31 +73,44 @@ class InverseFree(Tree):
         if 0 in (self.K.shape[-1], self.C.shape[-1]):
             return self  # of a weight without numbers
         old, curvature = self.averages.read(curvature)
-        averages = old.update(curvature, lr_cov, s)
-        lambda_K, lambda_C = averages.damping(s)
-        K_start, C_start = old.start(lambda_K, lambda_C, averages, s)
+        rates = old.rates(curvature.t_U, curvature.t_G, lr_cov, s)
+        m = self.directions(curvature, rates, s)
+        if report is not None:
+            report |= {
+                f"{name}_step": rates.beta * own.norm() for name, own in zip("KC", m, strict=True)
+            }
+        betas = [step_size(own, rates.beta, s) for own in m]
+        return self.moved(m, betas, rates, s)
+
+    def directions(
+        self, curvature: Curvature, rates: Rates, s: Settings
+    ) -> tuple[Structure, Structure]:
+        """The directions in which K and C step, m of both."""
         # Scaling the factors by c multiplies what was measured with them, and their Grams, by c².
-        s_K, s_C = K_start * K_start, C_start * C_start
+        s_K, s_C = (start * start for start in rates.start)
         H_K, H_C = curvature.H_K, curvature.H_C
         KtK, CtC = self.K.astype(H_K.like).gram(), self.C.astype(H_C.like).gram()
-        h_K, h_C = 1.0, 1.0
+        (lambda_K, lambda_C), h_K, h_C = rates.damping, 1.0, 1.0
         if not s.kfac_like:
             if s.relative_damping:
-                lambda_K = lambda_C = s.damping * averages.t_U * averages.t_G
+                lambda_K = lambda_C = s.damping * rates.averages.t_U * rates.averages.t_G
             d_in, d_out = H_K.shape[-1], H_C.shape[-1]
             h_K = s_C * number(H_C.trace()) / d_out
             h_C = s_K * number(H_K.trace()) / d_in
             lambda_K = lambda_K * s_C * number(CtC.trace()) / d_out
             lambda_C = lambda_C * s_K * number(KtK.trace()) / d_in
-        beta = old.step_size(curvature, lr_cov, s)
         m_K = direction(self.m_K, H_K, KtK, h_K * s_K, lambda_K * s_K, s)
-        K = moved(self.K, m_K, K_start, beta, s)
-        m_C = direction(self.m_C, H_C, CtC, h_C * s_C, lambda_C * s_C, s)
-        C = moved(self.C, m_C, C_start, beta, s)
-        if report is not None:
-            report |= {"K_step": beta * m_K.norm(), "C_step": beta * m_C.norm()}
-        averages = self.averages.written(averages)
-        return type(self)(K, C, _stored(m_K, self.m_K), _stored(m_C, self.m_C), averages)
+        return m_K, direction(self.m_C, H_C, CtC, h_C * s_C, lambda_C * s_C, s)
+
+    def moved(
+        self, m: Sequence[Structure], betas: Sequence[Scalar], rates: Rates, s: Settings
+    ) -> Self:
+        """The factors one step later, in these directions and by these step sizes."""
+        K, C = (
+            stepped(*own, s) for own in zip((self.K, self.C), m, rates.start, betas, strict=True)
+        )
+        m_K, m_C = (_stored(new, old) for new, old in zip(m, (self.m_K, self.m_C), strict=True))
+        return type(self)(K, C, m_K, m_C, self.averages.written(rates.averages))
 
     def norms(self) -> dict[str, Array]:
         """The Frobenius norms of the factors."""
@@ -132,20 +146,28 @@ def direction(
     return m if m_K is None or s.kfac_like else m.add_scaled(alpha1, m_K.astype(m.like))
 
 
-def moved(K: Structure, m: Structure, start: Scalar, beta: Scalar, s: Settings) -> Structure:
+def step_size(m: Structure, beta: Scalar, s: Settings) -> Scalar:
+    """β₁ of one factor, normalized or bounded as the settings ask for."""
+    if s.normalize_lr_cov:
+        beta = beta / at_least(number(m.max_abs()), 1.0)
+    return bounded(beta, number(m.norm()), s) if is_bound(s.factor_bound) else beta
+
+
+def bounded(beta: Scalar, norm: Scalar, s: Settings) -> Scalar:
+    """β₁ with β₁ ‖m‖ within the bound; ‖m‖ may overflow or be zero."""
+    return at_most(s.factor_bound / at_least(norm, TINY), beta)
+
+
+def stepped(K: Structure, m: Structure, start: Scalar, beta: Scalar, s: Settings) -> Structure:
     """K ← c K Expm(−β₁ m), in the dtype of K.
 
     Args:
         K: The factor.
         m: Its direction.
         start: c, the scale of the start: 1 from the second refresh on.
-        beta: The step size β₁ before its bounds.
+        beta: The step size β₁.
         s: The settings.
     """
-    if s.normalize_lr_cov:
-        beta = beta / at_least(number(m.max_abs()), 1.0)
-    if is_bound(s.factor_bound):  # of β₁ ‖m‖, where ‖m‖ may overflow or be zero
-        beta = at_most(s.factor_bound / at_least(number(m.norm()), TINY), beta)
     step = m.scale(-1.0 * beta)
     K_new = term = K.astype(m.like).scale(start)
     for j in range(1, s.order + 1):

@@ -67,14 +67,12 @@ class KFAC(Tree):
         if 0 in (self.S_K.shape[-1], self.S_C.shape[-1]):
             return self  # of a weight without numbers
         old, curvature = self.averages.read(curvature)
-        averages = old.update(curvature, lr_cov, s)
-        lambda_K, lambda_C = averages.damping(s)
-        K_start, C_start = old.start(lambda_K, lambda_C, averages, s)
-        beta = old.step_size(curvature, lr_cov, s)
-        S_K = average(self.S_K, curvature.H_K, beta, K_start)
-        S_C = average(self.S_C, curvature.H_C, beta, C_start)
+        rates = old.rates(curvature.t_U, curvature.t_G, lr_cov, s)
+        (lambda_K, lambda_C), (K_start, C_start) = rates.damping, rates.start
+        S_K = average(self.S_K, curvature.H_K, rates.beta, K_start)
+        S_C = average(self.S_C, curvature.H_C, rates.beta, C_start)
         P_K, P_C = damped_inverse(S_K, lambda_K), damped_inverse(S_C, lambda_C)
-        return type(self)(S_K, S_C, P_K, P_C, self.averages.written(averages))
+        return type(self)(S_K, S_C, P_K, P_C, self.averages.written(rates.averages))
 
     def norms(self) -> dict[str, Array]:
         """The Frobenius norms of the factors."""
