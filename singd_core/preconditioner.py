@@ -136,8 +136,17 @@ def init(
         settings: Decides for KFAC or the inverse-free update.
         like_K: Any array with the dtype and device of K.
         like_C: Any array with the dtype and device of C.
+
+    Raises:
+        ValueError: If a structure has no matrices of the side that is needed.
     """
     batch, d_out, d_in = shape
+    for name, S, d in (("K", structures[0], d_in), ("C", structures[1], d_out)):
+        if d > 0 and not S.has_side(d):
+            raise ValueError(
+                f'{name} has side {d}, and "{S.name}" has no such matrices: choose another '
+                "structure for this layer (a bias makes the side of K one larger)"
+            )
     # bfloat16 on NumPy and CuPy is promoted by Python numbers: cast what was computed back
     K = structures[0].identity(d_in, like=like_K, batch=batch).astype(like_K)
     C = structures[1].identity(d_out, like=like_C, batch=batch).astype(like_C)

@@ -1,6 +1,6 @@
 """The structures, their registry of names, and the base class of new ones."""
 
-from singd_core.structures.base import Pattern, Structure, structure
+from singd_core.structures.base import Pattern, Structure, family, structure
 from singd_core.structures.blockdiagonal import BlockDiagonal, blockdiagonal
 from singd_core.structures.blocktriangular import (
     BlockTriangular,
@@ -27,6 +27,7 @@ __all__ = [
     "Triu",
     "TriuToeplitz",
     "blockdiagonal",
+    "family",
     "get",
     "hierarchical",
     "names",

@@ -170,6 +170,14 @@ class Structure(Tree):
         return self.shape[:-2]
 
     @classmethod
+    def has_side(cls, d: int) -> bool:
+        """Whether there are d × d matrices of the structure, d ≥ 1; of most there are for every d.
+
+        The laws try only these sides, and an optimizer refuses others before it starts.
+        """
+        return True
+
+    @classmethod
     def numbers(cls, d: int) -> int:
         """How many numbers are stored for one d × d matrix."""
         import numpy as np
@@ -236,7 +244,24 @@ def family(
 ) -> type[Any]:
     """The subclass of `base` with these class attributes that `factory(*parameters)` returns.
 
-    Equal calls give the same class, named `factory:p1,p2` and pickled as a call of `factory`.
+    This is how a structure takes parameters: they are attributes of the class, and a function
+    makes the class. Equal calls give the same class, named `factory:p1,p2` and pickled as a call of
+    `factory`, which therefore has to be a function of a module.
+
+    Args:
+        factory: The function that returns what this returns.
+        parameters: Its arguments, integers.
+        base: The structure whose methods read the attributes.
+        **attributes: The attributes.
+
+    Example:
+        >>> from singd_core.structures import Diagonal
+        >>> class Repeated(Diagonal):
+        ...     times: int
+        >>> def repeated(times):
+        ...     return family(repeated, (times,), Repeated, times=times)
+        >>> repeated(2).name, repeated(2).times, repeated(2) is repeated(2)
+        ('repeated:2', 2, True)
     """
     name = f"{factory.__name__}:{','.join(map(str, parameters))}"
     title = base.__name__ + "_".join(map(str, parameters))

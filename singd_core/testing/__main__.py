@@ -12,14 +12,42 @@ from singd_core.testing.report import check_structure
 
 
 def find(name: str) -> type[Structure]:
-    """The structure of `package.module:Name`, or of a registered name like `hierarchical:2,2`."""
-    module, _, attribute = name.partition(":")
-    if not attribute or all(part.strip().isdigit() for part in attribute.split(",")):
+    """The structure of a name.
+
+    Args:
+        name: `package.module:Name` of a structure, `package.module:factory:2,3` of a function of
+            integers that makes one, or a registered name like `hierarchical:2,3`.
+
+    Raises:
+        ImportError: If there is no such module.
+        ValueError: If there is no such structure in it, or the integers do not fit.
+    """
+    module, _, rest = name.partition(":")
+    attribute, colon, numbers = rest.partition(":")
+    if not attribute or _integers(attribute) is not None:
         return get(name)
     found = getattr(importlib.import_module(module), attribute, None)
-    if not (isinstance(found, type) and issubclass(found, Structure)):
-        raise ValueError(f'"{name}": {module} has no structure called {attribute}')
-    return found
+    if isinstance(found, type) and issubclass(found, Structure) and not colon:
+        return found
+    parameters = _integers(numbers) if colon else []
+    if found is None or isinstance(found, type) or not callable(found) or parameters is None:
+        raise ValueError(
+            f'"{name}": {module} has no structure called {attribute}, and no function of that name '
+            "that makes one of integers"
+        )
+    try:
+        made = found(*parameters)
+    except TypeError as error:
+        raise ValueError(f'"{name}": {error}') from None
+    if not (isinstance(made, type) and issubclass(made, Structure)):
+        raise ValueError(f'"{name}": {attribute} returned {made!r}, which is no structure')
+    return made
+
+
+def _integers(text: str) -> list[int] | None:
+    """The integers of `2,3`, or None."""
+    parts = [part.strip() for part in text.split(",")]
+    return [int(part) for part in parts] if all(part.isdigit() for part in parts) else None
 
 
 def sides(text: str) -> list[int]:
@@ -33,8 +61,13 @@ def sides(text: str) -> list[int]:
 def main(arguments: list[str] | None = None) -> int:
     """Print a table for each structure; 1 if one breaks a law, 2 if there is no such structure."""
     parser = argparse.ArgumentParser("python -m singd_core.testing", description=__doc__)
-    parser.add_argument("structure", nargs="+", help="package.module:Name, or a registered name")
+    parser.add_argument(
+        "structure",
+        nargs="+",
+        help="package.module:Name, package.module:factory:2,3, or a registered name",
+    )
     parser.add_argument("--sizes", type=sides, help="sides of the matrices, such as 1,2,7")
+    parser.add_argument("--seconds", type=float, help="try nothing new after so many seconds")
     given = parser.parse_args(arguments)
     sys.path.insert(0, os.getcwd())
     try:
@@ -44,7 +77,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     failed = False
     for S in structures:
-        report = check_structure(S, sizes=given.sizes, raises=False)
+        try:
+            report = check_structure(S, sizes=given.sizes, seconds=given.seconds, raises=False)
+        except ValueError as error:
+            print(error, file=sys.stderr)  # noqa: T201
+            return 2
         print(report, end="\n\n")  # noqa: T201
         failed = failed or bool(report.errors)
     return int(failed)

@@ -47,6 +47,11 @@ def integers(d: int) -> np.ndarray:
 FLOATS = np.array([0.0, *(NormalDist().inv_cdf(i / 256) for i in range(1, 256))])
 
 
+def near_side(S: type[Structure], d: int) -> int | None:
+    """The smallest side of the structure from d on, else the largest below, else None."""
+    return next(filter(S.has_side, (*range(d, 4 * d + 64), *range(d - 1, 0, -1))), None)
+
+
 @dataclass
 class Case:
     """What a law is checked with.
@@ -56,6 +61,7 @@ class Case:
         backend: The array library.
         dtype: The dtype of all that is drawn.
         d: The side of the matrices.
+        columns: The number of columns of a tall array.
         bytes: Draws so many bytes, of which each becomes a number.
         floats: Draw normal numbers in place of small integers.
         rounds: Whether the law holds only up to rounding, even where all is integer.
@@ -69,6 +75,7 @@ class Case:
     dtype: str
     d: int
     bytes: Callable[[int], bytes]
+    columns: int = 3
     floats: bool = False
     rounds: Callable[[], bool] = lambda: False
     drawn: dict[tuple[str, tuple[int, ...]], np.ndarray] = field(default_factory=dict)
@@ -91,9 +98,14 @@ class Case:
         """Random numbers as an array of the backend."""
         return self.to(self.numbers(name, *shape))
 
-    def rows(self, name: str = "X", n: int = 3, batch: tuple[int, ...] = ()) -> Array:
-        """A tall array of shape (*batch, d, n)."""
-        return self.array(name, *batch, self.d, n)
+    @property
+    def d_out(self) -> int:
+        """The side of C where d is the side of K: the next one, which is d + 1 if there is one."""
+        return near_side(self.S, self.d + 1) or self.d
+
+    def rows(self, name: str = "X", n: int | None = None, batch: tuple[int, ...] = ()) -> Array:
+        """A tall array of shape (*batch, d, n), n being `columns` if None."""
+        return self.array(name, *batch, self.d, self.columns if n is None else n)
 
     def symmetric(self, name: str = "M", batch: tuple[int, ...] = ()) -> Array:
         """A symmetric matrix, shape (*batch, d, d)."""

@@ -14,7 +14,7 @@ from singd_core.testing.host_sync import no_host_sync
 from singd_core.testing.law import law
 from singd_core.testing.mismatch import require
 
-# W (d + 1, d), its gradient, and rows: inputs (3, d), and output gradients (3, d + 1)
+# W (d_out, d), its gradient, and rows: inputs (3, d), and output gradients (3, d_out)
 Step = tuple[Any, Any, Any, Any]
 
 
@@ -26,8 +26,8 @@ def optimizer_of(case: Case) -> Optimizer:
 
 def draw_step(case: Case) -> Step:
     """What a first step is made of."""
-    shapes = {"W": (case.d + 1, case.d), "∇W": (case.d + 1, case.d)}
-    shapes |= {"A": (3, case.d), "B": (3, case.d + 1)}
+    shapes = {"W": (case.d_out, case.d), "∇W": (case.d_out, case.d)}
+    shapes |= {"A": (3, case.d), "B": (3, case.d_out)}
     W, gradient, A, B = (case.array(name, *shape) for name, shape in shapes.items())
     return W, gradient, A, B
 

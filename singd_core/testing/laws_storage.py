@@ -10,7 +10,7 @@ import numpy as np
 
 from singd_core._array import cast
 from singd_core.structures.base import Structure
-from singd_core.testing.draw import Case
+from singd_core.testing.draw import Case, near_side
 from singd_core.testing.law import law
 from singd_core.testing.laws_arrays import attempt
 from singd_core.testing.mismatch import require
@@ -45,7 +45,8 @@ def allocated(S: type[Structure], d: int) -> dict[str, int]:
 
 def few_numbers(S: type[Structure]) -> int | None:
     """A side at which a member stores at most d²/32 numbers, or None: then d² are declared."""
-    return next((d for d in (256, 1024) if S.numbers(d) <= d * d // 32), None)
+    sides = {near_side(S, d) for d in (256, 1024)} - {None}
+    return next((d for d in sorted(d for d in sides if d) if S.numbers(d) <= d * d // 32), None)
 
 
 def dense_operations(S: type[Structure]) -> list[str]:

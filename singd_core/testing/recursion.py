@@ -1,4 +1,4 @@
-"""The update of one layer, K (side d) and C (side d + 1): the project's, and the page's."""
+"""The update of one layer, K (side d) and C (side d_out): the project's, and the page's."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ SINGD = Settings(alpha1=0.5, damping=0.25, lr_cov=0.125)
 def start(case: Case, s: Settings, batch: tuple[int, ...] = ()) -> Any:
     """The factors before the first refresh."""
     like = case.to(np.zeros(1))
-    return preconditioner.init((case.S, case.S), (batch, case.d + 1, case.d), s, like, like)
+    return preconditioner.init((case.S, case.S), (batch, case.d_out, case.d), s, like, like)
 
 
 def draw_rows(case: Case, steps: int, batch: tuple[int, ...] = ()) -> list[Rows]:
-    """Inputs, shape (*batch, 3, d), and output gradients, (*batch, 3, d + 1), for each step."""
+    """Inputs, shape (*batch, 3, d), and output gradients, (*batch, 3, d_out), for each step."""
     names = [(f"A{t}", f"B{t}") for t in range(steps)]
     d = case.d
-    return [(case.array(a, *batch, 3, d), case.array(b, *batch, 3, d + 1)) for a, b in names]
+    return [(case.array(a, *batch, 3, d), case.array(b, *batch, 3, case.d_out)) for a, b in names]
 
 
 def refresh(s: Settings, factors: Any, A: Any, B: Any, lr_cov: Any) -> Any:
@@ -69,7 +69,7 @@ def page(case: Case, rows: Sequence[Rows], s: Settings) -> tuple[np.ndarray, np.
 
     beta: Any = s.lr_cov
     lam, alpha1 = s.damping, 0.0 if s.kfac_like else s.alpha1
-    K, C = np.eye(case.d), np.eye(case.d + 1)
+    K, C = np.eye(case.d), np.eye(case.d_out)
     m_K, m_C = 0.0 * K, 0.0 * C
     for pair in rows:
         A, B = map(case.numpy, pair)

@@ -24,12 +24,14 @@ class Report:
         structure: The structure.
         results: For each law, backend and dtype that was tried, the error or None.
         seconds: The time it took.
+        untried: How many cases there was no time for.
         dense: The inherited operations that form d × d matrices though few numbers are stored.
     """
 
     structure: type[Structure]
     results: dict[tuple[str, str, str], LawError | None] = field(default_factory=dict)
     seconds: float = 0.0
+    untried: int = 0
     dense: list[str] = field(default_factory=list)
 
     @property
@@ -72,12 +74,17 @@ class Report:
         """One line: how many laws hold."""
         laws = {law for law, _, _ in self.results}
         verdict = f"breaks {', '.join(self.broken)}" if self.broken else "keeps all laws"
+        cases = f"{len(self.results)} cases"
+        if self.untried:
+            verdict += "" if self.broken else " that were tried"
+            cases = f"{len(self.results)} of {len(self.results) + self.untried} cases"
         return (
-            f"{label(self.structure)} {verdict} "
-            f"({len(laws)} laws, {len(self.results)} cases, {self.seconds:.1f} s)"
+            f"{label(self.structure)} {verdict} ({len(laws)} laws, {cases}, {self.seconds:.1f} s)"
         )
 
     def _notes(self) -> Iterator[str]:
+        if self.untried:
+            yield f"there was no time for {self.untried} cases, the last of this order"
         if self.dense:
             yield (
                 f"inherited, and so forming d × d matrices: {', '.join(self.dense)}; "
@@ -105,6 +112,7 @@ def check_structure(
     *,
     sizes: Sequence[int] | None = None,
     backends: Sequence[Backend] | None = None,
+    seconds: float | None = None,
     raises: bool = True,
 ) -> Report:
     """Check every law of a structure, on every array library that is installed, in every dtype.
@@ -121,9 +129,13 @@ def check_structure(
         sizes: Sides of the matrices to try, in place of 1, 2, 3, 5, 8 and those that the parameters
             of a factory suggest: some should be smaller than its blocks, and no multiple of them.
         backends: The array libraries, in place of all.
+        seconds: Try no new case after so many seconds; None is no limit. NumPy comes first and
+            takes some seconds, jax and torch.compile come last and take most of the time. The
+            report says how many cases there was no time for.
         raises: Whether a broken law is raised, or only reported.
 
     Raises:
+        ValueError: If there is no such structure, or it has no matrices of a side in `sizes`.
         LawError: Naming the law, the array library, the dtype and the side, with the smallest
             counterexample found.
     """
@@ -132,6 +144,9 @@ def check_structure(
     for law, backend, dtype in cases(backends):
         if report.errors and (backend.name, dtype) != place:
             break
+        if seconds is not None and time.perf_counter() - start > seconds:
+            report.untried += 1
+            continue
         place = backend.name, dtype
         error, first = None, not report.errors
         try:  # only the first counterexample is made small: the report shows no other

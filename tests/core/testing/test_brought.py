@@ -1,0 +1,155 @@
+"""A structure that a person brings: valid ones pass, parameters and sides are said, time ends."""
+
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+from brought import Divisors, modulo
+
+from singd_core import Optimizer, structures
+from singd_core.structures import Diagonal
+from singd_core.testing import LAWS, LawError, backends, check_structure
+from singd_core.testing.__main__ import find, main
+from singd_core.testing.run import run
+
+NUMPY = backends()[:1]
+
+
+@pytest.mark.parametrize("S", [Divisors, modulo(3)], ids=lambda S: S.name)
+def test_a_valid_structure_of_another_kind_keeps_all_laws(S: Any) -> None:
+    report = check_structure(S, backends=NUMPY, sizes=[1, 4, 5] if S is Divisors else None)
+    assert report.broken == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("S", [Divisors, modulo(3)], ids=lambda S: S.name)
+def test_a_valid_structure_of_another_kind_keeps_all_laws_on_every_library(S: Any) -> None:
+    assert check_structure(S).broken == []
+
+
+# ---- parameters --------------------------------------------------------------------------------
+
+
+def test_a_family_makes_one_class_of_equal_parameters() -> None:
+    assert modulo(3) is modulo(3)
+    assert (modulo(3).name, modulo(3).p) == ("modulo:3", 3)
+    L = modulo(3).identity(6, like=np.ones(()))
+    assert type(pickle.loads(pickle.dumps(L))) is modulo(3)
+
+
+def test_a_family_is_registered_under_a_name_with_parameters(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(structures.registry, "_FAMILIES", dict(structures.registry._FAMILIES))
+    structures.register("modulo", modulo)
+    assert structures.get("modulo:3") is modulo(3)
+    assert structures.get("modulo") is modulo(2)
+    assert "modulo[:p]" in structures.names()
+
+
+# ---- sides -------------------------------------------------------------------------------------
+
+
+def test_only_the_sides_that_a_structure_has_are_tried() -> None:
+    with pytest.raises(ValueError, match="sizes: modulo:3 has no matrices of side 4"):
+        check_structure(modulo(3), sizes=[3, 4], backends=NUMPY)
+
+
+def test_an_optimizer_refuses_a_side_before_it_starts() -> None:
+    optimizer = Optimizer(structures=(modulo(2), "dense"))
+    optimizer.init({"w": np.zeros((3, 4))})
+    with pytest.raises(ValueError, match='K has side 5, and "modulo:2" has no such matrices'):
+        optimizer.init({"w": (np.zeros((3, 4)), np.zeros(3))})
+    optimizer = Optimizer(structures=("dense", modulo(2)))
+    with pytest.raises(ValueError, match='C has side 3, and "modulo:2"'):
+        optimizer.init({"w": np.zeros((3, 4))})
+
+
+def test_a_structure_without_small_sides_says_so() -> None:
+    class Nowhere(Diagonal):
+        @classmethod
+        def has_side(cls, d: int) -> bool:
+            return False
+
+    with pytest.raises(ValueError, match=r"Nowhere\.has_side\(d\) is true for no d near 1"):
+        check_structure(Nowhere, backends=NUMPY)
+
+
+# ---- the command line --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("brought:Divisors", Divisors),
+        ("brought:modulo:3", modulo(3)),
+        ("brought:modulo", modulo(2)),
+        ("hierarchical:2,3", structures.get("hierarchical:2,3")),
+        ("dense", structures.Dense),
+    ],
+)
+def test_names_on_the_command_line(name: str, found: Any) -> None:
+    assert find(name) is found
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("brought:Other", "brought has no structure called Other"),
+        ("brought:modulo:x", "brought has no structure called modulo, and no function"),
+        ("brought:modulo:2,3", "takes from 0 to 1 positional arguments"),
+        ("brought:Divisors:2", "brought has no structure called Divisors"),
+        ("brought:no_structure:2", "no_structure returned 2, which is no structure"),
+        ("brought:pytest:2", "brought has no structure called pytest"),
+        ("brought:modulo:3 --sizes 4", "modulo:3 has no matrices of side 4"),
+    ],
+)
+def test_a_wrong_name_is_an_error_with_exit_code_2(
+    name: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(name.split()) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_command_line_ends_in_time(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["brought:modulo:3", "--seconds", "0"]) == 0
+    assert capsys.readouterr().out.startswith("modulo:3 keeps all laws that were tried (0 laws, 0")
+
+
+# ---- time --------------------------------------------------------------------------------------
+
+
+def test_no_case_begins_after_the_time_is_over() -> None:
+    whole = check_structure(Diagonal, backends=NUMPY, sizes=[1])
+    report = check_structure(Diagonal, backends=NUMPY, sizes=[1], seconds=0.0)
+    assert report.results == {}
+    assert report.untried == len(whole.results)
+    assert whole.untried == 0
+    assert "that were tried (0 laws, 0 of " in report.summary
+    assert f"there was no time for {len(whole.results)} cases" in repr(report)
+
+
+# ---- the nightly profile -----------------------------------------------------------------------
+
+
+class WrongBeyond64(Diagonal):
+    def apply(self, X: Any) -> Any:
+        found = super().apply(X)
+        return found if X.shape[-2] <= 64 else found * 1.5
+
+
+class NoisyBeyondTenColumns(Diagonal):
+    def apply(self, X: Any) -> Any:
+        found = super().apply(X)
+        return found if X.shape[-1] <= 10 else found * (1.0 + 1e-11)
+
+
+@pytest.mark.parametrize("S", [WrongBeyond64, NoisyBeyondTenColumns], ids=lambda S: S.__name__)
+def test_the_nightly_profile_finds_what_small_cases_hide(
+    S: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(LAWS["apply"], S, NUMPY[0], "float64")
+    monkeypatch.setenv("SINGD_LAWS", "nightly")
+    with pytest.raises(LawError, match='breaks the law "apply"'):
+        run(LAWS["apply"], S, NUMPY[0], "float64", shrink=False)
