@@ -226,7 +226,7 @@ def layer_curvature(
     kind: LayerKind,
     parameter: Parameter,
     kfac_approx: str,
-    loss_average: str | None,
+    loss_average: str | int | None,
     most: float,
     step: Any,
     factors: preconditioner.Factors,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 from singd_core._array import at_most
@@ -115,10 +116,7 @@ def settings(recipe: str = DEFAULT, **given: Any) -> Settings:
     """
     if recipe not in RECIPES:
         raise ValueError(f"recipe={recipe!r}: there are {', '.join(map(repr, RECIPES))}")
-    known = [f.name for f in dataclasses.fields(Settings)]
-    for name in given:
-        if name not in known:
-            raise ValueError(f"there is no setting {name!r}; there are {', '.join(known)}")
+    check_names(given)
     chosen = dataclasses.replace(
         RECIPES[recipe], **{k: _plain(v) for k, v in given.items() if v is not None}
     )
@@ -126,28 +124,72 @@ def settings(recipe: str = DEFAULT, **given: Any) -> Settings:
     return chosen
 
 
+def check_names(given: Iterable[str], others: Iterable[str] = ()) -> None:
+    """Check the names of settings; `others` are what a frontend has beside them.
+
+    Raises:
+        ValueError: Naming the one that does not exist, and what was meant if that is near.
+    """
+    known = [f.name for f in dataclasses.fields(Settings)]
+    for name in given:
+        if name not in known:
+            near = nearest(name, [*known, *others])
+            hint = "" if near is None else f" (was {near!r} meant?)"
+            raise ValueError(f"there is no setting {name!r}{hint}; there are {', '.join(known)}")
+
+
 def validate(s: Settings) -> None:
     """Check every value that is a plain number (an array would have to be waited for).
 
     Raises:
-        ValueError: Naming the setting, its value and its range.
+        ValueError: Naming the setting, its value and what it may be.
     """
 
     def check(name: str, in_range: Callable[[Any], bool], expected: str) -> None:
         value = getattr(s, name)
-        if isinstance(value, (int, float)) and not in_range(value):
-            raise ValueError(f"{name}={value!r}: must be {expected}")
+        check_rate(name, value, in_range, expected)
 
-    for name in ("lr", "weight_decay", "lr_cov", "damping"):
+    for field in dataclasses.fields(s):
+        value = getattr(s, field.name)
+        if isinstance(field.default, bool) and not isinstance(value, bool):
+            raise ValueError(f"{field.name}={value!r}: must be True or False")
+    for name in ("lr", "weight_decay", "damping"):
         check(name, lambda v: 0.0 <= v < math.inf, "at least 0 and finite")
+    if not callable(s.lr_cov):
+        check("lr_cov", lambda v: 0.0 <= v < math.inf, "at least 0 and finite, or a function")
     for name in ("momentum", "alpha1"):
         check(name, lambda v: 0.0 <= v < 1.0, "in [0, 1)")
     check("rows", lambda v: v >= 1.0, "at least 1 (infinite for all)")
     check("factor_bound", lambda v: v > 0.0, "positive (infinite for no bound)")
     for name, least in (("T", 1), ("order", 1), ("warmup", 0)):
         value = getattr(s, name)
-        if not isinstance(value, int) or value < least:
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name}={value!r}: must be an integer of at least {least}")
+
+
+def check_rate(name: str, value: Any, in_range: Callable[[Any], bool], expected: str) -> None:
+    """Check a number, or that an array is 0-d.
+
+    Raises:
+        ValueError: Naming the setting, its value and its range.
+    """
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if getattr(value, "ndim", None) != 0 and not number:
+        raise ValueError(f"{name}={value!r}: must be a number or a 0-d array, {expected}")
+    if number and not in_range(value):
+        raise ValueError(f"{name}={value!r}: must be {expected}")
+
+
+# Names that other optimizers have for a setting.
+_ALIASES = {"learning_rate": "lr", "betas": "fallback_betas", "eps": "fallback_eps"}
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that was meant by another one, if there is one that is near."""
+    known = list(known)
+    if _ALIASES.get(name) in known:
+        return _ALIASES[name]
+    return next(iter(difflib.get_close_matches(name, known, 1, cutoff=0.85)), None)
 
 
 def rate(value: Rate | Callable[[int], Rate], step: int) -> Rate:

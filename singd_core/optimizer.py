@@ -56,10 +56,11 @@ class Optimizer:
     Args:
         layers: The kind of each layer; None takes each tuple and each matrix as `Linear()`.
         recipe: "normalized" or "paper": the settings not given. See `singd_core.Settings`.
-        structures: Of K and of C, by name or class; None is dense for the recipe "paper", and
-            else the richest that hold no more numbers than the weight.
+        structures: Of K and of C, or one for both, by name or class; None is dense for the recipe
+            "paper", and else the richest that hold no more numbers than the weight.
         kfac_approx: "expand" or "reduce": how positions that share the weight are treated.
-        loss_average: What the loss is a mean of: "batch", "batch+sequence", or None for a sum.
+        loss_average: What the loss is a mean of: "batch", "batch+sequence", so many terms, or None
+            for a sum.
         preconditioner_dtype: Of K and of C; None is the weight's, float32 for float16.
         fallback: Settings of AdamW; None is its own defaults with the rate of the recipe.
         **given: Settings that win over the recipe, e.g. `lr=0.01` or `T=10`.
@@ -87,9 +88,9 @@ class Optimizer:
         layers: Mapping[str, LayerKind] | None = None,
         *,
         recipe: str = DEFAULT,
-        structures: preconditioner.Structures | str | None = None,
+        structures: preconditioner.Structures | None = None,
         kfac_approx: str = "expand",
-        loss_average: str | None = "batch",
+        loss_average: str | int | None = "batch",
         preconditioner_dtype: tuple[Any, Any] = (None, None),
         fallback: Fallback | None = None,
         **given: Any,

@@ -22,20 +22,20 @@ _WIDEST = 1024
 _NARROWEST = 8
 
 Factors: TypeAlias = InverseFree | KFAC
-Structures: TypeAlias = Sequence[str | type[Structure]]
+Structures: TypeAlias = str | type[Structure] | Sequence[str | type[Structure]]
 Shape: TypeAlias = tuple[Sequence[int], int, int]  # batch axes, d_out, d_in
 
 
 def resolve(
-    structures: Structures | str | None, shape: Shape = ((), 1, 1), *, kfac: bool
+    structures: Structures | None, shape: Shape = ((), 1, 1), *, kfac: bool
 ) -> tuple[type[Structure], type[Structure]]:
     """The structures of K and C of one layer.
 
     Args:
-        structures: Two names or classes; `"auto:b"` for the richest of at most b numbers a row;
-            `"cost:n"` for the richest that cost little beside n rows a step; or None for
-            `"cost:128"`.
-        shape: The batch axes, d_out and d_in; two names do not ask for it.
+        structures: Two names or classes, or one for both; `"auto:b"` for the richest of at most b
+            numbers a row; `"cost:n"` for the richest that cost little beside n rows a step; or None
+            for `"cost:128"`.
+        shape: The batch axes, d_out and d_in; names do not ask for it.
         kfac: Whether they have to be dense.
 
     Raises:
@@ -46,10 +46,12 @@ def resolve(
         return Dense, Dense
     if structures is None:
         structures = DEFAULT
-    if kfac and isinstance(structures, str):
-        raise ValueError(f'structures="{structures}": KFAC inverts dense factors; choose "dense"')
     kind, _, count = structures.partition(":") if isinstance(structures, str) else ("", "", "")
     if kind in ("auto", "cost"):
+        if kfac:
+            raise ValueError(
+                f'structures="{structures}": KFAC inverts dense factors; choose "dense"'
+            )
         if not count.isdecimal() or int(count) < 1:
             wanted = {
                 "auto": '"auto:b" wants b >= 1 numbers a row',
@@ -61,17 +63,22 @@ def resolve(
         if kind == "cost":
             return by_cost(d_out, d_in, int(count))
         return within(d_in, int(count)), within(d_out, int(count))
-    if isinstance(structures, str) or len(structures) != 2:
-        raise ValueError(f"structures={structures!r}: give two, those of K and of C")
+    both = isinstance(structures, (str, type))
+    pair = (structures, structures) if both else structures
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise ValueError(
+            f"structures={structures!r}: give two, those of K and of C, or one for both"
+        )
     found = []
-    for i, name in enumerate(structures):
+    for i, name in enumerate(pair):
+        which = "structures" if both else f"structures[{i}]"
         try:
             found.append(get(name))
         except ValueError as error:
-            raise ValueError(f"structures[{i}] = {error}") from None
+            raise ValueError(f"{which} = {error}") from None
         if kfac and found[i] is not Dense:
             raise ValueError(
-                f'structures[{i}] = "{found[i].name}": KFAC inverts dense factors; choose "dense", '
+                f'{which} = "{found[i].name}": KFAC inverts dense factors; choose "dense", '
                 "or the inverse-free update (kfac=False)"
             )
     if 0 in (d_out, d_in):  # there is nothing to learn, and not every structure has a side of 0

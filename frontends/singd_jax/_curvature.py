@@ -275,6 +275,8 @@ def _curvature(sums: Sums, layers: Layers, batch_size: int | None, role: Role) -
         M = batch_size
     elif layers.loss_average == "batch+sequence":
         M = sums.terms / jnp.where(sums.uses > 0, sums.uses, 1)
+    elif layers.loss_average is not None:
+        M = layers.loss_average
     if role == UPRIGHT:
         return Curvature.of(sums.K, sums.N, sums.C, M)
     turned = Curvature.of(sums.C, sums.N, sums.K, M)

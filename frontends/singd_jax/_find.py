@@ -27,7 +27,7 @@ def find_layers(
     *,
     structures: Any = None,
     kfac_approx: str = "expand",
-    loss_average: str | None = "batch",
+    loss_average: str | int | None = "batch",
     batch_size: Any = None,
 ) -> Callable[..., Layers]:
     """The layers of a loss `loss(params, *batch)`, found without computing anything.
@@ -38,7 +38,8 @@ def find_layers(
             `singd_core.preconditioner.resolve`): what the table shows, and what the optimizer takes
             unless it is told others. None is the recipe's.
         kfac_approx: "expand" or "reduce": how positions that share the weight are treated.
-        loss_average: What the loss is a mean of: "batch", "batch+sequence", or None for a sum.
+        loss_average: What the loss is a mean of: "batch", "batch+sequence", so many terms, or None
+            for a sum.
         batch_size: How many examples the batch holds: a number, or a function of `*batch`. None
             reads it off the first axis of the arrays in the batch, which must agree. Inside
             shard_map, where the batch is a part of the whole, it must be given.

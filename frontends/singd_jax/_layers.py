@@ -22,7 +22,7 @@ Role: TypeAlias = str
 UPRIGHT, TRANSPOSED = "", " transposed"
 
 # Two names or classes, "auto:b", or None for what fits each weight; see preconditioner.resolve.
-Wanted: TypeAlias = preconditioner.Structures | str | None
+Wanted: TypeAlias = preconditioner.Structures | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Layers(Mapping[str, Layer]):
     itemsizes: dict[str, int]
     structures: Wanted
     kfac_approx: str
-    loss_average: str | None
+    loss_average: str | int | None
     batch_size: Any = None
 
     def __getitem__(self, name: str) -> Layer:
@@ -240,12 +240,8 @@ def _short(name: str) -> str:
 
 
 def pair(structures: Any) -> Wanted:
-    """Two structures, from two or from one for both; "auto:b" and None as they are."""
-    if structures is None or (isinstance(structures, str) and structures.startswith("auto:")):
-        return structures
-    if isinstance(structures, (str, type)):
-        return (structures, structures)
-    return tuple(structures)
+    """Structures as they are given, two of them as a tuple."""
+    return tuple(structures) if isinstance(structures, list) else structures
 
 
 def _times(shape: Sequence[int]) -> str:

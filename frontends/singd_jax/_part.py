@@ -121,7 +121,7 @@ class Laid(LayerKind):
         g: Array,
         *,
         kfac_approx: str,
-        loss_average: str | None,
+        loss_average: str | int | None,
         sample: Sample | None = None,
     ) -> NoReturn:
         """Not to be asked for."""

@@ -9,16 +9,21 @@ from typing import Any
 from torch import nn
 
 from singd_core import preconditioner
-from singd_core._settings import STRUCTURES, settings
+from singd_core._settings import STRUCTURES, check_names, settings
 from singd_torch import _table
+from singd_torch._groups import check_group
 from singd_torch._layers import Layer, find
 
+# What a group has beside the settings, and the values that are taken where none are given.
 OPTIONS: dict[str, Any] = {
     "loss_average": "batch",
-    "structures": None,
     "kfac_approx": "expand",
     "preconditioner_dtype": (None, None),
     "average_groups": False,
+    "fallback_lr": 0.0,
+    "fallback_betas": (0.9, 0.999),
+    "fallback_eps": 1e-8,
+    "fallback_weight_decay": 0.01,
 }
 
 
@@ -46,7 +51,7 @@ class Estimate:
 
 def estimate(
     model: nn.Module,
-    structures: preconditioner.Structures | str | None = None,
+    structures: preconditioner.Structures | None = None,
     *,
     memory_budget: int | None = None,
     recipe: str = "normalized",
@@ -59,7 +64,7 @@ def estimate(
         structures: As for `SINGD`.
         memory_budget: As for `SINGD`, with `structures="auto"`.
         recipe: As for `SINGD`.
-        **given: Settings, and `preconditioner_dtype`, `average_groups`.
+        **given: Settings, and all that a parameter group may have, such as `preconditioner_dtype`.
 
     Raises:
         ValueError: If a setting is wrong, or nothing fits the budget.
@@ -69,11 +74,13 @@ def estimate(
         44444
     """
     options = {name: given.pop(name) for name in tuple(given) if name in OPTIONS}
+    check_names(given, OPTIONS)
     group = vars(settings(recipe, **given)) | OPTIONS | options
     params = [p for p in model.parameters() if p.requires_grad]
     group |= {"params": params}
     group["structures"] = STRUCTURES[recipe] if structures is None else structures
-    if structures == "auto":
+    check_group(group)
+    if structures == "auto" or memory_budget is not None:
         group["structures"] = automatic(model, [group], memory_budget)
     layers = find(model, [group])
     owned = {p for layer in layers for p in layer.parameters}
@@ -90,6 +97,8 @@ def automatic(model: nn.Module, groups: Sequence[dict[str, Any]], budget: int | 
     Raises:
         ValueError: If there is no budget, or not even diagonal factors fit it.
     """
+    if not any(group["structures"] == "auto" for group in groups):
+        raise ValueError(f'memory_budget={budget!r} is for structures="auto" alone')
     if budget is None:
         raise ValueError('structures="auto" needs memory_budget=, in bytes')
     params = [p for group in groups for p in group["params"]]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from singd_core._array import ranged
+from singd_core._settings import check_rate
 
 
 def step_all(
@@ -58,7 +59,7 @@ def step(
             own[name] = own[name].to(like)
         own["step"] = own["step"].to("cpu" if skip is None else p.device)
     beta1, beta2 = group["fallback_betas"]
-    ratio = share * (group["lr"] / group["base_lr"] if group["base_lr"] else 1.0)
+    ratio = share * group["lr"] / group["base_lr"]
     fused = skip is not None
     if not fused:  # without a device that would have to be waited for, torch wants a number
         ratio = float(ratio)
@@ -99,7 +100,9 @@ def check(group: dict[str, Any]) -> None:
         ValueError: Naming the setting, its value and its range.
     """
     for name in ("fallback_lr", "fallback_eps", "fallback_weight_decay"):
-        if not group[name] >= 0.0:
-            raise ValueError(f"{name}={group[name]!r}: must be at least 0")
-    if not all(0.0 <= beta < 1.0 for beta in group["fallback_betas"]):
-        raise ValueError(f"fallback_betas={group['fallback_betas']!r}: both must be in [0, 1)")
+        check_rate(name, group[name], lambda v: v >= 0.0, "at least 0")
+    betas = group["fallback_betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"fallback_betas={betas!r}: give two numbers in [0, 1)")
+    for beta in betas:
+        check_rate("fallback_betas", beta, lambda v: 0.0 <= v < 1.0, f"two in [0, 1), not {betas}")

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Iterable
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from singd_core import preconditioner
-from singd_core._settings import Settings, validate
+from singd_core._settings import Settings, nearest, validate
 from singd_core.curvature.base import is_expand, loss_terms
 from singd_torch import _fallback
+from singd_torch._warnings import warn
 
 _SETTINGS = tuple(f.name for f in dataclasses.fields(Settings))
+
+# What a group has beside its settings.
+_OWN = {"params", "param_names", "steps", "base_lr"}
+
+# Keys of torch's optimizers that only look like a setting.
+_OTHERS = {"alpha", "dampening"}
 
 
 def settings_of(group: dict[str, Any]) -> Settings:
@@ -29,6 +41,60 @@ def check_group(group: dict[str, Any]) -> None:
         preconditioner.resolve(group["structures"], kfac=group["kfac"])
     is_expand(group["kfac_approx"])
     loss_terms(group["loss_average"], 1, ())
-    if len(group["preconditioner_dtype"]) != 2:
-        raise ValueError("preconditioner_dtype: give two, those of K and of C")
+    dtypes = group["preconditioner_dtype"]
+    if not isinstance(dtypes, (tuple, list)) or len(dtypes) != 2:
+        raise ValueError(f"preconditioner_dtype={dtypes!r}: give two, those of K and of C")
+    for dtype in dtypes:
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(
+                f"preconditioner_dtype={dtypes!r}: give floating-point dtypes, or None"
+            )
     _fallback.check(group)
+
+
+def check_counts(group: dict[str, Any]) -> None:
+    """Check what a group that was saved counts.
+
+    Raises:
+        ValueError: Naming the count and what it may be.
+    """
+    steps, base = group["steps"], group["base_lr"]
+    if not isinstance(steps, int) or steps < 0:
+        raise ValueError(f"steps={steps!r}: must be an integer of at least 0")
+    if not isinstance(base, float) or not 0.0 < base < math.inf:
+        raise ValueError(f"base_lr={base!r}: must be positive and finite")
+
+
+def check_keys(group: dict[str, Any], known: Iterable[str]) -> None:
+    """Warn of a key that may have been meant for a setting; others are carried along."""
+    known = set(known)
+    for key in group:
+        near = None if key in known | _OWN | _OTHERS else nearest(key, known)
+        if near is not None:
+            warn(
+                f"a parameter group has {key!r}, which is no setting of SINGD and changes nothing: "
+                f"was {near!r} meant?"
+            )
+
+
+def parameters_of(params: Any) -> list[Any]:
+    """The parameters of a group as a list.
+
+    Raises:
+        TypeError: If they are in no order, or are none.
+    """
+    if isinstance(params, Tensor):
+        return [params]
+    if isinstance(params, (set, frozenset)):
+        raise TypeError(
+            "the parameters are in a set, whose order changes between runs, and so would what a "
+            "checkpoint is loaded into: give a list"
+        )
+    if isinstance(params, (str, bytes)) or not isinstance(params, Iterable):
+        hint = ""
+        if isinstance(params, (int, float)):
+            hint = f"; a rate is given by its name, SINGD(model, lr={params!r})"
+        elif isinstance(params, nn.Module):
+            hint = "; give module.parameters()"
+        raise TypeError(f"params must be parameters or groups of them, not {params!r}{hint}")
+    return list(params)

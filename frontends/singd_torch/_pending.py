@@ -35,7 +35,7 @@ class Rows:
         bias: bool,
         diagonal: bool,
         kfac_approx: str,
-        loss_average: str | None,
+        loss_average: str | int | None,
         mask: Tensor | None,
         sample: tuple[Sample | None, Sample | None] = (None, None),
     ) -> Rows:
@@ -75,7 +75,7 @@ class Rows:
             A = A * _thinned(mask if each else used, of_inputs)
         if each:
             B = B * _thinned(mask, of_outputs)
-        terms = {None: M, "batch": samples, "batch+sequence": kept}[loss_average]
+        terms = {"batch": samples, "batch+sequence": kept}.get(loss_average, M)  # type: ignore[arg-type]
         return cls(A, kept if each else samples, B, terms)
 
     def kept(self, lent: Sequence[Tensor]) -> Rows:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from singd_torch import _state
 from singd_torch._groups import settings_of
-from singd_torch._layers import find
+from singd_torch._loading import Loaded, factors_of, loaded
 from singd_torch._watcher import Watcher
 
 
@@ -24,31 +23,33 @@ class Saving(Watcher):
         return _state.portable(super().state_dict())
 
     @torch.no_grad()
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a saved state, tensors in the dtypes they were saved in.
 
         Raises:
             ValueError: Naming the first entry that does not fit; nothing is changed then.
         """
-        saved = _state.completed(state_dict, self.param_groups)
-        entries = _state.by_parameter(saved, self.param_groups)
-        groups = [
-            group | {"params": own["params"]}
-            for group, own in zip(saved["param_groups"], self.param_groups, strict=True)
-        ]
-        older = [group for group in state_dict["param_groups"] if "normalized" not in group]
-        factors = {}
-        for layer in find(self._model, groups):
-            s, own = settings_of(layer.group), entries[layer.weight]
-            if older:
-                _state.upgrade(layer, entries, normalized=s.normalized)
-            factors[layer.weight] = _state.checked(layer, own, s)
-        super().load_state_dict(saved)
-        for p, found in entries.items():  # torch casts every tensor to the parameter's dtype
-            if found:
-                self.state[p] = found
-        self._route()
-        self._go_on_from(factors)
+        found: list[Loaded] = []
+
+        def check(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+            found.append(loaded(self._model, self.param_groups, self._names, state_dict))
+            return {"param_groups": found[0].groups, "state": found[0].others}
+
+        def go_on(_: Any) -> None:  # torch would cast every tensor to its parameter's dtype
+            self.state.update((p, own) for p, own in found[0].entries.items() if own)
+            self._route()
+            self._go_on_from(found[0].factors)
+
+        # after the hooks of others that change what is loaded, before those that see what was
+        hooks = (
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(go_on, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy is made of, by `copy.deepcopy` or `pickle`; pending rows are left behind.
@@ -69,7 +70,7 @@ class Saving(Watcher):
         self._route()
         self._go_on_from(
             {
-                layer.weight: _state.checked(
+                layer.weight: factors_of(
                     layer, self.state.get(layer.weight, {}), settings_of(layer.group)
                 )
                 for layer in self._layers

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from singd_core import preconditioner
-from singd_core._settings import DEFAULT, FALLBACK_RATES, STRUCTURES, settings
+from singd_core._settings import (
+    DEFAULT,
+    FALLBACK_RATES,
+    RECIPES,
+    STRUCTURES,
+    check_names,
+    settings,
+)
 from singd_torch import _diagnostics, _scaling, _state, _table
 from singd_torch._distributed import group_of, reduce_rows
 from singd_torch._estimate import automatic
-from singd_torch._groups import check_group
+from singd_torch._groups import check_group, check_keys, parameters_of
 from singd_torch._saving import Saving
 from singd_torch._stepper import Stepper
 from singd_torch._warnings import warn
@@ -41,11 +49,12 @@ class SINGD(Stepper, Saving):
         alpha1: Riemannian momentum of the factors (α₁).
         weight_decay: Weight decay (γ) of the preconditioned weights.
         T: Steps between two refreshes of the factors.
-        loss_average: What the loss is a mean of: "batch", "batch+sequence", or None for a sum.
+        loss_average: What the loss is a mean of: "batch", "batch+sequence", so many terms, or None
+            for a sum.
         lr_cov: Step size of the factors (β₁), or a function of the number of steps taken.
-        structures: Of the factors K (inputs) and C (outputs), by name or class. None is dense for
-            the recipe "paper", else the richest that hold no more numbers than the layer's weight;
-            "auto" is the richest that fit the memory budget.
+        structures: Of the factors K (inputs) and C (outputs), or one for both, by name or class.
+            None is dense for the recipe "paper", else the richest that hold no more numbers than
+            the layer's weight; "auto" is the richest that fit the memory budget.
         kfac_approx: "expand" or "reduce": how positions that share the weight are treated.
         warn_unsupported: Warn with the names of parameters that AdamW trains.
         kfac_like: The IKFAC form of the update.
@@ -69,6 +78,7 @@ class SINGD(Stepper, Saving):
         **given: Any further setting of `singd_core.Settings`, e.g. `nesterov=False`.
 
     Raises:
+        TypeError: If the model or the parameters are something else.
         ValueError: If a setting or a name is wrong, a parameter is given twice, or there is
             nothing to train.
 
@@ -94,9 +104,9 @@ class SINGD(Stepper, Saving):
         alpha1: Any = None,
         weight_decay: Any = None,
         T: int | None = None,
-        loss_average: str | None = "batch",
+        loss_average: str | int | None = "batch",
         lr_cov: Any = None,
-        structures: preconditioner.Structures | str | None = None,
+        structures: preconditioner.Structures | None = None,
         kfac_approx: str = "expand",
         warn_unsupported: bool = False,
         kfac_like: bool | None = None,
@@ -124,6 +134,7 @@ class SINGD(Stepper, Saving):
             self._processes, model = model.process_group, _plain(model.module)
         if processes is not None:
             self._processes = group_of(processes)
+        check_names(given, inspect.signature(SINGD).parameters)
         given |= {
             "lr": lr,
             "momentum": momentum,
@@ -147,14 +158,15 @@ class SINGD(Stepper, Saving):
             "fallback_eps": fallback_eps,
             "fallback_weight_decay": fallback_weight_decay,
         }
+        defaults["base_lr"] = float(defaults["lr"]) or RECIPES[recipe].lr  # AdamW's share is of it
         self._compile = {} if compile_step is True else compile_step or None
         self._watch(model)
         if params is None:
             params = [p for p in model.parameters() if p.requires_grad]
             if not params:
                 raise ValueError("the model has no parameter that requires a gradient")
-        super().__init__(params, defaults)
-        if any(group["structures"] == "auto" for group in self.param_groups):
+        super().__init__(parameters_of(params), defaults)
+        if memory_budget is not None or any(g["structures"] == "auto" for g in self.param_groups):
             chosen = automatic(model, self.param_groups, memory_budget)
             if self.defaults["structures"] == "auto":
                 self.defaults["structures"] = chosen
@@ -171,12 +183,14 @@ class SINGD(Stepper, Saving):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters with settings of its own.
 
+        Keys that are no settings, such as those of a schedule, are carried along.
+
         Raises:
+            TypeError: If the parameters are in a set, or are none.
             ValueError: If a setting is wrong or a parameter is given twice.
         """
         group = dict(param_group)
-        params = group["params"]
-        group["params"] = params = [params] if isinstance(params, Tensor) else list(params)
+        group["params"] = params = parameters_of(group["params"])
         if len({id(p) for p in params}) < len(params):
             raise ValueError("a parameter is given twice in one parameter group")
         self._names = {p: name for name, p in self._model.named_parameters()}
@@ -186,16 +200,15 @@ class SINGD(Stepper, Saving):
                 raise ValueError(f"{name!r} has no shape yet: call the model once before")
         if group.get("weight_decay") == 0.0:  # of the whole group, its norms and biases included
             group.setdefault("fallback_weight_decay", 0.0)
-        unknown = set(group) - set(self.defaults) - {"params", "param_names", "steps", "base_lr"}
-        if unknown:
-            raise ValueError(f"a parameter group has no setting {sorted(unknown)}")
+        check_keys(group, self.defaults)
         check_group(self.defaults | group)
         if group.get("structures") == "auto" and self._layers:
             raise ValueError('structures="auto": it is decided at construction; give "auto:b"')
         super().add_param_group(group)
         added = self.param_groups[-1]
         added.setdefault("steps", 0)
-        added.setdefault("base_lr", float(added["lr"]))  # a schedule changes a tensor in place
+        if "base_lr" not in param_group:  # a schedule changes a tensor in place
+            added["base_lr"] = float(added["lr"]) or self.defaults["base_lr"]
         if self._layers or self._fallback:  # after construction
             self._route()
 

@@ -71,7 +71,7 @@ class LayerKind(ABC):
         g: Array,
         *,
         kfac_approx: str,
-        loss_average: str | None,
+        loss_average: str | int | None,
         sample: Sample | None = None,
     ) -> tuple[Array, int]:
         """The rows `B` of the gradient of the layer's output and the number `M` of loss terms.
@@ -80,7 +80,7 @@ class LayerKind(ABC):
             g: The gradient of the reduced loss with respect to the layer's output.
             kfac_approx: `"expand"`, every shared position is a row, or `"reduce"`, their sum is.
             loss_average: What the loss is a mean over: `"batch"`, `"batch+sequence"` (the batch and
-                the shared positions), or `None` if it is a sum.
+                the shared positions), so many terms, or `None` if it is a sum.
             sample: Which rows to return; all if None. They need not be those of `inputs`.
 
         Returns:
@@ -118,16 +118,19 @@ def is_expand(kfac_approx: str) -> bool:
     return kfac_approx == "expand"
 
 
-def loss_terms(loss_average: str | None, batch: int, shared: Sequence[int]) -> int:
+def loss_terms(loss_average: str | int | None, batch: int, shared: Sequence[int]) -> int:
     """The number `M` of terms that the loss is a mean over (1 for a sum)."""
     if loss_average is None:
         return 1
+    if type(loss_average) is int and loss_average > 0:
+        return loss_average
     if loss_average == "batch":
         return batch
     if loss_average == "batch+sequence":
         return batch * prod(shared)
     raise ValueError(
-        f"loss_average = {loss_average!r}: choose 'batch', 'batch+sequence', or None for a sum"
+        f"loss_average = {loss_average!r}: choose 'batch', 'batch+sequence', the number of terms "
+        "that the loss is a mean of, or None for a sum"
     )
 
 

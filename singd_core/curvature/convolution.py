@@ -150,7 +150,7 @@ class Convolution(LayerKind):
         g: Array,
         *,
         kfac_approx: str,
-        loss_average: str | None,
+        loss_average: str | int | None,
         sample: Sample | None = None,
     ) -> tuple[Array, int]:
         """The rows `B`, shape `([groups,] N, d_out)`, of `(batch, C_out, *positions)`; and `M`."""

@@ -60,7 +60,7 @@ class Embedding(LayerKind):
         g: Array,
         *,
         kfac_approx: str,
-        loss_average: str | None,
+        loss_average: str | int | None,
         sample: Sample | None = None,
     ) -> tuple[Array, int]:
         """The rows `B`, shape `(N, d_out)`, of the gradient `(batch, *shared, d_out)`; and `M`."""

@@ -38,7 +38,7 @@ class StackedLinear(LayerKind):
         g: Array,
         *,
         kfac_approx: str,
-        loss_average: str | None,
+        loss_average: str | int | None,
         sample: Sample | None = None,
     ) -> tuple[Array, int]:
         """The rows `B`, shape `(N, d_out)`, of one part's output gradient; and `M`."""

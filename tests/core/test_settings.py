@@ -100,7 +100,7 @@ def test_unknown_names_are_errors_that_list_what_there_is() -> None:
     with pytest.raises(ValueError, match=r"recipe='fast': there are 'paper', 'normalized'"):
         settings("fast")
     with pytest.raises(
-        ValueError, match=r"no setting 'learning_rate'; there are lr, momentum, nes"
+        ValueError, match=r"'learning_rate' \(was 'lr' meant\?\); there are lr, momentum, nes"
     ):
         settings(learning_rate=0.1)
 

@@ -187,11 +187,13 @@ def test_a_sum_and_a_mean_over_positions_are_scaled_as_told():
     # the mean over batch and sequence of terms S times as large
     _, _, both = measured(mean, params, x, loss_average="batch+sequence")
     S = x.shape[1]
+    _, _, counted = measured(mean, params, x, loss_average=N * S)
     for name, (U, G) in expected.items():
         close(summed[name][0], U)
         close(summed[name][1], G * N)
         close(both[name][0], U)
         close(both[name][1], G * S)
+        close(counted[name][1], G * S)
 
 
 def _with_aux(p, x):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from singd_torch import SINGD
+from singd_torch import SINGD, estimate
 
 INF, NAN = float("inf"), float("nan")
 
@@ -35,8 +35,20 @@ def step(model: nn.Module, optimizer: SINGD, x: Tensor | None = None) -> None:
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "recipe": ({"recipe": "robsut"}, r"recipe='robsut': there are 'paper', 'normalized'"),
-    "setting": ({"learning_rate": 0.1}, r"no setting 'learning_rate'; there are lr, momentum"),
+    "setting": (
+        {"learning_rate": 0.1},
+        r"'learning_rate' \(was 'lr' meant\?\); there are lr",
+    ),
+    "setting of AdamW": (
+        {"betas": (0.9, 0.99)},
+        r"'betas' \(was 'fallback_betas' meant",
+    ),
+    "setting with a slip": ({"nestrov": True}, r"no setting 'nestrov' \(was 'nesterov' meant\?\)"),
     "lr": ({"lr": -0.1}, r"lr=-0\.1: must be at least 0"),
+    "lr, a word": ({"lr": "0.1"}, r"lr='0\.1': must be a number or a 0-d array, at least 0"),
+    "lr, an array": ({"lr": torch.ones(1)}, r"lr=tensor\(\[1\.\]\): must be a number or a 0-d"),
+    "lr, a switch": ({"lr": True}, r"lr=True: must be a number"),
+    "nesterov": ({"nesterov": "yes"}, r"nesterov='yes': must be True or False"),
     "lr NaN": ({"lr": NAN}, r"lr=nan"),
     "lr infinite": ({"lr": INF}, r"lr=inf"),
     "momentum": ({"momentum": 1.0}, r"momentum=1\.0: must be in \[0, 1\)"),
@@ -46,6 +58,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "weight_decay": ({"weight_decay": -0.1}, r"weight_decay=-0\.1"),
     "lr_cov": ({"lr_cov": -0.1}, r"lr_cov=-0\.1"),
     "T": ({"T": 0}, r"T=0: must be an integer of at least 1"),
+    "T, a switch": ({"T": True}, r"T=True: must be an integer"),
     "T, a fraction": ({"T": 2.5}, r"T=2\.5"),
     "order": ({"order": 0}, r"order=0"),
     "factor_bound": ({"factor_bound": 0.0}, r"factor_bound=0\.0: must be positive"),
@@ -65,15 +78,37 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"structures": ("blockdiagonal:x", "dense")},
         r'structures\[0\] = "blockdiagonal:x": expected "blockdiagonal:b" with integers',
     ),
-    "one structure": ({"structures": "dense"}, r"structures='dense': give two"),
+    "one name": ({"structures": "dens"}, r'structures = there is no structure "dens"'),
+    "no name": ({"structures": 3}, r"structures=3: give two, those of K and of C, or one for both"),
     "three structures": ({"structures": ("dense",) * 3}, r"give two, those of K and of C"),
     "KFAC with structure": (
         {"kfac": True, "structures": ("dense", "diagonal")},
         r'structures\[1\] = "diagonal": KFAC inverts dense factors',
     ),
-    "dtypes": ({"preconditioner_dtype": (torch.float32,)}, r"preconditioner_dtype: give two"),
+    "KFAC with one structure": (
+        {"kfac": True, "structures": "diagonal"},
+        r'structures = "diagonal": KFAC inverts dense factors',
+    ),
+    "KFAC with a budget": (
+        {"kfac": True, "structures": "auto:3"},
+        r'structures="auto:3": KFAC inverts dense factors',
+    ),
+    "one dtype of two": (
+        {"preconditioner_dtype": (torch.float32,)},
+        r"preconditioner_dtype=\(torch\.float32,\): give two",
+    ),
+    "one dtype": ({"preconditioner_dtype": torch.float32}, r"dtype=torch\.float32: give two"),
+    "dtypes of integers": (
+        {"preconditioner_dtype": (None, torch.int32)},
+        r"give floating-point",
+    ),
     "fallback_lr": ({"fallback_lr": -1.0}, r"fallback_lr=-1\.0: must be at least 0"),
-    "fallback_betas": ({"fallback_betas": (0.9, 1.0)}, r"fallback_betas=\(0\.9, 1\.0\)"),
+    "fallback_betas": (
+        {"fallback_betas": (0.9, 1.0)},
+        r"fallback_betas=1\.0: must be two in",
+    ),
+    "one beta": ({"fallback_betas": 0.9}, r"fallback_betas=0\.9: give two numbers in \[0, 1\)"),
+    "fallback_lr, a word": ({"fallback_lr": "x"}, r"fallback_lr='x': must be a number"),
     "fallback_eps": ({"fallback_eps": -1e-8}, r"fallback_eps"),
     "fallback_weight_decay": ({"fallback_weight_decay": -1.0}, r"fallback_weight_decay"),
 }
@@ -86,7 +121,10 @@ def test_a_wrong_setting_is_named(case: str) -> None:
         SINGD(network(), **given)
 
 
-@pytest.mark.parametrize("case", [case for case in WRONG if case not in ("recipe", "setting")])
+OF_GROUPS = [case for case in WRONG if not case.startswith(("recipe", "setting"))]
+
+
+@pytest.mark.parametrize("case", OF_GROUPS)
 def test_a_wrong_setting_of_a_group_is_named(case: str) -> None:
     given, message = WRONG[case]
     model = network()
@@ -98,10 +136,49 @@ def test_a_wrong_setting_of_a_group_is_named(case: str) -> None:
     assert len(optimizer.param_groups) == 1
 
 
-def test_an_unknown_setting_of_a_group_is_named() -> None:
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [("learning_rate", "lr"), ("weight_decy", "weight_decay"), ("structure", "structures")],
+)
+def test_a_key_of_a_group_that_may_be_meant_for_a_setting_is_warned_about(
+    key: str, meant: str
+) -> None:
     model = network()
-    with pytest.raises(ValueError, match=r"no setting \['learning_rate'\]"):
-        SINGD(model, [{"params": model.parameters(), "learning_rate": 0.1}])
+    with pytest.warns(UserWarning, match=rf"'{key}', which is no setting.*was '{meant}' meant"):
+        optimizer = SINGD(model, [{"params": model.parameters(), key: 0.1}])
+    assert optimizer.param_groups[0][key] == 0.1
+
+
+@pytest.mark.parametrize("value", [1e-3, "sgd", 3, None])
+def test_what_is_given_in_place_of_parameters_is_named(value: Any) -> None:
+    """A rate above all, which comes second in every other optimizer."""
+    model = network()
+    with pytest.raises(TypeError, match="params must be parameters or groups of them, not"):
+        SINGD(model, value) if value is not None else SINGD(model, [{"params": None}])
+    with pytest.raises(TypeError, match=r"SINGD\(model, lr=0\.001\)"):
+        SINGD(model, 1e-3)
+
+
+def test_a_set_of_parameters_is_refused() -> None:
+    model = network()
+    for params in (set(model.parameters()), [{"params": set(model.parameters())}]):
+        with pytest.raises(TypeError, match="in a set, whose order changes between runs"):
+            SINGD(model, params)
+
+
+def test_a_budget_of_nothing_that_asks_for_one_is_named() -> None:
+    model = network()
+    for function in (SINGD, estimate):
+        with pytest.raises(ValueError, match='memory_budget=10 is for structures="auto" alone'):
+            function(model, memory_budget=10)
+
+
+def test_an_estimate_takes_and_checks_the_settings_of_groups() -> None:
+    model = network()
+    assert estimate(model, fallback_lr=0.1).total == estimate(model).total
+    for given, message in WRONG.values():
+        with pytest.raises(ValueError, match=message):
+            estimate(model, **given)
 
 
 def test_a_parameter_given_twice_is_an_error() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from singd_core.structures import Diagonal, blockdiagonal
 from singd_torch import SINGD, _compiled
 
 
@@ -209,6 +210,50 @@ def test_the_rate_of_the_fallback_follows_the_schedule() -> None:
         torch.testing.assert_close(change, torch.full((4,), 0.1 * factor), rtol=1e-4, atol=0)
 
 
+def rates_of_the_norm(given: dict[str, Any], rates: list[float | None]) -> list[float]:
+    """How far a norm and a layer move at each of these rates; None leaves the rate as it is."""
+    torch.manual_seed(0)
+    model, data = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 3)), []
+    optimizer = SINGD(model, **given)
+    x, y = torch.randn(64, 8), torch.randint(3, (64,))
+    for rate in rates:
+        if rate is not None:
+            optimizer.param_groups[0]["lr"] = rate
+        before = copy.deepcopy(model)
+        step(model, optimizer, (x, y))
+        data += moved(model, before).values()
+    return data
+
+
+@pytest.mark.parametrize("recipe", ["normalized", "paper"])
+@pytest.mark.parametrize("zero", [0.0, torch.tensor(0.0)], ids=["number", "tensor"])
+def test_a_rate_of_zero_moves_nothing_and_a_schedule_may_begin_at_it(
+    zero: Any, recipe: str
+) -> None:
+    still = rates_of_the_norm({"lr": zero, "recipe": recipe}, [None, None])
+    assert max(still) == 0.0
+    rates: list[float | None] = [0.0, 1e-3, 2e-2, 0.0, 1e-2]
+    begun_at_zero = rates_of_the_norm({"lr": zero, "recipe": recipe}, [None, *rates[1:]])
+    assert begun_at_zero == rates_of_the_norm({"recipe": recipe}, rates)
+    assert max(begun_at_zero[-6:]) > 0.0
+
+
+def test_a_group_of_rate_zero_follows_the_rate_of_the_optimizer_when_it_rises() -> None:
+    def change(of_norm: dict[str, Any]) -> float:
+        model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+        groups = [
+            {"params": model[0].parameters()},
+            {"params": model[1].parameters(), "fallback_weight_decay": 0.0, **of_norm},
+        ]
+        optimizer = SINGD(model, groups, lr=0.2, warmup=0, fallback_lr=0.1)
+        optimizer.param_groups[1]["lr"] = 0.1
+        model[1].bias.grad = torch.ones(4)
+        optimizer.step()
+        return model[1].bias.abs().max().item()
+
+    assert change({"lr": 0.0}) == change({}) == pytest.approx(0.05, rel=1e-4)
+
+
 SCHEDULES = {
     "cosine": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 5),
     "warm-up": lambda o: torch.optim.lr_scheduler.LinearLR(o, 0.1, total_iters=3),
@@ -378,6 +423,18 @@ def test_model_in_another_memory_format_trains_alike() -> None:
             optimizer.step()
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)  # float32 sums in another order
+
+
+@pytest.mark.parametrize("one", ["diagonal", "blockdiagonal:2", Diagonal, blockdiagonal(2)])
+def test_one_structure_is_taken_for_both(one: Any) -> None:
+    model, data = Network(), batch()
+    twin = copy.deepcopy(model)
+    optimizers = SINGD(model, structures=one), SINGD(twin, structures=(one, one))
+    for net, optimizer in zip((model, twin), optimizers, strict=True):
+        step(net, optimizer, data)
+        optimizer.load_state_dict(optimizer.state_dict())
+    assert repr(optimizers[0]) == repr(optimizers[1])
+    assert all(map(torch.equal, model.parameters(), twin.parameters()))
 
 
 # ---- the table ---------------------------------------------------------------------------------

@@ -1,0 +1,211 @@
+"""A saved state, which is checked as a whole before anything is changed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from singd_core._settings import Settings
+from singd_core.preconditioner import Factors
+from singd_torch import _fallback, _state
+from singd_torch._groups import check_counts, check_group, settings_of
+from singd_torch._layers import Layer, find
+
+Entries = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """What an optimizer goes on from.
+
+    Attributes:
+        groups: The saved groups, with what was left out of them.
+        entries: The state of each parameter.
+        factors: Those of each layer by its weight, None where none were saved.
+        others: Entries of the saved state that belong to no parameter.
+    """
+
+    groups: list[dict[str, Any]]
+    entries: dict[nn.Parameter, Entries]
+    factors: dict[nn.Parameter, Factors | None]
+    others: dict[Any, Any]
+
+
+def loaded(
+    model: nn.Module,
+    live: Sequence[dict[str, Any]],
+    names: Mapping[nn.Parameter, str],
+    state_dict: Mapping[str, Any],
+) -> Loaded:
+    """A saved state for the parameters of the live groups, in the dtypes it was saved in.
+
+    Raises:
+        ValueError: Naming the first setting or entry that is wrong, is missing or does not fit.
+    """
+    for key in ("state", "param_groups"):
+        if key not in state_dict:
+            raise ValueError(
+                f"the checkpoint has no {key!r}: is it what `optimizer.state_dict()` returned?"
+            )
+    groups = _completed(state_dict["param_groups"], live)
+    entries = _by_parameter(state_dict["state"], groups, live)
+    known = {index for group in groups for index in group["params"]}
+    older = any("normalized" not in group for group in state_dict["param_groups"])
+    factors = {}
+    own = [g | {"params": mine["params"]} for g, mine in zip(groups, live, strict=True)]
+    for layer in find(model, own):
+        s = settings_of(layer.group)
+        if older:
+            _upgrade(layer, entries, normalized=s.normalized)
+        _check_momenta(layer, entries, s)
+        factors[layer.weight] = factors_of(layer, entries[layer.weight], s)
+    for p, found in entries.items():
+        _check_moments(names.get(p, "a parameter"), p, found)
+    others = {key: value for key, value in state_dict["state"].items() if key not in known}
+    return Loaded(groups, entries, factors, others)
+
+
+def factors_of(layer: Layer, entries: Mapping[str, Any], s: Settings) -> Factors | None:
+    """The saved factors of a layer, None if it had none yet.
+
+    Raises:
+        ValueError: Naming the first entry that is missing or does not fit.
+    """
+    if not any("." in name and not name.startswith(_state.LATE) for name in entries):
+        return None
+    template = _state.initial(layer, s)
+    arrays = dict(template.named_arrays())
+    _check(layer.name, arrays, entries)
+    return template.rebuild(entries[name] for name in arrays)
+
+
+def _check_momenta(layer: Layer, entries: Mapping[nn.Parameter, Entries], s: Settings) -> None:
+    """Check the momenta of a layer and its sums over late gradients, all of which it has or none.
+
+    Raises:
+        ValueError: Naming the first entry that is missing or does not fit.
+    """
+    late = dict(_state.no_late(layer).named_arrays(_state.LATE)) if s.normalized else {}
+    needed = [{_state.MOMENTUM: zero} for zero in _state.no_momenta(layer)]
+    needed[0] |= late
+    kept = [entries[p] for p in layer.parameters]
+    if any(key in own for own, keys in zip(kept, needed, strict=True) for key in keys):
+        parts = (layer.name, f"the bias of {layer.name}")
+        for name, template, own in zip(parts, needed, kept, strict=False):
+            _check(name, template, own)
+
+
+def _check_moments(name: str, p: nn.Parameter, entries: Entries) -> None:
+    """Check what AdamW keeps of a parameter, all of which is there or nothing.
+
+    Raises:
+        ValueError: Naming the first entry that is missing or does not fit.
+    """
+    template = _fallback.initial(nn.Parameter(p.to("meta")), on_device=False)
+    if not entries.keys() & template.keys():
+        return
+    if isinstance(entries.get("step"), (int, float)):
+        entries["step"] = torch.tensor(float(entries["step"]))
+    _check(name, template, entries)
+
+
+def _check(name: str, template: Mapping[str, Tensor], entries: Mapping[str, Any]) -> None:
+    """Check that saved entries can stand for those of a template.
+
+    Raises:
+        ValueError: Naming the first entry that is missing or does not fit.
+    """
+    for key, like in template.items():
+        if key not in entries:
+            raise ValueError(
+                f"the checkpoint has no {key!r} for {name!r}: it was saved with another structure, "
+                f"recipe or model (it has {sorted(entries)})"
+            )
+        saved = entries[key]
+        if not isinstance(saved, Tensor):
+            raise ValueError(f"{key!r} of {name!r} is {saved!r} in the checkpoint, not a tensor")
+        if saved.shape != like.shape:
+            raise ValueError(
+                f"{key!r} of {name!r} has shape {tuple(saved.shape)} in the checkpoint, "
+                f"but {tuple(like.shape)} is needed"
+            )
+        if not (saved.is_complex() if like.is_complex() else saved.is_floating_point()):
+            raise ValueError(
+                f"{key!r} of {name!r} is of {saved.dtype} in the checkpoint, "
+                f"but {like.dtype} or another of its kind is needed"
+            )
+        if not torch.isfinite(saved).all():
+            raise ValueError(f"{key!r} of {name!r} is not finite in the checkpoint")
+
+
+# ---- the groups --------------------------------------------------------------------------------
+
+
+def _completed(
+    saved: Sequence[Mapping[str, Any]], live: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Saved groups with what `_state.portable` left out taken from the live ones.
+
+    Raises:
+        ValueError: If the groups do not fit, have a wrong setting or are of another optimizer.
+    """
+    groups = [dict(group) for group in saved]
+    sizes = [[len(group["params"]) for group in several] for several in (groups, live)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"the parameter groups have {sizes[0]} parameters in the checkpoint, here {sizes[1]}"
+        )
+    for i, (group, own) in enumerate(zip(groups, live, strict=True)):
+        if "structures" not in group:
+            raise ValueError("the checkpoint is of another optimizer: it has no 'structures'")
+        if group.get("lr_cov") is None:
+            group["lr_cov"] = own["lr_cov"]
+        if group.get("base_lr") == 0.0:  # as saved before 0.1
+            del group["base_lr"]
+        for name, value in own.items():  # settings that are younger than the checkpoint
+            group.setdefault(name, value)
+        if group["structures"] == _state.names_of(own["structures"]):
+            group["structures"] = own["structures"]
+        try:
+            check_group(group)
+            check_counts(group)
+        except ValueError as error:
+            raise ValueError(f"parameter group {i} of the checkpoint: {error}") from None
+    return groups
+
+
+def _by_parameter(
+    state: Mapping[Any, Any], groups: Sequence[dict[str, Any]], live: Sequence[dict[str, Any]]
+) -> dict[nn.Parameter, Entries]:
+    """The saved entries of each parameter, copied to its device in the dtype they were saved in."""
+    entries = {}
+    for group, own in zip(groups, live, strict=True):
+        for index, p in zip(group["params"], own["params"], strict=True):
+            entries[p] = {
+                name: value.detach().to(p.device, copy=True) if isinstance(value, Tensor) else value
+                for name, value in state.get(index, {}).items()
+            }
+    return entries
+
+
+def _upgrade(
+    layer: Layer, entries: dict[nn.Parameter, dict[str, Any]], *, normalized: bool
+) -> None:
+    """Turn what versions before 0.1 saved of a layer into what is kept now.
+
+    The momentum was that of the matrix with its bias, and of natural gradients: a rule that
+    averages gradients begins anew with it.
+    """
+    own = entries[layer.weight]
+    momentum, (batch, d_out, d_in) = own.get(_state.MOMENTUM), layer.shape
+    if momentum is None or momentum.shape != (*batch, d_out, d_in):
+        return
+    if normalized:
+        del own[_state.MOMENTUM]
+        return
+    for p, part in zip(layer.parameters, layer.split(momentum), strict=True):
+        entries[p][_state.MOMENTUM] = part.contiguous()

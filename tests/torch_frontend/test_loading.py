@@ -1,0 +1,322 @@
+"""What cannot be loaded is an error that names it and changes nothing; hooks are obeyed."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_checkpoint import (
+    F32,
+    Network,
+    all_numbers,
+    assert_equal,
+    batches,
+    deep_equal,
+    through_a_file,
+    train,
+)
+from torch import nn
+
+from singd_torch import SINGD
+
+
+def saved_by(given: dict[str, Any], make: Callable[[], nn.Module] = Network) -> Any:
+    model = make()
+    optimizer = SINGD(model, **given)
+    train(model, optimizer, batches(F32, 2))
+    return through_a_file(optimizer.state_dict())
+
+
+def wider() -> nn.Module:
+    network = Network()
+    network.hidden, network.out = nn.Linear(16, 9), nn.Linear(9, 3, bias=False)
+    return network
+
+
+def another_norm() -> nn.Module:
+    network = Network()
+    network.scale = nn.Parameter(torch.ones(8))
+    return network
+
+
+def deeper() -> nn.Module:
+    network = Network()
+    network.out = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))
+    return network
+
+
+DIAGONAL = {"structures": ("diagonal", "diagonal")}
+
+
+@pytest.mark.parametrize(
+    ("saved", "live", "message"),
+    [
+        (lambda: saved_by({}, wider), {}, r"'hidden\.weight' has shape \(9, 16\)"),
+        (
+            lambda: saved_by({}, another_norm),
+            {},
+            r"'exp_avg' of 'scale' has shape \(8,\) in the .*but \(\)",
+        ),
+        (lambda: saved_by({}, deeper), {}, r"\[11\] parameters in the checkpoint, here \[8\]"),
+    ],
+    ids=["another width", "another shape", "another depth"],
+)
+def test_load_error_names_the_mismatch_and_changes_nothing(
+    saved: Callable[[], Any], live: dict[str, Any], message: str
+) -> None:
+    state = saved()
+    model = Network()
+    optimizer = SINGD(model, **live)
+    train(model, optimizer, batches(F32, 2))
+    twin, kept = copy.deepcopy(model), copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(state)
+    assert deep_equal(optimizer.state_dict(), kept)
+    # and goes on as if nothing had been tried
+    other = SINGD(twin, **live)
+    other.load_state_dict(kept)
+    train(model, optimizer, batches(F32, 2))
+    train(twin, other, batches(F32, 2))
+    assert_equal(all_numbers(model, optimizer), all_numbers(twin, other))
+
+
+def test_settings_come_from_the_checkpoint_as_with_any_torch_optimizer() -> None:
+    """Structures are settings of a group: those of the checkpoint win, with factors that fit."""
+    model = Network()
+    optimizer = SINGD(model)
+    optimizer.load_state_dict(saved_by({"lr": 0.07} | DIAGONAL))
+    group = optimizer.param_groups[0]
+    assert group["lr"] == 0.07
+    assert tuple(group["structures"]) == ("diagonal", "diagonal")
+    train(model, optimizer, batches(F32, 1))
+    assert "K.diag" in optimizer.state[model.out.weight]
+
+
+@pytest.mark.parametrize("missing", ["K.matrix", "averages.k"])
+def test_missing_entry_is_named(missing: str) -> None:
+    dense = {"structures": ("dense", "dense")}
+    state = saved_by(dense)
+    for entries in state["state"].values():
+        entries.pop(missing, None)
+    with pytest.raises(ValueError, match=rf"no '{missing}' for 'conv\.weight'"):
+        SINGD(Network(), **dense).load_state_dict(state)
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused() -> None:
+    model = Network()
+    with pytest.raises(ValueError, match="of another optimizer: it has no 'structures'"):
+        SINGD(model).load_state_dict(torch.optim.AdamW(model.parameters()).state_dict())
+
+
+def test_a_checkpoint_may_be_older_than_a_setting() -> None:
+    state = saved_by({"order": 1})
+    del state["param_groups"][0]["order"]
+    optimizer = SINGD(Network(), order=3)
+    optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["order"] == 3
+
+
+def test_momentum_of_another_shape_is_named() -> None:
+    state = saved_by({})
+    for entries in state["state"].values():
+        if "momentum_buffer" in entries:
+            entries["momentum_buffer"] = torch.zeros(2, 2)
+    with pytest.raises(ValueError, match=r"'momentum_buffer' of 'conv\.weight' has shape \(2, 2\)"):
+        SINGD(Network()).load_state_dict(state)
+
+
+def entries_of(state: dict[str, Any], name: str) -> Any:
+    """The saved state of a parameter of a Network."""
+    return state["state"][[n for n, _ in Network().named_parameters()].index(name)]
+
+
+def group_of(state: dict[str, Any]) -> Any:
+    return state["param_groups"][0]
+
+
+NAN = float("nan")
+HOLES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "a moment is missing": (
+        lambda s: entries_of(s, "scale").pop("exp_avg_sq"),
+        "no 'exp_avg_sq' for 'scale'",
+    ),
+    "the other moment is missing": (
+        lambda s: entries_of(s, "norm.bias").pop("exp_avg"),
+        r"no 'exp_avg' for 'norm\.bias'",
+    ),
+    "a count is missing": (
+        lambda s: entries_of(s, "norm.bias").pop("step"),
+        r"no 'step' for 'norm\.bias'",
+    ),
+    "a count of words": (
+        lambda s: entries_of(s, "norm.bias").update(step="3"),
+        r"'step' of 'norm\.bias' is '3' in the checkpoint, not a tensor",
+    ),
+    "a moment of another shape": (
+        lambda s: entries_of(s, "norm.bias").update(exp_avg_sq=torch.zeros(2)),
+        r"'exp_avg_sq' of 'norm\.bias' has shape \(2,\) in the checkpoint, but \(16,\)",
+    ),
+    "a moment that is NaN": (
+        lambda s: entries_of(s, "norm.bias")["exp_avg"].fill_(NAN),
+        r"'exp_avg' of 'norm\.bias' is not finite",
+    ),
+    "a momentum is missing": (
+        lambda s: entries_of(s, "hidden.bias").pop("momentum_buffer"),
+        r"no 'momentum_buffer' for 'the bias of hidden\.weight'",
+    ),
+    "a sum over late gradients is missing": (
+        lambda s: entries_of(s, "hidden.weight").pop("late.growth"),
+        r"no 'late\.growth' for 'hidden\.weight'",
+    ),
+    "a sum over late gradients of another shape": (
+        lambda s: entries_of(s, "hidden.weight").update({"late.squares": torch.zeros(3)}),
+        r"'late\.squares' of 'hidden\.weight' has shape \(3,\) in the checkpoint, but \(\)",
+    ),
+    "a factor of integers": (
+        lambda s: entries_of(s, "out.weight").update({"K.matrix": torch.eye(8).int()}),
+        r"'K\.matrix' of 'out\.weight' is of torch\.int32",
+    ),
+    "a complex factor": (
+        lambda s: entries_of(s, "out.weight").update({"K.matrix": torch.eye(8).cfloat()}),
+        r"'K\.matrix' of 'out\.weight' is of torch\.complex64",
+    ),
+    "a factor that is NaN": (
+        lambda s: entries_of(s, "out.weight")["C.matrix"].fill_(NAN),
+        r"'C\.matrix' of 'out\.weight' is not finite",
+    ),
+    "T": (lambda s: group_of(s).update(T=0), r"parameter group 0 of the checkpoint: T=0: must be"),
+    "lr": (
+        lambda s: group_of(s).update(lr="0.1"),
+        r"checkpoint: lr='0\.1': must be a number",
+    ),
+    "damping": (lambda s: group_of(s).update(damping=-3.0), r"damping=-3\.0: must be at least 0"),
+    "structures": (
+        lambda s: group_of(s).update(structures=("dense", "dens")),
+        r'of the checkpoint: structures\[1\] = there is no structure "dens"',
+    ),
+    "betas": (lambda s: group_of(s).update(fallback_betas=(0.9, 2.0)), "fallback_betas=2"),
+    "steps": (lambda s: group_of(s).update(steps=None), "steps=None: must be an integer of at"),
+    "steps below 0": (lambda s: group_of(s).update(steps=-1), "steps=-1: must be an integer of at"),
+    "base_lr": (lambda s: group_of(s).update(base_lr=NAN), "base_lr=nan: must be positive"),
+    "no state": (lambda s: s.pop("state"), "the checkpoint has no 'state': is it what"),
+    "no groups": (lambda s: s.pop("param_groups"), "the checkpoint has no 'param_groups'"),
+}
+
+
+@pytest.mark.parametrize("hole", HOLES)
+def test_a_checkpoint_with_a_hole_is_named_and_changes_nothing(hole: str) -> None:
+    damage, message = HOLES[hole]
+    state = saved_by({"structures": "dense"})
+    damage(state)
+    model = Network()
+    optimizer = SINGD(model)
+    train(model, optimizer, batches(F32, 2))
+    kept = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(state)
+    assert deep_equal(optimizer.state_dict(), kept)
+    train(model, optimizer, batches(F32, 1))
+    assert optimizer.skipped == 0
+
+
+def test_a_whole_part_may_be_left_out() -> None:
+    """Who strips a checkpoint begins anew with what was stripped."""
+    state = saved_by({})
+    for entries in state["state"].values():
+        for name in [n for n in entries if n.startswith(("momentum_buffer", "late.", "exp", "st"))]:
+            del entries[name]
+    model = Network()
+    optimizer = SINGD(model)
+    optimizer.load_state_dict(state)
+    assert "K.matrix" in optimizer.state[model.hidden.weight]
+    train(model, optimizer, batches(F32, 2))
+    assert optimizer.skipped == 0
+
+
+def test_counts_may_be_numbers_as_torch_once_saved_them() -> None:
+    state = saved_by({})
+    expected = copy.deepcopy(state)
+    for entries in state["state"].values():
+        if "step" in entries:
+            entries["step"] = entries["step"].item()
+    twins = [Network()]
+    twins.append(copy.deepcopy(twins[0]))
+    for model, saved in zip(twins, (state, expected), strict=True):
+        optimizer = SINGD(model)
+        optimizer.load_state_dict(saved)
+        train(model, optimizer, batches(F32, 2))
+    assert all(map(torch.equal, twins[0].parameters(), twins[1].parameters()))
+
+
+# ---- hooks and keys of others ------------------------------------------------------------------
+
+
+def by_name(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Torch's recipe for parameters in another order than those of the checkpoint."""
+    (saved,), adapted = state_dict["param_groups"], copy.deepcopy(optimizer.state_dict())
+    (own,) = adapted["param_groups"]
+    for name, index in zip(saved["param_names"], saved["params"], strict=True):
+        to = own["params"][own["param_names"].index(name)]
+        adapted["state"][to] = state_dict["state"][index]
+    own |= {k: v for k, v in saved.items() if k not in ("params", "param_names")}
+    return adapted
+
+
+def test_a_hook_that_changes_what_is_loaded_is_obeyed() -> None:
+    model, twin = Network(), Network()
+    optimizer = SINGD(model, model.named_parameters())
+    train(model, optimizer, batches(F32, 3))
+    twin.load_state_dict(model.state_dict())
+    other = SINGD(twin, reversed(list(twin.named_parameters())))
+    seen: list[Any] = []
+    other.register_load_state_dict_pre_hook(by_name)
+    other.register_load_state_dict_post_hook(
+        lambda o: seen.append({n: dict(o.state[p]) for n, p in twin.named_parameters()})
+    )
+    other.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert_equal(all_numbers(model, optimizer), all_numbers(twin, other))
+    assert all(seen[0][n].keys() == optimizer.state[p].keys() for n, p in model.named_parameters())
+    train(model, optimizer, batches(F32, 2))
+    train(twin, other, batches(F32, 2))
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        # the sum of the norms is in another order, and only that
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_what_a_hook_breaks_is_refused_and_changes_nothing() -> None:
+    model = Network()
+    optimizer = SINGD(model)
+    train(model, optimizer, batches(F32, 2))
+    kept = copy.deepcopy(optimizer.state_dict())
+    optimizer.register_load_state_dict_pre_hook(lambda o, s: s["state"][0].popitem() and None)
+    with pytest.raises(ValueError, match="the checkpoint has no"):
+        optimizer.load_state_dict(copy.deepcopy(kept))
+    assert deep_equal(optimizer.state_dict(), kept)
+
+
+def test_keys_of_others_are_carried_along_and_saved() -> None:
+    """As `param_groups_layer_decay` of timm gives them, and schedules."""
+    keys = {"name": "head", "lr_scale": 0.5, "initial_lr": 0.02, "alpha": 1, "dampening": 0.0}
+    model, again = Network(), Network()
+    optimizer = SINGD(model, [{"params": model.parameters(), **keys}])
+    train(model, optimizer, batches(F32, 1))
+    other = SINGD(again)
+    other.load_state_dict(through_a_file(optimizer.state_dict()))
+    for one in (optimizer, other):
+        assert {key: one.param_groups[0][key] for key in keys} == keys
+
+
+def test_a_schedule_goes_on_from_the_rate_of_a_checkpoint() -> None:
+    """`last_epoch` asks for the `initial_lr` that the schedule wrote into the groups."""
+    model = Network()
+    optimizer = SINGD(model)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    for _ in range(2):
+        train(model, optimizer, batches(F32, 1))
+        schedule.step()
+    again = Network()
+    other = SINGD(again)
+    other.load_state_dict(through_a_file(optimizer.state_dict()))
+    resumed = torch.optim.lr_scheduler.StepLR(other, 1, gamma=0.5, last_epoch=2)
+    assert resumed.get_last_lr() == [0.12 / 8]
