@@ -11,7 +11,8 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 # Stamps share one environment, and pip must not run twice in it at the same time.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-numpy compare test test-slow test-gpu test-jax-newest lint format bench race docs clean
+.PHONY: help demo demo-numpy compare test test-slow test-laws test-oldest test-newest test-gpu lint format bench race
+.PHONY: docs release-check clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,17 +38,32 @@ test: $(VENV)/.stamp-test ## Run the fast tests, the examples in README.md and d
 test-slow: $(VENV)/.stamp-test ## Run the slow tests
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow $(ARGS) || [ $$? -eq 5 ] # 5: no test is slow
 
-# Newer than constraints.txt has, and so in an environment of its own; without torch, whose newest
-# build would be for CUDA: the tests that compare with it are skipped.
-NEWEST := .venv-jax-newest
+test-laws: export OMP_NUM_THREADS ?= 1
+test-laws: export SINGD_LAWS := nightly
+test-laws: $(VENV)/.stamp-test ## Check the laws of all structures on many more and larger cases: for a night
+	$(BIN)/python -m pytest -n $(WORKERS) tests/core/structures/test_structure_laws.py $(ARGS)
 
-test-jax-newest: export OMP_NUM_THREADS ?= 1
-test-jax-newest: ## Run the tests of singd_jax with the newest jax (PYTHON=python3.12 or newer)
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and "jax 0.11 and later need Python 3.12: make test-jax-newest PYTHON=...")'
+# Other versions than those of constraints.txt, each in an environment of its own.
+OLDEST := .venv-oldest
+NEWEST := .venv-newest
+WITH := array-api-strict curvlinops-for-pytorch dm-haiku equinox flax orbax-checkpoint pytest pytest-xdist \
+	scikit-learn scipy singd==0.0.5
+FRAMEWORK_TESTS := tests/core tests/torch_frontend tests/jax_frontend
+
+test-oldest test-newest: export OMP_NUM_THREADS ?= 1
+
+test-oldest: ## Run the tests of core, torch and jax with the oldest versions (PYTHON=python3.11 or 3.12)
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt \
+		-e '.[jax,testing,torch]' $(WITH)
+	$(OLDEST)/bin/python -m pytest -n $(WORKERS) -m "not slow" $(FRAMEWORK_TESTS) $(ARGS)
+
+test-newest: ## Run the same with the newest versions (PYTHON=python3.12 or newer); may install torch for CUDA
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and "jax 0.11 and later need Python 3.12: make test-newest PYTHON=...")'
 	$(PYTHON) -m venv $(NEWEST)
-	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -e '.[jax]' \
-		dm-haiku equinox flax hypothesis orbax-checkpoint pytest pytest-xdist
-	$(NEWEST)/bin/python -m pytest -n $(WORKERS) -m "not slow" tests/jax_frontend $(ARGS)
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade \
+		-e '.[jax,testing,torch]' $(WITH)
+	$(NEWEST)/bin/python -m pytest -n $(WORKERS) -m "not slow" $(FRAMEWORK_TESTS) $(ARGS)
 
 test-gpu: ## Run tests/gpu with PYTHON, on a machine with a GPU; installs nothing
 	PYTHONPATH=.:frontends:$$PYTHONPATH $(PYTHON) -m pytest -c tests/gpu/pytest.ini tests/gpu $(ARGS)
@@ -70,8 +86,22 @@ race: $(VENV)/.stamp-bench ## Race optimizers to a loss, in seconds (benchmarks/
 docs: $(VENV)/.stamp-docs ## Build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# In an environment of its own, with Python isolated (-I) from this folder and PYTHONPATH.
+RELEASE := .venv-release
+
+release-check: $(VENV)/.stamp-release ## Build sdist and wheel into dist/, install the wheel, run its doctests and a smoke test
+	rm -rf dist $(RELEASE)
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	$(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		"$$(ls $(CURDIR)/dist/*.whl)[jax,testing,torch]" pytest
+	cd $(RELEASE) && bin/python -I -m pytest -q -c /dev/null -p no:cacheprovider --doctest-modules \
+		-o doctest_optionflags="ELLIPSIS NORMALIZE_WHITESPACE" --pyargs singd_core singd_torch singd_jax
+	cd $(RELEASE) && bin/python -I ../tests/release/smoke.py
+
 clean: ## Remove .venv and all that was built
-	rm -rf $(VENV) $(NEWEST) site build dist demo.png .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(RELEASE) site build dist demo.png .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.stamp-venv:
@@ -88,6 +118,7 @@ $(VENV)/.stamp-demo-numpy: EXTRAS := demo
 $(VENV)/.stamp-test: EXTRAS := test,demo,torch,jax,models
 $(VENV)/.stamp-lint: EXTRAS := lint,testing,torch,jax
 $(VENV)/.stamp-docs: EXTRAS := docs
+$(VENV)/.stamp-release: EXTRAS := release
 
 $(VENV)/.stamp-bench: $(VENV)/.stamp-venv pyproject.toml constraints.txt
 	$(INSTALL) -e '.[bench,torch,peer-singd,peer-heavyball,peer-pytorch-optimizer]'
