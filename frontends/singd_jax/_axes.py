@@ -21,6 +21,7 @@ KEEPS = {
     "convert_element_type",
     "copy",
     "copy_p",
+    "device_put",
     "mesh_cast",
     "name",
     "optimization_barrier",
@@ -105,6 +106,8 @@ class View:
         stack: Axes that enclosing scans have taken one index of.
         scans: Which scans those are.
         flips: Axes of the leaf that are reversed.
+        factor: A number that it is multiplied by, or None.
+        picks: For each axis of which one index was taken at run time, the index and the length.
     """
 
     leaf: int
@@ -113,6 +116,8 @@ class View:
     stack: tuple[Group, ...] = ()
     scans: tuple[Any, ...] = ()
     flips: frozenset[int] = frozenset()
+    factor: Any = dataclasses.field(default=None, compare=False)
+    picks: tuple[tuple[Any, int], ...] = dataclasses.field(default=(), compare=False)
 
     @classmethod
     def of_leaf(cls, leaf: int, shape: Sequence[int]) -> View:
@@ -164,6 +169,22 @@ class View:
         dims = list(self.dims)
         dims[axis] = (*kept, *rest)
         return dataclasses.replace(self, region=tuple(region), dims=tuple(dims))
+
+    def times(self, factor: Any) -> View:
+        """The view multiplied by a number."""
+        factor = factor if self.factor is None else self.factor * factor
+        return dataclasses.replace(self, factor=factor)
+
+    def pick(self, starts: Sequence[Any], sizes: Sequence[int]) -> View | None:
+        """The view of one index of an axis that is known only at run time, else None."""
+        picked = [axis for axis, n in enumerate(self.shape) if sizes[axis] != n]
+        if len(picked) != 1 or sizes[picked[0]] != 1:
+            return None
+        (axis,), dims = picked, list(self.dims)
+        pick = starts[axis], size(dims[axis])
+        stack, dims[axis] = (*self.stack, dims[axis]), ()
+        picks = (*self.picks, pick)
+        return dataclasses.replace(self, stack=stack, picks=picks, dims=tuple(dims))
 
     def enter_scan(self, scan: Any) -> View:
         """The view of one index of the first axis, inside a scan over it."""

@@ -17,7 +17,7 @@ from singd_core._array import Array
 from singd_core.curvature import Convolution, Embedding, Linear, Sample
 from singd_jax._axes import Atom, Group, View, merged, reshaped, size
 
-EXPAND = "expand"
+EXPAND, EMBEDDING = "expand", "embedding"
 Cut: TypeAlias = tuple[int, int, int]  # axis, start, length
 
 
@@ -34,13 +34,16 @@ class Call:
         along: For each axis of the product the atoms of the parameter, empty for rows.
         rows: How many rows it has if every position is one.
         examples: How many if those of an example are averaged.
-        inputs: The rows A of the other operand, as `inputs(x, bias, kfac_approx, sample)`.
+        inputs: The rows A of the other operand, as `inputs(x, bias, kfac_approx, sample)`; of a
+            ragged product x is a pair of it and the sizes of the groups.
         outputs: The rows B of the gradient, as `outputs(g, kfac_approx, sample)`.
         product: BᵀA, the gradient of the matrix, where A is not written out.
         reduces: Whether rows of one example can be told from those of another.
         guesses: Whether it is a guess which, since several axes are as long as the batch.
         takes_bias: Whether its rows can have a column of ones.
         times: How often it runs with one matrix: for each step of a scan, and on each device.
+        sizes: How many rows each matrix of the stack has, where x tells.
+        seen: What `outputs` takes in the place of g, where x tells which of it reaches the weight.
     """
 
     kind: str
@@ -51,13 +54,23 @@ class Call:
     along: tuple[tuple[Atom, ...], ...]
     rows: int
     examples: int
-    inputs: Callable[[Array, bool, str, Sample | None], Array]
-    outputs: Callable[[Array, str, Sample | None], Array]
+    inputs: Callable[[Any, bool, str, Sample | None], Array]
+    outputs: Callable[[Any, str, Sample | None], Array]
     product: Callable[[Array, Array], Array] | None = None
     reduces: bool = True
     guesses: bool = False
     takes_bias: bool = True
     times: int = 1
+    sizes: Callable[[Any], Array] | None = None
+    seen: Callable[[Any, Array], Any] | None = None
+
+    def operands(self, x: Any, g: Array, factor: Any) -> tuple[Any, Any]:
+        """What `inputs` and `outputs` take, of a weight that is multiplied by a number or None."""
+        if factor is not None and self.kind == EMBEDDING:
+            g = _times(g, factor)
+        elif factor is not None:
+            x = (_times(x[0], factor), *x[1:]) if isinstance(x, tuple) else _times(x, factor)
+        return x, g if self.seen is None else self.seen(x, g)
 
     @property
     def layout(self) -> tuple[Any, ...]:
@@ -198,7 +211,8 @@ def gather(
     if collapsed == ():  # as vmap makes it of a single index
         features.remove(numbers.offset_dims[axis])
     # whatever else is an index has one place to be, or to be clipped to
-    clipped = mapped == [axis] or str(params["mode"]).endswith(("CLIP", "PROMISE_IN_BOUNDS"))
+    mode = str(params["mode"])
+    clipped = mapped == [axis] or mode.endswith(("CLIP", "PROMISE_IN_BOUNDS"))
     if collapsed not in ((), (axis,)) or sizes[axis] != 1 or axis not in mapped or not clipped:
         return "indexed in part"
     rest = [d for d in range(len(view.dims)) if d != axis]
@@ -207,7 +221,11 @@ def gather(
     layer = Embedding(entries)
 
     def places(x: Array) -> Array:
-        return x[..., mapped.index(axis)]
+        i = x[..., mapped.index(axis)]
+        if mode.endswith("CLIP"):
+            return jnp.clip(i, 0, entries - 1)
+        # what lies outside gives nothing; negative indices were made positive before
+        return i if mode.endswith("PROMISE_IN_BOUNDS") else jnp.where(i < 0, entries, i)
 
     def inputs(x: Array, bias: bool, how: str, sample: Sample | None) -> Array:
         return layer.inputs(places(x), bias=bias, kfac_approx=how, sample=sample)[0]
@@ -216,13 +234,18 @@ def gather(
         g = _features(g, (), free, features, outs)
         return layer.outputs(g, kfac_approx=how, loss_average=None, sample=sample)[0]
 
+    def seen(x: Array, g: Array) -> Array:
+        """The gradient of what was looked up, zeros where nothing was."""
+        inside = jnp.expand_dims(places(x) < entries, sorted(features))
+        return jnp.where(inside, g, 0)
+
     def product(x: Array, g: Array) -> Array:
         B, at = outputs(g, EXPAND, None), places(x).reshape(-1)
         return jnp.zeros((B.shape[-1], entries), B.dtype).at[:, at].add(B.T, mode="drop")
 
     along: list[tuple[Atom, ...]] = [()] * len(y)
     return Call(
-        kind="embedding",
+        kind=EMBEDDING,
         view=view,
         stack=view.stack,
         outs=_in_order(outs),
@@ -233,9 +256,67 @@ def gather(
         inputs=inputs,
         outputs=outputs,
         product=product,
+        seen=seen if mode.endswith("FILL_OR_DROP") else None,
         reduces=False,
         takes_bias=False,
     )
+
+
+def ragged_dot(params: Mapping[str, Any], view: View, x: Sequence[int], groups: int) -> Call | str:
+    """A `ragged_dot` of data of shape `x` with a stack of weights, one for each group of rows."""
+    numbers = params["ragged_dot_dimension_numbers"]
+    (xc, wc), (xb, wb) = numbers.dot_dimension_numbers
+    (ragged,), grouped = numbers.lhs_ragged_dimensions, tuple(numbers.rhs_group_dimensions)
+    free = [i for i in range(len(x)) if i not in xc]
+    if xb or wb or len(grouped) != 1 or free != [ragged] or params["group_offset"] is not None:
+        return "multiplied by `ragged_dot_general` in another way than `ragged_dot` does"
+    wf = [i for i in range(len(view.dims)) if i not in (*wc, *grouped)]
+    ins, outs, n = _atoms(view, wc), _atoms(view, wf), x[ragged]
+
+    def rows(x: Array, sizes: Array, sample: Sample | None) -> Array:
+        """Rows (n, d) by group, (groups, most, d): zeros where a group has fewer."""
+        most = n if sample is None else min(n, sample.most)
+        sizes, j = sizes.astype(jnp.int32)[:, None], jnp.arange(most)
+        first = jnp.cumsum(sizes, axis=0) - sizes
+        if most == n:
+            at, share = j, jnp.ones((groups, 1), x.dtype)
+        else:
+            size = jnp.maximum(sizes, 1)
+            # j · size / most in 32 bits
+            strided = j * (size // most) + j * (size % most) // most
+            start = sample.start(size)  # type: ignore[union-attr]
+            at = jnp.where(sizes > most, (start + strided) % size, j)
+            share = jnp.sqrt(jnp.maximum(size / most, 1.0)).astype(x.dtype)
+        found = x.at[first + at].get(mode="clip") * share[..., None]
+        return jnp.where((j < sizes)[..., None], found, 0)
+
+    def inputs(x: tuple[Array, Array], bias: bool, how: str, sample: Sample | None) -> Array:
+        return rows(_features(x[0], (), free, xc, ins), x[1], sample)
+
+    def outputs(g: tuple[Array, Array], how: str, sample: Sample | None) -> Array:
+        return rows(_features(g[0], (), [0], range(1, 1 + len(wf)), outs), g[1], sample)
+
+    return Call(
+        kind="ragged",
+        view=view,
+        stack=(*view.stack, view.dims[grouped[0]]),
+        outs=_in_order(outs),
+        ins=_in_order(ins),
+        along=((), *(view.dims[i] for i in wf)),
+        rows=n,
+        examples=n,
+        inputs=inputs,
+        outputs=outputs,
+        reduces=False,
+        takes_bias=False,
+        sizes=lambda x: x[1],
+        seen=lambda x, g: (g, x[1]),
+    )
+
+
+def _times(x: Array, factor: Any) -> Array:
+    dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else None
+    return x * jnp.asarray(factor, dtype)
 
 
 def _atoms(view: View, dims: Sequence[int]) -> tuple[Atom, ...]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from singd_core._array import Array, widen
+from singd_jax import _compat
 from singd_jax._calls import EXPAND, Call
-from singd_jax._curvature import Tapped, padded
+from singd_jax._curvature import Tapped, padded, value_and_grad
 from singd_jax._layers import TRANSPOSED, Layer, Layers
 from singd_jax._loss import Leaves
 
@@ -25,21 +27,23 @@ def check(
 ) -> Callable[..., dict[str, float]]:
     """Whether `Bᵀ A = ∇W` holds for the rows captured of every layer.
 
+    The value and the gradients beside them are also compared with `jax.value_and_grad` of the loss.
     A layer whose weight is read by something else as well, e.g. by a penalty, has more in its
     gradient than its rows say: it is reported and not held to the tolerance.
 
     Args:
         loss: The loss that the layers were found in.
         layers: What `find_layers` returned.
-        tolerance: Of the difference, relative to the norm of ∇W. None is 1e-4, or 8 times the
-            rounding of the coarsest numbers that are multiplied.
+        tolerance: Of the difference, relative to the norm of ∇W, or to a hundredth of that of
+            `|B|ᵀ |A|` where the rows cancel. None is 1e-4, or 8 times the rounding of the coarsest
+            numbers that are multiplied.
         has_aux: Whether the loss returns a pair of which the second is auxiliary.
 
     Returns:
         A function of `params, *batch` that returns the relative difference of each layer.
 
     Raises:
-        AssertionError: Naming the layers whose difference is larger.
+        AssertionError: Naming the layers, or the gradients, whose difference is larger.
         ValueError: If the parameters do not fit the layers.
 
     Example:
@@ -55,30 +59,35 @@ def check(
         leaves = Leaves.of(params)
         arrays = leaves.named
         layers.refuse_others(arrays, [leaf for layer in layers.values() for leaf in layer.leaves])
-        slots = {
-            name: dict.fromkeys(layer.roles, widen(jnp.zeros_like(layer.matrix(arrays))))
-            for name, layer in layers.items()
-        }
+        slots = {name: _slots(layer, arrays) for name, layer in layers.items()}
         dtypes = {name: jnp.dtype(jnp.float64) for name in layers}
         rule = functools.partial(_product, dtypes)
         tapped = Tapped(loss, layers, None, rule, {}, {})
 
         @jax.jit
-        def gaps(arrays: Any) -> dict[str, Array]:
-            _, grads, products, _ = tapped.value_and_grad(
+        def traced(arrays: Any) -> Any:
+            value, grads, products, _ = tapped.value_and_grad(
                 leaves.join(arrays), slots, {}, batch, keywords, has_aux
             )
             gradients = Leaves.of(grads).named
-            return {
-                name: _gap(sum(products[name].values()), layer.matrix(gradients))
+            gaps = {
+                name: _gap(list(products[name].values()), layer.matrix(gradients))
                 for name, layer in layers.items()
             }
+            return gaps, (value[0] if has_aux else value), gradients
 
-        found = {name: float(gap) for name, gap in gaps(leaves.arrays).items()}
+        @jax.jit
+        def plain(arrays: Any) -> Any:
+            value, grads = value_and_grad(loss, leaves.join(arrays), batch, keywords, has_aux)
+            return (value[0] if has_aux else value), Leaves.of(grads).named
+
+        gaps, *got = traced(leaves.arrays)
         limits = {
             name: max(1e-4, 8 * _eps(dtypes[name])) if tolerance is None else tolerance
-            for name in found
+            for name in gaps
         }
+        _refuse_another_gradient(got, plain(leaves.arrays), max([1e-4, *limits.values()]))
+        found = {name: float(gap) for name, gap in gaps.items()}
         wrong = [
             f"{name} ({gap:.2g} in {dtypes[name]}, where up to {limits[name]:.2g} is rounding)"
             for name, gap in found.items()
@@ -94,9 +103,42 @@ def check(
     return function
 
 
-def _gap(got: Array, expected: Array) -> Array:
-    norm = jnp.linalg.norm(expected.ravel())
+def _refuse_another_gradient(got: Any, plain: Any, limit: float) -> None:
+    """Raise if the loss evaluated by singd_jax has another value or gradient than the loss."""
+    (value, grads), (own_value, own_grads) = got, plain
+    norms = {name: _norm(g) for name, g in own_grads.items()}
+    floor = 1e-2 * math.hypot(*norms.values())  # a gradient that cancels is rounding
+    gaps = {
+        f"the gradient of {name}": _norm(grads[name] - g) / max(norms[name] + floor, 1e-30)
+        for name, g in own_grads.items()
+    }
+    gaps["the value"] = _norm(value - own_value) / max(_norm(own_value), 1e-30)
+    wrong = [f"{name} ({gap:.2g})" for name, gap in gaps.items() if not gap <= limit]
+    if wrong and all(math.isfinite(x) for x in (_norm(own_value), *norms.values())):
+        raise AssertionError(
+            "the loss as singd_jax evaluates it differs from jax.value_and_grad(loss) by more "
+            f"than {limit:.2g}: {', '.join(wrong)}. If it does in float64 as well, this is a bug "
+            "in singd_jax"
+        )
+
+
+def _slots(layer: Layer, arrays: Mapping[str, Array]) -> dict[str, Any]:
+    """For each role zeros for the sums of BᵀA and of |B|ᵀ|A|."""
+    zeros = widen(jnp.zeros_like(layer.matrix(arrays)))
+    return dict.fromkeys(layer.roles, (zeros, zeros))
+
+
+@_compat.any_ranks
+def _gap(products: Sequence[tuple[Array, Array]], expected: Array) -> Array:
+    got, size = (sum(parts) for parts in zip(*products, strict=True))
+    norm = jnp.maximum(
+        jnp.linalg.norm(expected.ravel()), 1e-2 * jnp.linalg.norm(jnp.asarray(size).ravel())
+    )
     return jnp.linalg.norm((got - expected).ravel()) / jnp.maximum(norm, 1e-30)
+
+
+def _norm(x: Any) -> float:
+    return float(jnp.linalg.norm(jnp.ravel(widen(x))))
 
 
 def _eps(dtype: Any) -> float:
@@ -105,22 +147,24 @@ def _eps(dtype: Any) -> float:
 
 def _product(
     dtypes: dict[str, Any], call: Call, layer: Layer, kfac_approx: str
-) -> Callable[..., Array]:
-    """The rule that returns BᵀA, and tells the coarsest dtype of what a layer multiplies."""
+) -> Callable[..., tuple[Array, Array]]:
+    """The rule that returns BᵀA and |B|ᵀ|A|, and tells the coarsest dtype that is multiplied."""
     transposed, bias = layer.role(call) == TRANSPOSED, layer.bias is not None
 
-    def rule(x: Array, g: Array, factors: Any, step: Any) -> Array:
-        del factors, step
-        seen = [a.dtype for a in (x, g) if jnp.issubdtype(a.dtype, jnp.floating)]
-        dtypes[layer.name] = max(*seen, dtypes[layer.name], key=_eps)
-        if call.product is not None:
-            matrix = call.product(x, g)
-        else:
-            A = call.inputs(x, bias and not transposed, EXPAND, None)
-            B = call.outputs(g, EXPAND, None)
-            matrix = B.mT @ A
+    def turned(matrix: Array) -> Array:
         if not transposed:
             return matrix
         return padded(matrix.mT) if bias else matrix.mT
+
+    def rule(x: Any, g: Any, factors: Any, step: Any, factor: Any) -> tuple[Array, Array]:
+        del factors, step
+        x, g = call.operands(x, g, factor)
+        seen = [a.dtype for a in jax.tree.leaves((x, g)) if jnp.issubdtype(a.dtype, jnp.floating)]
+        dtypes[layer.name] = max(*seen, dtypes[layer.name], key=_eps)
+        if call.product is not None:
+            return turned(call.product(x, g)), turned(call.product(x, jnp.abs(g)))
+        A = call.inputs(x, bias and not transposed, EXPAND, None)
+        B = call.outputs(g, EXPAND, None)
+        return turned(B.mT @ A), turned(jnp.abs(B).mT @ jnp.abs(A))
 
     return rule

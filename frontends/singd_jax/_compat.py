@@ -8,14 +8,17 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 Jaxpr: TypeAlias = Any
 Equation: TypeAlias = Any
 Variable: TypeAlias = Any
+T = TypeVar("T")
 
 
 def is_literal(v: Variable) -> bool:
@@ -52,6 +55,22 @@ def inner_jaxpr(eqn: Equation) -> tuple[Jaxpr, Sequence[Any]]:
     """The jaxpr that a call runs, and its constants."""
     found = eqn.params.get("jaxpr") or eqn.params["call_jaxpr"]
     return (found.jaxpr, found.consts) if isinstance(found, core.ClosedJaxpr) else (found, ())
+
+
+def without_dead_equations(closed: Any) -> Any:
+    """A jaxpr without the equations that no result needs; with all its operands."""
+    jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), True)
+    return core.ClosedJaxpr(jaxpr, closed.consts)
+
+
+def trained(jaxpr: Jaxpr) -> set[Variable]:
+    """The variables of a jaxpr through which a gradient goes back from its results."""
+    found = {v for v in jaxpr.outvars if not is_literal(v)}
+    for eqn in reversed(jaxpr.eqns):
+        smooth = any(jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in eqn.outvars if v in found)
+        if smooth and eqn.primitive.name != "stop_gradient":
+            found |= {v for v in eqn.invars if not is_literal(v)}
+    return found
 
 
 def switch(
@@ -112,6 +131,17 @@ def vary(x: Any, axes: frozenset[Any]) -> Any:
         return x
     lax: Any = jax.lax
     return lax.pcast(x, new, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, new)
+
+
+def any_ranks(f: Callable[..., T]) -> Callable[..., T]:
+    """`f`, which may promote ranks whatever `jax_numpy_rank_promotion` says of a user's code."""
+
+    @functools.wraps(f)
+    def function(*args: Any, **keywords: Any) -> T:
+        with jax.numpy_rank_promotion("allow"):
+            return f(*args, **keywords)
+
+    return function
 
 
 def is_local() -> bool:

@@ -106,7 +106,7 @@ def value_and_curvature(
             return value, grads, sums
 
         def plain() -> tuple[Any, Any, dict[str, Any]]:
-            return *_value_and_grad(loss, params, batch, keywords, has_aux), slots
+            return *value_and_grad(loss, params, batch, keywords, has_aux), slots
 
         if whole:
             value, grads, sums = measured()
@@ -163,7 +163,7 @@ class Tapped:
             weight = self.layers[name].weight
             keys[index[weight.name], weight.region] = name
 
-        def visit(key: Key, call: Call, x: Array, y: Array, ports: Ports) -> Array:
+        def visit(key: Key, call: Call, x: Any, y: Array, ports: Ports) -> Array:
             name = keys.get(key)
             role = None if name is None or key not in ports else self.layers[name].role(call)
             if name is None or role is None:
@@ -188,7 +188,7 @@ class Tapped:
         return value, leaves.gradients(grads), got, seen
 
 
-def _value_and_grad(
+def value_and_grad(
     loss: Callable[..., Any], params: Any, batch: Any, keywords: Any, has_aux: bool
 ) -> tuple[Any, Any]:
     """The value and the gradient alone."""
@@ -210,7 +210,8 @@ def _measure(
     most = rows[layer.name] if _compat.is_local() else math.inf
     N = call.examples if kfac_approx == "reduce" else call.rows
 
-    def rule(x: Array, g: Array, factors: Factors, step: Array | None) -> Sums:
+    def rule(x: Any, g: Any, factors: Factors, step: Array | None, factor: Any) -> Sums:
+        x, g = call.operands(x, g, factor)
         of_K, of_C = (
             Sample.of(most, structure, d, step)
             for structure, d in zip(factors.structures, (d_in, d_out), strict=True)
@@ -219,14 +220,19 @@ def _measure(
         A = call.inputs(x, bias and not transposed, kfac_approx, of_x)
         B = call.outputs(g, kfac_approx, of_g)
         stack = B.shape[:-2]
-        numbers = N, call.rows, 1.0 / call.times
+        counted = N if call.sizes is None else call.sizes(x)
+        numbers = counted, call.rows, 1.0 / call.times
         if transposed:
             A, B = padded(B) if bias else B, A
-        return Sums(*factors.measure(A, B), *(jnp.full(stack, n, jnp.float32) for n in numbers))
+        return Sums(
+            *factors.measure(A, B),
+            *(jnp.broadcast_to(jnp.asarray(n, jnp.float32), stack) for n in numbers),
+        )
 
     return rule
 
 
+@_compat.any_ranks
 def _ports(
     layers: Layers, states: Sequence[SingdState]
 ) -> tuple[dict[str, Factors], dict[str, Any]]:
@@ -269,6 +275,7 @@ def _slot(layer: Layer, factors: Factors) -> Sums:
     )
 
 
+@_compat.any_ranks
 def _curvature(sums: Sums, layers: Layers, batch_size: int | None, role: Role) -> Curvature:
     M: Any = 1
     if layers.loss_average == "batch":

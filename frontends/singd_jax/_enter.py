@@ -82,12 +82,20 @@ def scan(
     for o in origins[n_consts:first]:
         tracer.note(o, "carried through a scan")
     entered: list[Origin] = []
+    scanned = [o for o in origins[first:] if isinstance(o, View) and not o.picks]
     for o in origins[first:]:
-        entered.append(o.enter_scan(id(eqn)) if isinstance(o, View) else None)
+        entered.append(o.enter_scan(id(eqn)) if isinstance(o, View) and not o.picks else None)
         if isinstance(o, Join):
             tracer.note(o, STACKED)
-    inside = [*origins[:n_consts], *[None] * n_carry, *entered]
-    scanned = [o for o in origins[first:] if isinstance(o, View)]
+        elif isinstance(o, View) and o.picks:
+            tracer.note(o, "indexed at run time, and then scanned over")
+    consts: list[Origin] = []
+    for o in origins[:n_consts]:
+        twice = isinstance(o, View) and any(o.holds(view.key) for view in scanned)
+        if twice:
+            tracer.note(o, "scanned over, and read whole in every step of the same scan")
+        consts.append(None if twice else o)
+    inside = [*consts, *[None] * n_carry, *entered]
     sliced = {k: v for k, v in ports.items() if _stacked(scanned, k, tracer.stacks[k])}
     whole = {k: v for k, v in ports.items() if k not in sliced}
     slots = {k: port.slot for k, port in sliced.items()}
@@ -135,11 +143,12 @@ def custom_jvp(
         chosen = [values[i] for i in given]
         return [_compat.vary(jnp.zeros_like(x), _compat.varying(x)) for x in chosen]
 
-    closed = tracer.keep(jax.make_jaxpr(rule)(values, zeros(values)))
+    closed = jax.make_jaxpr(rule)(values, zeros(values))
+    closed = tracer.keep(_compat.without_dead_equations(closed))
     if tracer.spread.known:
         spread = tracer.spread.of(eqn.invars)
         tracer.spread.follow(closed.jaxpr, closed.consts, [*spread, *(spread[i] for i in given)])
-    inside = [*[None] * len(values), *(origins[i] for i in given)]
+    inside = [*[None] * len(values), *(tracer.closed(origins[i], "custom_jvp") for i in given)]
     found: list[Origin] = []
 
     def linear(values: Any, tangents: Any, ports: Any) -> Any:
@@ -181,7 +190,7 @@ def shard_map(
         replicated = all(axis is None for axis in spec)
         if not replicated:
             tracer.note(o, "sharded by shard_map")
-        inside.append(o if replicated else None)
+        inside.append(tracer.closed(o, "shard_map") if replicated else None)
 
     def body(values: Any, ports: Any) -> Any:
         return tracer.run(jaxpr, consts, values, inside, ports)[0]

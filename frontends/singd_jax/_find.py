@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -66,13 +67,18 @@ def find_layers(
     loss_terms(loss_average, 1, ())
     preconditioner.resolve(pair(structures), kfac=False)
 
+    def alone(*arguments: Any, **keywords: Any) -> Any:
+        """The loss without auxiliary output, which no gradient comes from."""
+        result = loss(*arguments, **keywords)
+        return result[0] if isinstance(result, tuple) else result
+
     def find(params: Any, *batch: Any, **keywords: Any) -> Layers:
         leaves = Leaves.of(params)
         needed = loss_average == "batch" or kfac_approx == "reduce"
         n = size_of_batch(batch_size, batch, keywords) if needed else None
         tracer = Tracer(n, _untouched)
         jax.eval_shape(
-            lambda arrays: evaluate(loss, tracer, leaves, arrays, {}, batch, keywords),
+            lambda arrays: evaluate(alone, tracer, leaves, arrays, {}, batch, keywords),
             list(leaves.arrays),
         )
         search = _Search(tracer, leaves)
@@ -94,7 +100,7 @@ def find_layers(
     return find
 
 
-def _untouched(key: Key, call: Call, x: Array, y: Array, ports: Ports) -> Array:
+def _untouched(key: Key, call: Call, x: Any, y: Array, ports: Ports) -> Array:
     return y
 
 
@@ -235,27 +241,39 @@ class _Search:
         return kept
 
     def _covered(self, layers: list[Layer]) -> list[Layer]:
-        """Without the layers and biases whose leaf is not made of such parts alone."""
-        numbers: dict[str, int] = {}
+        """Without the layers and biases that do not account for all of their leaf's gradient."""
+        of_leaf: dict[str, list[Part]] = {}
         for layer in layers:
-            for part in (layer.weight, layer.bias):
-                if part is not None:
-                    numbers[part.name] = numbers.get(part.name, 0) + part.numbers
-        sizes = {
-            name: math.prod(array.shape)
-            for name, array in zip(self.leaves.names, self.leaves.arrays, strict=True)
-        }
+            for part in layer.parts:
+                of_leaf.setdefault(part.name, []).append(part)
+        accounted = {name: self._accounts(name, parts) for name, parts in of_leaf.items()}
         kept = []
         for layer in layers:
-            if numbers[layer.weight.name] != sizes[layer.weight.name]:
+            if not accounted[layer.weight.name]:
                 self.reasons[layer.weight.name] = "used in parts that overlap or leave some out"
                 continue
-            bias = layer.bias
-            if bias is not None and numbers[bias.name] != sizes[bias.name]:
-                self.reasons[bias.name] = "a bias only in part"
+            if layer.bias is not None and not accounted[layer.bias.name]:
+                self.reasons[layer.bias.name] = "a bias only in part"
                 layer = dataclasses.replace(layer, bias=None)
             kept.append(layer)
         return kept
+
+    def _accounts(self, name: str, parts: Sequence[Part]) -> bool:
+        """Whether parts of a leaf do not overlap, and whether nothing reads what they leave out."""
+        leaf = self.leaves.names.index(name)
+        if any(_overlap(a, b) for a, b in itertools.combinations(parts, 2)):
+            return False
+        if sum(part.numbers for part in parts) == math.prod(self.leaves.arrays[leaf].shape):
+            return True
+        used = {region for i, region in self.tracer.calls if i == leaf}
+        biases = (b for found in self.tracer.biases.values() for b in found.values())
+        used |= {bias.view.region for bias in biases if bias.view.leaf == leaf}
+        return used == {part.region for part in parts} and not self.tracer.reads.get(leaf)
+
+
+def _overlap(a: Part, b: Part) -> bool:
+    spans = zip(a.region, b.region, strict=True)
+    return all(i < j + m and j < i + n for (i, n), (j, m) in spans)
 
 
 def _region(part: Part) -> str:

@@ -24,6 +24,10 @@ class Join:
         """The lengths of the views along the axis."""
         return tuple(size(view.dims[self.axis]) for view in self.views)
 
+    def times(self, factor: Any) -> Join:
+        """The same multiplied by a number."""
+        return Join(self.axis, tuple(view.times(factor) for view in self.views))
+
     def apply(self, name: str, params: Mapping[str, Any]) -> Join | None:
         """The same after an equation that rearranges it, else None."""
         shape = list(self.views[0].shape)

@@ -120,6 +120,7 @@ def evaluate(
 
     arrays = [flat[i] for i in which]
     closed, shape = jax.make_jaxpr(function, return_shape=True)(list(leaves), arrays)
+    closed = _compat.without_dead_equations(closed)
     views = [
         View.of_leaf(i, leaf.shape) if is_followed(leaf) else None for i, leaf in enumerate(leaves)
     ]

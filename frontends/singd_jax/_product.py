@@ -81,6 +81,8 @@ def bias_of(call: Call, dims: Sequence[Group], view: View) -> Bias | None:
     same_stack = [*map(size, view.stack)] == [*map(size, call.view.stack)]
     if not (call.takes_bias and same_scans and same_stack and len(dims) == len(view.dims)):
         return None
+    if view.factor is not None or view.picks or call.view.picks:
+        return None
     units: list[Atom] = []  # those atoms of the product's axes that tell outputs apart
     for group, own in zip(dims, view.dims, strict=True):
         along = [atom for atom in group if call.along[atom[0]]]

@@ -17,6 +17,7 @@ from singd_core.optimizer import LayerState, Optimizer, State
 from singd_core.preconditioner import Factors
 from singd_core.updates.adamw import Fallback, Moments
 from singd_core.updates.curvature import Curvature
+from singd_jax import _compat
 from singd_jax._curvature import joined
 from singd_jax._layers import Layer, Layers, pair
 from singd_jax._loss import Leaves
@@ -68,6 +69,7 @@ class Steps:
         self.schedules = schedules
         self.T = self.optimizer.settings.T if T is None or isinstance(T, int) else T
 
+    @_compat.any_ranks
     def init(self, params: Any, others: bool = True) -> SingdState:
         """The state before the first step.
 
@@ -92,6 +94,7 @@ class Steps:
         count, skipped = (jnp.zeros((), jnp.int32) for _ in range(2))
         return self._state(State(count, skipped, states, rest))  # type: ignore[arg-type]
 
+    @_compat.any_ranks
     def update(
         self,
         grads: Any,
@@ -125,6 +128,7 @@ class Steps:
         changes = self._leaves(gradients, core, new)
         return tree(changes), self._counted(core, stepped)
 
+    @_compat.any_ranks
     def precondition(
         self,
         grads: Any,
@@ -285,6 +289,9 @@ class Steps:
     ) -> dict[str, Array]:
         """The leaves of what `_parameters` made."""
         found, trained = dict(arrays), self._trained(core)
+        for part in (part for layer in trained.values() for part in layer.parts):
+            if not part.whole:  # what no layer uses stays as it is
+                found[part.name] = jnp.zeros_like(arrays[part.name])
         for name, value in new.items():
             if name in trained:
                 found |= trained[name].put(found, value)

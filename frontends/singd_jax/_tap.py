@@ -11,10 +11,11 @@ import jax.numpy as jnp
 
 from singd_core._array import Array
 from singd_jax import _compat
+from singd_jax._axes import View
 
-# Takes the layer's input, the gradient at its output, the factors and the step; returns a tree like
-# `slot`.
-Rule: TypeAlias = Callable[[Array, Array, Any, Any], Any]
+# Takes the layer's input, the gradient at its output, the factors, the step and the number that
+# multiplies the weight; returns a tree like `slot`.
+Rule: TypeAlias = Callable[[Any, Array, Any, Any, Any], Any]
 
 
 class Port(NamedTuple):
@@ -24,11 +25,22 @@ class Port(NamedTuple):
         slot: Zeros. The gradient with respect to it is the sum of what the rule returns.
         factors: What the rule measures with, or a `Slice`.
         step: The number of steps taken, where the rule wants it, or None.
+        factor: A number that the weight is multiplied by, or None.
     """
 
     slot: Any
     factors: Any
     step: Any = None
+    factor: Any = None
+
+    def of(self, view: View) -> Port:
+        """The port of the layers that a view has picked, with its factor."""
+        port = self
+        for i, n in view.picks:
+            i = jnp.clip(i, 0, n - 1)  # as dynamic_slice does
+            slot = jax.tree.map(functools.partial(_entry, i=i), port.slot)
+            port = Port(slot, Slice(port.factors, i), port.step)
+        return port._replace(factor=view.factor)
 
 
 class Slice(NamedTuple):
@@ -47,47 +59,49 @@ class Slice(NamedTuple):
         if g.size and jax.device_count() == 1:  # on more, an entry of g is a transfer
             # XLA drops barriers on a CPU and cuts at once; another 5 %. NaN is lost in any case.
             i = i + jnp.isnan(g[(0,) * g.ndim]).astype(i.dtype)
-        return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), stack)
+        return jax.tree.map(functools.partial(_entry, i=i), stack)
 
 
-def tap(rule: Rule, y: Array, x: Array, port: Port, due: Array | None) -> Array:
-    """`y`. Where `due`, `rule(x, g, factors, step)` of its gradient g joins that of the slot.
+def _entry(a: Array, i: Array) -> Array:
+    return jax.lax.dynamic_index_in_dim(a, i, keepdims=False)
+
+
+def tap(rule: Rule, y: Array, x: Any, port: Port, due: Array | None) -> Array:
+    """`y`. Where `due`, the rule's result for its gradient g joins the gradient of the slot.
 
     Sums over the steps of a scan, over devices, micro-batches and uses of a weight are autodiff's.
     """
-    axes = _compat.varying(y) | _compat.varying(x)
+    axes = _compat.varying(y).union(*map(_compat.varying, jax.tree.leaves(x)))
     slot = jax.tree.map(lambda s: _compat.vary(s, axes), port.slot)
-    return _tap(rule, y, x, slot, port.factors, port.step, due)
+    return _tap(rule, y, x, slot, port._replace(slot=None), due)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _tap(rule: Rule, y: Array, x: Array, slot: Any, factors: Any, step: Any, due: Any) -> Array:
+def _tap(rule: Rule, y: Array, x: Any, slot: Any, port: Port, due: Any) -> Array:
     return y
 
 
-def _forward(
-    rule: Rule, y: Array, x: Array, slot: Any, factors: Any, step: Any, due: Any
-) -> tuple[Array, Any]:
-    return y, (x, slot, factors, step, due)
+def _forward(rule: Rule, y: Array, x: Any, slot: Any, port: Port, due: Any) -> tuple[Array, Any]:
+    return y, (x, slot, port, due)
 
 
 def _backward(rule: Rule, residuals: Any, g: Array) -> tuple[Any, ...]:
-    x, slot, factors, step, due = residuals
+    x, slot, port, due = residuals
 
-    def measured(x: Array, g: Array, factors: Any, step: Any) -> Any:
-        found = rule(x, g, factors.cut(g) if isinstance(factors, Slice) else factors, step)
-        return jax.tree.map(_like, found, slot)
+    def measured(x: Any, g: Array, port: Port) -> Any:
+        factors = port.factors.cut(g) if isinstance(port.factors, Slice) else port.factors
+        return jax.tree.map(_like, rule(x, g, factors, port.step, port.factor), slot)
 
-    def nothing(x: Array, g: Array, factors: Any, step: Any) -> Any:
+    def nothing(x: Any, g: Array, port: Port) -> Any:
         return jax.tree.map(lambda s: _like(jnp.zeros(s.shape, s.dtype), s), slot)
 
-    def curvature(x: Array, g: Array, factors: Any, step: Any, due: Any) -> Any:
+    def curvature(x: Any, g: Array, port: Port, due: Any) -> Any:
         if due is None:
-            return measured(x, g, factors, step)
-        return jax.lax.cond(due, measured, nothing, x, g, factors, step)
+            return measured(x, g, port)
+        return jax.lax.cond(due, measured, nothing, x, g, port)
 
-    found = _compat.auto_sharded(curvature, slot)(x, g, factors, step, due)
-    return g, None, found, None, None, None
+    found = _compat.any_ranks(_compat.auto_sharded(curvature, slot))(x, g, port, due)
+    return g, None, found, None, None
 
 
 def _like(value: Array, slot: Array) -> Array:

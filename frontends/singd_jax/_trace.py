@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from singd_core._array import Array
 from singd_jax import _calls, _compat
@@ -22,7 +24,7 @@ from singd_jax._spread import Spread
 
 Ports: TypeAlias = Mapping[Key, Any]
 # Takes a product, its operand, itself and the ports; returns the product, tapped or not.
-Visit: TypeAlias = Callable[[Key, Call, Array, Array, Ports], Array]
+Visit: TypeAlias = Callable[[Key, Call, Any, Array, Ports], Array]
 
 
 class Tracer:
@@ -71,7 +73,9 @@ class Tracer:
         ports: Ports,
     ) -> tuple[list[Any], list[Origin]]:
         """The results of a jaxpr, and where they come from."""
-        env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+        # a constant of NumPy has no gradient, and functions with rules of their own want one
+        arrays = [jnp.asarray(c) if isinstance(c, np.ndarray) else c for c in consts]
+        env: dict[Any, Any] = dict(zip(jaxpr.constvars, arrays, strict=True))
         env |= zip(jaxpr.invars, args, strict=True)
         known: dict[Any, Origin] = {}
         operands = [v for eqn in jaxpr.eqns for v in eqn.invars] + list(jaxpr.outvars)
@@ -90,9 +94,11 @@ class Tracer:
             return None if _compat.is_literal(v) else known.get(v)
 
         learn(jaxpr.invars, origins)
+        trained = _compat.trained(jaxpr)
         for eqn in jaxpr.eqns:
             values = [read(v) for v in eqn.invars]
-            found = [origin(v) for v in eqn.invars]
+            gives = any(v in trained for v in eqn.outvars)
+            found = [origin(v) if gives else None for v in eqn.invars]
             results, new = self._equation(eqn, values, found, ports)
             env |= zip(eqn.outvars, results, strict=True)
             learn(eqn.outvars, new)
@@ -113,7 +119,7 @@ class Tracer:
             finally:
                 self._within = within
         results = _compat.evaluate(eqn, values)
-        if eqn.primitive.name == "optimization_barrier":
+        if eqn.primitive.name in ("optimization_barrier", "device_put"):
             return results, origins
         if eqn.primitive.name == "split" and isinstance(origins[0], View):
             return results, self._split(origins[0], eqn.params["axis"], eqn.params["sizes"])
@@ -135,11 +141,17 @@ class Tracer:
             return self._product(eqn, 1, values, origins, results, ports)
         if name == "gather" and views == [True, False] and isinstance(origins[0], View):
             return self._product(eqn, 0, values, origins, results, ports)
+        if name == "ragged_dot_general" and views == [False, True, False]:
+            return self._product(eqn, 1, values, origins, results, ports)
         if name == "concatenate" and all(isinstance(o, View) for o in origins):
             return Join(p["dimension"], tuple(o for o in origins if isinstance(o, View)))
         first = origins[0]
         new: Origin = None
-        if isinstance(first, (View, Join)):
+        if name in ("mul", "div", "neg"):
+            new = self._multiple(name, values, origins)
+        elif name == "dynamic_slice" and isinstance(first, View):
+            new = first.pick(values[1:], p["slice_sizes"])
+        elif isinstance(first, (View, Join)):
             new = first.apply(name, p)
         elif isinstance(first, Product):
             dims = rearranged(name, p, first.dims)
@@ -148,6 +160,22 @@ class Tracer:
             for o in origins:
                 self.note(o, _REASONS.get(name, f"read by `{name}`"))
         return new
+
+    def _multiple(self, name: str, values: Any, origins: list[Origin]) -> Origin:
+        """A parameter times a number: the number then multiplies what the parameter does."""
+        large = [i for i, x in enumerate(values) if np.size(x) > 1]
+        side = large[0] if len(large) == 1 else 0
+        origin = origins[side]
+        if not isinstance(origin, (View, Join)) or (name == "div" and side == 1):
+            return None
+        if name == "neg":
+            return origin.times(-1.0)
+        other = values[1 - side]
+        if np.size(other) != 1:
+            return None
+        self.note(origins[1 - side], _REASONS["mul"])
+        number = jnp.reshape(other, ())
+        return origin.times(1.0 / number if name == "div" else number)
 
     def _split(self, view: View, axis: int, sizes: Sequence[int]) -> list[Origin]:
         found: list[Origin] = []
@@ -189,13 +217,21 @@ class Tracer:
             if x_cut or y_cut:
                 call = call.of_part(x_cut, y_cut)
             scans = [i for i in self._within if i in self.scans and i not in view.scans]
-            if scans:
+            lengths = [self.scans[i] for i in scans]
+            for _, n in view.picks:
+                if n in lengths:  # a loop that picks one layer after the other
+                    lengths.remove(n)
+            if lengths:
                 self.steps.add(view.key)
-            steps = math.prod(self.scans[i] for i in scans)
+            steps = math.prod(lengths)
             call = dataclasses.replace(call, times=max(steps, 1) * self.spread.devices(x, y))
             path = (*self._within, id(eqn))
             self.calls[view.key][path] = call
-            results[0] = self.visit(view.key, call, x, results[0], ports)
+            operand = x if call.sizes is None else (x, values[2])
+            own = ports
+            if view.key in ports:
+                own = {**ports, view.key: ports[view.key].of(view)}
+            results[0] = self.visit(view.key, call, operand, results[0], own)
             pieces.append(Piece(view.key, path, call, y_cut))
         if any(cut[0] for cut in parts) or not pieces[0].call.takes_bias:
             return None  # concatenated inputs: a bias is no part of any of them
@@ -208,6 +244,8 @@ class Tracer:
             return _calls.dot_general(eqn.params, side, view, x, self.batch_size)
         if eqn.primitive.name == "conv_general_dilated":
             return _calls.convolution(eqn.params, view, y)
+        if eqn.primitive.name == "ragged_dot_general":
+            return _calls.ragged_dot(eqn.params, view, x, eqn.invars[2].aval.shape[0])
         return _calls.gather(eqn.params, view, x, y)
 
     def _add(self, origins: list[Origin], result: Any) -> Origin:
@@ -225,6 +263,14 @@ class Tracer:
                 self.biases[piece.key][piece.path] = bias
         return None
 
+    def closed(self, origin: Origin, name: str) -> Origin:
+        """A parameter inside a call that can be given no further values: numbers, indices."""
+        views = origin.views if isinstance(origin, Join) else (origin,)
+        if all(isinstance(v, View) and not v.picks and _is_plain(v.factor) for v in views):
+            return origin
+        self.note(origin, f"multiplied or indexed by what is computed outside of a `{name}`")
+        return origin if isinstance(origin, Product) else None
+
     def note(self, origin: Origin, reason: str) -> None:
         """Remember how a parameter is read besides."""
         views = origin.views if isinstance(origin, Join) else (origin,)
@@ -240,10 +286,14 @@ _REASONS = {
     "custom_vjp_call_jaxpr": "inside a custom_vjp, which shows no gradient of an output",
     "concatenate": "concatenated with what is no parameter",
     "stack": STACKED,
-    "dynamic_slice": "indexed by what is known only at run time",
+    "dynamic_slice": "sliced at a place that is known only at run time",
     "slice": "sliced across its layout",
     "dot_general": "multiplied with a parameter",
 }
+
+
+def _is_plain(factor: Any) -> bool:
+    return factor is None or isinstance(factor, float) or not isinstance(factor, jax.core.Tracer)
 
 
 def _shape(x: Any, cut: Cut | None) -> tuple[int, ...]:

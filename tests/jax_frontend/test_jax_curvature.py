@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import jax_layout_cases  # noqa: F401 - adds its cases
+import jax_weight_cases  # noqa: F401 - adds its cases
 import numpy as np
 import pytest
 from jax import lax

@@ -6,6 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax_layout_cases  # noqa: F401 - adds its cases
+import jax_weight_cases  # noqa: F401 - adds its cases
 import pytest
 from jax_cases import CASES, N, X, array, mean_square
 
