@@ -106,7 +106,7 @@ def dot_general(
     order = [*of_batch, *(k for k in range(nf) if k not in of_batch)]
     y_free = [nb + k if side == 1 else nb + nw + k for k in order]
     y_outs = [nb + nf + k if side == 1 else nb + k for k in range(nw)]
-    ins, outs = [_atoms(view, dims) for dims in (wc, wf)]
+    ins, outs = [atoms(view, dims) for dims in (wc, wf)]
     along: list[tuple[Atom, ...]] = [()] * (nb + nf + nw)
     for k, i in enumerate(wb):
         along[k] = view.dims[i]
@@ -114,7 +114,7 @@ def dot_general(
         along[k] = view.dims[i]
 
     def inputs(x: Array, bias: bool, how: str, sample: Sample | None) -> Array:
-        x, how = _features(x, xb, [xf[k] for k in order], xc, ins), how if of_batch else EXPAND
+        x, how = features(x, xb, [xf[k] for k in order], xc, ins), how if of_batch else EXPAND
 
         def one(a: Array) -> Array:
             return Linear().inputs(a, bias=bias, kfac_approx=how, sample=sample)[0]
@@ -122,7 +122,7 @@ def dot_general(
         return _stacked(one, nb)(x)
 
     def outputs(g: Array, how: str, sample: Sample | None) -> Array:
-        g, how = _features(g, range(nb), y_free, y_outs, outs), how if of_batch else EXPAND
+        g, how = features(g, range(nb), y_free, y_outs, outs), how if of_batch else EXPAND
 
         def one(b: Array) -> Array:
             return Linear().outputs(b, kfac_approx=how, loss_average=None, sample=sample)[0]
@@ -134,8 +134,8 @@ def dot_general(
         kind="dense",
         view=view,
         stack=view.stack + tuple(view.dims[i] for i in wb),
-        outs=_in_order(outs),
-        ins=_in_order(ins),
+        outs=in_order(outs),
+        ins=in_order(ins),
         along=tuple(along),
         rows=rows,
         examples=x[xf[of_batch[0]]] if of_batch else rows,
@@ -188,7 +188,7 @@ def convolution(params: Mapping[str, Any], view: View, y: Sequence[int]) -> Call
         view=view,
         stack=view.stack + ((stack,) if groups > 1 else ()),
         outs=outs,
-        ins=_atoms(view, (i, *spatial)),
+        ins=atoms(view, (i, *spatial)),
         along=tuple(along),
         rows=math.prod(y) // y[numbers.out_spec[1]],
         examples=y[numbers.out_spec[0]],
@@ -207,17 +207,17 @@ def gather(
     if len(picked) != 1 or batching:
         return "indexed along several axes"
     (axis,), mapped = picked, list(numbers.start_index_map)
-    collapsed, features = tuple(numbers.collapsed_slice_dims), list(numbers.offset_dims)
+    collapsed, offsets = tuple(numbers.collapsed_slice_dims), list(numbers.offset_dims)
     if collapsed == ():  # as vmap makes it of a single index
-        features.remove(numbers.offset_dims[axis])
+        offsets.remove(numbers.offset_dims[axis])
     # whatever else is an index has one place to be, or to be clipped to
     mode = str(params["mode"])
     clipped = mapped == [axis] or mode.endswith(("CLIP", "PROMISE_IN_BOUNDS"))
     if collapsed not in ((), (axis,)) or sizes[axis] != 1 or axis not in mapped or not clipped:
         return "indexed in part"
     rest = [d for d in range(len(view.dims)) if d != axis]
-    free = [d for d in range(len(y)) if d not in features]
-    outs, entries = _atoms(view, rest), view.shape[axis]
+    free = [d for d in range(len(y)) if d not in offsets]
+    outs, entries = atoms(view, rest), view.shape[axis]
     layer = Embedding(entries)
 
     def places(x: Array) -> Array:
@@ -231,12 +231,12 @@ def gather(
         return layer.inputs(places(x), bias=bias, kfac_approx=how, sample=sample)[0]
 
     def outputs(g: Array, how: str, sample: Sample | None) -> Array:
-        g = _features(g, (), free, features, outs)
+        g = features(g, (), free, offsets, outs)
         return layer.outputs(g, kfac_approx=how, loss_average=None, sample=sample)[0]
 
     def seen(x: Array, g: Array) -> Array:
         """The gradient of what was looked up, zeros where nothing was."""
-        inside = jnp.expand_dims(places(x) < entries, sorted(features))
+        inside = jnp.expand_dims(places(x) < entries, sorted(offsets))
         return jnp.where(inside, g, 0)
 
     def product(x: Array, g: Array) -> Array:
@@ -248,7 +248,7 @@ def gather(
         kind=EMBEDDING,
         view=view,
         stack=view.stack,
-        outs=_in_order(outs),
+        outs=in_order(outs),
         ins=view.dims[axis],
         along=tuple(along),
         rows=math.prod(index[:-1]),
@@ -262,64 +262,13 @@ def gather(
     )
 
 
-def ragged_dot(params: Mapping[str, Any], view: View, x: Sequence[int], groups: int) -> Call | str:
-    """A `ragged_dot` of data of shape `x` with a stack of weights, one for each group of rows."""
-    numbers = params["ragged_dot_dimension_numbers"]
-    (xc, wc), (xb, wb) = numbers.dot_dimension_numbers
-    (ragged,), grouped = numbers.lhs_ragged_dimensions, tuple(numbers.rhs_group_dimensions)
-    free = [i for i in range(len(x)) if i not in xc]
-    if xb or wb or len(grouped) != 1 or free != [ragged] or params["group_offset"] is not None:
-        return "multiplied by `ragged_dot_general` in another way than `ragged_dot` does"
-    wf = [i for i in range(len(view.dims)) if i not in (*wc, *grouped)]
-    ins, outs, n = _atoms(view, wc), _atoms(view, wf), x[ragged]
-
-    def rows(x: Array, sizes: Array, sample: Sample | None) -> Array:
-        """Rows (n, d) by group, (groups, most, d): zeros where a group has fewer."""
-        most = n if sample is None else min(n, sample.most)
-        sizes, j = sizes.astype(jnp.int32)[:, None], jnp.arange(most)
-        first = jnp.cumsum(sizes, axis=0) - sizes
-        if most == n:
-            at, share = j, jnp.ones((groups, 1), x.dtype)
-        else:
-            size = jnp.maximum(sizes, 1)
-            # j · size / most in 32 bits
-            strided = j * (size // most) + j * (size % most) // most
-            start = sample.start(size)  # type: ignore[union-attr]
-            at = jnp.where(sizes > most, (start + strided) % size, j)
-            share = jnp.sqrt(jnp.maximum(size / most, 1.0)).astype(x.dtype)
-        found = x.at[first + at].get(mode="clip") * share[..., None]
-        return jnp.where((j < sizes)[..., None], found, 0)
-
-    def inputs(x: tuple[Array, Array], bias: bool, how: str, sample: Sample | None) -> Array:
-        return rows(_features(x[0], (), free, xc, ins), x[1], sample)
-
-    def outputs(g: tuple[Array, Array], how: str, sample: Sample | None) -> Array:
-        return rows(_features(g[0], (), [0], range(1, 1 + len(wf)), outs), g[1], sample)
-
-    return Call(
-        kind="ragged",
-        view=view,
-        stack=(*view.stack, view.dims[grouped[0]]),
-        outs=_in_order(outs),
-        ins=_in_order(ins),
-        along=((), *(view.dims[i] for i in wf)),
-        rows=n,
-        examples=n,
-        inputs=inputs,
-        outputs=outputs,
-        reduces=False,
-        takes_bias=False,
-        sizes=lambda x: x[1],
-        seen=lambda x, g: (g, x[1]),
-    )
-
-
 def _times(x: Array, factor: Any) -> Array:
     dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else None
     return x * jnp.asarray(factor, dtype)
 
 
-def _atoms(view: View, dims: Sequence[int]) -> tuple[Atom, ...]:
+def atoms(view: View, dims: Sequence[int]) -> tuple[Atom, ...]:
+    """The atoms of several axes of a view, one after the other."""
     return tuple(atom for i in dims for atom in view.dims[i])
 
 
@@ -327,19 +276,20 @@ def _order(atoms: Sequence[Atom]) -> list[int]:
     return sorted(range(len(atoms)), key=lambda i: (atoms[i][0], -atoms[i][1]))
 
 
-def _in_order(atoms: Sequence[Atom]) -> tuple[Atom, ...]:
+def in_order(atoms: Sequence[Atom]) -> tuple[Atom, ...]:
+    """Atoms in the order that the leaf has them in."""
     return tuple(atoms[i] for i in _order(atoms))
 
 
-def _features(
+def features(
     x: Array,
     stack: Sequence[int],
     free: Sequence[int],
-    features: Sequence[int],
+    last: Sequence[int],
     atoms: Sequence[Atom],
 ) -> Array:
-    """`x` as (*stack, *free, features), the features in the order that the leaf has them in."""
-    x = jnp.transpose(x, (*stack, *free, *features))
+    """`x` as (*stack, *free, last), the last axes joined in the order that the leaf has them in."""
+    x = jnp.transpose(x, (*stack, *free, *last))
     kept = x.shape[: len(stack) + len(free)]
     if len(atoms) > 1:
         x = x.reshape(*kept, *(n for *_, n in atoms))

@@ -20,6 +20,7 @@ from singd_jax._calls import Call, Cut
 from singd_jax._enter import CALLS, STACKED, reaches
 from singd_jax._joins import Join, cuts
 from singd_jax._product import Bias, Origin, Path, Piece, Product
+from singd_jax._ragged import ragged_dot
 from singd_jax._spread import Spread
 
 Ports: TypeAlias = Mapping[Key, Any]
@@ -245,7 +246,7 @@ class Tracer:
         if eqn.primitive.name == "conv_general_dilated":
             return _calls.convolution(eqn.params, view, y)
         if eqn.primitive.name == "ragged_dot_general":
-            return _calls.ragged_dot(eqn.params, view, x, eqn.invars[2].aval.shape[0])
+            return ragged_dot(eqn.params, view, x, eqn.invars[2].aval.shape[0])
         return _calls.gather(eqn.params, view, x, y)
 
     def _add(self, origins: list[Origin], result: Any) -> Origin:
