@@ -87,6 +87,20 @@ class Structure(Tree):
         """Π̂(Lᵀ AᵀA L) of rows `A`, shape (..., n, d), and ‖A‖², in at least float32."""
         return self.congruence(A.mT), sum_of_squares(A, 2)
 
+    @classmethod
+    def sums(cls) -> type[Structure]:
+        """The structure in which XᵀX is summed up where L is not known: see `seen`."""
+        from singd_core.structures.dense import Dense
+
+        return Dense
+
+    def seen(self, U: Structure) -> Self:
+        """Π̂(Lᵀ U L) of a symmetric U, from what `sums` keeps of it.
+
+        The version given here wants all of U. A structure that keeps less writes both methods.
+        """
+        return self.project(self.apply_t(self.apply_t(U.dense()).mT))
+
     def gram(self) -> Self:
         """Π̂(Lᵀ L)."""
         L = self.dense()

@@ -17,7 +17,7 @@ from singd_core._array import (
     product,
     widen,
 )
-from singd_core.structures.base import Pattern, family, structure
+from singd_core.structures.base import Pattern, Structure, family, structure
 
 
 @structure
@@ -91,6 +91,13 @@ class BlockDiagonal(Pattern):
         if X.shape[-1] <= 2 * self.b:
             return self.outer(self.apply_t(X))
         return self.map(lambda L, U: L.mT @ U @ L, self.outer(X))
+
+    @classmethod
+    def sums(cls) -> type[Structure]:
+        return cls
+
+    def seen(self, U: Structure) -> Self:
+        return self.map(lambda L, block: L.mT @ block @ L, U)  # type: ignore[arg-type]
 
     def gram(self) -> Self:
         return type(self)(self.blocks.mT @ self.blocks, self.last.mT @ self.last)

@@ -18,7 +18,7 @@ from singd_core._array import (
     times,
     widen,
 )
-from singd_core.structures.base import Pattern, structure
+from singd_core.structures.base import Pattern, Structure, structure
 
 
 @structure
@@ -71,6 +71,13 @@ class Diagonal(Pattern):
         squares = sums_of_squares(A)
         H = type(self)(self.diag * self.diag * cast(squares, A))
         return H, namespace(A).linalg.vector_norm(squares, ord=1, axis=-1)
+
+    @classmethod
+    def sums(cls) -> type[Structure]:
+        return cls
+
+    def seen(self, U: Structure) -> Self:
+        return type(self)(self.diag * self.diag * U.diag)  # type: ignore[attr-defined]
 
     def row_norms(self) -> Array:
         return abs(widen(self.diag))

@@ -68,6 +68,11 @@ def measure(L: Structure, rows: Array, *, identity: bool = False) -> Measured:
     return Measured(*L.astype(X).measured(X))
 
 
+def seen(L: Structure, measured: Measured) -> Measured:
+    """The sums of rows with L, from those with L = I in the structure `L.sums()`."""
+    return Measured(L.astype(measured.S.like).seen(measured.S), measured.squares)
+
+
 @tree
 class Curvature(Tree):
     """The curvature U ⊗ G of one layer as a refresh wants it.
