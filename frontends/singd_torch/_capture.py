@@ -46,10 +46,13 @@ class Reach(enum.Enum):
     NOT = enum.auto()  # it is a derivative with respect to something else
     ADDED = enum.auto()  # to `weight.grad`, by `backward`
     RETURNED = enum.auto()  # by `torch.autograd.grad`
+    UNKNOWN = enum.auto()  # the weight is in parts, and what was gathered from them is the leaf
 
     @classmethod
     def of(cls, weight: Tensor) -> Reach:
         """That of a leaf, in the backward pass that runs."""
+        if _is_in_parts(weight):
+            return cls.UNKNOWN
         with torch.enable_grad():
             view = weight.view_as(weight).grad_fn
         node = None if view is None else view.next_functions[0][0]
@@ -157,10 +160,17 @@ def _base(output: Tensor) -> Tensor:
     return base if same and base.is_contiguous() and output.is_contiguous() else output
 
 
+def _is_in_parts(weight: Tensor) -> bool:
+    """Whether several processes have parts of a weight: then it is a DTensor."""
+    return type(weight) not in (Tensor, nn.Parameter)
+
+
 def install(owner: Any, source: Any, module: nn.Module) -> list[Tap]:
     """Tap a module until the end of the owner."""
     tap = Tap(owner, source)
-    handle = module.register_forward_hook(tap, with_kwargs=True)
+    # Tensor parallelism has a hook that makes the output another tensor.
+    first = _is_in_parts(source.weight)
+    handle = module.register_forward_hook(tap, with_kwargs=True, prepend=first)
     weakref.finalize(owner, handle.remove)
     return [tap]
 

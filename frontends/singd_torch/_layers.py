@@ -78,6 +78,7 @@ class Layer:
         pending: The rows of the current step, summed up, by part and role.
         last_pass: The last backward pass that brought rows, and what it did with the gradient.
         seen: Whether rows have ever reached the factors.
+        meter: What measures rows where the factors are on another process, else None.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Layer:
     pending: dict[Key, Pending] = dataclasses.field(default_factory=dict)
     last_pass: tuple[int, Reach] = (-1, Reach.NOT)
     seen: bool = False
+    meter: Any = None
 
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
@@ -204,15 +206,17 @@ class Layer:
 
     def no_rows(self, key: Key) -> Pending:
         """What is pending of a part and role that was not used."""
-        assert self.factors is not None
         (part, swapped), (_, d_out, d_in) = key, self.shape
         groups = self.shape[0] if part is None else ()
-        A, B = (self.weight.new_zeros(*groups, 1, d) for d in (d_in, d_out))
+        dtype, device = self.weight.dtype, self.weight.device
+        A, B = (torch.zeros(*groups, 1, d, dtype=dtype, device=device) for d in (d_in, d_out))
         rows = Rows(B, 0, A, 0) if swapped else Rows(A, 0, B, 0)
         return Pending.measured([self.factors_of(part)], [rows], 0, swapped=swapped)[0]
 
     def factors_of(self, part: int | None) -> Factors:
-        """The factors of the layer, or of one part of a stacked one."""
+        """The factors of the layer, or of one part of a stacked one; or what measures for them."""
+        if self.meter is not None:
+            return self.meter  # type: ignore[no-any-return]
         assert self.factors is not None
         return self.factors if part is None else self.factors.map(lambda a: a[part])
 

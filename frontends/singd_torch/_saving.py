@@ -20,6 +20,8 @@ class Saving(Watcher):
 
         A function given as `lr_cov` is left out: the optimizer that loads it keeps its own.
         """
+        if self._sharded is not None:
+            raise NotImplementedError("the state of a sharded optimizer cannot be saved yet")
         return _state.portable(super().state_dict())
 
     @torch.no_grad()
@@ -29,6 +31,8 @@ class Saving(Watcher):
         Raises:
             ValueError: Naming the first entry that does not fit; nothing is changed then.
         """
+        if self._sharded is not None:
+            raise NotImplementedError("the state of a sharded optimizer cannot be loaded yet")
         found: list[Loaded] = []
 
         def check(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -56,6 +60,8 @@ class Saving(Watcher):
 
         The copy trains the copy of the model that is made along with it.
         """
+        if self._sharded is not None:
+            raise TypeError("an optimizer of a model in parts cannot be copied: build another")
         names = ("_model", "_skipped", "_compile")
         own = {name: getattr(self, name) for name in names}
         return super().__getstate__() | own

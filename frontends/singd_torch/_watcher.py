@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,12 @@ from singd_torch._queue import Call, Queue
 from singd_torch._scratch import Scratch
 from singd_torch._stacks import Stack, stacks
 from singd_torch._warnings import warn
+from singd_torch.sharding import sharded
 from singd_torch.sharding.guards import refuse_stages
 from singd_torch.sharding.switched import switched
+
+if TYPE_CHECKING:  # it imports DTensor, for a second
+    from singd_torch.sharding.sharded import Sharded
 
 
 class Watcher(torch.optim.Optimizer):
@@ -53,6 +57,7 @@ class Watcher(torch.optim.Optimizer):
         self._sampled: str | None = None
         self._is_checked = False
         self._refused = False
+        self._sharded: Sharded | None = None
 
     def _route(self) -> None:
         """Decide which parameters form layers, keeping what is known of those that stay."""
@@ -79,7 +84,16 @@ class Watcher(torch.optim.Optimizer):
         self._group_of = {p: group for group in self.param_groups for p in group["params"]}
         owned = {p for layer in self._layers for p in layer.parameters}
         self._fallback = [p for p in self._group_of if p not in owned]
+        self._share_out()
         self._tell_taps()
+
+    def _share_out(self) -> None:
+        """Part the work among several processes, if the parameters are in parts there."""
+        if self._sharded is None:
+            self._sharded = sharded(self._group_of)
+        if self._sharded is not None:
+            self._sharded.arrange(self.param_groups, self._layers, self._fallback, self._compile)
+            self._stack_up([])
 
     def _is_switched(self) -> bool:
         """Whether the groups have other parameters than they had, which all are in that case."""
@@ -144,6 +158,8 @@ class Watcher(torch.optim.Optimizer):
         return partial(self._take_rows, layer, source) if is_due(layer) else None
 
     def _take_rows(self, layer: Layer, source: Source, x: Tensor, g: Tensor) -> None:
+        if self._sharded is not None:
+            x, g = self._sharded.rows(layer, x, g)
         if self._sampled in (None, "inside") and not self._refused:
             self._factors(layer)
             factors, key = layer.factors_of(source.part), (source.part, source.swapped)
@@ -161,7 +177,9 @@ class Watcher(torch.optim.Optimizer):
             layer.pending = {}
         layer.last_pass = backward, Reach.of(layer.weight)
 
-    def _factors(self, layer: Layer) -> Factors:
+    def _factors(self, layer: Layer) -> Factors | None:
+        if layer.meter is not None:
+            return None
         if layer.factors is not None and not layer.fits():  # the model was moved or cast
             self._stack_up()
         stack = self._stack_of[layer]

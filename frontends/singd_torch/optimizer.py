@@ -25,6 +25,7 @@ from singd_torch._distributed import group_of, reduce_rows
 from singd_torch._estimate import automatic
 from singd_torch._groups import check_group, check_keys, parameters_of
 from singd_torch._saving import Saving
+from singd_torch._scaling import Scales
 from singd_torch._stepper import Stepper
 from singd_torch._warnings import warn
 from singd_torch._watcher import is_due
@@ -250,6 +251,18 @@ class SINGD(Stepper, Saving):
             self.state.update(_state.before_any_step(self._layers, self._fallback))
             return loss
         scales = _scaling.scales(self, self._scale_of_rows)
+        if self._sharded is not None:
+            self._skipped = self._sharded.step(scales)
+        else:
+            self._step_whole(scales)
+        for group in self.param_groups:
+            group["steps"] += 1
+        self._forget_rows()
+        self._mask = self._scale_of_rows = None
+        return loss
+
+    def _step_whole(self, scales: Scales) -> None:
+        """Step parameters that are here as a whole, with the rows of all processes."""
         if self._processes is not None:
             due = [one for one in self._layers if one.weight.requires_grad and is_due(one)]
             for layer in due:
@@ -262,11 +275,6 @@ class SINGD(Stepper, Saving):
             self._take_step(ready, others, scales)
         else:
             self._check_parameters()
-        for group in self.param_groups:
-            group["steps"] += 1
-        self._forget_rows()
-        self._mask = self._scale_of_rows = None
-        return loss
 
     def _check_parameters(self) -> None:
         """Refuse to train nothing, as the model has other parameters by now."""

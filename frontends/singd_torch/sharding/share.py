@@ -1,0 +1,77 @@
+"""What one process steps: the layers that it owns, whole, and its parts of all other parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from singd_torch._layers import Layer
+from singd_torch._pieces import placed
+from singd_torch._stepper import Stepper
+
+
+class Share(Stepper):
+    """An optimizer of plain tensors that stand in for parameters, which are not those of a model.
+
+    Its steps are those of any other, but whether one is taken is decided by all processes.
+
+    Attributes:
+        state: Tensors by stand-in.
+        param_groups: Those of the optimizer it is a share of.
+    """
+
+    def __init__(self, processes: dist.ProcessGroup) -> None:
+        self._processes, self._compile = processes, None
+        self.state = defaultdict(dict)
+        self.param_groups = []
+        self._watch(nn.Module())
+
+    def take_over(
+        self,
+        groups: list[dict[str, Any]],
+        layers: Sequence[Layer],
+        fallback: Sequence[nn.Parameter],
+        group_of: Mapping[nn.Parameter, dict[str, Any]],
+        compile: dict[str, Any] | None,
+    ) -> None:
+        """Step these from now on."""
+        self.param_groups, self._compile = groups, compile
+        self._layers, self._fallback = list(layers), list(fallback)
+        self._group_of = dict(group_of)
+        self._names = {layer.weight: layer.name for layer in layers}
+        self._device = next((p.device for p in group_of), torch.device("cpu"))
+        self._stack_up()
+
+    def _of_all(self, size: Any) -> Any:
+        if self._device.type == "cpu":
+            total = torch.tensor(size, dtype=torch.float64)
+            dist.all_reduce(total, group=self._processes)
+            return total.item()
+        total = placed(size, torch.float32, self._device).clone()
+        dist.all_reduce(total, group=self._processes)
+        return total
+
+
+def stand_in(p: Tensor) -> nn.Parameter:
+    """A plain tensor of the whole shape, without memory until it is given some."""
+    nothing = torch.zeros((), dtype=p.dtype, device=p.device)
+    return nn.Parameter(nothing.expand(p.shape), requires_grad=False)
+
+
+def stand_ins(layers: Iterable[Layer]) -> list[Layer]:
+    """Layers of plain tensors in the place of others."""
+    found = []
+    for layer in layers:
+        bias = None if layer.bias is None else stand_in(layer.bias)
+        found.append(
+            dataclasses.replace(
+                layer, weight=stand_in(layer.weight), bias=bias, pending={}, meter=None
+            )
+        )
+    return found
