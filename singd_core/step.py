@@ -272,7 +272,7 @@ def weight_change(
     c = -1.0 * s.lr * c
     if u.dtype != weight.dtype:  # float16 has no room for u, nor for c
         u, c = cast(u * expand(c, u), weight), 1.0
-    if s.decoupled_weight_decay and _is_on(s.weight_decay):
+    if decouples_decay(s):
         onto = _scaled(weight, -1.0 * s.lr * s.weight_decay, onto)
     return _scaled(u, c, onto)
 
@@ -293,6 +293,11 @@ def times(c: Scalar, x: Array, *, in_place: bool) -> Array:
 def couples_decay(s: Settings) -> bool:
     """Whether the weight decay goes through the momentum."""
     return not s.decoupled_weight_decay and _is_on(s.weight_decay)
+
+
+def decouples_decay(s: Settings) -> bool:
+    """Whether the weight decay shrinks the weights by themselves."""
+    return s.decoupled_weight_decay and _is_on(s.weight_decay)
 
 
 def warmed(s: Settings, step: Scalar) -> Scalar:

@@ -11,8 +11,13 @@ from torch import Tensor, nn
 from singd_torch import _pieces
 
 
-def norms(gradients: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Any]:
-    """The norm of each gradient: a number if the host need not wait for it, else 0-d."""
+def norms(
+    gradients: Mapping[nn.Parameter, Tensor], scale: Tensor | None = None
+) -> dict[nn.Parameter, Any]:
+    """The norm of each gradient, over the scale that is in all of them.
+
+    It is a number if the host need not wait for it, else 0-d.
+    """
     alike: dict[Any, list[nn.Parameter]] = {}
     for p, g in gradients.items():
         alike.setdefault((g.device, g.dtype), []).append(p)
@@ -21,8 +26,9 @@ def norms(gradients: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Any]:
         given = [gradients[p] for p in params]
         wide = torch.float32 if given[0].dtype.itemsize < 4 else None
         each = torch._foreach_norm(given, 2, wide)
-        known = _pieces.on_host(given[0])
-        found |= zip(params, torch.stack(each).tolist() if known else each, strict=True)
+        row = torch.stack(each)
+        row = row if scale is None else row / scale.to(row.device)
+        found |= zip(params, row.tolist() if _pieces.on_host(row) else row.unbind(), strict=True)
     return found
 
 

@@ -14,7 +14,7 @@ from singd_core._settings import Settings
 from singd_core.curvature import Convolution, Linear, StackedLinear
 from singd_core.preconditioner import Factors
 from singd_core.step import Late
-from singd_core.updates.curvature import Curvature
+from singd_core.updates.curvature import Averages, Curvature
 from singd_core.updates.natural import Preconditioner
 from singd_torch import _state
 from singd_torch._groups import settings_of
@@ -58,6 +58,17 @@ class Stack:
         default_factory=dict
     )
 
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """The axes of the matrices of one layer, () for one matrix."""
+        return self.layers[0].shape[0]
+
+    @property
+    def averages(self) -> Averages:
+        """The mean diagonals of the curvature, once there are factors."""
+        assert self.factors is not None
+        return self.factors.averages
+
     def tie(self, state: State) -> None:
         """Join what the layers have, in the dtypes and on the device of their weights."""
         for layer in self.layers:
@@ -91,6 +102,27 @@ class Stack:
             late = join_trees([_state.no_late(layer) for layer in self.layers])
         self.hold_momenta(momenta, late, state)
 
+    def move(
+        self,
+        momenta: Sequence[Tensor] | None,
+        late: Late | None,
+        averages: Averages,
+        state: State,
+    ) -> None:
+        """Have these in place of its own, in other memory that it writes its own to."""
+        if momenta is not None:
+            if self.momenta is not None:
+                torch._foreach_copy_(list(momenta), list(self.momenta))
+            if self.late is not None and late is not None:
+                late.map(Tensor.copy_, self.late)
+            self.late = None
+            self.hold_momenta(momenta, late, state)
+        assert self.factors is not None
+        averages.map(Tensor.copy_, self.averages)
+        factors = dataclasses.replace(self.factors, averages=averages)
+        self.factors = None
+        self.hold(factors, state, preconditioner=self.preconditioner)
+
     def hold(
         self,
         factors: Factors,
@@ -107,7 +139,7 @@ class Stack:
             self.factors = factors
             for layer, own in zip(self.layers, tree_parts(factors, len(self.layers)), strict=True):
                 layer.factors = own
-        else:  # where they are: the layers' own are views
+        elif factors is not self.factors:  # where they are: the layers' own are views
             self.factors.map(Tensor.copy_, factors)  # type: ignore[arg-type]
         self.preconditioner = preconditioner
         for layer in self.layers:

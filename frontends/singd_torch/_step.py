@@ -43,6 +43,7 @@ class Gradients:
 
     Attributes:
         of: The gradient of a parameter, without the scale of the loss.
+        raw: The gradient of a parameter, with it.
         norms: The norm of each gradient: a number, or 0-d on an accelerator.
         settings: The settings of a parameter's own group in this step; a bias may have its own.
         scales: What the loss was multiplied by.
@@ -50,6 +51,7 @@ class Gradients:
     """
 
     of: Callable[[nn.Parameter], Tensor]
+    raw: Callable[[nn.Parameter], Tensor]
     norms: Mapping[nn.Parameter, Any]
     settings: Callable[[nn.Parameter], Settings]
     scales: Scales
@@ -142,7 +144,7 @@ def _direction(
 ) -> Direction:  # fmt: skip
     """`direction`, by pieces of large matrices, and with momenta written where they are."""
     owned = s.normalized and s.nesterov and momenta is not None  # an average of its own
-    precondition = partial(_by_pieces, factors, owned)
+    precondition = partial(by_pieces, factors, owned)
     arguments = precondition, t_U, shape, gradient, decay, momenta, late, squares
     # what products made is known to be finite only afterwards, on an accelerator
     donate = s.normalized or not isinstance(s.lr, Tensor)
@@ -155,7 +157,7 @@ def _direction_anew(kind: Any, s: Settings, factors: Any, *arguments: Any) -> Di
     return direction(kind, s, precondition, *arguments)
 
 
-def _by_pieces(preconditioner: Preconditioner, owned: bool, gradient: Tensor) -> Tensor:
+def by_pieces(preconditioner: Preconditioner, owned: bool, gradient: Tensor) -> Tensor:
     """The natural gradient, of a large matrix without temporaries of its size.
 
     It overwrites the gradient if that is `owned` and fits.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from singd_core._array import ranged
 from singd_core.step import warmed
-from singd_torch import _fallback, _finite, _scratch
+from singd_torch import _bundle_step, _fallback, _finite, _scratch
+from singd_torch._bundle import Bundle, bundled
 from singd_torch._groups import settings_of
 from singd_torch._scaling import Scales
 from singd_torch._stacks import Stack
@@ -29,6 +31,7 @@ class Stepper(Watcher):
     """
 
     _skipped: Tensor | int = 0
+    _bundles: Sequence[Bundle] = ()
 
     def _take_step(self, ready: list[Stack], others: list[nn.Parameter], scales: Scales) -> None:
         shares = {id(g): warmed(settings_of(g), g["steps"]) for g in self.param_groups}
@@ -40,7 +43,8 @@ class Stepper(Watcher):
         moving = [p for layer in layers for p in layer.parameters if p.grad is not None]
         moving += others
         of = partial(_unscaled, scales.grads)
-        norms = _finite.norms({p: of(p) for p in moving})
+        raw = partial(_unscaled, None)
+        norms = _finite.norms({p: raw(p) for p in moving}, scales.grads)
         sizes = [x for layer in layers for x in layer.sizes()]
         size = self._of_all(_finite.total([*norms.values(), *sizes]))
         ok = skip = None
@@ -50,12 +54,12 @@ class Stepper(Watcher):
                 self._warn_skipped()
                 return
         else:
-            ok = torch.isfinite(size)
+            ok = size < math.inf
             skip = (~ok).to(torch.float32)
 
-        given = Gradients(of, norms, lambda p: chosen[id(self._group_of[p])], scales, ok)
+        given = Gradients(of, raw, norms, lambda p: chosen[id(self._group_of[p])], scales, ok)
         with _scratch.lent(self._scratch):
-            moved = [advance(stack, self.state, given) for stack in ready]
+            moved = self._advance(ready, given)
         grads = [of(p) for p in others]
         _fallback.step_all(self._group_of, others, grads, self.state, skip, shares)
         if ok is None and not all(moved):
@@ -64,6 +68,15 @@ class Stepper(Watcher):
         elif ok is not None:
             failed = ~torch.stack([ok, *(m.to(ok.device) for m in moved)]).all()
             self._skipped = self._skipped + failed.to(torch.float32)
+
+    def _advance(self, ready: list[Stack], given: Gradients) -> list[Any]:
+        """Change what belongs to layers, and return what moved."""
+        together = [stack for stack in ready if _bundle_step.steps_so(stack, given)]
+        now, waiting = bundled(together, self._bundles, self._stacks)
+        self._bundles = now + waiting
+        moved = [_bundle_step.advance(bundle, self.state, given) for bundle in now]
+        others = [stack for stack in ready if stack not in set(together)]
+        return moved + [advance(stack, self.state, given) for stack in others]
 
     def _of_all(self, size: Any) -> Any:
         """The sum over all that step together of what is finite if their gradients and rows are."""

@@ -1,0 +1,190 @@
+"""On an accelerator all layers step by the same operations: it is the step of each alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from singd_torch import SINGD, _pieces
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x, x, x, need_weights=False)[0]
+
+
+class Network(nn.Module):
+    """Layers of many kinds, of which `used` says which are called; two of them are equal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(7, 6)
+        self.equal = nn.ModuleList([nn.Linear(6, 6) for _ in range(2)])
+        self.attention, self.norm = Attention(), nn.LayerNorm(6)
+        self.grouped = nn.ModuleList([nn.Conv1d(6, 6, 3, padding=1, groups=2) for _ in range(2)])
+        self.plain = nn.Conv1d(6, 6, 3, padding=1, bias=False)
+        self.wide, self.last = nn.Linear(6, 20, bias=False), nn.Linear(20, 3)
+        self.used: set[str] = {"attention", "grouped", "equal"}
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.table(x)
+        if "equal" in self.used:
+            x = x + self.equal[1](self.equal[0](x).tanh())
+        if "attention" in self.used:
+            x = x + self.attention(x)
+        if "grouped" in self.used:
+            y = x.mT
+            for one in self.grouped:
+                y = one(y).tanh()
+            x = x + self.plain(y).mT
+        return self.last(self.wide(self.norm(x)).tanh()).mean(1)
+
+
+def backward(model: nn.Module, scale: Any = 1.0) -> None:
+    x, y = torch.randint(7, (8, 5)), torch.randint(3, (8,))
+    (nn.functional.cross_entropy(model(x), y) * scale).backward()
+
+
+def groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Biases have a rate of their own, and no decay."""
+    biases = [p for n, p in model.named_parameters() if n.endswith("bias")]
+    others = [p for n, p in model.named_parameters() if not n.endswith("bias")]
+    return [{"params": others, "weight_decay": 0.1}, {"params": biases, "lr": 0.03}]
+
+
+def leave_out(step: int, model: Network, optimizer: SINGD) -> None:
+    model.used -= {"grouped"} if step == 2 else set()
+    model.used |= {"grouped"} if step == 4 else set()
+
+
+def freeze(step: int, model: Network, optimizer: SINGD) -> None:
+    model.last.bias.requires_grad_(step != 2)
+
+
+def report(step: int, model: Network, optimizer: SINGD) -> None:
+    optimizer.diagnostics()
+
+
+def replace_state(step: int, model: Network, optimizer: SINGD) -> None:
+    own = optimizer.state[model.wide.weight]
+    if step == 3:
+        own["momentum_buffer"] = own["momentum_buffer"].clone() * 0.5
+
+
+def resume(step: int, model: Network, optimizer: SINGD) -> None:
+    if step == 3:
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def nothing(step: int, model: Network, optimizer: SINGD) -> None:
+    pass
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "diagonal": {"structures": ("diagonal", "diagonal")},
+    "small blocks": {"structures": ("blockdiagonal:3", "dense")},
+    "hierarchical": {"structures": ("hierarchical:2,1", "triltoeplitz")},
+    "no nesterov": {"nesterov": False},
+    "no momentum": {"momentum": 0.0},
+    "order": {"order": 2, "T": 2, "growing_T": False},
+    "coupled decay": {"weight_decay": 0.1, "decoupled_weight_decay": False},
+}
+CHANGES = [nothing, leave_out, freeze, report, replace_state, resume]
+
+
+def trained(
+    given: dict[str, Any], change: Callable[[int, Network, SINGD], None], *, parts: bool
+) -> tuple[Network, SINGD]:
+    torch.manual_seed(0)
+    model = Network().double()
+    # of an accelerator, torch's AdamW has powers in float32
+    optimizer = SINGD(model, groups(model) if parts else None, fallback_lr=0.0, **given)
+    for step in range(6):
+        change(step, model, optimizer)
+        optimizer.zero_grad()
+        backward(model)
+        optimizer.step()
+    return model, optimizer
+
+
+def same(found: tuple[Network, SINGD], expected: tuple[Network, SINGD]) -> None:
+    for (name, p), q in zip(found[0].named_parameters(), expected[0].parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+        own, other = found[1].state[p], expected[1].state[q]
+        assert own.keys() == other.keys()
+        for key, value in own.items():
+            torch.testing.assert_close(value, other[key], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("parts", [False, True], ids=["one group", "groups"])
+@pytest.mark.parametrize("case", CASES)
+def test_all_layers_step_as_each_alone(
+    case: str, parts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = trained(CASES[case], nothing, parts=parts)
+    monkeypatch.setattr(_pieces, "on_host", lambda x: False)
+    same(trained(CASES[case], nothing, parts=parts), expected)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_happens_between_steps(
+    change: Callable[[int, Network, SINGD], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = trained({}, change, parts=True)
+    monkeypatch.setattr(_pieces, "on_host", lambda x: False)
+    found = trained({}, change, parts=True)
+    same(found, expected)
+    if change is report:
+        pairs = found[1].diagnostics(), expected[1].diagnostics()
+        assert pairs[0] == pytest.approx(pairs[1], rel=1e-8)
+
+
+def test_a_scale_of_the_loss_is_taken_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_pieces, "on_host", lambda x: False)
+    torch.manual_seed(0)
+    models = [Network().double()]
+    models.append(copy.deepcopy(models[0]))
+    optimizers = [SINGD(model, fallback_lr=0.0) for model in models]
+    scale = torch.tensor(1024.0, dtype=torch.float64)  # a scaler's own is in float32
+    optimizers[1].grad_scale = scale  # type: ignore[attr-defined]
+    for step in range(4):
+        for model, optimizer, scale in zip(models, optimizers, (1.0, 1024.0), strict=True):
+            torch.manual_seed(step)
+            optimizer.zero_grad()
+            backward(model, scale)
+            optimizer.step()
+    same((models[1], optimizers[1]), (models[0], optimizers[0]))
+
+
+def test_products_out_of_range_stop_their_matrix_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_pieces, "on_host", lambda x: False)
+    torch.manual_seed(0)
+    model = Network()
+    optimizer = SINGD(model, T=100, growing_T=False)
+    for _ in range(3):
+        optimizer.zero_grad()
+        backward(model)
+        optimizer.step()
+    before = copy.deepcopy(model)
+    factor = optimizer.state[model.wide.weight]["C.matrix"]
+    factor.fill_(1e38)
+    optimizer._stack_up()  # as after loading: nothing is kept that was made of factors
+    optimizer.zero_grad()
+    backward(model)
+    optimizer.step()
+    moved = {
+        name: not torch.equal(p, q)
+        for (name, p), q in zip(model.named_parameters(), before.parameters(), strict=True)
+    }
+    assert not moved.pop("wide.weight")
+    assert all(moved.values())
