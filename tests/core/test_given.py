@@ -14,6 +14,7 @@ from singd_core import (
     StackedLinear,
     check,
     flatten,
+    unflatten,
 )
 
 GIVEN: dict[str, dict[str, Any]] = {
@@ -115,6 +116,45 @@ def test_an_infinity_in_the_first_rows_skips_the_step(
         assert not np.any(backend.back(updates["w"]))
         for (name, a), (_, b) in zip(new.named_arrays(), state.named_arrays(), strict=True):
             assert name == "skipped" or np.array_equal(backend.back(a), backend.back(b)), name
+
+
+# ---- the range of 16 bits ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", [b for b in EAGER if "float16" in b.dtypes], ids=str)
+@pytest.mark.parametrize("case", ["normalized", "diagonal"])
+def test_gradients_whose_squares_leave_float16_move_the_weight(case: str, backend: Backend) -> None:
+    """300² is beyond 65504, the largest number of float16: the sums are float32's."""
+    rng = np.random.default_rng(0)
+    grad = 300.0 * np.sign(rng.standard_normal((4, 3)))
+    x, g = 300.0 * np.sign(rng.standard_normal((8, 3))), np.sign(rng.standard_normal((8, 4))) / 8
+    found = []
+    with backend.active():
+        for dtype in ("float16", "float32"):
+            params = {"w": backend.to(np.ones((4, 3)), dtype), "v": backend.to(np.ones(5), dtype)}
+            grads = {"w": backend.to(grad, dtype), "v": backend.to(np.full(5, 300.0), dtype)}
+            rows = {"w": (backend.to(x, dtype), backend.to(g, dtype))}
+            optimizer = Optimizer(**GIVEN[case])
+            updates, state = optimizer.update(grads, optimizer.init(params), params, rows)
+            assert float(backend.back(state.skipped)) == 0
+            found.append(backend.back(updates["w"]))
+    # the change is stored with 11 bits
+    np.testing.assert_allclose(*found, rtol=2.0**-9, atol=2.0**-9 * np.max(np.abs(found[1])))
+
+
+# ---- what a state shares -----------------------------------------------------------------------
+
+
+def test_a_state_shares_no_memory_with_what_it_was_read_from() -> None:
+    optimizer, params = Optimizer(), {"w": np.ones((3, 2)), "v": np.ones(2)}
+    state = optimizer.init(params)
+    flat = {name: np.array(a) for name, a in flatten(state).items()}
+    new = unflatten(state, flat)
+    before = [np.array(a) for _, a in new.named_arrays()]
+    for a in flat.values():
+        a += 1
+    for (name, a), old in zip(new.named_arrays(), before, strict=True):
+        assert np.array_equal(a, old), name
 
 
 # ---- mistakes ----------------------------------------------------------------------------------
