@@ -23,13 +23,14 @@ from singd_core._array import (
 )
 from singd_core._settings import Rate, Settings
 from singd_core._tree import T_Tree, Tree, tree
-from singd_core.curvature import LayerKind, Linear, Sample
+from singd_core.curvature import LayerKind, Linear, Sample, Tensor
 from singd_core.curvature.base import Shape
 from singd_core.step import Late, couples_decay, direction, squares_of, weight_change
 from singd_core.structures import Diagonal
 from singd_core.updates.adamw import Fallback, Moments
 from singd_core.updates.curvature import Curvature
 from singd_core.updates.inverse_free import InverseFree
+from singd_core.updates.shampoo import Shampoo
 
 Parameter: TypeAlias = Array | tuple[Array, Array]  # a weight, or a weight with its bias
 
@@ -101,6 +102,19 @@ def kinds_of(
         if name not in params:
             raise ValueError(f"layers: {name!r} is no parameter; there are {list(params)}")
     return layers
+
+
+def tensors_of(
+    layers: Mapping[str, LayerKind], params: Mapping[str, Parameter]
+) -> dict[str, LayerKind]:
+    """The kinds of the other parameters whose gradients are all that their factors want."""
+    others: dict[str, Any] = {n: p for n, p in params.items() if n not in layers}
+    return {n: Tensor.of(p.shape) for n, p in others.items() if _is_tensor(p)}
+
+
+def _is_tensor(p: Any) -> bool:
+    """Whether it is of real numbers, with two axes or more and at least one entry."""
+    return getattr(p, "ndim", 0) > 1 and 0 not in p.shape and is_inexact(p) and not is_complex(p)
 
 
 def _is_matrix(weight: Array) -> bool:
@@ -190,7 +204,8 @@ def layer_state(
     shape = kind.shape(tuple(weight.shape), bias is not None)
     K, C = preconditioner.resolve(structures, shape, kfac=s.kfac)
     K = Diagonal if kind.diagonal_inputs else K
-    factors = preconditioner.init((K, C), shape, s, *(_empty(weight, dtype) for dtype in dtypes))
+    likes = [_empty(weight, dtype) for dtype in dtypes]
+    factors = preconditioner.init((K, C), shape, s, *likes, has_rows=kind.has_rows)
     return begun(factors, parts(parameter), shape[0], s)
 
 
@@ -263,6 +278,13 @@ def refreshed(
 ) -> preconditioner.Factors:
     """The factors one refresh later."""
     return factors.refresh(curvature, lr_cov, s)
+
+
+def refreshed_by_gradient(
+    kind: LayerKind, lr_cov: Rate, s: Settings, factors: Shampoo, gradient: Array
+) -> Shampoo:
+    """The factors of a tensor without rows one refresh later."""
+    return factors.refresh(factors.curvature(kind.matrix(gradient)), lr_cov, s)
 
 
 def layer_squares(

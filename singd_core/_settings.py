@@ -229,6 +229,11 @@ def rate_of_factors(step: Any, s: Settings, T: Any = None) -> Rate:
     return 1.0 - (1.0 - once) ** gap(step, s, T) if s.growing_T else once
 
 
+def learns_from_gradients(s: Settings) -> bool:
+    """Whether matrices that show no rows have factors; else AdamW trains them."""
+    return s.normalized and not s.kfac
+
+
 def is_bound(value: Rate) -> bool:
     """Whether a bound bounds anything: an array does, as nobody can wait to know its value."""
     return not (isinstance(value, (int, float)) and value == math.inf)

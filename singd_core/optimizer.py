@@ -17,6 +17,7 @@ from singd_core._settings import (
     FALLBACK_RATES,
     STRUCTURES,
     is_due,
+    learns_from_gradients,
     rate_of_factors,
     settings,
 )
@@ -26,6 +27,7 @@ from singd_core.curvature.base import is_expand, loss_terms
 from singd_core.step import warmed
 from singd_core.updates.adamw import Fallback, Moments
 from singd_core.updates.curvature import Curvature
+from singd_core.updates.shampoo import Shampoo
 
 Rows: TypeAlias = tuple[Array, Array]  # a layer's input, and the loss's gradient at its output
 
@@ -51,10 +53,13 @@ class Optimizer:
     """SINGD as a pair of pure functions, `init` and `update`, over a dictionary of parameters.
 
     A parameter is an array, or a tuple of a weight and its bias. Those named in `layers` are
-    preconditioned; all others are trained by AdamW.
+    preconditioned by factors that rows refresh. Others of two or more axes are preconditioned too,
+    by factors that their gradients refresh (for the recipe "paper" they are not). AdamW trains the
+    rest.
 
     Args:
-        layers: The kind of each layer; None takes each tuple and each matrix as `Linear()`.
+        layers: The kind of each layer; None takes each tuple and each matrix as `Linear()`, and {}
+            no parameter: then gradients are all that is wanted.
         recipe: "normalized" or "paper": the settings not given. See `singd_core.Settings`.
         structures: Of K and of C, or one for both, by name or class; None is dense for the recipe
             "paper", and else the richest that hold no more numbers than the weight.
@@ -158,6 +163,8 @@ class Optimizer:
             if name not in state.layers:
                 why = "AdamW trains it" if name in state.fallback else "no such layer"
                 raise ValueError(f"rows of {name!r}: {why}; the layers are {list(state.layers)}")
+            if not kinds[name].has_rows:
+                raise ValueError(f"rows of {name!r}: it learns from its gradient alone")
             x, g = one.row_pair(name, given)
             measure = partial(one.layer_curvature, kinds[name], params[name], *how)
             try:
@@ -176,6 +183,22 @@ class Optimizer:
             old = state.layers[name].factors
             refresh = partial(one.refreshed, lr_cov, self.settings)
             new[name] = self._run(refresh, old, old, measured, like=old)
+        return new
+
+    def refresh_by_gradients(
+        self, state: State, grads: Mapping[str, Parameter], params: Mapping[str, Parameter]
+    ) -> dict[str, preconditioner.Factors]:
+        """The factors of the parameters that show no rows, one refresh later if one is due."""
+        due, kinds, new = is_due(state.step, self.settings), self._kinds(params), {}
+        if due is False:  # it may be an array
+            return {}
+        lr_cov = rate_of_factors(state.step, self.settings)
+        for name, layer in state.layers.items():
+            old = layer.factors
+            if isinstance(old, Shampoo):
+                refresh = partial(one.refreshed_by_gradient, kinds[name], lr_cov, self.settings)
+                found = self._run(refresh, old, old, grads[name], like=old)
+                new[name] = found if due is True else one.new_or_old(due, found, old)
         return new
 
     def update(
@@ -214,7 +237,9 @@ class Optimizer:
         others = dataclasses.replace(self.fallback, lr=self.fallback.lr * share)
         if curvature is None:
             curvature = {} if rows is None else self.curvature(rows, state, params)
-        refreshed = self.refresh(state, curvature) if refreshed is None else refreshed
+        if refreshed is None:
+            refreshed = self.refresh(state, curvature)
+            refreshed |= self.refresh_by_gradients(state, grads, params)
         factors = {n: refreshed.get(n, layer.factors) for n, layer in state.layers.items()}
         squares, sizes = {}, []
         for name in state.layers:
@@ -264,7 +289,11 @@ class Optimizer:
         return function(*arguments)
 
     def _kinds(self, params: Mapping[str, Parameter]) -> Mapping[str, LayerKind]:
-        return one.kinds_of(self.layers, params)
+        """The kinds of all parameters that have factors."""
+        layers = one.kinds_of(self.layers, params)
+        if not learns_from_gradients(self.settings):
+            return layers
+        return dict(layers) | one.tensors_of(layers, params)
 
 
 def _check_alike(grads: Mapping[str, Parameter], params: Mapping[str, Parameter]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -11,6 +12,7 @@ from singd_core.structures import Dense, Diagonal, Structure, blockdiagonal, get
 from singd_core.updates.curvature import Averages
 from singd_core.updates.inverse_free import InverseFree
 from singd_core.updates.kfac import KFAC
+from singd_core.updates.shampoo import Shampoo
 
 DEFAULT = "cost:128"
 
@@ -41,7 +43,7 @@ def resolve(
     Raises:
         ValueError: If a name is unknown, or not dense for KFAC.
     """
-    _, d_out, d_in = shape
+    batch, d_out, d_in = shape
     if kfac and structures is None:
         return Dense, Dense
     if structures is None:
@@ -61,7 +63,7 @@ def resolve(
         if 0 in (d_out, d_in):
             return Dense, Dense
         if kind == "cost":
-            return by_cost(d_out, d_in, int(count))
+            return by_cost(d_out, d_in, int(count), math.prod(batch))
         return within(d_in, int(count)), within(d_out, int(count))
     both = isinstance(structures, (str, type))
     pair = (structures, structures) if both else structures
@@ -86,17 +88,19 @@ def resolve(
     return found[0], found[1]
 
 
-def by_cost(d_out: int, d_in: int, n: int) -> tuple[type[Structure], type[Structure]]:
+def by_cost(
+    d_out: int, d_in: int, n: int, stack: int = 1
+) -> tuple[type[Structure], type[Structure]]:
     """The richest structures of K and C that cost little in a step with n rows.
 
     With blocks of sides w_K and w_C the two products of a step are 2 (w_K + w_C) d_out d_in
     operations, where n rows take 6 n d_out d_in forward and backward: a tenth of them is spent. A
     layer that is small may take 2^23 operations (a tenth of a millisecond), and no factor holds
-    more numbers than the weight, or than a small layer's.
+    more numbers than the weight, or than a small layer's. A stack of matrices is one layer.
     """
-    numbers = max(d_out * d_in, _SMALL)
+    numbers = max(d_out * d_in, _SMALL // max(1, stack))
     sides = min(0.3 * n, _WIDEST) if d_out * d_in else 0.0
-    total = max(sides, min(256, _FREE // max(1, d_out * d_in)))
+    total = max(sides, min(256, _FREE // max(1, stack * d_out * d_in)))
     most = [min(d, numbers // max(1, d), _WIDEST) for d in (d_in, d_out)]
     w = [min(m, total / 2) for m in most]
     w = [min(most[0], total - w[1]), min(most[1], total - w[0])]
@@ -134,6 +138,8 @@ def init(
     settings: Settings,
     like_K: Array,
     like_C: Array,
+    *,
+    has_rows: bool = True,
 ) -> Factors:
     """The factors before the first refresh: the identity.
 
@@ -143,6 +149,7 @@ def init(
         settings: Decides for KFAC or the inverse-free update.
         like_K: Any array with the dtype and device of K.
         like_C: Any array with the dtype and device of C.
+        has_rows: Whether they will be refreshed by rows, or else by gradients.
 
     Raises:
         ValueError: If a structure has no matrices of the side that is needed.
@@ -160,7 +167,8 @@ def init(
     averages = Averages.zeros(batch, like_K)
     if settings.kfac:
         return KFAC(K, C, K, C, averages)  # type: ignore[arg-type]
+    update = InverseFree if has_rows else Shampoo
     if settings.kfac_like or (isinstance(settings.alpha1, (int, float)) and settings.alpha1 == 0.0):
-        return InverseFree(K, C, None, None, averages)
+        return update(K, C, None, None, averages)
     m_K, m_C = (L.map(namespace(L.like).zeros_like) for L in (K, C))
-    return InverseFree(K, C, m_K, m_C, averages)
+    return update(K, C, m_K, m_C, averages)

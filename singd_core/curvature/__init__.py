@@ -6,5 +6,6 @@ from singd_core.curvature.convolution import Convolution
 from singd_core.curvature.embedding import Embedding
 from singd_core.curvature.linear import Linear
 from singd_core.curvature.stacked import StackedLinear
+from singd_core.curvature.tensor import Tensor
 
-__all__ = ["Convolution", "Embedding", "LayerKind", "Linear", "Sample", "StackedLinear"]
+__all__ = ["Convolution", "Embedding", "LayerKind", "Linear", "Sample", "StackedLinear", "Tensor"]

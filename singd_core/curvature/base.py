@@ -32,9 +32,11 @@ class LayerKind(ABC):
 
     Attributes:
         diagonal_inputs: Whether `inputs` returns rows that are only good for a diagonal K.
+        has_rows: Whether there are rows; else the factors learn from gradients alone.
     """
 
     diagonal_inputs: ClassVar[bool] = False
+    has_rows: ClassVar[bool] = True
 
     @abstractmethod
     def inputs(

@@ -109,7 +109,7 @@ class InverseFree(Tree):
         K, C = (
             stepped(*own, s) for own in zip((self.K, self.C), m, rates.start, betas, strict=True)
         )
-        m_K, m_C = (_stored(new, old) for new, old in zip(m, (self.m_K, self.m_C), strict=True))
+        m_K, m_C = (stored(new, old) for new, old in zip(m, (self.m_K, self.m_C), strict=True))
         return type(self)(K, C, m_K, m_C, self.averages.written(rates.averages))
 
     def norms(self) -> dict[str, Array]:
@@ -176,5 +176,6 @@ def stepped(K: Structure, m: Structure, start: Scalar, beta: Scalar, s: Settings
     return K_new.astype(K.like)
 
 
-def _stored(m: Structure, like: Structure | None) -> Structure | None:
+def stored(m: Structure, like: Structure | None) -> Structure | None:
+    """A direction in the dtype of the momentum that is kept, None if none is."""
     return None if like is None else m.astype(like.like)

@@ -16,6 +16,7 @@ SHAPES = {
     "map": ((5, 4), (5,)),
     "head": (3, 5),
     "grouped": ((4, 2, 3), (4,)),
+    "experts": (2, 3, 4),  # shows no rows
     "vector": (6,),
     "number": (),
 }

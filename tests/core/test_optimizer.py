@@ -9,6 +9,7 @@ from optimizer_cases import LAYERS, leaves, mapped, params, steps, train
 from singd_core import Fallback, Linear, Optimizer, Settings
 from singd_core.curvature import Embedding
 from singd_core.updates.curvature import Curvature
+from singd_core.updates.shampoo import Shampoo
 
 GIVEN: dict[str, dict[str, Any]] = {
     "normalized": {},
@@ -79,7 +80,7 @@ def test_layers_without_rows_keep_their_factors() -> None:
             layer.factors.named_arrays(), state.layers[name].factors.named_arrays(), strict=True
         )
         same = all(np.array_equal(a, b) for (_, a), (_, b) in pairs)
-        assert same == (name != "map")
+        assert same == (name not in ("map", "experts"))  # which has none ever
 
 
 def test_due_is_every_T_steps() -> None:
@@ -107,9 +108,19 @@ def test_tuples_and_matrices_are_layers_unless_said_otherwise() -> None:
     state = Optimizer().init({name: params()[name] for name in ("map", "head", "vector", "number")})
     assert set(state.layers) == {"map", "head"}
     assert set(state.fallback) == {"vector", "number"}
-    state = Optimizer({"map": Linear()}).init({"map": np.ones((2, 2)), "other": np.ones((2, 2))})
-    assert set(state.layers) == {"map"}
-    assert set(state.fallback) == {"other"}
+    assert not any(isinstance(layer.factors, Shampoo) for layer in state.layers.values())
+
+
+def test_what_is_no_layer_learns_from_gradients_or_by_adamw() -> None:
+    shapes = {"map": (2, 2), "other": (2, 2), "kernel": (3, 2, 2, 2), "vector": (3,), "no": (0, 2)}
+    given = {name: np.ones(shape) for name, shape in shapes.items()}
+    given["complex"] = 1j * np.ones((2, 2))
+    state = Optimizer({"map": Linear()}).init(given)
+    by_gradients = {n for n, one in state.layers.items() if isinstance(one.factors, Shampoo)}
+    assert by_gradients == {"other", "kernel"}
+    assert set(state.layers) == {"map", *by_gradients}
+    for other in ({"recipe": "paper"}, {"kfac": True}):
+        assert set(Optimizer({"map": Linear()}, **other).init(given).layers) == {"map"}
 
 
 @pytest.mark.parametrize("i", [0.0, 1j], ids=["real", "complex"])
