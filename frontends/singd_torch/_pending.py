@@ -172,10 +172,12 @@ class Pending:
 
     def curvature(self, grad_scale: Any) -> Curvature:
         """The curvature, of gradients that were multiplied by `grad_scale`."""
-        M = (self.M + self.M_now) / grad_scale / grad_scale  # its square may leave float32
+        dtype = self.inputs.squares.dtype  # else integers on the device are divided in float32
+        N, M = (n.to(dtype) if isinstance(n, Tensor) else n for n in self._counts())
+        M = M / grad_scale / grad_scale  # its square may leave float32
         if self.swapped:
-            return Curvature.of(self.inputs, 1.0 / M, self.outputs, 1.0 / self.N)
-        return Curvature.of(self.inputs, self.N, self.outputs, M)
+            return Curvature.of(self.inputs, 1.0 / M, self.outputs, 1.0 / N)
+        return Curvature.of(self.inputs, N, self.outputs, M)
 
     def tensors(self) -> list[Tensor]:
         """All sums as tensors, in a fixed order."""

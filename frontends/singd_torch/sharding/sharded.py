@@ -61,12 +61,13 @@ class Sharded:
 
         What is known of layers that were there before stays.
         """
-        before = self._stand_ins
+        before, parts = self._stand_ins, set(self._fallback)
         owners = balanced(layers, self.world, self.owners)
         self._layers, self._fallback = list(layers), list(fallback)
         self.owners = {p: owners[layer.weight] for layer in layers for p in layer.parameters}
         self._exchange = Exchange(self.owners, self.group)
-        own, self._stand_ins = {}, {p: self._stand_ins.get(p) or _alias(p) for p in fallback}
+        self._stand_ins = {p: before[p] if p in parts else _alias(p) for p in fallback}
+        own: dict[nn.Parameter, Layer] = {}
         for layer in layers:
             layer.meter = Meter.of(layer)
             if owners[layer.weight] != self.rank:
