@@ -64,10 +64,10 @@ def step(
     if not fused:  # without a device that would have to be waited for, torch wants a number
         ratio = float(ratio)
     adamw(
-        wide,
-        [ranged(g) for g in grads],
-        [state[p]["exp_avg"] for p in params],
-        [state[p]["exp_avg_sq"] for p in params],
+        [real(p) for p in wide],
+        [real(ranged(g)) for g in grads],
+        [real(state[p]["exp_avg"]) for p in params],
+        [real(state[p]["exp_avg_sq"]) for p in params],
         [],
         [state[p]["step"] for p in params],
         foreach=not fused,
@@ -84,6 +84,11 @@ def step(
     for p, stepped in zip(params, wide, strict=True):
         if stepped is not p:
             p.copy_(stepped)
+
+
+def real(x: Tensor) -> Tensor:
+    """A tensor, of complex numbers as pairs of real ones in the same memory."""
+    return torch.view_as_real(x) if x.is_complex() else x
 
 
 def initial(p: nn.Parameter, *, on_device: bool) -> dict[str, Tensor]:

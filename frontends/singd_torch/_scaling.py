@@ -8,19 +8,26 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 
 @dataclasses.dataclass(frozen=True)
 class Scales:
     """The scale of the loss that is still in the gradients, and the one in the captured rows."""
 
-    grads: Tensor | None = None
+    grads: Any = None
     rows: Any = 1.0
 
 
-def scales(optimizer: Any, given: float | None) -> Scales:
-    """The scales of a step; `given` is that of the rows if the user told it.
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """The scale of the loss that a user told, and whether the gradients are without it already."""
+
+    scale: Any
+    unscaled: bool
+
+
+def scales(optimizer: Any, given: Given | None) -> Scales:
+    """The scales of a step; `given` is what the user told.
 
     A scaler sets `optimizer.grad_scale` and `optimizer.found_inf` for the time of the step; after
     `scaler.unscale_` it no longer hands its scale over, but the rows still have it.
@@ -28,9 +35,11 @@ def scales(optimizer: Any, given: float | None) -> Scales:
     scale = getattr(optimizer, "grad_scale", None)
     if scale is not None:
         return Scales(scale, scale)
-    if given is None and getattr(optimizer, "found_inf", None) is not None:
-        given = _scale_of_caller()
-    return Scales(None, 1.0 if given is None else given)
+    if getattr(optimizer, "found_inf", None) is not None:  # the gradients are without it
+        return Scales(None, _scale_of_caller() if given is None else given.scale)
+    if given is None:
+        return Scales()
+    return Scales(None if given.unscaled else given.scale, given.scale)
 
 
 def _scale_of_caller() -> Any:

@@ -97,7 +97,7 @@ class Stepper(Watcher):
         )
 
 
-def _unscaled(scale: Tensor | None, p: nn.Parameter) -> Tensor:
+def _unscaled(scale: Any, p: nn.Parameter) -> Tensor:
     """The gradient of a parameter, zeros where a layer's weight or bias has none."""
     if p.grad is None:
         return torch.zeros_like(p)

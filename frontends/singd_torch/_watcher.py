@@ -15,10 +15,12 @@ from singd_core.curvature import StackedLinear
 from singd_core.preconditioner import Factors
 from singd_torch import _attention, _capture
 from singd_torch._capture import Reach, Tap
+from singd_torch._copies import leave_hooks_behind
 from singd_torch._distributed import processes_of_call
 from singd_torch._groups import settings_of
 from singd_torch._layers import Layer, Source, find
 from singd_torch._queue import Call, Queue
+from singd_torch._scaling import Given
 from singd_torch._scratch import Scratch
 from singd_torch._stacks import Stack, stacks
 from singd_torch._warnings import warn
@@ -52,7 +54,7 @@ class Watcher(torch.optim.Optimizer):
         self._scratch = Scratch()
         self._warned: set[str] = set()
         self._reports = False
-        self._scale_of_rows: float | None = None
+        self._given_scale: Given | None = None
         self._mask: Tensor | None = None
         self._sampled: str | None = None
         self._is_checked = False
@@ -75,6 +77,7 @@ class Watcher(torch.optim.Optimizer):
                         self._taps[module] = _attention.install(self, module)
                     else:
                         self._taps[module] = _capture.install(self, source, module)
+        leave_hooks_behind(self._model)
         self._stack_up()
         self._index()
 

@@ -25,7 +25,7 @@ from singd_torch._distributed import group_of, reduce_rows
 from singd_torch._estimate import automatic
 from singd_torch._groups import check_group, check_keys, parameters_of
 from singd_torch._saving import Saving
-from singd_torch._scaling import Scales
+from singd_torch._scaling import Given, Scales
 from singd_torch._stepper import Stepper
 from singd_torch._warnings import warn
 from singd_torch._watcher import is_due
@@ -250,7 +250,7 @@ class SINGD(Stepper, Saving):
         if not self.state and self._is_no_step():
             self.state.update(_state.before_any_step(self._layers, self._fallback))
             return loss
-        scales = _scaling.scales(self, self._scale_of_rows)
+        scales = _scaling.scales(self, self._given_scale)
         if self._sharded is not None:
             self._skipped = self._sharded.step(scales)
         else:
@@ -258,7 +258,7 @@ class SINGD(Stepper, Saving):
         for group in self.param_groups:
             group["steps"] += 1
         self._forget_rows()
-        self._mask = self._scale_of_rows = None
+        self._mask = self._given_scale = None
         return loss
 
     def _step_whole(self, scales: Scales) -> None:
@@ -291,9 +291,16 @@ class SINGD(Stepper, Saving):
 
     # ---- gradient scaling -----------------------------------------------------------------------
 
-    def set_current_grad_scale(self, scale: float) -> None:
-        """Tell the scale of the loss of the next step; torch.amp.GradScaler is asked by itself."""
-        self._scale_of_rows = scale
+    def set_current_grad_scale(self, scale: Any, *, unscaled: bool = False) -> None:
+        """Tell what the loss of the next step was multiplied by: it is divided out again.
+
+        torch.amp.GradScaler is asked by itself.
+
+        Args:
+            scale: The scale, a number or 0-d.
+            unscaled: Whether the gradients have been divided by it already, as for clipping.
+        """
+        self._given_scale = Given(scale, unscaled)
 
     # ---- what a person sees ---------------------------------------------------------------------
 

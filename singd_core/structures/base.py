@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, ClassVar, Self
@@ -279,7 +280,19 @@ def family(
     """
     name = f"{factory.__name__}:{','.join(map(str, parameters))}"
     title = base.__name__ + "_".join(map(str, parameters))
-    return type(title, (base,), attributes | {"name": name, "made_by": (factory, parameters)})
+    return _Made(title, (base,), attributes | {"name": name, "made_by": (factory, parameters)})
+
+
+class _Made(type):
+    """The type of classes that a factory makes: `pickle` would look for them in their module."""
+
+
+def _made_again(cls: _Made) -> Any:
+    origin = cls.__dict__.get("made_by")  # a subclass has a name of its own
+    return cls.__qualname__ if origin is None else origin
+
+
+copyreg.pickle(_Made, _made_again)
 
 
 class Pattern(Structure):

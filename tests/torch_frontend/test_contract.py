@@ -1,7 +1,6 @@
 """What every torch optimizer does, and users rely on."""
 
 import copy
-import pickle
 import re
 import warnings
 from typing import Any
@@ -77,6 +76,44 @@ def test_fallback_is_torch_adamw() -> None:
             net(x).sin().mean().backward()
             optimizer.step()
     assert all(map(torch.equal, model.parameters(), twin.parameters()))
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
+def test_complex_parameters_step_as_pairs_of_real_ones(dtype: torch.dtype) -> None:
+    """As in every optimizer of torch; decay, and the gradient's norm, included."""
+    numbers = torch.randn(4, 3, dtype=dtype, requires_grad=True)
+    pairs = torch.view_as_real(numbers.detach()).clone().requires_grad_()
+    given = {"fallback_lr": 0.1, "fallback_weight_decay": 0.1, "warmup": 2}
+    ours, theirs = (SINGD(nn.Module(), [p], **given) for p in (numbers, pairs))
+    for _ in range(4):
+        numbers.grad = torch.randn_like(numbers)
+        pairs.grad = torch.view_as_real(numbers.grad).clone()
+        ours.step()
+        theirs.step()
+        assert torch.equal(torch.view_as_real(numbers), pairs)
+    again = SINGD(nn.Module(), [numbers.detach().clone().requires_grad_()], **given)
+    again.load_state_dict(ours.state_dict())
+    (kept,), (found,) = ours.state.values(), again.state.values()
+    assert all(torch.equal(found[name], kept[name]) for name in kept)
+    numbers.grad = torch.full_like(numbers, complex(0.0, float("inf")))
+    with pytest.warns(UserWarning, match="NaN or infinite"):
+        ours.step()
+    assert torch.equal(torch.view_as_real(numbers), pairs)
+
+
+def test_complex_layers_are_trained_by_adamw() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(5, 3, dtype=torch.complex64)
+    x, W = torch.randn(64, 5, dtype=torch.complex64), torch.randn(3, 5, dtype=torch.complex64)
+    optimizer = SINGD(model, fallback_lr=0.05, fallback_weight_decay=0.0)
+    losses = []
+    for _ in range(200):
+        optimizer.zero_grad()
+        loss = (model(x) - x @ W.T).abs().square().sum(-1).mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 1e-3 * losses[0]
 
 
 # ---- parameter groups --------------------------------------------------------------------------
@@ -546,11 +583,3 @@ def test_warnings_point_at_the_line_of_the_user() -> None:
         (model(torch.randn(5, 4)) * float("nan")).sum().backward()
         optimizer.step()
     assert [w.filename for w in seen] == [__file__, __file__]
-
-
-def test_pickled_model_with_hooks_loads() -> None:
-    model = Network()
-    optimizer = SINGD(model)
-    step(model, optimizer)
-    twin = pickle.loads(pickle.dumps(model))
-    assert all(map(torch.equal, twin.parameters(), model.parameters()))

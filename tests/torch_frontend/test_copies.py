@@ -1,7 +1,9 @@
 """Copies of model and optimizer, and of the model alone."""
 
 import copy
+import io
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +13,7 @@ from test_checkpoint import F32, Network, all_numbers, assert_equal, batches, tr
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from singd_core.structures import blockdiagonal, hierarchical
 from singd_torch import SINGD
 
 HOW: dict[str, Callable[[Any], Any]] = {
@@ -68,3 +71,85 @@ def test_an_average_of_the_model_gives_no_rows_and_takes_none() -> None:
         assert not any(layer.pending for layer in optimizer._layers)
     train(plain, alone, data)
     assert_equal(all_numbers(model, optimizer), all_numbers(plain, alone))
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attend = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.out = nn.Sequential(nn.Linear(4, 4), nn.Conv1d(3, 2, 1), nn.Embedding(5, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (
+            self.out[1](self.out[0](self.attend(x, x, x)[0])) + self.out[2](torch.arange(5)).mean()
+        )
+
+
+def hooks_of(model: nn.Module) -> list[Any]:
+    names = [name for name in vars(nn.Module()) if "hook" in name]
+    return [hook for m in model.modules() for name in names for hook in vars(m)[name] or ()]
+
+
+def through_torch_save(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded: nn.Module = torch.load(file, weights_only=False)
+    return loaded
+
+
+MODELS = HOW | {"torch.save": through_torch_save, "copy": copy.copy}
+
+
+@pytest.mark.parametrize("how", MODELS)
+def test_a_copy_of_the_model_carries_no_hooks_and_the_model_keeps_its_own(how: str) -> None:
+    model, x = Attending(), torch.randn(6, 3, 4)
+    model.out[0].register_forward_hook(user_hook)
+    before = len(hooks_of(model))
+    optimizer = SINGD(model)
+    model(x).sin().mean().backward()
+    optimizer.step()
+    watched = len(hooks_of(model))
+    twin = MODELS[how](model)
+    if how != "copy":  # which shares the modules
+        assert len(hooks_of(twin)) == before
+    with torch.no_grad():
+        assert torch.equal(twin(x), model(x))
+    assert len(hooks_of(model)) == watched
+    steps = optimizer.state[model.out[0].weight]["averages.k"].item()
+    model(x).sin().mean().backward()
+    optimizer.step()
+    assert optimizer.state[model.out[0].weight]["averages.k"].item() == steps + 1
+
+
+def user_hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+    """A hook that is not the optimizer's is copied like everything else."""
+
+
+def test_a_pickled_model_does_not_ask_for_this_package() -> None:
+    model = Attending()
+    optimizer = SINGD(model)
+    model(torch.randn(6, 3, 4)).sin().mean().backward()
+    optimizer.step()
+    assert b"singd" not in pickle.dumps(model)
+
+
+def test_structures_that_a_function_makes_are_pickled() -> None:
+    model, data = Network(), batches(F32, 3)
+    optimizer = SINGD(model, structures=(blockdiagonal(4), hierarchical(2, 3)))
+    train(model, optimizer, data[:2])
+    twin, own = pickle.loads(pickle.dumps((model, optimizer)))
+    assert own.param_groups[0]["structures"] == (blockdiagonal(4), hierarchical(2, 3))
+    train(model, optimizer, data[2:])
+    train(twin, own, data[2:])
+    assert_equal(all_numbers(model, optimizer), all_numbers(twin, own))
+
+
+def test_a_copy_can_be_scripted_while_the_optimizer_lives() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)), torch.randn(2, 4)
+    optimizer = SINGD(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that TorchScript is deprecated
+        scripted = torch.jit.script(copy.deepcopy(model))
+    torch.testing.assert_close(scripted(x), model(x))
+    assert optimizer.skipped == 0

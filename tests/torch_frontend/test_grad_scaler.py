@@ -172,19 +172,26 @@ def test_overflow_skips_the_step_and_lowers_the_scale(before_step: Any) -> None:
     assert_same(model, plain, twin, optimizer)
 
 
-def test_a_told_scale_holds_for_one_step() -> None:
-    model, data = network(), batches(2)
+@pytest.mark.parametrize("recipe", ["normalized", "paper"])
+@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize("kind", [float, torch.tensor], ids=["number", "tensor"])
+def test_a_told_scale_is_divided_out_and_holds_for_one_step(
+    kind: Any, by_hand: bool, recipe: str
+) -> None:
+    """As with `singd` 0.0.5, of gradients and rows; or of rows, where gradients are without it."""
+    model, data = network(), batches(3)
     twin = copy.deepcopy(model)
-    plain = plainly(model, data)
-    optimizer = SINGD(twin)
-    loss_of(twin, data[0]).mul(SCALE).backward()
-    for p in twin.parameters():
-        p.grad /= SCALE
-    optimizer.set_current_grad_scale(SCALE)
-    optimizer.step()
-    optimizer.zero_grad()
-    loss_of(twin, data[1]).backward()
-    optimizer.step()
+    plain = plainly(model, data, recipe=recipe, T=1)
+    optimizer = SINGD(twin, recipe=recipe, T=1)
+    for batch, scale in zip(data, (SCALE, 4 * SCALE, 1.0), strict=True):
+        optimizer.zero_grad()
+        loss_of(twin, batch).mul(scale).backward()
+        if by_hand:
+            for p in twin.parameters():
+                p.grad /= scale
+        if scale != 1.0:
+            optimizer.set_current_grad_scale(kind(scale), unscaled=by_hand)
+        optimizer.step()
     assert_same(model, plain, twin, optimizer)
 
 

@@ -1,6 +1,10 @@
 """Properties for every side and every parameter of the families, beyond those of the law tests."""
 
+import copy
+import pickle
+
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -118,3 +122,13 @@ def test_the_width_is_that_of_the_largest_set_of_entries_that_meet(
         sets += [(*s, i) for s in sets if all(meet[i, j] for j in s)]
     width = max(map(len, sets))
     assert S.width(d) == width
+
+
+class Named(blockdiagonal(2)):  # type: ignore[misc]
+    """A subclass of what a function made, which has a name of its own."""
+
+
+@pytest.mark.parametrize("cls", [blockdiagonal(4), hierarchical(2, 3), Named, Dense])
+def test_the_class_itself_is_pickled(cls: type[Structure]) -> None:
+    assert pickle.loads(pickle.dumps(cls)) is cls
+    assert copy.deepcopy(cls) is cls
