@@ -11,9 +11,7 @@ from torch import Tensor, nn
 from singd_torch import _pieces
 
 
-def norms(
-    gradients: Mapping[nn.Parameter, Tensor], scale: Tensor | None = None
-) -> dict[nn.Parameter, Any]:
+def norms(gradients: Mapping[nn.Parameter, Tensor], scale: Any = None) -> dict[nn.Parameter, Any]:
     """The norm of each gradient, over the scale that is in all of them.
 
     It is a number if the host need not wait for it, else 0-d.
@@ -27,7 +25,7 @@ def norms(
         wide = torch.float32 if given[0].dtype.itemsize < 4 else None
         each = torch._foreach_norm(given, 2, wide)
         row = torch.stack(each)
-        row = row if scale is None else row / scale.to(row.device)
+        row = row if scale is None else row / _on(row.device, scale)
         found |= zip(params, row.tolist() if _pieces.on_host(row) else row.unbind(), strict=True)
     return found
 
@@ -43,3 +41,7 @@ def total(sizes: Sequence[Any]) -> Any:
     known += sum(x for x in sums if not isinstance(x, Tensor))
     on_device = [x for x in sums if isinstance(x, Tensor)]
     return sum(x.to(on_device[0].device) for x in on_device) + known if on_device else known
+
+
+def _on(device: torch.device, scale: Any) -> Any:
+    return scale.to(device) if isinstance(scale, Tensor) else scale
