@@ -51,7 +51,7 @@ def loaded(
             raise ValueError(
                 f"the checkpoint has no {key!r}: is it what `optimizer.state_dict()` returned?"
             )
-    groups = _completed(state_dict["param_groups"], live)
+    groups = completed(state_dict["param_groups"], live)
     entries = _by_parameter(state_dict["state"], groups, live)
     known = {index for group in groups for index in group["params"]}
     older = any("normalized" not in group for group in state_dict["param_groups"])
@@ -60,11 +60,11 @@ def loaded(
     for layer in find(model, own):
         s = settings_of(layer.group)
         if older:
-            _upgrade(layer, entries, normalized=s.normalized)
-        _check_momenta(layer, entries, s)
+            upgrade(layer, entries, normalized=s.normalized)
+        check_momenta(layer, entries, s)
         factors[layer.weight] = factors_of(layer, entries[layer.weight], s)
     for p, found in entries.items():
-        _check_moments(names.get(p, "a parameter"), p, found)
+        check_moments(names.get(p, "a parameter"), p, found)
     others = {key: value for key, value in state_dict["state"].items() if key not in known}
     return Loaded(groups, entries, factors, others)
 
@@ -83,7 +83,7 @@ def factors_of(layer: Layer, entries: Mapping[str, Any], s: Settings) -> Factors
     return template.rebuild(entries[name] for name in arrays)
 
 
-def _check_momenta(layer: Layer, entries: Mapping[nn.Parameter, Entries], s: Settings) -> None:
+def check_momenta(layer: Layer, entries: Mapping[nn.Parameter, Entries], s: Settings) -> None:
     """Check the momenta of a layer and its sums over late gradients, all of which it has or none.
 
     Raises:
@@ -99,7 +99,7 @@ def _check_momenta(layer: Layer, entries: Mapping[nn.Parameter, Entries], s: Set
             _check(name, template, own)
 
 
-def _check_moments(name: str, p: nn.Parameter, entries: Entries) -> None:
+def check_moments(name: str, p: nn.Parameter, entries: Entries) -> None:
     """Check what AdamW keeps of a parameter, all of which is there or nothing.
 
     Raises:
@@ -145,7 +145,7 @@ def _check(name: str, template: Mapping[str, Tensor], entries: Mapping[str, Any]
 # ---- the groups --------------------------------------------------------------------------------
 
 
-def _completed(
+def completed(
     saved: Sequence[Mapping[str, Any]], live: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """Saved groups with what `_state.portable` left out taken from the live ones.
@@ -192,9 +192,7 @@ def _by_parameter(
     return entries
 
 
-def _upgrade(
-    layer: Layer, entries: dict[nn.Parameter, dict[str, Any]], *, normalized: bool
-) -> None:
+def upgrade(layer: Layer, entries: dict[nn.Parameter, dict[str, Any]], *, normalized: bool) -> None:
     """Turn what versions before 0.1 saved of a layer into what is kept now.
 
     The momentum was that of the matrix with its bias, and of natural gradients: a rule that

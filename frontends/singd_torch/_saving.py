@@ -18,11 +18,18 @@ class Saving(Watcher):
     def state_dict(self) -> dict[str, Any]:
         """The state as flat tensors and plain values; `torch.load(weights_only=True)` takes it.
 
-        A function given as `lr_cov` is left out: the optimizer that loads it keeps its own.
+        A function given as `lr_cov` is left out: the optimizer that loads it keeps its own. Of a
+        model in parts, all processes have to call it, and its tensors are DTensors.
         """
+        packed = super().state_dict()
         if self._sharded is not None:
-            raise NotImplementedError("the state of a sharded optimizer cannot be saved yet")
-        return _state.portable(super().state_dict())
+            params = [p for group in self.param_groups for p in group["params"]]
+            indices = [index for group in packed["param_groups"] for index in group["params"]]
+            found = self._sharded.saved()
+            packed["state"] = {
+                index: found[p] for index, p in zip(indices, params, strict=True) if found[p]
+            }
+        return _state.portable(packed)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -31,15 +38,19 @@ class Saving(Watcher):
         Raises:
             ValueError: Naming the first entry that does not fit; nothing is changed then.
         """
-        if self._sharded is not None:
-            raise NotImplementedError("the state of a sharded optimizer cannot be loaded yet")
         found: list[Loaded] = []
 
         def check(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
-            found.append(loaded(self._model, self.param_groups, self._names, state_dict))
+            given = self._model, self.param_groups, self._names, state_dict
+            found.append(loaded(*given) if self._sharded is None else self._sharded.loaded(*given))
             return {"param_groups": found[0].groups, "state": found[0].others}
 
         def go_on(_: Any) -> None:  # torch would cast every tensor to its parameter's dtype
+            if self._sharded is not None:
+                self._route()
+                self._sharded.go_on_from(found[0])
+                self._sharded.show(self.state)
+                return
             self.state.update((p, own) for p, own in found[0].entries.items() if own)
             self._route()
             self._go_on_from(found[0].factors)

@@ -248,11 +248,13 @@ class SINGD(Stepper, Saving):
                 )
         self._queue.flush()
         if not self.state and self._is_no_step():
-            self.state.update(_state.before_any_step(self._layers, self._fallback))
+            self._begin()
             return loss
         scales = _scaling.scales(self, self._given_scale)
         if self._sharded is not None:
             self._skipped = self._sharded.step(scales)
+            if not self.state:
+                self._sharded.show(self.state)
         else:
             self._step_whole(scales)
         for group in self.param_groups:
@@ -283,6 +285,14 @@ class SINGD(Stepper, Saving):
                 "the model has none of the optimizer's parameters any more: build the optimizer "
                 "after what replaces them, such as fully_shard(model) and model.to(...)"
             )
+
+    def _begin(self) -> None:
+        """Have the state that the first steps would make."""
+        if self._sharded is not None:
+            self._sharded.begin()
+            self._sharded.show(self.state)
+        else:
+            self.state.update(_state.before_any_step(self._layers, self._fallback))
 
     def _is_no_step(self) -> bool:
         """Whether this is how torch.distributed.checkpoint makes the state that it loads into."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 
@@ -39,11 +40,24 @@ def box_of(p: Tensor) -> Box:
     return Box(tuple(offset), tuple(shape))
 
 
-def boxes(params: Sequence[Tensor], group: dist.ProcessGroup) -> list[list[Box]]:
+def boxes(params: Sequence[Tensor], group: dist.ProcessGroup) -> dict[Tensor, list[Box]]:
     """The boxes of each parameter on all processes of the group, which all call this."""
     found: list[list[Box]] = [[] for _ in range(dist.get_world_size(group))]
     dist.all_gather_object(found, [box_of(p) for p in params], group=group)
-    return [list(each) for each in zip(*found, strict=True)]
+    return {p: list(each) for p, each in zip(params, zip(*found, strict=True), strict=True)}
+
+
+def rows(shape: Sequence[int], processes: int) -> list[Box]:
+    """The parts of a tensor whose first axis is parted as by `Shard(0)`, or that all have whole."""
+    if not shape or shape[0] == 0:
+        return [Box((0,) * len(shape), tuple(shape))] * processes
+    n, *others = shape
+    most = -(-n // processes)
+    starts = [min(n, most * r) for r in range(processes + 1)]
+    zeros = (0,) * len(others)
+    return [
+        Box((start, *zeros), (end - start, *others)) for start, end in itertools.pairwise(starts)
+    ]
 
 
 def local(t: Tensor) -> Tensor:

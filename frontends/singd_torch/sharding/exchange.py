@@ -4,74 +4,80 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import reduce
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from singd_torch.sharding.boxes import Box, boxes
+from singd_torch.sharding.boxes import Box
 
 
 class Exchange:
-    """Moves parts of parameters in one all-to-all for all of them. All processes call it alike."""
+    """Moves parts of tensors in one all-to-all for all of them. All processes call it alike."""
 
-    def __init__(self, owners: Mapping[nn.Parameter, int], group: dist.ProcessGroup) -> None:
-        """`owners` are who wants to have parameters whole, by their rank in the group."""
-        self._group, self._owners = group, owners
-        self._rank, self._world = dist.get_rank(group), dist.get_world_size(group)
-        self._boxes = dict(zip(owners, boxes(list(owners), group), strict=True))
-        self._givers = {p: _givers(self._boxes[p], owner) for p, owner in owners.items()}
+    def __init__(
+        self,
+        owners: Mapping[Any, int],
+        boxes: Mapping[Any, Sequence[Box]],
+        group: dist.ProcessGroup,
+    ) -> None:
+        """For tensors by any key: who wants to have each whole, and the parts of all processes.
 
-    def to_owners(self, given: Sequence[tuple[nn.Parameter, Tensor]]) -> list[Tensor | None]:
-        """What belongs to parameters, such as gradients, whole at their owners, and None elsewhere.
-
-        Args:
-            given: The parameters, and the parts of it that are here.
+        Processes are counted as in the group.
         """
+        self._group, self._owners, self._boxes = group, owners, boxes
+        self._rank, self._world = dist.get_rank(group), dist.get_world_size(group)
+        self._givers = {key: _givers(boxes[key], owner) for key, owner in owners.items()}
+
+    def to_owners(self, given: Sequence[tuple[Any, Tensor]]) -> list[Tensor | None]:
+        """The whole tensors at their owners, None elsewhere, from keys and the parts here."""
         mine, ranks = self._rank, range(self._world)
         out = [
-            [t for p, t in given if self._owners[p] == r and mine in self._givers[p]] for r in ranks
+            [t for key, t in given if self._owners[key] == r and mine in self._givers[key]]
+            for r in ranks
         ]
-        params = [p for p, _ in given if self._owners[p] == mine]
+        keys = [key for key, _ in given if self._owners[key] == mine]
         sizes = [
-            sum(self._givers[p][r].numel for p in params if r in self._givers[p]) for r in ranks
+            sum(self._givers[key][r].numel for key in keys if r in self._givers[key]) for r in ranks
         ]
-        got = [_Reader(part) for part in self._all_to_all(given, out, sizes)]
+        like = given[0][1]
+        dtype = reduce(torch.promote_types, (t.dtype for _, t in given))
+        got = self._all_to_all(out, sizes, like.new_empty(0, dtype=dtype))
         wholes: list[Tensor | None] = []
-        for p, t in given:
+        for key, t in given:
             whole = None
-            if self._owners[p] == mine:
-                whole = torch.empty(p.shape, dtype=t.dtype, device=t.device)
-                for r, box in self._givers[p].items():
+            if self._owners[key] == mine:
+                whole = t.new_empty(_whole(self._boxes[key]))
+                for r, box in self._givers[key].items():
                     box.of(whole).copy_(got[r].take(box))
             wholes.append(whole)
         return wholes
 
-    def to_all(self, given: Sequence[tuple[nn.Parameter, Tensor | None]]) -> list[Tensor]:
-        """The parts that are to be here of what the owners have whole, given None elsewhere."""
+    def to_all(self, given: Sequence[tuple[Any, Tensor | None]], like: Tensor) -> list[Tensor]:
+        """The parts that are to be here, from keys and whole tensors, None where not owned.
+
+        They come in the dtype of `like`, which holds that of each tensor, on its device.
+        """
         mine, ranks = self._rank, range(self._world)
-        out = [[self._boxes[p][r].of(t) for p, t in given if t is not None] for r in ranks]
+        out = [[self._boxes[key][r].of(t) for key, t in given if t is not None] for r in ranks]
         sizes = [
-            sum(self._boxes[p][mine].numel for p, _ in given if self._owners[p] == r) for r in ranks
+            sum(self._boxes[key][mine].numel for key, _ in given if self._owners[key] == r)
+            for r in ranks
         ]
-        got = [_Reader(part) for part in self._all_to_all(given, out, sizes)]
-        return [got[self._owners[p]].take(self._boxes[p][mine]) for p, _ in given]
+        got = self._all_to_all(out, sizes, like)
+        return [got[self._owners[key]].take(self._boxes[key][mine]) for key, _ in given]
 
     def _all_to_all(
-        self,
-        given: Sequence[tuple[nn.Parameter, Tensor | None]],
-        out: Sequence[Sequence[Tensor]],
-        sizes: Sequence[int],
-    ) -> Sequence[Tensor]:
+        self, out: Sequence[Sequence[Tensor]], sizes: Sequence[int], like: Tensor
+    ) -> list[_Reader]:
         """What each process has for this one, of so many numbers."""
-        dtype = reduce(torch.promote_types, (p.dtype for p, _ in given))
-        device = given[0][0].device
-        sent = [t.reshape(-1).to(dtype) for tensors in out for t in tensors]
-        joined = torch.cat(sent) if sent else torch.empty(0, dtype=dtype, device=device)
-        got = torch.empty(sum(sizes), dtype=dtype, device=device)
+        sent = [t.reshape(-1).to(like) for tensors in out for t in tensors]
+        joined = torch.cat(sent) if sent else like.new_empty(0)
+        got = like.new_empty(sum(sizes))
         counts = [sum(t.numel() for t in tensors) for tensors in out]
         dist.all_to_all_single(got, joined, list(sizes), counts, group=self._group)
-        return torch.split(got, list(sizes))
+        return [_Reader(part) for part in torch.split(got, list(sizes))]
 
 
 class _Reader:
@@ -83,6 +89,12 @@ class _Reader:
     def take(self, box: Box) -> Tensor:
         start, self._at = self._at, self._at + box.numel
         return self._flat[start : self._at].reshape(box.shape)
+
+
+def _whole(parts: Sequence[Box]) -> tuple[int, ...]:
+    """The shape of a tensor that has these parts."""
+    ends = [[o + n for o, n in zip(box.offset, box.shape, strict=True)] for box in parts]
+    return tuple(map(max, zip(*ends, strict=True)))
 
 
 def _givers(parts: Sequence[Box], owner: int) -> dict[int, Box]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -14,11 +15,14 @@ from torch.distributed.tensor import DTensor
 
 from singd_core.updates.curvature import seen
 from singd_core.updates.inverse_free import InverseFree
+from singd_torch import _state
 from singd_torch._layers import Key, Layer
+from singd_torch._loading import Loaded
 from singd_torch._pending import Pending
 from singd_torch._scaling import Scales
 from singd_torch._watcher import is_due
-from singd_torch.sharding.boxes import local, local_gradient
+from singd_torch.sharding import saving
+from singd_torch.sharding.boxes import boxes, local, local_gradient
 from singd_torch.sharding.exchange import Exchange
 from singd_torch.sharding.meter import Meter, by_samples
 from singd_torch.sharding.owners import balanced
@@ -65,7 +69,8 @@ class Sharded:
         owners = balanced(layers, self.world, self.owners)
         self._layers, self._fallback = list(layers), list(fallback)
         self.owners = {p: owners[layer.weight] for layer in layers for p in layer.parameters}
-        self._exchange = Exchange(self.owners, self.group)
+        places = boxes(list(self.owners), self.group)
+        self._exchange = Exchange(self.owners, places, self.group)
         self._stand_ins = {p: before[p] if p in parts else _alias(p) for p in fallback}
         own: dict[nn.Parameter, Layer] = {}
         for layer in layers:
@@ -89,6 +94,58 @@ class Sharded:
             compile,
         )
 
+    # ---- the state ------------------------------------------------------------------------------
+
+    def saved(self) -> dict[nn.Parameter, dict[str, Tensor]]:
+        """The state of each parameter; all processes call it."""
+        return saving.saved(self.share, self.owners, self._stand_ins)
+
+    def loaded(
+        self,
+        model: nn.Module,
+        live: Sequence[dict[str, Any]],
+        names: Mapping[nn.Parameter, str],
+        state_dict: Mapping[str, Any],
+    ) -> Loaded:
+        """What this process goes on from; all of them call it. Nothing is changed.
+
+        Raises:
+            ValueError: Naming the first setting or entry that does not fit.
+        """
+        return saving.loaded(self.share, self.owners, model, live, names, state_dict)
+
+    def go_on_from(self, found: Loaded) -> None:
+        """Have the state that was loaded, of layers that are arranged already."""
+        share = self.share
+        share.state.clear()
+        for p, part in self._stand_ins.items():
+            own = found.entries.get(p)
+            if own:
+                share.state[part] = own
+        for layer in self._layers:
+            layer.pending, layer.seen = {}, layer.weight in found.factors
+        for weight, layer in self._own.items():
+            layer.pending, layer.factors = {}, found.factors.get(weight)
+            layer.seen = layer.factors is not None
+        share._stack_up()
+
+    def begin(self) -> None:
+        """Have the state that the first steps would make."""
+        own = list(self._own.values())
+        share = self.share
+        share.state.update(_state.before_any_step(own, share._fallback))
+
+    def show(self, state: dict[Any, dict[str, Tensor]]) -> None:
+        """Let a state have, by parameter, what this process has, and what others have as `meta`."""
+        for p, part in self._stand_ins.items():
+            state[p] = self.share.state[part]
+        others = [layer for layer in self._layers if layer.weight not in self._own]
+        elsewhere = stand_ins(others, device="meta")
+        shapes = _state.before_any_step(elsewhere, [])
+        for layer, plain in zip(others, elsewhere, strict=True):
+            for p, part in zip(layer.parameters, plain.parameters, strict=True):
+                state[p] = shapes.get(part, {})
+
     def rows(self, layer: Layer, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         """The rows of a call that are those of this process alone."""
         if isinstance(g, DTensor):
@@ -109,7 +166,7 @@ class Sharded:
             part, place = self._stand_ins[p], local(p)
             part.grad = None
             part.data = place
-            if p.grad is not None and place.numel():
+            if p.grad is not None:
                 part.grad = local_gradient(p)
         share = self.share
         share._take_step(*share._ready(), scales)
@@ -140,7 +197,9 @@ class Sharded:
             return
         mine = self.rank
         given = [(p, self._stand_ins[p].data if self.owners[p] == mine else None) for p in trained]
-        for p, new in zip(trained, self._exchange.to_all(given), strict=True):
+        dtype = reduce(torch.promote_types, (p.dtype for p in trained))
+        like = torch.empty(0, dtype=dtype, device=trained[0].device)
+        for p, new in zip(trained, self._exchange.to_all(given, like), strict=True):
             if p in whole:
                 local(p).copy_(new)
             else:

@@ -24,12 +24,15 @@ class Share(Stepper):
     Attributes:
         state: Tensors by stand-in.
         param_groups: Those of the optimizer it is a share of.
+        processes: All that step together.
+        device: That of the parameters.
     """
 
     def __init__(self, processes: dist.ProcessGroup) -> None:
-        self._processes, self._compile = processes, None
+        self.processes, self._compile = processes, None
         self.state = defaultdict(dict)
         self.param_groups = []
+        self.device = torch.device("cpu")
         self._watch(nn.Module())
 
     def take_over(
@@ -45,33 +48,30 @@ class Share(Stepper):
         self._layers, self._fallback = list(layers), list(fallback)
         self._group_of = dict(group_of)
         self._names = {layer.weight: layer.name for layer in layers}
-        self._device = next((p.device for p in group_of), torch.device("cpu"))
+        self.device = next((p.device for p in group_of), torch.device("cpu"))
         self._stack_up()
 
     def _of_all(self, size: Any) -> Any:
-        if self._device.type == "cpu":
+        if self.device.type == "cpu":
             total = torch.tensor(size, dtype=torch.float64)
-            dist.all_reduce(total, group=self._processes)
+            dist.all_reduce(total, group=self.processes)
             return total.item()
-        total = placed(size, torch.float32, self._device).clone()
-        dist.all_reduce(total, group=self._processes)
+        total = placed(size, torch.float32, self.device).clone()
+        dist.all_reduce(total, group=self.processes)
         return total
 
 
-def stand_in(p: Tensor) -> nn.Parameter:
+def stand_in(p: Tensor, device: str | None = None) -> nn.Parameter:
     """A plain tensor of the whole shape, without memory until it is given some."""
-    nothing = torch.zeros((), dtype=p.dtype, device=p.device)
+    nothing = torch.zeros((), dtype=p.dtype, device=device or p.device)
     return nn.Parameter(nothing.expand(p.shape), requires_grad=False)
 
 
-def stand_ins(layers: Iterable[Layer]) -> list[Layer]:
+def stand_ins(layers: Iterable[Layer], device: str | None = None) -> list[Layer]:
     """Layers of plain tensors in the place of others."""
     found = []
     for layer in layers:
-        bias = None if layer.bias is None else stand_in(layer.bias)
-        found.append(
-            dataclasses.replace(
-                layer, weight=stand_in(layer.weight), bias=bias, pending={}, meter=None
-            )
-        )
+        weight, *bias = (stand_in(p, device) for p in layer.parameters)
+        own: dict[str, Any] = {"weight": weight, "bias": bias[0] if bias else None}
+        found.append(dataclasses.replace(layer, **own, pending={}, factors=None, meter=None))
     return found

@@ -1,0 +1,225 @@
+"""The state that is parted over processes, as DTensors that any number of processes can load."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import reduce
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from singd_core.preconditioner import Factors
+from singd_torch import _state
+from singd_torch._groups import settings_of
+from singd_torch._layers import Layer, find
+from singd_torch._loading import (
+    Entries,
+    Loaded,
+    check_momenta,
+    check_moments,
+    completed,
+    factors_of,
+    upgrade,
+)
+from singd_torch.sharding.boxes import local, rows
+from singd_torch.sharding.exchange import Exchange
+from singd_torch.sharding.owners import balanced
+from singd_torch.sharding.share import Share, stand_ins
+
+Key = tuple[nn.Parameter, str]
+
+
+def saved(
+    share: Share, owners: Mapping[nn.Parameter, int], stand_ins: Mapping[nn.Parameter, nn.Parameter]
+) -> dict[nn.Parameter, dict[str, Tensor]]:
+    """The state of each parameter, the same names in the same order on all processes.
+
+    What one process has is made a DTensor, parted along its first axis over all of them.
+    """
+    group = share.processes
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    own = {p: share.state.get(stand_ins[p], {}) for p, owner in owners.items() if owner == rank}
+    described = [
+        {name: (tuple(t.shape), t.dtype) for name, t in own.get(p, {}).items()} for p in owners
+    ]
+    every: list[Any] = [None] * world
+    dist.all_gather_object(every, described, group=group)
+    forms = {
+        (p, name): form
+        for i, (p, owner) in enumerate(owners.items())
+        for name, form in every[owner][i].items()
+    }
+    found: dict[nn.Parameter, dict[str, Tensor]] = {p: {} for p in owners}
+    for (p, name), t in _parted(forms, own, owners, share).items():
+        found[p][name] = t
+    for p, part in stand_ins.items():
+        if p not in owners:
+            found[p] = {name: _like(p, t) for name, t in share.state.get(part, {}).items()}
+    return found
+
+
+def _parted(
+    forms: Mapping[Key, tuple[tuple[int, ...], torch.dtype]],
+    own: Mapping[nn.Parameter, Mapping[str, Tensor]],
+    owners: Mapping[nn.Parameter, int],
+    share: Share,
+) -> dict[Key, DTensor]:
+    """Tensors that one process has whole each, of known shapes and dtypes, as DTensors."""
+    if not forms:
+        return {}
+    group, device = share.processes, share.device
+    places = {key: rows(shape, dist.get_world_size(group)) for key, (shape, _) in forms.items()}
+    exchange = Exchange({key: owners[key[0]] for key in forms}, places, group)
+    dtype = reduce(torch.promote_types, (dtype for _, dtype in forms.values()))
+    given = [((p, name), own[p][name] if p in own else None) for p, name in forms]
+    parts = exchange.to_all(
+        [(key, None if t is None else t.to(device)) for key, t in given],
+        torch.empty(0, dtype=dtype, device=device),
+    )
+    mesh = DeviceMesh.from_group(group, device.type)
+    return {
+        key: DTensor.from_local(
+            part.to(dtype).clone(),
+            mesh,
+            [Shard(0) if shape and shape[0] else Replicate()],
+            run_check=False,
+            shape=torch.Size(shape),
+            stride=torch.empty(shape, device="meta").stride(),
+        )
+        for (key, (shape, dtype)), part in zip(forms.items(), parts, strict=True)
+    }
+
+
+def _like(p: nn.Parameter, t: Tensor) -> Tensor:
+    """A moment as a DTensor like its parameter, in the memory that it has."""
+    if not isinstance(p, DTensor) or t.ndim == 0:
+        return t
+    return DTensor.from_local(
+        t, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+    )
+
+
+# ---- loading ------------------------------------------------------------------------------------
+
+
+def loaded(
+    share: Share,
+    owners: Mapping[nn.Parameter, int],
+    model: nn.Module,
+    live: Sequence[dict[str, Any]],
+    names: Mapping[nn.Parameter, str],
+    state_dict: Mapping[str, Any],
+) -> Loaded:
+    """What this process goes on from, of a state of any number of processes, or of one.
+
+    Its entries and factors are those of the layers that it owns, and parts of all others.
+
+    Raises:
+        ValueError: On all processes, naming the first setting or entry that does not fit.
+    """
+    for key in ("state", "param_groups"):
+        if key not in state_dict:
+            raise ValueError(
+                f"the checkpoint has no {key!r}: is it what `optimizer.state_dict()` returned?"
+            )
+    groups = completed(state_dict["param_groups"], live)
+    layers = find(
+        model, [g | {"params": mine["params"]} for g, mine in zip(groups, live, strict=True)]
+    )
+    owner_of = balanced(layers, dist.get_world_size(share.processes), owners)
+    wanted = {p: owner_of[layer.weight] for layer in layers for p in layer.parameters}
+    rank = dist.get_rank(share.processes)
+    entries: dict[nn.Parameter, Entries] = {}
+    seen: set[nn.Parameter] = set()
+    for p, name, value in _values(groups, live, state_dict["state"]):
+        kept = entries.setdefault(p, {})
+        if p not in wanted:
+            kept[name] = _part(p, name, value)
+            continue
+        if "." in name and not name.startswith(_state.LATE):
+            seen.add(p)
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        if wanted[p] == rank:
+            kept[name] = whole.detach().to(p.device, copy=True)
+    mine = [layer for layer in layers if owner_of[layer.weight] == rank]
+    older = any("normalized" not in group for group in state_dict["param_groups"])
+    factors: dict[nn.Parameter, Factors | None] = dict.fromkeys(seen)
+
+    def check() -> None:
+        for layer, plain in zip(mine, stand_ins(mine), strict=True):
+            own = _checked(layer, plain, entries, older=older)
+            if own is not None:
+                factors[layer.weight] = own
+        for p, kept in entries.items():
+            if p not in wanted:
+                check_moments(names.get(p, "a parameter"), nn.Parameter(local(p)), kept)
+
+    _all_or_none(check, share.processes)
+    known = {index for group in groups for index in group["params"]}
+    others = {key: value for key, value in state_dict["state"].items() if key not in known}
+    return Loaded(groups, entries, factors, others)
+
+
+def _values(
+    groups: Sequence[Mapping[str, Any]],
+    live: Sequence[Mapping[str, Any]],
+    state: Mapping[Any, Mapping[str, Any]],
+) -> Iterator[tuple[nn.Parameter, str, Any]]:
+    """All saved values, in an order that is the same on all processes."""
+    for group, own in zip(groups, live, strict=True):
+        for index, p in zip(group["params"], own["params"], strict=True):
+            found = state.get(index, {})
+            yield from ((p, name, found[name]) for name in sorted(found))
+
+
+def _part(p: nn.Parameter, name: str, value: Any) -> Any:
+    """The part of a moment that belongs to the part of its parameter that is here."""
+    if not isinstance(value, Tensor) or value.ndim == 0 or not isinstance(p, DTensor):
+        return value.clone() if isinstance(value, Tensor) else value
+    if value.shape != p.shape:
+        return value  # which is an error to come
+    mesh, places = p.device_mesh, p.placements
+    if isinstance(value, DTensor) and (value.device_mesh, value.placements) != (mesh, places):
+        value = value.full_tensor()
+    if not isinstance(value, DTensor):
+        value = distribute_tensor(value.to(p.device), mesh, places, src_data_rank=None)
+    return value.to_local().detach().clone()
+
+
+def _checked(
+    layer: Layer, plain: Layer, entries: dict[nn.Parameter, Entries], *, older: bool
+) -> Factors | None:
+    """The saved factors of a layer, None if it had none yet.
+
+    Raises:
+        ValueError: Naming the first entry that is missing or does not fit.
+    """
+    s = settings_of(plain.group)
+    pairs = list(zip(layer.parameters, plain.parameters, strict=True))
+    of_plain = {part: entries.setdefault(p, {}) for p, part in pairs}
+    if older:
+        upgrade(plain, of_plain, normalized=s.normalized)
+    check_momenta(plain, of_plain, s)
+    return factors_of(plain, of_plain[plain.weight], s)
+
+
+def _all_or_none(check: Callable[[], None], group: dist.ProcessGroup) -> None:
+    """Run a check on all processes, and fail on all of them if it fails on one.
+
+    Raises:
+        ValueError: With the text of the first one's.
+    """
+    text = None
+    try:
+        check()
+    except ValueError as error:
+        text = str(error)
+    texts: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(texts, text, group=group)
+    failed = [text for text in texts if text is not None]
+    if failed:
+        raise ValueError(failed[0])

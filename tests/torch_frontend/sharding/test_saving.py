@@ -1,0 +1,168 @@
+"""Checkpoints of models in parts: any number of processes resumes what any number has saved."""
+
+from pathlib import Path
+from typing import Any
+
+import gloo
+import models
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from test_fully_shard import check, shard, whole
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from singd_torch import SINGD
+
+NAME = "tied"
+HALF = models.STEPS // 2
+
+
+def new(world: int, given: dict[str, Any]) -> tuple[nn.Module, SINGD]:
+    model = models.new(NAME)
+    if world > 1:
+        shard(model, init_device_mesh("cpu", (world,)))
+    return model, SINGD(model, **models.settings(NAME, **given))
+
+
+def options(how: str) -> StateDictOptions:
+    return StateDictOptions(
+        full_state_dict=how == "full", flatten_optimizer_state_dict=how == "flat"
+    )
+
+
+def save(rank: int, world: int, folder: str, how: str, before: int, given: Any) -> None:
+    """Train for some steps, and save."""
+    model, optimizer = new(world, given)
+    models.train(model, optimizer, models.data(NAME)[:before], rank, world)
+    of_model, of_optimizer = get_state_dict(model, optimizer, options=options(how))
+    state = {"model": of_model, "optimizer": of_optimizer}
+    if how == "full":
+        if rank == 0:
+            torch.save(state, f"{folder}/state.pt")
+    else:
+        dcp.save(state, checkpoint_id=folder)
+
+
+def resume(
+    rank: int, world: int, folder: str, how: str, before: int, given: Any
+) -> dict[str, Tensor]:
+    """Load, and train for the other steps."""
+    model, optimizer = new(world, given)
+    if how == "full":
+        state = torch.load(f"{folder}/state.pt", weights_only=True)
+    else:
+        of_model, of_optimizer = get_state_dict(model, optimizer, options=options(how))
+        state = {"model": of_model, "optimizer": of_optimizer}
+        dcp.load(state, checkpoint_id=folder)
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+        options=options(how),
+    )
+    models.train(model, optimizer, models.data(NAME)[before:], rank, world)
+    return models.weights(model)
+
+
+def run(world: int, function: Any, *args: Any) -> list[Any]:
+    return gloo.run(world, function, *args)
+
+
+@pytest.mark.parametrize("how", ["", "full", "flat"])
+@pytest.mark.parametrize(("processes", "then"), [(2, 2), (2, 1), (1, 2)])
+def test_a_resumed_run_is_the_uninterrupted_one(
+    processes: int, then: int, how: str, tmp_path: Path
+) -> None:
+    args = str(tmp_path), how, HALF, {}
+    run(processes, save, *args)
+    check(run(then, resume, *args), whole(NAME, {}))
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "paper": {"recipe": "paper", "T": 2},
+    "toeplitz": {"structures": ("triltoeplitz", "hierarchical:2,3")},
+    "kfac without momentum": {"kfac": True, "momentum": 0.0},
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_a_resumed_run_with_other_settings(case: str, tmp_path: Path) -> None:
+    args = str(tmp_path), "", HALF, SETTINGS[case]
+    run(2, save, *args)
+    check(run(2, resume, *args), whole(NAME, SETTINGS[case]))
+
+
+def test_a_checkpoint_before_the_first_step(tmp_path: Path) -> None:
+    args = str(tmp_path), "", 0, {}
+    run(2, save, *args)
+    check(run(2, resume, *args), whole(NAME, {}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["", "full", "flat"])
+@pytest.mark.parametrize("then", [4, 2, 1])
+def test_four_processes_save(then: int, how: str, tmp_path: Path) -> None:
+    args = str(tmp_path), how, HALF, {}
+    run(4, save, *args)
+    check(run(then, resume, *args), whole(NAME, {}))
+
+
+def state(rank: int, world: int) -> tuple[list[tuple[int, str]], int, int]:
+    """The keys of a saved state; the numbers of state here, and those of one process."""
+    model, optimizer = new(world, {})
+    models.train(model, optimizer, models.data(NAME), rank, world)
+    found = optimizer.state_dict()["state"]
+    keys = [(index, name) for index, own in found.items() for name in own]
+    tensors = [t for own in found.values() for t in own.values()]
+    assert all(isinstance(t, DTensor) for t in tensors if t.ndim)
+    here = sum(
+        t.numel() for own in optimizer.state.values() for t in own.values() if not t.is_meta
+    ) - sum(
+        t.numel() - t.to_local().numel()
+        for own in optimizer.state.values()
+        for t in own.values()
+        if isinstance(t, DTensor)
+    )
+    return keys, here, sum(t.numel() for t in tensors)
+
+
+def test_each_process_keeps_its_share_of_the_state() -> None:
+    found = gloo.run(2, state)
+    assert found[0][0] == found[1][0]  # in the same order
+    assert sum(here for _, here, _ in found) >= found[0][2]
+    for _, here, total in found:
+        assert here <= 1.2 * total / 2
+
+
+def misfit(rank: int, world: int) -> None:
+    model, optimizer = new(world, {})
+    models.train(model, optimizer, models.data(NAME)[:HALF], rank, world)
+    saved = optimizer.state_dict()
+    index, name = next(
+        (index, name)
+        for index, own in saved["state"].items()
+        for name in own
+        if name.startswith("K.")
+    )
+    broken = saved["state"] | {index: saved["state"][index] | {name: torch.ones(3)}}
+    with pytest.raises(ValueError, match=r"has shape \(3,\) in the checkpoint"):
+        optimizer.load_state_dict(saved | {"state": broken})
+    again = optimizer.state_dict()["state"]
+    for key, own in saved["state"].items():
+        assert own.keys() == again[key].keys()
+        for name, t in own.items():
+            assert torch.equal(
+                *(x.to_local() if isinstance(x, DTensor) else x for x in (t, again[key][name]))
+            )
+
+
+def test_a_checkpoint_that_does_not_fit_is_an_error_on_all_processes() -> None:
+    gloo.run(2, misfit)
