@@ -1,0 +1,85 @@
+"""What a step leaves alone, and rows that come late, are masked, or are those of a tied table."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from singd_torch import SINGD
+
+STRUCTURES: dict[str, tuple[str, str]] = {
+    "dense": ("dense", "dense"),
+    "diagonal": ("diagonal", "diagonal"),
+}
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("sizes", [(6, 4), (1024, 512)], ids=["small", "large"])
+@pytest.mark.parametrize("recipe", ["normalized", "paper"])
+def test_a_step_leaves_gradients_as_backward_made_them(
+    recipe: str, sizes: tuple[int, int], bias: bool, momentum: float
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(*sizes, bias=bias)
+    given = {"structures": STRUCTURES["diagonal"], "momentum": momentum, "weight_decay": 0.1}
+    optimizer = SINGD(model, recipe=recipe, **given)
+    for _ in range(2):  # with a momentum that there was not before
+        optimizer.zero_grad()
+        model(torch.randn(16, sizes[0])).square().mean().backward()
+        before = [p.grad.clone() for p in model.parameters()]
+        optimizer.step()
+        assert all(
+            torch.equal(p.grad, old) for p, old in zip(model.parameters(), before, strict=True)
+        )
+
+
+def test_a_layer_that_is_used_late_is_preconditioned_at_once() -> None:
+    torch.manual_seed(0)
+    first, late = nn.Linear(4, 3), nn.Linear(4, 3)
+    model = nn.ModuleList([first, late])
+    optimizer = SINGD(model, T=10, growing_T=False, structures=STRUCTURES["diagonal"])
+    for step in range(4):
+        optimizer.zero_grad()
+        used = (first, late) if step == 3 else (first,)
+        sum(layer(torch.randn(8, 4)).square().mean() for layer in used).backward()
+        optimizer.step()
+    state = optimizer.state[late.weight]
+    assert float(state["averages.k"]) == 1.0
+
+
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+def test_a_sample_without_any_position_left_by_the_mask_destroys_nothing(kfac_approx: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    optimizer = SINGD(model, kfac_approx=kfac_approx)
+    mask = torch.tensor([[True, True, False], [False, False, False]])
+    optimizer.mask_rows(mask)
+    (model(torch.randn(2, 3, 4)) * mask[..., None]).square().mean().backward()
+    before = model.weight.detach().clone()
+    optimizer.step()
+    assert optimizer.skipped == 0
+    assert not torch.equal(model.weight, before)
+    assert all(
+        torch.isfinite(v).all()
+        for s in optimizer.state.values()
+        for v in s.values()
+        if v is not None
+    )
+
+
+def test_a_look_up_in_a_table_tied_to_a_layer_with_a_bias_does_not_see_the_bias() -> None:
+    """Output gradients of the look-up lie along the first unit alone; the layer's inputs are 0."""
+    table, head = nn.Embedding(5, 3), nn.Linear(3, 5)
+    head.weight = table.weight
+    given: dict[str, Any] = {"structures": STRUCTURES["diagonal"], "kfac_like": True}
+    optimizer = SINGD(nn.ModuleList([table, head]), recipe="paper", lr_cov=0.1, **given)
+    found = table(torch.tensor([0, 1, 1, 4]))
+    (found[:, 0].sum() + head(torch.zeros(4, 3)).square().sum()).backward()
+    optimizer.step()
+    K = optimizer.state[head.weight]["K.diag"]
+    assert K.shape == (4,)
+    assert K[1] == K[2]
+    assert K[0] < K[1] - 1e-3  # of the look-up
+    assert K[3] < K[1] - 1e-3  # of the bias
