@@ -1,0 +1,134 @@
+"""Backward scans, weights used twice, views that are turned or cut, updates that must be zero."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax_cases import SEQUENCE, N, X, array, mean_square
+
+import singd_jax
+
+PAPER: dict[str, Any] = {"recipe": "paper", "structures": ("dense", "dense"), "T": 1}
+
+
+def curvature_of(loss: Any, params: Any, *batch: Any, **options: Any) -> Any:
+    """Value, gradient and curvature at the start, where the factors are the identity."""
+    layers = singd_jax.find_layers(loss, **options)(params, *batch)
+    state = singd_jax.singd(layers=layers, **PAPER).init(params)
+    return layers, singd_jax.value_and_curvature(loss, layers)(params, state, *batch)
+
+
+def close(ours: Any, expected: Any) -> None:
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
+
+
+def test_a_scan_may_run_backward() -> None:
+    def loss(p: Any, x: Any) -> Any:
+        last, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["w"], reverse=True)
+        return mean_square(last)
+
+    def unrolled(p: Any, x: Any) -> Any:
+        for i in (2, 1, 0):
+            x = jnp.tanh(x @ p[f"w{i}"])
+        return mean_square(x)
+
+    params = {"w": array(3, 4, 4)}
+    _, (value, grads, found) = curvature_of(loss, params, X)
+    close((value, grads), jax.value_and_grad(loss)(params, X))
+    _, (_, _, each) = curvature_of(unrolled, {f"w{i}": params["w"][i] for i in range(3)}, X)
+    for i in range(3):
+        close(found["w"].H_K.dense()[i], each[f"w{i}"].H_K.dense())
+        close(found["w"].H_C.dense()[i], each[f"w{i}"].H_C.dense())
+
+
+def test_a_weight_used_twice_under_a_mean_over_positions_has_the_terms_of_one_use() -> None:
+    """The rows of both uses are the rows of one loss, a mean of N · 3 terms."""
+
+    def probed(p: Any, x: Any, first: Any, second: Any) -> Any:
+        hidden = jnp.tanh(x @ p["w"] + first)
+        return jnp.mean(jnp.sum((hidden @ p["w"] + second - 0.3) ** 2, axis=-1))
+
+    params, zeros = {"w": array(4, 4)}, jnp.zeros((N, 3, 4))
+    _, (_, _, found) = curvature_of(
+        lambda p, x: probed(p, x, zeros, zeros), params, SEQUENCE, loss_average="batch+sequence"
+    )
+    B = jnp.concatenate(
+        [g.reshape(-1, 4) for g in jax.grad(probed, (2, 3))(params, SEQUENCE, zeros, zeros)]
+    )
+    close(found["w"].H_C.dense(), 3 * N * B.T @ B)
+
+
+@pytest.mark.slow
+def test_micro_batches_of_a_sum_add_up_for_both_roles_of_a_tied_weight() -> None:
+    def loss(p: Any, x: Any) -> Any:
+        return jnp.sum((jnp.tanh(x @ p["w"]) @ p["w"].T - 0.3) ** 2)
+
+    params, x = {"w": array(4, 3)}, array(2 * N, 4, seed=3)
+    layers = singd_jax.find_layers(loss, loss_average=None)(params, x)
+    tx = singd_jax.singd(0.01, layers=layers, **PAPER)
+    whole, state = params, tx.init(params)
+    for _ in range(2):
+        _, grads, curvature = singd_jax.value_and_curvature(loss, layers)(whole, state, x)
+        updates, state = tx.update(grads, state, whole, curvature=curvature)
+        whole = optax.apply_updates(whole, updates)
+
+    tx = singd_jax.MultiSteps(tx, 2, layers=layers)
+    found, state = params, tx.init(params)
+    for i in (0, 1, 0, 1):
+        part = x[i * N : (i + 1) * N]
+        _, grads, curvature = singd_jax.value_and_curvature(loss, layers)(found, state, part)
+        updates, state = tx.update(grads, state, found, curvature=curvature)
+        found = optax.apply_updates(found, updates)
+    close(found, whole)
+
+
+def test_natural_gradients_are_zero_where_anything_is_not_finite() -> None:
+    def loss(p: Any, x: Any) -> Any:
+        return jnp.mean((jnp.tanh(x @ p["w"]) * p["s"]) ** 2)
+
+    params = {"w": array(4, 3), "s": jnp.ones(3)}
+    layers = singd_jax.find_layers(loss)(params, X)
+    tx = singd_jax.scale_by_singd(layers=layers)
+    grads = {"w": jnp.ones((4, 3)), "s": jnp.array([1.0, jnp.nan, 1.0])}
+    updates, state = tx.update(grads, tx.init(params))
+    assert all(not np.any(u) for u in jax.tree.leaves(updates))
+    assert int(state.core.skipped) == 1
+
+
+# What is found of the weight, if anything, and how the loss uses it.
+VIEWS: dict[str, tuple[set[str], Any]] = {
+    "a slice of a flipped axis": (set(), lambda w, x: x[:, :2] @ jnp.flip(w, 0)[:2]),
+    "a flipped slice": ({"w[0:2,:]"}, lambda w, x: x[:, :2] @ jnp.flip(w[:2], 0)),
+    "an axis split unevenly": (
+        {"w"},
+        lambda w, x: jnp.einsum("bji,ijo->bo", x.reshape(-1, 3, 2), w.reshape(2, 3, -1)),
+    ),
+    "an axis split and turned": (
+        {"w"},
+        lambda w, x: x @ w.reshape(2, 3, -1).swapaxes(0, 1).reshape(6, -1),
+    ),
+    "a slice of a split axis": ({"w[3:6,:]"}, lambda w, x: x[:, :3] @ w.reshape(2, 3, -1)[1]),
+    "slices of a split axis": (
+        {"w[2:6,:]"},
+        lambda w, x: x[:, :4] @ w.reshape(3, 2, -1)[1:].reshape(4, -1),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_a_view_of_a_weight_has_its_rows_or_none(name: str) -> None:
+    """`check` holds every layer that is found to Bᵀ A = ∇W."""
+    expected, view = VIEWS[name]
+
+    def loss(p: Any, x: Any) -> Any:
+        return mean_square(jnp.tanh(view(p["w"], x)) @ p["last"])
+
+    params, x = {"w": array(6, 4), "last": array(4, 2)}, array(N, 6)
+    layers, (value, grads, _) = curvature_of(loss, params, x)
+    assert set(layers) == {"last"} | expected
+    close((value, grads), jax.value_and_grad(loss)(params, x))
+    singd_jax.check(loss, layers)(params, x)
