@@ -22,6 +22,8 @@ INVERSE: dict[type, Callable[[Any], Any]] = {}
 SUMS_OF_SQUARES: dict[type, Callable[[Any], Any]] = {}
 # The same for `take`.
 TAKE: dict[type, Callable[[Any, Any, int], Any]] = {}
+# The same for `add_diagonal`.
+ADD_DIAGONAL: dict[type, Callable[[Any, Any], Any]] = {}
 # The same for `number`.
 NUMBER: dict[type, Callable[[Any], Any]] = {}
 
@@ -174,6 +176,12 @@ def add_product(Y: Array, A: Array, B: Array) -> Array:
     """`Y + A B` of shapes (..., m, n), (..., m, k) and (..., k, n); `Y` may be overwritten."""
     fused = ADD_PRODUCT.get(type(Y))
     return Y + A @ B if fused is None else fused(Y, A, B)
+
+
+def add_diagonal(A: Array, c: Scalar) -> Array:
+    """`A + c I` for A of shape (..., d, d) and c a number or of the shape of its first axes."""
+    fused = ADD_DIAGONAL.get(type(A))
+    return A + expand(c, A) * eye(A.shape[-1], like=A) if fused is None else fused(A, c)
 
 
 def product(A: Array, B: Array, out: Array) -> Array:

@@ -15,7 +15,7 @@ from singd_core._array import is_half
 from singd_core._settings import Settings, gap, is_bound, rate_of_factors
 from singd_core.step import averaged, couples_decay, decouples_decay, scaled, squares_of
 from singd_core.updates.curvature import Rates
-from singd_core.updates.inverse_free import InverseFree, bounded
+from singd_core.updates.inverse_free import InverseFree, bounded, weights
 from singd_core.updates.natural import Preconditioner
 from singd_torch._bundle import Bundle, Part
 from singd_torch._pieces import placed
@@ -175,30 +175,33 @@ def _refresh(bundle: Bundle, s: Settings, state: State, given: Gradients) -> Non
     )
     rates = old.rates(t_U, t_G, rate_of_factors(due[0].stack.layers[0].group["steps"], s), s)
     places = list(_places(due))
+    of_all = weights(rates, None, s)
     m = []
     for part, place, curvature in zip(due, places, curvatures, strict=True):
-        own = _at(place, part.batch, rates)
-        m.append(_factors(part.stack).directions(curvature, own, s))
+        factors = _factors(part.stack)
+        each = [(_own(place, part, a), _own(place, part, b)) for a, b in of_all]
+        m.append(factors.directions(curvature, factors.grams(curvature), each, s))
     norms = torch.cat([pair[k].norm().reshape(-1) for k in (0, 1) for pair in m]).view(2, -1)
-    betas = bounded(rates.beta, norms, s)
+    betas = bounded(rates.beta, norms, s).unbind()
+    steps = [-1.0 * start * beta for start, beta in zip(rates.start, betas, strict=True)]
     assert given.ok is not None
     use = given.ok & (norms.sum(0) < math.inf)
     for part, place, pair in zip(due, places, m, strict=True):
-        own, factors = _at(place, part.batch, rates), _factors(part.stack)
-        new = factors.moved(pair, [b[place].view(part.batch) for b in betas], own, s)
-        keep = use[place].view(part.batch)
+        own, factors = _at(place, part, rates), _factors(part.stack)
+        new = factors.moved(pair, [_own(place, part, step) for step in steps], own, s)
+        keep = _own(place, part, use)
         for L, L_new in ((factors.K, new.K), (factors.C, new.C)):
             L.map(partial(_write, keep), L_new)
         part.stack.hold(factors, state, seen=True)
         if part.stack.report is not None:
-            steps = (own.beta * n[place].view(part.batch) for n in norms)
-            part.stack.report |= zip(("K_step", "C_step"), steps, strict=True)
+            sizes = (own.beta * _own(place, part, n) for n in norms)
+            part.stack.report |= zip(("K_step", "C_step"), sizes, strict=True)
     if old is bundle.averages:
         old.map(partial(_write, use), rates.averages)
         return
     for part, place in zip(due, places, strict=True):
-        averages = _at(place, part.batch, rates).averages
-        part.stack.averages.map(partial(_write, use[place].view(part.batch)), averages)
+        averages = _at(place, part, rates).averages
+        part.stack.averages.map(partial(_write, _own(place, part, use)), averages)
 
 
 def _preconditioner(stack: Stack, s: Settings) -> Preconditioner:
@@ -223,16 +226,20 @@ def _places(parts: Sequence[Part]) -> Iterator[slice]:
         start = end
 
 
-def _at(place: slice, batch: tuple[int, ...], rates: Rates) -> Rates:
+def _own(place: slice, part: Part, numbers: Any) -> Any:
+    """The numbers of one part, where all have their own."""
+    several = isinstance(numbers, Tensor) and numbers.ndim
+    return numbers[place].view(part.batch) if several else numbers
+
+
+def _at(place: slice, part: Part, rates: Rates) -> Rates:
     """The rates of one part."""
-
-    def own(x: Any) -> Any:
-        return x[place].view(batch) if isinstance(x, Tensor) and x.ndim else x
-
+    own = partial(_own, place, part)
+    (lambda_K, lambda_C), (K_start, C_start) = rates.damping, rates.start
     return Rates(
         rates.averages.map(own),
-        (own(rates.damping[0]), own(rates.damping[1])),
-        (own(rates.start[0]), own(rates.start[1])),
+        (own(lambda_K), own(lambda_C)),
+        (own(K_start), own(C_start)),
         own(rates.beta),
     )
 

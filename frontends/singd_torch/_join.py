@@ -14,13 +14,29 @@ T = TypeVar("T", bound=Tree)
 
 
 def join(tensors: Sequence[Tensor]) -> Tensor:
-    """The tensors along a new first axis; a single one as it is."""
+    """The tensors along a new first axis; a single one, or the parts of one, without a copy."""
     first, n = tensors[0], len(tensors)
     if n == 1:
         return first
+    if _are_adjacent(tensors):
+        return first.as_strided((n, *first.shape), (first.numel(), *first.stride()))
     if first.ndim == 0:
         return torch.stack(tuple(tensors))
     return torch.cat(tuple(tensors)).view(n, *first.shape)  # `stack` calls two operations for each
+
+
+def _are_adjacent(tensors: Sequence[Tensor]) -> bool:
+    """Whether the tensors follow each other in memory, as what `parts` returns."""
+    first, n = tensors[0], tensors[0].numel()
+    if type(first) is not Tensor or n == 0:
+        return False
+    memory, start = first.untyped_storage()._cdata, first.storage_offset()
+    return all(
+        t.untyped_storage()._cdata == memory
+        and t.storage_offset() == start + i * n
+        and t.is_contiguous()
+        for i, t in enumerate(tensors)
+    )
 
 
 def parts(joined: Tensor, n: int) -> Sequence[Tensor]:

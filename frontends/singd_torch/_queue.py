@@ -76,13 +76,20 @@ class Queue:
         for call in self._calls:
             alike.setdefault(call.likeness, []).append(call)
         self.forget()
-        for calls in alike.values():
-            _measure(calls)
+        for calls in alike.values():  # in the order of the stacks, lest their factors be copied
+            _measure(sorted(calls, key=_place))
 
     def forget(self, layer: Layer | None = None) -> None:
         """Drop the calls that wait, or only those of one layer."""
         kept = [] if layer is None else [call for call in self._calls if call.layer is not layer]
         self._calls, self._numbers = kept, sum(call.numbers for call in kept)
+
+
+def _place(call: Call) -> int:
+    """Where the factors are in memory that they share with those of equal layers."""
+    _, first = next(call.factors.named_arrays())
+    offset: int = first.storage_offset()
+    return offset
 
 
 def _measure(calls: list[Call]) -> None:

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from singd_core._array import (
+    ADD_DIAGONAL,
     ADD_PRODUCT,
     EMPTY,
     INVERSE,
     MULTIPLY_ADD,
     TIMES,
+    expand,
     sum_of_squares,
     widen,
 )
@@ -270,7 +272,15 @@ def _add_product(Y: Tensor, A: Tensor, B: Tensor) -> Tensor:
     return Y.addmm_(A, B) if Y.ndim == A.ndim == B.ndim == 2 else Y.add_(A @ B)
 
 
+def _add_diagonal(A: Tensor, c: float | Tensor) -> Tensor:
+    result = A.clone()
+    diagonal = result.diagonal(dim1=-2, dim2=-1)
+    diagonal.add_(expand(c, diagonal))
+    return result
+
+
 MULTIPLY_ADD |= dict.fromkeys((Tensor, nn.Parameter), _multiply_add)
+ADD_DIAGONAL[Tensor] = _add_diagonal
 ADD_PRODUCT[Tensor] = _add_product
 # `inv` waits to know whether there is an inverse.
 INVERSE[Tensor] = lambda A: torch.linalg.inv_ex(A).inverse

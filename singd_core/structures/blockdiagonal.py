@@ -8,8 +8,8 @@ from typing import ClassVar, Self
 from singd_core._array import (
     Array,
     Scalar,
+    add_diagonal,
     concat,
-    expand,
     eye,
     full,
     namespace,
@@ -133,7 +133,7 @@ class BlockDiagonal(Pattern):
         return type(self)(self.blocks * blocks, self.last * last)
 
     def add_identity(self, c: Scalar) -> Self:
-        return self.map(lambda a: a + expand(c, a) * eye(a.shape[-1], like=a))
+        return self.map(lambda a: add_diagonal(a, c))
 
     def trace(self) -> Array:
         xp = namespace(self.last)

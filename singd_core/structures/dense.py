@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Self
 
-from singd_core._array import Array, namespace, product
+from singd_core._array import Array, Scalar, add_diagonal, namespace, product
 from singd_core.structures.base import Pattern, structure
 
 
@@ -33,6 +33,9 @@ class _Square(Pattern):
 
     def matmul(self, other: Self) -> Self:
         return type(self)(self.matrix @ other.matrix)
+
+    def add_identity(self, c: Scalar) -> Self:
+        return type(self)(add_diagonal(self.matrix, c))
 
     def square(self) -> Dense:
         return Dense(self.matrix @ self.matrix.mT)

@@ -74,40 +74,44 @@ class InverseFree(Tree):
             return self  # of a weight without numbers
         old, curvature = self.averages.read(curvature)
         rates = old.rates(curvature.t_U, curvature.t_G, lr_cov, s)
-        m = self.directions(curvature, rates, s)
+        grams = self.grams(curvature)
+        traces = None
+        if not s.kfac_like:
+            of = curvature.H_K, curvature.H_C, *grams
+            traces = [number(S.trace()) / S.shape[-1] for S in of]
+        m = self.directions(curvature, grams, weights(rates, traces, s), s)
         if report is not None:
             report |= {
                 f"{name}_step": rates.beta * own.norm() for name, own in zip("KC", m, strict=True)
             }
         betas = [step_size(own, rates.beta, s) for own in m]
-        return self.moved(m, betas, rates, s)
+        steps = [-1.0 * start * beta for start, beta in zip(rates.start, betas, strict=True)]
+        return self.moved(m, steps, rates, s)
+
+    def grams(self, curvature: Curvature) -> tuple[Structure, Structure]:
+        """Π̂(KᵀK) and Π̂(CᵀC), in the dtypes of the curvature."""
+        return (
+            self.K.astype(curvature.H_K.like).gram(),
+            self.C.astype(curvature.H_C.like).gram(),
+        )
 
     def directions(
-        self, curvature: Curvature, rates: Rates, s: Settings
+        self,
+        curvature: Curvature,
+        grams: tuple[Structure, Structure],
+        weights: Sequence[tuple[Scalar, Scalar]],
+        s: Settings,
     ) -> tuple[Structure, Structure]:
         """The directions in which K and C step, m of both."""
-        # Scaling the factors by c multiplies what was measured with them, and their Grams, by c².
-        s_K, s_C = (start * start for start in rates.start)
-        H_K, H_C = curvature.H_K, curvature.H_C
-        KtK, CtC = self.K.astype(H_K.like).gram(), self.C.astype(H_C.like).gram()
-        (lambda_K, lambda_C), h_K, h_C = rates.damping, 1.0, 1.0
-        if not s.kfac_like:
-            if s.relative_damping:
-                lambda_K = lambda_C = s.damping * rates.averages.t_U * rates.averages.t_G
-            d_in, d_out = H_K.shape[-1], H_C.shape[-1]
-            h_K = s_C * number(H_C.trace()) / d_out
-            h_C = s_K * number(H_K.trace()) / d_in
-            lambda_K = lambda_K * s_C * number(CtC.trace()) / d_out
-            lambda_C = lambda_C * s_K * number(KtK.trace()) / d_in
-        m_K = direction(self.m_K, H_K, KtK, h_K * s_K, lambda_K * s_K, s)
-        return m_K, direction(self.m_C, H_C, CtC, h_C * s_C, lambda_C * s_C, s)
+        m_K = direction(self.m_K, curvature.H_K, grams[0], weights[0], s)
+        return m_K, direction(self.m_C, curvature.H_C, grams[1], weights[1], s)
 
     def moved(
-        self, m: Sequence[Structure], betas: Sequence[Scalar], rates: Rates, s: Settings
+        self, m: Sequence[Structure], steps: Sequence[Scalar], rates: Rates, s: Settings
     ) -> Self:
-        """The factors one step later, in these directions and by these step sizes."""
+        """The factors one step later, in these directions and by these steps, −c β₁ of both."""
         K, C = (
-            stepped(*own, s) for own in zip((self.K, self.C), m, rates.start, betas, strict=True)
+            stepped(*own, s) for own in zip((self.K, self.C), m, rates.start, steps, strict=True)
         )
         m_K, m_C = (stored(new, old) for new, old in zip(m, (self.m_K, self.m_C), strict=True))
         return type(self)(K, C, m_K, m_C, self.averages.written(rates.averages))
@@ -122,12 +126,39 @@ def _square(L: Structure, columns: int) -> Structure | None:
     return L.square() if columns > L.shape[-1] else None  # d³, and d² a column; 2 d² with L and Lᵀ
 
 
+def weights(
+    rates: Rates, traces: Sequence[Scalar] | None, s: Settings
+) -> list[tuple[Scalar, Scalar]]:
+    """½ h c² and ½ λ c² of K, and of C, by which m weighs the curvature and the Gram matrix.
+
+    Here c is the scale of the start: scaling a factor by c multiplies what was measured with it,
+    and its Gram matrix, by c². The adaptive curvature h is 1 for IKFAC, whose damping is λ itself.
+
+    Args:
+        rates: Those of the refresh.
+        traces: The mean diagonals of H_K, H_C, KᵀK and CᵀC; None for IKFAC, which needs none.
+        s: The settings.
+    """
+    half = _half(s)
+    of_K, of_C = (half * (start * start) for start in rates.start)
+    if traces is None:
+        return [(of_K, of_K * rates.damping[0]), (of_C, of_C * rates.damping[1])]
+    lambda_K, lambda_C = rates.damping
+    if s.relative_damping:
+        lambda_K = lambda_C = s.damping * rates.averages.t_U * rates.averages.t_G
+    s_K, s_C = (start * start for start in rates.start)
+    h_C, h_K, from_C, from_K = traces
+    return [
+        (of_K * (s_C * h_K), of_K * (lambda_K * s_C * from_K)),
+        (of_C * (s_K * h_C), of_C * (lambda_C * s_K * from_C)),
+    ]
+
+
 def direction(
     m_K: Structure | None,
     H_K: Structure,
     KtK: Structure,
-    h: Scalar,
-    damping: Scalar,
+    weights: tuple[Scalar, Scalar],
     s: Settings,
 ) -> Structure:
     """M ← α₁ m + ½ (h H_K + λ Π̂(KᵀK) − I), in the dtype of H_K.
@@ -136,14 +167,16 @@ def direction(
         m_K: m, or None.
         H_K: Π̂(Kᵀ U K).
         KtK: Π̂(Kᵀ K).
-        h: The adaptive curvature (1 for IKFAC).
-        damping: The adaptive damping (λ for IKFAC).
+        weights: ½ h and ½ λ.
         s: The settings.
     """
-    alpha1 = 0.0 if s.kfac_like else s.alpha1
-    half = 0.5 * (1.0 - alpha1) if s.normalize_lr_cov else 0.5
-    m = H_K.scale(half * h).add_scaled(half * damping, KtK).add_identity(-half)
-    return m if m_K is None or s.kfac_like else m.add_scaled(alpha1, m_K.astype(m.like))
+    of_H, of_gram = weights
+    m = H_K.scale(of_H).add_scaled(of_gram, KtK).add_identity(-_half(s))
+    return m if m_K is None or s.kfac_like else m.add_scaled(s.alpha1, m_K.astype(m.like))
+
+
+def _half(s: Settings) -> Scalar:
+    return 0.5 * (1.0 - s.alpha1) if s.normalize_lr_cov and not s.kfac_like else 0.5
 
 
 def step_size(m: Structure, beta: Scalar, s: Settings) -> Scalar:
@@ -158,21 +191,22 @@ def bounded(beta: Scalar, norm: Scalar, s: Settings) -> Scalar:
     return at_most(s.factor_bound / at_least(norm, TINY), beta)
 
 
-def stepped(K: Structure, m: Structure, start: Scalar, beta: Scalar, s: Settings) -> Structure:
+def stepped(K: Structure, m: Structure, start: Scalar, step: Scalar, s: Settings) -> Structure:
     """K ← c K Expm(−β₁ m), in the dtype of K.
 
     Args:
         K: The factor.
         m: Its direction.
         start: c, the scale of the start: 1 from the second refresh on.
-        beta: The step size β₁.
+        step: −c β₁.
         s: The settings.
     """
-    step = m.scale(-1.0 * beta)
-    K_new = term = K.astype(m.like).scale(start)
-    for j in range(1, s.order + 1):
-        term = term.matmul(step)  # torch.compile cannot trace `@`
-        K_new = K_new.add_scaled(1.0 / math.factorial(j), term)
+    wide, by = K.astype(m.like), m.scale(step)  # first, since a product with m may overflow
+    term = wide.matmul(by)  # torch.compile cannot trace `@`
+    K_new = term.add_scaled(start, wide)
+    for j in range(2, s.order + 1):
+        term = term.matmul(by)
+        K_new = K_new.add_scaled(start ** (1 - j) / math.factorial(j), term)
     return K_new.astype(K.like)
 
 
