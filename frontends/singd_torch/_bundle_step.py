@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from singd_core._array import is_half
 from singd_core._settings import Settings, gap, is_bound, rate_of_factors
 from singd_core.step import averaged, couples_decay, decouples_decay, scaled, squares_of
-from singd_core.updates.curvature import Rates
-from singd_core.updates.inverse_free import InverseFree, bounded, weights
+from singd_core.updates.inverse_free import InverseFree, bounded, direction, stepped, weights
 from singd_core.updates.natural import Preconditioner
 from singd_torch._bundle import Bundle, Part
 from singd_torch._pieces import placed
@@ -30,7 +29,8 @@ def steps_so(stack: Stack, given: Gradients) -> bool:
     return (
         given.ok is not None
         and stack.compile is None
-        and isinstance(factors, InverseFree)
+        and type(factors) is InverseFree
+        and layer.weight.numel() > 0
         and s.normalized
         and s.kfac_like
         and not s.normalize_lr_cov
@@ -175,33 +175,33 @@ def _refresh(bundle: Bundle, s: Settings, state: State, given: Gradients) -> Non
     )
     rates = old.rates(t_U, t_G, rate_of_factors(due[0].stack.layers[0].group["steps"], s), s)
     places = list(_places(due))
-    of_all = weights(rates, None, s)
+    of_both = weights(rates, None, s)
     m = []
     for part, place, curvature in zip(due, places, curvatures, strict=True):
-        factors = _factors(part.stack)
-        each = [(_own(place, part, a), _own(place, part, b)) for a, b in of_all]
-        m.append(factors.directions(curvature, factors.grams(curvature), each, s))
+        own, grams = partial(_own, place, part), _factors(part.stack).grams(curvature)
+        pairs = zip((curvature.H_K, curvature.H_C), grams, of_both, strict=True)
+        m.append([direction(None, H, G, own(of_H), own(of_G), s) for H, G, (of_H, of_G) in pairs])
     norms = torch.cat([pair[k].norm().reshape(-1) for k in (0, 1) for pair in m]).view(2, -1)
     betas = bounded(rates.beta, norms, s).unbind()
     steps = [-1.0 * start * beta for start, beta in zip(rates.start, betas, strict=True)]
     assert given.ok is not None
     use = given.ok & (norms.sum(0) < math.inf)
     for part, place, pair in zip(due, places, m, strict=True):
-        own, factors = _at(place, part, rates), _factors(part.stack)
-        new = factors.moved(pair, [_own(place, part, step) for step in steps], own, s)
-        keep = _own(place, part, use)
-        for L, L_new in ((factors.K, new.K), (factors.C, new.C)):
-            L.map(partial(_write, keep), L_new)
+        factors, own = _factors(part.stack), partial(_own, place, part)
+        sides = zip((factors.K, factors.C), pair, rates.start, steps, strict=True)
+        for L, along, start, step in sides:
+            L_new = stepped(L, along, own(start), own(step), s)
+            L.map(partial(_write, own(use)), L_new)
         part.stack.hold(factors, state, seen=True)
         if part.stack.report is not None:
-            sizes = (own.beta * _own(place, part, n) for n in norms)
+            sizes = (own(rates.beta) * own(n) for n in norms)
             part.stack.report |= zip(("K_step", "C_step"), sizes, strict=True)
     if old is bundle.averages:
         old.map(partial(_write, use), rates.averages)
         return
     for part, place in zip(due, places, strict=True):
-        averages = _at(place, part, rates).averages
-        part.stack.averages.map(partial(_write, _own(place, part, use)), averages)
+        own = partial(_own, place, part)
+        part.stack.averages.map(partial(_write, own(use)), rates.averages.map(own))
 
 
 def _preconditioner(stack: Stack, s: Settings) -> Preconditioner:
@@ -230,18 +230,6 @@ def _own(place: slice, part: Part, numbers: Any) -> Any:
     """The numbers of one part, where all have their own."""
     several = isinstance(numbers, Tensor) and numbers.ndim
     return numbers[place].view(part.batch) if several else numbers
-
-
-def _at(place: slice, part: Part, rates: Rates) -> Rates:
-    """The rates of one part."""
-    own = partial(_own, place, part)
-    (lambda_K, lambda_C), (K_start, C_start) = rates.damping, rates.start
-    return Rates(
-        rates.averages.map(own),
-        (own(lambda_K), own(lambda_C)),
-        (own(K_start), own(C_start)),
-        own(rates.beta),
-    )
 
 
 def _write(keep: Tensor, old: Tensor, new: Tensor) -> Tensor:

@@ -74,19 +74,13 @@ class InverseFree(Tree):
             return self  # of a weight without numbers
         old, curvature = self.averages.read(curvature)
         rates = old.rates(curvature.t_U, curvature.t_G, lr_cov, s)
-        grams = self.grams(curvature)
-        traces = None
-        if not s.kfac_like:
-            of = curvature.H_K, curvature.H_C, *grams
-            traces = [number(S.trace()) / S.shape[-1] for S in of]
-        m = self.directions(curvature, grams, weights(rates, traces, s), s)
+        m = self.directions(curvature, rates, s)
         if report is not None:
             report |= {
                 f"{name}_step": rates.beta * own.norm() for name, own in zip("KC", m, strict=True)
             }
         betas = [step_size(own, rates.beta, s) for own in m]
-        steps = [-1.0 * start * beta for start, beta in zip(rates.start, betas, strict=True)]
-        return self.moved(m, steps, rates, s)
+        return self.moved(m, betas, rates, s)
 
     def grams(self, curvature: Curvature) -> tuple[Structure, Structure]:
         """Π̂(KᵀK) and Π̂(CᵀC), in the dtypes of the curvature."""
@@ -96,22 +90,25 @@ class InverseFree(Tree):
         )
 
     def directions(
-        self,
-        curvature: Curvature,
-        grams: tuple[Structure, Structure],
-        weights: Sequence[tuple[Scalar, Scalar]],
-        s: Settings,
+        self, curvature: Curvature, rates: Rates, s: Settings
     ) -> tuple[Structure, Structure]:
         """The directions in which K and C step, m of both."""
-        m_K = direction(self.m_K, curvature.H_K, grams[0], weights[0], s)
-        return m_K, direction(self.m_C, curvature.H_C, grams[1], weights[1], s)
+        grams = self.grams(curvature)
+        traces = None
+        if not s.kfac_like:
+            of = curvature.H_K, curvature.H_C, *grams
+            traces = [number(S.trace()) / S.shape[-1] for S in of]
+        (h_K, lambda_K), (h_C, lambda_C) = weights(rates, traces, s)
+        m_K = direction(self.m_K, curvature.H_K, grams[0], h_K, lambda_K, s)
+        return m_K, direction(self.m_C, curvature.H_C, grams[1], h_C, lambda_C, s)
 
     def moved(
-        self, m: Sequence[Structure], steps: Sequence[Scalar], rates: Rates, s: Settings
+        self, m: Sequence[Structure], betas: Sequence[Scalar], rates: Rates, s: Settings
     ) -> Self:
-        """The factors one step later, in these directions and by these steps, −c β₁ of both."""
+        """The factors one step later, in these directions and by these step sizes."""
         K, C = (
-            stepped(*own, s) for own in zip((self.K, self.C), m, rates.start, steps, strict=True)
+            stepped(L, own, start, -1.0 * start * beta, s)
+            for L, own, start, beta in zip((self.K, self.C), m, rates.start, betas, strict=True)
         )
         m_K, m_C = (stored(new, old) for new, old in zip(m, (self.m_K, self.m_C), strict=True))
         return type(self)(K, C, m_K, m_C, self.averages.written(rates.averages))
@@ -139,8 +136,7 @@ def weights(
         traces: The mean diagonals of H_K, H_C, KᵀK and CᵀC; None for IKFAC, which needs none.
         s: The settings.
     """
-    half = _half(s)
-    of_K, of_C = (half * (start * start) for start in rates.start)
+    of_K, of_C = (half(s) * (start * start) for start in rates.start)
     if traces is None:
         return [(of_K, of_K * rates.damping[0]), (of_C, of_C * rates.damping[1])]
     lambda_K, lambda_C = rates.damping
@@ -158,7 +154,8 @@ def direction(
     m_K: Structure | None,
     H_K: Structure,
     KtK: Structure,
-    weights: tuple[Scalar, Scalar],
+    of_H: Scalar,
+    of_gram: Scalar,
     s: Settings,
 ) -> Structure:
     """M ← α₁ m + ½ (h H_K + λ Π̂(KᵀK) − I), in the dtype of H_K.
@@ -167,15 +164,16 @@ def direction(
         m_K: m, or None.
         H_K: Π̂(Kᵀ U K).
         KtK: Π̂(Kᵀ K).
-        weights: ½ h and ½ λ.
+        of_H: ½ h, with the adaptive curvature h (1 for IKFAC).
+        of_gram: ½ λ, with the adaptive damping (λ for IKFAC).
         s: The settings.
     """
-    of_H, of_gram = weights
-    m = H_K.scale(of_H).add_scaled(of_gram, KtK).add_identity(-_half(s))
+    m = H_K.scale(of_H).add_scaled(of_gram, KtK).add_identity(-half(s))
     return m if m_K is None or s.kfac_like else m.add_scaled(s.alpha1, m_K.astype(m.like))
 
 
-def _half(s: Settings) -> Scalar:
+def half(s: Settings) -> Scalar:
+    """The ½ in front of the bracket of m, or ½ (1 − α₁) with the authors' normalization."""
     return 0.5 * (1.0 - s.alpha1) if s.normalize_lr_cov and not s.kfac_like else 0.5
 
 

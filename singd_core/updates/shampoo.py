@@ -21,7 +21,7 @@ from singd_core._settings import Settings
 from singd_core._tree import tree
 from singd_core.structures.base import Structure
 from singd_core.updates.curvature import TINY, Curvature, Rates
-from singd_core.updates.inverse_free import InverseFree, direction, stepped, stored
+from singd_core.updates.inverse_free import InverseFree, direction, half, stepped, stored
 
 
 @tree
@@ -70,12 +70,12 @@ def _direction(
 ) -> Structure:
     """½ (M / h − I) with M = H + λ Π̂(KᵀK) and h its mean diagonal."""
     h = number(H.trace()) / H.shape[-1] + damping
-    h = 1.0 / at_least(h, TINY)
-    return direction(m, H, K.astype(H.like).gram(), h, damping * h, s)
+    of_H = half(s) / at_least(h, TINY)
+    return direction(m, H, K.astype(H.like).gram(), of_H, of_H * damping, s)
 
 
 def _moved(K: Structure, m: Structure, beta: Scalar, s: Settings) -> Structure:
     """K Expm(−β₁ m), divided by its root mean square over the rows; K itself if β₁ is 0."""
-    moves, K = beta > 0.0, stepped(K, m, 1.0, beta, s)
+    moves, K = beta > 0.0, stepped(K, m, 1.0, -1.0 * beta, s)
     size = math.sqrt(K.shape[-1]) / at_least(number(K.norm()), TINY)
     return K.scale(where(moves, size, 1.0)).astype(K.like)
