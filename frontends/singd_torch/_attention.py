@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -18,6 +19,7 @@ from singd_torch._capture import Tap
 from singd_torch._layers import Source
 
 _FUSED = F.multi_head_attention_forward
+_PACKED: Callable[..., tuple[Tensor, ...]] = _FUSED.__globals__["_in_projection_packed"]
 _NAMES = tuple(inspect.signature(_FUSED).parameters)
 
 
@@ -30,7 +32,9 @@ class _Projection:
     batch: int
 
 
-def _linear(x: Tensor, projection: _Projection, bias: Tensor | None = None) -> Tensor:
+def _linear(x: Tensor, projection: Any, bias: Tensor | None = None) -> Tensor:
+    if not isinstance(projection, _Projection):
+        return F.linear(x, projection, bias)
     output = F.linear(x, projection.weight, bias)
     return _probed(projection.taps[0], projection.batch, x, output)
 
@@ -41,8 +45,10 @@ def _in_projection(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _in_projection_packed(
-    q: Tensor, k: Tensor, v: Tensor, projection: _Projection, bias: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, projection: Any, bias: Tensor | None = None
 ) -> tuple[Tensor, ...]:
+    if not isinstance(projection, _Projection):
+        return _PACKED(q, k, v, projection, bias)
     weights = projection.weight.chunk(3)
     biases = (None,) * 3 if bias is None else bias.chunk(3)
     outputs = []
@@ -66,6 +72,8 @@ _HELPERS = {
     "linear": _linear,
     "_in_projection": _in_projection,
     "_in_projection_packed": _in_projection_packed,
+    # Other modes, such as that of a default device, see what is inside and not the projections.
+    "has_torch_function": lambda tensors: False,
 }
 _COPY = types.FunctionType(
     _FUSED.__code__, _FUSED.__globals__ | _HELPERS, _FUSED.__name__, _FUSED.__defaults__
@@ -88,6 +96,8 @@ class _Fused(TorchFunctionMode):
         query = call["query"]
         batch = query.shape[1] if query.ndim == 3 else 1
         for name, taps in self._taps.items():
+            if not torch.compiler.is_compiling() and call[name] is not taps[0].source.weight:
+                continue  # computed in the forward of a subclass
             call[name] = _Projection(call[name], taps, batch)
         return _COPY(**call)
 

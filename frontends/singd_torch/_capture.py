@@ -71,6 +71,7 @@ class Tap:
     inert taps.
 
     Attributes:
+        source: Of which rows, or None.
         due: Whether rows are wanted, for graphs of torch.compile: those with probes and those
             without are told apart by it. What is not compiled asks the owner.
     """
@@ -78,7 +79,7 @@ class Tap:
     def __init__(self, owner: Any, source: Any) -> None:
         """`owner.rows_wanted(source)` returns what takes the rows, or None."""
         self._owner = None if owner is None else weakref.ref(owner)
-        self._source = source
+        self.source = source
         self.due = False
         if owner is not None:
             self._handle = _compiled.handle(self)
@@ -91,7 +92,17 @@ class Tap:
         x = args[0] if args else kwargs.get("input", kwargs.get("x"))
         if not isinstance(x, Tensor) or not isinstance(output, Tensor):
             return None
+        if not torch.compiler.is_compiling() and not self._is_unseen(module):
+            return None
         return self.probed(x, output)
+
+    def _is_unseen(self, module: nn.Module) -> bool:
+        """Whether a call was one of the layer that no mode has probed."""
+        owner = None if self._owner is None else self._owner()
+        if owner is None or owner.weight_calls.has_probed(self.source.weight):
+            return False
+        own = module._parameters.get(self.source.name)
+        return own is None or own.is_leaf  # else torch.func.functional_call was given another
 
     def wanted(self) -> bool:
         """Whether a call of the module now should be probed."""
@@ -99,7 +110,7 @@ class Tap:
             return False
         if torch.compiler.is_compiling():
             return self.due and _compiled.SUPPORTED and not torch.compiler.is_exporting()
-        return self._rows() is not None
+        return self._rows() is not None and not torch._C._is_tracing()
 
     def probed(self, x: Tensor, output: Tensor) -> Tensor | None:
         """The output with a probe on it, or None where no rows are wanted or can be had."""
@@ -109,18 +120,22 @@ class Tap:
             return _compiled.probed(x, output, self._handle)
         if isinstance(output, FakeTensor):
             return None
+        if output.is_leaf or (output.is_nested and output.layout is torch.strided):
+            return None  # the call returned its input, or torch lets nobody see the shape
         x = x.detach() if x.requires_grad else x
-        base, shape = _base(output), output.shape
+        if not self.source.is_open and _is_kept(output):
+            output = output.clone()
+        base = _base(output)
         if base is output:
             return _Probe.apply(output, x, self)  # type: ignore[no-untyped-call,no-any-return]
-        return _Probe.apply(base, x, self, shape).view(shape)  # type: ignore[no-untyped-call,no-any-return]
+        return _Probe.apply(base, x, self, output.shape).view(output.shape)  # type: ignore[no-untyped-call,no-any-return]
 
     @torch.no_grad()
     def take(self, x: Tensor, g: Tensor) -> None:
         """Hand rows to the owner, if it wants them and the backward pass is one of the loss."""
         rows = self._rows()
-        if rows is not None and Reach.of(self._source.weight) is not Reach.NOT:
-            rows(x, g)
+        if rows is not None and Reach.of(self.source.weight) is not Reach.NOT:
+            rows(_plain(x), _plain(g))
 
     def update(self) -> None:
         """Ask the owner whether rows are wanted."""
@@ -128,13 +143,13 @@ class Tap:
 
     def follow(self, new: Mapping[Tensor, Tensor]) -> None:
         """Watch the weight that is in the place of its own now, if there is one."""
-        if self._source is not None and self._source.weight in new:
-            self._source = self._source.of(new)
-            _compiled.tell_apart(self._owner(), self._source.weight)  # type: ignore[misc]
+        if self.source is not None and self.source.weight in new:
+            self.source = self.source.of(new)
+            _compiled.tell_apart(self._owner(), self.source.weight)  # type: ignore[misc]
 
     def _rows(self) -> Rows | None:
         owner = None if self._owner is None else self._owner()
-        return None if owner is None else owner.rows_wanted(self._source)
+        return None if owner is None else owner.rows_wanted(self.source)
 
     def __deepcopy__(self, memo: Any) -> Tap:
         """An inert tap."""
@@ -145,6 +160,19 @@ class Tap:
         return Tap, (None, None)
 
 
+def _is_kept(output: Tensor) -> bool:
+    """Whether autograd forbids changes in place, or may have kept an output for what made it."""
+    node: Any = type(output.grad_fn)
+    return output._is_view() or hasattr(node, "_saved_result") or hasattr(node, "_saved_output")
+
+
+def _plain(x: Tensor) -> Tensor:
+    """A sparse tensor as a dense one, and a nested one as all of its rows."""
+    if x.is_nested:
+        return torch.cat([part.reshape(-1, part.shape[-1]) for part in x.unbind()])
+    return x if x.layout is torch.strided else x.to_dense()
+
+
 def _base(output: Tensor) -> Tensor:
     """What an output is a view of, if all of it and in the same order; else the output itself.
 
@@ -152,7 +180,7 @@ def _base(output: Tensor) -> Tensor:
     autograd makes another one, on its base, whose backward pass fills two and copies four tensors
     of the gradient's size.
     """
-    base = output._base
+    base = None if output.is_nested else output._base
     if base is None or type(base) is not Tensor or not base.requires_grad or base.is_leaf:
         return output
     same = base.numel() == output.numel() and base.dtype == output.dtype

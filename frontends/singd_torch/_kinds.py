@@ -16,11 +16,15 @@ Describe: TypeAlias = Callable[[nn.Module], LayerKind | None]
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """How to see a module: its kind, and the names of its weight and its bias."""
+    """How to see a module: its kind, and the names of its weight and its bias.
+
+    `is_open` if its forward hands both to a function of torch that says as much as the module does.
+    """
 
     rows: Describe
     weight: str = "weight"
-    bias: str = "bias"
+    bias: str | None = "bias"
+    is_open: bool = True
 
 
 def _convolution(module: nn.Module) -> LayerKind:
@@ -49,7 +53,10 @@ _TABLE: dict[type[nn.Module] | str, Entry] = {
     nn.Conv2d: Entry(_convolution),
     nn.Conv3d: Entry(_convolution),
     nn.Embedding: Entry(_embedding),
-    "transformers.pytorch_utils.Conv1D": Entry(lambda module: Linear(transposed=True)),
+    # It flattens its input for torch.addmm, and with that loses what is the batch.
+    "transformers.pytorch_utils.Conv1D": Entry(
+        lambda module: Linear(transposed=True), is_open=False
+    ),
     "torch_geometric.nn.dense.linear.Linear": Entry(lambda module: Linear()),
 }
 
@@ -61,10 +68,11 @@ def register_layer(
     weight: str = "weight",
     bias: str = "bias",
 ) -> None:
-    """Let SINGD precondition modules of a class, and of its subclasses.
+    """Let SINGD precondition modules of a class, and of subclasses that have its `forward`.
 
     The module must be called with its input first and return its output, and its weight and bias
-    must be parameters.
+    must be parameters. A subclass with a `forward` of its own is registered by itself, or else its
+    rows are those of the calls of torch's functions that are handed the weight.
 
     Args:
         module: The class.
@@ -89,20 +97,30 @@ def register_layer(
         raise TypeError(f"{module!r} is not a subclass of torch.nn.Module")
     if isinstance(rows, LayerKind):
         kind = rows
-        _TABLE[module] = Entry(lambda _: kind, weight, bias)
+        _TABLE[module] = Entry(lambda _: kind, weight, bias, is_open=False)
     elif callable(rows):
-        _TABLE[module] = Entry(rows, weight, bias)
+        _TABLE[module] = Entry(rows, weight, bias, is_open=False)
     else:
         raise TypeError(f"rows={rows!r}: give a LayerKind or a function from modules to one")
 
 
 @dataclasses.dataclass(frozen=True)
 class Use:
-    """A weight and bias of a module, by name, and the kind of layer they form."""
+    """A weight and bias of a module, by name, and the kind of layer they form.
+
+    Attributes:
+        weight: The name of the weight.
+        bias: That of the bias, or None.
+        kind: The kind of layer.
+        by_output: Whether the output of the module is that of the layer.
+        is_open: Whether the rows are also those of torch's functions that the weight is handed to.
+    """
 
     weight: str
     bias: str | None
     kind: LayerKind
+    by_output: bool = True
+    is_open: bool = True
 
 
 def uses(module: nn.Module) -> Iterator[Use]:
@@ -115,14 +133,34 @@ def uses(module: nn.Module) -> Iterator[Use]:
         if entry is not None:
             kind = entry.rows(module)
             if kind is not None:
-                yield Use(entry.weight, entry.bias, kind)
+                by_output = _has_forward_of(module, cls)
+                is_open = entry.is_open or not by_output
+                yield Use(entry.weight, entry.bias, kind, by_output, is_open)
             return
+
+
+def reasons(model: nn.Module) -> Iterator[tuple[nn.Parameter, str]]:
+    """Why there are no rows of the matrices of modules that are no layers."""
+    for module in model.modules():
+        known = {name for use in uses(module) for name in (use.weight, use.bias)}
+        for name, p in module.named_parameters(recurse=False):
+            if p.ndim > 1 and name not in known:
+                what = f"torch's kernel of {type(module).__name__} gives none"
+                other = f"{type(module).__name__} is not in the table of layers: register_layer"
+                yield p, what if isinstance(module, nn.RNNBase) else other
+
+
+def _has_forward_of(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether a module does what its class in the table does, and not what a subclass adds."""
+    names = ("__call__", "forward", "_conv_forward")
+    same = all(getattr(type(module), n, None) is getattr(cls, n, None) for n in names)
+    return same and "forward" not in vars(module)
 
 
 def _attention(module: nn.MultiheadAttention) -> Iterator[Use]:
     """The projections of query, key and value; that of the output is a module of its own."""
     if module._qkv_same_embed_dim:
-        yield Use("in_proj_weight", "in_proj_bias", StackedLinear(3))
+        yield Use("in_proj_weight", "in_proj_bias", StackedLinear(3), is_open=False)
     else:  # their biases are one parameter, which is left to the fallback
         for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
-            yield Use(name, None, Linear())
+            yield Use(name, None, Linear(), is_open=False)

@@ -24,7 +24,7 @@ from singd_core.preconditioner import Factors
 from singd_core.structures import Diagonal, Structure
 from singd_core.updates.inverse_free import InverseFree
 from singd_torch._capture import Reach
-from singd_torch._kinds import uses
+from singd_torch._kinds import Use, uses
 from singd_torch._pending import Pending, Rows
 
 # Calls of fewer numbers are measured together.
@@ -48,6 +48,10 @@ class Source:
         swapped: Whether inputs are rows of C and output gradients rows of K, as for a table of
             embeddings whose weight is that of the linear map tied to it.
         batch_second: Whether the batch is the second axis of three, not the first.
+        biased: Whether the call adds the layer's bias, if it has one.
+        name: The name of the weight in its module.
+        by_output: Whether the module's input and output are those of the layer.
+        is_open: Whether calls of functions that are handed the weight give rows as well.
     """
 
     weight: Tensor
@@ -55,6 +59,10 @@ class Source:
     part: int | None = None
     swapped: bool = False
     batch_second: bool = False
+    biased: bool = True
+    name: str = "weight"
+    by_output: bool = True
+    is_open: bool = True
 
     def of(self, new: Mapping[Tensor, Tensor]) -> Source:
         """The same of the weight that is in the place of its own now."""
@@ -79,13 +87,15 @@ class Layer:
         last_pass: The last backward pass that brought rows, and what it did with the gradient.
         seen: Whether rows have ever reached the factors.
         meter: What measures rows where the factors are on another process, else None.
+        without_rows: Why the rows do not tell the gradient, so that none are taken; or None.
+        unused: Whether the last step had no gradient of the weight.
     """
 
     name: str
     kind: LayerKind
     weight: nn.Parameter
     bias: nn.Parameter | None
-    sources: list[tuple[nn.Module, Source]]
+    sources: list[tuple[nn.Module | None, Source]]
     group: dict[str, Any]
     structures: tuple[type[Structure], type[Structure]]
     bias_group: dict[str, Any] | None = None
@@ -94,6 +104,46 @@ class Layer:
     last_pass: tuple[int, Reach] = (-1, Reach.NOT)
     seen: bool = False
     meter: Any = None
+    without_rows: str | None = None
+    unused: bool = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether calls of functions that are handed the weight itself give its rows."""
+        return all(source.is_open for _, source in self.sources)
+
+    def source(self, kind: LayerKind, *, biased: bool) -> Source | None:
+        """How a call of this kind that is handed the weight gives rows; None if it cannot."""
+        own, batch_second = self.kind, any(source.batch_second for _, source in self.sources)
+        if isinstance(own, Convolution) and isinstance(kind, Convolution):
+            same = own.groups == kind.groups and len(own.windows) == len(kind.windows)
+            kind = dataclasses.replace(kind, average_groups=own.average_groups)
+            return Source(self.weight, kind, biased=biased) if same else None
+        tables = Linear, Embedding
+        if not isinstance(own, tables) or not isinstance(kind, tables):
+            return None
+        swapped = _is_turned(own) != _is_turned(kind)
+        if isinstance(kind, Embedding) and not issubclass(self.structures[swapped], Diagonal):
+            return None
+        if swapped and self.group["kfac"]:
+            return None
+        return Source(self.weight, kind, None, swapped, batch_second, biased or swapped)
+
+    def has_module(self, source: Source) -> bool:
+        """Whether calls of a module may be what this is a source of."""
+        return any(
+            module is not None and other.by_output and other.swapped == source.swapped
+            for module, other in self.sources
+        )
+
+    def know(self, source: Source) -> None:
+        """Expect rows of this source."""
+        if source.swapped not in {other.swapped for _, other in self.sources}:
+            self.sources.append((None, source))
+
+    def lose_rows(self, reason: str) -> None:
+        """Take no rows from now on."""
+        self.without_rows, self.pending = self.without_rows or reason, {}
 
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
@@ -132,9 +182,9 @@ class Layer:
         group, kind = self.group, source.kind
         if source.batch_second and x.ndim == 3:
             x, g = x.transpose(0, 1), g.transpose(0, 1)
-        bias = self.bias is not None and not source.swapped
+        bias = self.bias is not None and not source.swapped and source.biased
         # The rows of small calls wait for others as they are, to be squared together.
-        diagonal = issubclass(self.structures[0], Diagonal) and (
+        diagonal = issubclass(self.structures[source.swapped], Diagonal) and (
             isinstance(kind, Convolution) or x.numel() > SMALL
         )
         sample = self._sample(source)
@@ -155,6 +205,8 @@ class Layer:
             return
         if source.swapped and self.bias is not None:  # a look-up does not see the bias
             rows = dataclasses.replace(rows, B=torch.nn.functional.pad(rows.B, (0, 1)))
+        if not source.biased and self.bias is not None:
+            rows = dataclasses.replace(rows, A=torch.nn.functional.pad(rows.A, (0, 1)))
         if not others:
             yield rows
             return
@@ -162,6 +214,8 @@ class Layer:
         yield dataclasses.replace(rows, B=B)
         for piece, B in zip(others, more, strict=True):
             A, N = kind.inputs(piece, bias=bias, kfac_approx=group["kfac_approx"])
+            if not source.biased and self.bias is not None:
+                A = torch.nn.functional.pad(A, (0, 1))
             yield Rows(A, N, B, rows.M)
 
     def _sample(self, source: Source) -> tuple[Sample | None, Sample | None]:
@@ -231,11 +285,11 @@ class _Shared:
     """A weight, and everything that uses it."""
 
     name: str
-    uses: list[tuple[nn.Module, LayerKind, nn.Parameter | None]]
+    uses: list[tuple[nn.Module, Use, nn.Parameter | None]]
 
     def bias(self, kind: LayerKind) -> nn.Parameter | None:
         """The bias that all uses of this kind have in common."""
-        biases = [bias for _, other, bias in self.uses if other == kind]
+        biases = [bias for _, use, bias in self.uses if use.kind == kind]
         return biases[0] if all(bias is biases[0] for bias in biases) else None
 
 
@@ -255,18 +309,18 @@ def find(model: nn.Module, groups: Sequence[dict[str, Any]]) -> list[Layer]:
             bias = module._parameters.get(use.bias) if use.bias else None
             if weight is None or weight not in group_of or not weight.is_floating_point():
                 continue
-            kind = use.kind
-            if isinstance(kind, Convolution) and group_of[weight]["average_groups"]:
-                kind = dataclasses.replace(kind, average_groups=True)
+            if isinstance(use.kind, Convolution) and group_of[weight]["average_groups"]:
+                kind = dataclasses.replace(use.kind, average_groups=True)
+                use = dataclasses.replace(use, kind=kind)
             shared = found.setdefault(weight, _Shared(f"{path}.{use.weight}".lstrip("."), []))
-            shared.uses.append((module, kind, bias))
+            shared.uses.append((module, use, bias))
 
     owners = Counter(b for s in found.values() for b in {bias for _, _, bias in s.uses})
-    turned = set(_sequence_first(model))
+    turned, fused = set(_sequence_first(model)), set(_projections_inside(model))
     layers = []
     for weight, shared in found.items():
-        common, group = _common([kind for _, kind, _ in shared.uses]), group_of[weight]
-        tied = any(kind != common for _, kind, _ in shared.uses)
+        common, group = _common([use.kind for _, use, _ in shared.uses]), group_of[weight]
+        tied = any(use.kind != common for _, use, _ in shared.uses)
         if common is None or (group["kfac"] and (tied or common.diagonal_inputs)):
             continue
         bias = shared.bias(common)
@@ -278,9 +332,20 @@ def find(model: nn.Module, groups: Sequence[dict[str, Any]]) -> list[Layer]:
             C = Diagonal
         elif common.diagonal_inputs:
             K = Diagonal
-        sources = [
-            (m, Source(weight, kind, swapped=kind != common, batch_second=m in turned))
-            for m, kind, _ in shared.uses
+        sources: list[tuple[nn.Module | None, Source]] = [
+            (
+                m,
+                Source(
+                    weight,
+                    use.kind,
+                    swapped=use.kind != common,
+                    batch_second=m in turned,
+                    name=use.weight,
+                    by_output=use.by_output,
+                    is_open=use.is_open and m not in fused,
+                ),
+            )
+            for m, use, _ in shared.uses
         ]
         of_bias = None if bias is None else group_of[bias]
         layers.append(Layer(shared.name, common, weight, bias, sources, group, (K, C), of_bias))
@@ -292,6 +357,18 @@ def _sequence_first(model: nn.Module) -> Iterator[nn.Module]:
     for module in model.modules():
         if isinstance(module, _BLOCKS) and not module.self_attn.batch_first:
             yield from (module.linear1, module.linear2)
+
+
+def _projections_inside(model: nn.Module) -> Iterator[nn.Module]:
+    """The linear layers that attention uses without a call of them."""
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            yield module.out_proj
+
+
+def _is_turned(kind: Linear | Embedding) -> bool:
+    """Whether the weight is stored as (d_in, d_out)."""
+    return isinstance(kind, Embedding) or kind.transposed
 
 
 def _common(kinds: Sequence[LayerKind]) -> LayerKind | None:

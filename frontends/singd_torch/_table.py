@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -10,20 +10,37 @@ from torch import nn
 from singd_core._array import ranged
 from singd_torch._layers import Layer
 
+_BYTES, _WHY = "bytes of state", "why without rows"
+
 
 def table(
-    layers: Iterable[Layer], fallback: Iterable[nn.Parameter], names: dict[nn.Parameter, str]
+    layers: Iterable[Layer],
+    fallback: Iterable[nn.Parameter],
+    names: dict[nn.Parameter, str],
+    reasons: Mapping[nn.Parameter, str] | None = None,
 ) -> str:
-    """A line for each layer and each other parameter: names, shape, rule, structures, bytes."""
-    lines: list[tuple[str, ...]] = [("parameter", "shape", "rule", "K", "C", "bytes of state")]
+    """A line for each layer and each other parameter: names, shape, rule, structures, bytes.
+
+    `reasons` says of other parameters why no rows of them are taken.
+    """
+    reasons = reasons or {}
+    lines: list[tuple[str, ...]] = [("parameter", "shape", "rule", "K", "C", _BYTES)]
+    why = [_WHY]
     for layer in layers:
         name = layer.name if layer.bias is None else f"{layer.name} + {_last(names, layer.bias)}"
         rule = "KFAC" if layer.group["kfac"] else "SINGD"
         K, C = (cls.name for cls in layer.structures)
-        lines.append((name, _shape(layer.weight), rule, K, C, f"{layer_bytes(layer):,}"))
+        size = layer_bytes(layer)
+        if layer.without_rows:
+            rule, K, C, size = "AdamW", "", "", sum(map(fallback_bytes, layer.parameters))
+        lines.append((name, _shape(layer.weight), rule, K, C, f"{size:,}"))
+        why.append(layer.without_rows or "")
     for p in fallback:
         name, size = names.get(p, "(not of the model)"), fallback_bytes(p)
         lines.append((name, _shape(p), "AdamW", "", "", f"{size:,}"))
+        why.append(reasons.get(p, ""))
+    if any(why[1:]):
+        lines = [(*line, reason) for line, reason in zip(lines, why, strict=True)]
     return _render(lines)
 
 
@@ -48,13 +65,13 @@ def layer_bytes(layer: Layer) -> int:
 
 
 def _render(lines: Sequence[Sequence[str]]) -> str:
-    """The lines in aligned columns, the last one to the right."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = []
-    for *cells, last in lines:
-        left = [cell.ljust(width) for cell, width in zip(cells, widths, strict=False)]
-        text.append("  ".join([*left, last.rjust(widths[-1])]).rstrip())
-    return "\n".join(text)
+    """The lines in aligned columns, bytes to the right."""
+    columns = []
+    for column in zip(*lines, strict=True):
+        width = max(map(len, column))
+        right = column[0] == _BYTES
+        columns.append([x.rjust(width) if right else x.ljust(width) for x in column])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
 
 
 def _last(names: dict[nn.Parameter, str], p: nn.Parameter) -> str:

@@ -14,6 +14,8 @@ from singd_core import _settings
 from singd_core.curvature import StackedLinear
 from singd_core.preconditioner import Factors
 from singd_torch import _attention, _capture
+from singd_torch._calls import Calls, Hooks, Now
+from singd_torch._calls import modules as modules_that_call
 from singd_torch._capture import Reach, Tap
 from singd_torch._copies import leave_hooks_behind
 from singd_torch._distributed import processes_of_call
@@ -50,6 +52,9 @@ class Watcher(torch.optim.Optimizer):
         self._layers: list[Layer] = []
         self._fallback: list[nn.Parameter] = []
         self._taps: dict[nn.Module, list[Tap]] = {}
+        self._now = Now()
+        self._hooks = Hooks(self, self._now)
+        self._hooked: set[nn.Module] = set()
         self._queue = Queue()
         self._scratch = Scratch()
         self._warned: set[str] = set()
@@ -69,10 +74,11 @@ class Watcher(torch.optim.Optimizer):
             known = old.get(layer.weight)
             if known is not None and known.bias is layer.bias:
                 layer.factors, layer.pending, layer.seen = known.factors, known.pending, known.seen
+                layer.without_rows = known.without_rows
             elif known is not None:  # with or without a bias, the matrix has another shape
                 self.state[layer.weight].clear()
             for module, source in layer.sources:
-                if module not in self._taps:
+                if module is not None and source.by_output and module not in self._taps:
                     if isinstance(module, nn.MultiheadAttention):
                         self._taps[module] = _attention.install(self, module)
                     else:
@@ -80,6 +86,10 @@ class Watcher(torch.optim.Optimizer):
         leave_hooks_behind(self._model)
         self._stack_up()
         self._index()
+        for module in modules_that_call(self._model, self._layers):
+            if module not in self._hooked:
+                self._hooks.install(module, self)
+                self._hooked.add(module)
 
     def _index(self) -> None:
         """Find layers and groups by parameters."""
@@ -88,6 +98,7 @@ class Watcher(torch.optim.Optimizer):
         owned = {p for layer in self._layers for p in layer.parameters}
         self._fallback = [p for p in self._group_of if p not in owned]
         self._share_out()
+        self.weight_calls = Calls(self, self._layers, self._now)
         self._tell_taps()
 
     def _share_out(self) -> None:
@@ -131,6 +142,15 @@ class Watcher(torch.optim.Optimizer):
             for tap in taps:
                 tap.update()
         self._is_checked = was_checked
+        self._calls_are_due = any(
+            is_due(layer)
+            for layer in self._layers
+            if layer.weight.requires_grad and (layer.seen or not layer.unused)
+        )
+
+    def calls_wanted(self) -> bool:
+        """Whether calls that are handed a weight itself should be seen now."""
+        return self._calls_are_due and torch.is_grad_enabled() and not torch._C._is_tracing()
 
     def _stack_up(self, parted: list[Stack] | None = None) -> None:
         self._stacks = stacks(self._layers) if parted is None else parted
@@ -154,7 +174,7 @@ class Watcher(torch.optim.Optimizer):
         if self._is_switched():
             source = source.of(self._follow())
         layer = self._by_weight.get(source.weight)
-        if layer is None or not layer.weight.requires_grad:
+        if layer is None or layer.without_rows or not layer.weight.requires_grad:
             return None
         if self._processes is None:  # the model may have been wrapped after it was given here
             self._processes = processes_of_call()
@@ -203,7 +223,9 @@ class Watcher(torch.optim.Optimizer):
                     for key in layer.roles():
                         if key not in layer.pending:  # the output of that part has no gradient
                             layer.pending[key] = layer.no_rows(key)
-                if layer.weight.grad is not None and (layer.seen or layer.pending):
+                layer.unused = layer.weight.grad is None
+                has_rows = layer.without_rows is None and (layer.seen or layer.pending)
+                if layer.weight.grad is not None and has_rows:
                     live.append(layer)
                     continue
                 if layer.weight.grad is not None:  # a frozen weight may have a trained bias
@@ -289,6 +311,14 @@ class Watcher(torch.optim.Optimizer):
         self._tell_taps()
 
     def _warn_unseen(self, layer: Layer) -> None:
+        if layer.without_rows:
+            known = [x for x in self._layers if x.without_rows]
+            if known[0] is layer:
+                self._warn_once(
+                    f"no rows of {layer.name!r} are taken, since it is {layer.without_rows}: AdamW "
+                    "trains it; print(optimizer) shows all that is trained so, and why"
+                )
+            return
         self._warn_once(
             f"no rows of {layer.name!r} have been seen, since its weight was used without a call "
             "of its module, or in a graph that was compiled before the optimizer was built (then "
@@ -308,4 +338,7 @@ class Watcher(torch.optim.Optimizer):
 
 
 def is_due(layer: Layer) -> bool:
+    """Whether rows of a layer are wanted in the current step."""
+    if layer.without_rows:
+        return False
     return _settings.is_due(layer.group["steps"], settings_of(layer.group)) or not layer.seen

@@ -24,6 +24,7 @@ from singd_torch import _diagnostics, _scaling, _state, _table
 from singd_torch._distributed import group_of, reduce_rows
 from singd_torch._estimate import automatic
 from singd_torch._groups import check_group, check_keys, parameters_of
+from singd_torch._kinds import reasons
 from singd_torch._saving import Saving
 from singd_torch._scaling import Given, Scales
 from singd_torch._stepper import Stepper
@@ -335,7 +336,7 @@ class SINGD(Stepper, Saving):
 
     def __repr__(self) -> str:
         """Who owns each parameter, with which structures, and what state it costs."""
-        table = _table.table(self._layers, self._fallback, self._names)
+        table = _table.table(self._layers, self._fallback, self._names, dict(reasons(self._model)))
         return f"{type(self).__name__}\n{table}"
 
 

@@ -288,7 +288,7 @@ def poison_row(index: int, of_output: bool) -> Callable[[nn.Module, float], None
     def poison(model: nn.Module, value: float) -> None:
         loss_of(model, torch.randn(9, 6)).backward()
         (hook,) = model[index]._forward_hooks.values()
-        rows = hook._owner().rows_wanted(hook._source)
+        rows = hook._owner().rows_wanted(hook.source)
         x, z = {0: ((9, 6), (9, 8)), 4: ((9, 2, 4), (9, 3, 3)), 6: ((9, 9), (9, 3))}[index]
         x, z = torch.randn(x), torch.randn(z)
         (z if of_output else x).view(-1)[5] = value

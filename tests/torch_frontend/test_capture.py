@@ -484,9 +484,26 @@ def test_second_optimizer_on_the_same_model() -> None:
     assert (first.skipped, second.skipped) == (0, 0)
 
 
+class Product(torch.autograd.Function):
+    """The product of a function that torch tells nobody about."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x @ weight.mT
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return None, grads[0].mT @ ctx.saved_tensors[0]
+
+
 def test_module_whose_call_was_never_seen_is_trained_and_named() -> None:
     """Here the weight is used without a call of its module; AdamW takes over and says so."""
-    model = calls(lambda m, x: m.out(x @ m.odd.weight.mT), odd=nn.Linear(5, 4), out=nn.Linear(4, 2))
+
+    def call(m: Any, x: Tensor) -> Tensor:
+        return m.out(Product.apply(x, m.odd.weight))
+
+    model = calls(call, odd=nn.Linear(5, 4), out=nn.Linear(4, 2))
     optimizer = SINGD(model)
     before = model.odd.weight.detach().clone()
     with pytest.warns(UserWarning, match=r"no rows of 'odd\.weight' have been seen"):

@@ -28,17 +28,18 @@ class Watched(SINGD):
         super().__init__(*args, **kwargs)
 
     def _take_rows(self, layer: Any, source: Any, x: Tensor, g: Tensor) -> None:
-        kind, bias = source.kind, layer.bias is not None
+        kind, bias = source.kind, layer.bias is not None and source.biased
         if isinstance(kind, Embedding):
             A = one_hot(x.flatten(), kind.entries) * (
                 torch.arange(kind.entries) != kind.padding_idx
             )
         else:
             A, _ = kind.inputs(x, bias=bias, kfac_approx="expand")
+            A = pad(A, (0, int(layer.bias is not None and not source.biased)))
         B, _ = kind.outputs(g, kfac_approx="expand", loss_average=None)
         product = B.mT.to(layer.weight) @ A.to(layer.weight)
         if source.swapped:  # a table of embeddings that is tied to the layer
-            product = pad(product.mT, (0, int(bias)))
+            product = pad(product.mT, (0, int(layer.bias is not None)))
         key = layer.name, source.part
         self.products[key] = self.products.get(key, 0.0) + product
         super()._take_rows(layer, source, x, g)
