@@ -83,9 +83,9 @@ _COPY = types.FunctionType(
 class _Fused(TorchFunctionMode):
     """While active, a copy of torch's function runs whose projections are probed."""
 
-    def __init__(self, taps: dict[str, list[Tap]]) -> None:
+    def __init__(self, taps: dict[str, list[Tap]], module: nn.MultiheadAttention) -> None:
         super().__init__()
-        self._taps = taps
+        self._taps, self._module = taps, module
 
     def __torch_function__(
         self, func: Callable[..., Any], types_: Any, args: Any = (), kwargs: Any = None
@@ -96,10 +96,14 @@ class _Fused(TorchFunctionMode):
         query = call["query"]
         batch = query.shape[1] if query.ndim == 3 else 1
         for name, taps in self._taps.items():
-            if not torch.compiler.is_compiling() and call[name] is not taps[0].source.weight:
+            if not torch.compiler.is_compiling() and call[name] is not self._own(name):
                 continue  # computed in the forward of a subclass
             call[name] = _Projection(call[name], taps, batch)
         return _COPY(**call)
+
+    def _own(self, name: str) -> Any:
+        module = self._module
+        return module.out_proj.weight if name == "out_proj_weight" else getattr(module, name)
 
 
 class _Hooks:
@@ -109,9 +113,9 @@ class _Hooks:
         self._taps = taps
         self._entered: list[_Fused] = []
 
-    def before(self, module: nn.Module, args: Any) -> None:
+    def before(self, module: Any, args: Any) -> None:
         if any(tap.wanted() for taps in self._taps.values() for tap in taps):
-            mode = _Fused(self._taps)
+            mode = _Fused(self._taps, module)
             mode.__enter__()  # type: ignore[no-untyped-call]
             self._entered.append(mode)
 

@@ -183,28 +183,6 @@ class Hooks:
         ):
             weakref.finalize(owner, handle.remove)
 
-    def __deepcopy__(self, memo: Any) -> Hooks:
-        """Hooks that do nothing."""
-        return _INERT
-
-    def __reduce__(self) -> Any:
-        """Pickled as hooks that do nothing."""
-        return _inert, ()
-
-
-class _Inert(Hooks):
-    """Hooks that do nothing, of a model that was copied or unpickled."""
-
-    def __init__(self) -> None:
-        super().__init__(Now(), Now())  # the first is gone at once
-
-
-_INERT = _Inert()
-
-
-def _inert() -> Hooks:
-    return _INERT
-
 
 def modules(model: nn.Module, layers: Iterable[Layer]) -> Iterator[nn.Module]:
     """The modules whose calls may hand a weight to a function by themselves.

@@ -83,13 +83,13 @@ class Watcher(torch.optim.Optimizer):
                         self._taps[module] = _attention.install(self, module)
                     else:
                         self._taps[module] = _capture.install(self, source, module)
-        leave_hooks_behind(self._model)
-        self._stack_up()
-        self._index()
         for module in modules_that_call(self._model, self._layers):
             if module not in self._hooked:
                 self._hooks.install(module, self)
                 self._hooked.add(module)
+        leave_hooks_behind(self._model)
+        self._stack_up()
+        self._index()
 
     def _index(self) -> None:
         """Find layers and groups by parameters."""
