@@ -113,8 +113,8 @@ def tensors_of(
 
 
 def _is_tensor(p: Any) -> bool:
-    """Whether it is of real numbers, with two axes or more and at least one entry."""
-    return getattr(p, "ndim", 0) > 1 and 0 not in p.shape and is_inexact(p) and not is_complex(p)
+    """Whether it is matrices of real numbers."""
+    return Tensor.fits(getattr(p, "shape", ())) and is_inexact(p) and not is_complex(p)
 
 
 def _is_matrix(weight: Array) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from singd_core._array import widen
 from singd_core._settings import is_bound
+from singd_core.updates.shampoo import Shampoo
 from singd_torch._groups import settings_of
 from singd_torch._stacks import Stack
 
@@ -43,7 +44,8 @@ def _quantities(stack: Stack) -> dict[str, Tensor]:
     found = factors.norms() | {k: _as(like, v) for k, v in report.items()}
     t = factors.averages
     for name, t_U, damping in zip("KC", (t.t_U, t.t_G), t.damping(s), strict=True):
-        found[f"{name}_damping"] = damping / (damping + t_U)
+        if not (name == "K" and isinstance(factors, Shampoo)):  # t_U is not known
+            found[f"{name}_damping"] = damping / (damping + t_U)
         if f"{name}_step" in report and is_bound(s.factor_bound):
             found[f"{name}_bounded"] = report[f"{name}_step"] > s.factor_bound
     if "update" in report:

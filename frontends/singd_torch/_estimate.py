@@ -12,7 +12,8 @@ from singd_core import preconditioner
 from singd_core._settings import STRUCTURES, check_names, settings
 from singd_torch import _table
 from singd_torch._groups import check_group
-from singd_torch._layers import Layer, find
+from singd_torch._layers import Layer
+from singd_torch._tensors import find_all
 
 # What a group has beside the settings, and the values that are taken where none are given.
 OPTIONS: dict[str, Any] = {
@@ -82,7 +83,7 @@ def estimate(
     check_group(group)
     if structures == "auto" or memory_budget is not None:
         group["structures"] = automatic(model, [group], memory_budget)
-    layers = find(model, [group])
+    layers = find_all(model, [group])
     owned = {p for layer in layers for p in layer.parameters}
     fallback = [p for p in params if p not in owned]
     names = {p: name for name, p in model.named_parameters()}
@@ -108,13 +109,13 @@ def automatic(model: nn.Module, groups: Sequence[dict[str, Any]], budget: int | 
             group | {"structures": f"auto:{b}"} if group["structures"] == "auto" else group
             for group in groups
         ]
-        return _cost(find(model, auto), params)
+        return _cost(find_all(model, auto), params)
 
     if cost(1) > budget:
         raise ValueError(
             f"memory_budget={budget:,}: diagonal factors already need {cost(1):,} bytes"
         )
-    layers = find(model, [group | {"structures": "auto:1"} for group in groups])
+    layers = find_all(model, [group | {"structures": "auto:1"} for group in groups])
     low, high = 1, max((max(layer.shape[1:]) for layer in layers), default=1)
     while low < high:  # the cost grows with b
         middle = (low + high + 1) // 2

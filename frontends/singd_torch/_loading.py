@@ -13,7 +13,8 @@ from singd_core._settings import Settings
 from singd_core.preconditioner import Factors
 from singd_torch import _fallback, _state
 from singd_torch._groups import check_counts, check_group, settings_of
-from singd_torch._layers import Layer, find
+from singd_torch._layers import Layer
+from singd_torch._tensors import find_all
 
 Entries = dict[str, Any]
 
@@ -57,7 +58,7 @@ def loaded(
     older = any("normalized" not in group for group in state_dict["param_groups"])
     factors = {}
     own = [g | {"params": mine["params"]} for g, mine in zip(groups, live, strict=True)]
-    for layer in find(model, own):
+    for layer in find_all(model, own):
         s = settings_of(layer.group)
         if older:
             upgrade(layer, entries, normalized=s.normalized)

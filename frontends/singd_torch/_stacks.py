@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from singd_core._settings import Settings
 from singd_core.curvature import Convolution, Linear, StackedLinear
+from singd_core.curvature import Tensor as TensorKind
 from singd_core.preconditioner import Factors
 from singd_core.step import Late
 from singd_core.updates.curvature import Averages, Curvature
@@ -27,6 +28,8 @@ State: TypeAlias = MutableMapping[Any, dict[str, Any]]
 
 # Stacks differ in shape: one of many must not use up the recompilations of the others.
 _ISOLATED: dict[str, Any] = {"dynamic": False, "isolate_recompiles": True, "recompile_limit": 64}
+
+_KINDS = Convolution, Linear, StackedLinear, TensorKind  # that do not differ within a shape
 
 # Weights of more numbers step alone: to join their gradients costs more than the calls saved.
 _LARGEST = 1 << 17
@@ -244,7 +247,7 @@ def _owned(taken: set[int], tensor: Tensor) -> Tensor:
 def _likeness(layer: Layer) -> Any:
     """What equal layers have in common."""
     weight, bias = layer.weight, layer.bias
-    if weight.numel() > _LARGEST or type(layer.kind) not in (Convolution, Linear, StackedLinear):
+    if weight.numel() > _LARGEST or type(layer.kind) not in _KINDS:
         return layer
     return (
         *(layer.kind, layer.structures, tuple(layer.roles())),

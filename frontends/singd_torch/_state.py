@@ -24,7 +24,8 @@ def initial(layer: Layer, s: Settings) -> Factors:
     """The factors of a layer before the first refresh, on the device of its weight."""
     device = layer.weight.device
     like_K, like_C = (torch.empty(0, dtype=dtype, device=device) for dtype in layer.dtypes[:2])
-    return preconditioner.init(layer.structures, layer.shape, s, like_K, like_C)
+    has_rows = layer.kind.has_rows
+    return preconditioner.init(layer.structures, layer.shape, s, like_K, like_C, has_rows=has_rows)
 
 
 def no_momenta(layer: Layer) -> list[Tensor]:

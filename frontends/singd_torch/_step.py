@@ -23,11 +23,13 @@ from singd_core._array import (
     widen,
 )
 from singd_core._array import PRODUCT as PRODUCT_INTO
-from singd_core._settings import Settings, gap, rate_of_factors
+from singd_core._settings import Settings, gap, is_due, rate_of_factors
+from singd_core.curvature import LayerKind
 from singd_core.preconditioner import Factors
 from singd_core.step import Direction, couples_decay, direction, weight_change
 from singd_core.updates.curvature import Curvature
 from singd_core.updates.natural import Preconditioner
+from singd_core.updates.shampoo import Shampoo
 from singd_torch import _scratch
 from singd_torch._join import join
 from singd_torch._pieces import cut, piece_size, placed
@@ -69,8 +71,8 @@ def advance(stack: Stack, state: State, given: Gradients) -> Any:
     """
     layer = stack.layers[0]
     s, ok = given.settings(layer.weight), given.ok
-    factors, preconditioner = _refreshed(stack, s, given.scales)
     gradient = stack.joined(given.of)
+    factors, preconditioner = _refreshed(stack, s, given.scales, gradient)
     decay = None
     if any(couples_decay(given.settings(p)) for p in layer.parameters):
         decay = stack.joined(partial(_coupled_decay, given.settings))
@@ -110,16 +112,25 @@ def advance(stack: Stack, state: State, given: Gradients) -> Any:
     return moves
 
 
-def _refreshed(stack: Stack, s: Settings, scales: Scales) -> tuple[Factors, Preconditioner | None]:
-    """The factors, refreshed by the rows that are pending, and what preconditions with them."""
+def _refreshed(
+    stack: Stack, s: Settings, scales: Scales, gradient: Sequence[Tensor]
+) -> tuple[Factors, Preconditioner | None]:
+    """The factors, refreshed by rows that are pending or by the gradient of what shows no rows.
+
+    And what preconditions with them.
+    """
     layer, factors = stack.layers[0], stack.factors
     assert factors is not None
     steps = layer.group["steps"]
-    if layer.pending:
+    by_gradient = isinstance(factors, Shampoo) and (is_due(steps, s) or not layer.seen)
+    if layer.pending or by_gradient:
         lr_cov = rate_of_factors(steps, s)
         if stack.compile is not None:  # else each value of a schedule would be compiled anew
             lr_cov = torch.zeros_like(factors.averages.k) + lr_cov
-        curvature = stack.curvature(scales.rows)
+        if by_gradient:
+            curvature = stack.run(_curvature, factors, layer.kind, *gradient)
+        else:
+            curvature = stack.curvature(scales.rows)
         for one in stack.layers:  # its rows are as large as its factors, and so is the curvature
             one.pending = {}
         factors = stack.run(_refresh, factors, curvature, lr_cov, s, stack.report)
@@ -132,6 +143,10 @@ def _refreshed(stack: Stack, s: Settings, scales: Scales) -> tuple[Factors, Prec
     if factors is stack.factors:
         stack.preconditioner = kept
     return factors, kept
+
+
+def _curvature(factors: Shampoo, kind: LayerKind, gradient: Tensor) -> Curvature:
+    return factors.curvature(kind.matrix(gradient))
 
 
 def _refresh(

@@ -29,6 +29,7 @@ def table(
     for layer in layers:
         name = layer.name if layer.bias is None else f"{layer.name} + {_last(names, layer.bias)}"
         rule = "KFAC" if layer.group["kfac"] else "SINGD"
+        rule += "" if layer.kind.has_rows else " without rows"
         K, C = (cls.name for cls in layer.structures)
         size = layer_bytes(layer)
         if layer.without_rows:

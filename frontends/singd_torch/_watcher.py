@@ -20,11 +20,12 @@ from singd_torch._capture import Reach, Tap
 from singd_torch._copies import leave_hooks_behind
 from singd_torch._distributed import processes_of_call
 from singd_torch._groups import settings_of
-from singd_torch._layers import Layer, Source, find
+from singd_torch._layers import Layer, Source
 from singd_torch._queue import Call, Queue
 from singd_torch._scaling import Given
 from singd_torch._scratch import Scratch
 from singd_torch._stacks import Stack, stacks
+from singd_torch._tensors import find_all, names_of
 from singd_torch._warnings import warn
 from singd_torch.sharding import sharded
 from singd_torch.sharding.guards import refuse_stages
@@ -69,7 +70,8 @@ class Watcher(torch.optim.Optimizer):
     def _route(self) -> None:
         """Decide which parameters form layers, keeping what is known of those that stay."""
         old = {layer.weight: layer for layer in self._layers}
-        self._layers = find(self._model, self.param_groups)
+        self._names = names_of(self._model, self.param_groups)
+        self._layers = find_all(self._model, self.param_groups)
         for layer in self._layers:
             known = old.get(layer.weight)
             if known is not None and known.bias is layer.bias:
@@ -224,8 +226,8 @@ class Watcher(torch.optim.Optimizer):
                         if key not in layer.pending:  # the output of that part has no gradient
                             layer.pending[key] = layer.no_rows(key)
                 layer.unused = layer.weight.grad is None
-                has_rows = layer.without_rows is None and (layer.seen or layer.pending)
-                if layer.weight.grad is not None and has_rows:
+                known = layer.seen or layer.pending or not layer.kind.has_rows
+                if layer.weight.grad is not None and known and layer.without_rows is None:
                     live.append(layer)
                     continue
                 if layer.weight.grad is not None:  # a frozen weight may have a trained bias

@@ -28,6 +28,7 @@ from singd_torch._kinds import reasons
 from singd_torch._saving import Saving
 from singd_torch._scaling import Given, Scales
 from singd_torch._stepper import Stepper
+from singd_torch._tensors import without_model
 from singd_torch._warnings import warn
 from singd_torch._watcher import is_due
 from singd_torch.sharding.guards import ALONE, check_model, is_one_of_several
@@ -37,13 +38,15 @@ class SINGD(Stepper, Saving):
     """Structured inverse-free natural gradient descent (arXiv 2312.05705) for any model.
 
     The weights of linear layers, convolutions, embeddings and attention's projections, with their
-    biases, are preconditioned by structured factors of the inverse Fisher matrix; every other
-    parameter is trained by AdamW.
+    biases, are preconditioned by structured factors of the inverse Fisher matrix. Other matrices,
+    such as recurrent weights, learn their factors from gradients alone (for the recipe "paper" they
+    do not). AdamW trains the rest.
     `print(optimizer)` shows which is which. The arguments up to `normalize_lr_cov` are those of the
     authors' package `singd` 0.0.5; those left at None are filled by the recipe.
 
     Args:
-        model: The model; its layers are watched to learn their inputs and output gradients.
+        model: The model; its layers are watched to learn their inputs and output gradients. Or
+            parameters alone, as any optimizer takes them: then all learn from their gradients.
         params: What to train: parameters or groups of them; None for all that require a gradient.
         lr: Learning rate (β₂).
         momentum: Momentum of the weights (α₂).
@@ -98,7 +101,7 @@ class SINGD(Stepper, Saving):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Iterable[Any],
         params: Iterable[Any] | None = None,
         lr: Any = None,
         momentum: Any = None,
@@ -129,7 +132,7 @@ class SINGD(Stepper, Saving):
         **given: Any,
     ) -> None:
         if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+            model, params = without_model(model, params)
         check_model(model)
         self._processes, model = None, _plain(model)
         if isinstance(model, nn.parallel.DistributedDataParallel):
@@ -281,7 +284,8 @@ class SINGD(Stepper, Saving):
 
     def _check_parameters(self) -> None:
         """Refuse to train nothing, as the model has other parameters by now."""
-        if not set(self._group_of) & set(self._model.parameters()):
+        theirs = set(self._model.parameters())
+        if theirs and not theirs & set(self._group_of):
             raise RuntimeError(
                 "the model has none of the optimizer's parameters any more: build the optimizer "
                 "after what replaces them, such as fully_shard(model) and model.to(...)"

@@ -33,6 +33,11 @@ class Tensor(LayerKind):
 
     has_rows = False
 
+    @staticmethod
+    def fits(shape: Sequence[int]) -> bool:
+        """Whether a shape is that of matrices: two axes are longer than 1, and none is empty."""
+        return sum(n > 1 for n in shape) > 1 and 0 not in shape
+
     @classmethod
     def of(cls, shape: Sequence[int]) -> Self:
         """How a shape is most likely meant.

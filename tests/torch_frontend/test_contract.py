@@ -62,15 +62,15 @@ def test_every_parameter_is_trained() -> None:
 
 
 def test_fallback_is_torch_adamw() -> None:
-    """Frozen layers aside, what remains takes the steps of torch.optim.AdamW."""
-    model = nn.Sequential(nn.Embedding(7, 6, max_norm=9.0), nn.LayerNorm(6))
+    """What is no matrix takes the steps of torch.optim.AdamW."""
+    model = nn.Sequential(nn.BatchNorm1d(6), nn.LayerNorm(6), nn.PReLU(6))
     twin = copy.deepcopy(model)
     settings = {"betas": (0.8, 0.99), "eps": 1e-6, "weight_decay": 0.1}
     given = {f"fallback_{k}": v for k, v in settings.items()}
     ours = SINGD(model, fallback_lr=0.01, warmup=0, **given)
     theirs = torch.optim.AdamW(twin.parameters(), lr=0.01, foreach=True, **settings)
     for _ in range(5):
-        x = torch.randint(7, (12,))
+        x = torch.randn(12, 6)
         for net, optimizer in ((model, ours), (twin, theirs)):
             optimizer.zero_grad()
             net(x).sin().mean().backward()

@@ -108,5 +108,6 @@ def test_a_tied_model_trains_and_resumes() -> None:
 @pytest.mark.parametrize(
     "kwargs", [{"sparse": True}, {"scale_grad_by_freq": True}, {"max_norm": 1.0}]
 )
-def test_tables_with_other_gradients_are_left_to_the_fallback(kwargs: dict[str, object]) -> None:
-    assert not SINGD(nn.Embedding(5, 3, **kwargs))._layers
+def test_tables_with_other_gradients_show_no_rows(kwargs: dict[str, object]) -> None:
+    (line,) = repr(SINGD(nn.Embedding(5, 3, **kwargs))).splitlines()[2:]
+    assert line.split() == ["weight", "5×3", "SINGD", "without", "rows", "dense", "diagonal", "116"]

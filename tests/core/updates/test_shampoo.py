@@ -137,7 +137,6 @@ def test_factors_stay_regular_whatever_comes(structure: str, jump: float) -> Non
     ("shape", "expected"),
     [
         ((5, 3), ((), 5, 3)),
-        ((1, 9), ((), 1, 9)),
         ((64, 32, 3, 3), ((), 64, 288)),  # a kernel of torch
         ((3, 3, 32, 64), ((), 288, 64)),  # and of flax
         ((64, 32, 5), ((), 64, 160)),
@@ -199,3 +198,9 @@ def test_it_learns_what_adamw_learns_slowly() -> None:
             params = {"W": params["W"] + updates["W"] * (1 - t / 200)}
         losses.append(np.sum((scales * params["W"]) ** 2))
     assert losses[0] < losses[1] / 100
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (1, 4), (1, 1, 4), (4, 0)])
+def test_vectors_are_left_to_adamw(shape: tuple[int, ...]) -> None:
+    state = Optimizer({}).init({"p": np.ones(shape)})
+    assert set(state.fallback) == {"p"}
