@@ -110,7 +110,7 @@ class Layer:
     @property
     def is_open(self) -> bool:
         """Whether calls of functions that are handed the weight itself give its rows."""
-        return all(source.is_open for _, source in self.sources)
+        return self.kind.has_rows and all(source.is_open for _, source in self.sources)
 
     def source(self, kind: LayerKind, *, biased: bool) -> Source | None:
         """How a call of this kind that is handed the weight gives rows; None if it cannot."""

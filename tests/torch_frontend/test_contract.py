@@ -83,7 +83,7 @@ def test_complex_parameters_step_as_pairs_of_real_ones(dtype: torch.dtype) -> No
     """As in every optimizer of torch; decay, and the gradient's norm, included."""
     numbers = torch.randn(4, 3, dtype=dtype, requires_grad=True)
     pairs = torch.view_as_real(numbers.detach()).clone().requires_grad_()
-    given = {"fallback_lr": 0.1, "fallback_weight_decay": 0.1, "warmup": 2}
+    given = {"recipe": "paper", "fallback_lr": 0.1, "fallback_weight_decay": 0.1, "warmup": 2}
     ours, theirs = (SINGD(nn.Module(), [p], **given) for p in (numbers, pairs))
     for _ in range(4):
         numbers.grad = torch.randn_like(numbers)
