@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from singd_core.step import warmed
 from singd_torch import _bundle_step, _fallback, _finite, _scratch
 from singd_torch._bundle import Bundle, bundled
 from singd_torch._groups import settings_of
+from singd_torch._layers import Layer
 from singd_torch._scaling import Scales
 from singd_torch._stacks import Stack
 from singd_torch._step import Gradients, advance
@@ -50,8 +51,7 @@ class Stepper(Watcher):
         ok = skip = None
         if not isinstance(size, Tensor):  # then nothing is masked
             if not math.isfinite(size):
-                self._skipped += 1
-                self._warn_skipped()
+                self._skip(self._not_finite(norms, layers))
                 return
         else:
             ok = size < math.inf
@@ -63,8 +63,9 @@ class Stepper(Watcher):
         grads = [of(p) for p in others]
         _fallback.step_all(self._group_of, others, grads, self.state, skip, shares)
         if ok is None and not all(moved):
-            self._skipped += 1
-            self._warn_skipped()
+            still = [stack for stack, m in zip(ready, moved, strict=True) if not m]
+            names = [layer.name for stack in still for layer in stack.layers]
+            self._skip([f"the natural gradient of {name!r}" for name in names])
         elif ok is not None:
             failed = ~torch.stack([ok, *(m.to(ok.device) for m in moved)]).all()
             self._skipped = self._skipped + failed.to(torch.float32)
@@ -86,14 +87,34 @@ class Stepper(Watcher):
     def skipped(self) -> int:
         """How many steps changed nothing, as a gradient or row was not finite (a host sync)."""
         count = int(self._skipped)
-        if count:
-            self._warn_skipped()
+        if count:  # on an accelerator the step did not wait to know which it was
+            there = {p: p.grad for p in self._group_of if type(p.grad) is Tensor}
+            self._warn_skipped(self._not_finite(_finite.norms(there), []))
         return count
 
-    def _warn_skipped(self) -> None:
+    def _skip(self, what: Sequence[str]) -> None:
+        self._skipped += 1
+        self._warn_skipped(what)
+
+    def _not_finite(self, norms: Mapping[nn.Parameter, Any], layers: Sequence[Layer]) -> list[str]:
+        """What of gradients and rows is not finite, of which the host may have to wait to know."""
+        found = [
+            f"the gradient of {self._names.get(p, 'a parameter')!r}"
+            for p, norm in norms.items()
+            if not math.isfinite(norm)
+        ]
+        return found + [
+            f"the curvature of {layer.name!r}"
+            for layer in layers
+            if not all(bool(x.isfinite().all()) for x in layer.sizes())
+        ]
+
+    def _warn_skipped(self, what: Sequence[str]) -> None:
+        text = " and ".join([*what[:2], f"{len(what) - 2} more"] if len(what) > 2 else what)
         self._warn_once(
-            "a gradient or a layer's row was NaN or infinite: the step changed nothing. "
-            "`optimizer.skipped` counts such steps"
+            f"{text or 'a gradient or the rows of a layer'} was NaN or infinite: the step changed "
+            "nothing. `optimizer.skipped` counts such steps",
+            about="skipped",
         )
 
 

@@ -327,9 +327,10 @@ class Watcher(torch.optim.Optimizer):
             "call torch.compiler.reset()) or by torch before 2.13: until then AdamW trains it"
         )
 
-    def _warn_once(self, text: str) -> None:
-        if text not in self._warned:
-            self._warned.add(text)
+    def _warn_once(self, text: str, about: str = "") -> None:
+        """Warn, unless that was done with this text or `about` the same."""
+        if (about or text) not in self._warned:
+            self._warned.add(about or text)
             warn(text)
 
     def _go_on_from(self, factors: Mapping[nn.Parameter, Factors | None]) -> None:
