@@ -297,8 +297,9 @@ def _add_diagonal(A: Tensor, c: float | Tensor) -> Tensor:
 MULTIPLY_ADD |= dict.fromkeys((Tensor, nn.Parameter), _multiply_add)
 ADD_DIAGONAL[Tensor] = _add_diagonal
 ADD_PRODUCT[Tensor] = _add_product
-# `inv` waits to know whether there is an inverse.
-INVERSE[Tensor] = lambda A: torch.linalg.inv_ex(A).inverse
+# `inv` waits to know whether there is an inverse. It comes by columns, and what is loaded is by
+# rows: products with the two differ in their last bits.
+INVERSE[Tensor] = lambda A: torch.linalg.inv_ex(A).inverse.contiguous()
 EMPTY[Tensor] = _scratch.empty
 PRODUCT_INTO[Tensor] = lambda A, B, out: torch.matmul(A, B, out=out)
 TIMES[Tensor] = lambda A, B, out: torch.mul(A, B, out=out)

@@ -101,6 +101,7 @@ CASES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "kfac, bfloat16": (BF16, {"kfac": True}),
     "Riemannian momentum": (F32, {"recipe": "paper", "T": 2}),
     "in the middle of T": (F32, {"recipe": "paper", "T": 3}),
+    "in the middle of T, kfac": (F32, {"recipe": "paper", "kfac": True, "T": 3, "damping": 0.1}),
     "in the middle of T, normalized": (F32, {"T": 3, "growing_T": False}),
     "no momentum": (F32, {"momentum": 0.0}),
     "averaged groups": (F32, {"average_groups": True}),
