@@ -56,7 +56,8 @@ test-oldest: ## Run the tests of core, torch and jax with the oldest versions (P
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt \
 		-e '.[jax,testing,torch]' $(WITH)
-	$(OLDEST)/bin/python -m pytest -n $(WORKERS) -m "not slow" $(FRAMEWORK_TESTS) $(ARGS)
+	$(OLDEST)/bin/python -m pytest -n $(WORKERS) -m "not slow" -W ignore::DeprecationWarning \
+		$(FRAMEWORK_TESTS) $(ARGS) # they warn of themselves
 
 test-newest: ## Run the same with the newest versions (PYTHON=python3.12 or newer); may install torch for CUDA
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and "jax 0.11 and later need Python 3.12: make test-newest PYTHON=...")'

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import warnings
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from singd_core.structures.base import Structure
@@ -23,6 +24,20 @@ from singd_core.testing.laws_optimizer import (
 )
 from singd_core.testing.mismatch import require
 from singd_core.testing.operations import OPERATIONS, arrays, dtype_of, everything
+
+
+def _recent(*least: int) -> tuple[str, ...]:
+    """The backends of a law that asks for a recent torch: none that is older."""
+    try:
+        found = tuple(int(part) for part in version("torch").split(".")[:2])
+    except PackageNotFoundError:
+        found = (0, 0)
+    return ("torch",) if found >= least else (f"torch {'.'.join(map(str, least))}",)
+
+
+# Older versions cannot trace all of the core, and read numbers on the device `meta`. The frontend
+# promises compiled layers from this one on, too.
+_RECENT = _recent(2, 13)
 
 
 def _torch() -> Any:
@@ -59,7 +74,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return quiet
 
 
-@law(backends=("torch",), dtypes=("float32",), examples=1, sizes=(5,))
+@law(backends=_RECENT, dtypes=("float32",), examples=1, sizes=(5,))
 def torch_compile(case: Case) -> None:
     """Every operation compiles into one graph, and gives the same."""
     given = arguments(case, c=case.to(0.5))
@@ -77,7 +92,7 @@ def torch_vmap(case: Case) -> None:
     compare(case, found, everything(*in_numpy(case, *stack)))
 
 
-@law(backends=("torch",), dtypes=("float32",), examples=1, sizes=(5,))
+@law(backends=_RECENT, dtypes=("float32",), examples=1, sizes=(5,))
 def torch_grad(case: Case) -> None:
     """`torch.autograd` of a function of a member agrees with its differences."""
     torch, case.floats = _torch(), True
@@ -129,14 +144,14 @@ def _step_without_data(case: Case, place: str, context: Any) -> None:
         require(a.device.type == place, f"{name}: expected {place}, got {a.device}")
 
 
-@law(backends=("torch",), dtypes=("float32", "bfloat16"), examples=1, sizes=(4,))
+@law(backends=_RECENT, dtypes=("float32", "bfloat16"), examples=1, sizes=(4,))
 def torch_step_without_data(case: Case) -> None:
     """A whole optimizer step runs on the device `meta` and on a fake GPU."""
     _step_without_data(case, "meta", contextlib.nullcontext())
     _step_without_data(case, "cuda", fake_cuda())
 
 
-@law(backends=("torch",), dtypes=("float32",), examples=1, sizes=(4,))
+@law(backends=_RECENT, dtypes=("float32",), examples=1, sizes=(4,))
 def torch_step_compiles(case: Case) -> None:
     """A whole optimizer step compiles into one graph, and is that of NumPy."""
     optimizer, given = optimizer_of(case), draw_step(case)
