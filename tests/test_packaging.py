@@ -59,3 +59,13 @@ def test_the_workflow_runs_every_python_that_is_claimed() -> None:
     claimed = [c.rpartition(" ")[2] for c in PROJECT["project"]["classifiers"] if ":: 3." in c]
     assert claimed
     assert all(f'"{version}"' in workflow for version in claimed)
+
+
+@pytest.mark.parametrize("package", ["singd_core", "singd_torch"])
+def test_the_reference_has_every_public_name(package: str) -> None:
+    pytest.importorskip(package.removeprefix("singd_").replace("core", "numpy"))
+    page = (ROOT / "docs" / "reference" / f"{package.removeprefix('singd_')}.md").read_text()
+    shown = {name.rpartition(".")[2] for name in re.findall(r"^::: ([\w.]+)$", page, re.MULTILINE)}
+    modules_and_data = {"__version__", "RECIPES", "structures", "structure"}
+    public = set(importlib.import_module(package).__all__)
+    assert public - modules_and_data - shown == set()

@@ -21,7 +21,10 @@ def _backends(names):
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.structure.__name__)
 def test_a_planted_bug_is_found_under_the_expected_name(bug):
-    report = check_structure(bug.structure, backends=_backends(bug.backends), raises=False)
+    chosen, law = _backends(bug.backends), LAWS[bug.law]
+    if not any(law.speaks_of(b.name, dtype) for b in chosen for dtype in b.dtypes):
+        pytest.skip(f"the law is not about this version: {law.backends}")
+    report = check_structure(bug.structure, backends=chosen, raises=False)
     assert report.broken, "nothing was found"
     assert report.broken[0] == bug.law, report
     error = report.errors[0]
