@@ -78,7 +78,7 @@ def value_and_curvature(
         refuse_lost_curvature(state)
         trained = layers.of(states)
         factors, slots = _ports(trained, states)
-        known = [name for own in states for name in own.core.layers]
+        known = [name for own in states for name in own.rest.layers]
         if known and len(layers) and not factors:
             raise ValueError(
                 f"the state is that of {', '.join(known)}, and the layers are "
@@ -91,10 +91,10 @@ def value_and_curvature(
         n = size_of_batch(layers.batch_size, batch, keywords) if needed else None
         dues: list[Any] = [own.due for own in states]
         whole = branch == "layer" or any(due is None for due in dues)
-        due = {name: own.due for own in states for name in own.core.layers} if whole else {}
-        rows = {name: own.rows for own in states for name in own.core.layers}
-        sampled = [own for own in states if own.rows != math.inf]
-        steps = {name: own.core.step for own in sampled for name in own.core.layers}
+        due = {name: own.due for own in states for name in own.rest.layers} if whole else {}
+        rows = {name: own.fixed.rows for own in states for name in own.rest.layers}
+        sampled = [own for own in states if own.fixed.rows != math.inf]
+        steps = {name: own.rest.step for own in sampled for name in own.rest.layers}
         rule = functools.partial(_measure, rows)
         tapped, seen = Tapped(loss, trained, n, rule, due, steps), set[str]()
 
@@ -237,7 +237,7 @@ def _ports(
     layers: Layers, states: Sequence[SingdState]
 ) -> tuple[dict[str, Factors], dict[str, Any]]:
     """What each layer is measured with, and zeros for what its roles add up."""
-    known = {name: layer.factors for own in states for name, layer in own.core.layers.items()}
+    known = {name: layer.factors for own in states for name, layer in own.rest.layers.items()}
     factors = {name: known[name].measuring() for name in layers}
     slots = {
         name: dict.fromkeys(layer.roles, _slot(layer, factors[name]))

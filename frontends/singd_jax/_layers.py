@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -153,6 +154,10 @@ class Layers(Mapping[str, Layer]):
 
     def __hash__(self) -> int:
         """Equal layers are one static argument of a compiled step."""
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
         return hash((*self.found.items(), self.kfac_approx, self.loss_average))
 
     @property
@@ -165,7 +170,7 @@ class Layers(Mapping[str, Layer]):
         trained = {
             name: self[name].of(layer.factors)
             for own in states
-            for name, layer in own.core.layers.items()
+            for name, layer in own.rest.layers.items()
             if name in self
         }
         return dataclasses.replace(self, found=trained)

@@ -80,6 +80,15 @@ class Leaves:
         """The leaves by name."""
         return dict(zip(self.names, self.arrays, strict=True))
 
+    def tree(self, values: Mapping[str, Any]) -> Any:
+        """The pytree with a value for each leaf that has one, and optax's mark for none else."""
+        paired = self.join([_Gradient(values.get(name, _NONE)) for name in self.names])
+        return jax.tree.map(
+            lambda leaf: leaf.value if isinstance(leaf, _Gradient) else _NONE,
+            paired,
+            is_leaf=lambda leaf: isinstance(leaf, _Gradient),
+        )
+
     def gradients(self, leaves: Sequence[Array]) -> Any:
         """The pytree of gradients: None in place of what is not trained."""
         paired = self.join([_Gradient(leaf) for leaf in leaves])
@@ -88,6 +97,9 @@ class Leaves:
             paired,
             is_leaf=lambda leaf: isinstance(leaf, _Gradient),
         )
+
+
+_NONE = optax.MaskedNode()
 
 
 class _Gradient:

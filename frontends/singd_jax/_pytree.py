@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+import sys
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -16,6 +18,38 @@ def register_trees() -> None:
     Rebuilding skips `__init__`, since jax also rebuilds trees of things that are no arrays.
     """
     Tree.announce(_register)
+
+
+# The classes that jax knows, with the names of what they hold, and those that flax knows as well.
+_KNOWN: dict[type[Any], Callable[[], tuple[str, ...]]] = {}
+_TO_FLAX: set[type[Any]] = set()
+
+
+def static(cls: type[Any]) -> type[Any]:
+    """Make a class, hashable and without arrays, a part of the structure of trees."""
+    _KNOWN[cls] = tuple
+    return jax.tree_util.register_static(cls)
+
+
+def register_with_flax() -> None:
+    """Let `flax.serialization`, where it is used, save every tree of the core."""
+    serialization = sys.modules.get("flax.serialization")
+    for cls, names in _KNOWN.items():
+        if serialization is not None and cls not in _TO_FLAX:
+            _TO_FLAX.add(cls)
+            serialization.register_serialization_state(cls, *_saving(names, serialization))
+
+
+def _saving(names: Callable[[], tuple[str, ...]], serialization: Any) -> tuple[Any, Any]:
+    def saved(tree: Any) -> dict[str, Any]:
+        return {n: serialization.to_state_dict(getattr(tree, n)) for n in names()}
+
+    def restored(tree: Any, state: dict[str, Any]) -> Any:
+        restore = serialization.from_state_dict
+        new = {n: restore(getattr(tree, n), state[n], name=n) for n in names()}
+        return dataclasses.replace(tree, **new)
+
+    return saved, restored
 
 
 def _register(cls: type[Tree]) -> None:
@@ -33,3 +67,4 @@ def _register(cls: type[Tree]) -> None:
         return new
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    _KNOWN[cls] = cls.field_names

@@ -3,50 +3,121 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax  # type: ignore[import-untyped]
 
 from singd_core import state as flat_state
 from singd_core._array import Array
 from singd_core._settings import Settings, is_due
-from singd_core.optimizer import State
+from singd_core.optimizer import LayerState, State
+from singd_core.updates.adamw import Moments
 from singd_core.updates.curvature import Curvature
+from singd_jax._layers import Layer, Layers
+from singd_jax._loss import Leaves
+from singd_jax._pytree import static
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("core", "T"),
-    meta_fields=("growing_T", "rows"),
-)
-@dataclasses.dataclass(frozen=True, eq=False)
-class SingdState:
-    """The state of `singd` and `scale_by_singd`: a pytree of arrays.
+@static
+@dataclasses.dataclass(frozen=True)
+class Fixed:
+    """What of a state is no array.
 
     Attributes:
-        core: The state as every frontend has it; see `singd_core.optimizer.State`.
-        T: Steps between two refreshes of the factors, or None if it is every step.
-        growing_T: Whether there are fewer at first, which is no array but part of the structure.
-        rows: Rows that a factor is measured with, which is no array either.
+        layers: The layers that it was made with.
+        growing_T: Whether refreshes are more frequent at first.
+        rows: Rows that a factor is measured with.
     """
 
-    core: State
-    T: Array | None
+    layers: Layers
     growing_T: bool = False
     rows: float = math.inf
+
+
+class SingdState(NamedTuple):
+    """The state of `singd` and `scale_by_singd`: a pytree of arrays.
+
+    `mu` and `nu` are like the parameters, so that what shards, casts or labels parameters does the
+    same with them.
+
+    Attributes:
+        mu: Momenta of the layers, and the first moments of AdamW.
+        nu: The second moments of AdamW.
+        rest: The state without both, the factors above all.
+        T: Steps between two refreshes of the factors, or None if it is every step.
+        fixed: What is no array.
+    """
+
+    mu: Any
+    nu: Any
+    rest: State
+    T: Array | None
+    fixed: Fixed
+
+    @classmethod
+    def of(cls, core: State, params: Any, T: Array | None, fixed: Fixed) -> SingdState:
+        """The state before the first step, its momenta zeros like those leaves of `params`."""
+        leaves = Leaves.of(params)
+        mu, nu, rest = _apart(core, fixed.layers)
+        for layer, own in ((fixed.layers[name], own) for name, own in core.layers.items()):
+            for part, momentum in zip(layer.parts, own.momenta or (), strict=False):
+                mu[part.name] = jnp.zeros_like(leaves.named[part.name], momentum.dtype)
+        return cls(leaves.tree(mu), leaves.tree(nu), rest, T, fixed)
+
+    @property
+    def layers(self) -> dict[str, Layer]:
+        """The layers that are trained."""
+        found = self.fixed.layers
+        return {name: found[name].of(own.factors) for name, own in self.rest.layers.items()}
+
+    @property
+    def core(self) -> State:
+        """The state as every frontend has it; see `singd_core.optimizer.State`."""
+        mu, nu, layers, rest = Leaves.of(self.mu).named, Leaves.of(self.nu).named, {}, self.rest
+        trained = self.layers
+        for name, own in rest.layers.items():
+            parts = trained[name].parts
+            if all(part.name in mu for part in parts):
+                momenta = [part.take(mu[part.name]) for part in parts]
+                own = LayerState.of(own.factors, momenta, own.late)
+            layers[name] = own
+        others = {k: Moments(mu[k], nu[k], own.step) for k, own in rest.fallback.items()}
+        return State(rest.step, rest.skipped, layers, others)
+
+    def with_core(self, core: State) -> SingdState:
+        """This state with another core."""
+        leaves = Leaves.of(self.mu)
+        mu, nu, rest = _apart(core, self.fixed.layers, leaves.named)
+        return self._replace(mu=leaves.tree(mu), nu=Leaves.of(self.nu).tree(nu), rest=rest)
 
     @property
     def due(self) -> Array | None:
         """Whether the next step refreshes the factors; None if every step does."""
         if self.T is None:
             return None
-        due: Array = is_due(self.core.step, Settings(growing_T=self.growing_T), self.T)
+        due: Array = is_due(self.rest.step, Settings(growing_T=self.fixed.growing_T), self.T)
         return due
+
+
+def _apart(
+    core: State, layers: Layers, momenta: Mapping[str, Array] | None = None
+) -> tuple[dict[str, Array], dict[str, Array], State]:
+    """The leaves of `mu` and `nu`, and the rest; what a layer has of them is put into `momenta`."""
+    mu, nu, kept, others = dict(momenta or {}), {}, {}, {}
+    for name, own in core.layers.items():
+        if momenta:
+            for part, momentum in zip(layers[name].parts, own.momenta or (), strict=False):
+                mu[part.name] = part.put(mu[part.name], momentum)
+        kept[name] = LayerState(own.factors, None, None, own.late)
+    for name, moments in core.fallback.items():
+        mu[name], nu[name] = moments.exp_avg, moments.exp_avg_sq
+        others[name] = Moments(None, None, moments.step)
+    return mu, nu, State(core.step, core.skipped, kept, others)
 
 
 class Both(NamedTuple):
@@ -83,7 +154,7 @@ def find_states(opt_state: Any) -> list[SingdState]:
             "the optimizer's state holds no state of singd: pass what `tx.init(params)` returned, "
             "of a transformation with singd in it"
         )
-    names = [name for state in found for name in state.core.layers]
+    names = [name for state in found for name in state.rest.layers]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(
@@ -144,7 +215,7 @@ def unflatten(opt_state: Any, flat: Mapping[str, Any]) -> Any:
     def restored(leaf: Any) -> Any:
         if not _is_state(leaf):
             return leaf
-        return dataclasses.replace(leaf, core=flat_state.unflatten(leaf.core, flat))
+        return leaf.with_core(flat_state.unflatten(leaf.core, flat))
 
     return jax.tree.map(restored, opt_state, is_leaf=_is_state)
 

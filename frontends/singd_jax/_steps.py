@@ -21,7 +21,8 @@ from singd_jax import _compat
 from singd_jax._curvature import joined
 from singd_jax._layers import Layer, Layers, pair
 from singd_jax._loss import Leaves
-from singd_jax._state import SingdState
+from singd_jax._pytree import register_with_flax
+from singd_jax._state import Fixed, SingdState
 
 Rate: TypeAlias = Any  # a number, a 0-d array, or a schedule: a function of the number of steps
 
@@ -42,6 +43,8 @@ class Steps:
         **given: Any,
     ) -> None:
         self.layers = layers
+        # The structure of the last state, which optax.tree.map_params asks for without parameters.
+        self.known: dict[str, Any] = {}
         schedules = {name: given[name] for name in _RATES if callable(given.get(name))}
         started = {name: _start(schedule) for name, schedule in schedules.items()}
         if callable(T):
@@ -76,6 +79,9 @@ class Steps:
         Raises:
             ValueError: Naming the first parameter that is not as it was when the layers were found.
         """
+        register_with_flax()
+        if type(params).__name__ == "_ParamsPlaceholder":
+            return self._placeholder(params)
         leaves = Leaves.of(params)
         arrays = leaves.named
         needed = [name for name in self.layers.shapes if not leaves.leaves_out(name)]
@@ -89,10 +95,14 @@ class Steps:
         states = jax.jit(
             lambda: {name: self._layer_state(layer, dtypes) for name, layer in found.items()}
         )()
-        states = {k: _with_momenta(found[k], layer, arrays) for k, layer in states.items()}
         rest = {k: _moments(a) for k, a in arrays.items() if others and k not in owned}
         count, skipped = (jnp.zeros((), jnp.int32) for _ in range(2))
-        return self._state(State(count, skipped, states, rest))  # type: ignore[arg-type]
+        core = State(count, skipped, states, rest)  # type: ignore[arg-type]
+        s = self.optimizer.settings
+        fixed = Fixed(self.layers, s.growing_T, s.rows)
+        state = SingdState.of(core, params, self._T(), fixed)
+        self.known["rest"] = jax.tree.map(lambda _: 0, state.rest)
+        return state
 
     @_compat.any_ranks
     def update(
@@ -117,7 +127,7 @@ class Steps:
         weights, _ = self._arrays(params, needed, "parameters")
         self._refuse_further(gradients, needed)
         if not needed:  # an empty group
-            return grads, self._counted(core, core)
+            return grads, self._counted(state, core)
         optimizer, refreshed = self._begun(state, curvature)
         new, stepped = optimizer.update(
             self._parameters(gradients, core),
@@ -126,7 +136,7 @@ class Steps:
             refreshed=refreshed,
         )
         changes = self._leaves(gradients, core, new)
-        return tree(changes), self._counted(core, stepped)
+        return tree(changes), self._counted(state, stepped)
 
     @_compat.any_ranks
     def precondition(
@@ -164,7 +174,7 @@ class Steps:
         skipped = core.skipped + (~ok).astype(core.skipped.dtype)
         changes = self._leaves(gradients, core, new)
         changes = {name: jnp.where(ok, a, jnp.zeros_like(a)) for name, a in changes.items()}
-        return tree(changes), self._counted(core, dataclasses.replace(kept, skipped=skipped))
+        return tree(changes), self._counted(state, dataclasses.replace(kept, skipped=skipped))
 
     def _at(self, state: SingdState) -> Optimizer:
         """The optimizer with the rates of this step."""
@@ -205,15 +215,22 @@ class Steps:
         )
         return optimizer, refreshed
 
-    def _counted(self, core: State, stepped: State) -> SingdState:
-        step = core.step + 1  # also where nothing else has changed
-        return self._state(dataclasses.replace(stepped, step=step))
+    def _counted(self, state: SingdState, stepped: State) -> SingdState:
+        step = state.rest.step + 1  # also where nothing else has changed
+        return state.with_core(dataclasses.replace(stepped, step=step))._replace(T=self._T())
 
-    def _state(self, core: State) -> SingdState:
+    def _T(self) -> Array | None:
         always = isinstance(self.T, int) and self.T == 1
-        T = None if always else jnp.asarray(self.T, jnp.int32)
+        return None if always else jnp.asarray(self.T, jnp.int32)
+
+    def _placeholder(self, params: Any) -> SingdState:
+        """A state of the same structure, with what `optax.tree.map_params` gives for parameters."""
         s = self.optimizer.settings
-        return SingdState(core, T, s.growing_T, s.rows)
+        if "rest" not in self.known:
+            shapes = self.layers.shapes.items()
+            jax.eval_shape(lambda: self.init({k: jnp.zeros(n) for k, n in shapes}))
+        fixed = Fixed(self.layers, s.growing_T, s.rows)
+        return SingdState(params, params, self.known["rest"], self._T(), fixed)
 
     def _layer_state(self, layer: Layer, dtypes: Mapping[str, Any]) -> LayerState:
         """The state of a layer, its momenta without entries yet."""
@@ -298,15 +315,6 @@ class Steps:
             else:
                 found[name] = value
         return found
-
-
-def _with_momenta(layer: Layer, state: LayerState, arrays: Mapping[str, Array]) -> LayerState:
-    """The state with momenta like the parameters, and so sharded like them."""
-    if state.momenta is None:
-        return state
-    pairs = zip(layer.parts, state.momenta, strict=True)
-    zeros = [part.zeros(arrays[part.name], empty.dtype) for part, empty in pairs]
-    return LayerState.of(state.factors, zeros, state.late)
 
 
 def _start(schedule: Callable[[Array], Any]) -> Any:

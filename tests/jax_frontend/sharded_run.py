@@ -238,7 +238,7 @@ def few_rows_of_each_device(structures):
         each = []
         for step in range(64):
             core = dataclasses.replace(state.core, step=jnp.asarray(step, jnp.int32))
-            c = function(params, dataclasses.replace(state, core=core), x)
+            c = function(params, state.with_core(core), x)
             each.append(jax.tree.map(np.asarray, c))
         found.append(jax.tree.map(lambda *a: np.stack(a), *each))
     full, some = found

@@ -28,7 +28,7 @@ def function_of_the_step(loss, params, batch, structures, has_aux=False, of_laye
 
     def at(step):
         core = dataclasses.replace(state.core, step=step)
-        return function(params, dataclasses.replace(state, core=core), *batch)[2]
+        return function(params, state.with_core(core), *batch)[2]
 
     return at
 

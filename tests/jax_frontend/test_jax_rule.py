@@ -186,7 +186,7 @@ def test_a_refresh_after_a_gap_makes_up_for_it():
     _, new = jax.jit(tx.update)(grads, state, params, curvature=curvature)
     other = constant(lr_cov=1.0 - 0.7**4, growing_T=False)
     same = other.init(params)
-    same = type(same)(core=state.core, T=same.T, growing_T=same.growing_T)
+    same = same.with_core(state.core)
     _, expected = jax.jit(other.update)(grads, same, params, curvature=curvature)
     assert_close(new.core.layers, expected.core.layers, 1e-5)
 

@@ -93,7 +93,7 @@ def test_sampled_rows_of_ragged_groups_have_the_expected_sums():
         state = singd_jax.singd(layers=layers, structures="dense", rows=rows, T=1).init(params)
         count = jnp.asarray(step, jnp.int32)
         core = dataclasses.replace(state.core, step=count)
-        state = dataclasses.replace(state, core=core)
+        state = state.with_core(core)
         found = singd_jax.value_and_curvature(loss, layers)(params, state, x, sizes)[2]["w"]
         return np.asarray(found.H_K.dense()), np.asarray(found.H_C.dense())
 
