@@ -5,6 +5,7 @@ from singd_jax._accumulate import MultiSteps
 from singd_jax._check import check
 from singd_jax._curvature import value_and_curvature
 from singd_jax._find import find_layers
+from singd_jax._gradients import Gradients, value_and_grad
 from singd_jax._layers import Layer, Layers
 from singd_jax._pytree import register_trees
 from singd_jax._state import SingdState, flatten, unflatten
@@ -12,6 +13,7 @@ from singd_jax._torch import from_torch
 from singd_jax._transform import scale_by_singd, singd
 
 __all__ = [
+    "Gradients",
     "Layer",
     "Layers",
     "MultiSteps",
@@ -25,6 +27,7 @@ __all__ = [
     "singd",
     "unflatten",
     "value_and_curvature",
+    "value_and_grad",
 ]
 
 register_trees()

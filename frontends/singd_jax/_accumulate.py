@@ -13,6 +13,7 @@ import optax  # type: ignore[import-untyped]
 from singd_core._array import Array
 from singd_core.updates.curvature import Curvature
 from singd_jax._curvature import blank
+from singd_jax._gradients import MISSING, parted
 from singd_jax._layers import TRANSPOSED, Layers, Role
 from singd_jax._loss import Leaves, is_complex
 from singd_jax._state import Both, find_states
@@ -101,7 +102,7 @@ class MultiSteps(optax.MultiSteps):  # type: ignore[misc]
         state: Any,
         params: Any = None,
         *,
-        curvature: Mapping[str, Curvature] | None = None,
+        curvature: Mapping[str, Curvature] | None = MISSING,
         **extra: Any,
     ) -> Any:
         """The changes after the last micro-batch of a step, zeros after the others.
@@ -109,7 +110,8 @@ class MultiSteps(optax.MultiSteps):  # type: ignore[misc]
         Raises:
             ValueError: If no curvature is given, or not that of the layers of the state.
         """
-        if curvature is None:
+        updates, curvature = parted(updates, curvature)
+        if curvature is None or curvature is MISSING:
             raise ValueError(
                 "singd_jax.MultiSteps accumulates the curvature: give tx.update(grads, state, "
                 "params, curvature=curvature) that of value_and_curvature, and put its "

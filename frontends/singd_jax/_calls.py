@@ -40,6 +40,7 @@ class Call:
         product: BᵀA, the gradient of the matrix, where A is not written out.
         reduces: Whether rows of one example can be told from those of another.
         guesses: Whether it is a guess which, since several axes are as long as the batch.
+        leading: The length of the first axis of the rows, which is that of the batch by custom.
         takes_bias: Whether its rows can have a column of ones.
         times: How often it runs with one matrix: for each step of a scan, and on each device.
         sizes: How many rows each matrix of the stack has, where x tells.
@@ -59,6 +60,7 @@ class Call:
     product: Callable[[Array, Array], Array] | None = None
     reduces: bool = True
     guesses: bool = False
+    leading: int | None = None
     takes_bias: bool = True
     times: int = 1
     sizes: Callable[[Any], Array] | None = None
@@ -142,6 +144,7 @@ def dot_general(
         inputs=inputs,
         outputs=outputs,
         reduces=bool(of_batch) or nf == 0,
+        leading=x[xf[0]] if xf else None,
         guesses=len(as_long) > 1,
     )
 
@@ -192,6 +195,7 @@ def convolution(params: Mapping[str, Any], view: View, y: Sequence[int]) -> Call
         along=tuple(along),
         rows=math.prod(y) // y[numbers.out_spec[1]],
         examples=y[numbers.out_spec[0]],
+        leading=y[numbers.out_spec[0]],
         inputs=inputs,
         outputs=outputs,
     )
@@ -253,6 +257,7 @@ def gather(
         along=tuple(along),
         rows=math.prod(index[:-1]),
         examples=math.prod(index[:-1]),
+        leading=index[0] if len(index) > 1 else None,
         inputs=inputs,
         outputs=outputs,
         product=product,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -66,8 +67,9 @@ def check(
 
         @jax.jit
         def traced(arrays: Any) -> Any:
-            value, grads, products, _ = tapped.value_and_grad(
-                leaves.join(arrays), slots, {}, batch, keywords, has_aux
+            own = dataclasses.replace(leaves, arrays=tuple(arrays))
+            value, grads, _, products, _ = tapped.value_and_grad(
+                own, slots, {}, batch, keywords, has_aux
             )
             gradients = Leaves.of(grads).named
             gaps = {
@@ -78,7 +80,8 @@ def check(
 
         @jax.jit
         def plain(arrays: Any) -> Any:
-            value, grads = value_and_grad(loss, leaves.join(arrays), batch, keywords, has_aux)
+            own = dataclasses.replace(leaves, arrays=tuple(arrays))
+            value, grads, _ = value_and_grad(loss, own, batch, keywords, has_aux)
             return (value[0] if has_aux else value), Leaves.of(grads).named
 
         gaps, *got = traced(leaves.arrays)

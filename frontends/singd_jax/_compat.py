@@ -63,9 +63,9 @@ def without_dead_equations(closed: Any) -> Any:
     return core.ClosedJaxpr(jaxpr, closed.consts)
 
 
-def trained(jaxpr: Jaxpr) -> set[Variable]:
-    """The variables of a jaxpr through which a gradient goes back from its results."""
-    found = {v for v in jaxpr.outvars if not is_literal(v)}
+def trained(jaxpr: Jaxpr, results: Sequence[Variable] | None = None) -> set[Variable]:
+    """The variables of a jaxpr through which a gradient goes back from results, or from all."""
+    found = {v for v in (jaxpr.outvars if results is None else results) if not is_literal(v)}
     for eqn in reversed(jaxpr.eqns):
         smooth = any(jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in eqn.outvars if v in found)
         if smooth and eqn.primitive.name != "stop_gradient":

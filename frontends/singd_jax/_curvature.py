@@ -15,9 +15,10 @@ from singd_core._array import Array
 from singd_core.curvature import Sample
 from singd_core.preconditioner import Factors
 from singd_core.updates.curvature import Curvature, Measured
-from singd_jax import _compat
+from singd_jax import _compat, _nnx
 from singd_jax._axes import Key
 from singd_jax._calls import Call
+from singd_jax._find import leading
 from singd_jax._layers import TRANSPOSED, UPRIGHT, Layer, Layers, Role
 from singd_jax._loss import Leaves, evaluate, size_of_batch
 from singd_jax._state import SingdState, find_states, refuse_lost_curvature
@@ -74,6 +75,7 @@ def value_and_curvature(
     def function(
         params: Any, state: Any, *batch: Any, **keywords: Any
     ) -> tuple[Any, Any, dict[str, Curvature]]:
+        state = _nnx.pure(state)
         states = find_states(state)
         refuse_lost_curvature(state)
         trained = layers.of(states)
@@ -84,11 +86,13 @@ def value_and_curvature(
                 f"the state is that of {', '.join(known)}, and the layers are "
                 f"{', '.join(layers)}: give both the same layers"
             )
+        leaves = Leaves.of(params)
         trained.refuse_others(
-            Leaves.of(params).named, [leaf for layer in trained.values() for leaf in layer.leaves]
+            leaves.named, [leaf for layer in trained.values() for leaf in layer.leaves]
         )
         needed = layers.loss_average == "batch" or layers.kfac_approx == "reduce"
-        n = size_of_batch(layers.batch_size, batch, keywords) if needed else None
+        first = functools.partial(leading, loss, leaves, batch, keywords)
+        n = size_of_batch(layers.batch_size, batch, keywords, first) if needed else None
         dues: list[Any] = [own.due for own in states]
         whole = branch == "layer" or any(due is None for due in dues)
         due = {name: own.due for own in states for name in own.rest.layers} if whole else {}
@@ -98,20 +102,26 @@ def value_and_curvature(
         rule = functools.partial(_measure, rows)
         tapped, seen = Tapped(loss, trained, n, rule, due, steps), set[str]()
 
-        def measured() -> tuple[Any, Any, dict[str, Any]]:
-            value, grads, sums, names = tapped.value_and_grad(
-                params, slots, factors, batch, keywords, has_aux
+        def measured() -> tuple[Any, Any, Any, dict[str, Any]]:
+            *found, sums, names = tapped.value_and_grad(
+                leaves, slots, factors, batch, keywords, has_aux
             )
             seen.update(names)
-            return value, grads, sums
+            return *found, sums
 
-        def plain() -> tuple[Any, Any, dict[str, Any]]:
-            return *value_and_grad(loss, params, batch, keywords, has_aux), slots
+        def plain() -> tuple[Any, Any, Any, dict[str, Any]]:
+            return *value_and_grad(loss, leaves, batch, keywords, has_aux), slots
 
         if whole:
-            value, grads, sums = measured()
+            value, grads, changed, sums = measured()
         else:
-            value, grads, sums = jax.lax.cond(jnp.any(jnp.stack(dues)), measured, plain)
+            value, grads, changed, sums = jax.lax.cond(jnp.any(jnp.stack(dues)), measured, plain)
+        if factors and not seen:
+            raise ValueError(
+                f"the loss uses none of {', '.join(factors)} as in the loss that the layers were "
+                "found in: find the layers of this loss, or give that one"
+            )
+        leaves.keep(changed)
         curvature = {
             name + role: _curvature(sums[name][role], layers, n, role)
             for name, layer in trained.items()
@@ -145,27 +155,37 @@ class Tapped:
 
     def value_and_grad(
         self,
-        params: Any,
+        leaves: Leaves,
         slots: Mapping[str, Any],
         factors: Mapping[str, Any],
         batch: tuple[Any, ...],
         keywords: Mapping[str, Any],
         has_aux: bool,
-    ) -> tuple[Any, Any, dict[str, Any], set[str]]:
-        """The value, the gradient, what the slots got, and which layers and roles gave something.
+    ) -> tuple[Any, Any, list[Array], dict[str, Any], set[str]]:
+        """The value, the gradient, what has changed of the model, what the slots got, and of what.
 
-        `slots` has for each layer one for each role.
+        `slots` has for each layer one for each role, and the last result which of them got
+        something.
+
+        Raises:
+            ValueError: If the loss uses a layer in another way than as what it was found.
         """
-        leaves, seen = Leaves.of(params), set[str]()
+        seen = set[str]()
         index = {name: i for i, name in enumerate(leaves.names)}
         keys: dict[Key, str] = {}
         for name in slots:
             weight = self.layers[name].weight
             keys[index[weight.name], weight.region] = name
+        owned = {leaf for leaf, _ in keys}
 
         def visit(key: Key, call: Call, x: Any, y: Array, ports: Ports) -> Array:
             name = keys.get(key)
             role = None if name is None or key not in ports else self.layers[name].role(call)
+            if role is None and key[0] in owned:
+                raise ValueError(
+                    f"{leaves.names[key[0]]!r} is used as another matrix than in the loss that the "
+                    "layers were found in: find the layers of this loss"
+                )
             if name is None or role is None:
                 return y
             seen.add(name + role)
@@ -180,25 +200,34 @@ class Tapped:
             }
             stacks = {key: self.layers[name].weight.stack for key, name in keys.items()}
             tracer = Tracer(self.batch_size, visit, stacks)
-            return evaluate(self.loss, tracer, leaves, arrays, ports, batch, keywords)
+            found = evaluate(self.loss, tracer, leaves, arrays, ports, batch, keywords)
+            return _first(found[0], has_aux), found
 
-        value, (grads, got) = jax.value_and_grad(function, argnums=(0, 1), has_aux=has_aux)(
-            list(leaves.arrays), dict(slots)
-        )
-        return value, leaves.gradients(grads), got, seen
+        (_, (value, changed)), (grads, got) = jax.value_and_grad(
+            function, argnums=(0, 1), has_aux=True
+        )(list(leaves.arrays), dict(slots))
+        return value, leaves.gradients(grads), changed, got, seen
 
 
 def value_and_grad(
-    loss: Callable[..., Any], params: Any, batch: Any, keywords: Any, has_aux: bool
-) -> tuple[Any, Any]:
-    """The value and the gradient alone."""
-    leaves = Leaves.of(params)
+    loss: Callable[..., Any], leaves: Leaves, batch: Any, keywords: Any, has_aux: bool
+) -> tuple[Any, Any, list[Array]]:
+    """The value and the gradient alone, and what has changed of the model."""
 
     def function(arrays: list[Array]) -> Any:
-        return loss(leaves.join(arrays), *batch, **keywords)
+        model = leaves.join(arrays)
+        result = loss(model, *batch, **keywords)
+        return _first(result, has_aux), (result, leaves.changed(model))
 
-    value, grads = jax.value_and_grad(function, has_aux=has_aux)(list(leaves.arrays))
-    return value, leaves.gradients(grads)
+    (_, (value, changed)), grads = jax.value_and_grad(function, has_aux=True)(list(leaves.arrays))
+    return value, leaves.gradients(grads), changed
+
+
+def _first(result: Any, has_aux: bool) -> Any:
+    if not has_aux:
+        return result
+    value, _ = result
+    return value
 
 
 def _measure(

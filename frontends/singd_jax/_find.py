@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -42,7 +43,8 @@ def find_layers(
         loss_average: What the loss is a mean of: "batch", "batch+sequence", so many terms, or None
             for a sum.
         batch_size: How many examples the batch holds: a number, or a function of `*batch`. None
-            reads it off the first axis of the arrays in the batch, which must agree. Inside
+            reads it off the first axis of the arrays in the batch, or, if they do not agree or
+            there are none, off that of all data which parameters multiply. Inside
             shard_map, where the batch is a part of the whole, it must be given.
 
     Returns:
@@ -75,12 +77,10 @@ def find_layers(
     def find(params: Any, *batch: Any, **keywords: Any) -> Layers:
         leaves = Leaves.of(params)
         needed = loss_average == "batch" or kfac_approx == "reduce"
-        n = size_of_batch(batch_size, batch, keywords) if needed else None
+        first = functools.partial(leading, alone, leaves, batch, keywords)
+        n = size_of_batch(batch_size, batch, keywords, first) if needed else None
         tracer = Tracer(n, _untouched)
-        jax.eval_shape(
-            lambda arrays: evaluate(alone, tracer, leaves, arrays, {}, batch, keywords),
-            list(leaves.arrays),
-        )
+        _follow(alone, tracer, leaves, batch, keywords)
         search = _Search(tracer, leaves)
         search.run(kfac_approx)
         return Layers(
@@ -98,6 +98,28 @@ def find_layers(
         )
 
     return find
+
+
+def leading(
+    loss: Callable[..., Any], leaves: Leaves, batch: tuple[Any, ...], keywords: Mapping[str, Any]
+) -> set[Any]:
+    """The lengths of the first axes of what parameters multiply in a loss."""
+    tracer = Tracer(None, _untouched)
+    _follow(loss, tracer, leaves, batch, keywords)
+    return tracer.leading - {None}
+
+
+def _follow(
+    loss: Callable[..., Any],
+    tracer: Tracer,
+    leaves: Leaves,
+    batch: tuple[Any, ...],
+    keywords: Mapping[str, Any],
+) -> None:
+    jax.eval_shape(
+        lambda arrays: evaluate(loss, tracer, leaves, arrays, {}, batch, keywords),
+        list(leaves.arrays),
+    )
 
 
 def _untouched(key: Key, call: Call, x: Any, y: Array, ports: Ports) -> Array:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax  # type: ignore[import-untyped]
 
 from singd_core._array import Array
-from singd_jax import _compat
+from singd_jax import _compat, _nnx
 from singd_jax._axes import View
 from singd_jax._trace import Ports, Tracer
 
@@ -27,6 +27,7 @@ class Leaves:
         others: The names of what is not trained, e.g. of what a mask leaves out: maybe a branch.
         numbers: Those among them of Python's numbers with a point, which are no arrays.
         join: Puts leaves back into the pytree.
+        model: The pytree itself if it is a model of flax.nnx, whose variables a loss changes.
     """
 
     names: tuple[str, ...]
@@ -34,6 +35,7 @@ class Leaves:
     others: frozenset[str]
     numbers: tuple[str, ...]
     join: Callable[[Sequence[Any]], Any]
+    model: Any = None
 
     @classmethod
     def of(cls, params: Any) -> Leaves:
@@ -41,6 +43,9 @@ class Leaves:
         tree: Any
         flat, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_left_out)
         trained = [_is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact) for _, leaf in flat]
+        if _nnx.is_model(params):
+            chosen = _nnx.trained(params, _is_left_out)
+            trained = [a and b for a, b in zip(trained, chosen, strict=True)]
         paths = _without_wrappers([path for path, _ in flat])
         names = [_name(path) for path in paths]
         if len(set(names)) < len(names):  # {"a.b": ...} beside {"a": {"b": ...}}
@@ -51,10 +56,10 @@ class Leaves:
             pairs = zip(flat, trained, strict=True)
             return tree.unflatten([next(new) if own else leaf for (_, leaf), own in pairs])
 
-        chosen = [i for i, own in enumerate(trained) if own]
+        where = [i for i, own in enumerate(trained) if own]
         return cls(
-            tuple(names[i] for i in chosen),
-            tuple(flat[i][1] for i in chosen),
+            tuple(names[i] for i in where),
+            tuple(flat[i][1] for i in where),
             frozenset(
                 name if path else ""
                 for (path, _), name, own in zip(flat, names, trained, strict=True)
@@ -66,7 +71,27 @@ class Leaves:
                 if isinstance(leaf, (float, complex)) and not _is_array(leaf)
             ),
             join,
+            params if _nnx.is_model(params) else None,
         )
+
+    def changed(self, model: Any) -> list[Array]:
+        """What of a model besides the leaves the loss may have changed: nothing but of nnx."""
+        if self.model is None:
+            return []
+        flat = jax.tree.leaves(model, is_leaf=_is_left_out)
+        pairs = zip(flat, _nnx.trained(model, _is_left_out), strict=True)
+        return [leaf for leaf, own in pairs if not own and _is_array(leaf)]
+
+    def keep(self, changed: Sequence[Array]) -> None:
+        """Change the model in place as the loss has changed the copy that it was given."""
+        if self.model is not None:
+            tree: Any
+            flat, tree = jax.tree.flatten(self.model, is_leaf=_is_left_out)
+            new, trained = iter(changed), _nnx.trained(self.model, _is_left_out)
+            for i, own in enumerate(trained):
+                if not own and _is_array(flat[i]):
+                    flat[i] = next(new)
+            _nnx.update(self.model, tree.unflatten(flat))
 
     def leaves_out(self, name: str) -> bool:
         """Whether a leaf is none of those trained, or in a branch that is left out."""
@@ -117,8 +142,8 @@ def evaluate(
     ports: Ports,
     batch: tuple[Any, ...],
     keywords: Mapping[str, Any],
-) -> Any:
-    """What the loss returns, evaluated by a tracer."""
+) -> tuple[Any, list[Array]]:
+    """What the loss returns, evaluated by a tracer, and what it has changed of the model."""
     tree: Any
     flat, tree = jax.tree.flatten((batch, dict(keywords)))
     which = [i for i, value in enumerate(flat) if _is_array(value)]
@@ -128,7 +153,9 @@ def evaluate(
         for i, array in zip(which, arrays, strict=True):
             full[i] = array
         args, named = tree.unflatten(full)
-        return loss(params.join(leaves), *args, **named)
+        model = params.join(leaves)
+        result = loss(model, *args, **named)
+        return result, params.changed(model)
 
     arrays = [flat[i] for i in which]
     closed, shape = jax.make_jaxpr(function, return_shape=True)(list(leaves), arrays)
@@ -141,15 +168,23 @@ def evaluate(
     differ = [_compat.varying(a) for a in args]
     if any(differ):  # the loss is inside a shard_map
         tracer.spread.follow(closed.jaxpr, closed.consts, differ)
-    results, _ = tracer.run(closed.jaxpr, closed.consts, args, origins, ports)
-    return jax.tree.unflatten(jax.tree.structure(shape), results)
+    value = closed.jaxpr.outvars[:1]  # what else is returned is not differentiated
+    results, _ = tracer.run(closed.jaxpr, closed.consts, args, origins, ports, value)
+    return jax.tree.unflatten(jax.tree.structure(shape), results)  # type: ignore[no-any-return]
 
 
-def size_of_batch(given: Any, batch: tuple[Any, ...], keywords: Mapping[str, Any]) -> int:
+def size_of_batch(
+    given: Any,
+    batch: tuple[Any, ...],
+    keywords: Mapping[str, Any],
+    leading: Callable[[], set[int]],
+) -> int:
     """The batch size: the first axis of the arrays in the batch, unless it is given.
 
+    Where they do not agree it is that of all data which parameters multiply, as `leading` returns.
+
     Raises:
-        ValueError: If the arrays do not agree on it.
+        ValueError: If neither agree on it.
     """
     if given is not None:
         return int(given(*batch, **keywords)) if callable(given) else int(given)
@@ -160,6 +195,9 @@ def size_of_batch(given: Any, batch: tuple[Any, ...], keywords: Mapping[str, Any
         if _is_array(value) and value.ndim > 0 and not _is_key(value)
     }
     if len(set(sizes.values())) != 1:
+        of_products = leading()
+        if len(of_products) == 1:
+            return of_products.pop()
         told = ", ".join(f"{name} {n}" for name, n in sizes.items()) or "there is no array"
         raise ValueError(
             "the batch size is not to be seen from the first axes of the arguments after the "

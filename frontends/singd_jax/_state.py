@@ -164,6 +164,11 @@ def find_states(opt_state: Any) -> list[SingdState]:
     return found
 
 
+def holds_state(tree: Any) -> bool:
+    """Whether there is a state of singd in it."""
+    return any(map(_is_state, jax.tree.leaves(tree, is_leaf=_is_state)))
+
+
 def refuse_lost_curvature(opt_state: Any) -> None:
     """Raise if optax would not pass the curvature on to singd.
 
@@ -190,7 +195,7 @@ def _drops_curvature(node: Any) -> bool:
     return of_optax and any(
         isinstance(part, optax.MultiStepsState)
         and not isinstance(part.acc_grads, Both)
-        and any(map(_is_state, jax.tree.leaves(part, is_leaf=_is_state)))
+        and holds_state(part)
         for part in (node if isinstance(node, tuple) else ())
     )
 

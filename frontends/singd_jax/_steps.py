@@ -19,6 +19,7 @@ from singd_core.updates.adamw import Fallback, Moments
 from singd_core.updates.curvature import Curvature
 from singd_jax import _compat
 from singd_jax._curvature import joined
+from singd_jax._find import find_layers
 from singd_jax._layers import Layer, Layers, pair
 from singd_jax._loss import Leaves
 from singd_jax._pytree import register_with_flax
@@ -34,15 +35,21 @@ class Steps:
 
     def __init__(
         self,
-        layers: Layers,
+        layers: Layers | None,
         structures: Any,
         recipe: str,
         T: Any,
         preconditioner_dtype: tuple[Any, Any],
         fallback: Fallback | None,
+        loss: Callable[..., Any] | None = None,
         **given: Any,
     ) -> None:
-        self.layers = layers
+        if (layers is None) == (loss is None):
+            raise TypeError(
+                "give singd either loss=loss, for tx.init(params, *batch), or "
+                "layers=singd_jax.find_layers(loss)(params, *batch)"
+            )
+        self.find = None if loss is None else find_layers(loss)
         # The structure of the last state, which optax.tree.map_params asks for without parameters.
         self.known: dict[str, Any] = {}
         schedules = {name: given[name] for name in _RATES if callable(given.get(name))}
@@ -62,26 +69,63 @@ class Steps:
         self.optimizer = Optimizer(
             {},
             recipe=recipe,
-            structures=pair(layers.structures if structures is None else structures),
-            kfac_approx=layers.kfac_approx,
-            loss_average=layers.loss_average,
+            structures=pair(structures),
             preconditioner_dtype=preconditioner_dtype,
             fallback=fallback,
             **given | started | {"T": counted},
         )
         self.schedules = schedules
         self.T = self.optimizer.settings.T if T is None or isinstance(T, int) else T
+        self.chooses = structures is not None
+        if layers is not None:
+            self._take(layers)
 
-    @_compat.any_ranks
-    def init(self, params: Any, others: bool = True) -> SingdState:
-        """The state before the first step.
+    def _take(self, layers: Layers) -> None:
+        """Train these layers, with the structures that they were found with unless given others."""
+        self.layers = layers
+        if not self.chooses and layers.structures is not None:
+            self.optimizer.structures = layers.structures
+
+    def _of(self, state: SingdState) -> Steps:
+        """The same with the layers of a state."""
+        own = copy.copy(self)
+        own.optimizer = copy.copy(self.optimizer)
+        own._take(state.fixed.layers)
+        return own
+
+    def init(self, params: Any, *batch: Any, **keywords: Any) -> SingdState:
+        """The state before the first step; the batch is wanted where the layers are to be found.
 
         Raises:
-            ValueError: Naming the first parameter that is not as it was when the layers were found.
+            ValueError: If there is no batch, or naming the first parameter that is not as it was
+                when the layers were found.
         """
+        return self.start(params, *batch, **keywords)
+
+    def start(self, params: Any, *batch: Any, others: bool = True, **keywords: Any) -> SingdState:
+        """As `init`; the moments of other parameters are left out if they are not trained."""
         register_with_flax()
         if type(params).__name__ == "_ParamsPlaceholder":
             return self._placeholder(params)
+        if self.find is not None:
+            self._take(self._found(params, batch, keywords))
+        with jax.numpy_rank_promotion("allow"):
+            return self._start(params, others)
+
+    def _found(self, params: Any, batch: tuple[Any, ...], keywords: Mapping[str, Any]) -> Layers:
+        """The layers of the loss."""
+        try:
+            return self.find(params, *batch, **keywords)  # type: ignore[misc]
+        except TypeError as error:
+            if batch or keywords:
+                raise
+            raise ValueError(
+                "singd(loss=...) finds the layers in tx.init(params, *batch), which got no batch: "
+                "as a part of others, or where others call it, give it "
+                "layers=singd_jax.find_layers(loss)(params, *batch)"
+            ) from error
+
+    def _start(self, params: Any, others: bool) -> SingdState:
         leaves = Leaves.of(params)
         arrays = leaves.named
         needed = [name for name in self.layers.shapes if not leaves.leaves_out(name)]
@@ -117,6 +161,15 @@ class Steps:
         Raises:
             ValueError: If there are no parameters, or they or the gradients do not fit the state.
         """
+        return self._of(state)._update(grads, state, params, curvature)
+
+    def _update(
+        self,
+        grads: Any,
+        state: SingdState,
+        params: Any,
+        curvature: Mapping[str, Curvature] | None,
+    ) -> tuple[Any, SingdState]:
         if params is None:
             raise ValueError(
                 "singd needs the parameters: tx.update(grads, state, params, curvature=curvature)"
@@ -152,6 +205,11 @@ class Steps:
             ValueError: If the gradients do not fit the state.
         """
         del params
+        return self._of(state)._precondition(grads, state, curvature)
+
+    def _precondition(
+        self, grads: Any, state: SingdState, curvature: Mapping[str, Curvature] | None
+    ) -> tuple[Any, SingdState]:
         core = state.core
         gradients, tree = self._arrays(grads, self._owned(core), "gradients")
         _, refreshed = self._begun(state, curvature)

@@ -40,6 +40,7 @@ class Tracer:
         reads: For each leaf the other equations that read it.
         scans: The lengths of the scans that were entered.
         steps: The weights that every step of such a scan multiplies with.
+        leading: The lengths of the first axes of what parameters multiply.
         spread: Along which axes of a mesh data differ between devices.
     """
 
@@ -56,6 +57,7 @@ class Tracer:
         self.reads: dict[int, dict[str, None]] = collections.defaultdict(dict)
         self.scans: dict[int, int] = {}
         self.steps: set[Key] = set()
+        self.leading: set[int | None] = set()
         self.spread = Spread()
         self._within: Path = ()
         self._kept: list[Any] = []
@@ -72,8 +74,9 @@ class Tracer:
         args: Sequence[Any],
         origins: Sequence[Origin],
         ports: Ports,
+        differentiated: Sequence[Any] | None = None,
     ) -> tuple[list[Any], list[Origin]]:
-        """The results of a jaxpr, and where they come from."""
+        """The results of a jaxpr, and where they come from; `differentiated` are all or some."""
         # a constant of NumPy has no gradient, and functions with rules of their own want one
         arrays = [jnp.asarray(c) if isinstance(c, np.ndarray) else c for c in consts]
         env: dict[Any, Any] = dict(zip(jaxpr.constvars, arrays, strict=True))
@@ -95,7 +98,7 @@ class Tracer:
             return None if _compat.is_literal(v) else known.get(v)
 
         learn(jaxpr.invars, origins)
-        trained = _compat.trained(jaxpr)
+        trained = _compat.trained(jaxpr, differentiated)
         for eqn in jaxpr.eqns:
             values = [read(v) for v in eqn.invars]
             gives = any(v in trained for v in eqn.outvars)
@@ -228,6 +231,7 @@ class Tracer:
             call = dataclasses.replace(call, times=max(steps, 1) * self.spread.devices(x, y))
             path = (*self._within, id(eqn))
             self.calls[view.key][path] = call
+            self.leading.add(call.leading)
             operand = x if call.sizes is None else (x, values[2])
             own = ports
             if view.key in ports:

@@ -12,6 +12,7 @@ from singd_core._settings import DEFAULT
 from singd_core.updates.adamw import Fallback
 from singd_core.updates.curvature import Curvature
 from singd_jax import _compat
+from singd_jax._gradients import MISSING, parted
 from singd_jax._layers import Layers
 from singd_jax._state import SingdState
 from singd_jax._steps import Rate, Steps
@@ -20,7 +21,8 @@ from singd_jax._steps import Rate, Steps
 def singd(
     learning_rate: Rate = None,
     *,
-    layers: Layers,
+    layers: Layers | None = None,
+    loss: Callable[..., Any] | None = None,
     structures: Any = None,
     recipe: str = DEFAULT,
     momentum: Rate = None,
@@ -52,12 +54,15 @@ def singd(
     parameter is trained by AdamW. `print(layers)` shows which is which. A step whose gradient or
     curvature is not finite changes nothing, and is counted in `state.core.skipped`.
 
-    `update` takes the curvature as a keyword, from `value_and_curvature`; without it the factors
-    stay as they are. Every rate may be a number, a 0-d array or a schedule.
+    `update` takes gradients from `singd_jax.value_and_grad`, or the curvature as a keyword, from
+    `value_and_curvature`; with `curvature=None` the factors stay as they are. Every rate may be a
+    number, a 0-d array or a schedule.
 
     Args:
         learning_rate: Learning rate (β₂).
         layers: What `find_layers` returned.
+        loss: In its place the loss `loss(params, *batch)`: `tx.init(params, *batch)` then finds the
+            layers, with the defaults of `find_layers`.
         structures: Of K and C, one for both, or "auto:b"; None takes those of `layers`, or else
             the recipe's.
         recipe: "normalized" or "paper": the values of all settings left at None.
@@ -88,10 +93,11 @@ def singd(
         fallback: Settings of AdamW; its rates may be schedules too.
 
     Returns:
-        The transformation. With `optax.inject_hyperparams` name `order`, `rows` and `warmup`, if
-        given, in `static_args`.
+        The transformation. With `optax.inject_hyperparams` name `loss`, `order`, `rows` and
+        `warmup`, if given, in `static_args`.
 
     Raises:
+        TypeError: If neither or both of `layers` and `loss` are given.
         ValueError: If a setting is out of range or a name unknown.
     """
     given = dict(locals())
@@ -153,21 +159,29 @@ def scale_by_singd(
     """
     given = dict(locals())
     steps = Steps(fallback=None, momentum=0.0, **given)
-    return _transformation(functools.partial(steps.init, others=False), steps.precondition)
+    return _transformation(functools.partial(steps.start, others=False), steps.precondition)
 
 
 def _transformation(
-    init: Callable[[Any], SingdState], step: Callable[..., tuple[Any, SingdState]]
+    init: Callable[..., SingdState], step: Callable[..., tuple[Any, SingdState]]
 ) -> optax.GradientTransformationExtraArgs:
     def update(
         updates: Any,
         state: SingdState,
         params: Any = None,
         *,
-        curvature: Mapping[str, Curvature] | None = None,
+        curvature: Mapping[str, Curvature] | None = MISSING,
         **_: Any,
     ) -> tuple[Any, SingdState]:
+        updates, curvature = parted(updates, curvature)
+        if curvature is MISSING and state.rest.layers:
+            raise ValueError(
+                "singd got no curvature: give tx.update the gradients of singd_jax.value_and_grad, "
+                "or curvature=curvature with that of singd_jax.value_and_curvature; "
+                "curvature=None says that the factors are to stay as they are"
+            )
+        known = None if curvature is MISSING else curvature
         sharded = _compat.auto_sharded(step, (updates, state))
-        return sharded(updates, state, params, curvature)  # type: ignore[no-any-return]
+        return sharded(updates, state, params, known)  # type: ignore[no-any-return]
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -1,5 +1,7 @@
 """The state is a pytree of arrays that every format takes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,7 +84,8 @@ def test_a_run_goes_on_in_the_core(recipe):
 
     tx = singd_jax.singd(given["lr"], layers=LAYERS, recipe=recipe, T=1)
     again = singd_jax.unflatten(tx.init(start()), flat_state.flatten(restored))
-    updates, new = jax.jit(tx.update)(grads, again, start())
+    update = functools.partial(tx.update, curvature=None)
+    updates, new = jax.jit(update)(grads, again, start())
     for name, change in layered(updates).items():
         for got, wanted in zip(parts(change), parts(expected[name]), strict=True):
             np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-7)

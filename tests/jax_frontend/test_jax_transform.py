@@ -92,7 +92,7 @@ def test_complex_parameters_follow_optax_adamw():
     )
     params, state = case.params, tx.init(case.params)
     expected, adam_state = params["c"], adamw.init(params["c"])
-    step = jax.jit(tx.update)
+    step = jax.jit(functools.partial(tx.update, curvature=None))
     for _ in range(3):
         grads = jax.tree.map(jnp.conj, jax.grad(case.loss)(params, X))
         updates, state = step(grads, state, params)
@@ -135,11 +135,14 @@ def test_without_curvature_the_factors_stay():
     params = start()
     state = tx.init(params)
     grads = jax.grad(loss)(params, X)
-    updates, new = jax.jit(tx.update)(grads, state, params)
+    for update in (tx.update, singd_jax.scale_by_singd(layers=LAYERS).update):
+        with pytest.raises(ValueError, match=r"got no curvature: .*value_and_grad.*curvature=None"):
+            update(grads, state, params)
+    updates, new = jax.jit(functools.partial(tx.update, curvature=None))(grads, state, params)
     assert_close(new.core.layers["v"].factors, state.core.layers["v"].factors, 0.0)
     assert float(jnp.abs(updates["v"]).max()) > 0.0
     with pytest.raises(ValueError, match="needs the parameters"):
-        tx.update(grads, state)
+        tx.update(grads, state, curvature=None)
 
 
 @pytest.mark.parametrize("where", ["gradient", "curvature"])
@@ -424,7 +427,7 @@ def test_a_leaf_that_does_not_fit_is_named(make):
     check = singd_jax.check(lambda p, x: jnp.sum(p["v"]), LAYERS)
     for use in (
         tx.init,
-        lambda p: tx.update(p, state, params),
+        lambda p: tx.update(p, state, params, curvature=None),
         lambda p: function(p, state, X),
         lambda p: check(p, X),
     ):
@@ -442,9 +445,10 @@ def test_parameters_further_than_those_of_the_state_are_named():
     tx = singd_jax.singd(0.1, layers=LAYERS)
     state = tx.init(start())
     with pytest.raises(ValueError, match="'z' is none of the parameters"):
-        tx.update(start() | {"z": X}, state, start())
+        tx.update(start() | {"z": X}, state, start(), curvature=None)
+    without = {k: v for k, v in start().items() if k != "scale"}
     with pytest.raises(ValueError, match="the parameters have no 'scale'"):
-        tx.update(start(), state, {k: v for k, v in start().items() if k != "scale"})
+        tx.update(start(), state, without, curvature=None)
 
 
 def test_the_bare_preconditioner_takes_settings_of_the_factors_alone():
@@ -525,11 +529,20 @@ def test_the_batch_size_must_be_seen_or_told():
     def indexed(p, x, rows):
         return loss(p, x[rows])
 
+    def both(p, x, rows):
+        return loss(p, x[rows]) + loss(p, x)
+
     rows = jnp.array([1, 2])
     with pytest.raises(ValueError, match=r"batch\[0\] 6, batch\[1\] 2"):
-        singd_jax.find_layers(indexed)(start(), X, rows)
-    layers = singd_jax.find_layers(indexed, batch_size=lambda x, rows: len(rows))(start(), X, rows)
+        singd_jax.find_layers(both)(start(), X, rows)
+    layers = singd_jax.find_layers(both, batch_size=lambda x, rows: len(rows))(start(), X, rows)
     assert set(layers) == {"v", "w"}
+    tx = singd_jax.singd(layers=LAYERS, T=1)
+    state = tx.init(start())
+    _, _, expected = singd_jax.value_and_curvature(loss, LAYERS)(start(), state, X[rows])
+    found = singd_jax.find_layers(indexed)(start(), X, rows)  # all layers multiply two rows
+    _, _, seen = singd_jax.value_and_curvature(indexed, found)(start(), state, X, rows)
+    assert_close(seen, expected)
 
 
 def test_an_equinox_module_is_trained_as_it_is():

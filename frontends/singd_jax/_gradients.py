@@ -1,0 +1,144 @@
+"""Gradients that carry the curvature with them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax  # type: ignore[import-untyped]
+
+from singd_core._array import Array
+from singd_core.updates.curvature import Curvature
+from singd_jax._curvature import value_and_curvature
+from singd_jax._state import Both, find_state, holds_state
+
+# So small that no norm of a gradient sees it beside the gradient, and so large that float32 holds
+# the curvature times it.
+_UNIT = 2.0**-48
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("tree", "carried", "unit"), meta_fields=()
+)
+@dataclass(frozen=True)
+class Gradients:
+    """What `singd_jax.value_and_grad` returns: a pytree of the gradients and the curvature.
+
+    Sums, means (`jax.lax.pmean`) and multiples of it are such of both: at the end the curvature is
+    divided by what has become of `unit`, so a mean or a sum over micro-batches, and a gradient
+    that is clipped by its norm or unscaled, all leave the mean curvature. Norms of it are those of
+    the gradients.
+
+    Attributes:
+        tree: The gradients, like the parameters.
+        carried: The curvature of each layer times `unit`.
+        unit: A small number.
+    """
+
+    tree: Any
+    carried: dict[str, Curvature]
+    unit: Array
+
+    @classmethod
+    def of(cls, tree: Any, curvature: Mapping[str, Curvature]) -> Gradients:
+        """Of gradients and the curvature that belongs to them."""
+        small = jax.tree.map(lambda a: a * _UNIT, dict(curvature))
+        return cls(tree, small, jnp.asarray(_UNIT, jnp.float32))
+
+    @property
+    def curvature(self) -> dict[str, Curvature]:
+        """The curvature: the mean over what was summed.
+
+        Raises:
+            ValueError: If it was rounded to float16, which does not hold it.
+        """
+        if self.unit.dtype == jnp.float16:
+            raise ValueError(
+                "gradients of singd_jax.value_and_grad were cast to float16, in which their "
+                "curvature is 0: cast to bfloat16, or only their `tree`"
+            )
+        return {
+            name: jax.tree.map(lambda a: a / self.unit.astype(a.dtype), own)
+            for name, own in self.carried.items()
+        }
+
+    def __contains__(self, key: Any) -> bool:
+        return key in self.tree
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.tree[key]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.tree)
+
+
+MISSING: Any = object()  # where no curvature was given, not even None
+
+
+def parted(updates: Any, curvature: Any) -> tuple[Any, Any]:
+    """The gradients, and the curvature that they carry unless it is given."""
+    if not isinstance(updates, Gradients):
+        return updates, curvature
+    return updates.tree, updates.curvature if curvature is MISSING else curvature
+
+
+def value_and_grad(
+    loss: Callable[..., Any], *, has_aux: bool = False, branch: str = "step"
+) -> Callable[..., tuple[Any, Gradients]]:
+    """`jax.value_and_grad` whose gradients carry the curvature to `tx.update`.
+
+    They are a pytree: average them over devices or micro-batches, clip them by their norm, hand
+    them to `TrainState.apply_gradients(grads=grads)`; `grads.tree` are the gradients alone. What
+    maps gradients and parameters together, e.g. `optax.masked`, wants `value_and_curvature`.
+
+    Args:
+        loss: The loss `loss(params, *batch)`. It may be another function than the one that the
+            layers were found in, e.g. a closure made in a training step, if it uses them alike.
+        has_aux: Whether the loss returns a pair of which the second is auxiliary.
+        branch: As of `value_and_curvature`.
+
+    Returns:
+        A function of the parameters, the optimizer's state and the batch.
+
+    Raises:
+        ValueError: If the state has no state of singd in it, or several.
+
+    Example:
+        >>> from singd_jax import singd
+        >>> loss = lambda params, x: jnp.mean(jnp.tanh(x @ params["w"]) ** 2)
+        >>> params, x = {"w": jnp.ones((3, 2))}, jnp.ones((8, 3))
+        >>> tx = singd(loss=loss)
+        >>> state = tx.init(params, x)
+        >>> value, grads = value_and_grad(loss)(params, state, x)
+        >>> updates, state = tx.update(grads, state, params)
+    """
+
+    def function(params: Any, state: Any, *batch: Any, **keywords: Any) -> tuple[Any, Gradients]:
+        layers = find_state(state).fixed.layers
+        _refuse_masks(state)
+        both = value_and_curvature(loss, layers, has_aux=has_aux, branch=branch)
+        value, grads, curvature = both(params, state, *batch, **keywords)
+        return value, Gradients.of(grads, curvature)
+
+    return function
+
+
+def _refuse_masks(state: Any) -> None:
+    """Raise if optax would map the gradients together with a mask or with what it accumulates."""
+    kinds = (optax.MaskedState, optax.MultiStepsState)
+
+    def is_in_the_way(node: Any) -> bool:
+        ours = isinstance(node, optax.MultiStepsState) and isinstance(node.acc_grads, Both)
+        return isinstance(node, kinds) and not ours and holds_state(node)
+
+    for node in jax.tree.leaves(state, is_leaf=is_in_the_way):
+        if is_in_the_way(node):
+            raise ValueError(
+                f"{type(node).__name__}: optax maps gradients together with other trees there, and "
+                "they cannot carry the curvature: give tx.update(grads, state, params, "
+                "curvature=curvature) what singd_jax.value_and_curvature returns"
+            )

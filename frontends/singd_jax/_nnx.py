@@ -1,0 +1,38 @@
+"""Models of flax.nnx: what of them is trained, and what they change while they run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+def is_model(tree: Any) -> bool:
+    """Whether it is a module of flax.nnx, whose variables a loss may change."""
+    nnx = sys.modules.get("flax.nnx")
+    return nnx is not None and isinstance(tree, nnx.Module)
+
+
+def trained(model: Any, is_leaf: Callable[[Any], bool]) -> list[bool]:
+    """For each leaf of a model whether it is that of an `nnx.Param`."""
+    nnx: Any = sys.modules["flax.nnx"]
+    found: list[bool] = []
+    for value in jax.tree.leaves(
+        model, is_leaf=lambda v: isinstance(v, nnx.Variable) or is_leaf(v)
+    ):
+        found += [isinstance(value, nnx.Param)] * len(jax.tree.leaves(value, is_leaf=is_leaf))
+    return found
+
+
+def update(model: Any, new: Any) -> None:
+    """Give the variables of a model the values of those of another."""
+    nnx: Any = sys.modules["flax.nnx"]
+    nnx.update(model, nnx.state(new))
+
+
+def pure(tree: Any) -> Any:
+    """A tree with arrays in the place of variables, such as the state of an `nnx.Optimizer`."""
+    nnx = sys.modules.get("flax.nnx")
+    return tree if nnx is None else nnx.as_pure(tree)

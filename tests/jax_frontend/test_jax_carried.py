@@ -1,0 +1,246 @@
+"""Gradients that carry the curvature, and what training loops do with them."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.training.train_state import TrainState
+from jax import lax
+from jax_cases import N, X
+from test_jax_transform import LAYERS, assert_close, loss, run, start
+
+import singd_jax
+
+Y = jnp.arange(N) % 3
+
+
+def trained(tx, change=lambda grads: grads, steps=3, gradient=None):
+    params, state = start(), tx.init(start())
+
+    @jax.jit
+    def step(params, state):
+        both = (gradient or singd_jax.value_and_grad(loss))(params, state, X)
+        updates, state = tx.update(change(both[1]), state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(steps):
+        params, state = step(params, state)
+    return params, state
+
+
+@pytest.mark.parametrize("T", [1, 3])
+def test_they_are_those_of_value_and_curvature(T):
+    plain = singd_jax.singd(layers=LAYERS, T=T)
+    tx = singd_jax.singd(loss=loss, T=T)
+    state = tx.init(start(), X)
+    value, grads = singd_jax.value_and_grad(loss)(start(), state, X)
+    expected, own, curvature = singd_jax.value_and_curvature(loss, LAYERS)(
+        start(), plain.init(start()), X
+    )
+    assert_close((value, grads.tree), (expected, own), 0.0)
+    assert_close(grads.curvature, curvature, 1e-6)
+    assert_close(optax.tree.norm(grads), optax.tree.norm(own), 0.0)
+    assert_close(trained(plain), run(plain, steps=3), 1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda grads: jax.tree.map(lambda g: g * 0.37, grads),
+        lambda grads: jax.tree.map(lambda g, h: (g + h) / 2, grads, grads),
+        lambda grads: optax.clip_by_global_norm(1e-3).update(grads, optax.EmptyState())[0],
+        lambda grads: jax.tree.map(lambda g: g.astype(jnp.bfloat16), grads),
+    ],
+    ids=["scaled", "accumulated", "clipped", "in bfloat16"],
+)
+def test_the_curvature_is_the_same_whatever_the_gradients_are_multiplied_by(change):
+    tx = singd_jax.singd(layers=LAYERS, T=1)
+    _, grads = singd_jax.value_and_grad(loss)(start(), tx.init(start()), X)
+    assert_close(change(grads).curvature, grads.curvature, 0.02)  # of bfloat16
+    assert not np.allclose(change(grads).carried["v"].t_U, 0.0, atol=0.0)
+
+
+def test_the_last_digits_of_float16_are_asked_for():
+    tx = singd_jax.singd(layers=LAYERS, T=1)
+    state = tx.init(start())
+    _, grads = singd_jax.value_and_grad(loss)(start(), state, X)
+    grads = jax.tree.map(lambda g: g.astype(jnp.float16), grads)
+    with pytest.raises(
+        ValueError, match=r"cast to float16.* cast to bfloat16, or only their `tree`"
+    ):
+        tx.update(grads, state, start())
+
+
+def test_a_sum_over_micro_batches_is_a_large_batch():
+    tx = optax.chain(optax.clip_by_global_norm(1.0), singd_jax.singd(layers=LAYERS, T=1))
+
+    def micro(params, state, x):
+        grad = singd_jax.value_and_grad(loss)
+
+        def add(total, x):
+            return jax.tree.map(jnp.add, total, grad(params, state, x)[1]), None
+
+        parts = x.reshape(3, -1, *x.shape[1:])
+        zeros = jax.tree.map(
+            lambda s: jnp.zeros(s.shape, s.dtype),
+            jax.eval_shape(grad, params, state, parts[0])[1],
+        )
+        total = lax.scan(add, zeros, parts)[0]
+        return None, jax.tree.map(lambda g: g / 3, total)
+
+    assert_close(trained(tx, gradient=micro)[0], trained(tx)[0], 1e-4)
+
+
+def test_a_mean_over_devices_is_one_of_the_curvature():
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    tx = singd_jax.singd(layers=LAYERS, T=1)
+
+    def on_devices(params, state, x):
+        def local(params, state, x):
+            return lax.pmean(singd_jax.value_and_grad(loss)(params, state, x), "data")
+
+        spec = jax.sharding.PartitionSpec
+        specs = (spec(), spec(), spec("data"))
+        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=spec(), check_vma=False)(
+            params, state, x
+        )
+
+    assert_close(trained(tx, gradient=on_devices)[0], trained(tx)[0], 1e-5)
+
+
+def test_flax_train_state_takes_them():
+    model = nn.Sequential([nn.Dense(8), nn.tanh, nn.Dense(3)])
+    params = model.init(jax.random.key(0), X)
+
+    def loss(params, x, y):
+        logits = model.apply(params, x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), logits
+
+    layers = singd_jax.find_layers(loss)(params, X, Y)
+    tx = singd_jax.singd(layers=layers)
+    state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+    plain_params, plain = params, tx.init(params)
+
+    @jax.jit
+    def step(state, x, y):
+        def closure(params):
+            return loss(params, x, y)
+
+        grad = singd_jax.value_and_grad(closure, has_aux=True)
+        (value, logits), grads = grad(state.params, state.opt_state)
+        return state.apply_gradients(grads=grads), value, logits
+
+    values = []
+    for _ in range(4):
+        state, value, logits = step(state, X, Y)
+        values.append(float(value))
+        _, grads, curvature = singd_jax.value_and_curvature(loss, layers, has_aux=True)(
+            plain_params, plain, X, Y
+        )
+        updates, plain = tx.update(grads, plain, plain_params, curvature=curvature)
+        plain_params = optax.apply_updates(plain_params, updates)
+    assert values[-1] < values[0]
+    assert logits.shape == (N, 3)
+    assert_close(state.params, plain_params, 1e-4)
+
+
+def test_what_cannot_carry_them_is_an_error_that_names_the_other_way():
+    for tx in (
+        optax.masked(singd_jax.singd(layers=LAYERS), {k: k != "scale" for k in start()}),
+        optax.MultiSteps(singd_jax.singd(layers=LAYERS), 2),
+    ):
+        with pytest.raises(ValueError, match=r"they cannot carry .*value_and_curvature"):
+            singd_jax.value_and_grad(loss)(start(), tx.init(start()), X)
+
+
+def test_micro_batches_of_multi_steps():
+    plain = singd_jax.singd(layers=LAYERS, T=1)
+    tx = singd_jax.MultiSteps(plain, 2, layers=LAYERS)
+    assert_close(trained(tx, steps=4)[0], trained(plain, steps=2)[0], 1e-5)
+
+
+def test_a_loss_of_other_products_is_an_error():
+    tx = singd_jax.singd(loss=loss)
+    state = tx.init(start(), X)
+
+    def other(p, x):
+        return jnp.mean(p["scale"] ** 2) + 0 * x.sum()
+
+    def turned(p, x):
+        return loss(p, x) + jnp.mean((x[:, :2] @ p["v"].reshape(2, -1)) ** 2)
+
+    with pytest.raises(ValueError, match="uses none of v, w as in the loss"):
+        singd_jax.value_and_grad(other)(start(), state, X)
+    with pytest.raises(ValueError, match="'v' is used as another matrix"):
+        singd_jax.value_and_grad(turned)(start(), state, X)
+
+
+def test_the_layers_are_found_where_the_batch_is():
+    with pytest.raises(TypeError, match=r"either loss=loss.* or .*layers="):
+        singd_jax.singd()
+    with pytest.raises(TypeError, match=r"either loss=loss.* or .*layers="):
+        singd_jax.singd(loss=loss, layers=LAYERS)
+    chained = optax.chain(optax.clip(1.0), singd_jax.singd(loss=loss))
+    with pytest.raises(ValueError, match=r"got no batch: .* layers=singd_jax.find_layers\(loss\)"):
+        chained.init(start())
+    closed = singd_jax.singd(loss=lambda p: loss(p, X))
+    assert set(closed.init(start()).rest.layers) == {"v", "w"}
+
+
+class Noisy(nnx.Module):
+    """A model whose variables change while it runs."""
+
+    def __init__(self, rngs):
+        self.first = nnx.Linear(4, 8, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+        self.last = nnx.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.last(self.drop(jnp.tanh(self.norm(self.first(x)))))
+
+
+@pytest.mark.parametrize("T", [1, 2])
+def test_what_a_model_of_nnx_changes_is_kept(T):
+    def loss(model, x, y):
+        return optax.softmax_cross_entropy_with_integer_labels(model(x), y).mean()
+
+    model, other = Noisy(nnx.Rngs(0)), Noisy(nnx.Rngs(0))
+    layers = singd_jax.find_layers(loss)(model, X, Y)
+    assert set(layers) == {"first.kernel", "last.kernel"}
+    assert set(layers.others) == {"norm.scale", "norm.bias"}
+    optimizer = nnx.Optimizer(model, singd_jax.singd(0.0, layers=layers, T=T), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer, x, y):
+        function = singd_jax.value_and_curvature(loss, layers)
+        value, grads, curvature = function(model, optimizer.opt_state, x, y)
+        optimizer.update(model, grads, curvature=curvature)
+        return value
+
+    for _ in range(3):
+        value = step(model, optimizer, X, Y)
+        expected, _ = nnx.value_and_grad(loss)(other, X, Y)
+        if optimizer.step[...] == 1:  # the rate of AdamW is not 0
+            assert_close(value, expected, 1e-6)
+    assert int(model.drop.rngs.count[...]) == int(other.drop.rngs.count[...]) == 3
+    assert_close(model.norm.mean[...], other.norm.mean[...], 1e-5)
+    assert float(jnp.abs(model.norm.mean[...]).max()) > 0.0
+
+
+def test_variables_of_nnx_are_those_that_are_trained():
+    def loss(model, x, y):
+        return optax.softmax_cross_entropy_with_integer_labels(model(x), y).mean()
+
+    tx = singd_jax.singd(loss=loss)
+    model = Noisy(nnx.Rngs(0))
+    state = tx.init(model, X, Y)
+    value, grads = singd_jax.value_and_grad(loss)(model, state, X, Y)
+    updates, _ = tx.update(grads, state, model)
+    assert np.isfinite(value)
+    assert sorted(a.shape for a in jax.tree.leaves(updates)) == sorted(
+        a.shape for a in jax.tree.leaves(nnx.state(model, nnx.Param))
+    )
