@@ -80,7 +80,7 @@ def test_python_numbers_are_listed_and_the_remedy_told():
     tx = singd_jax.singd(layers=layers)
     state = tx.init(case.params)
     grads = jax.grad(case.loss, allow_int=True)(case.params | {"n": jnp.ones(())}, *case.batch)
-    for use in (tx.init, lambda grads: tx.update(grads, state, case.params)):
+    for use in (tx.init, lambda grads: tx.update(grads, state, case.params, curvature=None)):
         with pytest.raises(ValueError, match=r"'s' was a Python number .*make it jnp\.asarray"):
             use(grads | {"n": 3})
 

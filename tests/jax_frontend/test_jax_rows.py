@@ -124,8 +124,8 @@ def test_as_many_rows_as_there_are_change_nothing():
     assert_close(run(singd_jax.singd(**given, rows=len(X)))[0], expected, 0.0)
     assert_close(run(singd_jax.singd(**given))[0], expected, 0.0)  # 256
     paper = run(singd_jax.singd(0.05, layers=LAYERS, recipe="paper", T=1))[1]
-    assert paper.rows == math.inf
-    assert run(singd_jax.singd(**given))[1].rows == 256
+    assert paper.fixed.rows == math.inf
+    assert run(singd_jax.singd(**given))[1].fixed.rows == 256
 
 
 @pytest.mark.parametrize("branch", ["step", "layer"])
@@ -185,4 +185,4 @@ def test_rows_are_a_number_and_it_is_said_how():
     with pytest.raises(ValueError, match=r"rows=.*static_args of optax\.inject_hyperparams"):
         injected(layers=LAYERS, rows=2).init(start())
     static = optax.inject_hyperparams(singd_jax.scale_by_singd, static_args=("rows",))
-    assert find_state(static(layers=LAYERS, rows=2).init(start())).rows == 2
+    assert find_state(static(layers=LAYERS, rows=2).init(start())).fixed.rows == 2

@@ -100,7 +100,7 @@ def test_a_matrix_with_a_zero_gradient_does_not_move(scan):
     else:
         grads |= {k: jnp.zeros_like(grads[k]) for k in ("w", "b")}
         still = {"v": False, "a": False, "w": True, "b": True}
-    updates, new = jax.jit(tx.update)(grads, state, params)
+    updates, new = jax.jit(functools.partial(tx.update, curvature=None))(grads, state, params)
     for name, expected in still.items():
         axes = (1, 2) if scan else None
         np.testing.assert_array_equal(np.all(updates[name] == 0.0, axis=axes), expected)
@@ -110,7 +110,9 @@ def test_a_matrix_with_a_zero_gradient_does_not_move(scan):
 def test_a_first_gradient_of_zero_leaves_everything_finite():
     tx = singd_jax.singd(layers=LAYERS)
     zeros = jax.tree.map(jnp.zeros_like, start())
-    updates, state = jax.jit(tx.update)(zeros, tx.init(start()), start())
+    updates, state = jax.jit(functools.partial(tx.update, curvature=None))(
+        zeros, tx.init(start()), start()
+    )
     assert not np.any(updates["v"])
     assert int(state.core.skipped) == 0
     assert all(np.all(np.isfinite(a)) for a in jax.tree.leaves(state))
@@ -125,8 +127,8 @@ def test_the_rates_grow_in_the_warm_up():
     assert jax.tree.structure(state) == jax.tree.structure(cold.init(start()))
     for t in range(6):
         grads = jax.grad(loss)(params, X)
-        updates, new = jax.jit(warm.update)(grads, state, params)
-        expected, _ = jax.jit(cold.update)(grads, state, params)
+        updates, new = jax.jit(functools.partial(warm.update, curvature=None))(grads, state, params)
+        expected, _ = jax.jit(functools.partial(cold.update, curvature=None))(grads, state, params)
         share = min((t + 1) / 4, 1.0)
         assert_close(updates, jax.tree.map(lambda u, share=share: share * u, expected))
         params, state = optax.apply_updates(params, updates), new
