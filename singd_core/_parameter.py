@@ -337,7 +337,8 @@ def layer_change(
     changes = [_or_zero(ok, weight_change(u, found.scale, w, s)) for u, w in pairs]
     new = dataclasses.replace(old, factors=factors)
     if found.momenta is not None:
-        new = LayerState.of(factors, found.momenta, found.late)
+        late = None if old.late is None or found.late is None else old.late.written(found.late)
+        new = LayerState.of(factors, found.momenta, late)
     return like(parameter, changes), new_or_old(ok, new, old), ok
 
 

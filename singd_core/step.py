@@ -71,6 +71,14 @@ class Late(Tree):
         xp, dtype = namespace(like), widen(like[..., :0]).dtype
         return cls(*(xp.zeros(tuple(batch), dtype=dtype, device=device(like)) for _ in range(3)))
 
+    def numbers(self) -> Self:
+        """With numbers in place of 0-d arrays, where the host need not wait for them."""
+        return type(self)(number(self.squares), number(self.weights), number(self.growth))
+
+    def written(self, sums: Self) -> Self:
+        """What came of `numbers`, as arrays like these."""
+        return self.map(lambda old, new: cast(as_array(new, old), old), sums)
+
     def update(self, squares: Scalar, s: Settings) -> Self:
         """One step later, with ‖∇W‖²."""
         sums = self.squares * s.momentum + squares, self.weights * s.momentum + 1.0
@@ -111,10 +119,10 @@ class Direction(NamedTuple):
 
     Attributes:
         parts: u of the weight and of its bias.
-        scale: c, a number or 0-d.
+        scale: c, a number or of the shape of the first axes of u, those of a stack.
         finite: Whether all that made them is finite, a bool or 0-d.
         momenta: The new momenta, None without.
-        late: The new sums over late gradients, None without.
+        late: The new sums over late gradients, arrays or `numbers`; None without.
         agreement: How much they agree, a number or of the batch axes' shape.
     """
 
@@ -179,15 +187,14 @@ def direction(
     length = number(norm(matrix))
     natural = precondition(matrix)
     lengths = length, number(norm(natural))
-    sums = None if late is None else late.map(number)
+    sums = None if late is None else late.numbers()
     own = sides(*natural.shape[-2:]), number(t_U), number(squares)
     scale, sums, agreement = scaled(s, *own, lengths, sums)
-    if late is not None and sums is not None:
-        late = late.map(lambda a, b: cast(as_array(b, a), a), sums)
-    if not isinstance(scale, (int, float)) and scale.ndim > 0:
+    groups, _, _ = kind.shape(shape, bias)
+    if groups:  # a weight is several matrices
         natural, scale = times(scale, natural, in_place=donate), 1.0
     parts = [part for part in kind.split(natural, shape, bias) if part is not None]
-    return Direction(parts, scale, _finite(lengths[1]), momenta, late, agreement)
+    return Direction(parts, scale, _finite(lengths[1]), momenta, sums, agreement)
 
 
 def scaled(

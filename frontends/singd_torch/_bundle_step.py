@@ -27,8 +27,7 @@ def steps_so(stack: Stack, given: Gradients) -> bool:
     layer, factors = stack.layers[0], stack.factors
     s = given.settings(layer.weight)
     return (
-        given.ok is not None
-        and stack.compile is None
+        stack.compile is None
         and type(factors) is InverseFree
         and layer.weight.numel() > 0
         and s.normalized

@@ -175,8 +175,10 @@ class Stack:
             self.late = late
             for layer, own in zip(self.layers, tree_parts(late, len(self.layers)), strict=True):
                 state[layer.weight].update(own.named_arrays(_state.LATE))
-        else:
+        elif isinstance(late.squares, Tensor):
             self.late.map(Tensor.copy_, late)
+        else:  # numbers of the host
+            self.late.map(Tensor.fill_, late)
 
     def joined(self, of: Callable[[nn.Parameter], Tensor]) -> list[Tensor]:
         """What the weights have, and what the biases have, such as their gradients."""

@@ -32,7 +32,7 @@ from singd_core.updates.natural import Preconditioner
 from singd_core.updates.shampoo import Shampoo
 from singd_torch import _scratch
 from singd_torch._join import join
-from singd_torch._pieces import cut, piece_size, placed
+from singd_torch._pieces import cut, on_host, piece_size, placed
 from singd_torch._scaling import Scales
 from singd_torch._scratch import PRODUCT
 from singd_torch._stacks import Stack, State
@@ -70,11 +70,12 @@ def advance(stack: Stack, state: State, given: Gradients) -> Any:
         its dtype, and nothing but momenta of gradients was changed then.
     """
     layer = stack.layers[0]
-    s, ok = given.settings(layer.weight), given.ok
+    own, ok = [given.settings(p) for p in layer.parameters], given.ok
+    s = own[0]
     gradient = stack.joined(given.of)
     factors, preconditioner = _refreshed(stack, s, given.scales, gradient)
     decay = None
-    if any(couples_decay(given.settings(p)) for p in layer.parameters):
+    if any(map(couples_decay, own)):
         decay = stack.joined(partial(_coupled_decay, given.settings))
     if stack.momenta is None and s.momentum != 0.0:
         stack.begin(state, s)
@@ -108,7 +109,7 @@ def advance(stack: Stack, state: State, given: Gradients) -> Any:
         lengths = torch.stack([sum_of_squares(_rows(u, stack), 1) for u in found.parts]).sum(0)
         update = s.lr * found.scale * lengths.sqrt()
         stack.report |= {"agreement": found.agreement, "update": update}
-    _move(stack, found, given, None if ok is None else moves)
+    _move(stack, found, own, None if ok is None else moves)
     return moves
 
 
@@ -209,11 +210,12 @@ def by_pieces(preconditioner: Preconditioner, owned: bool, gradient: Tensor) -> 
     return natural
 
 
-def _move(stack: Stack, found: Direction, given: Gradients, moves: Tensor | None) -> None:
+def _move(
+    stack: Stack, found: Direction, settings: Sequence[Settings], moves: Tensor | None
+) -> None:
     """Change the weights and biases."""
     places = zip(*(layer.parameters for layer in stack.layers), strict=True)
-    for place, part in zip(places, found.parts, strict=True):
-        own = given.settings(place[0])
+    for place, part, own in zip(places, found.parts, settings, strict=True):
         own = own if moves is None else _masked(own, moves, part)
         trained = [p.grad is not None for p in place]  # one may have been frozen since
         if len(place) > 1 and place[0].numel() <= _JOINED and all(trained):
@@ -221,9 +223,17 @@ def _move(stack: Stack, found: Direction, given: Gradients, moves: Tensor | None
             weight_change(part, found.scale, joined, own, onto=joined)
             torch._foreach_copy_(place, stack.split(joined))  # type: ignore[arg-type]
             continue
-        for weight, u in compress(zip(place, stack.split(part), strict=True), trained):
+        each = zip(place, stack.split(part), _each(found.scale, len(place)), strict=True)
+        for weight, u, c in compress(each, trained):
             for piece, change in zip(cut(weight), cut(u), strict=True):
-                weight_change(change, found.scale, piece, own, onto=piece)
+                weight_change(change, c, piece, own, onto=piece)
+
+
+def _each(scale: Any, n: int) -> Sequence[Any]:
+    """The scale of each of n layers, numbers of the host where they can be."""
+    if not isinstance(scale, Tensor) or scale.ndim == 0:
+        return [scale] * n
+    return scale.tolist() if on_host(scale) else scale.unbind()
 
 
 def _squares(stack: Stack, given: Gradients, gradient: Sequence[Tensor]) -> Any:

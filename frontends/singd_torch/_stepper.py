@@ -72,11 +72,16 @@ class Stepper(Watcher):
 
     def _advance(self, ready: list[Stack], given: Gradients) -> list[Any]:
         """Change what belongs to layers, and return what moved."""
-        together = [stack for stack in ready if _bundle_step.steps_so(stack, given)]
-        now, waiting = bundled(together, self._bundles, self._stacks)
-        self._bundles = now + waiting
-        moved = [_bundle_step.advance(bundle, self.state, given) for bundle in now]
-        others = [stack for stack in ready if stack not in set(together)]
+        together: dict[Stack, None] = {}
+        if given.ok is not None:
+            so = (stack for stack in ready if _bundle_step.steps_so(stack, given))
+            together = dict.fromkeys(so)
+            now, waiting = bundled(list(together), self._bundles, self._stacks)
+            self._bundles = now + waiting
+            moved = [_bundle_step.advance(bundle, self.state, given) for bundle in now]
+        else:
+            moved = []
+        others = [stack for stack in ready if stack not in together]
         return moved + [advance(stack, self.state, given) for stack in others]
 
     def _of_all(self, size: Any) -> Any:

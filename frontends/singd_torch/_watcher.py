@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from singd_core import _settings
+from singd_core._settings import Settings
 from singd_core.curvature import StackedLinear
 from singd_core.preconditioner import Factors
 from singd_torch import _attention, _capture
@@ -19,7 +20,6 @@ from singd_torch._calls import modules as modules_that_call
 from singd_torch._capture import Reach, Tap
 from singd_torch._copies import leave_hooks_behind
 from singd_torch._distributed import processes_of_call
-from singd_torch._groups import settings_of
 from singd_torch._layers import Layer, Source
 from singd_torch._queue import Call, Queue
 from singd_torch._scaling import Given
@@ -170,6 +170,9 @@ class Watcher(torch.optim.Optimizer):
 
     def rows_wanted(self, source: Source) -> Callable[[Tensor, Tensor], None] | None:
         """What takes the rows of a layer in the current step, or None when it is not due."""
+        layer = self._by_weight.get(source.weight)
+        if layer is not None and not is_due(layer):
+            return None
         if not self._is_checked:
             refuse_stages()
             self._is_checked = True
@@ -344,4 +347,11 @@ def is_due(layer: Layer) -> bool:
     """Whether rows of a layer are wanted in the current step."""
     if layer.without_rows:
         return False
-    return _settings.is_due(layer.group["steps"], settings_of(layer.group)) or not layer.seen
+    group = layer.group
+    return not layer.seen or _is_due(group["steps"], group["T"], group["growing_T"])
+
+
+@lru_cache(maxsize=16)
+def _is_due(steps: int, T: int, growing_T: bool) -> bool:
+    """Of all layers alike, each of which is asked several times in a step."""
+    return bool(_settings.is_due(steps, Settings(T=T, growing_T=growing_T)))
