@@ -27,6 +27,7 @@ from singd_core._settings import Settings, gap, is_due, rate_of_factors
 from singd_core.curvature import LayerKind
 from singd_core.preconditioner import Factors
 from singd_core.step import Direction, couples_decay, direction, weight_change
+from singd_core.structures import Diagonal
 from singd_core.updates.curvature import Curvature
 from singd_core.updates.natural import Preconditioner
 from singd_core.updates.shampoo import Shampoo
@@ -186,8 +187,12 @@ def by_pieces(preconditioner: Preconditioner, owned: bool, gradient: Tensor) -> 
     known = K.whole and C.whole
     fits = gradient.dtype == dtype == K.L.like.dtype
     if owned and known and fits:
-        right = preconditioner.right(gradient, _scratch.empty(gradient.shape, gradient, PRODUCT))
-        both: Tensor = preconditioner.left(right, gradient)
+        of_K, of_C = (isinstance(side.L, Diagonal) for side in (K, C))  # entry by entry
+        room = gradient
+        if not (of_K and of_C):
+            room = _scratch.empty(gradient.shape, gradient, PRODUCT)
+        right = preconditioner.right(gradient, gradient if of_K else room)
+        both: Tensor = preconditioner.left(right, room if of_K else gradient)
         return both
     if len(cut(gradient, most)) == 1:
         small: Tensor = preconditioner(gradient)
