@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,6 +51,15 @@ def cut(x: Tensor, most: int | None = None) -> Sequence[Tensor]:
     n = max(1, most // x.shape[1])
     n = n // _ALIGNED * _ALIGNED or n
     return [x[i : i + n] for i in range(0, len(x), n)]
+
+
+def rows_of_pieces(x: Tensor, most: int, block: int) -> Sequence[slice]:
+    """The rows of such pieces, all but the last of whole blocks of so many rows."""
+    if x.ndim != 2 or x.numel() <= most or not on_host(x):
+        return (slice(None),)
+    step = math.lcm(block, _ALIGNED)
+    n = max(most // x.shape[1] // step * step, block)
+    return [slice(i, min(i + n, len(x))) for i in range(0, len(x), n)]
 
 
 def read(x: Tensor) -> Any:

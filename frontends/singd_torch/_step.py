@@ -33,7 +33,7 @@ from singd_core.updates.natural import Preconditioner
 from singd_core.updates.shampoo import Shampoo
 from singd_torch import _scratch
 from singd_torch._join import join
-from singd_torch._pieces import cut, on_host, piece_size, placed
+from singd_torch._pieces import cut, on_host, piece_size, placed, rows_of_pieces
 from singd_torch._scaling import Scales
 from singd_torch._scratch import PRODUCT
 from singd_torch._stacks import Stack, State
@@ -182,37 +182,40 @@ def by_pieces(preconditioner: Preconditioner, owned: bool, gradient: Tensor) -> 
     It overwrites the gradient if that is `owned` and fits.
     """
     K, C = preconditioner.K, preconditioner.C
-    most = piece_size(type(K.L), type(C.L))
-    dtype, by_rows = C.L.like.dtype, preconditioner.rows(slice(0)) is not None
-    known = K.whole and C.whole
-    fits = gradient.dtype == dtype == K.L.like.dtype
-    if owned and known and fits:
-        of_K, of_C = (isinstance(side.L, Diagonal) for side in (K, C))  # entry by entry
-        room = gradient
-        if not (of_K and of_C):
-            room = _scratch.empty(gradient.shape, gradient, PRODUCT)
-        right = preconditioner.right(gradient, gradient if of_K else room)
-        both: Tensor = preconditioner.left(right, room if of_K else gradient)
-        return both
+    most, block = piece_size(type(K.L), type(C.L)), C.L.blocks_of
+    dtype = C.L.like.dtype
+    fits = owned and gradient.dtype == dtype == K.L.like.dtype and K.whole and C.whole
+    pieces = [slice(None)] if block is None else rows_of_pieces(gradient, most, block)
+    if fits:
+        for j in pieces:
+            of_rows = preconditioner if len(pieces) == 1 else preconditioner.rows(j)
+            _in_place(of_rows, gradient if len(pieces) == 1 else gradient[j])
+        return gradient
     if len(cut(gradient, most)) == 1:
         small: Tensor = preconditioner(gradient)
         return small
     natural = gradient
     if not (owned and gradient.dtype == dtype):
         natural = torch.empty_like(gradient, dtype=dtype)
-    start = 0
+    if block is not None:
+        for j in pieces:
+            natural[j] = preconditioner.rows(j)(gradient[j])
+        return natural
     for own, place in zip(cut(gradient, most), cut(natural, most), strict=True):
-        if by_rows:
-            rows = preconditioner.rows(slice(start, start + len(own)))
-            assert rows is not None
-            place.copy_(rows(own))
-            start += len(own)
-        else:
-            place.copy_(preconditioner.right(own))
-    if not by_rows:
-        for place in cut(natural.mT, most):
-            place.mT.copy_(preconditioner.left(place.mT))
+        place.copy_(preconditioner.right(own))
+    for place in cut(natural.mT, most):
+        place.mT.copy_(preconditioner.left(place.mT))
     return natural
+
+
+def _in_place(preconditioner: Preconditioner, gradient: Tensor) -> None:
+    """Write the natural gradient over the gradient."""
+    room, sides = gradient, (preconditioner.K, preconditioner.C)
+    if not all(isinstance(side.L, Diagonal) for side in sides):  # not entry by entry
+        room = _scratch.empty(gradient.shape, gradient, PRODUCT)
+    natural = preconditioner.left(preconditioner.right(gradient, room), gradient)
+    if natural is not gradient:
+        gradient.copy_(natural)
 
 
 def _move(

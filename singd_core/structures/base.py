@@ -133,6 +133,15 @@ class Structure(Tree):
         """`L X`, written to `out` if arrays can be written to; None if only `apply` is known."""
         return None
 
+    @property
+    def blocks_of(self) -> int | None:
+        """The number of rows of its blocks, if it is one matrix of blocks along the diagonal."""
+        return None
+
+    def part(self, j: slice) -> Self:
+        """Its rows and columns `j`, which are whole blocks of `blocks_of` rows."""
+        raise NotImplementedError(f"{type(self).__name__} is not of blocks along the diagonal")
+
     def scale_rows(self, c: Array) -> Structure | None:
         """`diag(c) L`, with c of shape (..., d), if it is of a structure; else None."""
         return None

@@ -120,6 +120,16 @@ class BlockDiagonal(Pattern):
         written = all(a is b for a, b in zip(found, into, strict=True))
         return out if written else self._join(*found)
 
+    @property
+    def blocks_of(self) -> int | None:
+        return self.b if self.blocks.ndim == 3 else None
+
+    def part(self, j: slice) -> Self:
+        d = self.shape[-1]
+        start, stop, _ = j.indices(d)
+        last = self.last if stop == d else self.last[:0, :0]
+        return type(self)(self.blocks[start // self.b : stop // self.b], last)
+
     def square(self) -> Self:
         return type(self)(self.blocks @ self.blocks.mT, self.last @ self.last.mT)
 

@@ -82,6 +82,13 @@ class Diagonal(Pattern):
     def row_norms(self) -> Array:
         return abs(widen(self.diag))
 
+    @property
+    def blocks_of(self) -> int | None:
+        return 1 if self.diag.ndim == 1 else None
+
+    def part(self, j: slice) -> Self:
+        return type(self)(self.diag[j])
+
     def scale_rows(self, c: Array) -> Self:
         return type(self)(self.diag * c)
 

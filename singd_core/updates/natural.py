@@ -7,7 +7,6 @@ from typing import Protocol, Self
 
 from singd_core._array import Array, at_least, cast
 from singd_core.structures.base import Structure
-from singd_core.structures.diagonal import Diagonal
 from singd_core.updates.curvature import TINY
 
 
@@ -87,10 +86,8 @@ class Preconditioner:
         """P_C X, which acts on each column; `out` may be written to, where arrays can be."""
         return self.C(X, out)
 
-    def rows(self, j: slice) -> Preconditioner | None:
-        """The one of the rows `j` of ∇W alone, or None where P_C mixes rows. Not of a stack."""
-        L, scale = self.C.L, self.C.scale
-        if not isinstance(L, Diagonal):
-            return None
-        C = Side(Diagonal(L.diag[j]), self.C.whole, None if scale is None else scale[j])
+    def rows(self, j: slice) -> Preconditioner:
+        """The one of the rows `j` of ∇W alone, which are whole blocks of `C.L.blocks_of` rows."""
+        C, scale = self.C, self.C.scale
+        C = Side(C.L.part(j), C.whole, None if scale is None else scale[j])
         return dataclasses.replace(self, C=C)

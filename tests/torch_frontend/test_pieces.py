@@ -18,6 +18,8 @@ CASES: dict[str, dict[str, Any]] = {
     "diagonal": {"structures": ("diagonal", "diagonal")},
     "dense K": {"structures": ("dense", "diagonal"), "T": 3, "growing_T": False},
     "dense": {"structures": ("dense", "dense")},
+    "blocks": {"structures": ("blockdiagonal:4", "blockdiagonal:2"), "T": 3, "growing_T": False},
+    "blocks of C": {"structures": ("diagonal", "blockdiagonal:3")},
     "Toeplitz": {"structures": ("triltoeplitz", "hierarchical:1,2")},
     "paper": {"recipe": "paper", "structures": ("diagonal", "diagonal"), "lr": 1e-2},
     "paper, decay": {"recipe": "paper", "structures": ("tril", "diagonal"), "weight_decay": 0.1},
