@@ -4,7 +4,14 @@ from singd_core import structures
 from singd_core._check import check
 from singd_core._settings import RECIPES, Settings, settings
 from singd_core._version import __version__
-from singd_core.curvature import Convolution, Embedding, LayerKind, Linear, StackedLinear
+from singd_core.curvature import (
+    Convolution,
+    Embedding,
+    LayerKind,
+    Linear,
+    StackedLinear,
+    TransposedConvolution,
+)
 from singd_core.optimizer import Optimizer
 from singd_core.state import flatten, unflatten
 
@@ -27,6 +34,7 @@ __all__ = [
     "Settings",
     "StackedLinear",
     "Structure",
+    "TransposedConvolution",
     "__version__",
     "check",
     "flatten",

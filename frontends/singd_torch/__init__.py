@@ -1,6 +1,7 @@
 """SINGD for PyTorch: a drop-in optimizer for any model."""
 
 from singd_core import __version__
+from singd_torch._check import check
 from singd_torch._estimate import Estimate, estimate
 from singd_torch._kinds import register_layer
 from singd_torch._pytree import register_trees
@@ -8,4 +9,4 @@ from singd_torch.optimizer import SINGD
 
 register_trees()
 
-__all__ = ["SINGD", "Estimate", "__version__", "estimate", "register_layer"]
+__all__ = ["SINGD", "Estimate", "__version__", "check", "estimate", "register_layer"]

@@ -11,7 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from singd_core.curvature import Convolution, Embedding, LayerKind, Linear
+from singd_core.curvature import (
+    Convolution,
+    Embedding,
+    LayerKind,
+    Linear,
+    TransposedConvolution,
+)
 
 # The names of arguments, in order.
 _NAMES: dict[Callable[..., Any], tuple[str, ...]] = {
@@ -26,6 +32,12 @@ _NAMES: dict[Callable[..., Any], tuple[str, ...]] = {
 _CONVOLUTIONS = torch.conv1d, torch.conv2d, torch.conv3d
 _OF_CONVOLUTIONS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _NAMES |= dict.fromkeys(_CONVOLUTIONS, _OF_CONVOLUTIONS)
+_TRANSPOSED = torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d
+_OF_TRANSPOSED = (
+    *("input", "weight", "bias", "stride"),
+    *("padding", "output_padding", "groups", "dilation"),
+)
+_NAMES |= dict.fromkeys(_TRANSPOSED, _OF_TRANSPOSED)
 _PRODUCTS = torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm
 _NAMES |= dict.fromkeys(_PRODUCTS, ("input", "weight"))
 _TRANSPOSES = torch.t, Tensor.t, Tensor.T.__get__, Tensor.mT.__get__  # type: ignore[attr-defined]
@@ -85,14 +97,13 @@ def reading(
 def _kind(
     function: Callable[..., Any], weight: Tensor, given: Mapping[str, Any]
 ) -> LayerKind | None:
-    if function in _CONVOLUTIONS:
-        return _convolution(
-            tuple(weight.shape[2:]),
-            _entries(given.get("stride", 1)),
-            _entries(given.get("padding", 0)),
-            _entries(given.get("dilation", 1)),
-            given.get("groups", 1),
-        )
+    if function in _CONVOLUTIONS or function in _TRANSPOSED:
+        stride, padding = _entries(given.get("stride", 1)), _entries(given.get("padding", 0))
+        groups, dilation = given.get("groups", 1), _entries(given.get("dilation", 1))
+        if function in _CONVOLUTIONS:
+            return _convolution(tuple(weight.shape[2:]), stride, padding, dilation, groups)
+        more = _entries(given.get("output_padding", 0))
+        return transposed(tuple(weight.shape[2:]), stride, padding, more, groups, dilation)
     if function in (F.embedding, torch.embedding):
         others = ("max_norm", "scale_grad_by_freq", "sparse")
         index = given.get("padding_idx")
@@ -117,3 +128,15 @@ def _entries(value: Any) -> Any:
 @functools.lru_cache(maxsize=1024)
 def _convolution(size: Any, stride: Any, padding: Any, dilation: Any, groups: int) -> Convolution:
     return Convolution(size, stride, padding, dilation, groups)
+
+
+@functools.lru_cache(maxsize=1024)
+def transposed(
+    size: Any, stride: Any, padding: Any, output_padding: Any, groups: int, dilation: Any
+) -> TransposedConvolution | None:
+    """The kind of a transposed convolution, None with groups or where windows fit more often."""
+    kind = TransposedConvolution(size, stride, padding, dilation)
+    more = (output_padding,) * len(size) if isinstance(output_padding, int) else output_padding
+    windows = kind.convolution.windows
+    fits = all(n < window.stride for n, window in zip(more, windows, strict=True))
+    return kind if fits and groups == 1 else None

@@ -8,7 +8,14 @@ from typing import TypeAlias
 
 from torch import nn
 
-from singd_core.curvature import Convolution, Embedding, LayerKind, Linear, StackedLinear
+from singd_core.curvature import (
+    Convolution,
+    Embedding,
+    LayerKind,
+    Linear,
+    StackedLinear,
+)
+from singd_torch._functions import transposed
 
 # The kind of a module, or None for one that cannot be treated as a layer after all.
 Describe: TypeAlias = Callable[[nn.Module], LayerKind | None]
@@ -39,6 +46,12 @@ def _convolution(module: nn.Module) -> LayerKind:
     )
 
 
+def _transposed(module: nn.Module) -> LayerKind | None:
+    assert isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
+    of = module.stride, module.padding, module.output_padding, module.groups, module.dilation
+    return transposed(module.kernel_size, *of)
+
+
 def _embedding(module: nn.Module) -> LayerKind | None:
     assert isinstance(module, nn.Embedding)
     if module.sparse or module.scale_grad_by_freq or module.max_norm is not None:
@@ -52,6 +65,9 @@ _TABLE: dict[type[nn.Module] | str, Entry] = {
     nn.Conv1d: Entry(_convolution),
     nn.Conv2d: Entry(_convolution),
     nn.Conv3d: Entry(_convolution),
+    nn.ConvTranspose1d: Entry(_transposed, bias=None),
+    nn.ConvTranspose2d: Entry(_transposed, bias=None),
+    nn.ConvTranspose3d: Entry(_transposed, bias=None),
     nn.Embedding: Entry(_embedding),
     # It flattens its input for torch.addmm, and with that loses what is the batch.
     "transformers.pytorch_utils.Conv1D": Entry(

@@ -19,6 +19,7 @@ from singd_core.curvature import (
     Linear,
     Sample,
     StackedLinear,
+    TransposedConvolution,
 )
 from singd_core.preconditioner import Factors
 from singd_core.structures import Diagonal, Structure
@@ -119,6 +120,8 @@ class Layer:
             same = own.groups == kind.groups and len(own.windows) == len(kind.windows)
             kind = dataclasses.replace(kind, average_groups=own.average_groups)
             return Source(self.weight, kind, biased=biased) if same else None
+        if isinstance(own, TransposedConvolution) and own == kind:
+            return Source(self.weight, kind)
         tables = Linear, Embedding
         if not isinstance(own, tables) or not isinstance(kind, tables):
             return None

@@ -7,5 +7,15 @@ from singd_core.curvature.embedding import Embedding
 from singd_core.curvature.linear import Linear
 from singd_core.curvature.stacked import StackedLinear
 from singd_core.curvature.tensor import Tensor
+from singd_core.curvature.transposed import TransposedConvolution
 
-__all__ = ["Convolution", "Embedding", "LayerKind", "Linear", "Sample", "StackedLinear", "Tensor"]
+__all__ = [
+    "Convolution",
+    "Embedding",
+    "LayerKind",
+    "Linear",
+    "Sample",
+    "StackedLinear",
+    "Tensor",
+    "TransposedConvolution",
+]

@@ -132,6 +132,32 @@ def test_convolution(case: str, in_place: bool) -> None:
     check(net(copy.deepcopy(layer), nn.ReLU(inplace=in_place)), draw(*shape))
 
 
+TRANSPOSED = {
+    "1d": (nn.ConvTranspose1d(4, 6, 3), (5, 4, 8)),
+    "2d, stride": (nn.ConvTranspose2d(4, 6, (3, 2), stride=(2, 3)), (5, 4, 6, 7)),
+    "3d": (nn.ConvTranspose3d(2, 3, (2, 1, 3), bias=False), (3, 2, 4, 3, 5)),
+    "all": (
+        nn.ConvTranspose2d(4, 6, 3, 2, padding=(1, 2), output_padding=1, dilation=2),
+        (5, 4, 6, 7),
+    ),
+    "one image, no batch": (nn.ConvTranspose2d(4, 6, 3), (4, 6, 7)),
+}
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["", "in place after it"])
+@pytest.mark.parametrize("case", TRANSPOSED)
+def test_transposed_convolution(case: str, in_place: bool) -> None:
+    """Its bias, which is added once to each pixel, is AdamW's."""
+    layer, shape = TRANSPOSED[case]
+    optimizer = check(net(copy.deepcopy(layer), nn.ReLU(inplace=in_place)), draw(*shape))
+    assert [len(layer.parameters) for layer in optimizer._layers] == [1]
+
+
+def test_transposed_convolution_of_a_chosen_size() -> None:
+    model = calls(lambda m, x: m.up(x, output_size=(13, 14)), up=nn.ConvTranspose2d(3, 2, 3, 2))
+    check(model, draw(5, 3, 6, 6))
+
+
 def test_input_that_is_no_contiguous_array() -> None:
     check(net(nn.Linear(5, 4)), draw(5, 6, 9).movedim(0, -1))
     check(net(nn.Conv2d(3, 2, 2)), draw(5, 1, 6, 7).expand(5, 3, 6, 7))

@@ -1,0 +1,115 @@
+"""The check that needs no oracle: the rows of every layer multiply to its gradient."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import one_hot, pad
+
+from singd_core._array import widen
+from singd_core.curvature import Embedding
+from singd_torch._layers import Layer, Source
+from singd_torch.optimizer import SINGD
+
+
+def check(
+    model: nn.Module, loss: Callable[[nn.Module], Tensor], *, tolerance: float | None = None
+) -> dict[str, float]:
+    """Whether `Bᵀ A = ∇W` holds for the rows of every layer of which rows are taken.
+
+    The loss is evaluated on a copy of the model, and differentiated once: the model, its gradients
+    and an optimizer that watches it are left alone. Layers that are trained without rows, of which
+    `print(optimizer)` says why, are not part of the answer; nor are those that the loss
+    does not use.
+
+    Args:
+        model: The model, on any device.
+        loss: What returns the training loss of a model, a number.
+        tolerance: Of the difference, relative to the norm of ∇W. None is 1e-4, or 8 times the
+            rounding of the coarsest numbers that are multiplied.
+
+    Returns:
+        The relative difference of each layer, by the name of its weight.
+
+    Raises:
+        AssertionError: Naming the layers whose difference is larger.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+        >>> x = torch.randn(16, 3, dtype=torch.float64)
+        >>> gaps = check(model, lambda model: model(x).square().mean())
+        >>> sorted(gaps), max(gaps.values()) < 1e-12
+        (['0.weight', '2.weight'], True)
+    """
+    model = copy.deepcopy(model)
+    model.zero_grad()
+    optimizer = _Products(model)
+    torch.autograd.backward(loss(model))
+    found, wrong = {}, []
+    for layer in optimizer._layers:
+        sums = optimizer.sums.get(layer.name)
+        if sums is None or layer.without_rows or layer.weight.grad is None:
+            continue
+        gap, error = sums.compare(layer)
+        limit = max(1e-4, 8 * sums.eps) if tolerance is None else tolerance
+        found[layer.name] = gap
+        if not gap <= limit + error:
+            wrong.append(f"{layer.name} ({gap:.2g}, where up to {limit:.2g} is rounding)")
+    if wrong:
+        raise AssertionError(
+            f"the rows of these layers do not multiply to their gradient: {', '.join(wrong)}. If "
+            "the loss uses their weights apart from the model's calls, as a penalty does, leave "
+            "that out here; else this is a bug in singd_torch"
+        )
+    return found
+
+
+class _Sums:
+    """What is summed up of the rows of one layer: BᵀA by part, and the size of its terms."""
+
+    def __init__(self) -> None:
+        self._products: dict[int | None, Tensor] = {}
+        self._terms = 0.0
+        self.eps = 0.0
+
+    def add(self, layer: Layer, source: Source, x: Tensor, g: Tensor) -> None:
+        kind, has_bias = source.kind, layer.bias is not None
+        B, _ = kind.outputs(widen(g), kfac_approx="expand", loss_average=None)
+        if isinstance(kind, Embedding):
+            seen = torch.arange(kind.entries, device=x.device) != kind.padding_idx
+            A = one_hot(x.flatten().long(), kind.entries).to(B) * seen
+        else:
+            bias = has_bias and source.biased and not source.swapped
+            A, _ = kind.inputs(widen(x.to(B.device)), bias=bias, kfac_approx="expand")
+            A = pad(A, (0, int(has_bias and not bias and not source.swapped))).to(B)
+        product = B.mT @ A
+        if source.swapped:
+            product = pad(product.mT, (0, int(has_bias)))
+        self._products[source.part] = self._products.get(source.part, 0.0) + product
+        self._terms += float(B.norm() * A.norm())
+        coarse = [torch.finfo(t.dtype).eps for t in (x, g) if t.dtype.is_floating_point]
+        self.eps = max(self.eps, *coarse)
+
+    def compare(self, layer: Layer) -> tuple[float, float]:
+        """The difference to the gradient relative to its norm, and what of it may be rounding."""
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in layer.parameters]
+        gradient = widen(layer.kind.matrix(*gradients))
+        parts = [self._products[part] for part in sorted(self._products, key=str)]
+        product = torch.stack(parts) if parts and gradient.ndim > parts[0].ndim else parts[0]
+        norm = max(float(gradient.norm()), 1e-300)
+        return float((product - gradient).norm()) / norm, 8 * self.eps * self._terms / norm
+
+
+class _Products(SINGD):
+    """Multiplies the rows in place of measuring them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.sums: dict[str, _Sums] = {}
+        super().__init__(model)
+
+    def _take_rows(self, layer: Layer, source: Source, x: Tensor, g: Tensor) -> Any:
+        self.sums.setdefault(layer.name, _Sums()).add(layer, source, x, g)
