@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from typing import TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeAlias
 
 from torch import nn
 
@@ -155,8 +155,10 @@ def uses(module: nn.Module) -> Iterator[Use]:
             return
 
 
-def reasons(model: nn.Module) -> Iterator[tuple[nn.Parameter, str]]:
-    """Why there are no rows of the matrices of modules that are no layers."""
+def reasons(
+    model: nn.Module, groups: Iterable[Mapping[str, Any]]
+) -> Iterator[tuple[nn.Parameter, str]]:
+    """Why there are no rows of matrices: of modules that are no layers, or used in other ways."""
     for module in model.modules():
         known = {name for use in uses(module) for name in (use.weight, use.bias)}
         for name, p in module.named_parameters(recurse=False):
@@ -164,6 +166,9 @@ def reasons(model: nn.Module) -> Iterator[tuple[nn.Parameter, str]]:
                 what = f"torch's kernel of {type(module).__name__} gives none"
                 other = f"{type(module).__name__} is not in the table of layers: register_layer"
                 yield p, what if isinstance(module, nn.RNNBase) else other
+    for group in groups:
+        for i, reason in group.get("without_rows", {}).items():
+            yield group["params"][i], reason
 
 
 def _has_forward_of(module: nn.Module, cls: type[nn.Module]) -> bool:

@@ -132,6 +132,10 @@ class Layer:
             return None
         return Source(self.weight, kind, None, swapped, batch_second, biased or swapped)
 
+    def is_like(self, other: Layer) -> bool:
+        """Whether what is known of one is right for the other, of the same weight."""
+        return self.bias is other.bias and self.kind.has_rows == other.kind.has_rows
+
     def has_module(self, source: Source) -> bool:
         """Whether calls of a module may be what this is a source of."""
         return any(
@@ -301,16 +305,20 @@ def find(model: nn.Module, groups: Sequence[dict[str, Any]]) -> list[Layer]:
 
     A weight that several modules use is one layer if they are of one kind, or a table of embeddings
     and the linear map tied to it. Its bias belongs to the layer if all of them have the same one.
-    All other parameters are left to the fallback, a bias of several weights among them.
+    All other parameters are left to the fallback, a bias of several weights among them, and so are
+    weights whose use rows do not tell, which their group's "without_rows" has by index.
     """
     group_of = {p: group for group in groups for p in group["params"]}
+    lost = {group["params"][i] for group in groups for i in group.get("without_rows", ())}
     found: dict[nn.Parameter, _Shared] = {}
     for path, module in model.named_modules():
         for use in uses(module):
             # a parametrized or spectrally normalized weight is computed and not a parameter
             weight = module._parameters.get(use.weight)
             bias = module._parameters.get(use.bias) if use.bias else None
-            if weight is None or weight not in group_of or not weight.is_floating_point():
+            if weight is None or weight not in group_of or weight in lost:
+                continue
+            if not weight.is_floating_point():
                 continue
             if isinstance(use.kind, Convolution) and group_of[weight]["average_groups"]:
                 kind = dataclasses.replace(use.kind, average_groups=True)

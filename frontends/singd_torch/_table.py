@@ -21,7 +21,7 @@ def table(
 ) -> str:
     """A line for each layer and each other parameter: names, shape, rule, structures, bytes.
 
-    `reasons` says of other parameters why no rows of them are taken.
+    `reasons` says of parameters without rows why none are taken.
     """
     reasons = reasons or {}
     lines: list[tuple[str, ...]] = [("parameter", "shape", "rule", "K", "C", _BYTES)]
@@ -31,11 +31,8 @@ def table(
         rule = "KFAC" if layer.group["kfac"] else "SINGD"
         rule += "" if layer.kind.has_rows else " without rows"
         K, C = (cls.name for cls in layer.structures)
-        size = layer_bytes(layer)
-        if layer.without_rows:
-            rule, K, C, size = "AdamW", "", "", sum(map(fallback_bytes, layer.parameters))
-        lines.append((name, _shape(layer.weight), rule, K, C, f"{size:,}"))
-        why.append(layer.without_rows or "")
+        lines.append((name, _shape(layer.weight), rule, K, C, f"{layer_bytes(layer):,}"))
+        why.append("" if layer.kind.has_rows else reasons.get(layer.weight, ""))
     for p in fallback:
         name, size = names.get(p, "(not of the model)"), fallback_bytes(p)
         lines.append((name, _shape(p), "AdamW", "", "", f"{size:,}"))

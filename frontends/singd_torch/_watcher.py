@@ -74,9 +74,8 @@ class Watcher(torch.optim.Optimizer):
         self._layers = find_all(self._model, self.param_groups)
         for layer in self._layers:
             known = old.get(layer.weight)
-            if known is not None and known.bias is layer.bias:
+            if known is not None and known.is_like(layer):
                 layer.factors, layer.pending, layer.seen = known.factors, known.pending, known.seen
-                layer.without_rows = known.without_rows
             elif known is not None:  # with or without a bias, the matrix has another shape
                 self.state[layer.weight].clear()
             for module, source in layer.sources:
@@ -179,7 +178,9 @@ class Watcher(torch.optim.Optimizer):
         if self._is_switched():
             source = source.of(self._follow())
         layer = self._by_weight.get(source.weight)
-        if layer is None or layer.without_rows or not layer.weight.requires_grad:
+        if layer is None or layer.without_rows or not layer.kind.has_rows:
+            return None
+        if not layer.weight.requires_grad:
             return None
         if self._processes is None:  # the model may have been wrapped after it was given here
             self._processes = processes_of_call()
@@ -230,7 +231,7 @@ class Watcher(torch.optim.Optimizer):
                             layer.pending[key] = layer.no_rows(key)
                 layer.unused = layer.weight.grad is None
                 known = layer.seen or layer.pending or not layer.kind.has_rows
-                if layer.weight.grad is not None and known and layer.without_rows is None:
+                if layer.weight.grad is not None and known:
                     live.append(layer)
                     continue
                 if layer.weight.grad is not None:  # a frozen weight may have a trained bias
@@ -315,15 +316,24 @@ class Watcher(torch.optim.Optimizer):
             layer.pending, layer.last_pass = {}, (-1, Reach.NOT)
         self._tell_taps()
 
+    def _part_with_rows(self) -> None:
+        """Train layers without rows from now on, whose rows would not tell the gradient.
+
+        That is kept in their groups, and so in checkpoints.
+        """
+        lost = [layer for layer in self._layers if layer.without_rows]
+        for layer in lost:
+            params = layer.group["params"]
+            index = next(i for i, p in enumerate(params) if p is layer.weight)
+            layer.group.setdefault("without_rows", {})[index] = layer.without_rows
+        if lost:
+            self._warn_once(
+                f"no rows of {lost[0].name!r} are taken, since it is {lost[0].without_rows}: it is "
+                "trained without; print(optimizer) shows all that is, and why"
+            )
+            self._route()
+
     def _warn_unseen(self, layer: Layer) -> None:
-        if layer.without_rows:
-            known = [x for x in self._layers if x.without_rows]
-            if known[0] is layer:
-                self._warn_once(
-                    f"no rows of {layer.name!r} are taken, since it is {layer.without_rows}: AdamW "
-                    "trains it; print(optimizer) shows all that is trained so, and why"
-                )
-            return
         self._warn_once(
             f"no rows of {layer.name!r} have been seen, since its weight was used without a call "
             "of its module, or in a graph that was compiled before the optimizer was built (then "

@@ -251,6 +251,7 @@ class SINGD(Stepper, Saving):
                     "give its module sparse=False, or an optimizer of its own"
                 )
         self._queue.flush()
+        self._part_with_rows()
         if not self.state and self._is_no_step():
             self._begin()
             return loss
@@ -340,7 +341,9 @@ class SINGD(Stepper, Saving):
 
     def __repr__(self) -> str:
         """Who owns each parameter, with which structures, and what state it costs."""
-        table = _table.table(self._layers, self._fallback, self._names, dict(reasons(self._model)))
+        table = _table.table(
+            self._layers, self._fallback, self._names, dict(reasons(self._model, self.param_groups))
+        )
         return f"{type(self).__name__}\n{table}"
 
 

@@ -1,0 +1,69 @@
+"""`check` finds layers whose rows are not those of their gradient, and changes nothing."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from singd_core import Linear
+from singd_torch import SINGD, check, register_layer
+
+
+class Doubled(nn.Module):
+    """A layer that is registered for what it is not: its output is twice that of a linear map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * (x @ self.weight.T)
+
+
+register_layer(Doubled, Linear())
+
+
+def loss(model: nn.Module) -> Tensor:
+    x = torch.randn(9, 5, generator=torch.Generator().manual_seed(1))
+    return model(x).sin().square().mean()
+
+
+def test_right_rows_and_nothing_changes() -> None:
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3))
+    optimizer = SINGD(model)
+    loss(model).backward()
+    before, gradients = copy.deepcopy(model.state_dict()), [p.grad for p in model.parameters()]
+    pending = [dict(layer.pending) for layer in optimizer._layers]
+    gaps = check(model, loss)
+    assert sorted(gaps) == ["0.weight", "3.weight"]
+    assert max(gaps.values()) < 1e-5  # float32, sums of 9 products
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert all(p.grad is g for p, g in zip(model.parameters(), gradients, strict=True))
+    assert [dict(layer.pending) for layer in optimizer._layers] == pending
+
+
+def test_wrong_rows_are_named() -> None:
+    model = nn.Sequential(Doubled(), nn.Linear(4, 3))
+    with pytest.raises(AssertionError, match=r"of these layers .*: 0\.weight \(0\.5, where up to"):
+        check(model, loss)
+    assert check(model, loss, tolerance=0.6)["0.weight"] == pytest.approx(0.5)
+
+
+def test_layers_without_rows_or_gradients_are_left_out() -> None:
+    class Masked(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, self.weight.tril(), self.bias)
+
+    model = nn.ModuleDict(
+        {"used": Masked(5, 4), "head": nn.Linear(4, 3), "unused": nn.Linear(4, 3)}
+    )
+    gaps = check(model, lambda m: m["head"](m["used"](torch.randn(9, 5))).square().mean())
+    assert list(gaps) == ["head.weight"]
+
+
+def test_a_penalty_is_told_from_a_bug_by_the_error() -> None:
+    model = nn.Linear(5, 4)
+    with pytest.raises(AssertionError, match="as a penalty does"):
+        check(model, lambda m: loss(m) + m.weight.square().sum())
