@@ -35,8 +35,7 @@ def _recent(*least: int) -> tuple[str, ...]:
     return ("torch",) if found >= least else (f"torch {'.'.join(map(str, least))}",)
 
 
-# Older versions cannot trace all of the core, and read numbers on the device `meta`. The frontend
-# promises compiled layers from this one on, too.
+# Older versions cannot trace all of the core; the frontend takes compiled layers from this one on.
 _RECENT = _recent(2, 13)
 
 
@@ -92,7 +91,7 @@ def torch_vmap(case: Case) -> None:
     compare(case, found, everything(*in_numpy(case, *stack)))
 
 
-@law(backends=_RECENT, dtypes=("float32",), examples=1, sizes=(5,))
+@law(backends=("torch",), dtypes=("float32",), examples=1, sizes=(5,))
 def torch_grad(case: Case) -> None:
     """`torch.autograd` of a function of a member agrees with its differences."""
     torch, case.floats = _torch(), True
@@ -144,7 +143,7 @@ def _step_without_data(case: Case, place: str, context: Any) -> None:
         require(a.device.type == place, f"{name}: expected {place}, got {a.device}")
 
 
-@law(backends=_RECENT, dtypes=("float32", "bfloat16"), examples=1, sizes=(4,))
+@law(backends=("torch",), dtypes=("float32", "bfloat16"), examples=1, sizes=(4,))
 def torch_step_without_data(case: Case) -> None:
     """A whole optimizer step runs on the device `meta` and on a fake GPU."""
     _step_without_data(case, "meta", contextlib.nullcontext())

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+import recent
 import torch
 import torch._dynamo.config
 import torch._functorch.config
@@ -18,6 +19,8 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils.checkpoint import checkpoint
 
 from singd_torch import SINGD, _compiled
+
+pytestmark = recent.COMPILES
 
 # Relative, float64: eight steps from sums in another order than in eager calls.
 CLOSE = 1e-9

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from singd_torch import SINGD
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is (disabled|unavailable)")
 
 
 def save(model: nn.Module, optimizer: SINGD, folder: Path, options: StateDictOptions) -> None:
