@@ -28,7 +28,7 @@ ADD_DIAGONAL: dict[type, Callable[[Any, Any], Any]] = {}
 NUMBER: dict[type, Callable[[Any], Any]] = {}
 
 # What writes a product of matrices, and of entries, to an array that can be written to.
-PRODUCT: dict[type, Callable[[Any, Any, Any], Any]] = {}
+PRODUCT_INTO: dict[type, Callable[[Any, Any, Any], Any]] = {}
 TIMES: dict[type, Callable[[Any, Any, Any], Any]] = {}
 # For a type of arrays that can be written to, what makes an array of any content: `empty`.
 EMPTY: dict[type, Callable[[Sequence[int], Any], Any]] = {}
@@ -186,7 +186,7 @@ def add_diagonal(A: Array, c: Scalar) -> Array:
 
 def product(A: Array, B: Array, out: Array) -> Array:
     """`A B`, written to `out` where a frontend has said how."""
-    into = PRODUCT.get(type(A))
+    into = PRODUCT_INTO.get(type(A))
     return A @ B if into is None else into(A, B, out)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copyreg
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any, cast
 
 from torch import nn
@@ -22,6 +23,17 @@ def leave_hooks_behind(model: nn.Module) -> None:
     for module in model.modules():
         if any(map(_is_ours, _hooks(vars(module)))):
             copyreg.dispatch_table.setdefault(type(module), _reduced)
+
+
+def when_complete(model: nn.Module, then: Callable[[], None]) -> None:
+    """Call a function when a copy of a model, which is still empty, has been given its state."""
+
+    def set_state(state: dict[str, Any]) -> None:
+        del vars(model)["__setstate__"]
+        model.__setstate__(state)  # type: ignore[no-untyped-call]
+        then()
+
+    vars(model)["__setstate__"] = set_state  # `copy` and `pickle` ask the object for it
 
 
 def _reduced(module: nn.Module) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from singd_core._array import NUMBER, SUMS_OF_SQUARES, TAKE, number
+from singd_core._array import NUMBER, SUMS_OF_SQUARES, TAKE
 from singd_core.structures import Diagonal, Structure, TrilToeplitz, TriuToeplitz
 
 # In numbers: an operation on so many is still 20 times as long as its call.
@@ -72,16 +72,6 @@ def placed(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
         return value.to(device, dtype)
     return torch.full((), value, dtype=dtype, device=device)
-
-
-def plain(scale: Any) -> Any:
-    """A scale, or one of each matrix, as a number where that is known and one will do.
-
-    A scale of 1 is a pass over memory that is not taken.
-    """
-    if not isinstance(scale, Tensor) or scale.ndim == 0 or not on_host(scale):
-        return number(scale)
-    return 1.0 if bool((scale == 1.0).all()) else scale
 
 
 def _sums_of_squares(X: Tensor) -> Tensor:

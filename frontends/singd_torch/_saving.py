@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from singd_torch import _state
+from singd_torch._copies import when_complete
 from singd_torch._groups import settings_of
 from singd_torch._loading import Loaded, factors_of, loaded
 from singd_torch._watcher import Watcher
@@ -83,6 +84,12 @@ class Saving(Watcher):
             return
         self._processes = None
         self._watch(state["_model"])
+        if "_modules" in vars(self._model):
+            self._go_on_as_copied()
+        else:  # the model holds its optimizer, and is being copied around it
+            when_complete(self._model, self._go_on_as_copied)
+
+    def _go_on_as_copied(self) -> None:
         self._names = {p: name for name, p in self._model.named_parameters()}
         self._route()
         self._go_on_from(

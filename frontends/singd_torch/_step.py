@@ -17,12 +17,12 @@ from singd_core._array import (
     EMPTY,
     INVERSE,
     MULTIPLY_ADD,
+    PRODUCT_INTO,
     TIMES,
     expand,
     sum_of_squares,
     widen,
 )
-from singd_core._array import PRODUCT as PRODUCT_INTO
 from singd_core._settings import Settings, gap, is_due, rate_of_factors
 from singd_core.curvature import LayerKind
 from singd_core.preconditioner import Factors

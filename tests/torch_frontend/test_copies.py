@@ -134,6 +134,37 @@ def test_a_pickled_model_does_not_ask_for_this_package() -> None:
     assert b"singd" not in pickle.dumps(model)
 
 
+class Learner(nn.Module):
+    """A model that holds its optimizer, as learners of reinforcement learning do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Attending()
+        self.optimizer = SINGD(self)
+
+    def step(self, x: torch.Tensor) -> None:
+        self.optimizer.zero_grad()
+        self.body(x).sin().mean().backward()
+        self.optimizer.step()
+
+
+@pytest.mark.parametrize("before", [0, 2])
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_a_model_that_holds_its_optimizer_is_copied_with_it(how: str, before: int) -> None:
+    learner = Learner()
+    data = [torch.randn(6, 3, 4) for _ in range(before + 2)]
+    for x in data[:before]:
+        learner.step(x)
+    twin = MODELS[how](learner)
+    assert len(hooks_of(twin)) == len(hooks_of(learner))
+    assert repr(twin.optimizer) == repr(learner.optimizer)
+    for x in data[before:]:
+        learner.step(x)
+        twin.step(x)
+    assert_equal(all_numbers(learner, learner.optimizer), all_numbers(twin, twin.optimizer))
+    assert "__setstate__" not in vars(twin)
+
+
 def test_structures_that_a_function_makes_are_pickled() -> None:
     model, data = Network(), batches(F32, 3)
     optimizer = SINGD(model, structures=(blockdiagonal(4), hierarchical(2, 3)))
