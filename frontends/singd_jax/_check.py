@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from singd_core._array import Array, widen
 from singd_jax import _compat
 from singd_jax._calls import EXPAND, Call
-from singd_jax._curvature import Tapped, padded, value_and_grad
+from singd_jax._curvature import padded
 from singd_jax._layers import TRANSPOSED, Layer, Layers
 from singd_jax._loss import Leaves
+from singd_jax._tapped import Tapped, value_and_grad
 
 
 def check(
