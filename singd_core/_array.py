@@ -179,7 +179,10 @@ def add_product(Y: Array, A: Array, B: Array) -> Array:
 
 
 def add_diagonal(A: Array, c: Scalar) -> Array:
-    """`A + c I` for A of shape (..., d, d) and c a number or of the shape of its first axes."""
+    """`A + c I` for A of shape (..., d, d) and c a number or of the shape of its first axes.
+
+    `A` may be overwritten.
+    """
     fused = ADD_DIAGONAL.get(type(A))
     return A + expand(c, A) * eye(A.shape[-1], like=A) if fused is None else fused(A, c)
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from singd_core._array import is_half
 from singd_core._settings import Settings, gap, is_bound, rate_of_factors
 from singd_core.step import averaged, couples_decay, decouples_decay, scaled, squares_of
+from singd_core.structures import Structure
 from singd_core.updates.inverse_free import InverseFree, bounded, direction, stepped, weights
-from singd_core.updates.natural import Preconditioner
+from singd_core.updates.natural import Preconditioner, balance
 from singd_torch._bundle import Bundle, Part
 from singd_torch._pieces import placed
 from singd_torch._stacks import Stack, State
@@ -61,7 +62,7 @@ def advance(bundle: Bundle, state: State, given: Gradients) -> Tensor:
     matrices = [part.stack.layers[0].kind.matrix(*part.joined(ahead)) for part in bundle.parts]
     length = _norms(matrices)
     natural = [
-        by_pieces(_preconditioner(part.stack, s), ahead is gradient, matrix)
+        by_pieces(_precondition(part.stack, s), ahead is gradient, matrix)
         for part, matrix in zip(bundle.parts, matrices, strict=True)
     ]
     lengths = length, _norms(natural)
@@ -180,11 +181,12 @@ def _refresh(bundle: Bundle, s: Settings, state: State, given: Gradients) -> Non
         own, grams = partial(_own, place, part), _factors(part.stack).grams(curvature)
         pairs = zip((curvature.H_K, curvature.H_C), grams, of_both, strict=True)
         m.append([direction(None, H, G, own(of_H), own(of_G), s) for H, G, (of_H, of_G) in pairs])
-    norms = torch.cat([pair[k].norm().reshape(-1) for k in (0, 1) for pair in m]).view(2, -1)
+    norms = _sizes(*([pair[k] for pair in m] for k in (0, 1)))
     betas = bounded(rates.beta, norms, s).unbind()
     steps = [-1.0 * start * beta for start, beta in zip(rates.start, betas, strict=True)]
     assert given.ok is not None
     use = given.ok & (norms.sum(0) < math.inf)
+    rows: list[Tensor] = []
     for part, place, pair in zip(due, places, m, strict=True):
         factors, own = _factors(part.stack), partial(_own, place, part)
         sides = zip((factors.K, factors.C), pair, rates.start, steps, strict=True)
@@ -192,9 +194,17 @@ def _refresh(bundle: Bundle, s: Settings, state: State, given: Gradients) -> Non
             L_new = stepped(L, along, own(start), own(step), s)
             L.map(partial(_write, own(use)), L_new)
         part.stack.hold(factors, state, seen=True)
+        rows += [factors.K.row_norms(), factors.C.row_norms()]
         if part.stack.report is not None:
             sizes = (own(rates.beta) * own(n) for n in norms)
             part.stack.report |= zip(("K_step", "C_step"), sizes, strict=True)
+    scales = balance(torch.cat([own.reshape(-1) for own in rows]))
+    each = [
+        own.view(like.shape)
+        for own, like in zip(torch.split(scales, [r.numel() for r in rows]), rows, strict=True)
+    ]
+    for i, part in enumerate(due):
+        _precondition(part.stack, s, each[2 * i : 2 * i + 2])
     if old is bundle.averages:
         old.map(partial(_write, use), rates.averages)
         return
@@ -203,11 +213,18 @@ def _refresh(bundle: Bundle, s: Settings, state: State, given: Gradients) -> Non
         part.stack.averages.map(partial(_write, own(use)), rates.averages.map(own))
 
 
-def _preconditioner(stack: Stack, s: Settings) -> Preconditioner:
+def _sizes(*rows: Sequence[Structure]) -> Tensor:
+    """The Frobenius norms of rows of structured matrices, or of stacks of them."""
+    return torch.cat([m.norm().reshape(-1) for row in rows for m in row]).view(len(rows), -1)
+
+
+def _precondition(
+    stack: Stack, s: Settings, scales: Sequence[Tensor] | None = None
+) -> Preconditioner:
     """What preconditions until the next refresh."""
     if stack.preconditioner is None:
-        steps = gap(stack.layers[0].group["steps"], s)
-        stack.preconditioner = _factors(stack).preconditioner(steps, balanced=s.normalized)
+        own, steps = _factors(stack), gap(stack.layers[0].group["steps"], s)
+        stack.preconditioner = own.preconditioner(steps, balanced=True, scales=scales)
     return stack.preconditioner
 
 

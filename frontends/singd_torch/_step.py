@@ -306,10 +306,9 @@ def _add_product(Y: Tensor, A: Tensor, B: Tensor) -> Tensor:
 
 
 def _add_diagonal(A: Tensor, c: float | Tensor) -> Tensor:
-    result = A.clone()
-    diagonal = result.diagonal(dim1=-2, dim2=-1)
+    diagonal = A.diagonal(dim1=-2, dim2=-1)
     diagonal.add_(expand(c, diagonal))
-    return result
+    return A
 
 
 MULTIPLY_ADD |= dict.fromkeys((Tensor, nn.Parameter), _multiply_add)

@@ -181,6 +181,10 @@ class Structure(Tree):
         *batch, d, _ = self.shape
         return self + self.identity(d, like=self.like, batch=batch).scale(c)
 
+    def shifted(self, c: Scalar) -> Self:
+        """`L + c I`, in place of L, where arrays can be written to."""
+        return self.add_identity(c)
+
     # ---- numbers --------------------------------------------------------------------------------
 
     @property

@@ -10,6 +10,7 @@ from singd_core._array import (
     Scalar,
     add_diagonal,
     concat,
+    expand,
     eye,
     full,
     namespace,
@@ -143,6 +144,9 @@ class BlockDiagonal(Pattern):
         return type(self)(self.blocks * blocks, self.last * last)
 
     def add_identity(self, c: Scalar) -> Self:
+        return self.map(lambda a: a + expand(c, a) * eye(a.shape[-1], like=a))
+
+    def shifted(self, c: Scalar) -> Self:
         return self.map(lambda a: add_diagonal(a, c))
 
     def trace(self) -> Array:

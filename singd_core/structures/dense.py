@@ -34,7 +34,7 @@ class _Square(Pattern):
     def matmul(self, other: Self) -> Self:
         return type(self)(self.matrix @ other.matrix)
 
-    def add_identity(self, c: Scalar) -> Self:
+    def shifted(self, c: Scalar) -> Self:
         return type(self)(add_diagonal(self.matrix, c))
 
     def square(self) -> Dense:

@@ -12,7 +12,7 @@ from singd_core._settings import Rate, Settings, is_bound
 from singd_core._tree import Tree, tree
 from singd_core.structures.base import Structure
 from singd_core.updates.curvature import TINY, Averages, Curvature, Measured, Rates, measure
-from singd_core.updates.natural import Preconditioner
+from singd_core.updates.natural import Preconditioner, balance
 
 
 @tree
@@ -51,13 +51,21 @@ class InverseFree(Tree):
 
         `balanced` is told of in `Preconditioner`.
         """
-        return Preconditioner.of(None, None, self, balanced=balanced)(gradient)
+        return Preconditioner.of(None, None, self, self._scales(balanced=balanced))(gradient)
 
-    def preconditioner(self, T: int, *, balanced: bool = False) -> Preconditioner:
-        """`precondition` for T steps: with K Kᵀ and C Cᵀ formed once where that multiplies less."""
+    def preconditioner(
+        self, T: int, *, balanced: bool = False, scales: Sequence[Array] | None = None
+    ) -> Preconditioner:
+        """`precondition` for T steps: with K Kᵀ and C Cᵀ formed once where that multiplies less.
+
+        `scales` are what balances K and C, if that is known.
+        """
         d_in, d_out = self.K.shape[-1], self.C.shape[-1]
         P_K, P_C = _square(self.K, T * d_out), _square(self.C, T * d_in)
-        return Preconditioner.of(P_K, P_C, self, balanced=balanced)
+        return Preconditioner.of(P_K, P_C, self, scales or self._scales(balanced=balanced))
+
+    def _scales(self, *, balanced: bool) -> Sequence[Array | None]:
+        return [balance(L.row_norms()) if balanced else None for L in (self.K, self.C)]
 
     def refresh(
         self,
@@ -168,7 +176,7 @@ def direction(
         of_gram: ½ λ, with the adaptive damping (λ for IKFAC).
         s: The settings.
     """
-    m = H_K.scale(of_H).add_scaled(of_gram, KtK).add_identity(-half(s))
+    m = H_K.scale(of_H).add_scaled(of_gram, KtK).shifted(-half(s))
     return m if m_K is None or s.kfac_like else m.add_scaled(s.alpha1, m_K.astype(m.like))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Protocol, Self
 
 from singd_core._array import Array, at_least, cast
@@ -33,11 +34,10 @@ class Side:
     scale: Array | None = None
 
     @classmethod
-    def of(cls, L: Structure, P: Structure | None, *, balanced: bool) -> Self:
-        """The product with P = L Lᵀ, or with D^(−½) P if `balanced`, D being the diagonal of P."""
-        if not balanced:
+    def of(cls, L: Structure, P: Structure | None, scale: Array | None) -> Self:
+        """The product with P = L Lᵀ, or with diag(scale) P."""
+        if scale is None:
             return cls(P or L, P is not None)
-        scale = at_least(L.row_norms(), TINY) ** -1.0
         scaled = None if P is None else P.scale_rows(cast(scale, P.like))
         return cls(L, False, scale) if scaled is None else cls(scaled, True)
 
@@ -49,6 +49,11 @@ class Side:
             return self.L.apply(X) if found is None else found
         product = self.L.precondition(X)
         return product if self.scale is None else product * cast(self.scale, product)[..., None]
+
+
+def balance(row_norms: Array) -> Array:
+    """D^(−½) of P = L Lᵀ, whose diagonal D has the squares of the norms of the rows of L."""
+    return at_least(row_norms, TINY) ** -1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +73,14 @@ class Preconditioner:
 
     @classmethod
     def of(
-        cls, P_K: Structure | None, P_C: Structure | None, factors: _Pair, *, balanced: bool
+        cls,
+        P_K: Structure | None,
+        P_C: Structure | None,
+        factors: _Pair,
+        scales: Sequence[Array | None],
     ) -> Self:
         """With P_K and P_C where they are known, and else with the factors."""
-        sides = (factors.K, P_K), (factors.C, P_C)
-        return cls(*(Side.of(L, P, balanced=balanced) for L, P in sides))
+        return cls(Side.of(factors.K, P_K, scales[0]), Side.of(factors.C, P_C, scales[1]))
 
     def __call__(self, gradient: Array) -> Array:
         """The natural gradient."""
