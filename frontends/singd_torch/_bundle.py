@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from singd_core._array import is_half
 from singd_core.step import Late, sides
 from singd_core.updates.curvature import Averages
 from singd_torch import _state
@@ -174,3 +175,14 @@ def _numbers(stacks: Iterable[Stack]) -> int:
 def _likeness(stack: Stack) -> Any:
     layer = stack.layers[0]
     return id(layer.group), layer.weight.device, layer.weight.dtype, layer.dtypes
+
+
+def norms_of(tensors: Sequence[Tensor]) -> Tensor:
+    """The norm of each, in a row, in at least float32."""
+    dtype = torch.float32 if is_half(tensors[0]) else None
+    return torch.stack(torch._foreach_norm(list(tensors), 2, dtype))
+
+
+def spread(c: Tensor, like: Tensor) -> Tensor:
+    """The numbers of matrices along the first axes, with the axes that they lack."""
+    return c.view(*c.shape, *(1,) * (like.ndim - c.ndim))

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from singd_core._array import is_half
-from singd_core._settings import Settings, gap, is_bound, rate_of_factors
+from singd_core._settings import Settings, is_bound
 from singd_core.step import averaged, couples_decay, decouples_decay, scaled, squares_of
-from singd_core.structures import Structure
-from singd_core.updates.inverse_free import InverseFree, bounded, direction, stepped, weights
-from singd_core.updates.natural import Preconditioner, balance
-from singd_torch._bundle import Bundle, Part
+from singd_core.updates.inverse_free import InverseFree
+from singd_torch._bundle import Bundle, norms_of, spread
+from singd_torch._bundle_refresh import precondition, refresh
 from singd_torch._pieces import placed
 from singd_torch._stacks import Stack, State
 from singd_torch._step import Gradients, by_pieces
@@ -51,7 +47,7 @@ def advance(bundle: Bundle, state: State, given: Gradients) -> Tensor:
     assert ok is not None
     bundle.hold(state)
     s = given.settings(bundle.parameters[0])
-    _refresh(bundle, s, state, given)
+    refresh(bundle, s, state, given)
     gradient, squares = _gradients(bundle, ok, given)
     ahead = gradient
     if bundle.momentum is not None:
@@ -62,7 +58,7 @@ def advance(bundle: Bundle, state: State, given: Gradients) -> Tensor:
     matrices = [part.stack.layers[0].kind.matrix(*part.joined(ahead)) for part in bundle.parts]
     length = _norms(matrices)
     natural = [
-        by_pieces(_precondition(part.stack, s), ahead is gradient, matrix)
+        by_pieces(precondition(part.stack, s), ahead is gradient, matrix)
         for part, matrix in zip(bundle.parts, matrices, strict=True)
     ]
     lengths = length, _norms(natural)
@@ -114,8 +110,7 @@ def _gradients(bundle: Bundle, ok: Tensor, given: Gradients) -> tuple[Tensor, Te
 def _norms(matrices: Sequence[Tensor]) -> Tensor:
     """The Frobenius norms of matrices, or of stacks of them, in a row."""
     each = [m for own in matrices for m in own.reshape(-1, *own.shape[-2:]).unbind(0)]
-    dtype = torch.float32 if is_half(each[0]) else None
-    return torch.stack(torch._foreach_norm(each, 2, dtype))
+    return norms_of(each)
 
 
 def _move(
@@ -136,10 +131,10 @@ def _move(
                 rates[id(own)] = scale * (-1.0 * own.lr)
             c = part.of(rates[id(own)])
             if part.stack.groups:  # of which a weight has several
-                out.copy_(layer.split(n * _spread(c, n))[k])
+                out.copy_(layer.split(n * spread(c, n))[k])
             else:
                 u = layer.split(n)[k]
-                torch.mul(u, _spread(c, u), out=out)
+                torch.mul(u, spread(c, u), out=out)
     # where products are infinite, zero times them is NaN
     room = room.nan_to_num_(0.0, 0.0, 0.0).to(bundle.parameters[0].dtype)
     changes = torch.split(room, bundle.sizes)
@@ -155,106 +150,3 @@ def _move(
             share = everything.to(scale) * (own.lr * own.weight_decay)
             torch._foreach_mul_(weights, 1.0 - share)
         torch._foreach_add_(weights, their)
-
-
-def _refresh(bundle: Bundle, s: Settings, state: State, given: Gradients) -> None:
-    """Write the factors that the pending rows make, of the stacks that have rows."""
-    due = [part for part in bundle.parts if part.stack.layers[0].pending]
-    if not due:
-        return
-    curvatures = [part.stack.curvature(given.scales.rows) for part in due]
-    for part in due:
-        for layer in part.stack.layers:  # its rows are as large as its factors
-            layer.pending = {}
-    old = bundle.averages
-    if len(due) < len(bundle.parts):
-        old = old.map(lambda a: torch.cat([a[part.numbers] for part in due]))
-    t_U, t_G = (
-        torch.cat([t.reshape(-1) for t in ts]).to(old.k)
-        for ts in zip(*((own.t_U, own.t_G) for own in curvatures), strict=True)
-    )
-    rates = old.rates(t_U, t_G, rate_of_factors(due[0].stack.layers[0].group["steps"], s), s)
-    places = list(_places(due))
-    of_both = weights(rates, None, s)
-    m = []
-    for part, place, curvature in zip(due, places, curvatures, strict=True):
-        own, grams = partial(_own, place, part), _factors(part.stack).grams(curvature)
-        pairs = zip((curvature.H_K, curvature.H_C), grams, of_both, strict=True)
-        m.append([direction(None, H, G, own(of_H), own(of_G), s) for H, G, (of_H, of_G) in pairs])
-    norms = _sizes(*([pair[k] for pair in m] for k in (0, 1)))
-    betas = bounded(rates.beta, norms, s).unbind()
-    steps = [-1.0 * start * beta for start, beta in zip(rates.start, betas, strict=True)]
-    assert given.ok is not None
-    use = given.ok & (norms.sum(0) < math.inf)
-    rows: list[Tensor] = []
-    for part, place, pair in zip(due, places, m, strict=True):
-        factors, own = _factors(part.stack), partial(_own, place, part)
-        sides = zip((factors.K, factors.C), pair, rates.start, steps, strict=True)
-        for L, along, start, step in sides:
-            L_new = stepped(L, along, own(start), own(step), s)
-            L.map(partial(_write, own(use)), L_new)
-        part.stack.hold(factors, state, seen=True)
-        rows += [factors.K.row_norms(), factors.C.row_norms()]
-        if part.stack.report is not None:
-            sizes = (own(rates.beta) * own(n) for n in norms)
-            part.stack.report |= zip(("K_step", "C_step"), sizes, strict=True)
-    scales = balance(torch.cat([own.reshape(-1) for own in rows]))
-    each = [
-        own.view(like.shape)
-        for own, like in zip(torch.split(scales, [r.numel() for r in rows]), rows, strict=True)
-    ]
-    for i, part in enumerate(due):
-        _precondition(part.stack, s, each[2 * i : 2 * i + 2])
-    if old is bundle.averages:
-        old.map(partial(_write, use), rates.averages)
-        return
-    for part, place in zip(due, places, strict=True):
-        own = partial(_own, place, part)
-        part.stack.averages.map(partial(_write, own(use)), rates.averages.map(own))
-
-
-def _sizes(*rows: Sequence[Structure]) -> Tensor:
-    """The Frobenius norms of rows of structured matrices, or of stacks of them."""
-    return torch.cat([m.norm().reshape(-1) for row in rows for m in row]).view(len(rows), -1)
-
-
-def _precondition(
-    stack: Stack, s: Settings, scales: Sequence[Tensor] | None = None
-) -> Preconditioner:
-    """What preconditions until the next refresh."""
-    if stack.preconditioner is None:
-        own, steps = _factors(stack), gap(stack.layers[0].group["steps"], s)
-        stack.preconditioner = own.preconditioner(steps, balanced=True, scales=scales)
-    return stack.preconditioner
-
-
-def _factors(stack: Stack) -> InverseFree:
-    assert isinstance(stack.factors, InverseFree)
-    return stack.factors
-
-
-def _places(parts: Sequence[Part]) -> Iterator[slice]:
-    """Where the numbers of each are, in a vector of those of these parts alone."""
-    start = 0
-    for part in parts:
-        end = start + part.numbers.stop - part.numbers.start
-        yield slice(start, end)
-        start = end
-
-
-def _own(place: slice, part: Part, numbers: Any) -> Any:
-    """The numbers of one part, where all have their own."""
-    several = isinstance(numbers, Tensor) and numbers.ndim
-    return numbers[place].view(part.batch) if several else numbers
-
-
-def _write(keep: Tensor, old: Tensor, new: Tensor) -> Tensor:
-    """Write what is new where it is to be kept, of matrices along the first axes."""
-    if old.numel():
-        torch.where(_spread(keep, old), new, old, out=old)
-    return old
-
-
-def _spread(c: Tensor, like: Tensor) -> Tensor:
-    """The numbers of matrices along the first axes, with the axes that they lack."""
-    return c.view(*c.shape, *(1,) * (like.ndim - c.ndim))

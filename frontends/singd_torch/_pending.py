@@ -11,7 +11,7 @@ from torch import Tensor
 
 from singd_core.curvature import Embedding, LayerKind, Linear, Sample, StackedLinear
 from singd_core.preconditioner import Factors
-from singd_core.updates.curvature import Curvature, Measured
+from singd_core.updates.curvature import Measured
 from singd_torch._join import join, join_trees, tree_parts
 from singd_torch._pieces import placed
 
@@ -170,14 +170,14 @@ class Pending:
         )
         return cls(inputs, N, outputs, 0, M, first.backward, first.swapped)
 
-    def curvature(self, grad_scale: Any) -> Curvature:
-        """The curvature, of gradients that were multiplied by `grad_scale`."""
+    def terms(self, grad_scale: Any) -> tuple[Measured, Any, Measured, Any]:
+        """What `Curvature.of` takes, of gradients that were multiplied by `grad_scale`."""
         dtype = self.inputs.squares.dtype  # else integers on the device are divided in float32
         N, M = (n.to(dtype) if isinstance(n, Tensor) else n for n in self._counts())
         M = M / grad_scale / grad_scale  # its square may leave float32
         if self.swapped:
-            return Curvature.of(self.inputs, 1.0 / M, self.outputs, 1.0 / N)
-        return Curvature.of(self.inputs, N, self.outputs, M)
+            return self.inputs, 1.0 / M, self.outputs, 1.0 / N
+        return self.inputs, N, self.outputs, M
 
     def tensors(self) -> list[Tensor]:
         """All sums as tensors, in a fixed order."""

@@ -20,7 +20,7 @@ from singd_core.updates.natural import Preconditioner
 from singd_torch import _state
 from singd_torch._groups import settings_of
 from singd_torch._join import join, join_trees, parts, tree_parts
-from singd_torch._layers import Layer
+from singd_torch._layers import Key, Layer
 from singd_torch._pending import Pending
 
 T = TypeVar("T")
@@ -212,13 +212,17 @@ class Stack:
             self._compiled[function] = torch.compile(function, **options)
         return self._compiled[function](*args)  # type: ignore[no-any-return]
 
-    def curvature(self, grad_scale: Any) -> Curvature:
-        """That of the pending rows, of gradients that were multiplied by `grad_scale`."""
-        found = {
+    def pending(self) -> dict[Key, Pending]:
+        """The pending rows of all layers, by part and role."""
+        return {
             key: Pending.joined([layer.pending[key] for layer in self.layers])
             for key in sorted(self.layers[0].pending, key=str)
         }
-        first, *others = [pending.curvature(grad_scale) for pending in found.values()]
+
+    def curvature(self, grad_scale: Any) -> Curvature:
+        """That of the pending rows, of gradients that were multiplied by `grad_scale`."""
+        found = self.pending()
+        first, *others = [Curvature.of(*rows.terms(grad_scale)) for rows in found.values()]
         if next(iter(found))[0] is not None:  # the parts of a stacked linear layer
             axis = int(len(self.layers) > 1)
             return first.map(lambda *arrays: torch.stack(arrays, axis), *others)

@@ -73,6 +73,19 @@ def seen(L: Structure, measured: Measured) -> Measured:
     return Measured(L.astype(measured.S.like).seen(measured.S), measured.squares)
 
 
+def shares(N: Scalar, M: Scalar, d_in: int, d_out: int) -> tuple[Scalar, Scalar, Scalar, Scalar]:
+    """What the sums of N inputs and of the output gradients of M terms are multiplied by.
+
+    Returns:
+        The factors of the sums, of inputs and of outputs, and of their mean diagonals.
+    """
+    if isinstance(N, (int, float)):
+        N = N or 1
+    else:  # counted on the device, where there may be none
+        N = namespace(N).where(N > 0, N, namespace(N).ones_like(N))
+    return 1.0 / N, M, 1.0 / (N * max(1, d_in)), M / max(1, d_out)
+
+
 @tree
 class Curvature(Tree):
     """The curvature U ⊗ G of one layer as a refresh wants it.
@@ -92,14 +105,8 @@ class Curvature(Tree):
     @classmethod
     def of(cls, inputs: Measured, N: Scalar, outputs: Measured, M: Scalar) -> Self:
         """From the sums of N rows of inputs, and of output gradients of a mean over M terms."""
-        d_in, d_out = (max(1, sums.S.shape[-1]) for sums in (inputs, outputs))
-        if isinstance(N, (int, float)):
-            N = N or 1
-        else:  # counted on the device, where there may be none
-            N = namespace(N).where(N > 0, N, namespace(N).ones_like(N))
-        t_U = inputs.squares * (1.0 / (N * d_in))
-        t_G = outputs.squares * (M / d_out)
-        return cls(inputs.S.scale(1.0 / N), outputs.S.scale(M), t_U, t_G)
+        a, b, c, d = shares(N, M, inputs.S.shape[-1], outputs.S.shape[-1])
+        return cls(inputs.S.scale(a), outputs.S.scale(b), inputs.squares * c, outputs.squares * d)
 
     def joined(self, other: Self) -> Self:
         """One Kronecker product near the sum of two, U ⊗ G + U' ⊗ G', for a weight of two roles.
