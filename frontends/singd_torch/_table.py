@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -14,14 +14,16 @@ _BYTES, _WHY = "bytes of state", "why without rows"
 
 
 def table(
-    layers: Iterable[Layer],
-    fallback: Iterable[nn.Parameter],
+    layers: Sequence[Layer],
+    fallback: Sequence[nn.Parameter],
     names: dict[nn.Parameter, str],
     reasons: Mapping[nn.Parameter, str] | None = None,
+    owners: Mapping[nn.Parameter, int] | None = None,
 ) -> str:
     """A line for each layer and each other parameter: names, shape, rule, structures, bytes.
 
-    `reasons` says of parameters without rows why none are taken.
+    `reasons` says of parameters without rows why none are taken, `owners` which process keeps and
+    steps each layer.
     """
     reasons = reasons or {}
     lines: list[tuple[str, ...]] = [("parameter", "shape", "rule", "K", "C", _BYTES)]
@@ -37,6 +39,10 @@ def table(
         name, size = names.get(p, "(not of the model)"), fallback_bytes(p)
         lines.append((name, _shape(p), "AdamW", "", "", f"{size:,}"))
         why.append(reasons.get(p, ""))
+    if owners is not None:
+        places = ["process", *(str(owners[layer.weight]) for layer in layers)]
+        places += ["its parts" for _ in fallback]
+        lines = [(*line[:-1], place, line[-1]) for line, place in zip(lines, places, strict=True)]
     if any(why[1:]):
         lines = [(*line, reason) for line, reason in zip(lines, why, strict=True)]
     return _render(lines)

@@ -80,6 +80,8 @@ class SINGD(Stepper, Saving):
         fallback_weight_decay: AdamW's weight decay.
         processes: The processes that train copies of the model whose gradients are averaged
             without a wrapper; a DistributedDataParallel wrapper tells them by itself.
+        shard: Part the state and the work among processes that have copies of the model: each
+            steps some of the layers and sends their changes to all. Models in parts do so anyway.
         **given: Any further setting of `singd_core.Settings`, e.g. `nesterov=False`.
 
     Raises:
@@ -129,6 +131,7 @@ class SINGD(Stepper, Saving):
         fallback_eps: float = 1e-8,
         fallback_weight_decay: float = 0.01,
         processes: ProcessGroup | DeviceMesh | None = None,
+        shard: bool = False,
         **given: Any,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -139,6 +142,12 @@ class SINGD(Stepper, Saving):
             self._processes, model = model.process_group, _plain(model.module)
         if processes is not None:
             self._processes = group_of(processes)
+        if shard and self._processes is None:
+            raise ValueError(
+                "shard=True: give SINGD the model in its DistributedDataParallel wrapper, or "
+                "processes=, those among which the state is parted"
+            )
+        self._shard = shard
         check_names(given, inspect.signature(SINGD).parameters)
         given |= {
             "lr": lr,
@@ -341,9 +350,9 @@ class SINGD(Stepper, Saving):
 
     def __repr__(self) -> str:
         """Who owns each parameter, with which structures, and what state it costs."""
-        table = _table.table(
-            self._layers, self._fallback, self._names, dict(reasons(self._model, self.param_groups))
-        )
+        owners = None if self._sharded is None else self._sharded.owners
+        why = dict(reasons(self._model, self.param_groups))
+        table = _table.table(self._layers, self._fallback, self._names, why, owners)
         return f"{type(self).__name__}\n{table}"
 
 

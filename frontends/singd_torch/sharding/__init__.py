@@ -6,21 +6,26 @@ import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+import torch.distributed as dist
 from torch import nn
 
 if TYPE_CHECKING:
     from singd_torch.sharding.sharded import Sharded
 
 
-def sharded(params: Iterable[nn.Parameter]) -> Sharded | None:
-    """What parts the work of a step among processes, if the parameters are in parts there."""
-    tensor = sys.modules.get("torch.distributed.tensor")  # else there are none
-    if tensor is None:
-        return None
-    parts = [p for p in params if isinstance(p, tensor.DTensor)]
-    if not parts:
+def sharded(
+    params: Iterable[nn.Parameter], processes: dist.ProcessGroup | None, *, copies: bool
+) -> Sharded | None:
+    """What parts the work of a step among processes, if parameters are in parts there.
+
+    With `copies`, also if all of the `processes` have them whole. Else those of the parts are
+    found, unless `processes` are given.
+    """
+    tensor = sys.modules.get("torch.distributed.tensor")  # else there are no parts
+    parts = [] if tensor is None else [p for p in params if isinstance(p, tensor.DTensor)]
+    if not parts and not copies:
         return None
     from singd_torch.sharding.boxes import group_of_parts
     from singd_torch.sharding.sharded import Sharded
 
-    return Sharded(group_of_parts(parts))
+    return Sharded(group_of_parts(parts) if processes is None else processes)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,13 +9,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from singd_core._array import Array, widen
+from singd_core._tree import Tree, tree
 from singd_core.structures import Structure
 from singd_core.updates.curvature import Measured, measure
 from singd_torch._layers import Layer
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Meter:
+@tree
+class Meter(Tree):
     """Measures rows with K = C = I, in at least float32: the owner of K and C makes of it the rest.
 
     Attributes:
@@ -40,10 +39,6 @@ class Meter:
 
     def measuring(self) -> Meter:
         """What `measure` needs."""
-        return self
-
-    def map(self, function: Callable[..., Array], *others: Meter) -> Meter:
-        """The same: equal layers are measured by one."""
         return self
 
     def measure(self, A: Array, B: Array) -> tuple[Measured, Measured]:

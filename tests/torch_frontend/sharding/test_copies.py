@@ -1,0 +1,96 @@
+"""Copies of a model on several processes that part the state among them."""
+
+from typing import Any
+
+import gloo
+import models
+import pytest
+import torch.distributed as dist
+from test_fully_shard import STRUCTURES, check, whole
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from singd_torch import SINGD
+
+
+def copies(rank: int, world: int, name: str, given: dict[str, Any]) -> tuple[Any, ...]:
+    """The weights, the numbers of state that are kept here, and those of an optimizer alone."""
+    model = DistributedDataParallel(models.new(name))
+    optimizer = SINGD(model, shard=True, **models.settings(name, **given))
+    models.train(model, optimizer, models.data(name), rank, world)
+    state = [t for own in optimizer.state.values() for t in own.values()]
+    here = sum(t.numel() for t in state if not t.is_meta)
+    return models.weights(model.module), here, sum(t.numel() for t in state)
+
+
+@pytest.mark.parametrize("case", ["default", "diagonal", "toeplitz"])
+def test_two_processes_part_the_state_and_train_like_one(case: str) -> None:
+    found = gloo.run(2, copies, "tied", STRUCTURES[case])
+    check([weights for weights, *_ in found], whole("tied", STRUCTURES[case]))
+    for _, here, total in found:
+        assert here <= 1.2 * total / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["characters", "images"])
+def test_four_processes_part_the_state_and_train_like_one(name: str) -> None:
+    found = gloo.run(4, copies, name, {})
+    check([weights for weights, *_ in found], whole(name, {}))
+
+
+class Branches(nn.Module):
+    """Of which a batch uses one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.head = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, left: bool) -> Tensor:
+        y: Tensor = self.head((self.left if left else self.right)(x).tanh())
+        return y
+
+
+def branches(rank: int, world: int) -> list[Tensor]:
+    import torch
+
+    torch.manual_seed(0)
+    model = DistributedDataParallel(Branches().double(), find_unused_parameters=True)
+    optimizer = SINGD(model, shard=True, T=2, growing_T=False)
+    for step in range(4):
+        optimizer.zero_grad()
+        draw = torch.Generator().manual_seed(10 * step + rank)
+        x = torch.randn(8, 4, dtype=torch.float64, generator=draw)
+        model(x, rank == 0 or step == 0).square().mean().backward()
+        optimizer.step()
+    assert "its parts" not in repr(optimizer)
+    return [p.detach() for p in model.parameters()]
+
+
+def test_layers_that_some_processes_do_not_use() -> None:
+    first, second = gloo.run(2, branches)
+    for p, q in zip(first, second, strict=True):
+        assert p.isfinite().all()
+        assert (p == q).all()
+
+
+def by_hand(rank: int, world: int) -> dict[str, Tensor]:
+    model = models.new("images")
+    given = models.settings("images")
+    optimizer = SINGD(model, processes=dist.group.WORLD, shard=True, **given)
+    for batch in models.data("images"):
+        optimizer.zero_grad()
+        models.loss(model, *models.part_of(batch, rank, world)).backward()
+        for p in model.parameters():
+            dist.all_reduce(p.grad)
+            p.grad /= world  # type: ignore[operator]
+        optimizer.step()
+    return models.weights(model)
+
+
+def test_processes_that_average_gradients_by_themselves() -> None:
+    check(gloo.run(2, by_hand), whole("images", {}))
+
+
+def test_nobody_to_share_with_is_an_error() -> None:
+    with pytest.raises(ValueError, match="processes="):
+        SINGD(models.new("images"), shard=True)
