@@ -36,11 +36,11 @@ def group_of(processes: Any) -> dist.ProcessGroup:
     return processes
 
 
-def reduce_rows(layers: Sequence[Layer], group: dist.ProcessGroup) -> None:
+def reduce_rows(layers: Sequence[Layer], group: dist.ProcessGroup, *, summed: bool = False) -> None:
     """Give every process the pending rows of all, in one flattened all-reduce.
 
     DistributedDataParallel averages the gradients, so each is that of a loss divided by the number
-    of processes: the rows of C are to be divided by it. A layer that some processes did not use
+    of processes: the rows of C are to be divided by it, unless they are `summed`. A layer that some processes did not use
     takes part with zeros; all processes have to call this with the same layers.
     """
     world = dist.get_world_size(group)
@@ -61,4 +61,4 @@ def reduce_rows(layers: Sequence[Layer], group: dist.ProcessGroup) -> None:
         # only a layer that never had rows is asked, on the host, whether it has now
         if layer.seen or sums[-2] > 0:
             mean = layer.group["loss_average"] is not None
-            layer.pending[key] = pending.of_all(sums, world, mean=mean)
+            layer.pending[key] = pending.of_all(sums, 1 if summed else world, mean=mean)

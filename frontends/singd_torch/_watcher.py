@@ -47,6 +47,7 @@ class Watcher(torch.optim.Optimizer):
     _names: dict[nn.Parameter, str]
     _compile: dict[str, Any] | None
     _shard: bool = False
+    _summed: bool = False
 
     def _watch(self, model: nn.Module) -> None:
         """Begin with a model of which no layer is known yet."""
@@ -106,7 +107,9 @@ class Watcher(torch.optim.Optimizer):
     def _share_out(self) -> None:
         """Part the work among several processes, if the parameters are in parts there."""
         if self._sharded is None:
-            self._sharded = sharded(self._group_of, self._processes, copies=self._shard)
+            self._sharded = sharded(
+                self._group_of, self._processes, copies=self._shard, summed=self._summed
+            )
         if self._sharded is not None:
             self._sharded.arrange(self.param_groups, self._layers, self._fallback, self._compile)
             self._stack_up([])

@@ -82,6 +82,8 @@ class SINGD(Stepper, Saving):
             without a wrapper; a DistributedDataParallel wrapper tells them by itself.
         shard: Part the state and the work among processes that have copies of the model: each
             steps some of the layers and sends their changes to all. Models in parts do so anyway.
+        gradients: What those of several processes are of the gradients of each: their "mean", as
+            wrappers make it, or their "sum", as after `set_gradient_divide_factor(1.0)`.
         **given: Any further setting of `singd_core.Settings`, e.g. `nesterov=False`.
 
     Raises:
@@ -132,6 +134,7 @@ class SINGD(Stepper, Saving):
         fallback_weight_decay: float = 0.01,
         processes: ProcessGroup | DeviceMesh | None = None,
         shard: bool = False,
+        gradients: str = "mean",
         **given: Any,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -147,7 +150,9 @@ class SINGD(Stepper, Saving):
                 "shard=True: give SINGD the model in its DistributedDataParallel wrapper, or "
                 "processes=, those among which the state is parted"
             )
-        self._shard = shard
+        if gradients not in ("mean", "sum"):
+            raise ValueError(f"gradients={gradients!r}: choose 'mean' or 'sum'")
+        self._shard, self._summed = shard, gradients == "sum"
         check_names(given, inspect.signature(SINGD).parameters)
         given |= {
             "lr": lr,
@@ -283,7 +288,7 @@ class SINGD(Stepper, Saving):
             due = [one for one in self._layers if one.weight.requires_grad and is_due(one)]
             for layer in due:
                 self._factors(layer)
-            reduce_rows(due, self._processes)
+            reduce_rows(due, self._processes, summed=self._summed)
         elif is_one_of_several() and any(layer.pending for layer in self._layers):
             self._warn_once(ALONE)
         ready, others = self._ready()

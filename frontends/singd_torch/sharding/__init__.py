@@ -14,12 +14,16 @@ if TYPE_CHECKING:
 
 
 def sharded(
-    params: Iterable[nn.Parameter], processes: dist.ProcessGroup | None, *, copies: bool
+    params: Iterable[nn.Parameter],
+    processes: dist.ProcessGroup | None,
+    *,
+    copies: bool,
+    summed: bool,
 ) -> Sharded | None:
     """What parts the work of a step among processes, if parameters are in parts there.
 
     With `copies`, also if all of the `processes` have them whole. Else those of the parts are
-    found, unless `processes` are given.
+    found, unless `processes` are given. Gradients are `summed` over them, or averaged.
     """
     tensor = sys.modules.get("torch.distributed.tensor")  # else there are no parts
     parts = [] if tensor is None else [p for p in params if isinstance(p, tensor.DTensor)]
@@ -28,4 +32,4 @@ def sharded(
     from singd_torch.sharding.boxes import group_of_parts
     from singd_torch.sharding.sharded import Sharded
 
-    return Sharded(group_of_parts(parts) if processes is None else processes)
+    return Sharded(group_of_parts(parts) if processes is None else processes, summed=summed)

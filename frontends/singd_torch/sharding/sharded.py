@@ -42,8 +42,8 @@ class Sharded:
         share: What this process steps.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
+    def __init__(self, group: dist.ProcessGroup, *, summed: bool) -> None:
+        self.group, self._summed = group, summed
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
         self.owners: dict[nn.Parameter, int] = {}
         self.share = Share(group)
@@ -258,7 +258,7 @@ class Sharded:
             if not layer.seen and (layer, key) not in known:
                 continue
             mean, own = layer.group["loss_average"] is not None, self._own[layer.weight]
-            pending = pending.of_all(tensors, self._with_own_data(), mean=mean)
+            pending = pending.of_all(tensors, self._averaged(), mean=mean)
             self.share._factors(own)
             factors = own.factors_of(key[0])
             if isinstance(factors, InverseFree):
@@ -283,10 +283,10 @@ class Sharded:
         pairs = zip(asked, counts.tolist(), strict=True)
         return {(layer, key) for (layer, key, _), n in pairs if n > 0}
 
-    def _with_own_data(self) -> int:
-        """How many processes have data of their own; tensor parallelism shares them."""
+    def _averaged(self) -> int:
+        """How many losses the gradients are an average of: tensor parallelism shares one."""
         mesh = self._tensor_parallel
-        return self.world // (1 if mesh is None else mesh.size())
+        return 1 if self._summed else self.world // (1 if mesh is None else mesh.size())
 
 
 def _wants_weights(layer: Layer) -> bool:

@@ -167,11 +167,24 @@ def switched(run: Run) -> None:
             optimizer.zero_grad()
 
 
+def summed(run: Run) -> None:
+    """Losses that are divided by what all processes have, whose gradients are added up."""
+    optimizer = run.build(gradients="sum")
+    if run.world > 1:
+        run.model.set_gradient_divide_factor(1.0)
+        for block in run.model.blocks:
+            block.set_gradient_divide_factor(1.0)
+    for batch in models.data(NAME):
+        optimizer.zero_grad()
+        run.backward(run.part(batch), 1 / run.world)
+        optimizer.step()
+
+
 FEATURES = {
     f.__name__: f
     for f in (
         *(accumulated, clipped, not_a_number, frozen, grouped, checkpointed, kept, masked),
-        *(compiled, switched),
+        *(compiled, switched, summed),
     )
 }
 
