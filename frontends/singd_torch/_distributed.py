@@ -40,8 +40,9 @@ def reduce_rows(layers: Sequence[Layer], group: dist.ProcessGroup, *, summed: bo
     """Give every process the pending rows of all, in one flattened all-reduce.
 
     DistributedDataParallel averages the gradients, so each is that of a loss divided by the number
-    of processes: the rows of C are to be divided by it, unless they are `summed`. A layer that some processes did not use
-    takes part with zeros; all processes have to call this with the same layers.
+    of processes: the rows of C are to be divided by it, unless they are `summed`. A layer that
+    some processes did not use takes part with zeros; all processes have to call this with the same
+    layers.
     """
     world = dist.get_world_size(group)
     entries = [
