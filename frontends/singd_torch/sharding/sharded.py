@@ -168,6 +168,9 @@ class Sharded:
             part.data = place
             if p.grad is not None:
                 part.grad = local_gradient(p)
+        for layer in self._layers:
+            if layer.weight in self._own:
+                self._own[layer.weight].without_rows = layer.without_rows
         share = self.share
         share._take_step(*share._ready(), scales)
         share._forget_rows()
@@ -291,7 +294,7 @@ class Sharded:
 
 def _wants_weights(layer: Layer) -> bool:
     """Whether the owner has to know the weights, as they decay or AdamW trains them."""
-    if not layer.seen or layer.weight.grad is None:
+    if not layer.seen or layer.without_rows or layer.weight.grad is None:
         return True
     groups = [layer.group] if layer.bias_group is None else [layer.group, layer.bias_group]
     decays = [group["weight_decay"] for group in groups]
