@@ -43,7 +43,9 @@ class Calls:
     def __init__(self, owner: Any, layers: Iterable[Layer], now: Now) -> None:
         """`owner.rows_wanted` is asked for each call; layers learn what else uses them."""
         self._owner, self.now = weakref.ref(owner), now
-        self._layers = {id(p): layer for layer in layers if layer.is_open for p in layer.parameters}
+        parameters = {p: layer for layer in layers if layer.is_open for p in layer.parameters}
+        self._layers = {id(p): layer for p, layer in parameters.items()}
+        self._kept = list(parameters)  # a call may go on after others took their places
         self._taps: dict[tuple[Layer, LayerKind, bool], Tap | None] = {}
         self.ids = frozenset(self._layers)
 

@@ -27,7 +27,7 @@ from singd_torch._scratch import Scratch
 from singd_torch._stacks import Stack, stacks
 from singd_torch._tensors import find_all, names_of
 from singd_torch._warnings import warn
-from singd_torch.sharding import sharded
+from singd_torch.sharding import parted
 from singd_torch.sharding.guards import refuse_stages
 from singd_torch.sharding.switched import switched
 
@@ -107,7 +107,7 @@ class Watcher(torch.optim.Optimizer):
     def _share_out(self) -> None:
         """Part the work among several processes, if the parameters are in parts there."""
         if self._sharded is None:
-            self._sharded = sharded(
+            self._sharded = parted(
                 self._group_of, self._processes, copies=self._shard, summed=self._summed
             )
         if self._sharded is not None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from singd_torch.sharding.sharded import Sharded
 
 
-def sharded(
+def parted(
     params: Iterable[nn.Parameter],
     processes: dist.ProcessGroup | None,
     *,
