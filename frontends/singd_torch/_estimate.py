@@ -14,6 +14,7 @@ from singd_torch import _table
 from singd_torch._groups import check_group
 from singd_torch._layers import Layer
 from singd_torch._tensors import find_all
+from singd_torch.sharding.owners import balanced
 
 # What a group has beside the settings, and the values that are taken where none are given.
 OPTIONS: dict[str, Any] = {
@@ -35,10 +36,12 @@ class Estimate:
     Attributes:
         bytes: By the name of the weight or parameter.
         table: Lines with names, shapes, structures and bytes.
+        by_process: The bytes on each process, of a model that is in parts on several.
     """
 
     bytes: dict[str, int]
     table: str
+    by_process: tuple[int, ...] = ()
 
     @property
     def total(self) -> int:
@@ -47,7 +50,11 @@ class Estimate:
 
     def __repr__(self) -> str:
         """The table, and the sum."""
-        return f"{self.table}\n{self.total:,} bytes in all"
+        text = f"{self.table}\n{self.total:,} bytes in all"
+        if len(self.by_process) > 1:
+            least, most = min(self.by_process), max(self.by_process)
+            text += f", {least:,} to {most:,} on each of {len(self.by_process)} processes"
+        return text
 
 
 def estimate(
@@ -56,6 +63,7 @@ def estimate(
     *,
     memory_budget: int | None = None,
     recipe: str = "normalized",
+    processes: int = 1,
     **given: Any,
 ) -> Estimate:
     """The bytes of state that `SINGD(model, structures=..., ...)` will hold.
@@ -65,6 +73,7 @@ def estimate(
         structures: As for `SINGD`.
         memory_budget: As for `SINGD`, with `structures="auto"`.
         recipe: As for `SINGD`.
+        processes: How many have parts of the model, by `fully_shard`, or of the state.
         **given: Settings, and all that a parameter group may have, such as `preconditioner_dtype`.
 
     Raises:
@@ -89,7 +98,15 @@ def estimate(
     names = {p: name for name, p in model.named_parameters()}
     sizes = {layer.name: _table.layer_bytes(layer) for layer in layers}
     sizes |= {names[p]: _table.fallback_bytes(p) for p in fallback}
-    return Estimate(sizes, _table.table(layers, fallback, names))
+    if processes < 1:
+        raise ValueError(f"processes={processes!r}: must be at least 1")
+    owners = balanced(layers, processes, {})
+    others = -(-sum(map(_table.fallback_bytes, fallback)) // processes)
+    by_process = [others] * processes
+    for layer in layers:
+        by_process[owners[layer.weight]] += sizes[layer.name]
+    table = _table.table(layers, fallback, names, owners=owners if processes > 1 else None)
+    return Estimate(sizes, table, tuple(by_process))
 
 
 def automatic(model: nn.Module, groups: Sequence[dict[str, Any]], budget: int | None) -> str:

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from singd_core.preconditioner import Factors
 from singd_torch import _state
 from singd_torch._groups import settings_of
-from singd_torch._layers import Layer, find
+from singd_torch._layers import Layer
 from singd_torch._loading import (
     Entries,
     Loaded,
@@ -25,6 +25,7 @@ from singd_torch._loading import (
     factors_of,
     upgrade,
 )
+from singd_torch._tensors import find_all
 from singd_torch.sharding.boxes import local, rows
 from singd_torch.sharding.exchange import Exchange
 from singd_torch.sharding.owners import balanced
@@ -127,7 +128,7 @@ def loaded(
                 f"the checkpoint has no {key!r}: is it what `optimizer.state_dict()` returned?"
             )
     groups = completed(state_dict["param_groups"], live)
-    layers = find(
+    layers = find_all(
         model, [g | {"params": mine["params"]} for g, mine in zip(groups, live, strict=True)]
     )
     owner_of = balanced(layers, dist.get_world_size(share.processes), owners)

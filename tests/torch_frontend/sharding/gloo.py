@@ -24,8 +24,10 @@ PRELOADED = [
 SECONDS = 60
 
 
-def run(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+def run(world: int, function: Callable[..., Any], *args: Any, connect: bool = True) -> list[Any]:
     """What the function returns on each of the processes, which are called `rank` and `world`.
+
+    Without `connect` it has to make the group of processes itself.
 
     Raises:
         RuntimeError: With the traceback of the first process that failed or hung.
@@ -34,7 +36,7 @@ def run(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            context.Process(target=_worker, args=(rank, world, folder, function, args))
+            context.Process(target=_worker, args=(rank, world, folder, function, args, connect))
             for rank in range(world)
         ]
         for process in processes:
@@ -59,21 +61,28 @@ def _read(path: Path) -> tuple[str | None, Any]:
 
 
 def _worker(
-    rank: int, world: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]
+    rank: int,
+    world: int,
+    folder: str,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    connect: bool,
 ) -> None:
     torch.set_num_threads(1)
     error = result = None
     try:
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{folder}/rendezvous",
-            rank=rank,
-            world_size=world,
-            timeout=datetime.timedelta(seconds=SECONDS),
-        )
+        if connect:
+            dist.init_process_group(
+                "gloo",
+                init_method=f"file://{folder}/rendezvous",
+                rank=rank,
+                world_size=world,
+                timeout=datetime.timedelta(seconds=SECONDS),
+            )
         result = function(rank, world, *args)
-        dist.barrier()
-        dist.destroy_process_group()
+        if connect:
+            dist.barrier()
+            dist.destroy_process_group()
     except BaseException:
         error = traceback.format_exc()
     torch.save((error, result), f"{folder}/{rank}.pt")
