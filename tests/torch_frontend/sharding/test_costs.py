@@ -1,0 +1,115 @@
+"""What a model in parts costs: bytes of state, numbers that are sent, and calls."""
+
+from collections import Counter
+from typing import Any
+from unittest import mock
+
+import gloo
+import models
+import pytest
+import torch
+import torch.distributed as dist
+from test_fully_shard import shard
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+
+from singd_torch import SINGD, estimate
+
+GIVEN = {"T": 2, "growing_T": False}
+
+
+class Counted:
+    """Counts the calls of collectives, and the numbers that they send to other processes."""
+
+    def __init__(self) -> None:
+        self.calls: Counter[str] = Counter()
+        self.numbers: Counter[str] = Counter()
+
+    def all_to_all_single(self, out: Any, sent: Any, *sizes: Any, group: Any) -> None:
+        mine = sizes[1][dist.get_rank(group)]
+        self.calls["all_to_all"] += 1
+        self.numbers["all_to_all"] += sent.numel() - mine
+        self._all_to_all(out, sent, *sizes, group=group)
+
+    def all_reduce(self, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.calls["all_reduce"] += 1
+        self.numbers["all_reduce"] += tensor.numel()
+        return self._all_reduce(tensor, *args, **kwargs)
+
+    def reduce(self, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.calls["reduce"] += 1
+        self.numbers["reduce"] += tensor.numel()
+        return self._reduce(tensor, *args, **kwargs)
+
+    def __enter__(self) -> "Counted":
+        self._all_to_all, self._all_reduce = dist.all_to_all_single, dist.all_reduce
+        self._reduce = dist.reduce
+        names = ("all_to_all_single", "all_reduce", "reduce")
+        self._patches = [mock.patch.object(dist, name, getattr(self, name)) for name in names]
+        for patch in self._patches:
+            patch.start()
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        for patch in self._patches:
+            patch.stop()
+
+
+def steps(rank: int, world: int, how: str) -> list[tuple[dict[str, int], dict[str, int]]]:
+    """The calls and the numbers sent in each step."""
+    model: Any = models.new("characters")
+    if how == "copies":
+        model = DistributedDataParallel(model)
+    else:
+        shard(model, init_device_mesh("cpu", (world,)))
+    optimizer = SINGD(model, shard=how == "copies", **models.settings("characters", **GIVEN))
+    found = []
+    for batch in models.data("characters"):
+        optimizer.zero_grad()
+        models.loss(model, *models.part_of(batch, rank, world)).backward()
+        with Counted() as counted:
+            optimizer.step()
+        found.append((dict(counted.calls), dict(counted.numbers)))
+    return found
+
+
+@pytest.mark.parametrize("how", ["parts", "copies"])
+def test_a_step_sends_gradients_and_changes_once_and_a_refresh_its_sums(how: str) -> None:
+    world = 2
+    model = models.new("characters")
+    of_layers = sum(p.numel() for name, p in model.named_parameters() if "norm" not in name)
+    found = gloo.run(world, steps, how)
+    for step in range(1, models.STEPS):  # before the first, nobody knows who has rows
+        refresh = step % 2 == 0
+        for calls, numbers in (each[step] for each in found):
+            assert calls == {"all_to_all": 2, "all_reduce": 1} | ({"reduce": 2} if refresh else {})
+            assert numbers["all_reduce"] == 1
+        sent = sum(each[step][1]["all_to_all"] for each in found)
+        there = 0 if how == "copies" else of_layers * (world - 1) / world
+        back = of_layers * (world - 1) * (1 if how == "copies" else 1 / world)
+        assert sent == there + back
+    structures = [(layer.shape, layer.structures) for layer in SINGD(model)._layers]
+    sums = sum(K.numbers(d_in) + C.numbers(d_out) for (_, d_out, d_in), (K, C) in structures)
+    counts = 4 * len(structures)  # squares of both, N and M
+    for each in found:
+        assert each[2][1]["reduce"] == sums + counts
+
+
+def state_bytes(rank: int, world: int) -> int:
+    model = shard(models.new("characters"), init_device_mesh("cpu", (world,)))
+    optimizer = SINGD(model, **models.settings("characters"))
+    models.train(model, optimizer, models.data("characters", 1), rank, world)
+    tensors = (t for own in optimizer.state.values() for t in own.values() if not t.is_meta)
+    return sum(t.numel() * t.element_size() for t in tensors if t.ndim)
+
+
+def test_an_estimate_tells_the_bytes_of_each_process() -> None:
+    model: nn.Module = models.new("characters")
+    wanted = estimate(model, processes=2)
+    assert gloo.run(2, state_bytes) == list(wanted.by_process)
+    assert sum(wanted.by_process) == wanted.total
+    assert max(wanted.by_process) <= 1.2 * wanted.total / 2
+    assert "on each of 2 processes" in repr(wanted)
+    with pytest.raises(ValueError, match="processes=0"):
+        estimate(model, processes=0)
