@@ -17,7 +17,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from singd_core._array import Array, device, namespace
+from singd_core._array import Array, device, is_complex, is_inexact, namespace, widen
 from singd_core.optimizer import State
 
 _FACTORS = "factors."
@@ -36,7 +36,8 @@ def unflatten(template: State, flat: Mapping[str, Any]) -> State:
         flat: What `flatten` returned; arrays of any library.
 
     Raises:
-        ValueError: Naming the first entry that is missing, left over or of another shape.
+        ValueError: Naming the first entry that is missing, left over, of another shape or kind of
+            numbers, or not finite.
     """
     if "step" not in flat:
         raise ValueError("the saved state has no 'step': is it what `flatten` returned?")
@@ -55,14 +56,31 @@ def unflatten(template: State, flat: Mapping[str, Any]) -> State:
                 f"{name!r} has shape {tuple(saved.shape)} in the saved state, "
                 f"but {tuple(array.shape)} is needed"
             )
+        _check_numbers(name, saved, array)
         arrays.append(saved)
     step: Any = template.step  # an array where a compiled step counts on the device
     if isinstance(step, int):
         step = int(flat["step"])
+        if step < 0:
+            raise ValueError(f"'step' is {step} in the saved state: must be at least 0")
     else:
         step = namespace(step).asarray(flat["step"], dtype=step.dtype, device=device(step))
     restored = dataclasses.replace(template, step=0).rebuild(arrays)
     return dataclasses.replace(restored, step=step)
+
+
+def _check_numbers(name: str, saved: Array, array: Array) -> None:
+    """Check that what was saved are numbers of the kind of an array, all of them finite."""
+    kinds = [(is_inexact(a), is_complex(a)) for a in (saved, array)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(
+            f"{name!r} is of {saved.dtype} in the saved state, "
+            f"but {array.dtype} or another of its kind is needed"
+        )
+    if is_inexact(saved) and not bool(
+        namespace(saved).all(namespace(saved).isfinite(widen(saved)))
+    ):
+        raise ValueError(f"{name!r} is not finite in the saved state")
 
 
 def _upgraded(template: State, flat: Mapping[str, Any]) -> dict[str, Any]:

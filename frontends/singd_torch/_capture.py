@@ -151,6 +151,14 @@ class Tap:
         owner = None if self._owner is None else self._owner()
         return None if owner is None else owner.rows_wanted(self.source)
 
+    @property
+    def __name__(self) -> str:
+        """A name is what `torch.jit.script` asks of a hook before it compiles it."""
+        raise AttributeError(
+            "torch.jit.script cannot compile the hooks of SINGD: script a copy of the model, "
+            "which has none, torch.jit.script(copy.deepcopy(model))"
+        )
+
     def __deepcopy__(self, memo: Any) -> Tap:
         """An inert tap."""
         return Tap(None, None)

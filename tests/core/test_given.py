@@ -157,6 +157,31 @@ def test_a_state_shares_no_memory_with_what_it_was_read_from() -> None:
         assert np.array_equal(a, old), name
 
 
+HOLES: dict[str, tuple[dict[str, Any], str]] = {
+    "a factor that is NaN": (
+        {"w.K.matrix": np.full((2, 2), np.nan)},
+        r"'w\.K\.matrix' is not finite",
+    ),
+    "an infinite moment": ({"v.exp_avg": np.full(2, np.inf)}, r"'v\.exp_avg' is not finite"),
+    "a factor of integers": ({"w.K.matrix": np.eye(2, dtype=int)}, r"'w\.K\.matrix' is of .*int64"),
+    "a complex factor": ({"w.K.matrix": np.eye(2) * 1j}, r"'w\.K\.matrix' is of .*complex128"),
+    "a count of fractions": ({"skipped": np.asarray(0.5)}, r"'skipped' is of .*float64"),
+    "a step below 0": ({"step": -1}, r"'step' is -1 in the saved state: must be at least 0"),
+}
+
+
+@pytest.mark.parametrize("hole", HOLES)
+@pytest.mark.parametrize("backend", EAGER, ids=str)
+def test_a_saved_state_with_a_hole_is_named(backend: Backend, hole: str) -> None:
+    damage, message = HOLES[hole]
+    with backend.active():
+        params = {"w": np.ones((3, 2)), "v": np.ones(2)}
+        state = Optimizer().init({n: backend.to(p, "float32") for n, p in params.items()})
+        unflatten(state, flatten(state))
+        with pytest.raises(ValueError, match=message):
+            unflatten(state, flatten(state) | damage)
+
+
 # ---- mistakes ----------------------------------------------------------------------------------
 
 W, B = np.zeros((4, 3)), np.zeros(4)

@@ -182,5 +182,7 @@ def test_a_copy_can_be_scripted_while_the_optimizer_lives() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that TorchScript is deprecated
         scripted = torch.jit.script(copy.deepcopy(model))
+        with pytest.raises(AttributeError, match=r"torch\.jit\.script\(copy\.deepcopy\(model\)\)"):
+            torch.jit.script(model)
     torch.testing.assert_close(scripted(x), model(x))
     assert optimizer.skipped == 0
