@@ -207,8 +207,7 @@ def modules(model: nn.Module, layers: Iterable[Layer]) -> Iterator[nn.Module]:
 
 def _saved_tensors_hooks() -> Any:
     """What is done with tensors that are saved for the backward pass, as by a checkpoint."""
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    hooks: Any = top and top(True)  # torch 2.6 does not tell
+    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks and hooks[0]
 
 
