@@ -267,7 +267,7 @@ def where(condition: Array | bool, x: Scalar, y: Scalar) -> Scalar:
 
 
 def _alike(x: Scalar, y: Scalar) -> tuple[Array, Array]:
-    """Both as arrays of one dtype, that of x unless x is a number."""
+    """Both as arrays of one dtype: the dtype of x unless x is a number."""
     if isinstance(x, (int, float)):
         return namespace(y).full_like(y, x), y
     return x, namespace(x).full_like(x, y) if isinstance(y, (int, float)) else cast(y, x)

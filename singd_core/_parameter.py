@@ -91,7 +91,7 @@ def kinds_of(
 ) -> Mapping[str, LayerKind]:
     """The kind of each layer; where none are named, each tuple and each matrix is linear.
 
-    A complex matrix is no layer unless named: the curvature is that of real maps.
+    A complex matrix is no layer unless named: a layer is a real map.
 
     Raises:
         ValueError: If a layer is named that is no parameter.

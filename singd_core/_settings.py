@@ -25,7 +25,7 @@ class Settings:
         momentum: Momentum of the weights (α₂).
         nesterov: Look ahead along the momentum.
         normalized: The momentum averages gradients, and the step of each matrix has a size of its
-            own, whatever that of the gradient (section 5); else it averages natural gradients.
+            own, whatever the gradient's (section 5); else it averages natural gradients.
         warmup: Steps in which the rates grow from 0.
         weight_decay: Weight decay (γ).
         decoupled_weight_decay: Shrink the weights by lr · γ, as AdamW does; else γ W joins what the
@@ -35,7 +35,7 @@ class Settings:
         rows: Rows that a factor is measured with, at least as many as its blocks are wide; others
             at each refresh. Infinite for all.
         lr_cov: Step size of the factors (β₁), or a function of the number of steps taken; with
-            `growing_T` it is that of one step, of which a gap has several.
+            `growing_T` it is the step size of one step, and a gap has several steps.
         damping: Damping (λ).
         relative_damping: `damping` is a share of the curvature's mean diagonal.
         alpha1: Riemannian momentum of the factors (α₁).
@@ -206,7 +206,7 @@ def gap(step: Any, s: Settings, T: Any = None) -> Any:
     Args:
         step: t, a number or an array.
         s: The settings.
-        T: In place of that of the settings, e.g. an array.
+        T: In place of the settings' T, e.g. an array.
     """
     T = s.T if T is None else T
     if not s.growing_T:
@@ -224,7 +224,7 @@ def is_due(step: Any, s: Settings, T: Any = None) -> Any:
 
 
 def rate_of_factors(step: Any, s: Settings, T: Any = None) -> Rate:
-    """β₁ of a refresh: with `growing_T` that of all steps since the last one."""
+    """β₁ of a refresh: with `growing_T` for all steps since the last one."""
     once = rate(s.lr_cov, step)
     return 1.0 - (1.0 - once) ** gap(step, s, T) if s.growing_T else once
 

@@ -19,7 +19,7 @@ class Tree:
     """A frozen dataclass of arrays, trees, dictionaries of such, and plain numbers or None.
 
     `classes` lists all subclasses and `listeners` are called with each new one, so that a frontend
-    can register every tree, those of users included, with its own tree library (see `announce`).
+    can register every tree, also a user's, with its own tree library (see `announce`).
     """
 
     classes: ClassVar[list[type[Tree]]] = []

@@ -69,7 +69,7 @@ def resolve(
     pair = (structures, structures) if both else structures
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise ValueError(
-            f"structures={structures!r}: give two, those of K and of C, or one for both"
+            f"structures={structures!r}: give two, one for K and one for C, or one for both"
         )
     found = []
     for i, name in enumerate(pair):
@@ -144,7 +144,7 @@ def init(
     """The factors before the first refresh: the identity.
 
     Args:
-        structures: Those of K and C.
+        structures: The structure of K and the structure of C.
         shape: The batch axes, d_out and d_in.
         settings: Decides for KFAC or the inverse-free update.
         like_K: Any array with the dtype and device of K.

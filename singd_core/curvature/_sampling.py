@@ -85,7 +85,7 @@ class Sample:
     ) -> tuple[Array, float]:
         """`m` entries of `x` along an axis, and what they have to be multiplied by.
 
-        `number` is that of the axis among those that are thinned, `shared` as in `indices`.
+        `number` counts the axes that are thinned, `shared` is as in `indices`.
         """
         n = x.shape[axis]
         if m >= n:

@@ -23,7 +23,7 @@ class LayerKind(ABC):
         U = Aᵀ A / N,     G = M Bᵀ B     (mathematics.md, section 1)
 
     Given a `sample`, `inputs` and `outputs` may return fewer rows, multiplied so that the sums
-    `AᵀA` and `BᵀB` are expected to be those of all; N and M are always of all rows.
+    `AᵀA` and `BᵀB` of all rows are expected; N and M are always of all rows.
 
     With `kfac_approx="expand"`, `Bᵀ A` of all rows is the gradient of the weight as a matrix. The
     leading axes `*groups` below are layers of their own that share a call; most kinds have none.
@@ -61,9 +61,9 @@ class LayerKind(ABC):
     def diagonal_rows(
         self, x: Array, *, bias: bool, kfac_approx: str, sample: Sample | None = None
     ) -> tuple[Array, int]:
-        """Rows that have the diagonal of `AᵀA` in common with those of `inputs`, maybe fewer.
+        """Rows, maybe fewer than `inputs` returns, whose `AᵀA` has the same diagonal.
 
-        A diagonal K wants no more. Arguments and results are those of `inputs`; `N` is the same.
+        A diagonal K wants no more. Arguments and results are as for `inputs`; `N` is the same.
         """
         return self.inputs(x, bias=bias, kfac_approx=kfac_approx, sample=sample)
 
@@ -83,7 +83,7 @@ class LayerKind(ABC):
             kfac_approx: `"expand"`, every shared position is a row, or `"reduce"`, their sum is.
             loss_average: What the loss is a mean over: `"batch"`, `"batch+sequence"` (the batch and
                 the shared positions), so many terms, or `None` if it is a sum.
-            sample: Which rows to return; all if None. They need not be those of `inputs`.
+            sample: Which rows to return; all if None. `inputs` may return other rows.
 
         Returns:
             `B`, shape `(*groups, N, d_out)`, of a sample fewer rows, and `M`.
@@ -96,7 +96,7 @@ class LayerKind(ABC):
     def matrix(self, weight: Array, bias: Array | None = None) -> Array:
         """The weight and bias, or their gradients, as the matrix `(*groups, d_out, d_in [+ 1])`.
 
-        Both may have further leading axes, in common: those of a stack of equal layers.
+        Both may have further leading axes in common, of a stack of equal layers.
         """
 
     @abstractmethod
@@ -105,7 +105,7 @@ class LayerKind(ABC):
     ) -> tuple[Array, Array | None]:
         """The weight and bias (or None) of a matrix: the inverse of `matrix`, views if possible.
 
-        `weight_shape` is that of one layer, also where the matrix is a stack of several.
+        `weight_shape` is the shape of one layer's weight, also where the matrix is a stack.
         """
 
     @abstractmethod

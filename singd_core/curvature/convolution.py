@@ -106,7 +106,7 @@ class Convolution(LayerKind):
         return self._ungrouped(columns[:, : d_in + bias, :].mT), N
 
     def _some_inputs(self, x: Array, bias: bool, sample: Sample) -> tuple[Array, int]:
-        """Patches at some output positions, without those of others."""
+        """Patches at some output positions; the others are never made."""
         positions = self._positions(x)
         lengths = (x.shape[0], *positions)
         counts, N = sample.counts(lengths), prod(lengths)
@@ -127,7 +127,7 @@ class Convolution(LayerKind):
     ) -> tuple[Array, int]:
         """One row of the roots of the diagonal of `AᵀA`, from sums over the batch of `x ∘ x`.
 
-        The patches of the sums take the place of those of every input.
+        One input of sums takes the place of all inputs.
         """
         if not is_expand(kfac_approx):
             return self.inputs(x, bias=bias, kfac_approx=kfac_approx, sample=sample)

@@ -15,7 +15,7 @@ from singd_core.curvature.linear import Linear
 class StackedLinear(LayerKind):
     """`parts` linear layers in one weight `(parts · d_out, d_in)`: attention's query, key, value.
 
-    Each part has factors of its own, on a batch axis. `inputs` and `outputs` are those of one part:
+    Each part has factors of its own, on a batch axis. `inputs` and `outputs` speak of one part:
     the parts may see different rows, of different number.
     """
 

@@ -35,14 +35,14 @@ class Tensor(LayerKind):
 
     @staticmethod
     def fits(shape: Sequence[int]) -> bool:
-        """Whether a shape is that of matrices: two axes are longer than 1, and none is empty."""
+        """Whether a shape holds matrices: two axes are longer than 1, and none is empty."""
         return sum(n > 1 for n in shape) > 1 and 0 not in shape
 
     @classmethod
     def of(cls, shape: Sequence[int]) -> Self:
         """How a shape is most likely meant.
 
-        Three axes of which the first is the shortest are a stack of matrices. All others are one
+        Three axes with the shortest in front are a stack of matrices. All others are one
         matrix, cut where it is most nearly square.
 
         Raises:

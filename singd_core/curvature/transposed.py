@@ -81,7 +81,7 @@ class TransposedConvolution(LayerKind):
     ) -> tuple[Array, int]:
         """The rows `B`, shape `(N, d_out)`, of `(batch, C_out, *pixels)`; and `M`.
 
-        The shared positions of the loss are those of the input.
+        The shared positions of the loss are the positions of the input.
         """
         B, _ = self.convolution.inputs(g, bias=False, kfac_approx=kfac_approx, sample=sample)
         batch, _ = self._lengths(g)

@@ -57,7 +57,7 @@ class BlockTriangular(Pattern):
 
     @classmethod
     def width(cls, d: int) -> int:
-        """That of both: every column of B is a row of A's block, next to one of D's."""
+        """The widths of both added: every column of B is a row of A's block, next to one of D's."""
         top, bottom = cls._sides(d)
         return cls.Top.width(top) + cls.Bottom.width(bottom)
 
@@ -128,14 +128,14 @@ class BlockTriangular(Pattern):
         return _joined(self._halves_of(*self._halves_of_t(*self._halves(X))))
 
     def _halves_of(self, X_A: Array, X_D: Array) -> tuple[Array, Array]:
-        """Those of L X."""
+        """The halves of L X."""
         Y_A, Y_D = self.A.apply(X_A), self.D.apply(X_D)
         if self.upper:
             return add_product(Y_A, self.B, X_D), Y_D
         return Y_A, add_product(Y_D, self.B, X_A)
 
     def _halves_of_t(self, X_A: Array, X_D: Array) -> tuple[Array, Array]:
-        """Those of LᵀX."""
+        """The halves of LᵀX."""
         Y_A, Y_D = self.A.apply_t(X_A), self.D.apply_t(X_D)
         if self.upper:
             return Y_A, add_product(Y_D, self.B.mT, X_A)

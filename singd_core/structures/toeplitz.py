@@ -23,7 +23,7 @@ from singd_core.structures.base import Structure, structure
 
 @structure
 class _Toeplitz(Structure):
-    """Entry j is the constant value of the j-th off-diagonal; entry 0 that of the diagonal."""
+    """Entry j is the value on the j-th off-diagonal; entry 0 is the value on the diagonal."""
 
     entries: Array
 
@@ -54,7 +54,7 @@ class _Toeplitz(Structure):
 
     @classmethod
     def _from_sums(cls, sums: Array, like: Array) -> Self:
-        """Π̂ from the off-diagonals' sums: the mean of the diagonal, twice those of the others."""
+        """Π̂ from the off-diagonals' sums: the diagonal's mean, and twice the others' means."""
         means = sums / _lengths(sums)
         return cls(cast(concat([means[..., :1], 2.0 * means[..., 1:]], axis=-1), like))
 

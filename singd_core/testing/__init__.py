@@ -7,7 +7,7 @@ times as many examples, and more and larger sizes. They draw with hypothesis:
 pip install 'singd-core[testing]'.
 """
 
-# The order of the laws is that of the table.
+# The table shows the laws in this order.
 import singd_core.testing.laws_space  # isort: skip
 import singd_core.testing.laws_products  # isort: skip
 import singd_core.testing.laws_arrays  # isort: skip

@@ -1,7 +1,7 @@
 """One case of a law: what it draws, and how it compares with the oracle, NumPy in float64.
 
 A member is the structure's own restriction of a random matrix, so a user writes no strategy. The
-matrices hold small integers of which few are not zero: sums stay below 256, the integer up to
+matrices hold small integers, few of them not zero: sums stay below 256, the integer up to
 which bfloat16 holds all, and an operation that only multiplies and adds is right to the last bit in
 every dtype. Float data, and operations that round already in NumPy float64 (fft, means, norms), are
 compared with a tolerance.
@@ -62,7 +62,7 @@ class Case:
         dtype: The dtype of all that is drawn.
         d: The side of the matrices.
         columns: The number of columns of a tall array.
-        bytes: Draws so many bytes, of which each becomes a number.
+        bytes: Draws so many bytes; each becomes a number.
         floats: Draw normal numbers in place of small integers.
         rounds: Whether the law holds only up to rounding, even where all is integer.
         drawn: What was drawn, by name and shape: the same is not drawn twice.
@@ -140,7 +140,7 @@ class Case:
         exact: bool = True,
         scale: float = 0.0,
     ) -> None:
-        """Compare a result with that of `oracle` in NumPy float64 on the same inputs.
+        """Compare a result with what `oracle` gives in NumPy float64 on the same inputs.
 
         Integers below the dtype's limit have to agree to the last bit, unless the operation rounds
         already in NumPy float64. All else has to agree up to 4 √(d + 4) roundings (of two to three

@@ -46,14 +46,14 @@ class Law:
     """A promise that a structure keeps.
 
     Attributes:
-        name: Its name, that of the function that checks it.
+        name: Its name: the name of the function that checks it.
         promise: One sentence, the first line of that function's docstring.
         check: Raises if the promise is broken in a case.
         backends: The array libraries in which it says something; empty for all.
         dtypes: The dtypes in which it says something; empty for all.
         guard: It speaks of arrays and not of numbers, so it goes first where numbers went wrong.
-        sizes: The sides to try, None for those of the structure.
-        examples: Draws for each side, the first of zeros; 1 for a law of which any numbers will do.
+        sizes: The sides to try; None lets the structure decide.
+        examples: Draws for each side, the first of zeros; 1 for a law that any numbers can check.
         floats: Also drawn with float data.
     """
 

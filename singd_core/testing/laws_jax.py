@@ -25,7 +25,7 @@ def _jax() -> Any:
 
 
 def compare(case: Case, actual: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Compare results with those of NumPy, array by array up to rounding, and their dtype."""
+    """Compare results with NumPy's, array by array up to rounding, and their dtype."""
     for name, result in expected.items():
         for (array, new), (_, old) in zip(arrays(actual[name]), arrays(result), strict=True):
             where = name + (f", array {array!r}" if array else "")
@@ -151,7 +151,7 @@ def jax_step_without_data(case: Case) -> None:
 
 @law(backends=("jax",), dtypes=("float32",), examples=1, sizes=(4,))
 def jax_step(case: Case) -> None:
-    """A whole optimizer step under `jax.jit` is that of NumPy."""
+    """A whole optimizer step under `jax.jit` gives what NumPy gives."""
     optimizer, given = optimizer_of(case), draw_step(case)
     state = optimizer.init({"W": given[0]})
     jitted = _jax().jit(functools.partial(optimizer_step, optimizer))

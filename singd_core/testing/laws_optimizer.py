@@ -53,7 +53,7 @@ def step_in_numpy(case: Case, given: Step) -> Any:
 
 
 def compare_steps(case: Case, found: Any, expected: Any) -> None:
-    """Compare a change and a state with those of NumPy, and look at their dtypes."""
+    """Compare a change and a state with NumPy's, and look at their dtypes."""
     states = dict(found[1].named_arrays())  # a step that `jit` counts is an array, and left out
     pairs = [(name, states[name], old) for name, old in expected[1].named_arrays()]
     for name, new, old in [("the change of W", found[0], expected[0]), *pairs]:
@@ -73,7 +73,7 @@ def compare_steps(case: Case, found: Any, expected: Any) -> None:
     sizes=(1, 4),
 )
 def step_as_in_numpy(case: Case) -> None:
-    """A whole step is that of NumPy in float64, in the dtype and on the device of the weight."""
+    """A whole step is as in NumPy float64, in the dtype and on the device of the weight."""
     given = draw_step(case)
     found = first_step(case, given)
     compare_steps(case, found, step_in_numpy(case, given))

@@ -152,7 +152,7 @@ def torch_step_without_data(case: Case) -> None:
 
 @law(backends=_RECENT, dtypes=("float32",), examples=1, sizes=(4,))
 def torch_step_compiles(case: Case) -> None:
-    """A whole optimizer step compiles into one graph, and is that of NumPy."""
+    """A whole optimizer step compiles into one graph, and gives what NumPy gives."""
     optimizer, given = optimizer_of(case), draw_step(case)
     state = optimizer.init({"W": given[0]})
     compiled = _compiled(lambda state, *given: step(optimizer, state, *given))

@@ -92,7 +92,7 @@ def ikfac_is_kfac_to_second_order(case: Case) -> None:
 
 @law(backends=_EAGER, dtypes=("float64",), examples=3, sizes=(4,), floats=False)
 def dense_tril_and_triu_agree_to_second_order(case: Case) -> None:
-    """Where Π̂(M) + Π̂(M)ᵀ is 2 M, K Kᵀ and C Cᵀ of SINGD are those of dense factors + O(β₁²)."""
+    """Where Π̂(M) + Π̂(M)ᵀ is 2 M, K Kᵀ and C Cᵀ of SINGD are as with dense factors + O(β₁²)."""
     # K and C determine each other: a pattern may depend on the side
     if case.S is Dense or not all(keeps_symmetric_parts(case.S, d) for d in (case.d, case.d_out)):
         return

@@ -73,7 +73,7 @@ def dtype_of(name: str, leaf: Array) -> Any:
 
 
 def arrays(result: Any) -> Iterator[tuple[str, Array]]:
-    """The arrays of a result with names: those of a structure, or the array itself."""
+    """The arrays of a result with names: of a structure all, or the array itself."""
     if isinstance(result, Structure):
         yield from result.named_arrays()
     else:

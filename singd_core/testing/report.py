@@ -97,7 +97,7 @@ def cases(chosen: Sequence[Backend] | None = None) -> Iterator[tuple[Law, Backen
     """Every law with every backend and dtype it speaks of, in the order that explains most.
 
     NumPy in float64 comes first, since a wrong equation is wrong everywhere. Laws of arrays come
-    before those of numbers, since an array in a wrong dtype or place spoils the numbers too.
+    before laws of numbers, since an array in a wrong dtype or place spoils the numbers.
     """
     laws = sorted(LAWS.values(), key=lambda law: not law.guard)
     for backend in chosen or backends():

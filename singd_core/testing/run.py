@@ -36,7 +36,7 @@ _SETTINGS = hypothesis.settings(
 # and as many columns as reach beyond a small batch.
 _LARGE = 67, 131
 _COLUMNS = 3, 33
-_AT_ONCE = 8  # sides in an example, of which hypothesis draws 8 kB
+_AT_ONCE = 8  # sides in an example, for which hypothesis draws 8 kB
 _DRAW, _SHRINK = hypothesis.Phase.generate, hypothesis.Phase.shrink
 
 

@@ -94,7 +94,7 @@ class Curvature(Tree):
         H_K: Π̂(Kᵀ U K), with the K of the state it will update (for KFAC Π̂(U)).
         H_C: Π̂(Cᵀ G C).
         t_U: The mean diagonal entry of U, of the batch axes' shape, in at least float32.
-        t_G: That of G.
+        t_G: The mean diagonal entry of G.
     """
 
     H_K: Structure

@@ -23,7 +23,7 @@ class InverseFree(Tree):
         K: Side d_in.
         C: Side d_out.
         m_K: The Riemannian momentum of K, None without (α₁ = 0).
-        m_C: That of C.
+        m_C: The Riemannian momentum of C.
         averages: Mean diagonals of U and G so far.
     """
 
@@ -140,7 +140,7 @@ def weights(
     and its Gram matrix, by c². The adaptive curvature h is 1 for IKFAC, whose damping is λ itself.
 
     Args:
-        rates: Those of the refresh.
+        rates: The numbers of the refresh.
         traces: The mean diagonals of H_K, H_C, KᵀK and CᵀC; None for IKFAC, which needs none.
         s: The settings.
     """
