@@ -65,26 +65,29 @@ class Sharded:
 
         What is known of layers that were there before stays.
         """
-        before, parts = self._stand_ins, set(self._fallback)
+        before, plain = self._stand_ins, set(self._fallback)
         owners = balanced(layers, self.world, self.owners)
         self._layers, self._fallback = list(layers), list(fallback)
         self.owners = {p: owners[layer.weight] for layer in layers for p in layer.parameters}
         places = boxes(list(self.owners), self.group)
         self._exchange = Exchange(self.owners, places, self.group)
-        self._stand_ins = {p: before[p] if p in parts else _alias(p) for p in fallback}
+        self._stand_ins = {p: before[p] if p in plain else _alias(p) for p in fallback}
         own: dict[nn.Parameter, Layer] = {}
         for layer in layers:
             layer.meter = Meter.of(layer)
             if owners[layer.weight] != self.rank:
                 continue
             known = self._own.get(layer.weight)
-            if known is None or not _stands_for(known, [before.get(p) for p in layer.parameters]):
+            parts = [before.get(p) for p in layer.parameters]
+            if known is None or known.kind != layer.kind or not _stands_for(known, parts):
                 (known,) = stand_ins([layer])
             known.group, known.bias_group = layer.group, layer.bias_group
             known.structures = layer.structures
             own[layer.weight] = known
             self._stand_ins |= zip(layer.parameters, known.parameters, strict=True)
         self._own = own
+        for gone in set(self.share.state) - set(self._stand_ins.values()):
+            del self.share.state[gone]
         group_of = {p: group for group in groups for p in group["params"]}
         self.share.take_over(
             groups,
@@ -168,9 +171,6 @@ class Sharded:
             part.data = place
             if p.grad is not None:
                 part.grad = local_gradient(p)
-        for layer in self._layers:
-            if layer.weight in self._own:
-                self._own[layer.weight].without_rows = layer.without_rows
         share = self.share
         share._take_step(*share._ready(), scales)
         share._forget_rows()
@@ -294,7 +294,8 @@ class Sharded:
 
 def _wants_weights(layer: Layer) -> bool:
     """Whether the owner has to know the weights, as they decay or AdamW trains them."""
-    if not layer.seen or layer.without_rows or layer.weight.grad is None:
+    unseen = layer.kind.has_rows and not layer.seen
+    if unseen or layer.weight.grad is None:
         return True
     groups = [layer.group] if layer.bias_group is None else [layer.group, layer.bias_group]
     decays = [group["weight_decay"] for group in groups]

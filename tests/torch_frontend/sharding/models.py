@@ -94,6 +94,27 @@ class Images(nn.Module):
         return y
 
 
+class Experts(Characters):
+    """With matrices that no module calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(3, 16, 20) / 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.norm(self.table(tokens))
+        logits: Tensor = super().forward(tokens) + torch.tanh(x @ self.experts.mean(0))
+        return logits
+
+
+class Used(Characters):
+    """With a weight that is also used in another way, which no rows tell."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = super().forward(tokens) * (1.0 + self.blocks[0].mlp.up.weight.mean())
+        return logits
+
+
 def convolutions() -> nn.Sequential:
     """Without attention, whose keys have a gradient of rounding alone when positions are summed."""
     first, second = nn.Conv2d(1, 6, 3, padding=1), nn.Conv2d(6, 5, 3, 2)
@@ -105,6 +126,8 @@ def new(name: str) -> nn.Module:
     return {
         "characters": Characters,
         "tied": lambda: Characters(tied=True),
+        "experts": Experts,
+        "used": Used,
         "images": Images,
         "convolutions": convolutions,
     }[name]().double()

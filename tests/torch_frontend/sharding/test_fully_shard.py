@@ -72,6 +72,11 @@ def test_two_processes_train_like_one_with_other_settings(case: str) -> None:
     check(gloo.run(2, sharded, name, SETTINGS[case]), whole(name, SETTINGS[case]))
 
 
+def test_matrices_without_rows() -> None:
+    assert "SINGD without rows" in repr(SINGD(models.new("experts")))
+    check(gloo.run(2, sharded, "experts", {}), whole("experts", {}))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", STRUCTURES)
 @pytest.mark.parametrize("name", ["tied", "images"])

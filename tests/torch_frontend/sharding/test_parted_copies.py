@@ -1,5 +1,6 @@
 """Copies of a model on several processes that part the state among them."""
 
+import warnings
 from typing import Any
 
 import gloo
@@ -36,6 +37,21 @@ def test_two_processes_part_the_state_and_train_like_one(case: str) -> None:
 def test_four_processes_part_the_state_and_train_like_one(name: str) -> None:
     found = gloo.run(4, copies, name, {})
     check([weights for weights, *_ in found], whole(name, {}))
+
+
+def used(rank: int, world: int) -> dict[str, Tensor]:
+    model: Any = models.new("used")
+    wrapped = DistributedDataParallel(model) if world > 1 else model
+    optimizer = SINGD(wrapped, shard=world > 1, **models.settings("used"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "no rows of 'blocks.0.mlp.up.weight' are taken")
+        models.train(wrapped, optimizer, models.data("used"), rank, world)
+    assert "SINGD without rows" in repr(optimizer)
+    return models.weights(model)
+
+
+def test_a_weight_that_is_used_in_another_way_goes_on_without_rows() -> None:
+    check(gloo.run(2, used), used(0, 1))
 
 
 class Branches(nn.Module):
