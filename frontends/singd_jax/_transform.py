@@ -177,8 +177,9 @@ def _transformation(
         if curvature is MISSING and state.rest.layers:
             raise ValueError(
                 "singd got no curvature: give tx.update the gradients of singd_jax.value_and_grad, "
-                "or curvature=curvature with that of singd_jax.value_and_curvature; "
-                "curvature=None says that the factors are to stay as they are"
+                "or their parts (grads.tree, curvature=grads.curvature) where something else would "
+                "take the gradients apart, such as nnx.Optimizer; curvature=None says that the "
+                "factors are to stay as they are"
             )
         known = None if curvature is MISSING else curvature
         sharded = _compat.auto_sharded(step, (updates, state))

@@ -216,11 +216,13 @@ def test_what_a_model_of_nnx_changes_is_kept(T):
 
     @nnx.jit
     def step(model, optimizer, x, y):
-        function = singd_jax.value_and_curvature(loss, layers)
-        value, grads, curvature = function(model, optimizer.opt_state, x, y)
-        optimizer.update(model, grads, curvature=curvature)
+        value, grads = singd_jax.value_and_grad(loss)(model, optimizer.opt_state, x, y)
+        optimizer.update(model, grads.tree, curvature=grads.curvature)
         return value
 
+    plain = singd_jax.value_and_grad(loss)
+    with pytest.raises(ValueError, match=r"curvature=grads\.curvature\).*nnx\.Optimizer"):
+        optimizer.update(model, plain(Noisy(nnx.Rngs(0)), optimizer.opt_state, X, Y)[1])
     for _ in range(3):
         value = step(model, optimizer, X, Y)
         expected, _ = nnx.value_and_grad(loss)(other, X, Y)
