@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,18 +20,16 @@ from singd_core._settings import (
     check_names,
     settings,
 )
-from singd_torch import _diagnostics, _scaling, _state, _table
-from singd_torch._distributed import group_of, reduce_rows
+from singd_torch import _diagnostics, _table
+from singd_torch._distributed import group_of
 from singd_torch._estimate import automatic
 from singd_torch._groups import check_group, check_keys, parameters_of
 from singd_torch._kinds import reasons
 from singd_torch._saving import Saving
-from singd_torch._scaling import Given, Scales
 from singd_torch._stepper import Stepper
 from singd_torch._tensors import without_model
 from singd_torch._warnings import warn
-from singd_torch._watcher import is_due
-from singd_torch.sharding.guards import ALONE, check_model, is_one_of_several
+from singd_torch.sharding.guards import check_model
 
 
 class SINGD(Stepper, Saving):
@@ -235,102 +233,6 @@ class SINGD(Stepper, Saving):
         """Forget the gradients, and with them the rows that were captured."""
         super().zero_grad(set_to_none)
         self._forget_rows()
-
-    # ---- the step -------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step. If a gradient or row is not finite, it changes nothing and is counted.
-
-        Args:
-            closure: Evaluates the model, calls `backward` and returns the loss.
-
-        Returns:
-            The closure's loss, or None.
-
-        Raises:
-            RuntimeError: If a gradient is sparse.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if self._is_switched():
-            self._follow()
-        for p in self._group_of:
-            if p.grad is not None and p.grad.is_sparse:
-                name = self._names.get(p, "a parameter")
-                raise RuntimeError(
-                    f"the gradient of {name!r} is sparse, which SINGD does not take: "
-                    "give its module sparse=False, or an optimizer of its own"
-                )
-        self._queue.flush()
-        self._part_with_rows()
-        if not self.state and self._is_no_step():
-            self._begin()
-            return loss
-        scales = _scaling.scales(self, self._given_scale)
-        if self._sharded is not None:
-            self._skipped = self._sharded.step(scales)
-            if not self.state:
-                self._sharded.show(self.state)
-        else:
-            self._step_whole(scales)
-        for group in self.param_groups:
-            group["steps"] += 1
-        self._forget_rows()
-        self._mask = self._given_scale = None
-        return loss
-
-    def _step_whole(self, scales: Scales) -> None:
-        """Step parameters that are here as a whole, with the rows of all processes."""
-        if self._processes is not None:
-            due = [one for one in self._layers if one.weight.requires_grad and is_due(one)]
-            for layer in due:
-                self._factors(layer)
-            reduce_rows(due, self._processes, summed=self._summed)
-        elif is_one_of_several() and any(layer.pending for layer in self._layers):
-            self._warn_once(ALONE)
-        ready, others = self._ready()
-        if ready or others:
-            self._take_step(ready, others, scales)
-        else:
-            self._check_parameters()
-
-    def _check_parameters(self) -> None:
-        """Refuse to train nothing, as the model has other parameters by now."""
-        theirs = set(self._model.parameters())
-        if theirs and not theirs & set(self._group_of):
-            raise RuntimeError(
-                "the model has none of the optimizer's parameters any more: build the optimizer "
-                "after what replaces them, such as fully_shard(model) and model.to(...)"
-            )
-
-    def _begin(self) -> None:
-        """Have the state that the first steps would make."""
-        if self._sharded is not None:
-            self._sharded.begin()
-            self._sharded.show(self.state)
-        else:
-            self.state.update(_state.before_any_step(self._layers, self._fallback))
-
-    def _is_no_step(self) -> bool:
-        """Whether this is how torch.distributed.checkpoint makes the state that it loads into."""
-        rates_are_zero = all(float(group["lr"]) == 0.0 for group in self.param_groups)
-        return rates_are_zero and not any(layer.pending for layer in self._layers)
-
-    # ---- gradient scaling -----------------------------------------------------------------------
-
-    def set_current_grad_scale(self, scale: Any, *, unscaled: bool = False) -> None:
-        """Tell what the loss of the next step was multiplied by: it is divided out again.
-
-        torch.amp.GradScaler is asked by itself.
-
-        Args:
-            scale: The scale, a number or 0-d.
-            unscaled: Whether the gradients have been divided by it already, as for clipping.
-        """
-        self._given_scale = Given(scale, unscaled)
 
     # ---- what a person sees ---------------------------------------------------------------------
 
