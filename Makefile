@@ -48,6 +48,8 @@ OLDEST := .venv-oldest
 NEWEST := .venv-newest
 WITH := array-api-strict curvlinops-for-pytorch dm-haiku equinox flax orbax-checkpoint pytest pytest-xdist \
 	scikit-learn scipy singd==0.0.5
+# What old versions warn of in code of their own.
+WARN_OF_THEMSELVES := -W ignore::DeprecationWarning -W ignore:TypedStorage -W "ignore:The epoch parameter"
 FRAMEWORK_TESTS := tests/core tests/torch_frontend tests/jax_frontend
 
 test-oldest test-newest: export OMP_NUM_THREADS ?= 1
@@ -56,8 +58,7 @@ test-oldest: ## Run the tests of core, torch and jax with the oldest versions (P
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt \
 		-e '.[jax,testing,torch]' $(WITH)
-	$(OLDEST)/bin/python -m pytest -n $(WORKERS) -m "not slow" -W ignore::DeprecationWarning \
-		$(FRAMEWORK_TESTS) $(ARGS) # they warn of themselves
+	$(OLDEST)/bin/python -m pytest -n $(WORKERS) -m "not slow" $(WARN_OF_THEMSELVES) $(FRAMEWORK_TESTS) $(ARGS)
 
 test-newest: ## Run the same with the newest versions (PYTHON=python3.12 or newer); may install torch for CUDA
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and "jax 0.11 and later need Python 3.12: make test-newest PYTHON=...")'
