@@ -2,7 +2,7 @@
 
 Every run is kept in benchmarks/results/compare/ and is never made twice, so that the command goes
 on where it stopped; a change of SINGD's code makes its own runs anew. The tables go between the
-marks in docs/comparison.md.
+marks in docs/comparison.md and docs/rows.md.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import compare_report
 import torch
 from compare_plan import CHOICE, CONFIRM, Plan
-from compare_runs import FOLDER, OURS, RIVALS, SCHEDULES, Result, Run, Store, train
+from compare_runs import FOLDER, OURS, OWN, RIVALS, SCHEDULES, Result, Run, Store, train
 from compare_tried import against_rivals
 from pages import ROOT, write
 from rich.console import Console
@@ -28,6 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeE
 from tasks import BATCHES, HELD_OUT, TASKS, TWELVE
 
 PAGE = ROOT / "docs" / "comparison.md"
+ROWS = ROOT / "docs" / "rows.md"
 GROUPS = {"twelve": list(TWELVE), "batches": list(BATCHES), "held-out": list(HELD_OUT)}
 QUICK_TASKS = ["digits-mlp", "digits-cnn", "autoencoder", "vit"]
 QUICK_STEPS = 30
@@ -92,7 +93,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     """What the command was given."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tasks", nargs="+", choices=[*GROUPS, *TASKS], default=list(GROUPS))
-    parser.add_argument("--methods", nargs="+", choices=[OURS, *RIVALS])
+    parser.add_argument("--methods", nargs="+", choices=[*OWN, *RIVALS])
     parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=list(SCHEDULES))
     parser.add_argument(
         "--seeds", nargs="*", type=int, help="that confirm, or run --singd; none: search alone"
@@ -109,7 +110,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(given)
     if args.seeds is None:
         args.seeds = CHOICE if args.singd else CONFIRM
-    args.methods = args.methods or ([OURS] if args.singd else [OURS, *RIVALS])
+    args.methods = args.methods or ([OURS] if args.singd else [*OWN, *RIVALS])
     tasks = dict.fromkeys(task for name in args.tasks for task in GROUPS.get(name, [name]))
     for name in tasks:
         if missing := TASKS[name].missing:
@@ -162,6 +163,7 @@ def main(given: Sequence[str] | None = None) -> None:
             write(args.page, "make compare", compare_report.markdown(plan.store, seeds))
             if args.page == PAGE:
                 write(ROOT / "README.md", "make compare", compare_report.brief(plan.store, seeds))
+                write(ROWS, "make compare", compare_report.without_rows(plan.store, seeds))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from compare_runs import OURS, RIVALS, Run, Store, make
+from compare_runs import OWN, RIVALS, Run, Store, make
 from tasks import TWELVE
 
 SEARCH = 0  # the seed that chooses the rates of rivals
@@ -84,7 +84,7 @@ class Plan:
 
     store: Store
     tasks: Sequence[str]
-    methods: Sequence[str] = (OURS, *RIVALS)
+    methods: Sequence[str] = (*OWN, *RIVALS)
     schedules: Sequence[str] = ("linear",)
     seeds: Sequence[int] = CONFIRM
     variants: Sequence[dict[str, Any]] = ({},)
@@ -163,7 +163,7 @@ class Plan:
             for schedule in self.schedules
             for task in self.tasks
             for method in self.methods
-            if method != OURS
+            if method not in OWN
             for rate in self.grid(task, method, schedule)
         ]
 
@@ -172,9 +172,9 @@ class Plan:
         found = []
         for schedule in self.schedules:
             for method in self.methods:
-                one = None if method == OURS else self.one(method, schedule)
+                one = None if method in OWN else self.one(method, schedule)
                 for task in self.tasks:
-                    if method == OURS:
+                    if method in OWN:
                         found += [
                             self.run(task, method, None, seed, schedule, **given)
                             for given in self.variants

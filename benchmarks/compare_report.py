@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Sequence
 
 from compare_plan import CONFIRM, EXTENSIONS, SEARCH, Plan
-from compare_runs import OURS, RIVALS, SCHEDULES, WARM_UP, Result, Store
+from compare_runs import GRADIENTS, OURS, RIVALS, SCHEDULES, WARM_UP, Result, Store
 from compare_tried import costs, tried
 from pages import digits, table
 from tasks import BATCHES, HELD_OUT, TASKS, TWELVE
@@ -183,6 +183,31 @@ def brief(store: Store, seeds: Sequence[int] = CONFIRM) -> str:
         lines.append([TASKS[task].title, *bold])
     header = ["", "SINGD", *(f"{m}, best rate" for m in RIVALS)]
     return "\n\n".join([table(header, lines), *counts(rows)])
+
+
+def without_rows(store: Store, seeds: Sequence[int] = CONFIRM) -> str:
+    """The table of docs/rows.md: without rows, with rows, and each rival at its best rate."""
+    plan, lines, rows = Plan(store, list(TASKS), seeds=seeds), [], []
+    for task in TASKS:
+        others = row(plan, task, "linear")
+        found = _entry(plan, task, GRADIENTS, None, "linear")
+        shown = [found, others[OURS, "default"], *(others[m, "best"] for m in RIVALS)]
+        if not found.results:
+            continue
+        top = min(entry.loss for entry in shown if entry.results)
+        lines.append([task, *(e.cell(False, e.loss == top, with_rate=False) for e in shown)])
+        if task in TWELVE:
+            rows.append(shown)
+    if not lines:
+        return "No runs are kept."
+    names = ["with rows", *(f"{m} at its best rate" for m in RIVALS)]
+    each = []
+    for i, name in enumerate(names):
+        pairs = [(mine, others[i]) for mine, *others in rows if others[i].results]
+        ahead = sum(is_ahead(mine, [other]) for mine, other in pairs)
+        each.append(f"{name} on {ahead} of {len(pairs)}")
+    said = f"Of the twelve tasks, SINGD without rows is ahead of SINGD {', of '.join(each)}."
+    return "\n\n".join([table(["task", "without rows", *names], lines), said])
 
 
 def quick(plan: Plan) -> str:

@@ -30,6 +30,8 @@ FOLDER = RESULTS / "compare"
 SOURCES = (ROOT / "singd_core", ROOT / "frontends" / "singd_torch")
 RIVALS = {"AdamW": "AdamW", "Muon": "Muon", "SOAP": "SOAP/pytorch-optimizer"}  # entries by method
 OURS = "SINGD"
+GRADIENTS = "SINGD without rows"  # of the parameters alone
+OWN = OURS, GRADIENTS  # whose rate is a setting
 WARM_UP = 20  # steps in which the rate of a rival grows
 POINTS = 30  # of a curve
 
@@ -73,7 +75,8 @@ class Run:
         del named["given"]
         key = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:8]
         rate = "" if self.rate is None else f"-{self.rate:g}"
-        return f"{self.task}/{self.method}-{self.schedule}{rate}-seed{self.seed}-{key}.json"
+        method = self.method.replace(" ", "_")
+        return f"{self.task}/{method}-{self.schedule}{rate}-seed{self.seed}-{key}.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,7 +112,7 @@ def make(task: str, method: str, rate: float | None, seed: int, schedule: str, *
         schedule=schedule,
         steps=TASKS[task].steps,
         batch=TASKS[task].batch,
-        settings=json.dumps(resolved(given), sort_keys=True) if method == OURS else "",
+        settings=json.dumps(resolved(given), sort_keys=True) if method in OWN else "",
         given=json.dumps(given, sort_keys=True),
     )
 
@@ -119,6 +122,7 @@ def resolved(given: dict[str, Any]) -> dict[str, Any]:
     parameters = inspect.signature(SINGD.__init__).parameters
     core = {field.name for field in dataclasses.fields(Settings)}
     left_out = core | {"self", "model", "params", "loss_average", "warn_unsupported", "given"}
+    left_out |= {"processes"}  # of which there is one
     own = {name: p.default for name, p in parameters.items() if name not in left_out}
     own |= {name: value for name, value in given.items() if name not in core}
     chosen = {name: value for name, value in given.items() if name in core}
@@ -132,6 +136,8 @@ def resolved(given: dict[str, Any]) -> dict[str, Any]:
 
 def optimizer(run: Run, model: nn.Module, task: Task) -> torch.optim.Optimizer:
     """The optimizer of a run; those that refresh something do so at every step."""
+    if run.method == GRADIENTS:
+        return SINGD(model.parameters(), **json.loads(run.given))
     if run.method == OURS:
         return SINGD(model, loss_average=task.loss_average, **json.loads(run.given))
     assert run.rate is not None
@@ -140,7 +146,7 @@ def optimizer(run: Run, model: nn.Module, task: Task) -> torch.optim.Optimizer:
 
 def factor(run: Run, step: int) -> float:
     """Of the rate in a step; SINGD warms up by itself."""
-    warm = 1.0 if run.method == OURS else min(1.0, (step + 1) / WARM_UP)
+    warm = 1.0 if run.method in OWN else min(1.0, (step + 1) / WARM_UP)
     return warm * SCHEDULES[run.schedule](step / run.steps)
 
 
@@ -176,7 +182,7 @@ def train(run: Run) -> Result:
         seconds=time.perf_counter() - start,
         cpu_ms=1e3 * cpu,
         curve=thinned(losses),
-        code=CODE if run.method == OURS else "",
+        code=CODE if run.method in OWN else "",
         versions=versions(run.method),
     )
 
@@ -258,7 +264,7 @@ class Store:
     def is_made(self, run: Run) -> bool:
         """Whether a run is kept that the present code would make again."""
         found = self.results.get(run)
-        return found is not None and (run.method != OURS or found.code == CODE)
+        return found is not None and (run.method not in OWN or found.code == CODE)
 
     def loss(self, run: Run) -> float | None:
         """The final loss of a run, if it was made."""

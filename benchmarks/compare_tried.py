@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from compare_plan import CHOICE, SEARCH, Plan, behind
-from compare_runs import OURS, RIVALS, Result, Run, resolved
+from compare_runs import OURS, OWN, RIVALS, Result, Run, resolved
 from pages import digits, table
 from tasks import TASKS, TWELVE
 
@@ -24,7 +24,7 @@ def tried(plan: Plan) -> str:
     for run, result in plan.store:
         if run.method == OURS:
             ours[run.settings][run] = result
-        else:
+        elif run.method not in OWN:  # the other has its defaults alone
             rivals[run.method, run.schedule][run] = result
     parts = []
     if rivals:

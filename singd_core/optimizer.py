@@ -188,17 +188,13 @@ class Optimizer:
     def refresh_by_gradients(
         self, state: State, grads: Mapping[str, Parameter], params: Mapping[str, Parameter]
     ) -> dict[str, preconditioner.Factors]:
-        """The factors of the parameters that show no rows, one refresh later if one is due."""
-        due, kinds, new = is_due(state.step, self.settings), self._kinds(params), {}
-        if due is False:  # it may be an array
-            return {}
-        lr_cov = rate_of_factors(state.step, self.settings)
+        """The factors of the parameters that show no rows, one refresh later."""
+        lr_cov, kinds, new = rate_of_factors(state.step, self.settings), self._kinds(params), {}
         for name, layer in state.layers.items():
             old = layer.factors
             if isinstance(old, Shampoo):
                 refresh = partial(one.refreshed_by_gradient, kinds[name], lr_cov, self.settings)
-                found = self._run(refresh, old, old, grads[name], like=old)
-                new[name] = found if due is True else one.new_or_old(due, found, old)
+                new[name] = self._run(refresh, old, old, grads[name], like=old)
         return new
 
     def update(
@@ -239,7 +235,13 @@ class Optimizer:
             curvature = {} if rows is None else self.curvature(rows, state, params)
         if refreshed is None:
             refreshed = self.refresh(state, curvature)
-            refreshed |= self.refresh_by_gradients(state, grads, params)
+            due = is_due(state.step, self.settings)
+            if due is not False:  # it may be an array
+                learned = self.refresh_by_gradients(state, grads, params)
+                refreshed |= {
+                    n: new if due is True else one.new_or_old(due, new, state.layers[n].factors)
+                    for n, new in learned.items()
+                }
         factors = {n: refreshed.get(n, layer.factors) for n, layer in state.layers.items()}
         squares, sizes = {}, []
         for name in state.layers:

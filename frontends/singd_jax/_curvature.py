@@ -77,7 +77,7 @@ def value_and_curvature(
         refuse_lost_curvature(state)
         trained = layers.of(states)
         factors, slots = _ports(trained, states)
-        known = [name for own in states for name in own.rest.layers]
+        known = [k for own in states for k, layer in own.layers.items() if layer.has_rows]
         if known and len(layers) and not factors:
             raise ValueError(
                 f"the state is that of {', '.join(known)}, and the layers are "

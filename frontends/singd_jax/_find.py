@@ -17,7 +17,7 @@ from singd_core._array import Array, ranged
 from singd_core.curvature.base import is_expand, loss_terms
 from singd_jax._axes import Key, merged
 from singd_jax._calls import Call
-from singd_jax._layers import TRANSPOSED, Layer, Layers, pair
+from singd_jax._layers import COMPLEX, TRANSPOSED, Layer, Layers, pair
 from singd_jax._loss import Leaves, evaluate, is_followed, size_of_batch
 from singd_jax._part import Part
 from singd_jax._product import Bias, Path
@@ -169,9 +169,7 @@ class _Search:
                 if not reason and i in biases:
                     reason = f"the bias of {biases[i]}, which forms no layer"
                 if not is_followed(self.leaves.arrays[i]):
-                    reason = (
-                        "of complex numbers" if self.leaves.arrays[i].size else "has no entries"
-                    )
+                    reason = COMPLEX if self.leaves.arrays[i].size else "has no entries"
                 others[name] = reason or "not read by the loss"
         return others | dict.fromkeys(
             self.leaves.numbers, "a Python number, not an array: not trained"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 from singd_core import preconditioner
 from singd_core._array import Array
 from singd_core._parameter import Parameter, parts
+from singd_core.curvature import Tensor
 from singd_core.structures import Diagonal, Structure
 from singd_core.updates.kfac import KFAC
 from singd_jax._calls import Call
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 # As what a product uses a matrix, which is what its curvature has after the name of the layer.
 Role: TypeAlias = str
 UPRIGHT, TRANSPOSED = "", " transposed"
+
+COMPLEX = "of complex numbers"  # why a parameter is no layer, and no matrix without rows either
 
 # Two names or classes, "auto:b", or None for what fits each weight; see preconditioner.resolve.
 Wanted: TypeAlias = preconditioner.Structures | None
@@ -40,6 +43,7 @@ class Layer:
         diagonal: Which of "K" and "C" are diagonal whatever is asked for, as one-hot rows want.
         elsewhere: How its parameters are read besides, which its curvature does not see.
         notes: What else is to be known of it.
+        has_rows: Whether products show its rows; else it learns from gradients alone.
     """
 
     name: str
@@ -51,6 +55,18 @@ class Layer:
     diagonal: str = ""
     elsewhere: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    has_rows: bool = True
+
+    @classmethod
+    def tensor(cls, name: str, shape: tuple[int, ...]) -> Self:
+        """A leaf that shows no rows, as a matrix or as a stack of matrices."""
+        kind = Tensor.of(shape)
+        axes = tuple((i, 1, n) for i, n in enumerate(shape))
+        last = kind.stack + kind.outs
+        stack = tuple((axis,) for axis in axes[: kind.stack])
+        region = tuple((0, n) for n in shape)
+        part = Part(name, shape, region, frozenset(), stack, axes[kind.stack : last], axes[last:])
+        return cls(name, "no rows", part, has_rows=False)
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -74,7 +90,9 @@ class Layer:
 
     @property
     def roles(self) -> tuple[Role, ...]:
-        """As what it is used."""
+        """As what it is used in products that show rows."""
+        if not self.has_rows:
+            return ()
         return (UPRIGHT, TRANSPOSED) if self.transposed else (UPRIGHT,)
 
     def role(self, call: Call) -> Role | None:
@@ -166,12 +184,12 @@ class Layers(Mapping[str, Layer]):
         return [name for name in self.others if name not in self.shapes]
 
     def of(self, states: Iterable[SingdState]) -> Layers:
-        """Those that states train, as they train them."""
+        """Those that states train and that show rows, as they train them."""
         trained = {
             name: self[name].of(layer.factors)
             for own in states
             for name, layer in own.rest.layers.items()
-            if name in self
+            if name in self and self[name].has_rows
         }
         return dataclasses.replace(self, found=trained)
 
@@ -220,6 +238,10 @@ class Layers(Mapping[str, Layer]):
         for layer in self.found.values():
             body.append(self._row(layer, wanted))
         for name, reason in self.others.items():
+            if Tensor.fits(self.shapes.get(name, ())) and reason != COMPLEX:
+                layer = Layer.tensor(name, self.shapes[name])
+                body.append(self._row(dataclasses.replace(layer, notes=(reason,)), wanted))
+                continue
             trained = (_times(self.shapes[name]), "AdamW") if name in self.shapes else ("", "")
             body.append((name, *trained, "", "", "", "", reason))
         return _render(body)

@@ -24,6 +24,7 @@ from singd_jax._layers import Layer, Layers, pair
 from singd_jax._loss import Leaves
 from singd_jax._pytree import register_with_flax
 from singd_jax._state import Fixed, SingdState
+from singd_jax._tensors import NONE, extended, tensors
 
 Rate: TypeAlias = Any  # a number, a 0-d array, or a schedule: a function of the number of steps
 
@@ -44,10 +45,10 @@ class Steps:
         loss: Callable[..., Any] | None = None,
         **given: Any,
     ) -> None:
-        if (layers is None) == (loss is None):
+        if layers is not None and loss is not None:
             raise TypeError(
                 "give singd either loss=loss, for tx.init(params, *batch), or "
-                "layers=singd_jax.find_layers(loss)(params, *batch)"
+                "layers=singd_jax.find_layers(loss)(params, *batch), or gradients alone"
             )
         self.find = None if loss is None else find_layers(loss)
         # The structure of the last state, which optax.tree.map_params asks for without parameters.
@@ -77,8 +78,7 @@ class Steps:
         self.schedules = schedules
         self.T = self.optimizer.settings.T if T is None or isinstance(T, int) else T
         self.chooses = structures is not None
-        if layers is not None:
-            self._take(layers)
+        self._take(NONE if layers is None else layers)
 
     def _take(self, layers: Layers) -> None:
         """Train these layers, with the structures that they were found with unless given others."""
@@ -130,9 +130,13 @@ class Steps:
         arrays = leaves.named
         needed = [name for name in self.layers.shapes if not leaves.leaves_out(name)]
         self.layers.refuse_others(arrays, needed)
-        self._refuse_further(arrays, self.layers.shapes)
-        found = self._present(arrays)
+        if self.layers is not NONE:
+            self._refuse_further(arrays, self.layers.shapes)
+        found, s = self._present(arrays), self.optimizer.settings
         owned = {name for layer in found.values() for name in layer.leaves}
+        others_found = tensors(arrays, owned, s) if others else {}
+        found |= others_found
+        owned |= set(others_found)
         dtypes = {name: arrays[name].dtype for name in owned}
         # Compiled, so that no array is tied to a device: the core makes them on that of another
         # array, and the second step would be compiled again for what is then tied to it.
@@ -142,10 +146,9 @@ class Steps:
         rest = {k: _moments(a) for k, a in arrays.items() if others and k not in owned}
         count, skipped = (jnp.zeros((), jnp.int32) for _ in range(2))
         core = State(count, skipped, states, rest)  # type: ignore[arg-type]
-        s = self.optimizer.settings
-        fixed = Fixed(self.layers, s.growing_T, s.rows)
+        fixed = Fixed(extended(self.layers, others_found), s.growing_T, s.rows)
         state = SingdState.of(core, params, self._T(), fixed)
-        self.known["rest"] = jax.tree.map(lambda _: 0, state.rest)
+        self.known |= {"rest": jax.tree.map(lambda _: 0, state.rest), "fixed": fixed}
         return state
 
     @_compat.any_ranks
@@ -182,12 +185,9 @@ class Steps:
         if not needed:  # an empty group
             return grads, self._counted(state, core)
         optimizer, refreshed = self._begun(state, curvature)
-        new, stepped = optimizer.update(
-            self._parameters(gradients, core),
-            core,
-            self._parameters(weights, core),
-            refreshed=refreshed,
-        )
+        given, old = self._parameters(gradients, core), self._parameters(weights, core)
+        refreshed |= self._learned(optimizer, state, given, old)
+        new, stepped = optimizer.update(given, core, old, refreshed=refreshed)
         changes = self._leaves(gradients, core, new)
         return tree(changes), self._counted(state, stepped)
 
@@ -257,10 +257,11 @@ class Steps:
         optimizer, core = self._at(state), state.core
         given = joined(curvature or {}, self.layers)
         known = {k: c for k, c in given.items() if k in core.layers}
-        if curvature and core.layers and not known:
+        wanted = [name for name in core.layers if self.layers[name].has_rows]
+        if curvature and wanted and not known:
             raise ValueError(
                 f"the curvature is that of {', '.join(curvature)}, and the state that of "
-                f"{', '.join(core.layers)}: give both the same layers"
+                f"{', '.join(wanted)}: give both the same layers"
             )
         if not known or state.T is None:
             return optimizer, optimizer.refresh(core, known)
@@ -273,6 +274,27 @@ class Steps:
         )
         return optimizer, refreshed
 
+    def _learned(
+        self,
+        optimizer: Optimizer,
+        state: SingdState,
+        gradients: Mapping[str, Parameter],
+        weights: Mapping[str, Parameter],
+    ) -> dict[str, Factors]:
+        """The factors of the leaves that show no rows, refreshed by gradients if that is due."""
+        core = state.core
+        old = {n: o.factors for n, o in core.layers.items() if not self.layers[n].has_rows}
+        if not old:
+            return {}
+
+        def refreshed() -> dict[str, Factors]:
+            return optimizer.refresh_by_gradients(core, gradients, weights)
+
+        if state.T is None:
+            return refreshed()
+        learned: dict[str, Factors] = jax.lax.cond(state.due, refreshed, lambda: old)
+        return learned
+
     def _counted(self, state: SingdState, stepped: State) -> SingdState:
         step = state.rest.step + 1  # also where nothing else has changed
         return state.with_core(dataclasses.replace(stepped, step=step))._replace(T=self._T())
@@ -283,12 +305,10 @@ class Steps:
 
     def _placeholder(self, params: Any) -> SingdState:
         """A state of the same structure, with what `optax.tree.map_params` gives for parameters."""
-        s = self.optimizer.settings
         if "rest" not in self.known:
             shapes = self.layers.shapes.items()
             jax.eval_shape(lambda: self.init({k: jnp.zeros(n) for k, n in shapes}))
-        fixed = Fixed(self.layers, s.growing_T, s.rows)
-        return SingdState(params, params, self.known["rest"], self._T(), fixed)
+        return SingdState(params, params, self.known["rest"], self._T(), self.known["fixed"])
 
     def _layer_state(self, layer: Layer, dtypes: Mapping[str, Any]) -> LayerState:
         """The state of a layer, its momenta without entries yet."""
@@ -299,7 +319,9 @@ class Steps:
             ranged(empty[0]) if dtype is None else jnp.zeros((0,), dtype)
             for dtype in optimizer.preconditioner_dtype
         ]
-        factors = preconditioner.init(structures, layer.shape, optimizer.settings, *likes)
+        factors = preconditioner.init(
+            structures, layer.shape, optimizer.settings, *likes, has_rows=layer.has_rows
+        )
         return begun(factors, empty, layer.shape[0], optimizer.settings)
 
     def _present(self, arrays: Mapping[str, Array]) -> dict[str, Layer]:

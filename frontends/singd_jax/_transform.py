@@ -50,9 +50,13 @@ def singd(
 ) -> optax.GradientTransformationExtraArgs:
     """Structured inverse-free natural gradient descent (arXiv 2312.05705).
 
-    The layers are preconditioned by structured factors of the inverse Fisher matrix; every other
-    parameter is trained by AdamW. `print(layers)` shows which is which. A step whose gradient or
-    curvature is not finite changes nothing, and is counted in `state.core.skipped`.
+    The layers are preconditioned by structured factors of the inverse Fisher matrix. Other matrices
+    learn their factors from gradients alone (for the recipe "paper" they do not), and AdamW trains
+    the rest. `print(layers)` shows which is which. A step whose gradient or curvature is not finite
+    changes nothing, and is counted in `state.core.skipped`.
+
+    Without `layers` and `loss` gradients are all that is asked for: `singd()` stands where
+    `optax.adamw` stood.
 
     `update` takes gradients from `singd_jax.value_and_grad`, or the curvature as a keyword, from
     `value_and_curvature`; with `curvature=None` the factors stay as they are. Every rate may be a
@@ -97,7 +101,7 @@ def singd(
         `warmup`, if given, in `static_args`.
 
     Raises:
-        TypeError: If neither or both of `layers` and `loss` are given.
+        TypeError: If both `layers` and `loss` are given.
         ValueError: If a setting is out of range or a name unknown.
     """
     given = dict(locals())
@@ -174,7 +178,7 @@ def _transformation(
         **_: Any,
     ) -> tuple[Any, SingdState]:
         updates, curvature = parted(updates, curvature)
-        if curvature is MISSING and state.rest.layers:
+        if curvature is MISSING and any(one.has_rows for one in state.layers.values()):
             raise ValueError(
                 "singd got no curvature: give tx.update the gradients of singd_jax.value_and_grad, "
                 "or their parts (grads.tree, curvature=grads.curvature) where something else would "

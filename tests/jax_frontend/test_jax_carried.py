@@ -180,8 +180,6 @@ def test_a_loss_of_other_products_is_an_error():
 
 def test_the_layers_are_found_where_the_batch_is():
     with pytest.raises(TypeError, match=r"either loss=loss.* or .*layers="):
-        singd_jax.singd()
-    with pytest.raises(TypeError, match=r"either loss=loss.* or .*layers="):
         singd_jax.singd(loss=loss, layers=LAYERS)
     chained = optax.chain(optax.clip(1.0), singd_jax.singd(loss=loss))
     with pytest.raises(ValueError, match=r"got no batch: .* layers=singd_jax.find_layers\(loss\)"):

@@ -1,0 +1,37 @@
+"""Leaves that show no rows, whose factors learn from their gradients alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+
+import jax.numpy as jnp
+
+from singd_core._array import Array
+from singd_core._settings import Settings, learns_from_gradients
+from singd_core.curvature import Tensor
+from singd_jax._layers import Layer, Layers
+
+# Of whoever gives none: nothing is known of the parameters.
+NONE = Layers({}, {}, {}, {}, None, "expand", "batch")
+
+
+def tensors(
+    arrays: Mapping[str, Array], owned: Collection[str], settings: Settings
+) -> dict[str, Layer]:
+    """The leaves that are matrices of real numbers and belong to no layer."""
+    if not learns_from_gradients(settings):
+        return {}
+    return {
+        name: Layer.tensor(name, tuple(a.shape))
+        for name, a in arrays.items()
+        if name not in owned and Tensor.fits(a.shape) and jnp.issubdtype(a.dtype, jnp.floating)
+    }
+
+
+def extended(layers: Layers, found: Mapping[str, Layer]) -> Layers:
+    """The layers, and what shows no rows."""
+    shapes = {name: layer.weight.shape for name, layer in found.items()}
+    return dataclasses.replace(
+        layers, found=layers.found | dict(found), shapes=layers.shapes | shapes
+    )
