@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from singd_torch import SINGD, _pieces
+from singd_torch import SINGD, _bundle, _pieces
 
 
 class Attention(nn.Module):
@@ -188,3 +188,30 @@ def test_products_out_of_range_stop_their_matrix_alone(monkeypatch: pytest.Monke
     }
     assert not moved.pop("wide.weight")
     assert all(moved.values())
+
+
+def test_bundles_are_of_a_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = trained({}, nothing, parts=True)
+    monkeypatch.setattr(_pieces, "on_host", lambda x: False)
+    monkeypatch.setattr(_bundle, "_LARGEST", 100)
+    found = trained({}, nothing, parts=True)
+    same(found, expected)
+    assert len(found[1]._bundles) > 2
+
+
+def test_weights_in_bfloat16_step_nearly_as_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = []
+    for masked in (False, True):
+        if masked:
+            monkeypatch.setattr(_pieces, "on_host", lambda x: False)
+        torch.manual_seed(0)
+        model = Network().bfloat16()
+        before = copy.deepcopy(model)
+        optimizer = SINGD(model, warmup=0)
+        backward(model)
+        optimizer.step()
+        assert optimizer.skipped == 0
+        models.append([p - q for p, q in zip(model.parameters(), before.parameters(), strict=True)])
+    for change, expected in zip(*models, strict=True):
+        size = torch.linalg.vector_norm(expected.float())
+        assert torch.linalg.vector_norm(change.float() - expected.float()) <= 0.03 * size
