@@ -26,7 +26,7 @@ from singd_torch.sharding.boxes import boxes, local, local_gradient
 from singd_torch.sharding.exchange import Exchange
 from singd_torch.sharding.meter import Meter, by_samples
 from singd_torch.sharding.owners import balanced
-from singd_torch.sharding.share import Share, stand_in, stand_ins
+from singd_torch.sharding.share import Share, alias, stand_in, stand_ins, stands_for
 
 
 class Sharded:
@@ -71,7 +71,7 @@ class Sharded:
         self.owners = {p: owners[layer.weight] for layer in layers for p in layer.parameters}
         places = boxes(list(self.owners), self.group)
         self._exchange = Exchange(self.owners, places, self.group)
-        self._stand_ins = {p: before[p] if p in plain else _alias(p) for p in fallback}
+        self._stand_ins = {p: before[p] if p in plain else alias(p) for p in fallback}
         own: dict[nn.Parameter, Layer] = {}
         for layer in layers:
             layer.meter = Meter.of(layer)
@@ -79,7 +79,7 @@ class Sharded:
                 continue
             known = self._own.get(layer.weight)
             parts = [before.get(p) for p in layer.parameters]
-            if known is None or known.kind != layer.kind or not _stands_for(known, parts):
+            if known is None or known.kind != layer.kind or not stands_for(known, parts):
                 (known,) = stand_ins([layer])
             known.group, known.bias_group = layer.group, layer.bias_group
             known.structures = layer.structures
@@ -300,13 +300,3 @@ def _wants_weights(layer: Layer) -> bool:
     groups = [layer.group] if layer.bias_group is None else [layer.group, layer.bias_group]
     decays = [group["weight_decay"] for group in groups]
     return any(isinstance(decay, Tensor) or decay != 0.0 for decay in decays)
-
-
-def _stands_for(layer: Layer, parts: Sequence[nn.Parameter | None]) -> bool:
-    own = layer.parameters
-    return len(own) == len(parts) and all(a is b for a, b in zip(own, parts, strict=True))
-
-
-def _alias(p: nn.Parameter) -> nn.Parameter:
-    """The part of a parameter that is here, as a parameter of its own in the same memory."""
-    return nn.Parameter(local(p.detach()), requires_grad=False)

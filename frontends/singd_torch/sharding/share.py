@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from singd_torch._layers import Layer
 from singd_torch._pieces import placed
 from singd_torch._stepper import Stepper
+from singd_torch.sharding.boxes import local
 
 
 class Share(Stepper):
@@ -75,3 +76,14 @@ def stand_ins(layers: Iterable[Layer], device: str | None = None) -> list[Layer]
         own: dict[str, Any] = {"weight": weight, "bias": bias[0] if bias else None}
         found.append(dataclasses.replace(layer, **own, pending={}, factors=None, meter=None))
     return found
+
+
+def stands_for(layer: Layer, parts: Sequence[nn.Parameter | None]) -> bool:
+    """Whether these are the parameters of a layer of stand-ins."""
+    own = layer.parameters
+    return len(own) == len(parts) and all(a is b for a, b in zip(own, parts, strict=True))
+
+
+def alias(p: nn.Parameter) -> nn.Parameter:
+    """The part of a parameter that is here, as a parameter of its own in the same memory."""
+    return nn.Parameter(local(p.detach()), requires_grad=False)
