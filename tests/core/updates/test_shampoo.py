@@ -51,7 +51,8 @@ def correlated(n: int, *shape: int) -> np.ndarray:
 class Page:
     """Section 6 of the mathematics page, written out."""
 
-    def __init__(self, d_out: int, d_in: int, structure: str) -> None:
+    def __init__(self, d_out: int, d_in: int, structure: str, s: Settings = S) -> None:
+        self.s = s
         self.K, self.C, self.k = np.eye(d_in), np.eye(d_out), 0
         self.project = lambda M: np.asarray(get(structure).project(M).dense())
 
@@ -60,9 +61,9 @@ class Page:
         beta = max(lr_cov, min(0.5, 1 / (self.k + 1)))
         new = []
         for L, H in ((self.K, X.T @ X / d_o), (self.C, X @ X.T / d_i)):
-            M = self.project(H) + S.damping * np.mean(G * G) * self.project(L.T @ L)
+            M = self.project(H) + self.s.damping * np.mean(G * G) * self.project(L.T @ L)
             m = 0.5 * (M / np.trace(M) * len(L) - np.eye(len(L)))
-            L = L - min(beta, S.factor_bound / np.linalg.norm(m)) * L @ m
+            L = L - min(beta, self.s.factor_bound / np.linalg.norm(m)) * L @ m
             new.append(L * (len(L) ** 0.5 / np.linalg.norm(L)))
         (self.K, self.C), self.k = new, self.k + 1
 
@@ -81,6 +82,21 @@ def test_a_refresh_is_that_of_the_page(structure: str) -> None:
         assert_close(factors.K.dense(), page.K)
         assert_close(factors.C.dense(), page.C)
     assert (factors.averages.k, factors.averages.t_U) == (8, 0)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"damping": 0.11}, {"factor_bound": 0.4}, {"early_averaging": False}, {"lr_cov": 0.11}],
+    ids=str,
+)
+def test_each_part_of_the_page_bites(given: dict[str, Any]) -> None:
+    """Else the test above would prove nothing of it."""
+    s = settings(**given)
+    factors, page = start((5, 7)), Page(5, 7, "dense")
+    for G in correlated(12, 5, 7):
+        factors = factors.refresh(factors.curvature(G), given.get("lr_cov", 0.1), s)
+        page.refresh(G, 0.1)
+    assert np.max(np.abs(factors.K.dense() - page.K)) > 1e-4
 
 
 def test_they_whiten_gradients() -> None:
