@@ -83,7 +83,8 @@ def jax_losses() -> list[float]:
 
 
 def main() -> None:
-    version = importlib.metadata.version("singd-core")
+    installed = None if CHECKOUT else importlib.metadata.version("singd-core")
+    version = installed or importlib.import_module("singd_core").__version__
     for name, train in (
         ("singd_core", numpy_losses), ("singd_torch", torch_losses), ("singd_jax", jax_losses)
     ):  # fmt: skip

@@ -20,7 +20,9 @@ def test_an_unknown_kfac_approx_lists_the_choices(kind: LayerKind, x: np.ndarray
 
 @pytest.mark.parametrize(("kind", "x"), KINDS)
 def test_an_unknown_loss_average_lists_the_choices(kind: LayerKind, x: np.ndarray) -> None:
-    with pytest.raises(ValueError, match=r"'mean': choose 'batch', 'batch\+sequence', or None"):
+    with pytest.raises(
+        ValueError, match=r"'mean': choose 'batch', 'batch\+sequence', the number of terms"
+    ):
         kind.outputs(x, kfac_approx="expand", loss_average="mean")
 
 
