@@ -214,3 +214,8 @@ def install(owner: Any, source: Any, module: nn.Module) -> list[Tap]:
 def backward_pass() -> int:
     """A number that is the same for all calls from one backward pass."""
     return torch._C._current_graph_task_id()
+
+
+def after_pass(call: Callable[[], None]) -> None:
+    """Make a call when the backward pass that runs is over, after those that were asked for."""
+    torch.autograd.Variable._execution_engine.queue_callback(call)

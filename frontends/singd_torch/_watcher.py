@@ -209,6 +209,13 @@ class Watcher(torch.optim.Optimizer):
             self._queue.forget(layer)
             layer.pending = {}
         layer.last_pass = backward, Reach.of(layer.weight)
+        if layer.last_pass[1] is Reach.UNKNOWN:
+            _capture.after_pass(partial(self._end_pass, layer))
+
+    def _end_pass(self, layer: Layer) -> None:
+        """Find out whether a weight in parts has a gradient: `fully_shard` may gather it first."""
+        if layer.weight.grad is not None:
+            layer.last_pass = layer.last_pass[0], Reach.ADDED
 
     def _factors(self, layer: Layer) -> Factors | None:
         if layer.meter is not None:

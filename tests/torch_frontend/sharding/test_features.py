@@ -56,6 +56,32 @@ def accumulated(run: Run) -> None:
         optimizer.step()
 
 
+def dropped(run: Run) -> None:
+    """Passes whose gradients the model forgets, and with them their rows; one of them is whole."""
+    optimizer = run.build()
+    for i, batch in enumerate(models.data(NAME)):
+        for _ in range(i):
+            run.backward(run.part(models.data(NAME)[0]))
+            run.model.zero_grad()
+        run.backward(models.part_of(run.part(batch), 0, 2), 0.5)
+        run.backward(models.part_of(run.part(batch), 1, 2), 0.5)
+        optimizer.step()
+        run.model.zero_grad()
+
+
+def dropped_and_accumulated(run: Run) -> None:
+    """The same, of passes of which the last alone gives the parts their gradients."""
+    optimizer = run.build()
+    for batch in models.data(NAME):
+        for used in (models.data(NAME)[0], batch):
+            run.model.zero_grad()
+            for i in range(2):
+                if run.world > 1:
+                    run.model.set_requires_gradient_sync(i == 1)
+                run.backward(models.part_of(run.part(used), i, 2), 0.5)
+        optimizer.step()
+
+
 def clipped(run: Run) -> None:
     optimizer = run.build()
     for batch in models.data(NAME):
@@ -184,7 +210,7 @@ FEATURES = {
     f.__name__: f
     for f in (
         *(accumulated, clipped, not_a_number, frozen, grouped, checkpointed, kept, masked),
-        *(compiled, switched, summed),
+        *(compiled, switched, summed, dropped, dropped_and_accumulated),
     )
 }
 

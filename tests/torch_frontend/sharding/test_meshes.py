@@ -87,6 +87,23 @@ def test_two_processes(how: str) -> None:
     check(found, whole("characters", STRUCTURES["default"]))
 
 
+def forgetful(rank: int, world: int, how: str) -> dict[str, Tensor]:
+    model, index, of = parted("characters", how, world)
+    optimizer = SINGD(model, **models.settings("characters"))
+    with models.exact_counts():
+        for batch in models.data("characters"):
+            for used in (models.data("characters")[0], batch):
+                model.zero_grad()  # and not the optimizer
+                models.loss(model, *models.part_of(used, index, of)).backward()
+            optimizer.step()
+    return models.weights(model)
+
+
+@pytest.mark.parametrize("how", ["replicate", "tensor"])
+def test_rows_of_passes_whose_gradients_the_model_forgets_are_dropped(how: str) -> None:
+    check(gloo.run(2, forgetful, how), whole("characters", {}))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["default", "diagonal", "dense", "toeplitz"])
 @pytest.mark.parametrize("how", ["hybrid", "data and tensor", "data and sequence", "tensor"])
