@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from singd_torch._layers import Layer
-from singd_torch._pieces import placed
+from singd_torch._pieces import placed, read
 from singd_torch._stepper import Stepper
 from singd_torch.sharding.boxes import local
 
@@ -53,13 +53,10 @@ class Share(Stepper):
         self._stack_up()
 
     def _of_all(self, size: Any) -> Any:
-        if self.device.type == "cpu":
-            total = torch.tensor(size, dtype=torch.float64)
-            dist.all_reduce(total, group=self.processes)
-            return total.item()
-        total = placed(size, torch.float32, self.device).clone()
+        wide = torch.float64 if self.device.type == "cpu" else torch.float32
+        total = placed(size, wide, self.device).clone()
         dist.all_reduce(total, group=self.processes)
-        return total
+        return read(total)
 
 
 def stand_in(p: Tensor, device: str | None = None) -> nn.Parameter:

@@ -1,0 +1,93 @@
+"""Processes with an accelerator each take the steps of those with a CPU: here they pretend to."""
+
+import warnings
+from typing import Any
+from unittest import mock
+
+import gloo
+import models
+import pytest
+from test_fully_shard import check, shard
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+
+from singd_torch import SINGD, _bundle_step, _pieces
+
+CASES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "diagonal": {"structures": ("diagonal", "diagonal")},
+    "toeplitz": {"structures": ("triltoeplitz", "hierarchical:2,3")},
+    "no momentum": {"momentum": 0.0},
+    "decay": {"weight_decay": 0.1},
+    "coupled decay": {"weight_decay": 0.1, "decoupled_weight_decay": False},
+    "paper": {"recipe": "paper", "T": 2},
+    "kfac": {"kfac": True},
+}
+
+
+def trained(model: Any, wrapped: Any, rank: int, world: int, given: Any) -> Any:
+    """The weights, how many steps were skipped, and how many bundles were stepped."""
+    name = "characters"
+    if wrapped != "copies":
+        optimizer = SINGD(model, **models.settings(name, **given))
+        inside = model
+    else:
+        inside, model = model, DistributedDataParallel(model)
+        optimizer = SINGD(model, shard=True, **models.settings(name, **given))
+    advance = _bundle_step.advance
+    with mock.patch.object(_bundle_step, "advance", side_effect=advance) as advanced:
+        models.train(model, optimizer, models.data(name), rank, world)
+    return models.weights(inside), optimizer.skipped, advanced.call_count
+
+
+def on_accelerators(rank: int, world: int, how: str, given: Any) -> Any:
+    model = models.new("characters")
+    if how == "parts":
+        shard(model, init_device_mesh("cpu", (world,)))
+    with mock.patch.object(_pieces, "on_host", return_value=False):
+        return trained(model, how, rank, world, given)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("how", ["parts", "copies"])
+def test_two_processes_step_bundles_as_one_steps_layers(how: str, case: str) -> None:
+    # AdamW has powers of its betas in float32 there
+    given = CASES[case] | {"fallback_lr": 0.0}
+    wanted, *_ = trained(models.new("characters"), "", 0, 1, given)
+    found = gloo.run(2, on_accelerators, how, given)
+    check([weights for weights, *_ in found], wanted)
+    for _, skipped, bundles in found:
+        assert skipped == 0
+        assert bool(bundles) == (case not in ("coupled decay", "paper", "kfac"))
+
+
+def disturbed(rank: int, world: int) -> dict[str, Tensor]:
+    """Steps of which one has a row that is not finite, on the last process, and one is frozen."""
+    model: Any = models.new("characters")
+    if world > 1:
+        shard(model, init_device_mesh("cpu", (world,)))
+    optimizer = SINGD(model, **models.settings("characters", fallback_lr=0.0))
+
+    def poison(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output * (float("nan") if rank == world - 1 else 1.0)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the gradient of .* changed nothing")
+        for i, batch in enumerate(models.data("characters", 6)):
+            hook = model.norm.register_forward_hook(poison) if i == 2 else None
+            model.blocks[0].mlp.up.weight.requires_grad_(i != 4)
+            models.train(model, optimizer, [batch], rank, world)
+            if hook is not None:
+                hook.remove()
+        assert optimizer.skipped == 1
+    return models.weights(model)
+
+
+def disturbed_on_accelerators(rank: int, world: int) -> dict[str, Tensor]:
+    with mock.patch.object(_pieces, "on_host", return_value=False):
+        return disturbed(rank, world)
+
+
+def test_a_row_that_is_not_finite_stops_all_and_a_frozen_weight_stays() -> None:
+    check(gloo.run(2, disturbed_on_accelerators), disturbed(0, 1))
