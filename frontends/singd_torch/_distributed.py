@@ -60,6 +60,6 @@ def reduce_rows(layers: Sequence[Layer], group: dist.ProcessGroup, *, summed: bo
     for layer, key, pending in entries:
         sums = [next(parts).reshape(t.shape).to(t.dtype) for t in pending.tensors()]
         # only a layer that never had rows is asked, on the host, whether it has now
-        if layer.seen or sums[-2] > 0:
+        if layer.rows_seen or sums[-2] > 0:
             mean = layer.group["loss_average"] is not None
             layer.pending[key] = pending.of_all(sums, 1 if summed else world, mean=mean)

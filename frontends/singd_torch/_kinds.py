@@ -93,7 +93,7 @@ def register_layer(
     Args:
         module: The class.
         rows: The kind of layer it is, such as `singd_core.Linear()`, or a function that tells it
-            from the module (None for one that is to be left to AdamW).
+            from the module (None for one of which no rows are taken).
         weight: The name of its weight.
         bias: The name of its bias.
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from singd_core import preconditioner
+from singd_core._settings import learns_from_gradients
 from singd_core.curvature import (
     Convolution,
     Embedding,
@@ -24,7 +25,9 @@ from singd_core.curvature import (
 from singd_core.preconditioner import Factors
 from singd_core.structures import Diagonal, Structure
 from singd_core.updates.inverse_free import InverseFree
+from singd_core.updates.shampoo import Shampoo
 from singd_torch._capture import Reach
+from singd_torch._groups import settings_of
 from singd_torch._kinds import Use, uses
 from singd_torch._pending import Pending, Rows
 
@@ -86,7 +89,8 @@ class Layer:
         factors: The preconditioner, None until it is first needed.
         pending: The rows of the current step, summed up, by part and role.
         last_pass: The last backward pass that brought rows, and what it did with the gradient.
-        seen: Whether rows have ever reached the factors.
+        seen: Whether the factors have ever been refreshed.
+        by_gradient: Whether gradients refresh them, as no rows have been seen so far.
         meter: What measures rows where the factors are on another process, else None.
         without_rows: Why the rows do not tell the gradient, so that none are taken; or None.
         unused: Whether the last step had no gradient of the weight.
@@ -104,9 +108,25 @@ class Layer:
     pending: dict[Key, Pending] = dataclasses.field(default_factory=dict)
     last_pass: tuple[int, Reach] = (-1, Reach.NOT)
     seen: bool = False
+    by_gradient: bool = False
     meter: Any = None
     without_rows: str | None = None
     unused: bool = False
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether rows refresh the factors, or else gradients."""
+        return self.kind.has_rows and not self.by_gradient
+
+    @property
+    def rows_seen(self) -> bool:
+        """Whether rows have ever reached the factors."""
+        return self.seen and self.has_rows
+
+    def is_lost(self) -> bool:
+        """Whether its factors are to learn from gradients from now on: there never were rows."""
+        unseen = self.has_rows and not self.seen and self.weight.grad is not None
+        return unseen and learns_from_gradients(settings_of(self.group))
 
     @property
     def is_open(self) -> bool:
@@ -170,7 +190,7 @@ class Layer:
         return K or own, C or own, own
 
     def fits(self) -> bool:
-        """Whether the factors are on the weight's device, in the dtypes that go with it."""
+        """Whether the factors are on the weight's device, in its dtypes, and of its rule."""
         K, C, _ = self.dtypes
         factors, device = self.factors, self.weight.device
         assert factors is not None
@@ -179,7 +199,8 @@ class Layer:
             if isinstance(factors, InverseFree)
             else (factors.S_K, factors.S_C)
         )
-        return all(
+        by_gradient = isinstance(factors, Shampoo)
+        return by_gradient is not self.has_rows and all(
             side.like.dtype == dtype and side.like.device == device
             for side, dtype in zip(sides, (K, C), strict=True)
         )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from singd_core._settings import Settings
+from singd_core._settings import Settings, learns_from_gradients
 from singd_core.preconditioner import Factors
 from singd_torch import _fallback, _state
 from singd_torch._groups import check_counts, check_group, settings_of
@@ -81,6 +81,8 @@ def factors_of(layer: Layer, entries: Mapping[str, Any], s: Settings) -> Factors
     template = _state.initial(layer, s)
     arrays = dict(template.named_arrays())
     _check(layer.name, arrays, entries)
+    if learns_from_gradients(s) and not entries["averages.t_U"].any():  # as rows never were seen
+        template = _state.initial(dataclasses.replace(layer, by_gradient=True), s)
     return template.rebuild(entries[name] for name in arrays)
 
 

@@ -17,6 +17,7 @@ from singd_core.preconditioner import Factors
 from singd_core.step import Late
 from singd_core.updates.curvature import Averages, Curvature
 from singd_core.updates.natural import Preconditioner
+from singd_core.updates.shampoo import Shampoo
 from singd_torch import _state
 from singd_torch._groups import settings_of
 from singd_torch._join import join, join_trees, parts, tree_parts
@@ -150,6 +151,14 @@ class Stack:
             if layer.seen and layer.factors is not None:
                 state[layer.weight].update(layer.factors.named_arrays())
 
+    def go_on_by_rows(self, state: State) -> None:
+        """Have the same factors for rows, which are seen for the first time."""
+        assert isinstance(self.factors, Shampoo)
+        factors, self.factors = self.factors.by_rows(), None
+        for layer in self.layers:
+            layer.by_gradient = False
+        self.hold(factors, state)
+
     def is_tied(self, state: State) -> bool:
         """Whether it has what the state has, which others may write to, in the weights' dtype."""
         if self.momenta is None:
@@ -256,7 +265,7 @@ def _likeness(layer: Layer) -> Any:
     if weight.numel() > _LARGEST or type(layer.kind) not in _KINDS:
         return layer
     return (
-        *(layer.kind, layer.structures, tuple(layer.roles())),
+        *(layer.kind, layer.has_rows, layer.structures, tuple(layer.roles())),
         *(id(layer.group), None if bias is None else id(layer.bias_group)),
         *(weight.shape, weight.dtype, weight.device, layer.dtypes),
     )

@@ -24,7 +24,7 @@ def initial(layer: Layer, s: Settings) -> Factors:
     """The factors of a layer before the first refresh, on the device of its weight."""
     device = layer.weight.device
     like_K, like_C = (torch.empty(0, dtype=dtype, device=device) for dtype in layer.dtypes[:2])
-    has_rows = layer.kind.has_rows
+    has_rows = layer.has_rows
     return preconditioner.init(layer.structures, layer.shape, s, like_K, like_C, has_rows=has_rows)
 
 
@@ -68,13 +68,11 @@ def before_any_step(
 
 
 def moved(layer: Layer, s: Settings) -> Factors:
-    """The factors of a layer on the device of its weight, in the dtypes that go with it."""
-    template = dict(initial(layer, s).named_arrays())
+    """The factors of a layer on the device of its weight, in its dtypes, and of its rule."""
+    template = initial(layer, s)
     assert layer.factors is not None
-    return layer.factors.rebuild(
-        array.to(template[name].device, template[name].dtype)
-        for name, array in layer.factors.named_arrays()
-    )
+    pairs = zip(layer.factors.named_arrays(), template.named_arrays(), strict=True)
+    return template.rebuild(own.to(new.device, new.dtype) for (_, own), (_, new) in pairs)
 
 
 def portable(state_dict: dict[str, Any]) -> dict[str, Any]:

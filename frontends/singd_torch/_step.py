@@ -92,6 +92,11 @@ def advance(stack: Stack, state: State, given: Gradients) -> Any:
         _squares(stack, given, gradient),
     )
     moves: Any
+    if type(factors) is not type(stack.factors):  # once, so the host may wait to know
+        if bool(found.finite if ok is None else ok & found.finite):
+            stack.go_on_by_rows(state)
+        else:
+            factors = stack.factors  # type: ignore[assignment]
     if ok is None:
         moves = bool(found.finite)
     else:
@@ -117,7 +122,7 @@ def advance(stack: Stack, state: State, given: Gradients) -> Any:
 def _refreshed(
     stack: Stack, s: Settings, scales: Scales, gradient: Sequence[Tensor]
 ) -> tuple[Factors, Preconditioner | None]:
-    """The factors, refreshed by rows that are pending or by the gradient of what shows no rows.
+    """The factors, refreshed by rows that are pending or by the gradient of what has none.
 
     And what preconditions with them.
     """
@@ -129,10 +134,11 @@ def _refreshed(
         lr_cov = rate_of_factors(steps, s)
         if stack.compile is not None:  # else each value of a schedule would be compiled anew
             lr_cov = torch.zeros_like(factors.averages.k) + lr_cov
-        if by_gradient:
+        if not layer.pending:
             curvature = stack.run(_curvature, factors, layer.kind, *gradient)
         else:
             curvature = stack.curvature(scales.rows)
+            factors = factors.by_rows() if isinstance(factors, Shampoo) else factors
         for one in stack.layers:  # its rows are as large as its factors, and so is the curvature
             one.pending = {}
         factors = stack.run(_refresh, factors, curvature, lr_cov, s, stack.report)
@@ -147,8 +153,8 @@ def _refreshed(
     return factors, kept
 
 
-def _curvature(factors: Shampoo, kind: LayerKind, gradient: Tensor) -> Curvature:
-    return factors.curvature(kind.matrix(gradient))
+def _curvature(factors: Shampoo, kind: LayerKind, *gradient: Tensor) -> Curvature:
+    return factors.curvature(kind.matrix(*gradient))
 
 
 def _refresh(

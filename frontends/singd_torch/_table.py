@@ -31,10 +31,11 @@ def table(
     for layer in layers:
         name = layer.name if layer.bias is None else f"{layer.name} + {_last(names, layer.bias)}"
         rule = "KFAC" if layer.group["kfac"] else "SINGD"
-        rule += "" if layer.kind.has_rows else " without rows"
+        rule += "" if layer.has_rows else " without rows"
         K, C = (cls.name for cls in layer.structures)
         lines.append((name, _shape(layer.weight), rule, K, C, f"{layer_bytes(layer):,}"))
-        why.append("" if layer.kind.has_rows else reasons.get(layer.weight, ""))
+        unseen = "no call of its module was seen so far" if layer.by_gradient else ""
+        why.append("" if layer.has_rows else reasons.get(layer.weight, unseen))
     for p in fallback:
         name, size = names.get(p, "(not of the model)"), fallback_bytes(p)
         lines.append((name, _shape(p), "AdamW", "", "", f"{size:,}"))

@@ -14,6 +14,7 @@ from singd_core import _settings
 from singd_core._settings import Settings
 from singd_core.curvature import StackedLinear
 from singd_core.preconditioner import Factors
+from singd_core.updates.shampoo import Shampoo
 from singd_torch import _attention, _capture
 from singd_torch._calls import Calls, Hooks, Now
 from singd_torch._calls import modules as modules_that_call
@@ -78,6 +79,7 @@ class Watcher(torch.optim.Optimizer):
             known = old.get(layer.weight)
             if known is not None and known.is_like(layer):
                 layer.factors, layer.pending, layer.seen = known.factors, known.pending, known.seen
+                layer.by_gradient = known.by_gradient
             elif known is not None:  # with or without a bias, the matrix has another shape
                 self.state[layer.weight].clear()
             for module, source in layer.sources:
@@ -231,8 +233,12 @@ class Watcher(torch.optim.Optimizer):
     def _ready(self) -> tuple[list[Stack], list[nn.Parameter]]:
         """The stacks that step now, and the other parameters that have a gradient."""
         ready, others = [], [p for p in self._fallback if p.grad is not None]
-        if any(layer.factors is not None and not layer.fits() for layer in self._layers):
-            self._stack_up()  # the model was moved or cast
+        lost = [layer for layer in self._layers if not layer.pending and layer.is_lost()]
+        for layer in lost:
+            layer.by_gradient = True
+            self._warn_unseen(layer, "it learns from its gradients alone")
+        if lost or any(one.factors is not None and not one.fits() for one in self._layers):
+            self._stack_up()  # or the model was moved or cast
         for stack in list(self._stacks):
             live = []
             for layer in stack.layers:
@@ -241,12 +247,12 @@ class Watcher(torch.optim.Optimizer):
                         if key not in layer.pending:  # the output of that part has no gradient
                             layer.pending[key] = layer.no_rows(key)
                 layer.unused = layer.weight.grad is None
-                known = layer.seen or layer.pending or not layer.kind.has_rows
+                known = layer.seen or layer.pending or not layer.has_rows
                 if layer.weight.grad is not None and known:
                     live.append(layer)
                     continue
                 if layer.weight.grad is not None:  # a frozen weight may have a trained bias
-                    self._warn_unseen(layer)
+                    self._warn_unseen(layer, "AdamW trains it")
                 others += [p for p in layer.parameters if p.grad is not None]
             if live:
                 ready += self._tied(stack, live)
@@ -344,11 +350,11 @@ class Watcher(torch.optim.Optimizer):
             )
             self._route()
 
-    def _warn_unseen(self, layer: Layer) -> None:
+    def _warn_unseen(self, layer: Layer, what: str) -> None:
         self._warn_once(
             f"no rows of {layer.name!r} have been seen, since its weight was used without a call "
             "of its module, or in a graph that was compiled before the optimizer was built (then "
-            "call torch.compiler.reset()) or by torch before 2.13: until then AdamW trains it"
+            f"call torch.compiler.reset()) or by torch before 2.13: until then {what}"
         )
 
     def _warn_once(self, text: str, about: str = "") -> None:
@@ -361,6 +367,7 @@ class Watcher(torch.optim.Optimizer):
         for layer in self._layers:
             layer.pending, layer.factors = {}, factors[layer.weight]
             layer.seen = layer.factors is not None  # they are made when rows are first seen
+            layer.by_gradient = layer.kind.has_rows and isinstance(layer.factors, Shampoo)
         self._tell_taps()
 
 

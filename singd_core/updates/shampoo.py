@@ -34,6 +34,11 @@ class Shampoo(InverseFree):
     `averages` has the mean square of G as t_G, and 0 as t_U, which is not known.
     """
 
+    def by_rows(self) -> InverseFree:
+        """The same K and C for refreshes by rows, whose averages begin with the first."""
+        averages = self.averages.map(lambda a: a * 0.0)
+        return InverseFree(self.K, self.C, self.m_K, self.m_C, averages)
+
     def curvature(self, gradient: Array) -> Curvature:
         """What a refresh wants of a gradient, shape (..., d_out, d_in).
 

@@ -524,7 +524,7 @@ class Product(torch.autograd.Function):
 
 
 def test_module_whose_call_was_never_seen_is_trained_and_named() -> None:
-    """Here the weight is used without a call of its module; AdamW takes over and says so."""
+    """Here the weight is used without a call of its module."""
 
     def call(m: Any, x: Tensor) -> Tensor:
         return m.out(Product.apply(x, m.odd.weight))
@@ -535,6 +535,7 @@ def test_module_whose_call_was_never_seen_is_trained_and_named() -> None:
     with pytest.warns(UserWarning, match=r"no rows of 'odd\.weight' have been seen"):
         step(model, optimizer, draw(9, 5))
     assert not torch.equal(before, model.odd.weight)
+    assert "exp_avg" not in optimizer.state[model.odd.weight]
     step(model, optimizer, draw(9, 5))  # warned once
 
 

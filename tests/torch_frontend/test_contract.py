@@ -561,7 +561,7 @@ def test_arguments_of_the_authors_package_are_accepted_in_their_order() -> None:
     assert {name: optimizer.param_groups[0][name] for name in expected} == expected
 
 
-def test_compiled_by_an_old_torch_it_is_trained_by_the_fallback_and_says_so(
+def test_compiled_by_an_old_torch_it_learns_from_gradients_and_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(_compiled, "SUPPORTED", False)
@@ -573,6 +573,7 @@ def test_compiled_by_an_old_torch_it_is_trained_by_the_fallback_and_says_so(
     with pytest.warns(UserWarning, match="no rows of '0.weight' have been seen"):
         optimizer.step()
     assert min(moved(model, before).values()) > 0.0
+    assert "SINGD without rows" in repr(optimizer)
 
 
 def test_warnings_point_at_the_line_of_the_user() -> None:

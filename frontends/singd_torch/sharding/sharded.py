@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from singd_core.preconditioner import Factors
 from singd_core.updates.curvature import seen
 from singd_core.updates.inverse_free import InverseFree
+from singd_core.updates.shampoo import Shampoo
 from singd_torch import _state
 from singd_torch._layers import Key, Layer
 from singd_torch._loading import Loaded
@@ -125,12 +127,25 @@ class Sharded:
             own = found.entries.get(p)
             if own:
                 share.state[part] = own
+        lost = self._lost(found.factors)
         for layer in self._layers:
             layer.pending, layer.seen = {}, layer.weight in found.factors
+            layer.by_gradient = layer.weight in lost
         for weight, layer in self._own.items():
             layer.pending, layer.factors = {}, found.factors.get(weight)
-            layer.seen = layer.factors is not None
+            layer.seen, layer.by_gradient = layer.factors is not None, weight in lost
         share._stack_up()
+
+    def _lost(self, factors: Mapping[nn.Parameter, Factors | None]) -> set[nn.Parameter]:
+        """The weights of layers whose rows were never seen, which their owners know."""
+        own = [
+            layer.kind.has_rows and isinstance(factors.get(layer.weight), Shampoo)
+            for layer in self._layers
+        ]
+        flags = torch.tensor(own, dtype=torch.float32, device=self.share.device)
+        dist.all_reduce(flags, group=self.group)
+        pairs = zip(self._layers, flags.tolist(), strict=True)
+        return {layer.weight for layer, flag in pairs if flag}
 
     def begin(self) -> None:
         """Have the state that the first steps would make."""
@@ -162,6 +177,9 @@ class Sharded:
     def step(self, scales: Scales) -> Tensor | int:
         """Take a step, of all processes at once; how many were skipped so far."""
         self._reduce_rows()
+        for layer in self._layers:
+            if layer.is_lost():  # as its owner finds
+                layer.seen = layer.by_gradient = True
         trained = [p for layer in self._layers for p in layer.parameters if p.grad is not None]
         whole = {p for layer in self._layers if _wants_weights(layer) for p in layer.parameters}
         self._send(trained, [p for p in trained if p in whole])
@@ -241,8 +259,8 @@ class Sharded:
         if self.rank in flats:
             own = [e for e in entries if self.owners[e[0].weight] == self.rank]
             self._take(own, flats[self.rank], known)
-        for layer, key, _ in entries:
-            layer.seen = layer.seen or (layer, key) in known
+        for layer, _ in known:
+            layer.seen, layer.by_gradient = True, False
 
     def _take(
         self,
@@ -258,7 +276,7 @@ class Sharded:
                 end = start + t.numel()
                 tensors.append(sums[start:end].reshape(t.shape).to(t.dtype))
                 start = end
-            if not layer.seen and (layer, key) not in known:
+            if not layer.rows_seen and (layer, key) not in known:
                 continue
             mean, own = layer.group["loss_average"] is not None, self._own[layer.weight]
             pending = pending.of_all(tensors, self._averaged(), mean=mean)
@@ -278,7 +296,7 @@ class Sharded:
 
     def _rows_known(self, entries: Iterable[tuple[Layer, Key, Pending]]) -> set[tuple[Layer, Key]]:
         """Of layers that never had rows, which have some now: the only thing that is waited for."""
-        asked = [(layer, key, pending) for layer, key, pending in entries if not layer.seen]
+        asked = [(layer, key, pending) for layer, key, pending in entries if not layer.rows_seen]
         if not asked:
             return set()
         counts = torch.stack([pending.tensors()[-2].double() for *_, pending in asked])
