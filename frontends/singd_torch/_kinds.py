@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from singd_core.curvature import (
     Convolution,
@@ -144,31 +145,55 @@ def uses(module: nn.Module) -> Iterator[Use]:
     if isinstance(module, nn.MultiheadAttention):
         yield from _attention(module)
         return
+    found = _find(module)
+    if found is None:
+        return
+    cls, entry = found
+    kind = entry.rows(module)
+    if kind is not None:
+        by_output = _has_forward_of(module, cls)
+        is_open = entry.is_open or not by_output
+        yield Use(entry.weight, entry.bias, kind, by_output, is_open)
+
+
+def _find(module: nn.Module) -> tuple[type[nn.Module], Entry] | None:
+    """The class of a module, or the nearest that it inherits from, that the table has."""
     for cls in type(module).__mro__:
         entry = _TABLE.get(cls) or _TABLE.get(f"{cls.__module__}.{cls.__qualname__}")
         if entry is not None:
-            kind = entry.rows(module)
-            if kind is not None:
-                by_output = _has_forward_of(module, cls)
-                is_open = entry.is_open or not by_output
-                yield Use(entry.weight, entry.bias, kind, by_output, is_open)
-            return
+            return cls, entry
+    return None
 
 
 def reasons(
     model: nn.Module, groups: Iterable[Mapping[str, Any]]
 ) -> Iterator[tuple[nn.Parameter, str]]:
     """Why there are no rows of matrices: of modules that are no layers, or used in other ways."""
+    lists = [m for m in model.modules() if isinstance(m, ParametrizationList)]
+    computing = {module for one in lists for module in one.modules()}
     for module in model.modules():
         known = {name for use in uses(module) for name in (use.weight, use.bias)}
         for name, p in module.named_parameters(recurse=False):
             if p.ndim > 1 and name not in known:
-                what = f"torch's kernel of {type(module).__name__} gives none"
-                other = f"{type(module).__name__} is not in the table of layers: register_layer"
-                yield p, what if isinstance(module, nn.RNNBase) else other
+                computes = module in computing
+                yield p, "a parametrization computes with it" if computes else _why(module, name)
     for group in groups:
         for i, reason in group.get("without_rows", {}).items():
             yield group["params"][i], reason
+
+
+def _why(module: nn.Module, name: str) -> str:
+    """Why a module gives no rows of one of its matrices, by name."""
+    cls, found = type(module).__name__, _find(module)
+    if isinstance(module, nn.RNNBase):
+        return f"torch's kernel of {cls} gives none"
+    if isinstance(module, nn.MultiheadAttention):
+        return f"no projection of {cls}"
+    if found is None:
+        return f"{cls} is not in the table of layers: register_layer"
+    if name != found[1].weight:  # as of a weight that is normalized, pruned or adapted
+        return f"{cls} is a layer of its {found[1].weight!r}, and not of {name!r}"
+    return f"{cls} gives none with its arguments"
 
 
 def _has_forward_of(module: nn.Module, cls: type[nn.Module]) -> bool:

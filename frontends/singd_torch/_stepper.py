@@ -91,6 +91,7 @@ class Stepper(Watcher):
             self._warn_once(ALONE)
         ready, others = self._ready()
         if ready or others:
+            self._warn_replaced()
             self._take_step(ready, others, scales)
         else:
             self._check_parameters()
@@ -101,7 +102,27 @@ class Stepper(Watcher):
         if theirs and not theirs & set(self._group_of):
             raise RuntimeError(
                 "the model has none of the optimizer's parameters any more: build the optimizer "
-                "after what replaces them, such as fully_shard(model) and model.to(...)"
+                "after what replaces them, such as fully_shard(model), model.to(...) and "
+                "load_state_dict(..., assign=True)"
+            )
+
+    def _warn_replaced(self) -> None:
+        """Warn of parameters in whose places the model has others, which nobody trains.
+
+        Each parameter is looked up in the model once, when it first has no gradient.
+        """
+        idle = {p for p in self._group_of if p.grad is None and p.requires_grad} - self._idle
+        if not idle:
+            return
+        self._idle |= idle
+        now = dict(self._model.named_parameters())
+        names = [name for p in self._group_of if p in idle for name in [self._names.get(p)]]
+        replaced = [name for name in names if name in now and now[name] not in self._group_of]
+        if replaced:
+            self._warn_once(
+                f"the model's parameter {replaced[0]!r} is not the one that was given to the "
+                f"optimizer, and is not trained ({len(replaced)} such in all): build the optimizer "
+                "after what replaces them, or optimizer.add_param_group({'params': new ones})"
             )
 
     def _begin(self) -> None:

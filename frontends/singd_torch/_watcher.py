@@ -62,6 +62,7 @@ class Watcher(torch.optim.Optimizer):
         self._queue = Queue()
         self._scratch = Scratch()
         self._warned: set[str] = set()
+        self._idle: set[nn.Parameter] = set()
         self._reports = False
         self._given_scale: Given | None = None
         self._mask: Tensor | None = None
@@ -352,9 +353,10 @@ class Watcher(torch.optim.Optimizer):
 
     def _warn_unseen(self, layer: Layer, what: str) -> None:
         self._warn_once(
-            f"no rows of {layer.name!r} have been seen, since its weight was used without a call "
-            "of its module, or in a graph that was compiled before the optimizer was built (then "
-            f"call torch.compiler.reset()) or by torch before 2.13: until then {what}"
+            f"no rows of {layer.name!r} have been seen: its inputs were empty, or its weight was "
+            "used without a call of its module, or in a graph that was compiled before the "
+            "optimizer was built (then call torch.compiler.reset()) or by torch before 2.13. "
+            f"Until rows are seen, {what}"
         )
 
     def _warn_once(self, text: str, about: str = "") -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from watched import CLOSE, Watched, check_rows
@@ -317,6 +318,39 @@ def test_recurrent_layers_say_why() -> None:
     for layer in (nn.LSTM(4, 4), nn.GRU(4, 4), nn.RNN(4, 4)):
         text = repr(SINGD(layer))
         assert text.count(f"torch's kernel of {type(layer).__name__} gives none") == 2
+
+
+class Adapted(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.down = nn.Parameter(torch.ones(2, 4))
+
+
+def pruned() -> nn.Module:
+    return prune.l1_unstructured(nn.Linear(4, 4), "weight", 0.5)  # type: ignore[no-untyped-call]
+
+
+WITHOUT_ROWS = {
+    "weight normalized": (
+        lambda: parametrizations.weight_norm(nn.Linear(4, 4)),
+        "a parametrization computes with it",
+    ),
+    "spectral": (
+        lambda: parametrizations.spectral_norm(nn.Linear(4, 4)),
+        "a parametrization computes with it",
+    ),
+    "pruned": (pruned, "Linear is a layer of its 'weight', and not of 'weight_orig'"),
+    "adapted": (Adapted, "Adapted is a layer of its 'weight', and not of 'down'"),
+    "groups": (lambda: nn.ConvTranspose2d(4, 4, 2, groups=2), "gives none with its arguments"),
+    "bags": (lambda: nn.EmbeddingBag(4, 4), "EmbeddingBag is not in the table of layers"),
+}
+
+
+@pytest.mark.parametrize("case", WITHOUT_ROWS)
+def test_matrices_of_other_modules_say_why(case: str) -> None:
+    make, reason = WITHOUT_ROWS[case]
+    lines = [line for line in repr(SINGD(make())).splitlines() if "SINGD without rows" in line]
+    assert [reason in line for line in lines] == [True]
 
 
 # ---- other modes, inputs and compilers -----------------------------------------------------------

@@ -83,3 +83,41 @@ def test_a_look_up_in_a_table_tied_to_a_layer_with_a_bias_does_not_see_the_bias(
     assert K[1] == K[2]
     assert K[0] < K[1] - 1e-3  # of the look-up
     assert K[3] < K[1] - 1e-3  # of the bias
+
+
+def other_parameter(model: nn.Module) -> None:
+    model[1].weight = nn.Parameter(model[1].weight.detach().clone())
+
+
+def other_module(model: nn.Module) -> None:
+    model[1] = nn.Linear(4, 5)
+
+
+@pytest.mark.parametrize("replace", [other_parameter, other_module])
+def test_parameters_that_the_model_replaces_are_warned_about(replace: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4))
+    optimizer = SINGD(model)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(torch.randn(8, 3)).square().mean().backward()
+        optimizer.step()
+
+    step()
+    replace(model)
+    with pytest.warns(UserWarning, match=r"'1\.weight' is not the one that was given"):
+        step()
+    step()  # once: warnings are errors here
+
+
+def test_parameters_that_are_replaced_and_given_again_are_trained() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4))
+    optimizer = SINGD(model)
+    other_module(model)
+    optimizer.add_param_group({"params": model[1].parameters()})
+    before = model[1].weight.detach().clone()
+    model(torch.randn(8, 3)).square().mean().backward()
+    optimizer.step()  # warnings are errors here
+    assert not torch.equal(model[1].weight, before)
