@@ -30,7 +30,7 @@ def singd(structure: str) -> tuple[float, Make]:
 
 
 OPTIMIZERS: dict[str, tuple[float, Make]] = {
-    "AdamW": (0.03, lambda lr: Optimizer({}, fallback=Fallback(lr=lr))),
+    "AdamW": (0.03, lambda lr: Optimizer({}, recipe="paper", fallback=Fallback(lr=lr))),
     "KFAC": (0.01, lambda lr: Optimizer(lr=lr, kfac=True, **PAPER)),
     "IKFAC": (0.01, lambda lr: Optimizer(lr=lr, kfac_like=True, **PAPER)),
     "SINGD dense": singd("dense"),

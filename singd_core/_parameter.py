@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import prod
 from typing import Any, Self, TypeAlias
@@ -205,7 +205,9 @@ def layer_state(
     K, C = preconditioner.resolve(structures, shape, kfac=s.kfac)
     K = Diagonal if kind.diagonal_inputs else K
     likes = [_empty(weight, dtype) for dtype in dtypes]
-    factors = preconditioner.init((K, C), shape, s, *likes, has_rows=kind.has_rows)
+    factors = preconditioner.init(
+        (K, C), shape, s, *likes, has_rows=kind.has_rows, one_hot=kind.diagonal_inputs
+    )
     return begun(factors, parts(parameter), shape[0], s)
 
 
@@ -307,6 +309,7 @@ def squares(gradient: Array) -> Array:
 def layer_change(
     kind: LayerKind,
     s: Settings,
+    level: Callable[[preconditioner.Factors, Array], preconditioner.Factors],
     parameter: Parameter,
     gradient: Parameter,
     squares: Array,
@@ -316,7 +319,7 @@ def layer_change(
 ) -> tuple[Parameter, LayerState, Array]:
     """The change of a layer's weight and bias, its new state, and whether all of it is finite.
 
-    Nothing of the layer is changed unless `ok` and that.
+    Nothing of the layer is changed unless `ok` and that. `level` is told the natural gradient.
     """
     own, weights = old.momenta, parts(parameter)
     decay = [w * expand(s.weight_decay, w) for w in weights] if couples_decay(s) else None
@@ -335,6 +338,8 @@ def layer_change(
     ok = namespace(ok).logical_and(ok, as_array(found.finite, ok))
     pairs = zip(found.parts, weights, strict=True)
     changes = [_or_zero(ok, weight_change(u, found.scale, w, s)) for u, w in pairs]
+    if found.natural is not None:
+        factors = level(factors, found.natural)
     new = dataclasses.replace(old, factors=factors)
     if found.momenta is not None:
         late = None if old.late is None or found.late is None else old.late.written(found.late)

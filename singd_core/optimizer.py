@@ -21,12 +21,13 @@ from singd_core._settings import (
     rate_of_factors,
     settings,
 )
-from singd_core._tree import Tree, tree
+from singd_core._tree import T_Tree, Tree, tree
 from singd_core.curvature import LayerKind
 from singd_core.curvature.base import is_expand, loss_terms
 from singd_core.step import warmed
 from singd_core.updates.adamw import Fallback, Moments
 from singd_core.updates.curvature import Curvature
+from singd_core.updates.levels import leveled
 from singd_core.updates.shampoo import Shampoo
 
 Rows: TypeAlias = tuple[Array, Array]  # a layer's input, and the loss's gradient at its output
@@ -252,11 +253,14 @@ class Optimizer:
             sizes.append(self._run(one.squares, params[name], grads[name]))
         ok = self._run(one.all_finite, first, sizes)
 
+        following = state.step + 1
+        rate = rate_of_factors(following, s) if s.normalized else 0.0
+        level = partial(self._if, is_due(following, s), partial(leveled, lr_cov=rate))
         updates: dict[str, Parameter] = {}
         layers, fallback, moved = {}, {}, [ok]
         for name, layer in state.layers.items():
             p, new = params[name], factors[name]
-            change = partial(one.layer_change, kinds[name], s)
+            change = partial(one.layer_change, kinds[name], s, level)
             arguments = p, grads[name], squares[name], layer, new, ok
             found = self._run(change, p, *arguments, like=(p, layer, ok))
             updates[name], layers[name], finite = found
@@ -289,6 +293,17 @@ class Optimizer:
             like: Structured like the result: its arrays have the dtypes to keep the result in.
         """
         return function(*arguments)
+
+    def _if(
+        self, condition: Any, function: Callable[..., T_Tree], old: T_Tree, *arrays: Array
+    ) -> T_Tree:
+        """`function(old, *arrays)` if the condition holds, else `old`.
+
+        A frontend may override it, to save the work where an array has the condition.
+        """
+        if isinstance(condition, bool):
+            return function(old, *arrays) if condition else old
+        return one.new_or_old(condition, function(old, *arrays), old)
 
     def _kinds(self, params: Mapping[str, Parameter]) -> Mapping[str, LayerKind]:
         """The kinds of all parameters that have factors."""

@@ -12,9 +12,10 @@ from singd_core.structures import Dense, Diagonal, Structure, blockdiagonal, get
 from singd_core.updates.curvature import Averages
 from singd_core.updates.inverse_free import InverseFree
 from singd_core.updates.kfac import KFAC
+from singd_core.updates.levels import Levels
 from singd_core.updates.shampoo import Shampoo
 
-DEFAULT = "cost:128"
+DEFAULT = "cost:512"
 
 # Numbers that any factor may hold; operations that the products of any layer may take; the widest
 # and narrowest blocks.
@@ -36,7 +37,7 @@ def resolve(
     Args:
         structures: Two names or classes, or one for both; `"auto:b"` for the richest of at most b
             numbers a row; `"cost:n"` for the richest that cost little beside n rows a step; or None
-            for `"cost:128"`.
+            for `"cost:512"`.
         shape: The batch axes, d_out and d_in; names do not ask for it.
         kfac: Whether they have to be dense.
 
@@ -140,6 +141,7 @@ def init(
     like_C: Array,
     *,
     has_rows: bool = True,
+    one_hot: bool = False,
 ) -> Factors:
     """The factors before the first refresh: the identity.
 
@@ -150,6 +152,8 @@ def init(
         like_K: Any array with the dtype and device of K.
         like_C: Any array with the dtype and device of C.
         has_rows: Whether they will be refreshed by rows, or else by gradients.
+        one_hot: Whether the inputs are one-hot: most columns of a gradient are then zero in most
+            steps, and their levels tell nothing.
 
     Raises:
         ValueError: If a structure has no matrices of the side that is needed.
@@ -165,10 +169,13 @@ def init(
     K = structures[0].identity(d_in, like=like_K, batch=batch).astype(like_K)
     C = structures[1].identity(d_out, like=like_C, batch=batch).astype(like_C)
     averages = Averages.zeros(batch, like_K)
+    levels = None
+    if settings.normalized and not one_hot:
+        levels = Levels.even(batch, d_out, d_in, like_C)
     if settings.kfac:
-        return KFAC(K, C, K, C, averages)  # type: ignore[arg-type]
+        return KFAC(K, C, K, C, averages, levels)  # type: ignore[arg-type]
     update = InverseFree if has_rows else Shampoo
     if settings.kfac_like or (isinstance(settings.alpha1, (int, float)) and settings.alpha1 == 0.0):
-        return update(K, C, None, None, averages)
+        return update(K, C, None, None, averages, levels)
     m_K, m_C = (L.map(namespace(L.like).zeros_like) for L in (K, C))
-    return update(K, C, m_K, m_C, averages)
+    return update(K, C, m_K, m_C, averages, levels)

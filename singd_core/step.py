@@ -124,6 +124,7 @@ class Direction(NamedTuple):
         momenta: The new momenta, None without.
         late: The new sums over late gradients, arrays or `numbers`; None without.
         agreement: How much they agree, a number or of the batch axes' shape.
+        natural: The natural gradient, times any number for each matrix; None if not `normalized`.
     """
 
     parts: Parts
@@ -132,6 +133,7 @@ class Direction(NamedTuple):
     momenta: Parts | None
     late: Late | None
     agreement: Scalar = 1.0
+    natural: Array | None = None
 
 
 def direction(
@@ -194,7 +196,8 @@ def direction(
     if groups:  # a weight is several matrices
         natural, scale = times(scale, natural, in_place=donate), 1.0
     parts = [part for part in kind.split(natural, shape, bias) if part is not None]
-    return Direction(parts, scale, _finite(lengths[1]), momenta, sums, agreement)
+    finite = _finite(lengths[1])
+    return Direction(parts, scale, finite, momenta, sums, agreement, natural)
 
 
 def scaled(

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from singd_core import preconditioner
 from singd_core._array import Array, ranged, widen
 from singd_core._parameter import Parameter, begun, like, parts
+from singd_core._tree import T_Tree
 from singd_core.optimizer import LayerState, Optimizer, State
 from singd_core.preconditioner import Factors
 from singd_core.updates.adamw import Fallback, Moments
@@ -29,6 +30,16 @@ from singd_jax._tensors import NONE, extended, tensors
 Rate: TypeAlias = Any  # a number, a 0-d array, or a schedule: a function of the number of steps
 
 _RATES = ("lr", "momentum", "weight_decay", "damping", "alpha1")
+
+
+class _Optimizer(Optimizer):
+    def _if(
+        self, condition: Any, function: Callable[..., T_Tree], old: T_Tree, *arrays: Array
+    ) -> T_Tree:
+        if isinstance(condition, bool):
+            return super()._if(condition, function, old, *arrays)
+        found: T_Tree = jax.lax.cond(condition, function, lambda old, *_: old, old, *arrays)
+        return found
 
 
 class Steps:
@@ -67,7 +78,7 @@ class Steps:
             )
         # T may be an array (inject_hyperparams makes one), which the core need not know
         counted = T if T is None or isinstance(T, (int, float)) else 1
-        self.optimizer = Optimizer(
+        self.optimizer = _Optimizer(
             {},
             recipe=recipe,
             structures=pair(structures),
@@ -320,7 +331,12 @@ class Steps:
             for dtype in optimizer.preconditioner_dtype
         ]
         factors = preconditioner.init(
-            structures, layer.shape, optimizer.settings, *likes, has_rows=layer.has_rows
+            structures,
+            layer.shape,
+            optimizer.settings,
+            *likes,
+            has_rows=layer.has_rows,
+            one_hot=bool(layer.diagonal),
         )
         return begun(factors, empty, layer.shape[0], optimizer.settings)
 

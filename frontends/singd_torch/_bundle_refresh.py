@@ -15,6 +15,7 @@ from singd_core.structures import Structure
 from singd_core.structures.base import Pattern
 from singd_core.updates.curvature import Curvature, shares
 from singd_core.updates.inverse_free import InverseFree, bounded, direction, stepped, weights
+from singd_core.updates.levels import EVEN, scale
 from singd_core.updates.natural import Preconditioner, balance
 from singd_torch._bundle import Bundle, Part, norms_of, spread
 from singd_torch._stacks import Stack, State
@@ -52,6 +53,7 @@ def refresh(bundle: Bundle, s: Settings, state: State, given: Gradients) -> None
     assert given.ok is not None
     use = given.ok & (norms.sum(0) < math.inf)
     rows: list[Tensor] = []
+    levels: list[Tensor] = []
     for part, place, pair in zip(due, places, m, strict=True):
         factors, own = _factors(part.stack), partial(_own, place, part)
         sides = zip((factors.K, factors.C), pair, rates.start, steps, strict=True)
@@ -60,10 +62,12 @@ def refresh(bundle: Bundle, s: Settings, state: State, given: Gradients) -> None
             L.map(partial(_write, own(use)), L_new)
         part.stack.hold(factors, state, seen=True)
         rows += [factors.K.row_norms(), factors.C.row_norms()]
+        known = factors.levels
+        levels += [torch.full_like(r, EVEN) for r in rows[-2:]] if known is None else known.sides
         if part.stack.report is not None:
             sizes = (own(rates.beta) * own(n) for n in norms)
             part.stack.report |= zip(("K_step", "C_step"), sizes, strict=True)
-    scales = balance(torch.cat([own.reshape(-1) for own in rows]))
+    scales = balance(_flat(rows)) * scale(_flat(levels))
     each = [
         own.view(like.shape)
         for own, like in zip(torch.split(scales, [r.numel() for r in rows]), rows, strict=True)
@@ -132,6 +136,10 @@ def _sizes(rows: Sequence[Sequence[Structure]], counts: Sequence[int]) -> Tensor
 def _factors(stack: Stack) -> InverseFree:
     assert isinstance(stack.factors, InverseFree)
     return stack.factors
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
 def _places(parts: Sequence[Part]) -> Iterator[slice]:

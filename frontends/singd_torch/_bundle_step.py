@@ -16,7 +16,7 @@ from singd_torch._bundle import Bundle, norms_of, spread
 from singd_torch._bundle_refresh import precondition, refresh
 from singd_torch._pieces import placed
 from singd_torch._stacks import Stack, State
-from singd_torch._step import Gradients, by_pieces
+from singd_torch._step import Gradients, by_pieces, level
 
 
 def steps_so(stack: Stack, given: Gradients) -> bool:
@@ -72,6 +72,8 @@ def advance(bundle: Bundle, state: State, given: Gradients) -> Tensor:
         if part.stack.report is not None:
             update = s.lr * (scale * lengths[1])
             part.stack.report |= {"agreement": part.of(agreement), "update": part.of(update)}
+    for part, n in zip(bundle.parts, natural, strict=True):
+        level(part.stack, s, n, part.of(moves))
     everything = moves.all()
     _move(bundle, natural, scale, gradient, given, everything)
     return everything

@@ -173,6 +173,12 @@ class Layer:
         self.without_rows, self.pending = self.without_rows or reason, {}
 
     @property
+    def one_hot(self) -> bool:
+        """Whether rows of a table of embeddings are among its own."""
+        kinds = (self.kind, *(source.kind for _, source in self.sources))
+        return any(kind.diagonal_inputs for kind in kinds)
+
+    @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
         """The weight and, if there is one, the bias."""
         return (self.weight,) if self.bias is None else (self.weight, self.bias)

@@ -24,8 +24,10 @@ def initial(layer: Layer, s: Settings) -> Factors:
     """The factors of a layer before the first refresh, on the device of its weight."""
     device = layer.weight.device
     like_K, like_C = (torch.empty(0, dtype=dtype, device=device) for dtype in layer.dtypes[:2])
-    has_rows = layer.has_rows
-    return preconditioner.init(layer.structures, layer.shape, s, like_K, like_C, has_rows=has_rows)
+    has_rows, one_hot = layer.has_rows, layer.one_hot
+    return preconditioner.init(
+        layer.structures, layer.shape, s, like_K, like_C, has_rows=has_rows, one_hot=one_hot
+    )
 
 
 def no_momenta(layer: Layer) -> list[Tensor]:

@@ -29,6 +29,7 @@ from singd_core.preconditioner import Factors
 from singd_core.step import Direction, couples_decay, direction, weight_change
 from singd_core.structures import Diagonal
 from singd_core.updates.curvature import Curvature
+from singd_core.updates.levels import leveled
 from singd_core.updates.natural import Preconditioner
 from singd_core.updates.shampoo import Shampoo
 from singd_torch import _scratch
@@ -111,12 +112,27 @@ def advance(stack: Stack, state: State, given: Gradients) -> Any:
     if factors is not stack.factors:
         known = preconditioner if ok is None and stack.compile is None else None
         stack.hold(factors, state, seen=True, preconditioner=known)
+    level(stack, s, found.natural, moves)
     if stack.report is not None:
         lengths = torch.stack([sum_of_squares(_rows(u, stack), 1) for u in found.parts]).sum(0)
         update = s.lr * found.scale * lengths.sqrt()
         stack.report |= {"agreement": found.agreement, "update": update}
     _move(stack, found, own, None if ok is None else moves)
     return moves
+
+
+def level(stack: Stack, s: Settings, natural: Tensor | None, moves: Any) -> None:
+    """Tell the factors of a natural gradient, if the next step makes anew what preconditions."""
+    steps, factors = stack.layers[0].group["steps"] + 1, stack.factors
+    if natural is None or factors is None or not is_due(steps, s):
+        return
+    old, new = factors.levels, leveled(factors, natural, rate_of_factors(steps, s)).levels
+    if old is None or new is None:
+        return
+    if isinstance(moves, Tensor):
+        new = new.map(partial(_either, moves), old)
+    old.map(Tensor.copy_, new)
+    stack.preconditioner = None
 
 
 def _refreshed(
@@ -334,4 +350,6 @@ def _coupled_decay(settings_of: Callable[[nn.Parameter], Settings], p: nn.Parame
 
 
 def _either(ok: Tensor, new: Any, old: Any) -> Any:
-    return new if new is old else torch.where(ok, new, old)
+    """What is new where it is to be kept, of matrices along the first axes if `ok` has any."""
+    missing = (1,) * (new.ndim - ok.ndim)
+    return new if new is old else torch.where(ok.view((*ok.shape, *missing)), new, old)

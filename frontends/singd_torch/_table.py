@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from singd_core._array import ranged
+from singd_torch._groups import settings_of
 from singd_torch._layers import Layer
 
 _BYTES, _WHY = "bytes of state", "why without rows"
@@ -56,7 +57,7 @@ def fallback_bytes(p: nn.Parameter) -> int:
 
 
 def layer_bytes(layer: Layer) -> int:
-    """Bytes of state of one layer: its factors, and the momentum of its weight matrix."""
+    """Bytes of state of one layer: its factors with levels, and the momentum of its weight."""
     (batch, d_out, d_in), group = layer.shape, layer.group
     stack = 1
     for n in batch:
@@ -66,6 +67,8 @@ def layer_bytes(layer: Layer) -> int:
     total = d_out * d_in * momentum if group["momentum"] else 0
     for cls, d, size in zip(layer.structures, (d_in, d_out), sizes, strict=True):
         total += copies * cls.numbers(d) * size
+    if settings_of(group).normalized and not layer.one_hot:
+        total += (d_out + d_in) * max(4, sizes[1])
     return stack * total
 
 

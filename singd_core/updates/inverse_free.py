@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Self
@@ -12,7 +11,8 @@ from singd_core._settings import Rate, Settings, is_bound
 from singd_core._tree import Tree, tree
 from singd_core.structures.base import Structure
 from singd_core.updates.curvature import TINY, Averages, Curvature, Measured, Rates, measure
-from singd_core.updates.natural import Preconditioner, balance
+from singd_core.updates.levels import Levels
+from singd_core.updates.natural import Preconditioner, balance, products
 
 
 @tree
@@ -25,6 +25,7 @@ class InverseFree(Tree):
         m_K: The Riemannian momentum of K, None without (α₁ = 0).
         m_C: The Riemannian momentum of C.
         averages: Mean diagonals of U and G so far.
+        levels: How large rows and columns of natural gradients are, None where nobody asks.
     """
 
     K: Structure
@@ -32,6 +33,7 @@ class InverseFree(Tree):
     m_K: Structure | None
     m_C: Structure | None
     averages: Averages
+    levels: Levels | None = None
 
     @property
     def structures(self) -> tuple[type[Structure], type[Structure]]:
@@ -44,7 +46,7 @@ class InverseFree(Tree):
 
     def measuring(self) -> Self:
         """What `measure` needs; the rest is None."""
-        return dataclasses.replace(self, m_K=None, m_C=None, averages=None)  # type: ignore[arg-type]
+        return type(self)(self.K, self.C, None, None, None)  # type: ignore[arg-type]
 
     def precondition(self, gradient: Array, *, balanced: bool = False) -> Array:
         """The natural gradient C Cᵀ ∇W K Kᵀ of ∇W, shape (..., d_out, d_in), in the dtype of C.
@@ -62,10 +64,17 @@ class InverseFree(Tree):
         """
         d_in, d_out = self.K.shape[-1], self.C.shape[-1]
         P_K, P_C = _square(self.K, T * d_out), _square(self.C, T * d_in)
-        return Preconditioner.of(P_K, P_C, self, scales or self._scales(balanced=balanced))
+        return Preconditioner.of(P_K, P_C, self, self._scales(scales, balanced=balanced))
 
-    def _scales(self, *, balanced: bool) -> Sequence[Array | None]:
-        return [balance(L.row_norms()) if balanced else None for L in (self.K, self.C)]
+    def _scales(
+        self, known: Sequence[Array] | None = None, *, balanced: bool
+    ) -> Sequence[Array | None]:
+        if not balanced:
+            return None, None
+        if known is not None:
+            return known
+        scales = [balance(L.row_norms()) for L in (self.K, self.C)]
+        return scales if self.levels is None else products(scales, self.levels.scales())
 
     def refresh(
         self,
@@ -119,7 +128,8 @@ class InverseFree(Tree):
             for L, own, start, beta in zip((self.K, self.C), m, rates.start, betas, strict=True)
         )
         m_K, m_C = (stored(new, old) for new, old in zip(m, (self.m_K, self.m_C), strict=True))
-        return type(self)(K, C, m_K, m_C, self.averages.written(rates.averages))
+        averages = self.averages.written(rates.averages)
+        return type(self)(K, C, m_K, m_C, averages, self.levels)
 
     def norms(self) -> dict[str, Array]:
         """The Frobenius norms of the factors."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Self
 
 from singd_core._array import Array, Scalar, at_least, cast, inverse, namespace, widen
@@ -11,7 +10,8 @@ from singd_core._tree import Tree, tree
 from singd_core.structures.base import Structure
 from singd_core.structures.dense import Dense
 from singd_core.updates.curvature import TINY, Averages, Curvature, Measured, measure
-from singd_core.updates.natural import Preconditioner, Side
+from singd_core.updates.levels import Levels
+from singd_core.updates.natural import Preconditioner, Side, products
 
 
 @tree
@@ -24,6 +24,7 @@ class KFAC(Tree):
         P_K: (S_K + λ_K I)⁻¹.
         P_C: (S_C + λ_C I)⁻¹.
         averages: Mean diagonals of U and G so far.
+        levels: How large rows and columns of natural gradients are, None where nobody asks.
     """
 
     S_K: Dense
@@ -31,6 +32,7 @@ class KFAC(Tree):
     P_K: Dense
     P_C: Dense
     averages: Averages
+    levels: Levels | None = None
 
     @property
     def structures(self) -> tuple[type[Structure], type[Structure]]:
@@ -43,7 +45,7 @@ class KFAC(Tree):
 
     def measuring(self) -> Self:
         """What `measure` needs; the rest is None."""
-        return dataclasses.replace(self, P_K=None, P_C=None, averages=None)  # type: ignore[arg-type]
+        return type(self)(self.S_K, self.S_C, None, None, None)  # type: ignore[arg-type]
 
     def precondition(self, gradient: Array, *, balanced: bool = False) -> Array:
         """(S_C + λ_C I)⁻¹ ∇W (S_K + λ_K I)⁻¹ of a gradient, shape (..., d_out, d_in)."""
@@ -51,7 +53,11 @@ class KFAC(Tree):
 
     def preconditioner(self, T: int, *, balanced: bool = False) -> Preconditioner:
         """`precondition`."""
-        return Preconditioner(*(_side(P, balanced=balanced) for P in (self.P_K, self.P_C)))
+        both = self.P_K, self.P_C
+        scales: list[Array | None] = [_balance(P) if balanced else None for P in both]
+        if balanced and self.levels is not None:
+            scales = products(scales, self.levels.scales())
+        return Preconditioner(*(Side.of(P, P, c) for P, c in zip(both, scales, strict=True)))
 
     def refresh(
         self,
@@ -72,20 +78,17 @@ class KFAC(Tree):
         S_K = average(self.S_K, curvature.H_K, rates.beta, K_start)
         S_C = average(self.S_C, curvature.H_C, rates.beta, C_start)
         P_K, P_C = damped_inverse(S_K, lambda_K), damped_inverse(S_C, lambda_C)
-        return type(self)(S_K, S_C, P_K, P_C, self.averages.written(rates.averages))
+        averages = self.averages.written(rates.averages)
+        return type(self)(S_K, S_C, P_K, P_C, averages, self.levels)
 
     def norms(self) -> dict[str, Array]:
         """The Frobenius norms of the factors."""
         return {"S_K_norm": self.S_K.norm(), "S_C_norm": self.S_C.norm()}
 
 
-def _side(P: Dense, *, balanced: bool) -> Side:
-    """The product with P, or with D^(−½) P, D being the diagonal of P."""
-    if not balanced:
-        return Side(P, True)
-    diagonal = widen(namespace(P.matrix).linalg.diagonal(P.matrix))
-    scale = at_least(diagonal, TINY) ** -0.5
-    return Side(P.scale_rows(cast(scale, P.matrix)), True)
+def _balance(P: Dense) -> Array:
+    """D^(−½), D being the diagonal of P."""
+    return at_least(widen(namespace(P.matrix).linalg.diagonal(P.matrix)), TINY) ** -0.5
 
 
 def average(S: Dense, U: Structure, beta: Scalar, start: Scalar) -> Dense:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol, Self
 
 from singd_core._array import Array, at_least, cast
@@ -56,12 +56,18 @@ def balance(row_norms: Array) -> Array:
     return at_least(row_norms, TINY) ** -1.0
 
 
+def products(x: Iterable[Array], y: Iterable[Array]) -> list[Array]:
+    """The products of pairs, in the dtypes of the first."""
+    return [a * cast(b, a) for a, b in zip(x, y, strict=True)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Preconditioner:
     """∇W ↦ P_C ∇W P_K, the natural gradient of ∇W, shape (..., d_out, d_in), in the dtype of C.
 
     Balanced, each entry is divided by √(D_C D_K) of its row and column, the diagonals of P_C and
-    P_K: gradients with the covariance of the curvature then give entries of equal variance.
+    P_K: gradients with the covariance of the curvature then give entries of equal variance. Its
+    row and column are multiplied by the scales of `Levels` too, if those are measured.
 
     Attributes:
         K: The product with P_K.

@@ -67,7 +67,7 @@ class Shampoo(InverseFree):
         K, C = (_moved(*own, s) for own in zip((self.K, self.C), m, betas, strict=True))
         m_K, m_C = (stored(new, old) for new, old in zip(m, (self.m_K, self.m_C), strict=True))
         averages = dataclasses.replace(rates.averages, t_U=rates.averages.t_U * 0.0)
-        return type(self)(K, C, m_K, m_C, self.averages.written(averages))
+        return type(self)(K, C, m_K, m_C, self.averages.written(averages), self.levels)
 
 
 def _direction(

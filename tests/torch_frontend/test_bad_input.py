@@ -79,8 +79,11 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         r'structures\[0\] = "blockdiagonal:x": expected "blockdiagonal:b" with integers',
     ),
     "one name": ({"structures": "dens"}, r'structures = there is no structure "dens"'),
-    "no name": ({"structures": 3}, r"structures=3: give two, those of K and of C, or one for both"),
-    "three structures": ({"structures": ("dense",) * 3}, r"give two, those of K and of C"),
+    "no name": (
+        {"structures": 3},
+        r"structures=3: give two, one for K and one for C, or one for both",
+    ),
+    "three structures": ({"structures": ("dense",) * 3}, r"give two, one for K and one for C"),
     "KFAC with structure": (
         {"kfac": True, "structures": ("dense", "diagonal")},
         r'structures\[1\] = "diagonal": KFAC inverts dense factors',

@@ -35,14 +35,13 @@ class Page:
         self.S_K = self.K = np.eye(self.d_in)
         self.S_C = self.C = np.eye(self.d_out)
         self.m_K, self.m_C, self.m_W = 0.0 * self.K, 0.0 * self.C, 0.0 * W
+        self.r, self.c = np.ones(self.d_out), np.ones(self.d_in)
         self.t_U = self.t_G = self.Q = self.w = self.growth = 0.0
         self.P_K, self.P_C = map(_projection, structures)
 
     def step(self, grad: np.ndarray, A: np.ndarray, B: np.ndarray) -> np.ndarray:
         s = self.s
-        gap = s.get("T", 1)
-        if s.get("growing_T"):
-            gap = min(gap, 2 ** int(np.log2(max(1, self.t // 10))))
+        gap = self.gap(self.t)
         if self.t % gap == 0:
             U, G = A.T @ A / len(A), len(B) * B.T @ B
             if s["rule"] == "kfac":
@@ -66,6 +65,10 @@ class Page:
         self.W = self.W - s["lr"] * self.m_W
         return self.W
 
+    def gap(self, t: int) -> int:
+        gap: int = self.s.get("T", 1)
+        return min(gap, 2 ** int(np.log2(max(1, t // 10)))) if self.s.get("growing_T") else gap
+
     def normalized(self, grad: np.ndarray) -> np.ndarray:
         s, alpha, d_o, d_i = self.s, self.s["momentum"], self.d_out, self.d_in
         if not s["decoupled_weight_decay"]:
@@ -78,7 +81,14 @@ class Page:
             ahead, Q, w = grad + alpha * self.m_W, square + alpha * self.Q, 1 + alpha * self.w
         agreement = np.linalg.norm(ahead) / np.sqrt(w * Q)
         P_C, P_K = self.C @ self.C.T, self.K @ self.K.T
-        n = P_C @ ahead @ P_K / np.sqrt(np.outer(np.diag(P_C), np.diag(P_K)))
+        balanced = P_C @ ahead @ P_K / np.sqrt(np.outer(np.diag(P_C), np.diag(P_K)))
+        n = balanced / np.sqrt(np.outer(self.r + 0.1, self.c + 0.1))
+        gap = self.gap(self.t)  # of the step that follows
+        if self.t % gap == 0:  # it refreshes the factors
+            rate = 1 - (1 - s["lr_cov"]) ** gap if s["growing_T"] else s["lr_cov"]
+            weight, squares = max(1 / self.k, rate), balanced**2
+            self.r = self.r + weight * (squares.mean(1) / squares.mean() - self.r)
+            self.c = self.c + weight * (squares.mean(0) / squares.mean() - self.c)
         if self.w * (1 - alpha) > 0.88:
             ratio = agreement**2 / NOISE[s["nesterov"]](alpha)
             change = np.clip(ratio - 3, 0, 1) - np.clip(1 - ratio, 0, 1)
