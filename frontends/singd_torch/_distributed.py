@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
-from singd_torch._layers import Layer
+from singd_torch._layers import Layer, Source
 
 
 def processes_of_call() -> dist.ProcessGroup | None:
@@ -34,6 +34,31 @@ def group_of(processes: Any) -> dist.ProcessGroup:
     if not isinstance(processes, dist.ProcessGroup):
         raise TypeError(f"processes={processes!r}: give a ProcessGroup or a DeviceMesh")
     return processes
+
+
+def agree_on_rows(layers: Sequence[Layer], group: dist.ProcessGroup) -> None:
+    """Expect the same rows on all processes, which all have to call this with the same layers.
+
+    One may have lost the rows of a layer, or met a use of its weight that the others did not. It
+    tells them through the CPU where their group can, lest the host wait for an accelerator.
+    """
+    on_cpu = "cpu:" in str(dist.get_backend_config(group))
+    device = torch.device("cpu") if on_cpu else layers[0].weight.device
+    own = [[bool(layer.without_rows), *_uses(layer)] for layer in layers]
+    found = torch.tensor(own, dtype=torch.float32, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
+    for layer, (is_lost, *uses) in zip(layers, found.tolist(), strict=True):
+        if is_lost and not layer.without_rows:
+            layer.lose_rows("used on another process in a way that no rows tell")
+        for swapped, is_used in enumerate(uses):
+            if is_used:
+                layer.know(Source(layer.weight, layer.kind, swapped=bool(swapped)))
+
+
+def _uses(layer: Layer) -> tuple[bool, bool]:
+    """Whether there are rows of inputs for K, and of gradients, where the weight is turned."""
+    roles = {swapped for _, swapped in layer.roles()}
+    return False in roles, True in roles
 
 
 def reduce_rows(layers: Sequence[Layer], group: dist.ProcessGroup, *, summed: bool = False) -> None:

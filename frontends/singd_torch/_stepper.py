@@ -15,13 +15,13 @@ from singd_core._array import ranged
 from singd_core.step import warmed
 from singd_torch import _bundle_step, _fallback, _finite, _scaling, _scratch, _state
 from singd_torch._bundle import Bundle, bundled
-from singd_torch._distributed import reduce_rows
+from singd_torch._distributed import agree_on_rows, reduce_rows
 from singd_torch._groups import settings_of
 from singd_torch._layers import Layer
 from singd_torch._scaling import Given, Scales
 from singd_torch._stacks import Stack
 from singd_torch._step import Gradients, advance
-from singd_torch._watcher import Watcher, is_due
+from singd_torch._watcher import Watcher, is_due, may_be_due
 from singd_torch.sharding.guards import ALONE, is_one_of_several
 
 
@@ -63,10 +63,11 @@ class Stepper(Watcher):
                     "give its module sparse=False, or an optimizer of its own"
                 )
         self._queue.flush()
-        self._part_with_rows()
         if not self.state and self._is_no_step():
             self._begin()
             return loss
+        self._agree_on_rows()
+        self._part_with_rows()
         scales = _scaling.scales(self, self._given_scale)
         if self._sharded is not None:
             self._skipped = self._sharded.step(scales)
@@ -79,6 +80,15 @@ class Stepper(Watcher):
         self._forget_rows()
         self._mask = self._given_scale = None
         return loss
+
+    def _agree_on_rows(self) -> None:
+        """Have the same rows on all processes as others have them."""
+        group = self._processes if self._sharded is None else self._sharded.group
+        if group is not None and group.size() > 1:
+            trained = [one for one in self._layers if one.weight.requires_grad]
+            asked = [one for one in trained if one.kind.has_rows and may_be_due(one)]
+            if asked:
+                agree_on_rows(asked, group)
 
     def _step_whole(self, scales: Scales) -> None:
         """Step parameters that are here as a whole, with the rows of all processes."""

@@ -81,6 +81,9 @@ class Watcher(torch.optim.Optimizer):
             if known is not None and known.is_like(layer):
                 layer.factors, layer.pending, layer.seen = known.factors, known.pending, known.seen
                 layer.by_gradient = known.by_gradient
+                for module, source in known.sources:
+                    if module is None:  # it was met in calls
+                        layer.know(source)
             elif known is not None:  # with or without a bias, the matrix has another shape
                 self.state[layer.weight].clear()
             for module, source in layer.sources:
@@ -375,8 +378,11 @@ class Watcher(torch.optim.Optimizer):
 
 def is_due(layer: Layer) -> bool:
     """Whether rows of a layer are wanted in the current step."""
-    if layer.without_rows:
-        return False
+    return not layer.without_rows and may_be_due(layer)
+
+
+def may_be_due(layer: Layer) -> bool:
+    """Whether a step wants rows of a layer, unless this process has lost them by now."""
     group = layer.group
     return not layer.seen or _is_due(group["steps"], group["T"], group["growing_T"])
 

@@ -79,12 +79,16 @@ def test_a_step_sends_gradients_and_changes_once_and_a_refresh_its_sums(how: str
     world = 2
     model = models.new("characters")
     of_layers = sum(p.numel() for name, p in model.named_parameters() if "norm" not in name)
+    layers = len(SINGD(model)._layers)
     found = gloo.run(world, steps, how)
     for step in range(1, models.STEPS):  # before the first, nobody knows who has rows
         refresh = step % 2 == 0
         for calls, numbers in (each[step] for each in found):
-            assert calls == {"all_to_all": 2, "all_reduce": 1} | ({"reduce": 2} if refresh else {})
-            assert numbers["all_reduce"] == 1
+            assert calls == {"all_to_all": 2, "all_reduce": 1} | (
+                {"all_reduce": 2, "reduce": 2} if refresh else {}
+            )
+            # whether all is finite, and whether each layer has rows of both kinds
+            assert numbers["all_reduce"] == 1 + 3 * layers * refresh
         sent = sum(each[step][1]["all_to_all"] for each in found)
         there = 0 if how == "copies" else of_layers * (world - 1) / world
         back = of_layers * (world - 1) * (1 if how == "copies" else 1 / world)

@@ -6,6 +6,7 @@ from typing import Any
 import gloo
 import models
 import pytest
+import torch
 import torch.distributed as dist
 from test_fully_shard import STRUCTURES, check, whole
 from torch import Tensor, nn
@@ -39,6 +40,25 @@ def test_four_processes_part_the_state_and_train_like_one(name: str) -> None:
     check([weights for weights, *_ in found], whole(name, {}))
 
 
+class Partly(nn.Module):
+    """With weights that are used in another way only where `alone` is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.up = nn.Embedding(20, 16), nn.Linear(16, 16)
+        self.down = nn.Linear(16, 20)
+        self.alone = False
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = torch.tanh(self.up(self.table(tokens)))
+        y: Tensor = self.down(x)
+        if self.alone:
+            y = (y + x @ self.up.weight[:, :4].sum(1)[:, None]) * 0.9
+            y = y + nn.functional.linear(x, self.table.weight)
+        return y
+
+
 def used(rank: int, world: int) -> dict[str, Tensor]:
     model: Any = models.new("used")
     wrapped = DistributedDataParallel(model) if world > 1 else model
@@ -54,6 +74,31 @@ def test_a_weight_that_is_used_in_another_way_goes_on_without_rows() -> None:
     check(gloo.run(2, used), used(0, 1))
 
 
+def partly_used(rank: int, world: int, how: str) -> dict[str, Tensor]:
+    """The last process alone uses a weight in another way, or alone as a linear map too."""
+    model = Partly().double()
+    wrapped: Any = DistributedDataParallel(model) if world > 1 else model
+    shard = how == "parted" and world > 1
+    optimizer = SINGD(wrapped, shard=shard, **models.settings("tied", T=2, growing_T=False))
+    with warnings.catch_warnings(), models.exact_counts():
+        warnings.filterwarnings("ignore", "no rows of 'up.weight' are taken")
+        for i, (x, y) in enumerate(models.data("tied")):
+            optimizer.zero_grad()
+            for part in range(2):
+                if world == 1 or part == rank:
+                    model.alone = part == 1 and i > 0
+                    own = models.part_of((x, y), part, 2)
+                    (models.loss(wrapped, *own) * (world / 2)).backward()
+            optimizer.step()
+    assert "SINGD without rows" in repr(optimizer)
+    return models.weights(model)
+
+
+@pytest.mark.parametrize("how", ["whole", "parted"])
+def test_a_process_that_alone_uses_weights_in_another_way(how: str) -> None:
+    check(gloo.run(2, partly_used, how), partly_used(0, 1, how))
+
+
 class Branches(nn.Module):
     """Of which a batch uses one."""
 
@@ -67,8 +112,6 @@ class Branches(nn.Module):
 
 
 def branches(rank: int, world: int) -> list[Tensor]:
-    import torch
-
     torch.manual_seed(0)
     model = DistributedDataParallel(Branches().double(), find_unused_parameters=True)
     optimizer = SINGD(model, shard=True, T=2, growing_T=False)
