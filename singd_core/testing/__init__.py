@@ -14,6 +14,7 @@ import singd_core.testing.laws_arrays  # isort: skip
 import singd_core.testing.laws_storage  # isort: skip
 import singd_core.testing.laws_update  # isort: skip
 import singd_core.testing.laws_optimizer  # isort: skip
+import singd_core.testing.laws_gradients  # isort: skip
 import singd_core.testing.laws_jax  # isort: skip
 import singd_core.testing.laws_torch  # isort: skip # noqa: F401
 

@@ -20,10 +20,10 @@ IKFAC = Settings(kfac_like=True, damping=0.25, lr_cov=0.125)
 SINGD = Settings(alpha1=0.5, damping=0.25, lr_cov=0.125)
 
 
-def start(case: Case, s: Settings, batch: tuple[int, ...] = ()) -> Any:
+def start(case: Case, s: Settings, batch: tuple[int, ...] = (), *, has_rows: bool = True) -> Any:
     """The factors before the first refresh."""
-    like = case.to(np.zeros(1))
-    return preconditioner.init((case.S, case.S), (batch, case.d_out, case.d), s, like, like)
+    like, shape = case.to(np.zeros(1)), (batch, case.d_out, case.d)
+    return preconditioner.init((case.S, case.S), shape, s, like, like, has_rows=has_rows)
 
 
 def draw_rows(case: Case, steps: int, batch: tuple[int, ...] = ()) -> list[Rows]:
@@ -82,6 +82,37 @@ def page(case: Case, rows: Sequence[Rows], s: Settings) -> tuple[np.ndarray, np.
         m_C = alpha1 * m_C + 0.5 * project(h_C * H_C + lam_C * C.T @ C - np.eye(len(C)))
         K, C = K @ (np.eye(len(K)) - beta * m_K), C @ (np.eye(len(C)) - beta * m_C)
     return K, C
+
+
+def learn(case: Case, gradients: Sequence[Any], s: Settings, batch: tuple[int, ...] = ()) -> Any:
+    """The factors after a refresh with each of the gradients alone."""
+    factors = start(case, s, batch, has_rows=False)
+    for G in gradients:
+        factors = factors.refresh(factors.curvature(G), s.lr_cov, s)
+    return factors
+
+
+def page_of_gradients(
+    case: Case, gradients: Sequence[Any], s: Settings
+) -> tuple[np.ndarray, np.ndarray]:
+    """K and C by the recursion of the mathematics page, section 6, on dense matrices."""
+    rate: Any = s.lr_cov
+    factors, k = [np.eye(case.d), np.eye(case.d_out)], 0
+    for G in map(case.numpy, gradients):
+        if not np.any(G):
+            continue
+        K, C = factors
+        X = C.T @ G @ K
+        beta: float = max(rate, min(0.5, 1.0 / (k + 1)))
+        for i, (L, H) in enumerate(((K, X.T @ X / len(C)), (C, X @ X.T / len(K)))):
+            M = H + s.damping * np.mean(G * G) * L.T @ L
+            M, n = np.asarray(case.S.project(M).dense()), len(L)
+            m = 0.5 * (M * (n / np.trace(M)) - np.eye(n))
+            bound = s.factor_bound / max(float(np.linalg.norm(m)), 1e-300)
+            L = L - min(beta, bound) * L @ m
+            factors[i] = L * (n**0.5 / np.linalg.norm(L))
+        k += 1
+    return factors[0], factors[1]
 
 
 def measured(case: Case, rows: Sequence[Rows]) -> tuple[Any, Any]:

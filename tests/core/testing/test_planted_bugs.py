@@ -1,6 +1,7 @@
 """The laws are tested too: each planted bug is found under the name that one expects."""
 
 import planted_arrays  # noqa: F401
+import planted_gradients  # noqa: F401
 import planted_jax  # noqa: F401
 import planted_products  # noqa: F401
 import planted_space  # noqa: F401
