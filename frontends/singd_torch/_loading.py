@@ -81,7 +81,8 @@ def factors_of(layer: Layer, entries: Mapping[str, Any], s: Settings) -> Factors
     template = _state.initial(layer, s)
     arrays = dict(template.named_arrays())
     _check(layer.name, arrays, entries)
-    if learns_from_gradients(s) and not entries["averages.t_U"].any():  # as rows never were seen
+    known, by_rows = (bool(entries[f"averages.{name}"].any()) for name in ("k", "t_U"))
+    if learns_from_gradients(s) and known and not by_rows:
         template = _state.initial(dataclasses.replace(layer, by_gradient=True), s)
     return template.rebuild(entries[name] for name in arrays)
 

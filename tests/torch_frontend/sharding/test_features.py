@@ -1,6 +1,7 @@
 """What trainers do beside plain steps, with a model in parts: equal to one process that does it."""
 
 import contextlib
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -111,6 +112,29 @@ def not_a_number(run: Run) -> None:
     assert optimizer.skipped == 1
 
 
+def scaled(run: Run, *, unscaled: bool = False) -> None:
+    """With a scaler, whose scale grows, and whose loss is infinite once on the last process."""
+    optimizer, last = run.build(), run.rank == run.world - 1
+    scaler: Any = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1)
+    warned = pytest.warns(UserWarning, match="changed nothing")
+    for i, batch in enumerate(models.data(NAME, 3)):
+        optimizer.zero_grad()
+        loss = models.loss(run.model, *run.part(batch))
+        scaler.scale(loss * (math.inf if i == 1 and last else 1.0)).backward()
+        if unscaled:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(run.model.parameters(), 0.1)
+        with warned if i == 1 else contextlib.nullcontext():
+            scaler.step(optimizer)
+        scaler.update()
+    assert optimizer.skipped == 1
+    assert scaler.get_scale() == 2.0**11  # doubled, halved and doubled
+
+
+def unscaled(run: Run) -> None:
+    scaled(run, unscaled=True)
+
+
 def frozen(run: Run) -> None:
     run.model.blocks[0].attention.q.weight.requires_grad_(False)
     run.model.blocks[0].mlp.up.bias.requires_grad_(False)
@@ -210,7 +234,7 @@ FEATURES = {
     f.__name__: f
     for f in (
         *(accumulated, clipped, not_a_number, frozen, grouped, checkpointed, kept, masked),
-        *(compiled, switched, summed, dropped, dropped_and_accumulated),
+        *(compiled, switched, summed, dropped, dropped_and_accumulated, scaled, unscaled),
     )
 }
 

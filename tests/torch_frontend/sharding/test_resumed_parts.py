@@ -1,7 +1,10 @@
 """Checkpoints of models in parts: any number of processes resumes what any number has saved."""
 
+import copy
+import os
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import gloo
 import models
@@ -10,6 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from test_fully_shard import check, shard, whole
 from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
@@ -113,6 +117,67 @@ def test_four_processes_save(then: int, how: str, tmp_path: Path) -> None:
     args = str(tmp_path), how, HALF, {}
     run(4, save, *args)
     check(run(then, resume, *args), whole(NAME, {}))
+
+
+def killed(rank: int, world: int, folder: str) -> None:
+    """Save after each step, until the last process dies while it writes the third."""
+    model, optimizer = new(world, {})
+    write = FileSystemWriter.write_data
+
+    def die(self: Any, *args: Any) -> Any:
+        if rank == world - 1:
+            os._exit(1)
+        return write(self, *args)
+
+    for step, batch in enumerate(models.data(NAME), 1):
+        models.train(model, optimizer, [batch], rank, world)
+        of_model, of_optimizer = get_state_dict(model, optimizer)
+        state = {"model": of_model, "optimizer": of_optimizer}
+        with mock.patch.object(FileSystemWriter, "write_data", die if step == 3 else write):
+            dcp.save(state, checkpoint_id=f"{folder}/{step}")
+
+
+def test_a_run_that_was_killed_goes_on_from_the_last_complete_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError):
+        gloo.run(2, killed, str(tmp_path))
+    assert (tmp_path / "3").exists()
+    complete = max(int(path.parent.name) for path in tmp_path.glob("*/.metadata"))
+    assert complete == 2
+    check(run(2, resume, str(tmp_path / "2"), "", 2, {}), whole(NAME, {}))
+
+
+def older(state: dict[str, Any], optimizer: SINGD) -> dict[str, Any]:
+    """The state as before 0.1: one momentum for a matrix and its bias, and other settings."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    entries = {p: state["state"][i] for i, p in enumerate(params)}
+    for layer in optimizer._layers:
+        momenta = [entries[p].pop("momentum_buffer") for p in layer.parameters]
+        entries[layer.weight]["momentum_buffer"] = layer.kind.matrix(*momenta)
+    for group in state["param_groups"]:
+        for name in ("normalized", "warmup", "growing_T", "rows"):
+            del group[name]
+        group |= {"kl_bound": 1e-3, "rms_bound": 0.2}
+    return state
+
+
+def resume_older(rank: int, world: int, folder: str) -> dict[str, Tensor]:
+    model = models.new(NAME)
+    saved = torch.load(f"{folder}/state.pt", weights_only=True)
+    model.load_state_dict(saved["model"])
+    shard(model, init_device_mesh("cpu", (world,)))
+    optimizer = SINGD(model, **models.settings(NAME, recipe="paper", T=2))
+    optimizer.load_state_dict(saved["optimizer"])
+    models.train(model, optimizer, models.data(NAME)[HALF:], rank, world)
+    return models.weights(model)
+
+
+def test_parts_go_on_from_a_state_as_it_was_before(tmp_path: Path) -> None:
+    given = {"recipe": "paper", "T": 2}
+    model, optimizer = new(1, given)
+    models.train(model, optimizer, models.data(NAME)[:HALF])
+    saved = older(copy.deepcopy(optimizer.state_dict()), optimizer)
+    torch.save({"model": model.state_dict(), "optimizer": saved}, tmp_path / "state.pt")
+    check(gloo.run(2, resume_older, str(tmp_path)), whole(NAME, given))
 
 
 def state(rank: int, world: int) -> tuple[list[tuple[int, str]], int, int]:
