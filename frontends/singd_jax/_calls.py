@@ -28,19 +28,19 @@ class Call:
     Attributes:
         kind: What a person calls it.
         view: The parameter.
-        stack: Axes over which it is a stack of layers of their own; those of scans come first.
+        stack: Axes over which it is a stack of layers of their own; axes of scans come first.
         outs: The atoms of the matrix's rows, in order, not merged.
-        ins: Those of its columns.
+        ins: The atoms of the matrix's columns.
         along: For each axis of the product the atoms of the parameter, empty for rows.
         rows: How many rows it has if every position is one.
-        examples: How many if those of an example are averaged.
+        examples: How many if the rows of an example are averaged.
         inputs: The rows A of the other operand, as `inputs(x, bias, kfac_approx, sample)`; of a
             ragged product x is a pair of it and the sizes of the groups.
         outputs: The rows B of the gradient, as `outputs(g, kfac_approx, sample)`.
         product: BᵀA, the gradient of the matrix, where A is not written out.
-        reduces: Whether rows of one example can be told from those of another.
+        reduces: Whether it is known which rows belong to the same example.
         guesses: Whether it is a guess which, since several axes are as long as the batch.
-        leading: The length of the first axis of the rows, which is that of the batch by custom.
+        leading: The length of the first axis of the rows, by custom the batch.
         takes_bias: Whether its rows can have a column of ones.
         times: How often it runs with one matrix: for each step of a scan, and on each device.
         sizes: How many rows each matrix of the stack has, where x tells.

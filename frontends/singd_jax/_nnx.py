@@ -16,7 +16,7 @@ def is_model(tree: Any) -> bool:
 
 
 def trained(model: Any, is_leaf: Callable[[Any], bool]) -> list[bool]:
-    """For each leaf of a model whether it is that of an `nnx.Param`."""
+    """For each leaf of a model, whether an `nnx.Param` holds it."""
     nnx: Any = sys.modules["flax.nnx"]
     found: list[bool] = []
     for value in jax.tree.leaves(
@@ -27,7 +27,7 @@ def trained(model: Any, is_leaf: Callable[[Any], bool]) -> list[bool]:
 
 
 def update(model: Any, new: Any) -> None:
-    """Give the variables of a model the values of those of another."""
+    """Give the variables of a model the values that another model's have."""
     nnx: Any = sys.modules["flax.nnx"]
     nnx.update(model, nnx.state(new))
 

@@ -72,7 +72,7 @@ _HELPERS = {
     "linear": _linear,
     "_in_projection": _in_projection,
     "_in_projection_packed": _in_projection_packed,
-    # Other modes, such as that of a default device, see what is inside and not the projections.
+    # Other modes, such as a default device's, see what is inside and not the projections.
     "has_torch_function": lambda tensors: False,
 }
 _COPY = types.FunctionType(

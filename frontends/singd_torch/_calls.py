@@ -156,7 +156,7 @@ class Hooks:
         self._owner, self._now = weakref.ref(owner), now
 
     def before(self, module: nn.Module, args: Any) -> None:
-        """Enter a mode, unless that of an outer module sees all that is called here."""
+        """Enter a mode, unless an outer module has entered one, which sees all calls here."""
         owner = self._owner()
         if torch.compiler.is_compiling() or owner is None:
             return

@@ -19,7 +19,7 @@ from singd_torch.optimizer import SINGD
 def check(
     model: nn.Module, loss: Callable[[nn.Module], Tensor], *, tolerance: float | None = None
 ) -> dict[str, float]:
-    """Whether `Bᵀ A = ∇W` holds for the rows of every layer of which rows are taken.
+    """Whether `Bᵀ A = ∇W` holds for the rows of every layer that gives rows.
 
     The loss is evaluated on a copy of the model, and differentiated once: the model, its gradients
     and an optimizer that watches it are left alone. Layers that are trained without rows, of which

@@ -15,7 +15,7 @@ _WAYS = tuple(f"{name}_{way}" for name in _HOOKS for way in ("with_kwargs", "alw
 
 
 def leave_hooks_behind(model: nn.Module) -> None:
-    """Let copies and pickles of this model be those of a model without an optimizer.
+    """Let copies and pickles of this model be as if it had no optimizer.
 
     What they are made of is decided by class, and where there are no hooks to leave behind it is
     what it was.

@@ -64,7 +64,7 @@ def _uses(layer: Layer) -> tuple[bool, bool]:
 def reduce_rows(layers: Sequence[Layer], group: dist.ProcessGroup, *, summed: bool = False) -> None:
     """Give every process the pending rows of all, in one flattened all-reduce.
 
-    DistributedDataParallel averages the gradients, so each is that of a loss divided by the number
+    DistributedDataParallel averages the gradients, so each belongs to a loss divided by the number
     of processes: the rows of C are to be divided by it, unless they are `summed`. A layer that
     some processes did not use takes part with zeros; all processes have to call this with the same
     layers.

@@ -45,7 +45,7 @@ _TRANSPOSES = torch.t, Tensor.t, Tensor.T.__get__, Tensor.mT.__get__  # type: ig
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """A call seen as that of a layer.
+    """A call of a function, seen as the call of a layer.
 
     Attributes:
         x: The input.

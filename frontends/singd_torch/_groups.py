@@ -43,7 +43,7 @@ def check_group(group: dict[str, Any]) -> None:
     loss_terms(group["loss_average"], 1, ())
     dtypes = group["preconditioner_dtype"]
     if not isinstance(dtypes, (tuple, list)) or len(dtypes) != 2:
-        raise ValueError(f"preconditioner_dtype={dtypes!r}: give two, those of K and of C")
+        raise ValueError(f"preconditioner_dtype={dtypes!r}: give two, one for K and one for C")
     for dtype in dtypes:
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(

@@ -88,13 +88,13 @@ def register_layer(
     """Let SINGD precondition modules of a class, and of subclasses that have its `forward`.
 
     The module must be called with its input first and return its output, and its weight and bias
-    must be parameters. A subclass with a `forward` of its own is registered by itself, or else its
-    rows are those of the calls of torch's functions that are handed the weight.
+    must be parameters. A subclass with a `forward` of its own is registered by itself. Where it is
+    not, calls of torch functions that are handed the weight give its rows.
 
     Args:
         module: The class.
         rows: The kind of layer it is, such as `singd_core.Linear()`, or a function that tells it
-            from the module (None for one of which no rows are taken).
+            from the module (None if the module gives no rows).
         weight: The name of its weight.
         bias: The name of its bias.
 
@@ -127,10 +127,10 @@ class Use:
 
     Attributes:
         weight: The name of the weight.
-        bias: That of the bias, or None.
+        bias: The name of the bias, or None.
         kind: The kind of layer.
-        by_output: Whether the output of the module is that of the layer.
-        is_open: Whether the rows are also those of torch's functions that the weight is handed to.
+        by_output: Whether the module returns the output of the layer.
+        is_open: Whether a call of a torch function that is handed the weight gives rows as well.
     """
 
     weight: str
@@ -204,7 +204,7 @@ def _has_forward_of(module: nn.Module, cls: type[nn.Module]) -> bool:
 
 
 def _attention(module: nn.MultiheadAttention) -> Iterator[Use]:
-    """The projections of query, key and value; that of the output is a module of its own."""
+    """The projections of query, key and value; the output has a module of its own."""
     if module._qkv_same_embed_dim:
         yield Use("in_proj_weight", "in_proj_bias", StackedLinear(3), is_open=False)
     else:  # their biases are one parameter, which is left to the fallback

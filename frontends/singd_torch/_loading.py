@@ -88,7 +88,7 @@ def factors_of(layer: Layer, entries: Mapping[str, Any], s: Settings) -> Factors
 
 
 def check_momenta(layer: Layer, entries: Mapping[nn.Parameter, Entries], s: Settings) -> None:
-    """Check the momenta of a layer and its sums over late gradients, all of which it has or none.
+    """Check the momenta of a layer and its sums over late gradients: all are there or none.
 
     Raises:
         ValueError: Naming the first entry that is missing or does not fit.
@@ -104,7 +104,7 @@ def check_momenta(layer: Layer, entries: Mapping[nn.Parameter, Entries], s: Sett
 
 
 def check_moments(name: str, p: nn.Parameter, entries: Entries) -> None:
-    """Check what AdamW keeps of a parameter, all of which is there or nothing.
+    """Check what AdamW keeps of a parameter: all is there or nothing.
 
     Raises:
         ValueError: Naming the first entry that is missing or does not fit.
@@ -118,7 +118,7 @@ def check_moments(name: str, p: nn.Parameter, entries: Entries) -> None:
 
 
 def _check(name: str, template: Mapping[str, Tensor], entries: Mapping[str, Any]) -> None:
-    """Check that saved entries can stand for those of a template.
+    """Check that saved entries can take the places of a template's.
 
     Raises:
         ValueError: Naming the first entry that is missing or does not fit.

@@ -80,13 +80,13 @@ class Queue:
             _measure(sorted(calls, key=_place))
 
     def forget(self, layer: Layer | None = None) -> None:
-        """Drop the calls that wait, or only those of one layer."""
+        """Drop the calls that wait, or only the calls of one layer."""
         kept = [] if layer is None else [call for call in self._calls if call.layer is not layer]
         self._calls, self._numbers = kept, sum(call.numbers for call in kept)
 
 
 def _place(call: Call) -> int:
-    """Where the factors are in memory that they share with those of equal layers."""
+    """Where the factors are, in memory that equal layers share."""
     _, first = next(call.factors.named_arrays())
     offset: int = first.storage_offset()
     return offset
