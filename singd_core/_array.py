@@ -32,6 +32,8 @@ PRODUCT_INTO: dict[type, Callable[[Any, Any, Any], Any]] = {}
 TIMES: dict[type, Callable[[Any, Any, Any], Any]] = {}
 # For a type of arrays that can be written to, what makes an array of any content: `empty`.
 EMPTY: dict[type, Callable[[Sequence[int], Any], Any]] = {}
+# And whether an array is in the memory of another.
+IS_VIEW: dict[type, Callable[[Any, Any], bool]] = {}
 
 _NAMESPACES: dict[type, Any] = {}
 _HALF: dict[tuple[type, Any], bool] = {}
@@ -131,6 +133,12 @@ def empty(shape: Sequence[int], *, like: Array) -> Array | None:
     """An array to be written to, or None where a frontend has not said that arrays can be."""
     make = EMPTY.get(type(like))
     return None if make is None else make(shape, like)
+
+
+def is_view(part: Array, whole: Array) -> bool:
+    """Whether what is written to a part is written to the whole, as far as is known."""
+    known = IS_VIEW.get(type(whole))
+    return known is not None and known(part, whole)
 
 
 def norm(x: Array, axes: int = 2) -> Array:

@@ -22,6 +22,7 @@ from singd_core._array import (
     empty,
     exp,
     expand,
+    is_view,
     multiply_add,
     namespace,
     norm,
@@ -178,12 +179,15 @@ def direction(
     if decay is not None:
         gradient = _plus(gradient, decay)
         squares = squares_of(kind, gradient)
-    room = None  # else the natural gradient of an average
+    room = outs = None  # else the natural gradient of an average
     if donate and momenta is not None:  # the average is written where it is joined
         stack = gradient[0].shape[: gradient[0].ndim - len(shape)]
         batch, d_out, d_in = kind.shape(shape, bias)
         room = empty((*stack, *batch, d_out, d_in), like=momenta[0])
-    outs = None if room is None else [r for r in kind.split(room, shape, bias) if r is not None]
+    if room is not None:
+        outs = [r for r in kind.split(room, shape, bias) if r is not None]
+        if not all(is_view(r, room) for r in outs):  # of a kind that splits into copies
+            room = outs = None
     ahead, momenta = _averaged(gradient, momenta, s, donate=donate, outs=outs)
     matrix = kind.matrix(*ahead) if room is None else room
     length = number(norm(matrix))

@@ -16,6 +16,7 @@ from singd_core._array import (
     ADD_PRODUCT,
     EMPTY,
     INVERSE,
+    IS_VIEW,
     MULTIPLY_ADD,
     PRODUCT_INTO,
     TIMES,
@@ -340,6 +341,9 @@ ADD_PRODUCT[Tensor] = _add_product
 # rows: products with the two differ in their last bits.
 INVERSE[Tensor] = lambda A: torch.linalg.inv_ex(A).inverse.contiguous()
 EMPTY[Tensor] = _scratch.empty
+IS_VIEW[Tensor] = lambda part, whole: (
+    part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+)
 PRODUCT_INTO[Tensor] = lambda A, B, out: torch.matmul(A, B, out=out)
 TIMES[Tensor] = lambda A, B, out: torch.mul(A, B, out=out)
 

@@ -1,6 +1,7 @@
 """Which rows reach the factors: masks, sampled labels, and layers that a user registers."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -226,3 +227,37 @@ def test_auto_is_refused_where_it_cannot_be_decided() -> None:
 def test_a_rate_that_is_a_tensor_stays_the_callers() -> None:
     lr = torch.tensor(0.1)
     assert SINGD(nn.Linear(2, 2), lr=lr).param_groups[0]["lr"] is lr
+
+
+class Copying(Linear):
+    """A kind that splits its matrix into copies, as one must whose axes are in another order."""
+
+    def split(self, matrix: Any, weight_shape: Any, bias: bool) -> Any:
+        weight, b = super().split(matrix, weight_shape, bias)
+        return weight.clone(), None if b is None else b.clone()
+
+
+@pytest.mark.parametrize("given", [{}, {"nesterov": False}, {"momentum": 0.0}], ids=str)
+def test_a_kind_may_split_into_copies(
+    given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("singd_torch._kinds._TABLE", dict(_TABLE))
+
+    class Own(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    register_layer(Own, Copying())
+    found = []
+    for cls in (nn.Linear, Own):
+        torch.manual_seed(0)
+        model = nn.Sequential(cls(5, 4), nn.Tanh(), cls(4, 4), nn.Tanh(), cls(4, 4)).double()
+        optimizer = SINGD(model, **given)
+        x, y = torch.randn(9, 5).double(), torch.randn(9, 4).double()
+        for _ in range(5):
+            optimizer.zero_grad()
+            (model(x) - y).square().mean().backward()
+            optimizer.step()
+        found.append([p.detach() for p in model.parameters()])
+    for p, q in zip(*found, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)

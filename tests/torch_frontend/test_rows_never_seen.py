@@ -93,7 +93,7 @@ def test_they_learn_and_the_table_and_a_warning_say_so() -> None:
     twin, other = copy.deepcopy(model), batch()
     adamw = torch.optim.AdamW(twin.parameters(), lr=0.01)
     assert rules(optimizer) == {"SINGD"}
-    with pytest.warns(UserWarning, match="until then it learns from its gradients alone"):
+    with pytest.warns(UserWarning, match="Until rows are seen, it learns from its gradients alone"):
         losses = train(model, optimizer, data, 30, seen=False)
     for _ in range(30):
         adamw.zero_grad()
@@ -225,7 +225,7 @@ def test_adamw_trains_them_as_the_paper_does(given: dict[str, Any]) -> None:
     model = nn.Linear(4, 3).double()
     optimizer = SINGD(model, **given)
     x = torch.randn(9, 4, dtype=torch.float64), torch.randn(9, 3, dtype=torch.float64)
-    with pytest.warns(UserWarning, match="until then AdamW trains it"):
+    with pytest.warns(UserWarning, match="Until rows are seen, AdamW trains it"):
         train(model, optimizer, x, 2, seen=False)
     assert "exp_avg" in optimizer.state[model.weight]
 
