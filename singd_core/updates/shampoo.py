@@ -37,7 +37,7 @@ class Shampoo(InverseFree):
     def by_rows(self) -> InverseFree:
         """The same K and C for refreshes by rows, whose averages begin with the first."""
         averages = self.averages.map(lambda a: a * 0.0)
-        return InverseFree(self.K, self.C, self.m_K, self.m_C, averages)
+        return InverseFree(self.K, self.C, self.m_K, self.m_C, averages, self.levels)
 
     def curvature(self, gradient: Array) -> Curvature:
         """What a refresh wants of a gradient, shape (..., d_out, d_in).

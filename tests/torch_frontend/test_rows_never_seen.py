@@ -120,6 +120,12 @@ def test_rows_take_over_when_they_are_seen() -> None:
         if "K.matrix" in optimizer.state[p]:
             assert (optimizer.state[p]["averages.t_U"] > 0.0).all()
             assert optimizer.state[p]["averages.k"].unique().item() == 10.0
+    other = copy.deepcopy(model)
+    resumed = SINGD(other, T=2, growing_T=False)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for net, own in ((model, optimizer), (other, resumed)):
+        train(net, own, data, 6, seen=True)
+    assert_equal(all_of(other, resumed), all_of(model, optimizer))
 
 
 def test_some_of_equal_layers_are_seen() -> None:

@@ -150,6 +150,26 @@ def test_processes_that_average_gradients_by_themselves() -> None:
     check(gloo.run(2, by_hand), whole("images", {}))
 
 
+def accumulated(rank: int, world: int) -> dict[str, Tensor]:
+    model = DistributedDataParallel(models.new("tied"))
+    optimizer = SINGD(model, shard=True, **models.settings("tied"))
+    with models.exact_counts():
+        for batch in models.data("tied"):
+            optimizer.zero_grad()
+            first, last = (
+                models.part_of(models.part_of(batch, rank, world), i, 2) for i in range(2)
+            )
+            with model.no_sync():
+                (models.loss(model, *first) / 2).backward()
+            (models.loss(model, *last) / 2).backward()
+            optimizer.step()
+    return models.weights(model.module)
+
+
+def test_rows_of_all_passes_that_are_accumulated_count() -> None:
+    check(gloo.run(2, accumulated), whole("tied", {}))
+
+
 def test_nobody_to_share_with_is_an_error() -> None:
     with pytest.raises(ValueError, match="processes="):
         SINGD(models.new("images"), shard=True)
