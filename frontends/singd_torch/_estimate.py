@@ -81,7 +81,7 @@ def estimate(
 
     Example:
         >>> estimate(nn.Linear(1000, 10), structures=("diagonal", "dense")).total
-        44444
+        48488
     """
     options = {name: given.pop(name) for name in tuple(given) if name in OPTIONS}
     check_names(given, OPTIONS)
