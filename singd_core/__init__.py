@@ -4,7 +4,8 @@ from singd_core import structures
 from singd_core._check import check
 from singd_core._settings import RECIPES, Settings, settings
 from singd_core._version import __version__
-from singd_core.curvature import (
+from singd_core.adamw import Fallback
+from singd_core.layers import (
     Convolution,
     Embedding,
     LayerKind,
@@ -21,7 +22,6 @@ from singd_core.structures import Structure, structure
 from singd_core.structures import get as get
 from singd_core.structures import names as names
 from singd_core.structures import register as register
-from singd_core.updates.adamw import Fallback
 
 __all__ = [
     "RECIPES",

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from singd_core._array import Array, total, widen
 from singd_core._parameter import Parameter, kinds_of, pair, row_pair
-from singd_core.curvature import LayerKind
-from singd_core.updates.curvature import TINY
+from singd_core.curvature import TINY
+from singd_core.layers import LayerKind
 
 
 def check(

@@ -8,7 +8,7 @@ from functools import partial
 from math import prod
 from typing import Any, Self, TypeAlias
 
-from singd_core import preconditioner
+from singd_core import rules
 from singd_core._array import (
     Array,
     as_array,
@@ -23,14 +23,14 @@ from singd_core._array import (
 )
 from singd_core._settings import Rate, Settings
 from singd_core._tree import T_Tree, Tree, tree
-from singd_core.curvature import LayerKind, Linear, Sample, Tensor
-from singd_core.curvature.base import Shape
+from singd_core.adamw import Fallback, Moments
+from singd_core.curvature import Curvature
+from singd_core.layers import LayerKind, Linear, Sample, Tensor
+from singd_core.layers.base import Shape
+from singd_core.rules.inverse_free import InverseFree
+from singd_core.rules.shampoo import Shampoo
 from singd_core.step import Late, couples_decay, direction, squares_of, weight_change
-from singd_core.structures import Diagonal
-from singd_core.updates.adamw import Fallback, Moments
-from singd_core.updates.curvature import Curvature
-from singd_core.updates.inverse_free import InverseFree
-from singd_core.updates.shampoo import Shampoo
+from singd_core.structures import Diagonal, choose
 
 Parameter: TypeAlias = Array | tuple[Array, Array]  # a weight, or a weight with its bias
 
@@ -46,15 +46,13 @@ class LayerState(Tree):
         late: Sums over late gradients, or None.
     """
 
-    factors: preconditioner.Factors
+    factors: rules.Factors
     momentum_buffer: Array | None
     bias_momentum_buffer: Array | None = None
     late: Late | None = None
 
     @classmethod
-    def of(
-        cls, factors: preconditioner.Factors, momenta: Sequence[Array], late: Late | None
-    ) -> Self:
+    def of(cls, factors: rules.Factors, momenta: Sequence[Array], late: Late | None) -> Self:
         """With the momenta of the weight and, if there is one, of the bias."""
         weight, *bias = momenta
         return cls(factors, weight, bias[0] if bias else None, late)
@@ -202,17 +200,17 @@ def layer_state(
         raise ValueError(f"KFAC inverts dense factors, and {kind} has none: leave it out of layers")
     weight, bias = pair(parameter)
     shape = kind.shape(tuple(weight.shape), bias is not None)
-    K, C = preconditioner.resolve(structures, shape, kfac=s.kfac)
+    K, C = choose.resolve(structures, shape, kfac=s.kfac)
     K = Diagonal if kind.diagonal_inputs else K
     likes = [_empty(weight, dtype) for dtype in dtypes]
-    factors = preconditioner.init(
+    factors = rules.start(
         (K, C), shape, s, *likes, has_rows=kind.has_rows, one_hot=kind.diagonal_inputs
     )
     return begun(factors, parts(parameter), shape[0], s)
 
 
 def begun(
-    factors: preconditioner.Factors, parameters: Sequence[Array], batch: Shape, s: Settings
+    factors: rules.Factors, parameters: Sequence[Array], batch: Shape, s: Settings
 ) -> LayerState:
     """The state of a layer with these factors before its first step."""
     if isinstance(s.momentum, (int, float)) and s.momentum == 0.0:
@@ -246,7 +244,7 @@ def layer_curvature(
     loss_average: str | int | None,
     most: float,
     step: Any,
-    factors: preconditioner.Factors,
+    factors: rules.Factors,
     x: Array,
     g: Array,
 ) -> Curvature:
@@ -276,8 +274,8 @@ def layer_curvature(
 
 
 def refreshed(
-    lr_cov: Rate, s: Settings, factors: preconditioner.Factors, curvature: Curvature
-) -> preconditioner.Factors:
+    lr_cov: Rate, s: Settings, factors: rules.Factors, curvature: Curvature
+) -> rules.Factors:
     """The factors one refresh later."""
     return factors.refresh(curvature, lr_cov, s)
 
@@ -290,7 +288,7 @@ def refreshed_by_gradient(
 
 
 def layer_squares(
-    kind: LayerKind, factors: preconditioner.Factors, gradient: Parameter
+    kind: LayerKind, factors: rules.Factors, gradient: Parameter
 ) -> tuple[Array, Array]:
     """‖∇W‖², of the batch axes' shape, and a number that is finite if it and the factors are."""
     squares = squares_of(kind, parts(gradient))
@@ -309,12 +307,12 @@ def squares(gradient: Array) -> Array:
 def layer_change(
     kind: LayerKind,
     s: Settings,
-    level: Callable[[preconditioner.Factors, Array], preconditioner.Factors],
+    level: Callable[[rules.Factors, Array], rules.Factors],
     parameter: Parameter,
     gradient: Parameter,
     squares: Array,
     old: LayerState,
-    factors: preconditioner.Factors,
+    factors: rules.Factors,
     ok: Array,
 ) -> tuple[Parameter, LayerState, Array]:
     """The change of a layer's weight and bias, its new state, and whether all of it is finite.

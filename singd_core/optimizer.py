@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from singd_core import _parameter as one
-from singd_core import preconditioner
+from singd_core import rules
 from singd_core._array import Array
 from singd_core._parameter import LayerState as LayerState  # with `State`, what others import
 from singd_core._parameter import Parameter
@@ -22,13 +22,14 @@ from singd_core._settings import (
     settings,
 )
 from singd_core._tree import T_Tree, Tree, tree
-from singd_core.curvature import LayerKind
-from singd_core.curvature.base import is_expand, loss_terms
+from singd_core.adamw import Fallback, Moments
+from singd_core.curvature import Curvature
+from singd_core.layers import LayerKind
+from singd_core.layers.base import is_expand, loss_terms
+from singd_core.levels import leveled
+from singd_core.rules.shampoo import Shampoo
 from singd_core.step import warmed
-from singd_core.updates.adamw import Fallback, Moments
-from singd_core.updates.curvature import Curvature
-from singd_core.updates.levels import leveled
-from singd_core.updates.shampoo import Shampoo
+from singd_core.structures import choose
 
 Rows: TypeAlias = tuple[Array, Array]  # a layer's input, and the loss's gradient at its output
 
@@ -94,7 +95,7 @@ class Optimizer:
         layers: Mapping[str, LayerKind] | None = None,
         *,
         recipe: str = DEFAULT,
-        structures: preconditioner.Structures | None = None,
+        structures: choose.Structures | None = None,
         kfac_approx: str = "expand",
         loss_average: str | int | None = "batch",
         preconditioner_dtype: tuple[Any, Any] = (None, None),
@@ -103,7 +104,7 @@ class Optimizer:
     ) -> None:
         self.settings = settings(recipe, **given)
         self.layers = None if layers is None else dict(layers)
-        preconditioner.resolve(structures, kfac=self.settings.kfac)
+        choose.resolve(structures, kfac=self.settings.kfac)
         self.structures = STRUCTURES[recipe] if structures is None else structures
         is_expand(kfac_approx)  # both are checked here, before any rows come
         loss_terms(loss_average, 1, ())
@@ -174,9 +175,7 @@ class Optimizer:
                 raise ValueError(f"rows of {name!r}: {error}") from None
         return found
 
-    def refresh(
-        self, state: State, curvature: Mapping[str, Curvature]
-    ) -> dict[str, preconditioner.Factors]:
+    def refresh(self, state: State, curvature: Mapping[str, Curvature]) -> dict[str, rules.Factors]:
         """The factors of the layers whose curvature is given, one refresh later."""
         lr_cov = rate_of_factors(state.step, self.settings)
         new = {}
@@ -188,7 +187,7 @@ class Optimizer:
 
     def refresh_by_gradients(
         self, state: State, grads: Mapping[str, Parameter], params: Mapping[str, Parameter]
-    ) -> dict[str, preconditioner.Factors]:
+    ) -> dict[str, rules.Factors]:
         """The factors of the parameters that show no rows, one refresh later."""
         lr_cov, kinds, new = rate_of_factors(state.step, self.settings), self._kinds(params), {}
         for name, layer in state.layers.items():
@@ -206,7 +205,7 @@ class Optimizer:
         rows: Mapping[str, Rows] | None = None,
         *,
         curvature: Mapping[str, Curvature] | None = None,
-        refreshed: Mapping[str, preconditioner.Factors] | None = None,
+        refreshed: Mapping[str, rules.Factors] | None = None,
     ) -> tuple[dict[str, Parameter], State]:
         """The changes of the parameters, and the new state.
 

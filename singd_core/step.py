@@ -34,8 +34,8 @@ from singd_core._array import (
 )
 from singd_core._settings import Rate, Settings
 from singd_core._tree import Tree, tree
-from singd_core.curvature import LayerKind
-from singd_core.updates.curvature import TINY
+from singd_core.curvature import TINY
+from singd_core.layers import LayerKind
 
 Parts: TypeAlias = Sequence[Array]  # a weight, or a weight and its bias; or their gradients
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax  # type: ignore[import-untyped]
 
 from singd_core._array import Array
-from singd_core.updates.curvature import Curvature
+from singd_core.curvature import Curvature
 from singd_jax._curvature import blank
 from singd_jax._gradients import MISSING, parted
 from singd_jax._layers import TRANSPOSED, Layers, Role

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from singd_core._array import Array
-from singd_core.curvature import Convolution, Embedding, Linear, Sample
+from singd_core.layers import Convolution, Embedding, Linear, Sample
 from singd_jax._axes import Atom, Group, View, merged, reshaped, size
 
 EXPAND, EMBEDDING = "expand", "embedding"

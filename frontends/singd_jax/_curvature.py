@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from singd_core._array import Array
-from singd_core.curvature import Sample
-from singd_core.preconditioner import Factors
-from singd_core.updates.curvature import Curvature, Measured
+from singd_core.curvature import Curvature, Measured
+from singd_core.layers import Sample
+from singd_core.rules import Factors
 from singd_jax import _compat, _nnx
 from singd_jax._calls import Call
 from singd_jax._find import leading

@@ -12,9 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from singd_core import preconditioner
 from singd_core._array import Array, ranged
-from singd_core.curvature.base import is_expand, loss_terms
+from singd_core.layers.base import is_expand, loss_terms
+from singd_core.structures import choose
 from singd_jax._axes import Key, merged
 from singd_jax._calls import Call
 from singd_jax._layers import COMPLEX, TRANSPOSED, Layer, Layers, pair
@@ -37,7 +37,7 @@ def find_layers(
     Args:
         loss: A function that `jax.grad` takes; with auxiliary output or without.
         structures: Of the factors K (inputs) and C (outputs), one for both, or "auto:b" (see
-            `singd_core.preconditioner.resolve`): what the table shows, and what the optimizer takes
+            `singd_core.structures.choose.resolve`): what the table shows and the optimizer takes
             unless it is told others. None is the recipe's.
         kfac_approx: "expand" or "reduce": how positions that share the weight are treated.
         loss_average: What the loss is a mean of: "batch", "batch+sequence", so many terms, or None
@@ -67,7 +67,7 @@ def find_layers(
     """
     is_expand(kfac_approx)
     loss_terms(loss_average, 1, ())
-    preconditioner.resolve(pair(structures), kfac=False)
+    choose.resolve(pair(structures), kfac=False)
 
     def alone(*arguments: Any, **keywords: Any) -> Any:
         """The loss without auxiliary output, which no gradient comes from."""

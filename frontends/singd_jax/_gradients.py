@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax  # type: ignore[import-untyped]
 
 from singd_core._array import Array
-from singd_core.updates.curvature import Curvature
+from singd_core.curvature import Curvature
 from singd_jax._curvature import value_and_curvature
 from singd_jax._state import Both, find_state, holds_state
 

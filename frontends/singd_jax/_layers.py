@@ -7,12 +7,12 @@ import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
-from singd_core import preconditioner
+from singd_core import rules
 from singd_core._array import Array
 from singd_core._parameter import Parameter, parts
-from singd_core.curvature import Tensor
-from singd_core.structures import Diagonal, Structure
-from singd_core.updates.kfac import KFAC
+from singd_core.layers import Tensor
+from singd_core.rules.kfac import KFAC
+from singd_core.structures import Diagonal, Structure, choose
 from singd_jax._calls import Call
 from singd_jax._part import Laid, Part
 
@@ -25,8 +25,8 @@ UPRIGHT, TRANSPOSED = "", " transposed"
 
 COMPLEX = "of complex numbers"  # why a parameter is no layer, and no matrix without rows either
 
-# Two names or classes, "auto:b", or None for what fits each weight; see preconditioner.resolve.
-Wanted: TypeAlias = preconditioner.Structures | None
+# Two names or classes, "auto:b", or None for what fits each weight; see choose.resolve.
+Wanted: TypeAlias = choose.Structures | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Layer:
         """The layer of the weight alone, where the bias is trained by another transformation."""
         return dataclasses.replace(self, bias=None)
 
-    def of(self, factors: preconditioner.Factors) -> Layer:
+    def of(self, factors: rules.Factors) -> Layer:
         """The layer that the factors are of: with its bias only if they have a column for it."""
         K = factors.S_K if isinstance(factors, KFAC) else factors.K
         return self if K.shape[-1] == self.shape[-1] else self.without_bias()
@@ -126,7 +126,7 @@ class Layer:
 
     def structures(self, wanted: Wanted, *, kfac: bool) -> tuple[type[Structure], type[Structure]]:
         """Those of K and of C: what was asked for, or diagonal where it must be."""
-        K, C = preconditioner.resolve(wanted, self.shape, kfac=kfac)
+        K, C = choose.resolve(wanted, self.shape, kfac=kfac)
         return (
             Diagonal if "K" in self.diagonal else K,
             Diagonal if "C" in self.diagonal else C,

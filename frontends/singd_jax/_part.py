@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 import jax.numpy as jnp
 
 from singd_core._array import Array
-from singd_core.curvature import LayerKind, Sample
-from singd_core.curvature.base import append_bias
+from singd_core.layers import LayerKind, Sample
+from singd_core.layers.base import append_bias
 from singd_jax._axes import Group, Region, size
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from singd_core._array import Array
-from singd_core.curvature import Sample
+from singd_core.layers import Sample
 from singd_jax._axes import View
 from singd_jax._calls import Call, atoms, features, in_order
 

@@ -15,9 +15,9 @@ import optax  # type: ignore[import-untyped]
 from singd_core import state as flat_state
 from singd_core._array import Array
 from singd_core._settings import Settings, is_due
+from singd_core.adamw import Moments
+from singd_core.curvature import Curvature
 from singd_core.optimizer import LayerState, State
-from singd_core.updates.adamw import Moments
-from singd_core.updates.curvature import Curvature
 from singd_jax._layers import Layer, Layers
 from singd_jax._loss import Leaves
 from singd_jax._pytree import static

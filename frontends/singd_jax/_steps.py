@@ -10,14 +10,14 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from singd_core import preconditioner
+from singd_core import rules
 from singd_core._array import Array, ranged, widen
 from singd_core._parameter import Parameter, begun, like, parts
 from singd_core._tree import T_Tree
+from singd_core.adamw import Fallback, Moments
+from singd_core.curvature import Curvature
 from singd_core.optimizer import LayerState, Optimizer, State
-from singd_core.preconditioner import Factors
-from singd_core.updates.adamw import Fallback, Moments
-from singd_core.updates.curvature import Curvature
+from singd_core.rules import Factors
 from singd_jax import _compat
 from singd_jax._curvature import joined
 from singd_jax._find import find_layers
@@ -330,7 +330,7 @@ class Steps:
             ranged(empty[0]) if dtype is None else jnp.zeros((0,), dtype)
             for dtype in optimizer.preconditioner_dtype
         ]
-        factors = preconditioner.init(
+        factors = rules.start(
             structures,
             layer.shape,
             optimizer.settings,

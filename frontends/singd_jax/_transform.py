@@ -9,8 +9,8 @@ from typing import Any
 import optax  # type: ignore[import-untyped]
 
 from singd_core._settings import DEFAULT
-from singd_core.updates.adamw import Fallback
-from singd_core.updates.curvature import Curvature
+from singd_core.adamw import Fallback
+from singd_core.curvature import Curvature
 from singd_jax import _compat
 from singd_jax._gradients import MISSING, parted
 from singd_jax._layers import Layers

@@ -3,8 +3,8 @@
 from singd_core import __version__
 from singd_torch._check import check
 from singd_torch._estimate import Estimate, estimate
-from singd_torch._kinds import register_layer
 from singd_torch._pytree import register_trees
+from singd_torch.layers.kinds import register_layer
 from singd_torch.optimizer import SINGD
 
 register_trees()

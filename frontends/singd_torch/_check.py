@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot, pad
 
 from singd_core._array import widen
-from singd_core.curvature import Embedding
-from singd_torch._layers import Layer, Source
+from singd_core.layers import Embedding
+from singd_torch.layers.layer import Layer, Source
 from singd_torch.optimizer import SINGD
 
 

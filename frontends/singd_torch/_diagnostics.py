@@ -10,9 +10,9 @@ from torch import Tensor
 
 from singd_core._array import widen
 from singd_core._settings import is_bound
-from singd_core.updates.shampoo import Shampoo
+from singd_core.rules.shampoo import Shampoo
 from singd_torch._groups import settings_of
-from singd_torch._stacks import Stack
+from singd_torch.step.stack import Stack
 
 
 def read(stacks: Iterable[Stack]) -> dict[str, float]:

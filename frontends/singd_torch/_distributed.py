@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
-from singd_torch._layers import Layer, Source
+from singd_torch.layers.layer import Layer, Source
 
 
 def processes_of_call() -> dist.ProcessGroup | None:

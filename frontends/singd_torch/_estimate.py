@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from singd_core import preconditioner
 from singd_core._settings import STRUCTURES, check_names, settings
+from singd_core.structures import choose
 from singd_torch import _table
 from singd_torch._groups import check_group
-from singd_torch._layers import Layer
-from singd_torch._tensors import find_all
+from singd_torch.layers.layer import Layer
+from singd_torch.layers.matrices import find_all
 from singd_torch.sharding.owners import balanced
 
 # What a group has beside the settings, and the values that are taken where none are given.
@@ -59,7 +59,7 @@ class Estimate:
 
 def estimate(
     model: nn.Module,
-    structures: preconditioner.Structures | None = None,
+    structures: choose.Structures | None = None,
     *,
     memory_budget: int | None = None,
     recipe: str = "normalized",

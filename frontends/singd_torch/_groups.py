@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from singd_core import preconditioner
 from singd_core._settings import Settings, nearest, validate
-from singd_core.curvature.base import is_expand, loss_terms
+from singd_core.layers.base import is_expand, loss_terms
+from singd_core.structures import choose
 from singd_torch import _fallback
 from singd_torch._warnings import warn
 
@@ -38,7 +38,7 @@ def check_group(group: dict[str, Any]) -> None:
     """
     validate(settings_of(group))
     if group["structures"] != "auto" or group["kfac"]:
-        preconditioner.resolve(group["structures"], kfac=group["kfac"])
+        choose.resolve(group["structures"], kfac=group["kfac"])
     is_expand(group["kfac_approx"])
     loss_terms(group["loss_average"], 1, ())
     dtypes = group["preconditioner_dtype"]

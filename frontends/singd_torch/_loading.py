@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from singd_core._settings import Settings, learns_from_gradients
-from singd_core.preconditioner import Factors
+from singd_core.rules import Factors
 from singd_torch import _fallback, _state
 from singd_torch._groups import check_counts, check_group, settings_of
-from singd_torch._layers import Layer
-from singd_torch._tensors import find_all
+from singd_torch.layers.layer import Layer
+from singd_torch.layers.matrices import find_all
 
 Entries = dict[str, Any]
 
@@ -172,7 +172,7 @@ def completed(
             del group["base_lr"]
         for name, value in own.items():  # settings that are younger than the checkpoint
             group.setdefault(name, value)
-        if group["structures"] == _state.names_of(own["structures"]):
+        if group["structures"] == _state.structure_names(own["structures"]):
             group["structures"] = own["structures"]
         try:
             check_group(group)

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from singd_torch import _state
-from singd_torch._copies import when_complete
 from singd_torch._groups import settings_of
 from singd_torch._loading import Loaded, factors_of, loaded
-from singd_torch._watcher import Watcher
+from singd_torch.capture.copies import when_complete
+from singd_torch.capture.watcher import Watcher
 
 
 class Saving(Watcher):

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from singd_core import preconditioner
+from singd_core import rules
 from singd_core._settings import Settings
-from singd_core.preconditioner import Factors
+from singd_core.rules import Factors
 from singd_core.step import Late
 from singd_torch import _fallback
 from singd_torch._groups import settings_of
-from singd_torch._layers import Layer
+from singd_torch.layers.layer import Layer
 
 MOMENTUM = "momentum_buffer"
 LATE = "late."
@@ -25,7 +25,7 @@ def initial(layer: Layer, s: Settings) -> Factors:
     device = layer.weight.device
     like_K, like_C = (torch.empty(0, dtype=dtype, device=device) for dtype in layer.dtypes[:2])
     has_rows, one_hot = layer.has_rows, layer.one_hot
-    return preconditioner.init(
+    return rules.start(
         layer.structures, layer.shape, s, like_K, like_C, has_rows=has_rows, one_hot=one_hot
     )
 
@@ -87,13 +87,13 @@ def portable(state_dict: dict[str, Any]) -> dict[str, Any]:
     indices = [index for group in groups for index in group["params"]]
     state = {index: {} for index in indices} | state_dict["state"]
     for group in groups:
-        group["structures"] = names_of(group["structures"])
+        group["structures"] = structure_names(group["structures"])
         if callable(group["lr_cov"]):
             group["lr_cov"] = None
     return state_dict | {"state": state, "param_groups": groups}
 
 
-def names_of(structures: Any) -> Any:
+def structure_names(structures: Any) -> Any:
     """Structures by name."""
     if structures is None or isinstance(structures, str):
         return structures

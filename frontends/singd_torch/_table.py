@@ -9,7 +9,7 @@ from torch import nn
 
 from singd_core._array import ranged
 from singd_torch._groups import settings_of
-from singd_torch._layers import Layer
+from singd_torch.layers.layer import Layer
 
 _BYTES, _WHY = "bytes of state", "why without rows"
 

@@ -11,7 +11,6 @@ from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from singd_core import preconditioner
 from singd_core._settings import (
     DEFAULT,
     FALLBACK_RATES,
@@ -20,16 +19,17 @@ from singd_core._settings import (
     check_names,
     settings,
 )
+from singd_core.structures import choose
 from singd_torch import _diagnostics, _table
 from singd_torch._distributed import group_of
 from singd_torch._estimate import automatic
 from singd_torch._groups import check_group, check_keys, parameters_of
-from singd_torch._kinds import reasons
 from singd_torch._saving import Saving
-from singd_torch._stepper import Stepper
-from singd_torch._tensors import without_model
 from singd_torch._warnings import warn
+from singd_torch.layers.kinds import reasons
+from singd_torch.layers.matrices import without_model
 from singd_torch.sharding.guards import check_model
+from singd_torch.step.stepper import Stepper
 
 
 class SINGD(Stepper, Saving):
@@ -113,7 +113,7 @@ class SINGD(Stepper, Saving):
         T: int | None = None,
         loss_average: str | int | None = "batch",
         lr_cov: Any = None,
-        structures: preconditioner.Structures | None = None,
+        structures: choose.Structures | None = None,
         kfac_approx: str = "expand",
         warn_unsupported: bool = False,
         kfac_like: bool | None = None,

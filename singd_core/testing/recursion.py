@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from singd_core import preconditioner
+from singd_core import rules
 from singd_core._settings import Settings
+from singd_core.curvature import Curvature
 from singd_core.testing.draw import Case
 from singd_core.testing.pytree_jax import register_trees
-from singd_core.updates.curvature import Curvature
 
 Rows = tuple[Any, Any]
 IKFAC = Settings(kfac_like=True, damping=0.25, lr_cov=0.125)
@@ -23,7 +23,7 @@ SINGD = Settings(alpha1=0.5, damping=0.25, lr_cov=0.125)
 def start(case: Case, s: Settings, batch: tuple[int, ...] = (), *, has_rows: bool = True) -> Any:
     """The factors before the first refresh."""
     like, shape = case.to(np.zeros(1)), (batch, case.d_out, case.d)
-    return preconditioner.init((case.S, case.S), shape, s, like, like, has_rows=has_rows)
+    return rules.start((case.S, case.S), shape, s, like, like, has_rows=has_rows)
 
 
 def draw_rows(case: Case, steps: int, batch: tuple[int, ...] = ()) -> list[Rows]:

@@ -7,9 +7,9 @@ import pytest
 from optimizer_cases import LAYERS, leaves, mapped, params, steps, train
 
 from singd_core import Fallback, Linear, Optimizer, Settings
-from singd_core.curvature import Embedding
-from singd_core.updates.curvature import Curvature
-from singd_core.updates.shampoo import Shampoo
+from singd_core.curvature import Curvature
+from singd_core.layers import Embedding
+from singd_core.rules.shampoo import Shampoo
 
 GIVEN: dict[str, dict[str, Any]] = {
     "normalized": {},

@@ -9,7 +9,7 @@ import pytest
 from cupy._core import _fusion_thread_local, fusion
 
 from singd_core._array import FUSE, _multiply_add
-from singd_core.updates.adamw import _averaged
+from singd_core.adamw import _averaged
 from singd_cupy import _fuse
 
 # The arguments, as the ndim of an array or a number; the number of results, and of operations.

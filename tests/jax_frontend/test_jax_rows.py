@@ -14,7 +14,7 @@ from jax_cases import CASES, IMAGES, SEQUENCE, X, array, mean_square
 from test_jax_transform import LAYERS, assert_close, loss, run, start, stepper
 
 import singd_jax
-from singd_core.curvature import Convolution, Linear
+from singd_core.layers import Convolution, Linear
 from singd_core.optimizer import Optimizer
 from singd_jax._state import find_state
 

@@ -10,7 +10,7 @@ import pytest
 
 import singd_jax
 from singd_core import Optimizer
-from singd_core.updates.shampoo import Shampoo
+from singd_core.rules.shampoo import Shampoo
 
 # Relative to the largest entry, float32: products in another order, and divisions by small numbers.
 CLOSE = 1e-4

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from singd_torch import SINGD
-from singd_torch._attention import _Fused
+from singd_torch.capture.attention import _Fused
 
 # Relative, float64: sums of at most 60 rows in another order than autograd's.
 CLOSE = 1e-12

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from singd_torch import SINGD, _bundle, _pieces
+from singd_torch import SINGD
+from singd_torch.step import bundle
+from singd_torch.tensors import pieces
 
 
 class Attention(nn.Module):
@@ -132,7 +134,7 @@ def test_all_layers_step_as_each_alone(
     case: str, parts: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = trained(CASES[case], nothing, parts=parts)
-    monkeypatch.setattr(_pieces, "on_host", lambda x: False)
+    monkeypatch.setattr(pieces, "on_host", lambda x: False)
     same(trained(CASES[case], nothing, parts=parts), expected)
 
 
@@ -141,7 +143,7 @@ def test_what_happens_between_steps(
     change: Callable[[int, Network, SINGD], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = trained({}, change, parts=True)
-    monkeypatch.setattr(_pieces, "on_host", lambda x: False)
+    monkeypatch.setattr(pieces, "on_host", lambda x: False)
     found = trained({}, change, parts=True)
     same(found, expected)
     if change is report:
@@ -150,7 +152,7 @@ def test_what_happens_between_steps(
 
 
 def test_a_scale_of_the_loss_is_taken_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_pieces, "on_host", lambda x: False)
+    monkeypatch.setattr(pieces, "on_host", lambda x: False)
     torch.manual_seed(0)
     models = [Network().double()]
     models.append(copy.deepcopy(models[0]))
@@ -167,7 +169,7 @@ def test_a_scale_of_the_loss_is_taken_out(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_products_out_of_range_stop_their_matrix_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_pieces, "on_host", lambda x: False)
+    monkeypatch.setattr(pieces, "on_host", lambda x: False)
     torch.manual_seed(0)
     model = Network()
     optimizer = SINGD(model, T=100, growing_T=False)
@@ -192,8 +194,8 @@ def test_products_out_of_range_stop_their_matrix_alone(monkeypatch: pytest.Monke
 
 def test_bundles_are_of_a_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = trained({}, nothing, parts=True)
-    monkeypatch.setattr(_pieces, "on_host", lambda x: False)
-    monkeypatch.setattr(_bundle, "_LARGEST", 100)
+    monkeypatch.setattr(pieces, "on_host", lambda x: False)
+    monkeypatch.setattr(bundle, "_LARGEST", 100)
     found = trained({}, nothing, parts=True)
     same(found, expected)
     assert len(found[1]._bundles) > 2
@@ -203,7 +205,7 @@ def test_weights_in_bfloat16_step_nearly_as_on_the_host(monkeypatch: pytest.Monk
     models = []
     for masked in (False, True):
         if masked:
-            monkeypatch.setattr(_pieces, "on_host", lambda x: False)
+            monkeypatch.setattr(pieces, "on_host", lambda x: False)
         torch.manual_seed(0)
         model = Network().bfloat16()
         before = copy.deepcopy(model)

@@ -18,7 +18,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils.checkpoint import checkpoint
 
-from singd_torch import SINGD, _compiled
+from singd_torch import SINGD
+from singd_torch.capture import compiled
 
 pytestmark = recent.COMPILES
 
@@ -420,14 +421,14 @@ def test_nothing_stays_behind_an_optimizer() -> None:
     model = mlp().double()
     graphs = Graphs()
     call = torch.compile(model, backend=graphs, fullgraph=True)
-    before = set(_compiled._TAPS)  # of optimizers of other tests
+    before = set(compiled._TAPS)  # of optimizers of other tests
     optimizer = SINGD(model)
     call(vectors()).sum().backward()
-    taps = set(_compiled._TAPS) - before
+    taps = set(compiled._TAPS) - before
     assert len(taps) == 3
     del optimizer
     gc.collect()
-    assert not taps & set(_compiled._TAPS)
+    assert not taps & set(compiled._TAPS)
     call(vectors()).sum().backward()
     assert graphs.probes() == [3, 0]
     optimizer = SINGD(model)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from singd_core.structures import Diagonal, blockdiagonal
-from singd_torch import SINGD, _compiled
+from singd_torch import SINGD
+from singd_torch.capture import compiled
 
 
 class Network(nn.Module):
@@ -564,12 +565,12 @@ def test_arguments_of_the_authors_package_are_accepted_in_their_order() -> None:
 def test_compiled_by_an_old_torch_it_learns_from_gradients_and_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(_compiled, "SUPPORTED", False)
+    monkeypatch.setattr(compiled, "SUPPORTED", False)
     model = nn.Sequential(nn.Linear(4, 3))
     optimizer = SINGD(model)
-    compiled = torch.compile(model, backend="eager")
+    graph = torch.compile(model, backend="eager")
     before = copy.deepcopy(model)
-    compiled(torch.randn(5, 4)).sin().mean().backward()
+    graph(torch.randn(5, 4)).sin().mean().backward()
     with pytest.warns(UserWarning, match="no rows of '0.weight' have been seen"):
         optimizer.step()
     assert min(moved(model, before).values()) > 0.0

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from singd_torch import SINGD, _pieces
+from singd_torch import SINGD
+from singd_torch.tensors import pieces
 
 # What makes a view, or memory of any content, launches nothing.
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
@@ -77,7 +78,7 @@ LIMITS: dict[str, tuple[dict[str, Any], int, int, int]] = {
 
 @pytest.mark.parametrize("case", LIMITS)
 def test_a_step_launches_few_kernels(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_pieces, "on_host", lambda x: False)
+    monkeypatch.setattr(pieces, "on_host", lambda x: False)
     given, between, last, refresh = LIMITS[case]
     model = Transformer()
     optimizer = SINGD(model, T=3, growing_T=False, **given)

@@ -80,7 +80,7 @@ class NoSync(TorchDispatchMode):
 @pytest.fixture
 def masked(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """The path of an accelerator, on the CPU with its real numbers."""
-    monkeypatch.setattr(singd_torch._pieces, "on_host", lambda x: False)
+    monkeypatch.setattr(singd_torch.tensors.pieces, "on_host", lambda x: False)
     return monkeypatch
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from watched import check_model, check_rows
 
 from singd_torch import SINGD
-from singd_torch._stacks import Stack
+from singd_torch.step.stack import Stack
 
 transformers = pytest.importorskip("transformers")
 

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from singd_core.preconditioner import Preconditioner, Side
 from singd_core.structures import Diagonal
-from singd_core.updates.natural import Preconditioner, Side
-from singd_torch import SINGD, _pieces, _queue, _step
+from singd_torch import SINGD
+from singd_torch.capture import queue
+from singd_torch.step import stack_step
+from singd_torch.tensors import pieces
 
 CASES: dict[str, dict[str, Any]] = {
     "diagonal": {"structures": ("diagonal", "diagonal")},
@@ -68,15 +71,15 @@ def test_pieces_take_the_steps_of_the_whole(case: str, monkeypatch: pytest.Monke
     model = Network()
     twin = copy.deepcopy(model)
     expected = run(CASES[case], model)
-    monkeypatch.setattr(_pieces, "_PIECE", 16)
+    monkeypatch.setattr(pieces, "_PIECE", 16)
     cuts: list[int] = []
 
-    def counted(*args: Any, cut: Callable[..., Any] = _pieces.cut) -> Any:
+    def counted(*args: Any, cut: Callable[..., Any] = pieces.cut) -> Any:
         found = cut(*args)
         cuts.append(len(found))
         return found
 
-    monkeypatch.setattr(_step, "cut", counted)
+    monkeypatch.setattr(stack_step, "cut", counted)
     ours = run(CASES[case], twin)
     assert max(cuts) > 2
     assert ours.keys() == expected.keys()
@@ -93,11 +96,11 @@ def test_the_rows_of_a_large_call_are_measured_in_pieces(
     x, y = torch.randn(40, 2, 4, dtype=torch.float64), torch.randint(7, (40,))
     calls: list[int] = []
 
-    def measured(found: list[Any], measure: Callable[..., Any] = _queue._measure) -> None:
+    def measured(found: list[Any], measure: Callable[..., Any] = queue._measure) -> None:
         calls.append(len(found))
         measure(found)
 
-    monkeypatch.setattr(_queue, "_measure", measured)
+    monkeypatch.setattr(queue, "_measure", measured)
 
     def stepped() -> tuple[int, SINGD]:
         twin = copy.deepcopy(model)
@@ -108,10 +111,10 @@ def test_the_rows_of_a_large_call_are_measured_in_pieces(
         return len(calls), optimizer
 
     whole, expected = stepped()
-    monkeypatch.setattr(_queue, "SMALL", 0)
-    monkeypatch.setattr(_pieces, "_PIECE", 400)
-    pieces, ours = stepped()
-    assert (whole, pieces > 8) == (2, True)
+    monkeypatch.setattr(queue, "SMALL", 0)
+    monkeypatch.setattr(pieces, "_PIECE", 400)
+    cut, ours = stepped()
+    assert (whole, cut > 8) == (2, True)
     for p, q in zip(ours.state.values(), expected.state.values(), strict=True):
         for name, value in q.items():
             torch.testing.assert_close(p[name], value, rtol=1e-11, atol=1e-13, msg=name)
@@ -127,7 +130,7 @@ def test_preconditioner_of_some_rows() -> None:
 
 
 def test_a_step_that_is_not_finite_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_pieces, "_PIECE", 16)
+    monkeypatch.setattr(pieces, "_PIECE", 16)
     torch.manual_seed(0)
     model = Network()
     optimizer = SINGD(model, **CASES["diagonal"])

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from singd_core import Linear
 from singd_torch import SINGD, register_layer
-from singd_torch._kinds import _TABLE
-from singd_torch._stacks import Stack
+from singd_torch.layers.kinds import _TABLE
+from singd_torch.step.stack import Stack
 
 
 @pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
@@ -124,7 +124,7 @@ class Scaled(nn.Module):
 
 
 def test_a_registered_layer_is_preconditioned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("singd_torch._kinds._TABLE", dict(_TABLE))
+    monkeypatch.setattr("singd_torch.layers.kinds._TABLE", dict(_TABLE))
     assert "SINGD without rows" in repr(SINGD(Scaled()))
     register_layer(Scaled, Linear(), weight="matrix", bias="offset")
     own, builtin = Scaled(), nn.Linear(3, 2)
@@ -241,7 +241,7 @@ class Copying(Linear):
 def test_a_kind_may_split_into_copies(
     given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("singd_torch._kinds._TABLE", dict(_TABLE))
+    monkeypatch.setattr("singd_torch.layers.kinds._TABLE", dict(_TABLE))
 
     class Own(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:

@@ -199,7 +199,7 @@ def test_first_rows_that_are_not_finite_change_nothing(
     where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if where == "accelerator":
-        monkeypatch.setattr(singd_torch._pieces, "on_host", lambda x: False)
+        monkeypatch.setattr(singd_torch.tensors.pieces, "on_host", lambda x: False)
     model, data = network(), batch()
     optimizer = SINGD(model)
     train(model, optimizer, data, 3, seen=False)
@@ -221,7 +221,7 @@ def test_steps_of_an_accelerator_are_those_of_the_host(monkeypatch: pytest.Monke
     for net, own in ((model, optimizer), (twin, other)):
         train(net, own, data, 4, seen=False)
         train(net, own, data, 4, seen=True)
-        monkeypatch.setattr(singd_torch._pieces, "on_host", lambda x: False)
+        monkeypatch.setattr(singd_torch.tensors.pieces, "on_host", lambda x: False)
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9)
 

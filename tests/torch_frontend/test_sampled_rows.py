@@ -14,8 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from singd_torch import SINGD, _capture
-from singd_torch._stacks import Stack
+from singd_torch import SINGD
+from singd_torch.capture import tap
+from singd_torch.step.stack import Stack
 
 # Relative, float64: sums of some hundred numbers in another order.
 CLOSE = {"rtol": 1e-11, "atol": 1e-13}
@@ -217,7 +218,7 @@ def test_factors_of_views_are_those_of_outputs(
     states = []
     for on_base in (False, True):
         if not on_base:
-            monkeypatch.setattr(_capture, "_base", lambda output: output)
+            monkeypatch.setattr(tap, "_base", lambda output: output)
         torch.manual_seed(0)
         model = Block(how, in_place)
         optimizer = SINGD(model, structures=("dense", "dense"))

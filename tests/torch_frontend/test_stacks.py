@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from singd_core.curvature import Convolution
-from singd_torch import SINGD, _layers, _queue, _stacks
+from singd_core.layers import Convolution
+from singd_torch import SINGD
+from singd_torch.capture import queue
+from singd_torch.layers import layer
+from singd_torch.step import stack
 
 
 class Parallel(nn.Module):
@@ -69,8 +72,8 @@ def trained(
 
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let each layer be measured and step for itself."""
-    monkeypatch.setattr(_stacks, "_LARGEST", 0)
-    monkeypatch.setattr(_queue, "SMALL", 0)
+    monkeypatch.setattr(stack, "_LARGEST", 0)
+    monkeypatch.setattr(queue, "SMALL", 0)
 
 
 def same(model: nn.Module, other: nn.Module) -> None:
@@ -172,7 +175,7 @@ def test_rows_of_several_backward_passes_add_up(monkeypatch: pytest.MonkeyPatch)
         return model
 
     model = run()
-    monkeypatch.setattr(_queue, "_MOST", 60)  # some are measured with others, some alone
+    monkeypatch.setattr(queue, "_MOST", 60)  # some are measured with others, some alone
     same(model, run())
     alone(monkeypatch)
     same(model, run())
@@ -254,7 +257,7 @@ def test_patches_taken_piece_by_piece_are_those_of_the_whole_batch(
 ) -> None:
     settings = {"T": 1, "rows": math.inf, "kfac_approx": kfac_approx, "loss_average": loss_average}
     model, _ = trained(*MODELS[name], **settings)
-    monkeypatch.setattr(_layers, "_PATCHES", 0)
+    monkeypatch.setattr(layer, "_PATCHES", 0)
     taken: list[int] = []
     inputs = Convolution.inputs
 

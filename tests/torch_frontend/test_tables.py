@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.nn.functional import one_hot
 
+from singd_core.curvature import Curvature
 from singd_core.structures import Diagonal
-from singd_core.updates.curvature import Curvature
 from singd_torch import SINGD
-from singd_torch._stacks import Stack
+from singd_torch.step.stack import Stack
 
 
 def test_the_input_factor_has_the_entries_frequencies() -> None:

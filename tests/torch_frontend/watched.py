@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot, pad
 
-from singd_core.curvature import Embedding
+from singd_core.layers import Embedding
 from singd_torch import SINGD
 
 STEPS = 20

@@ -10,9 +10,9 @@ from torch.distributed.tensor import DTensor, Shard
 
 from singd_core._array import Array, widen
 from singd_core._tree import Tree, tree
+from singd_core.curvature import Measured, measure
 from singd_core.structures import Structure
-from singd_core.updates.curvature import Measured, measure
-from singd_torch._layers import Layer
+from singd_torch.layers.layer import Layer
 
 
 @tree

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from singd_torch._layers import Layer
 from singd_torch._table import layer_bytes
+from singd_torch.layers.layer import Layer
 
 
 def balanced(

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from singd_core.preconditioner import Factors
+from singd_core.rules import Factors
 from singd_torch import _state
 from singd_torch._groups import settings_of
-from singd_torch._layers import Layer
 from singd_torch._loading import (
     Entries,
     Loaded,
@@ -25,7 +24,8 @@ from singd_torch._loading import (
     factors_of,
     upgrade,
 )
-from singd_torch._tensors import find_all
+from singd_torch.layers.layer import Layer
+from singd_torch.layers.matrices import find_all
 from singd_torch.sharding.boxes import local, rows
 from singd_torch.sharding.exchange import Exchange
 from singd_torch.sharding.owners import balanced

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from singd_core.preconditioner import Factors
-from singd_core.updates.curvature import seen
-from singd_core.updates.inverse_free import InverseFree
-from singd_core.updates.shampoo import Shampoo
+from singd_core.curvature import seen
+from singd_core.rules import Factors
+from singd_core.rules.inverse_free import InverseFree
+from singd_core.rules.shampoo import Shampoo
 from singd_torch import _state
-from singd_torch._layers import Key, Layer
 from singd_torch._loading import Loaded
-from singd_torch._pending import Pending
-from singd_torch._scaling import Scales
-from singd_torch._watcher import is_due
+from singd_torch.capture.scaling import Scales
+from singd_torch.capture.watcher import is_due
+from singd_torch.layers.layer import Key, Layer
+from singd_torch.layers.pending import Pending
 from singd_torch.sharding import saving
 from singd_torch.sharding.boxes import boxes, local, local_gradient
 from singd_torch.sharding.exchange import Exchange

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from singd_torch._layers import Layer
-from singd_torch._pieces import placed, read
-from singd_torch._stepper import Stepper
+from singd_torch.layers.layer import Layer
 from singd_torch.sharding.boxes import local
+from singd_torch.step.stepper import Stepper
+from singd_torch.tensors.pieces import placed, read
 
 
 class Share(Stepper):

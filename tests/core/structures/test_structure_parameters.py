@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from singd_core import settings as recipe
-from singd_core.preconditioner import init
+from singd_core.curvature import Curvature
+from singd_core.rules import start
 from singd_core.structures import Dense, Structure, blockdiagonal, get, hierarchical
-from singd_core.updates.curvature import Curvature
 
 SIDES = st.integers(1, 12)
 PARAMETERS = st.integers(1, 14)
@@ -73,7 +73,7 @@ def test_a_refresh_is_the_projected_recursion(
 ) -> None:
     """IKFAC on the rows equals K (I − β/2 Π̂(Kᵀ(U + λI)K − I)) in dense matrices."""
     rng, s, like = np.random.default_rng(seed), recipe("paper", kfac_like=True), np.zeros(1)
-    factors = init((S_K, S_C), ((), d_out, d_in), s, like, like)
+    factors = start((S_K, S_C), ((), d_out, d_in), s, like, like)
     K, C = np.eye(d_in), np.eye(d_out)
     for _ in range(3):
         A, B = rng.standard_normal((7, d_in)), rng.standard_normal((7, d_out))
@@ -94,7 +94,7 @@ def test_any_finite_rows_leave_the_preconditioner_positive_definite(
     d: int, seed: int, scale: float
 ) -> None:
     rng, s, like = np.random.default_rng(seed), recipe("normalized"), np.zeros(1)
-    factors = init((Dense, Dense), ((), d, d), s, like, like)
+    factors = start((Dense, Dense), ((), d, d), s, like, like)
     for jump in (1.0, scale, 1.0):
         A, B = jump * rng.standard_normal((3, d)), rng.standard_normal((3, d)) / jump
         inputs, outputs = factors.measure(A, B)

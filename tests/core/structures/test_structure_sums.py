@@ -8,8 +8,8 @@ from backends import WIDE, Backend
 from hypothesis import given
 from test_structure_parameters import SEEDS, SIDES, STRUCTURES
 
+from singd_core.curvature import measure, seen
 from singd_core.structures import Structure, get
-from singd_core.updates.curvature import measure, seen
 
 NAMES = [
     *("dense", "diagonal", "blockdiagonal:3", "hierarchical:2,3", "tril", "triu"),

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from singd_core.curvature import Embedding
+from singd_core.layers import Embedding
 
 STEPS = 4
 Data = tuple[Tensor, Tensor]

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from singd_torch import SINGD, _bundle_step, _pieces
+from singd_torch import SINGD
+from singd_torch.step import bundle_step
+from singd_torch.tensors import pieces
 
 CASES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -35,8 +37,8 @@ def trained(model: Any, wrapped: Any, rank: int, world: int, given: Any) -> Any:
     else:
         inside, model = model, DistributedDataParallel(model)
         optimizer = SINGD(model, shard=True, **models.settings(name, **given))
-    advance = _bundle_step.advance
-    with mock.patch.object(_bundle_step, "advance", side_effect=advance) as advanced:
+    advance = bundle_step.advance
+    with mock.patch.object(bundle_step, "advance", side_effect=advance) as advanced:
         models.train(model, optimizer, models.data(name), rank, world)
     return models.weights(inside), optimizer.skipped, advanced.call_count
 
@@ -45,7 +47,7 @@ def on_accelerators(rank: int, world: int, how: str, given: Any) -> Any:
     model = models.new("characters")
     if how == "parts":
         shard(model, init_device_mesh("cpu", (world,)))
-    with mock.patch.object(_pieces, "on_host", return_value=False):
+    with mock.patch.object(pieces, "on_host", return_value=False):
         return trained(model, how, rank, world, given)
 
 
@@ -85,7 +87,7 @@ def disturbed(rank: int, world: int) -> dict[str, Tensor]:
 
 
 def disturbed_on_accelerators(rank: int, world: int) -> dict[str, Tensor]:
-    with mock.patch.object(_pieces, "on_host", return_value=False):
+    with mock.patch.object(pieces, "on_host", return_value=False):
         return disturbed(rank, world)
 
 

@@ -1,0 +1,1 @@
+"""Rows of layers, from the calls that use their weights."""

@@ -1,0 +1,151 @@
+"""Rows from inside the fused call of nn.MultiheadAttention."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import types
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from singd_core.layers import Linear
+from singd_torch.capture.tap import Tap
+from singd_torch.layers.layer import Source
+
+_FUSED = F.multi_head_attention_forward
+_PACKED: Callable[..., tuple[Tensor, ...]] = _FUSED.__globals__["_in_projection_packed"]
+_NAMES = tuple(inspect.signature(_FUSED).parameters)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Projection:
+    """Stands for a weight in the fused call, which only hands it on to the helpers below."""
+
+    weight: Tensor
+    taps: Sequence[Tap]
+    batch: int
+
+
+def _linear(x: Tensor, projection: Any, bias: Tensor | None = None) -> Tensor:
+    if not isinstance(projection, _Projection):
+        return F.linear(x, projection, bias)
+    output = F.linear(x, projection.weight, bias)
+    return _probed(projection.taps[0], projection.batch, x, output)
+
+
+def _in_projection(*args: Any) -> tuple[Tensor, ...]:
+    biases = args[6:] or (None,) * 3
+    return tuple(_linear(*each) for each in zip(args[:3], args[3:6], biases, strict=True))
+
+
+def _in_projection_packed(
+    q: Tensor, k: Tensor, v: Tensor, projection: Any, bias: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    if not isinstance(projection, _Projection):
+        return _PACKED(q, k, v, projection, bias)
+    weights = projection.weight.chunk(3)
+    biases = (None,) * 3 if bias is None else bias.chunk(3)
+    outputs = []
+    for tap, x, W, b in zip(projection.taps, (q, k, v), weights, biases, strict=True):
+        outputs.append(_probed(tap, projection.batch, x, F.linear(x, W, b)))
+    return tuple(outputs)
+
+
+def _probed(tap: Tap, batch: int, x: Tensor, output: Tensor) -> Tensor:
+    """The layout inside is (sequence, batch, ...), or (sequence · batch, ...) at the end."""
+
+    def batch_first(t: Tensor) -> Tensor:
+        return t.reshape(-1, batch, t.shape[-1]).transpose(0, 1)
+
+    new = tap.probed(batch_first(x), batch_first(output))
+    return output if new is None else new.transpose(0, 1).reshape(output.shape)
+
+
+# Nothing of torch is patched, and the mathematics of attention stays torch's.
+_HELPERS = {
+    "linear": _linear,
+    "_in_projection": _in_projection,
+    "_in_projection_packed": _in_projection_packed,
+    # Other modes, such as a default device's, see what is inside and not the projections.
+    "has_torch_function": lambda tensors: False,
+}
+_COPY = types.FunctionType(
+    _FUSED.__code__, _FUSED.__globals__ | _HELPERS, _FUSED.__name__, _FUSED.__defaults__
+)
+
+
+class _Fused(TorchFunctionMode):
+    """While active, a copy of torch's function runs whose projections are probed."""
+
+    def __init__(self, taps: dict[str, list[Tap]], module: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self._taps, self._module = taps, module
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types_: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is not _FUSED:
+            return func(*args, **(kwargs or {}))
+        call = dict(zip(_NAMES, args)) | kwargs  # noqa: B905 - the other names are in kwargs
+        query = call["query"]
+        batch = query.shape[1] if query.ndim == 3 else 1
+        for name, taps in self._taps.items():
+            if not torch.compiler.is_compiling() and call[name] is not self._own(name):
+                continue  # computed in the forward of a subclass
+            call[name] = _Projection(call[name], taps, batch)
+        return _COPY(**call)
+
+    def _own(self, name: str) -> Any:
+        module = self._module
+        return module.out_proj.weight if name == "out_proj_weight" else getattr(module, name)
+
+
+class _Hooks:
+    """Enters the mode before a call of the module and leaves it after, errors included."""
+
+    def __init__(self, taps: dict[str, list[Tap]]) -> None:
+        self._taps = taps
+        self._entered: list[_Fused] = []
+
+    def before(self, module: Any, args: Any) -> None:
+        if any(tap.wanted() for taps in self._taps.values() for tap in taps):
+            mode = _Fused(self._taps, module)
+            mode.__enter__()  # type: ignore[no-untyped-call]
+            self._entered.append(mode)
+
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._entered:
+            self._entered.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    def __deepcopy__(self, memo: Any) -> _Hooks:
+        return _Hooks({})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hooks, ({},)
+
+
+def install(owner: Any, module: nn.MultiheadAttention) -> list[Tap]:
+    """Tap the fused call of a module until the end of the owner."""
+
+    def tap(weight: Tensor, part: int | None = None) -> Tap:
+        return Tap(owner, Source(weight, Linear(), part=part))
+
+    taps = {"out_proj_weight": [tap(module.out_proj.weight)]}
+    if module._qkv_same_embed_dim:
+        taps["in_proj_weight"] = [tap(module.in_proj_weight, part) for part in range(3)]
+    else:
+        for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
+            taps[name] = [tap(getattr(module, name))]
+    hooks = _Hooks(taps)
+    for handle in (
+        module.register_forward_pre_hook(hooks.before),
+        module.register_forward_hook(hooks.after, always_call=True),
+    ):
+        weakref.finalize(owner, handle.remove)
+    return [tap for several in taps.values() for tap in several]

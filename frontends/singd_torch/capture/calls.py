@@ -1,0 +1,228 @@
+"""Rows from calls of torch's functions that are handed a weight itself, whoever makes them.
+
+A subclass of a known layer may do more in its `forward` than the layer, and a weight may be used
+without its module, as a table of embeddings is by `F.linear(h, embedding.weight)`.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, resolve_name
+
+from singd_core.layers import LayerKind
+from singd_torch.capture.tap import Tap
+from singd_torch.layers.functions import Reading, is_transpose, reading
+from singd_torch.layers.layer import Layer
+
+
+class Now(threading.local):
+    """What is so at a moment in one thread.
+
+    Attributes:
+        mode: The mode that is active, or None.
+        outer: For each hooked module that is being called, what was active before it.
+        probed: The weight that was handed to the last call, if that was probed.
+    """
+
+    def __init__(self) -> None:
+        self.mode: _Mode | None = None
+        self.outer: list[_Mode | None] = []
+        self.probed: Tensor | None = None
+
+
+class Calls:
+    """The calls that are handed the weights of an optimizer: probed where they are its layers'."""
+
+    def __init__(self, owner: Any, layers: Iterable[Layer], now: Now) -> None:
+        """`owner.rows_wanted` is asked for each call; layers learn what else uses them."""
+        self._owner, self.now = weakref.ref(owner), now
+        parameters = {p: layer for layer in layers if layer.is_open for p in layer.parameters}
+        self._layers = {id(p): layer for p, layer in parameters.items()}
+        self._kept = list(parameters)  # a call may go on after others took their places
+        self._taps: dict[tuple[Layer, LayerKind, bool], Tap | None] = {}
+        self.ids = frozenset(self._layers)
+
+    def has_probed(self, weight: Tensor) -> bool:
+        """Whether the last call that was handed a weight was handed this one, and probed."""
+        probed, self.now.probed = self.now.probed, None
+        return probed is weight
+
+    def run(
+        self, function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], mode: _Mode
+    ) -> Any:
+        """Call a function that is handed a weight, a bias or the transpose of a weight."""
+        output = function(*args, **kwargs)
+        if mode is not self.now.mode or not torch.is_grad_enabled():
+            return output  # an inner mode has seen the call
+        if torch._C._are_functorch_transforms_active():
+            return output
+        if is_transpose(function, args) and id(args[0]) in self._layers:
+            mode.know_transpose(args[0], output)
+            return output
+        self.now.probed = None
+        found = reading(function, args, kwargs, mode.original)
+        layer = None if found is None else self._layers.get(id(found.weight))
+        if found is None or layer is None:
+            self._lose(function, args, kwargs, output, mode, ())
+            return output
+        tap = self._tap(layer, found)
+        explained = (found.handed, layer.bias) if tap is not None else ()
+        self._lose(function, args, kwargs, output, mode, explained)
+        if tap is None or layer.without_rows or not isinstance(output, Tensor):
+            return output
+        if not mode.is_at_home():  # what is checkpointed here will be called again without a mode
+            if not layer.has_module(tap.source):
+                layer.lose_rows(f"used by {_name(function)} in a function that is checkpointed")
+            return output
+        probed = tap.probed(found.x, output)
+        if probed is None:
+            return output
+        self.now.probed = layer.weight
+        return probed
+
+    def _tap(self, layer: Layer, found: Reading) -> Tap | None:
+        """What probes calls of this kind, or None if they give no rows of the layer."""
+        biased = layer.bias is None or found.bias is layer.bias
+        key = layer, found.kind, biased
+        if key not in self._taps:
+            source = layer.source(found.kind, biased=biased)
+            if source is not None:
+                layer.know(source)
+            self._taps[key] = None if source is None else Tap(self._owner(), source)
+        return self._taps[key]
+
+    def _lose(
+        self,
+        function: Callable[..., Any],
+        args: Any,
+        kwargs: Mapping[str, Any],
+        output: Any,
+        mode: _Mode,
+        explained: Sequence[Tensor | None],
+    ) -> None:
+        """Take no rows of layers that a call uses in another way than rows would explain."""
+        for tensor in _tensors(args, kwargs):
+            layer = self._layers.get(id(mode.original(tensor)))
+            if layer is None or any(tensor is other for other in explained):
+                continue
+            if _needs_gradient(output, tensor):
+                layer.lose_rows(f"used by {_name(function)}")
+
+
+class _Mode(TorchFunctionMode):
+    """While active, sees each call of a function of torch."""
+
+    def __init__(self, calls: Calls) -> None:
+        super().__init__()
+        self._calls, self._ids = calls, set(calls.ids)
+        self._transposes: dict[int, tuple[Tensor, Tensor]] = {}
+        self._home = _saved_tensors_hooks()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types_: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs, ids = kwargs or {}, self._ids
+        if not torch.compiler.is_compiling():
+            for a in chain(args, kwargs.values()) if kwargs else args:
+                if id(a) in ids or (type(a) in (list, tuple) and not ids.isdisjoint(map(id, a))):
+                    return self._calls.run(func, args, kwargs, self)
+        return func(*args, **kwargs)
+
+    def know_transpose(self, weight: Tensor, transpose: Tensor) -> None:
+        """Look for the transpose of a weight as well; it is kept, so that its id stays its own."""
+        self._transposes[id(transpose)] = weight, transpose
+        self._ids.add(id(transpose))
+
+    def original(self, tensor: Tensor) -> Tensor:
+        """The weight that a tensor is the transpose of, or the tensor itself."""
+        return self._transposes.get(id(tensor), (tensor, None))[0]
+
+    def is_at_home(self) -> bool:
+        """Whether what is saved for the backward pass goes where it went when this was entered."""
+        return _saved_tensors_hooks() is self._home
+
+
+class Hooks:
+    """Enter the mode before a call of a module and leave it after, errors included."""
+
+    def __init__(self, owner: Any, now: Now) -> None:
+        self._owner, self._now = weakref.ref(owner), now
+
+    def before(self, module: nn.Module, args: Any) -> None:
+        """Enter a mode, unless an outer module has entered one, which sees all calls here."""
+        owner = self._owner()
+        if torch.compiler.is_compiling() or owner is None:
+            return
+        now = self._now
+        now.outer.append(now.mode)
+        if not owner.calls_wanted() or (now.mode is not None and now.mode.is_at_home()):
+            return
+        now.mode = _Mode(owner.weight_calls)
+        now.mode.__enter__()  # type: ignore[no-untyped-call]
+
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Leave the mode that was entered for this call, if one was."""
+        now = self._now
+        if torch.compiler.is_compiling() or not now.outer:
+            return
+        outer = now.outer.pop()
+        if now.mode is not None and now.mode is not outer:
+            now.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            now.mode = outer
+
+    def install(self, module: nn.Module, owner: Any) -> None:
+        """Hook a module until the end of the owner."""
+        for handle in (
+            module.register_forward_pre_hook(self.before, prepend=True),
+            module.register_forward_hook(self.after, always_call=True),
+        ):
+            weakref.finalize(owner, handle.remove)
+
+
+def modules(model: nn.Module, layers: Iterable[Layer]) -> Iterator[nn.Module]:
+    """The modules whose calls may hand a weight to a function by themselves.
+
+    Those of torch do not use the weights of others, so a `Sequential` needs no hooks.
+    """
+    weights = {layer.weight for layer in layers if layer.is_open}
+    by_path = dict(model.named_modules(remove_duplicate=False))
+    paths = set()
+    for name, p in model.named_parameters(remove_duplicate=False):
+        while p in weights and name:
+            name = name.rpartition(".")[0]
+            paths.add(name)
+    by_output = {m: source.by_output for layer in layers for m, source in layer.sources}
+    for module in {id(m): m for path, m in by_path.items() if path in paths}.values():
+        is_torchs = type(module).__module__.startswith("torch.nn.modules.")
+        if not by_output.get(module, is_torchs):
+            yield module
+
+
+def _saved_tensors_hooks() -> Any:
+    """What is done with tensors that are saved for the backward pass, as by a checkpoint."""
+    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks and hooks[0]
+
+
+def _tensors(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+    for a in chain(args, kwargs.values()):
+        for tensor in a if isinstance(a, (list, tuple)) else (a,):
+            if isinstance(tensor, Tensor):
+                yield tensor
+
+
+def _needs_gradient(output: Any, tensor: Tensor) -> bool:
+    """Whether what a function returned depends on a tensor that it was handed, for autograd."""
+    outputs = output if isinstance(output, (list, tuple)) else (output,)
+    return any(isinstance(o, Tensor) and o.requires_grad and o is not tensor for o in outputs)
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return str(resolve_name(function) or getattr(function, "__name__", function))

@@ -1,0 +1,99 @@
+"""Small calls of layers, which are measured together with equal ones: one product for all."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable, Sequence
+
+from torch import Tensor
+
+from singd_core.rules import Factors
+from singd_torch.layers.layer import SMALL, Key, Layer
+from singd_torch.layers.pending import Pending, Rows
+from singd_torch.tensors.pieces import on_host, piece_size, transforms
+
+# In numbers: what waits is held for a while.
+_MOST = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Call:
+    """The rows of one use of a layer's weight, and the factors that measure them."""
+
+    layer: Layer
+    key: Key
+    rows: Rows
+    factors: Factors
+    backward: int
+
+    @property
+    def numbers(self) -> int:
+        """The size of the rows."""
+        return self.rows.A.numel() + self.rows.B.numel()
+
+    def pieces(self) -> list[Call]:
+        """The call as several of fewer rows, where products with a factor are transforms."""
+        A, B = self.rows.A, self.rows.B
+        n = -(-self.numbers // piece_size(*self.layer.structures))
+        short = min(A.shape[-2], B.shape[-2]) < n
+        if short or not transforms(*self.layer.structures) or not (on_host(A) and on_host(B)):
+            return [self]
+        counts = [self.rows.N] + [0] * (n - 1)
+        pieces = zip(A.tensor_split(n, -2), counts, B.tensor_split(n, -2), strict=True)
+        return [dataclasses.replace(self, rows=Rows(*piece, self.rows.M)) for piece in pieces]
+
+    @property
+    def likeness(self) -> Hashable:
+        """What calls have in common that can be measured as one."""
+        A, B, layer = self.rows.A, self.rows.B, self.layer
+        own = type(self.factors), layer.structures, layer.dtypes, self.key[1]
+        return *own, A.shape, B.shape, A.dtype, B.dtype, A.device, layer.weight.device
+
+
+class Queue:
+    """The calls that wait."""
+
+    def __init__(self) -> None:
+        self._calls: list[Call] = []
+        self._numbers = 0
+
+    def take(self, call: Call, lent: Sequence[Tensor]) -> None:
+        """Measure a call, now or with others that come soon, when the `lent` may have changed."""
+        if self._calls and call.backward != self._calls[0].backward:
+            self.flush()  # pending rows count the losses of one backward pass after the other
+        if call.numbers > SMALL:
+            for piece in call.pieces():
+                _measure([piece])
+            return
+        self._calls.append(dataclasses.replace(call, rows=call.rows.kept(lent)))
+        self._numbers += call.numbers
+        if self._numbers > _MOST:
+            self.flush()
+
+    def flush(self) -> None:
+        """Measure all calls that wait."""
+        alike: dict[Hashable, list[Call]] = {}
+        for call in self._calls:
+            alike.setdefault(call.likeness, []).append(call)
+        self.forget()
+        for calls in alike.values():  # in the order of the stacks, lest their factors be copied
+            _measure(sorted(calls, key=_place))
+
+    def forget(self, layer: Layer | None = None) -> None:
+        """Drop the calls that wait, or only the calls of one layer."""
+        kept = [] if layer is None else [call for call in self._calls if call.layer is not layer]
+        self._calls, self._numbers = kept, sum(call.numbers for call in kept)
+
+
+def _place(call: Call) -> int:
+    """Where the factors are, in memory that equal layers share."""
+    _, first = next(call.factors.named_arrays())
+    offset: int = first.storage_offset()
+    return offset
+
+
+def _measure(calls: list[Call]) -> None:
+    first, factors, rows = calls[0], [call.factors for call in calls], [call.rows for call in calls]
+    found = Pending.measured(factors, rows, first.backward, swapped=first.key[1])
+    for call, new in zip(calls, found, strict=True):
+        call.layer.add(call.key, new)

@@ -1,0 +1,221 @@
+"""Getting the rows of a layer from the calls of its modules, without changing the model."""
+
+from __future__ import annotations
+
+import enum
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from singd_torch.capture import compiled
+
+# Takes the input of a call and the gradient of the loss at its output.
+Rows: TypeAlias = Callable[[Tensor, Tensor], None]
+
+
+class _Probe(torch.autograd.Function):
+    """The identity in place on a layer's output; its backward passes input and gradient on.
+
+    In place (`mark_dirty`) it survives an in-place activation behind it, and the input in
+    `save_for_backward` is dropped and recomputed by checkpointing like any other.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, x: Tensor, tap: Tap, shape: torch.Size | None = None
+    ) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.tap, ctx.shape = tap, shape
+        ctx.mark_dirty(output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (x,), (g,) = ctx.saved_tensors, grads
+        ctx.tap.take(x, g if ctx.shape is None else g.reshape(ctx.shape))
+        return g, None, None, None
+
+
+class Reach(enum.Enum):
+    """What the backward pass that runs does with the gradient of a weight."""
+
+    NOT = enum.auto()  # it is a derivative with respect to something else
+    ADDED = enum.auto()  # to `weight.grad`, by `backward`
+    RETURNED = enum.auto()  # by `torch.autograd.grad`
+    UNKNOWN = enum.auto()  # the weight is in parts, and what was gathered from them is the leaf
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Reach:
+        """That of a leaf, in the backward pass that runs."""
+        if _is_in_parts(weight):
+            return cls.UNKNOWN
+        with torch.enable_grad():
+            view = weight.view_as(weight).grad_fn
+        node = None if view is None else view.next_functions[0][0]
+        assert node is not None
+        try:
+            reached = torch._C._will_engine_execute_node(node)
+        except RuntimeError:  # torch says so of a leaf that torch.autograd.grad was asked for
+            return cls.RETURNED
+        return cls.ADDED if reached else cls.NOT
+
+
+class Tap:
+    """Where the rows of a layer come from: a forward hook that probes the output of a module.
+
+    It holds its owner weakly and becomes inert when that is gone; a copied or unpickled model has
+    inert taps.
+
+    Attributes:
+        source: Of which rows, or None.
+        due: Whether rows are wanted, for graphs of torch.compile: those with probes and those
+            without are told apart by it. What is not compiled asks the owner.
+    """
+
+    def __init__(self, owner: Any, source: Any) -> None:
+        """`owner.rows_wanted(source)` returns what takes the rows, or None."""
+        self._owner = None if owner is None else weakref.ref(owner)
+        self.source = source
+        self.due = False
+        if owner is not None:
+            self._handle = compiled.handle(self)
+            compiled.tell_apart(owner, source.weight)
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        """The probed output, or None to leave it as it is."""
+        x = args[0] if args else kwargs.get("input", kwargs.get("x"))
+        if not isinstance(x, Tensor) or not isinstance(output, Tensor):
+            return None
+        if not torch.compiler.is_compiling() and not self._is_unseen(module):
+            return None
+        return self.probed(x, output)
+
+    def _is_unseen(self, module: nn.Module) -> bool:
+        """Whether a call was one of the layer that no mode has probed."""
+        owner = None if self._owner is None else self._owner()
+        if owner is None or owner.weight_calls.has_probed(self.source.weight):
+            return False
+        own = module._parameters.get(self.source.name)
+        return own is None or own.is_leaf  # else torch.func.functional_call was given another
+
+    def wanted(self) -> bool:
+        """Whether a call of the module now should be probed."""
+        if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+            return False
+        if torch.compiler.is_compiling():
+            return self.due and compiled.SUPPORTED and not torch.compiler.is_exporting()
+        return self._rows() is not None and not torch._C._is_tracing()
+
+    def probed(self, x: Tensor, output: Tensor) -> Tensor | None:
+        """The output with a probe on it, or None where no rows are wanted or can be had."""
+        if not output.requires_grad or not self.wanted():
+            return None
+        if torch.compiler.is_compiling():
+            return compiled.probed(x, output, self._handle)
+        if isinstance(output, FakeTensor):
+            return None
+        if output.is_leaf or (output.is_nested and output.layout is torch.strided):
+            return None  # the call returned its input, or torch lets nobody see the shape
+        x = x.detach() if x.requires_grad else x
+        if not self.source.is_open and _is_kept(output):
+            output = output.clone()
+        base = _base(output)
+        if base is output:
+            return _Probe.apply(output, x, self)  # type: ignore[no-untyped-call,no-any-return]
+        return _Probe.apply(base, x, self, output.shape).view(output.shape)  # type: ignore[no-untyped-call,no-any-return]
+
+    @torch.no_grad()
+    def take(self, x: Tensor, g: Tensor) -> None:
+        """Hand rows to the owner, if it wants them and the backward pass is one of the loss."""
+        rows = self._rows()
+        if rows is not None and Reach.of(self.source.weight) is not Reach.NOT:
+            rows(_plain(x), _plain(g))
+
+    def update(self) -> None:
+        """Ask the owner whether rows are wanted."""
+        self.due = self._rows() is not None
+
+    def follow(self, new: Mapping[Tensor, Tensor]) -> None:
+        """Watch the weight that is in the place of its own now, if there is one."""
+        if self.source is not None and self.source.weight in new:
+            self.source = self.source.of(new)
+            compiled.tell_apart(self._owner(), self.source.weight)  # type: ignore[misc]
+
+    def _rows(self) -> Rows | None:
+        owner = None if self._owner is None else self._owner()
+        return None if owner is None else owner.rows_wanted(self.source)
+
+    @property
+    def __name__(self) -> str:
+        """A name is what `torch.jit.script` asks of a hook before it compiles it."""
+        raise AttributeError(
+            "torch.jit.script cannot compile the hooks of SINGD: script a copy of the model, "
+            "which has none, torch.jit.script(copy.deepcopy(model))"
+        )
+
+    def __deepcopy__(self, memo: Any) -> Tap:
+        """An inert tap."""
+        return Tap(None, None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as an inert tap."""
+        return Tap, (None, None)
+
+
+def _is_kept(output: Tensor) -> bool:
+    """Whether autograd forbids changes in place, or may have kept an output for what made it."""
+    node: Any = type(output.grad_fn)
+    return output._is_view() or hasattr(node, "_saved_result") or hasattr(node, "_saved_output")
+
+
+def _plain(x: Tensor) -> Tensor:
+    """A sparse tensor as a dense one, and a nested one as all of its rows."""
+    if x.is_nested:
+        return torch.cat([part.reshape(-1, part.shape[-1]) for part in x.unbind()])
+    return x if x.layout is torch.strided else x.to_dense()
+
+
+def _base(output: Tensor) -> Tensor:
+    """What an output is a view of, if all of it and in the same order; else the output itself.
+
+    The output of a linear layer on three axes is a view of two. Of an operation in place on a view
+    autograd makes another one, on its base, whose backward pass fills two and copies four tensors
+    of the gradient's size.
+    """
+    base = None if output.is_nested else output._base
+    if base is None or type(base) is not Tensor or not base.requires_grad or base.is_leaf:
+        return output
+    same = base.numel() == output.numel() and base.dtype == output.dtype
+    same = same and base.storage_offset() == output.storage_offset()
+    return base if same and base.is_contiguous() and output.is_contiguous() else output
+
+
+def _is_in_parts(weight: Tensor) -> bool:
+    """Whether several processes have parts of a weight: then it is a DTensor."""
+    return type(weight) not in (Tensor, nn.Parameter)
+
+
+def install(owner: Any, source: Any, module: nn.Module) -> list[Tap]:
+    """Tap a module until the end of the owner."""
+    tap = Tap(owner, source)
+    # Tensor parallelism has a hook that makes the output another tensor.
+    first = _is_in_parts(source.weight)
+    handle = module.register_forward_hook(tap, with_kwargs=True, prepend=first)
+    weakref.finalize(owner, handle.remove)
+    return [tap]
+
+
+def backward_pass() -> int:
+    """A number that is the same for all calls from one backward pass."""
+    return torch._C._current_graph_task_id()
+
+
+def after_pass(call: Callable[[], None]) -> None:
+    """Make a call when the backward pass that runs is over, after those that were asked for."""
+    torch.autograd.Variable._execution_engine.queue_callback(call)

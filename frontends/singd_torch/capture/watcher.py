@@ -1,0 +1,393 @@
+"""The layers of a model and their rows: what the optimizer knows before it takes a step."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from singd_core import _settings
+from singd_core._settings import Settings
+from singd_core.layers import StackedLinear
+from singd_core.rules import Factors
+from singd_core.rules.shampoo import Shampoo
+from singd_torch._distributed import processes_of_call
+from singd_torch._warnings import warn
+from singd_torch.capture import attention
+from singd_torch.capture.calls import Calls, Hooks, Now
+from singd_torch.capture.calls import modules as modules_that_call
+from singd_torch.capture.copies import leave_hooks_behind
+from singd_torch.capture.queue import Call, Queue
+from singd_torch.capture.scaling import Given
+from singd_torch.capture.tap import Reach, Tap, after_pass, backward_pass, install
+from singd_torch.layers.layer import Layer, Source
+from singd_torch.layers.matrices import find_all, parameter_names
+from singd_torch.sharding import parted
+from singd_torch.sharding.guards import refuse_stages
+from singd_torch.sharding.switched import switched
+from singd_torch.step.stack import Stack, stacks
+from singd_torch.tensors.scratch import Scratch
+
+if TYPE_CHECKING:  # it imports DTensor, for a second
+    from singd_torch.sharding.sharded import Sharded
+
+
+class Watcher(torch.optim.Optimizer):
+    """An optimizer that watches the layers of a model for their rows.
+
+    Attributes:
+        state: Tensors by parameter.
+        param_groups: The groups of parameters and their settings.
+    """
+
+    _processes: torch.distributed.ProcessGroup | None
+    _names: dict[nn.Parameter, str]
+    _compile: dict[str, Any] | None
+    _shard: bool = False
+    _summed: bool = False
+
+    def _watch(self, model: nn.Module) -> None:
+        """Begin with a model of which no layer is known yet."""
+        self._model = model
+        self._layers: list[Layer] = []
+        self._fallback: list[nn.Parameter] = []
+        self._taps: dict[nn.Module, list[Tap]] = {}
+        self._now = Now()
+        self._hooks = Hooks(self, self._now)
+        self._hooked: set[nn.Module] = set()
+        self._queue = Queue()
+        self._scratch = Scratch()
+        self._warned: set[str] = set()
+        self._idle: set[nn.Parameter] = set()
+        self._reports = False
+        self._given_scale: Given | None = None
+        self._mask: Tensor | None = None
+        self._sampled: str | None = None
+        self._is_checked = False
+        self._refused = False
+        self._sharded: Sharded | None = None
+
+    def _route(self) -> None:
+        """Decide which parameters form layers, keeping what is known of those that stay."""
+        old = {layer.weight: layer for layer in self._layers}
+        self._names = parameter_names(self._model, self.param_groups)
+        self._layers = find_all(self._model, self.param_groups)
+        for layer in self._layers:
+            known = old.get(layer.weight)
+            if known is not None and known.is_like(layer):
+                layer.factors, layer.pending, layer.seen = known.factors, known.pending, known.seen
+                layer.by_gradient = known.by_gradient
+                for module, source in known.sources:
+                    if module is None:  # it was met in calls
+                        layer.know(source)
+            elif known is not None:  # with or without a bias, the matrix has another shape
+                self.state[layer.weight].clear()
+            for module, source in layer.sources:
+                if module is not None and source.by_output and module not in self._taps:
+                    if isinstance(module, nn.MultiheadAttention):
+                        self._taps[module] = attention.install(self, module)
+                    else:
+                        self._taps[module] = install(self, source, module)
+        for module in modules_that_call(self._model, self._layers):
+            if module not in self._hooked:
+                self._hooks.install(module, self)
+                self._hooked.add(module)
+        leave_hooks_behind(self._model)
+        self._stack_up()
+        self._index()
+
+    def _index(self) -> None:
+        """Find layers and groups by parameters."""
+        self._by_weight: dict[Tensor, Layer] = {layer.weight: layer for layer in self._layers}
+        self._group_of = {p: group for group in self.param_groups for p in group["params"]}
+        owned = {p for layer in self._layers for p in layer.parameters}
+        self._fallback = [p for p in self._group_of if p not in owned]
+        self._share_out()
+        self.weight_calls = Calls(self, self._layers, self._now)
+        self._tell_taps()
+
+    def _share_out(self) -> None:
+        """Part the work among several processes, if the parameters are in parts there."""
+        if self._sharded is None:
+            self._sharded = parted(
+                self._group_of, self._processes, copies=self._shard, summed=self._summed
+            )
+        if self._sharded is not None:
+            self._sharded.arrange(self.param_groups, self._layers, self._fallback, self._compile)
+            self._stack_up([])
+
+    def _is_switched(self) -> bool:
+        """Whether the groups have other parameters than they had, which all are in that case."""
+        groups = self.param_groups
+        return any(p not in self._group_of for group in groups for p in group["params"][:1])
+
+    def _follow(self) -> dict[Tensor, nn.Parameter]:
+        """Train the parameters that the groups have now, by those in whose places they are.
+
+        Modules are not asked: in a forward pass they may have others still, gathered for it.
+        """
+        new = switched(self.param_groups, list(self._group_of))
+        for layer in self._layers:
+            layer.weight = new[layer.weight]
+            layer.bias = None if layer.bias is None else new[layer.bias]
+            layer.sources = [(module, source.of(new)) for module, source in layer.sources]
+        for taps in self._taps.values():
+            for tap in taps:
+                tap.follow(new)
+        for p, q in new.items():
+            if p in self.state:
+                self.state[q] = self.state.pop(p)
+        self._names = {new.get(p, p): name for p, name in self._names.items()}
+        self._stack_up()
+        self._index()
+        return new
+
+    def _tell_taps(self) -> None:
+        """Whether rows are wanted now, for graphs of torch.compile."""
+        was_checked, self._is_checked = self._is_checked, True  # nobody calls the model here
+        for taps in self._taps.values():
+            for tap in taps:
+                tap.update()
+        self._is_checked = was_checked
+        self._calls_are_due = any(
+            is_due(layer)
+            for layer in self._layers
+            if layer.weight.requires_grad and (layer.seen or not layer.unused)
+        )
+
+    def calls_wanted(self) -> bool:
+        """Whether calls that are handed a weight itself should be seen now."""
+        return self._calls_are_due and torch.is_grad_enabled() and not torch._C._is_tracing()
+
+    def _stack_up(self, parted: list[Stack] | None = None) -> None:
+        self._stacks = stacks(self._layers) if parted is None else parted
+        self._stack_of: dict[Layer, Stack] = {
+            layer: stack for stack in self._stacks for layer in stack.layers
+        }
+        for stack in self._stacks:
+            stack.compile = self._compile
+        self._report()
+
+    def _report(self) -> None:
+        for stack in self._stacks:
+            if self._reports and stack.report is None:
+                stack.report = {}
+
+    def rows_wanted(self, source: Source) -> Callable[[Tensor, Tensor], None] | None:
+        """What takes the rows of a layer in the current step, or None when it is not due."""
+        layer = self._by_weight.get(source.weight)
+        if layer is not None and not is_due(layer):
+            return None
+        if not self._is_checked:
+            refuse_stages()
+            self._is_checked = True
+        if self._is_switched():
+            source = source.of(self._follow())
+        layer = self._by_weight.get(source.weight)
+        if layer is None or layer.without_rows or not layer.kind.has_rows:
+            return None
+        if not layer.weight.requires_grad:
+            return None
+        if self._processes is None:  # the model may have been wrapped after it was given here
+            self._processes = processes_of_call()
+        return partial(self._take_rows, layer, source) if is_due(layer) else None
+
+    def _take_rows(self, layer: Layer, source: Source, x: Tensor, g: Tensor) -> None:
+        if self._sharded is not None:
+            x, g = self._sharded.rows(layer, x, g)
+        if self._sampled in (None, "inside") and not self._refused:
+            self._factors(layer)
+            factors, key = layer.factors_of(source.part), (source.part, source.swapped)
+            backward = backward_pass()
+            if backward != layer.last_pass[0]:
+                self._begin_pass(layer, backward)
+            for rows in layer.rows(source, x, g, self._mask):
+                self._queue.take(Call(layer, key, rows, factors, backward), lent=(x, g))
+
+    def _begin_pass(self, layer: Layer, backward: int) -> None:
+        """Drop the rows of an earlier pass whose gradient is gone, as by `model.zero_grad()`."""
+        gone = layer.last_pass[1] is Reach.ADDED and layer.weight.grad is None
+        if gone and self._sampled is None:  # `sampled_labels` takes gradients away itself
+            self._queue.forget(layer)
+            layer.pending = {}
+        layer.last_pass = backward, Reach.of(layer.weight)
+        if layer.last_pass[1] is Reach.UNKNOWN:
+            after_pass(partial(self._end_pass, layer))
+
+    def _end_pass(self, layer: Layer) -> None:
+        """Find out whether a weight in parts has a gradient: `fully_shard` may gather it first."""
+        if layer.weight.grad is not None:
+            layer.last_pass = layer.last_pass[0], Reach.ADDED
+
+    def _factors(self, layer: Layer) -> Factors | None:
+        if layer.meter is not None:
+            return None
+        if layer.factors is not None and not layer.fits():  # the model was moved or cast
+            self._stack_up()
+        stack = self._stack_of[layer]
+        if stack.factors is None:
+            stack.tie(self.state)
+        assert layer.factors is not None
+        return layer.factors
+
+    def _ready(self) -> tuple[list[Stack], list[nn.Parameter]]:
+        """The stacks that step now, and the other parameters that have a gradient."""
+        ready, others = [], [p for p in self._fallback if p.grad is not None]
+        lost = [layer for layer in self._layers if not layer.pending and layer.is_lost()]
+        for layer in lost:
+            layer.by_gradient = True
+            self._warn_unseen(layer, "it learns from its gradients alone")
+        if lost or any(one.factors is not None and not one.fits() for one in self._layers):
+            self._stack_up()  # or the model was moved or cast
+        for stack in list(self._stacks):
+            live = []
+            for layer in stack.layers:
+                if layer.pending and isinstance(layer.kind, StackedLinear):
+                    for key in layer.roles():
+                        if key not in layer.pending:  # the output of that part has no gradient
+                            layer.pending[key] = layer.no_rows(key)
+                layer.unused = layer.weight.grad is None
+                known = layer.seen or layer.pending or not layer.has_rows
+                if layer.weight.grad is not None and known:
+                    live.append(layer)
+                    continue
+                if layer.weight.grad is not None:  # a frozen weight may have a trained bias
+                    self._warn_unseen(layer, "AdamW trains it")
+                others += [p for p in layer.parameters if p.grad is not None]
+            if live:
+                ready += self._tied(stack, live)
+        return ready, others
+
+    def _tied(self, stack: Stack, live: list[Layer]) -> list[Stack]:
+        """The live layers of a stack as stacks that hold what the state has."""
+        parts = stack.parted(live)
+        if parts != [stack]:
+            self._stack_up([*(s for s in self._stacks if s is not stack), *parts])
+        moving = set(live)
+        ready = [part for part in parts if part.layers[0] in moving]
+        for part in parts:
+            wanted = part in ready or part.layers[0].factors is not None
+            if wanted and not part.is_tied(self.state):
+                part.tie(self.state)
+        return ready
+
+    @contextlib.contextmanager
+    def sampled_labels(self) -> Iterator[None]:
+        """Take the rows of this step from backward passes inside the block, and only from them.
+
+        With the loss of labels sampled from the model's own predictions inside, the factors are
+        those of the Fisher matrix and not of the empirical one. Gradients come from outside alone:
+
+            with optimizer.sampled_labels():
+                F.cross_entropy(logits, sample(logits)).backward(retain_graph=True)
+        """
+        if self._sampled is None:  # else one more micro-batch
+            self._forget_rows()
+        gradients = [(p, p.grad) for p in self._model.parameters()]
+        for p, _ in gradients:
+            p.grad = None
+        self._sampled = "inside"
+        try:
+            yield
+        finally:
+            self._sampled = "outside"
+            for p, gradient in gradients:
+                p.grad = gradient
+
+    @contextlib.contextmanager
+    def no_rows(self) -> Iterator[None]:
+        """Take no rows from backward passes inside the block.
+
+        For passes with respect to the weights whose gradients are not those of the training loss:
+        Hessian-vector products, norms of the gradients of single tasks, sharpness. (Passes that
+        reach no weight, such as derivatives with respect to inputs, bring no rows anyway.)
+
+            with optimizer.no_rows():
+                gradients = torch.autograd.grad(loss, parameters, create_graph=True)
+        """
+        before, self._refused = self._refused, True
+        try:
+            yield
+        finally:
+            self._refused = before
+
+    def mask_rows(self, mask: Tensor | None) -> None:
+        """Leave rows out of the factors until the next step, such as those of padding.
+
+        Args:
+            mask: Boolean, shape (batch, ...), False at positions that are left out. It concerns the
+                layers whose input has these first axes, and only their factors: the loss has to
+                leave the positions out by itself. None for no mask.
+
+        Raises:
+            TypeError: If the mask is not boolean.
+        """
+        if mask is not None and mask.dtype != torch.bool:
+            raise TypeError(f"mask_rows wants a boolean mask, not {mask.dtype}: give mask.bool()")
+        self._mask = mask
+
+    def _forget_rows(self) -> None:
+        self._sampled = None
+        self._queue.forget()
+        for layer in self._layers:
+            layer.pending, layer.last_pass = {}, (-1, Reach.NOT)
+        self._tell_taps()
+
+    def _part_with_rows(self) -> None:
+        """Train layers without rows from now on, whose rows would not tell the gradient.
+
+        That is kept in their groups, and so in checkpoints.
+        """
+        lost = [layer for layer in self._layers if layer.without_rows]
+        for layer in lost:
+            params = layer.group["params"]
+            index = next(i for i, p in enumerate(params) if p is layer.weight)
+            layer.group.setdefault("without_rows", {})[index] = layer.without_rows
+        if lost:
+            self._warn_once(
+                f"no rows of {lost[0].name!r} are taken, since it is {lost[0].without_rows}: it is "
+                "trained without; print(optimizer) shows all that is, and why"
+            )
+            self._route()
+
+    def _warn_unseen(self, layer: Layer, what: str) -> None:
+        self._warn_once(
+            f"no rows of {layer.name!r} have been seen: its inputs were empty, or its weight was "
+            "used without a call of its module, or in a graph that was compiled before the "
+            "optimizer was built (then call torch.compiler.reset()) or by torch before 2.13. "
+            f"Until rows are seen, {what}"
+        )
+
+    def _warn_once(self, text: str, about: str = "") -> None:
+        """Warn, unless that was done with this text or `about` the same."""
+        if (about or text) not in self._warned:
+            self._warned.add(about or text)
+            warn(text)
+
+    def _go_on_from(self, factors: Mapping[nn.Parameter, Factors | None]) -> None:
+        for layer in self._layers:
+            layer.pending, layer.factors = {}, factors[layer.weight]
+            layer.seen = layer.factors is not None  # they are made when rows are first seen
+            layer.by_gradient = layer.kind.has_rows and isinstance(layer.factors, Shampoo)
+        self._tell_taps()
+
+
+def is_due(layer: Layer) -> bool:
+    """Whether rows of a layer are wanted in the current step."""
+    return not layer.without_rows and may_be_due(layer)
+
+
+def may_be_due(layer: Layer) -> bool:
+    """Whether a step wants rows of a layer, unless this process has lost them by now."""
+    group = layer.group
+    return not layer.seen or _is_due(group["steps"], group["T"], group["growing_T"])
+
+
+@lru_cache(maxsize=16)
+def _is_due(steps: int, T: int, growing_T: bool) -> bool:
+    """Of all layers alike, each of which is asked several times in a step."""
+    return bool(_settings.is_due(steps, Settings(T=T, growing_T=growing_T)))

@@ -1,0 +1,116 @@
+"""Which parameters of a model form layers, and of which kind."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from singd_core.layers import Convolution, Embedding, LayerKind, Linear
+from singd_core.structures import Diagonal, choose
+from singd_torch.layers.kinds import Use, uses
+from singd_torch.layers.layer import Layer, Source
+
+_BLOCKS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
+
+@dataclasses.dataclass
+class _Shared:
+    """A weight, and everything that uses it."""
+
+    name: str
+    uses: list[tuple[nn.Module, Use, nn.Parameter | None]]
+
+    def bias(self, kind: LayerKind) -> nn.Parameter | None:
+        """The bias that all uses of this kind have in common."""
+        biases = [bias for _, use, bias in self.uses if use.kind == kind]
+        return biases[0] if all(bias is biases[0] for bias in biases) else None
+
+
+def find(model: nn.Module, groups: Sequence[dict[str, Any]]) -> list[Layer]:
+    """The layers of a model whose weight is trained by one of the groups.
+
+    A weight that several modules use is one layer if they are of one kind, or a table of embeddings
+    and the linear map tied to it. Its bias belongs to the layer if all of them have the same one.
+    All other parameters are left to the fallback, a bias of several weights among them, and so are
+    weights whose use rows do not tell, which their group's "without_rows" has by index.
+    """
+    group_of = {p: group for group in groups for p in group["params"]}
+    lost = {group["params"][i] for group in groups for i in group.get("without_rows", ())}
+    found: dict[nn.Parameter, _Shared] = {}
+    for path, module in model.named_modules():
+        for use in uses(module):
+            # a parametrized or spectrally normalized weight is computed and not a parameter
+            weight = module._parameters.get(use.weight)
+            bias = module._parameters.get(use.bias) if use.bias else None
+            if weight is None or weight not in group_of or weight in lost:
+                continue
+            if not weight.is_floating_point():
+                continue
+            if isinstance(use.kind, Convolution) and group_of[weight]["average_groups"]:
+                kind = dataclasses.replace(use.kind, average_groups=True)
+                use = dataclasses.replace(use, kind=kind)
+            shared = found.setdefault(weight, _Shared(f"{path}.{use.weight}".lstrip("."), []))
+            shared.uses.append((module, use, bias))
+
+    owners = Counter(b for s in found.values() for b in {bias for _, _, bias in s.uses})
+    turned, fused = set(_sequence_first(model)), set(_projections_inside(model))
+    layers = []
+    for weight, shared in found.items():
+        common, group = _common([use.kind for _, use, _ in shared.uses]), group_of[weight]
+        tied = any(use.kind != common for _, use, _ in shared.uses)
+        if common is None or (group["kfac"] and (tied or common.diagonal_inputs)):
+            continue
+        bias = shared.bias(common)
+        if bias not in group_of or owners[bias] > 1:  # it has one matrix to be a column of
+            bias = None
+        shape = common.shape(tuple(weight.shape), bias is not None)
+        K, C = choose.resolve(group["structures"], shape, kfac=group["kfac"])
+        if tied:
+            C = Diagonal
+        elif common.diagonal_inputs:
+            K = Diagonal
+        sources: list[tuple[nn.Module | None, Source]] = [
+            (
+                m,
+                Source(
+                    weight,
+                    use.kind,
+                    swapped=use.kind != common,
+                    batch_second=m in turned,
+                    name=use.weight,
+                    by_output=use.by_output,
+                    is_open=use.is_open and m not in fused,
+                ),
+            )
+            for m, use, _ in shared.uses
+        ]
+        of_bias = None if bias is None else group_of[bias]
+        layers.append(Layer(shared.name, common, weight, bias, sources, group, (K, C), of_bias))
+    return layers
+
+
+def _sequence_first(model: nn.Module) -> Iterator[nn.Module]:
+    """The linear layers that are called with (length, batch, d), which only their parent knows."""
+    for module in model.modules():
+        if isinstance(module, _BLOCKS) and not module.self_attn.batch_first:
+            yield from (module.linear1, module.linear2)
+
+
+def _projections_inside(model: nn.Module) -> Iterator[nn.Module]:
+    """The linear layers that attention uses without a call of them."""
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            yield module.out_proj
+
+
+def _common(kinds: Sequence[LayerKind]) -> LayerKind | None:
+    """The kind of a layer with uses of these kinds: the one, or Linear for a tied table."""
+    several = set(kinds)
+    if len(several) == 1:
+        return kinds[0]
+    tables = {kind for kind in several if isinstance(kind, Embedding)}
+    return Linear() if len(tables) == 1 and several - tables == {Linear()} else None

@@ -1,0 +1,212 @@
+"""The table of module kinds: which parameters of a module form layers, and of which kind."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+from singd_core.layers import (
+    Convolution,
+    Embedding,
+    LayerKind,
+    Linear,
+    StackedLinear,
+)
+from singd_torch.layers.functions import transposed
+
+# The kind of a module, or None for one that cannot be treated as a layer after all.
+Describe: TypeAlias = Callable[[nn.Module], LayerKind | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """How to see a module: its kind, and the names of its weight and its bias.
+
+    `is_open` if its forward hands both to a function of torch that says as much as the module does.
+    """
+
+    rows: Describe
+    weight: str = "weight"
+    bias: str | None = "bias"
+    is_open: bool = True
+
+
+def _convolution(module: nn.Module) -> LayerKind:
+    assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    return Convolution(
+        kernel_size=module.kernel_size,
+        stride=module.stride,
+        padding=module.padding,
+        dilation=module.dilation,
+        groups=module.groups,
+        padding_mode=module.padding_mode,
+    )
+
+
+def _transposed(module: nn.Module) -> LayerKind | None:
+    assert isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
+    of = module.stride, module.padding, module.output_padding, module.groups, module.dilation
+    return transposed(module.kernel_size, *of)
+
+
+def _embedding(module: nn.Module) -> LayerKind | None:
+    assert isinstance(module, nn.Embedding)
+    if module.sparse or module.scale_grad_by_freq or module.max_norm is not None:
+        return None
+    return Embedding(module.num_embeddings, module.padding_idx)
+
+
+# By class, or by the name of a class in a library that is not imported for it.
+_TABLE: dict[type[nn.Module] | str, Entry] = {
+    nn.Linear: Entry(lambda module: Linear()),
+    nn.Conv1d: Entry(_convolution),
+    nn.Conv2d: Entry(_convolution),
+    nn.Conv3d: Entry(_convolution),
+    nn.ConvTranspose1d: Entry(_transposed, bias=None),
+    nn.ConvTranspose2d: Entry(_transposed, bias=None),
+    nn.ConvTranspose3d: Entry(_transposed, bias=None),
+    nn.Embedding: Entry(_embedding),
+    # It flattens its input for torch.addmm, and with that loses what is the batch.
+    "transformers.pytorch_utils.Conv1D": Entry(
+        lambda module: Linear(transposed=True), is_open=False
+    ),
+    "torch_geometric.nn.dense.linear.Linear": Entry(lambda module: Linear()),
+}
+
+
+def register_layer(
+    module: type[nn.Module],
+    rows: LayerKind | Describe,
+    *,
+    weight: str = "weight",
+    bias: str = "bias",
+) -> None:
+    """Let SINGD precondition modules of a class, and of subclasses that have its `forward`.
+
+    The module must be called with its input first and return its output, and its weight and bias
+    must be parameters. A subclass with a `forward` of its own is registered by itself. Where it is
+    not, calls of torch functions that are handed the weight give its rows.
+
+    Args:
+        module: The class.
+        rows: The kind of layer it is, such as `singd_core.Linear()`, or a function that tells it
+            from the module (None if the module gives no rows).
+        weight: The name of its weight.
+        bias: The name of its bias.
+
+    Raises:
+        TypeError: If `module` is not a class of modules, or `rows` neither a kind nor a function.
+
+    Example:
+        >>> class MyLinear(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.w = nn.Parameter(torch.randn(4, 3))
+        ...     def forward(self, x):
+        ...         return x @ self.w.T
+        >>> register_layer(MyLinear, Linear(), weight="w")
+    """
+    if not issubclass(module, nn.Module):
+        raise TypeError(f"{module!r} is not a subclass of torch.nn.Module")
+    if isinstance(rows, LayerKind):
+        kind = rows
+        _TABLE[module] = Entry(lambda _: kind, weight, bias, is_open=False)
+    elif callable(rows):
+        _TABLE[module] = Entry(rows, weight, bias, is_open=False)
+    else:
+        raise TypeError(f"rows={rows!r}: give a LayerKind or a function from modules to one")
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """A weight and bias of a module, by name, and the kind of layer they form.
+
+    Attributes:
+        weight: The name of the weight.
+        bias: The name of the bias, or None.
+        kind: The kind of layer.
+        by_output: Whether the module returns the output of the layer.
+        is_open: Whether a call of a torch function that is handed the weight gives rows as well.
+    """
+
+    weight: str
+    bias: str | None
+    kind: LayerKind
+    by_output: bool = True
+    is_open: bool = True
+
+
+def uses(module: nn.Module) -> Iterator[Use]:
+    """The layers that the parameters of one module form."""
+    if isinstance(module, nn.MultiheadAttention):
+        yield from _attention(module)
+        return
+    found = _find(module)
+    if found is None:
+        return
+    cls, entry = found
+    kind = entry.rows(module)
+    if kind is not None:
+        by_output = _has_forward_of(module, cls)
+        is_open = entry.is_open or not by_output
+        yield Use(entry.weight, entry.bias, kind, by_output, is_open)
+
+
+def _find(module: nn.Module) -> tuple[type[nn.Module], Entry] | None:
+    """The class of a module, or the nearest that it inherits from, that the table has."""
+    for cls in type(module).__mro__:
+        entry = _TABLE.get(cls) or _TABLE.get(f"{cls.__module__}.{cls.__qualname__}")
+        if entry is not None:
+            return cls, entry
+    return None
+
+
+def reasons(
+    model: nn.Module, groups: Iterable[Mapping[str, Any]]
+) -> Iterator[tuple[nn.Parameter, str]]:
+    """Why there are no rows of matrices: of modules that are no layers, or used in other ways."""
+    lists = [m for m in model.modules() if isinstance(m, ParametrizationList)]
+    computing = {module for one in lists for module in one.modules()}
+    for module in model.modules():
+        known = {name for use in uses(module) for name in (use.weight, use.bias)}
+        for name, p in module.named_parameters(recurse=False):
+            if p.ndim > 1 and name not in known:
+                computes = module in computing
+                yield p, "a parametrization computes with it" if computes else _why(module, name)
+    for group in groups:
+        for i, reason in group.get("without_rows", {}).items():
+            yield group["params"][i], reason
+
+
+def _why(module: nn.Module, name: str) -> str:
+    """Why a module gives no rows of one of its matrices, by name."""
+    cls, found = type(module).__name__, _find(module)
+    if isinstance(module, nn.RNNBase):
+        return f"torch's kernel of {cls} gives none"
+    if isinstance(module, nn.MultiheadAttention):
+        return f"no projection of {cls}"
+    if found is None:
+        return f"{cls} is not in the table of layers: register_layer"
+    if name != found[1].weight:  # as of a weight that is normalized, pruned or adapted
+        return f"{cls} is a layer of its {found[1].weight!r}, and not of {name!r}"
+    return f"{cls} gives none with its arguments"
+
+
+def _has_forward_of(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether a module does what its class in the table does, and not what a subclass adds."""
+    names = ("__call__", "forward", "_conv_forward")
+    same = all(getattr(type(module), n, None) is getattr(cls, n, None) for n in names)
+    return same and "forward" not in vars(module)
+
+
+def _attention(module: nn.MultiheadAttention) -> Iterator[Use]:
+    """The projections of query, key and value; the output has a module of its own."""
+    if module._qkv_same_embed_dim:
+        yield Use("in_proj_weight", "in_proj_bias", StackedLinear(3), is_open=False)
+    else:  # their biases are one parameter, which is left to the fallback
+        for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
+            yield Use(name, None, Linear(), is_open=False)

@@ -1,0 +1,314 @@
+"""A layer: its parameters, its kind, and what is known of its rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from singd_core._settings import learns_from_gradients
+from singd_core.layers import (
+    Convolution,
+    Embedding,
+    LayerKind,
+    Linear,
+    Sample,
+    StackedLinear,
+    TransposedConvolution,
+)
+from singd_core.rules import Factors
+from singd_core.rules.inverse_free import InverseFree
+from singd_core.rules.shampoo import Shampoo
+from singd_core.structures import Diagonal, Structure
+from singd_torch._groups import settings_of
+from singd_torch.capture.tap import Reach
+from singd_torch.layers.pending import Pending, Rows
+
+# Calls of fewer numbers are measured together.
+SMALL = 1 << 16
+# Numbers that patches may always have; or else a quarter of what the input has.
+_PATCHES = 1 << 18
+
+Key: TypeAlias = tuple[int | None, bool]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Source:
+    """How the calls of a module give rows to a layer.
+
+    Attributes:
+        weight: The weight of the layer.
+        kind: What turns input and output gradient into rows.
+        part: Which part of a stack of layers they are rows of, or None.
+        swapped: Whether inputs are rows of C and output gradients rows of K, as for a table of
+            embeddings whose weight is that of the linear map tied to it.
+        batch_second: Whether the batch is the second axis of three, not the first.
+        biased: Whether the call adds the layer's bias, if it has one.
+        name: The name of the weight in its module.
+        by_output: Whether the module's input and output are those of the layer.
+        is_open: Whether calls of functions that are handed the weight give rows as well.
+    """
+
+    weight: Tensor
+    kind: LayerKind
+    part: int | None = None
+    swapped: bool = False
+    batch_second: bool = False
+    biased: bool = True
+    name: str = "weight"
+    by_output: bool = True
+    is_open: bool = True
+
+    def of(self, new: Mapping[Tensor, Tensor]) -> Source:
+        """The same of the weight that is in the place of its own now."""
+        return dataclasses.replace(self, weight=new.get(self.weight, self.weight))
+
+
+@dataclasses.dataclass(eq=False)
+class Layer:
+    """A weight with its bias, the modules that use them, and what the optimizer knows of them.
+
+    Attributes:
+        name: The name of the weight in the model.
+        kind: How the weight is a matrix, and what its rows are.
+        weight: The weight.
+        bias: Its bias, or None if it has none that is trained.
+        sources: The modules whose calls give rows, and how.
+        group: The parameter group of the weight.
+        bias_group: That of the bias.
+        structures: Of K and of C.
+        factors: The preconditioner, None until it is first needed.
+        pending: The rows of the current step, summed up, by part and role.
+        last_pass: The last backward pass that brought rows, and what it did with the gradient.
+        seen: Whether the factors have ever been refreshed.
+        by_gradient: Whether gradients refresh them, as no rows have been seen so far.
+        meter: What measures rows where the factors are on another process, else None.
+        without_rows: Why the rows do not tell the gradient, so that none are taken; or None.
+        unused: Whether the last step had no gradient of the weight.
+    """
+
+    name: str
+    kind: LayerKind
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    sources: list[tuple[nn.Module | None, Source]]
+    group: dict[str, Any]
+    structures: tuple[type[Structure], type[Structure]]
+    bias_group: dict[str, Any] | None = None
+    factors: Factors | None = None
+    pending: dict[Key, Pending] = dataclasses.field(default_factory=dict)
+    last_pass: tuple[int, Reach] = (-1, Reach.NOT)
+    seen: bool = False
+    by_gradient: bool = False
+    meter: Any = None
+    without_rows: str | None = None
+    unused: bool = False
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether rows refresh the factors, or else gradients."""
+        return self.kind.has_rows and not self.by_gradient
+
+    @property
+    def rows_seen(self) -> bool:
+        """Whether rows have ever reached the factors."""
+        return self.seen and self.has_rows
+
+    def is_lost(self) -> bool:
+        """Whether its factors are to learn from gradients from now on: there never were rows."""
+        unseen = self.has_rows and not self.seen and self.weight.grad is not None
+        return unseen and learns_from_gradients(settings_of(self.group))
+
+    @property
+    def is_open(self) -> bool:
+        """Whether calls of functions that are handed the weight itself give its rows."""
+        return self.kind.has_rows and all(source.is_open for _, source in self.sources)
+
+    def source(self, kind: LayerKind, *, biased: bool) -> Source | None:
+        """How a call of this kind that is handed the weight gives rows; None if it cannot."""
+        own, batch_second = self.kind, any(source.batch_second for _, source in self.sources)
+        if isinstance(own, Convolution) and isinstance(kind, Convolution):
+            same = own.groups == kind.groups and len(own.windows) == len(kind.windows)
+            kind = dataclasses.replace(kind, average_groups=own.average_groups)
+            return Source(self.weight, kind, biased=biased) if same else None
+        if isinstance(own, TransposedConvolution) and own == kind:
+            return Source(self.weight, kind)
+        tables = Linear, Embedding
+        if not isinstance(own, tables) or not isinstance(kind, tables):
+            return None
+        swapped = _is_turned(own) != _is_turned(kind)
+        if isinstance(kind, Embedding) and not issubclass(self.structures[swapped], Diagonal):
+            return None
+        if swapped and self.group["kfac"]:
+            return None
+        return Source(self.weight, kind, None, swapped, batch_second, biased or swapped)
+
+    def is_like(self, other: Layer) -> bool:
+        """Whether what is known of one is right for the other, of the same weight."""
+        return self.bias is other.bias and self.kind.has_rows == other.kind.has_rows
+
+    def has_module(self, source: Source) -> bool:
+        """Whether calls of a module may be what this is a source of."""
+        return any(
+            module is not None and other.by_output and other.swapped == source.swapped
+            for module, other in self.sources
+        )
+
+    def know(self, source: Source) -> None:
+        """Expect rows of this source."""
+        if source.swapped not in {other.swapped for _, other in self.sources}:
+            self.sources.append((None, source))
+
+    def lose_rows(self, reason: str) -> None:
+        """Take no rows from now on."""
+        self.without_rows, self.pending = self.without_rows or reason, {}
+
+    @property
+    def one_hot(self) -> bool:
+        """Whether rows of a table of embeddings are among its own."""
+        kinds = (self.kind, *(source.kind for _, source in self.sources))
+        return any(kind.diagonal_inputs for kind in kinds)
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """The weight and, if there is one, the bias."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+    @property
+    def shape(self) -> tuple[tuple[int, ...], int, int]:
+        """The batch axes, d_out and d_in of the matrix."""
+        return self.kind.shape(tuple(self.weight.shape), self.bias is not None)
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+        """Of K, of C and of the momentum: float16 has no range for them."""
+        own = self.weight.dtype if self.weight.dtype != torch.float16 else torch.float32
+        K, C = self.group["preconditioner_dtype"]
+        return K or own, C or own, own
+
+    def fits(self) -> bool:
+        """Whether the factors are on the weight's device, in its dtypes, and of its rule."""
+        K, C, _ = self.dtypes
+        factors, device = self.factors, self.weight.device
+        assert factors is not None
+        sides = (
+            (factors.K, factors.C)
+            if isinstance(factors, InverseFree)
+            else (factors.S_K, factors.S_C)
+        )
+        by_gradient = isinstance(factors, Shampoo)
+        return by_gradient is not self.has_rows and all(
+            side.like.dtype == dtype and side.like.device == device
+            for side, dtype in zip(sides, (K, C), strict=True)
+        )
+
+    def rows(self, source: Source, x: Tensor, g: Tensor, mask: Tensor | None) -> Iterator[Rows]:
+        """The rows of one call, from its input and the gradient at its output, piece by piece."""
+        group, kind = self.group, source.kind
+        if source.batch_second and x.ndim == 3:
+            x, g = x.transpose(0, 1), g.transpose(0, 1)
+        bias = self.bias is not None and not source.swapped and source.biased
+        # The rows of small calls wait for others as they are, to be squared together.
+        diagonal = issubclass(self.structures[source.swapped], Diagonal) and (
+            isinstance(kind, Convolution) or x.numel() > SMALL
+        )
+        sample = self._sample(source)
+        whole = diagonal or sample[0] is not None
+        first, *others = (x,) if whole else self._pieces(kind, x, g)
+        rows = Rows.of(
+            kind,
+            first,
+            g,
+            bias=bias,
+            diagonal=diagonal,
+            kfac_approx=group["kfac_approx"],
+            loss_average=group["loss_average"],
+            mask=mask,
+            sample=sample,
+        )
+        if rows.A.shape[-2] == 0 or rows.B.shape[-2] == 0:
+            return
+        if source.swapped and self.bias is not None:  # a look-up does not see the bias
+            rows = dataclasses.replace(rows, B=torch.nn.functional.pad(rows.B, (0, 1)))
+        if not source.biased and self.bias is not None:
+            rows = dataclasses.replace(rows, A=torch.nn.functional.pad(rows.A, (0, 1)))
+        if not others:
+            yield rows
+            return
+        B, *more = torch.tensor_split(rows.B, 1 + len(others), dim=-2)
+        yield dataclasses.replace(rows, B=B)
+        for piece, B in zip(others, more, strict=True):
+            A, N = kind.inputs(piece, bias=bias, kfac_approx=group["kfac_approx"])
+            if not source.biased and self.bias is not None:
+                A = torch.nn.functional.pad(A, (0, 1))
+            yield Rows(A, N, B, rows.M)
+
+    def _sample(self, source: Source) -> tuple[Sample | None, Sample | None]:
+        """Which rows of a call's inputs and of its gradients the factors want."""
+        _, d_out, d_in = self.shape
+        most, step = self.group["rows"], self.group["steps"]
+        K, C = (
+            Sample.of(most, structure, d, step)
+            for structure, d in zip(self.structures, (d_in, d_out), strict=True)
+        )
+        return (C, K) if source.swapped else (K, C)
+
+    def _pieces(self, kind: LayerKind, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        """The samples of an input in pieces, lest their patches be what sets the peak of memory."""
+        if not isinstance(kind, Convolution) or self.group["kfac_approx"] != "expand":
+            return (x,)
+        if x.ndim < len(kind.windows) + 2 or not len(x):
+            return (x,)
+        groups, _, d_in = self.shape
+        each = math.prod(groups) * d_in * math.prod(g.shape[2:])  # numbers a sample
+        return torch.split(x, max(1, max(x.numel() // 4, _PATCHES) // max(1, each)))
+
+    def add(self, key: Key, new: Pending) -> None:
+        """Add what was measured of one call."""
+        if key in self.pending:
+            new = self.pending[key].add(new, mean=self.group["loss_average"] is not None)
+        self.pending[key] = new
+
+    def sizes(self) -> list[Tensor]:
+        """What is finite if all pending rows are."""
+        return [
+            measured.squares
+            for pending in self.pending.values()
+            for measured in (pending.inputs, pending.outputs)
+        ]
+
+    def roles(self) -> list[Key]:
+        """The parts and roles of which there can be rows."""
+        roles = {source.swapped for _, source in self.sources}
+        parts = range(self.kind.parts) if isinstance(self.kind, StackedLinear) else (None,)
+        return [(part, swapped) for part in parts for swapped in sorted(roles)]
+
+    def no_rows(self, key: Key) -> Pending:
+        """What is pending of a part and role that was not used."""
+        (part, swapped), (_, d_out, d_in) = key, self.shape
+        groups = self.shape[0] if part is None else ()
+        dtype, device = self.weight.dtype, self.weight.device
+        A, B = (torch.zeros(*groups, 1, d, dtype=dtype, device=device) for d in (d_in, d_out))
+        rows = Rows(B, 0, A, 0) if swapped else Rows(A, 0, B, 0)
+        return Pending.measured([self.factors_of(part)], [rows], 0, swapped=swapped)[0]
+
+    def factors_of(self, part: int | None) -> Factors:
+        """The factors of the layer, or of one part of a stacked one; or what measures for them."""
+        if self.meter is not None:
+            return self.meter  # type: ignore[no-any-return]
+        assert self.factors is not None
+        return self.factors if part is None else self.factors.map(lambda a: a[part])
+
+    def split(self, matrix: Tensor) -> tuple[Tensor, ...]:
+        """The parts of a matrix that belong to `parameters`."""
+        parts = self.kind.split(matrix, tuple(self.weight.shape), self.bias is not None)
+        return tuple(part for part in parts if part is not None)
+
+
+def _is_turned(kind: Linear | Embedding) -> bool:
+    """Whether the weight is stored as (d_in, d_out)."""
+    return isinstance(kind, Embedding) or kind.transposed

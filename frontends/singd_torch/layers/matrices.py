@@ -1,0 +1,71 @@
+"""Parameters that show no rows, whose factors learn from their gradients alone."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from singd_core._settings import learns_from_gradients
+from singd_core.layers import Tensor
+from singd_core.structures import Diagonal, choose
+from singd_torch._groups import settings_of
+from singd_torch.layers.find import find
+from singd_torch.layers.layer import Layer
+
+
+def find_all(model: nn.Module, groups: Sequence[dict[str, Any]]) -> list[Layer]:
+    """What `find` finds, and the other parameters that have factors."""
+    layers = find(model, groups)
+    owned = {p for layer in layers for p in layer.parameters}
+    return [*layers, *_tensors(model, groups, owned)]
+
+
+def _tensors(
+    model: nn.Module, groups: Sequence[dict[str, Any]], owned: Collection[nn.Parameter]
+) -> Iterator[Layer]:
+    """The matrices that belong to no layer, as layers without sources.
+
+    They are recurrent weights, stacks of experts, weights that are computed from others: whatever
+    is used in another way than by the call of a known module. The entries of a table of embeddings
+    have a diagonal factor.
+    """
+    names = parameter_names(model, groups)
+    tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    for group in groups:
+        if not learns_from_gradients(settings_of(group)):
+            continue
+        for p in group["params"]:
+            if p in owned or not Tensor.fits(p.shape) or not p.is_floating_point():
+                continue
+            kind = Tensor.of(p.shape)
+            shape = kind.shape(p.shape, bias=False)
+            K, C = choose.resolve(group["structures"], shape, kfac=False)
+            structures = K, Diagonal if p in tables else C
+            yield Layer(names.get(p, "a parameter"), kind, p, None, [], group, structures)
+
+
+def parameter_names(model: nn.Module, groups: Sequence[dict[str, Any]]) -> dict[nn.Parameter, str]:
+    """The names of parameters: those in the model, those given, or without a model their places."""
+    names = {p: name for name, p in model.named_parameters()}
+    for group in groups:
+        for p, name in zip(group["params"], group.get("param_names", ()), strict=False):
+            names.setdefault(p, name)
+    if not names:
+        params = [p for group in groups for p in group["params"]]
+        names = {p: f"params[{i}]" for i, p in enumerate(params)}
+    return names
+
+
+def without_model(given: Any, params: Any) -> tuple[nn.Module, Iterable[Any]]:
+    """An empty model, and the parameters that were given in its place.
+
+    Raises:
+        TypeError: If those are no parameters.
+    """
+    if params is not None or isinstance(given, str) or not isinstance(given, Iterable):
+        raise TypeError(
+            f"model must be a torch.nn.Module, or the parameters alone, got {type(given).__name__}"
+        )
+    return nn.Module(), given

@@ -1,0 +1,188 @@
+"""Stacks whose numbers stand in vectors, so that an accelerator is called once for all of them.
+
+A rule has a few numbers for each matrix, and as many kernels for one as for a thousand. A bundle
+has those of many stacks in vectors, and their momenta in one array. The state has views of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from singd_core._array import is_half
+from singd_core.curvature import Averages
+from singd_core.step import Late, sides
+from singd_torch import _state
+from singd_torch._groups import settings_of
+from singd_torch.step.stack import Stack, State
+
+# Numbers of the parameters of a bundle, if it has several stacks: their gradients are copied.
+_LARGEST = 1 << 26
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+    """Where a stack stands in its bundle.
+
+    Attributes:
+        stack: The stack.
+        numbers: Its matrices, in a vector with a number for each.
+        batch: The axes of its matrices: of its layers if there are several, and of their groups.
+        places: Its weights, and its biases, in an array of all parameters.
+        shapes: The shapes of these.
+    """
+
+    stack: Stack
+    numbers: slice
+    batch: tuple[int, ...]
+    places: list[slice]
+    shapes: list[tuple[int, ...]]
+
+    def of(self, vector: Tensor) -> Tensor:
+        """The numbers of its matrices, a view."""
+        return vector[self.numbers].view(self.batch)
+
+    def joined(self, flat: Tensor) -> list[Tensor]:
+        """Its weights and its biases, views."""
+        pairs = zip(self.places, self.shapes, strict=True)
+        return [flat[place].view(shape) for place, shape in pairs]
+
+
+class Bundle:
+    """Stacks of one parameter group that share a device and dtypes.
+
+    Attributes:
+        parts: The stacks: those of weights with a bias, those without, and last those of weights
+            that are several matrices each.
+        parameters: All weights, then all biases, in the order of the parts.
+        sizes: The numbers of each.
+        sides: What `singd_core.step.sides` returns, for all matrices.
+        momentum: The momenta of all parameters, None without.
+        late: The sums over late gradients of all matrices, None without.
+        averages: The mean diagonals of the curvature of all matrices.
+    """
+
+    momentum: Tensor | None
+    late: Late | None
+    averages: Averages
+    sides: tuple[Tensor, Tensor]
+
+    def __init__(self, stacks: Iterable[Stack]) -> None:
+        ordered = sorted(stacks, key=lambda s: (bool(s.groups), s.layers[0].bias is None))
+        self.parts, self.parameters = [], []
+        where: dict[Stack, list[slice]] = {stack: [] for stack in ordered}
+        start = 0
+        for k in (0, 1):
+            for stack in ordered:
+                own = [p for layer in stack.layers for p in layer.parameters[k : k + 1]]
+                if own:
+                    end = start + sum(p.numel() for p in own)
+                    where[stack].append(slice(start, end))
+                    self.parameters += own
+                    start = end
+        start = 0
+        for stack in ordered:
+            n = len(stack.layers)
+            axis, first = ((n,) if n > 1 else ()), stack.layers[0]
+            end = start + n * math.prod(stack.groups)
+            shapes = [(*axis, *p.shape) for p in first.parameters]
+            batch = (*axis, *stack.groups)
+            self.parts.append(Part(stack, slice(start, end), batch, where[stack], shapes))
+            start = end
+        self.sizes = [p.numel() for p in self.parameters]
+        self._held: list[Any] = []
+
+    @property
+    def stacks(self) -> list[Stack]:
+        """The stacks."""
+        return [part.stack for part in self.parts]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the momenta."""
+        return self.parts[0].stack.layers[0].dtypes[2]
+
+    def hold(self, state: State) -> None:
+        """Take what the stacks have into vectors, unless that is done."""
+        held = [(stack.momenta, stack.late, stack.averages) for stack in self.stacks]
+        if len(held) == len(self._held) and all(
+            a is b
+            for own, other in zip(held, self._held, strict=True)
+            for a, b in zip(own, other, strict=True)
+        ):
+            return
+        s = settings_of(self.stacks[0].layers[0].group)
+        like = self.stacks[0].averages.k
+        n = self.parts[-1].numbers.stop
+        self.averages = Averages(*(like.new_zeros(n) for _ in range(3)))
+        self.momentum = self.late = None
+        if s.momentum != 0.0:
+            self.momentum = like.new_zeros(sum(self.sizes), dtype=self.dtype)
+            self.late = _state.no_late(self.stacks[0].layers[0]).map(lambda a: a.new_zeros(n))
+        of_sides = [sides(*part.stack.layers[0].shape[1:]) for part in self.parts]
+        spectral, outputs = like.new_empty(n), like.new_empty(n)
+        for part, own in zip(self.parts, of_sides, strict=True):
+            for vector, value in zip((spectral, outputs), own, strict=True):
+                vector[part.numbers].fill_(value)
+        self.sides = spectral, outputs
+        for part in self.parts:
+            part.stack.move(
+                part.joined(self.momentum) if self.momentum is not None else None,
+                self.late.map(part.of) if self.late is not None else None,
+                self.averages.map(part.of),
+                state,
+            )
+        self._held = [(stack.momenta, stack.late, stack.averages) for stack in self.stacks]
+
+
+def bundled(
+    ready: Sequence[Stack], before: Sequence[Bundle], alive: Iterable[Stack]
+) -> tuple[list[Bundle], list[Bundle]]:
+    """The stacks that step now in bundles, and further bundles that wait for their next step.
+
+    A bundle of which only some stacks step is parted for good.
+    """
+    stepping, waiting, alive = set(ready), [], set(alive)
+    found, fresh = [], dict.fromkeys(ready)
+    for bundle in before:
+        own = [stack for stack in bundle.stacks if stack in stepping]
+        if len(own) == len(bundle.parts):
+            found.append(bundle)
+        elif own:
+            found.append(Bundle(own))
+        elif alive.issuperset(bundle.stacks):
+            waiting.append(bundle)
+        for stack in own:
+            del fresh[stack]
+    alike: dict[Any, list[list[Stack]]] = {}
+    for stack in fresh:
+        lists = alike.setdefault(_likeness(stack), [[]])
+        if lists[-1] and _numbers([*lists[-1], stack]) > _LARGEST:
+            lists.append([])
+        lists[-1].append(stack)
+    return found + [Bundle(stacks) for lists in alike.values() for stacks in lists], waiting
+
+
+def _numbers(stacks: Iterable[Stack]) -> int:
+    return sum(p.numel() for stack in stacks for layer in stack.layers for p in layer.parameters)
+
+
+def _likeness(stack: Stack) -> Any:
+    layer = stack.layers[0]
+    return id(layer.group), layer.weight.device, layer.weight.dtype, layer.dtypes
+
+
+def norms_of(tensors: Sequence[Tensor]) -> Tensor:
+    """The norm of each, in a row, in at least float32."""
+    dtype = torch.float32 if is_half(tensors[0]) else None
+    return torch.stack(torch._foreach_norm(list(tensors), 2, dtype))
+
+
+def spread(c: Tensor, like: Tensor) -> Tensor:
+    """The numbers of matrices along the first axes, with the axes that they lack."""
+    return c.view(*c.shape, *(1,) * (like.ndim - c.ndim))

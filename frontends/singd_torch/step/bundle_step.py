@@ -1,0 +1,154 @@
+"""One step of a bundle: as `_step` has it for one stack, with operations for all of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from singd_core._settings import Settings, is_bound
+from singd_core.rules.inverse_free import InverseFree
+from singd_core.step import averaged, couples_decay, decouples_decay, scaled, squares_of
+from singd_torch.step.bundle import Bundle, norms_of, spread
+from singd_torch.step.bundle_refresh import precondition, refresh
+from singd_torch.step.stack import Stack, State
+from singd_torch.step.stack_step import Gradients, by_pieces, level
+from singd_torch.tensors.pieces import placed
+
+
+def steps_so(stack: Stack, given: Gradients) -> bool:
+    """Whether a stack can step in a bundle: under the rule of the default, and as it is."""
+    layer, factors = stack.layers[0], stack.factors
+    s = given.settings(layer.weight)
+    return (
+        stack.compile is None
+        and type(factors) is InverseFree
+        and layer.weight.numel() > 0
+        and s.normalized
+        and s.kfac_like
+        and not s.normalize_lr_cov
+        and is_bound(s.factor_bound)
+        and all(type(p) is nn.Parameter for one in stack.layers for p in one.parameters)
+        and not any(couples_decay(given.settings(p)) for p in layer.parameters)
+    )
+
+
+def advance(bundle: Bundle, state: State, given: Gradients) -> Tensor:
+    """Write the new factors, momenta and weights of a bundle.
+
+    Returns:
+        Whether all of it moved, 0-d. Matrices of which products left the range of their dtype do
+        not move, and nothing but their momenta has changed then.
+    """
+    ok = given.ok
+    assert ok is not None
+    bundle.hold(state)
+    s = given.settings(bundle.parameters[0])
+    refresh(bundle, s, state, given)
+    gradient, squares = _gradients(bundle, ok, given)
+    ahead = gradient
+    if bundle.momentum is not None:
+        # zeros in place of gradients, and 1 in place of α, change nothing
+        alpha = placed(s.momentum, bundle.averages.k.dtype, ok.device)
+        masked = dataclasses.replace(s, momentum=torch.where(ok, alpha, 1.0))
+        ahead, _ = averaged(gradient, bundle.momentum, masked, donate=True, out=gradient)
+    matrices = [part.stack.layers[0].kind.matrix(*part.joined(ahead)) for part in bundle.parts]
+    length = _norms(matrices)
+    natural = [
+        by_pieces(precondition(part.stack, s), ahead is gradient, matrix)
+        for part, matrix in zip(bundle.parts, matrices, strict=True)
+    ]
+    lengths = length, _norms(natural)
+    t_U = bundle.averages.t_U
+    scale, late, agreement = scaled(s, bundle.sides, t_U, squares, lengths, bundle.late)
+    moves = ok & (lengths[1] < math.inf)
+    scale = scale * moves  # NaN stays until the weights are changed
+    if late is not None and bundle.late is not None:
+        bundle.late.map(lambda old, new: torch.where(moves, new, old, out=old), late)
+    for part in bundle.parts:
+        if part.stack.report is not None:
+            update = s.lr * (scale * lengths[1])
+            part.stack.report |= {"agreement": part.of(agreement), "update": part.of(update)}
+    for part, n in zip(bundle.parts, natural, strict=True):
+        level(part.stack, s, n, part.of(moves))
+    everything = moves.all()
+    _move(bundle, natural, scale, gradient, given, everything)
+    return everything
+
+
+def _gradients(bundle: Bundle, ok: Tensor, given: Gradients) -> tuple[Tensor, Tensor]:
+    """The gradients of all parameters, or zeros unless ok; and ‖∇W‖² of each matrix.
+
+    The gradients are in one array of their own, in the dtype of the momenta.
+    """
+    flat = torch.cat([given.raw(p).reshape(-1) for p in bundle.parameters]).to(bundle.dtype)
+    if given.scales.grads is not None:
+        flat.div_(given.scales.grads)
+    flat.masked_fill_(~ok, 0.0)
+    like = bundle.averages.k
+    zero = like.new_zeros(())
+    simple = [part.stack for part in bundle.parts if not part.stack.groups]
+    weights, biases = (
+        [p for stack in simple for layer in stack.layers for p in layer.parameters[k : k + 1]]
+        for k in (0, 1)
+    )
+    squares = [
+        squares_of(part.stack.layers[0].kind, part.joined(flat)).reshape(-1)
+        for part in bundle.parts
+        if part.stack.groups
+    ]
+    if weights:
+        norms = torch.stack([given.norms.get(p, zero) for p in weights + biases]).to(like)
+        each = norms * norms
+        own = each[: len(weights)]
+        own[: len(biases)].add_(each[len(weights) :])
+        squares.insert(0, own)
+    return flat, torch.cat(squares)
+
+
+def _norms(matrices: Sequence[Tensor]) -> Tensor:
+    """The Frobenius norms of matrices, or of stacks of them, in a row."""
+    each = [m for own in matrices for m in own.reshape(-1, *own.shape[-2:]).unbind(0)]
+    return norms_of(each)
+
+
+def _move(
+    bundle: Bundle,
+    natural: Sequence[Tensor],
+    scale: Tensor,
+    room: Tensor,
+    given: Gradients,
+    everything: Tensor,
+) -> None:
+    """Change the weights and biases; the changes are written to the `room` of gradients."""
+    rates: dict[int, Tensor] = {}
+    for part, n in zip(bundle.parts, natural, strict=True):
+        layer = part.stack.layers[0]
+        for k, out in enumerate(part.joined(room)):
+            own = given.settings(layer.parameters[k])
+            if id(own) not in rates:
+                rates[id(own)] = scale * (-1.0 * own.lr)
+            c = part.of(rates[id(own)])
+            if part.stack.groups:  # of which a weight has several
+                out.copy_(layer.split(n * spread(c, n))[k])
+            else:
+                u = layer.split(n)[k]
+                torch.mul(u, spread(c, u), out=out)
+    # where products are infinite, zero times them is NaN
+    room = room.nan_to_num_(0.0, 0.0, 0.0).to(bundle.parameters[0].dtype)
+    changes = torch.split(room, bundle.sizes)
+    moving: dict[int, tuple[Settings, list[Tensor], list[Tensor]]] = {}
+    for p, change in zip(bundle.parameters, changes, strict=True):
+        if p.grad is not None:  # it may have been frozen since
+            own = given.settings(p)
+            _, weights, their = moving.setdefault(id(own), (own, [], []))
+            weights.append(p)
+            their.append(change.view(p.shape))
+    for own, weights, their in moving.values():
+        if decouples_decay(own):
+            share = everything.to(scale) * (own.lr * own.weight_decay)
+            torch._foreach_mul_(weights, 1.0 - share)
+        torch._foreach_add_(weights, their)

@@ -1,0 +1,278 @@
+"""Equal layers, which step as one along a first axis of their factors, momenta and gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from functools import partial
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from singd_core._settings import Settings
+from singd_core.curvature import Averages, Curvature
+from singd_core.layers import Convolution, Linear, StackedLinear
+from singd_core.layers import Tensor as TensorKind
+from singd_core.preconditioner import Preconditioner
+from singd_core.rules import Factors
+from singd_core.rules.shampoo import Shampoo
+from singd_core.step import Late
+from singd_torch import _state
+from singd_torch._groups import settings_of
+from singd_torch.layers.layer import Key, Layer
+from singd_torch.layers.pending import Pending
+from singd_torch.tensors.join import join, join_trees, parts, tree_parts
+
+T = TypeVar("T")
+State: TypeAlias = MutableMapping[Any, dict[str, Any]]
+
+# Stacks differ in shape: one of many must not use up the recompilations of the others.
+_ISOLATED: dict[str, Any] = {"dynamic": False, "isolate_recompiles": True, "recompile_limit": 64}
+
+_KINDS = Convolution, Linear, StackedLinear, TensorKind  # that do not differ within a shape
+
+# Weights of more numbers step alone: to join their gradients costs more than the calls saved.
+_LARGEST = 1 << 17
+
+
+@dataclasses.dataclass(eq=False)
+class Stack:
+    """Layers of equal kind, shape and settings. A single one has no first axis.
+
+    Attributes:
+        layers: The layers. The state has views of the following three.
+        factors: Their factors, joined. None until they are needed.
+        momenta: The momenta of the weights and of the biases. None without or until needed.
+        late: The sums over late gradients. None without or until needed.
+        preconditioner: What preconditions until the next refresh.
+        report: What a step tells the diagnostics, None if nobody asks for them.
+        compile: Arguments of torch.compile, None to run things as they are.
+    """
+
+    layers: Sequence[Layer]
+    factors: Factors | None = None
+    momenta: Sequence[Tensor] | None = None
+    late: Late | None = None
+    preconditioner: Preconditioner | None = None
+    report: dict[str, Any] | None = None
+    compile: dict[str, Any] | None = None
+    _handed_out: Sequence[Tensor] = ()
+    _compiled: dict[Callable[..., Any], Callable[..., Any]] = dataclasses.field(
+        default_factory=dict
+    )
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """The axes of the matrices of one layer, () for one matrix."""
+        return self.layers[0].shape[0]
+
+    @property
+    def averages(self) -> Averages:
+        """The mean diagonals of the curvature, once there are factors."""
+        assert self.factors is not None
+        return self.factors.averages
+
+    def tie(self, state: State) -> None:
+        """Join what the layers have, in the dtypes and on the device of their weights."""
+        for layer in self.layers:
+            if layer.factors is None:
+                layer.factors = _state.initial(layer, settings_of(layer.group))
+            elif not layer.fits():
+                layer.factors = _state.moved(layer, settings_of(layer.group))
+        factors = [layer.factors for layer in self.layers if layer.factors is not None]
+        self.factors = self.momenta = self.late = None
+        self.hold(join_trees(factors).map(partial(_owned, set())), state)
+        zeros = _state.no_momenta(self.layers[0])
+        places = list(zip(*(layer.parameters for layer in self.layers), strict=True))
+        kept = [[state.get(p, {}).get(_state.MOMENTUM) for p in place] for place in places]
+        if any(m is not None for place in kept for m in place):
+            momenta = [
+                _owned(set(), join([zero if m is None else m.to(zero) for m in place]))
+                for zero, place in zip(zeros, kept, strict=True)
+            ]
+            late = None
+            if settings_of(self.layers[0].group).normalized:
+                each = [_state.late_of(layer, state) for layer in self.layers]
+                late = join_trees(each).map(partial(_owned, set()))
+            self.hold_momenta(momenta, late, state)
+
+    def begin(self, state: State, s: Settings) -> None:
+        """Have momenta of nothing yet."""
+        zeros = [_state.no_momenta(layer) for layer in self.layers]
+        momenta = [join(list(place)) for place in zip(*zeros, strict=True)]
+        late = None
+        if s.normalized:
+            late = join_trees([_state.no_late(layer) for layer in self.layers])
+        self.hold_momenta(momenta, late, state)
+
+    def move(
+        self,
+        momenta: Sequence[Tensor] | None,
+        late: Late | None,
+        averages: Averages,
+        state: State,
+    ) -> None:
+        """Have these in place of its own, in other memory that it writes its own to."""
+        if momenta is not None:
+            if self.momenta is not None:
+                torch._foreach_copy_(list(momenta), list(self.momenta))
+            if self.late is not None and late is not None:
+                late.map(Tensor.copy_, self.late)
+            self.late = None
+            self.hold_momenta(momenta, late, state)
+        assert self.factors is not None
+        averages.map(Tensor.copy_, self.averages)
+        factors = dataclasses.replace(self.factors, averages=averages)
+        self.factors = None
+        self.hold(factors, state, preconditioner=self.preconditioner)
+
+    def hold(
+        self,
+        factors: Factors,
+        state: State,
+        *,
+        seen: bool = False,
+        preconditioner: Preconditioner | None = None,
+    ) -> None:
+        """Have these factors from now on; `seen` if rows have reached them.
+
+        `preconditioner` is what preconditions with them, if that is known.
+        """
+        if self.factors is None:
+            self.factors = factors
+            for layer, own in zip(self.layers, tree_parts(factors, len(self.layers)), strict=True):
+                layer.factors = own
+        elif factors is not self.factors:  # where they are: the layers' own are views
+            self.factors.map(Tensor.copy_, factors)  # type: ignore[arg-type]
+        self.preconditioner = preconditioner
+        for layer in self.layers:
+            layer.seen = layer.seen or seen
+            if layer.seen and layer.factors is not None:
+                state[layer.weight].update(layer.factors.named_arrays())
+
+    def go_on_by_rows(self, state: State) -> None:
+        """Have the same factors for rows, which are seen for the first time."""
+        assert isinstance(self.factors, Shampoo)
+        factors, self.factors = self.factors.by_rows(), None
+        for layer in self.layers:
+            layer.by_gradient = False
+        self.hold(factors, state)
+
+    def is_tied(self, state: State) -> bool:
+        """Whether it has what the state has, which others may write to, in the weights' dtype."""
+        if self.momenta is None:
+            return self.factors is not None
+        return self.momenta[0].dtype == self.layers[0].dtypes[2] and all(
+            state.get(p, {}).get(_state.MOMENTUM) is part
+            for p, part in zip(self._parameters(), self._handed_out, strict=True)
+        )
+
+    def hold_momenta(self, momenta: Sequence[Tensor], late: Late | None, state: State) -> None:
+        """Have these momenta and sums from now on."""
+        changed = self.momenta is None or any(
+            m is not old for m, old in zip(momenta, self.momenta, strict=True)
+        )
+        if changed:
+            self.momenta = momenta
+            self._handed_out = [part for m in momenta for part in self.split(m)]
+            for p, part in zip(self._parameters(), self._handed_out, strict=True):
+                state[p][_state.MOMENTUM] = part
+        if late is None:
+            return
+        if self.late is None:
+            self.late = late
+            for layer, own in zip(self.layers, tree_parts(late, len(self.layers)), strict=True):
+                state[layer.weight].update(own.named_arrays(_state.LATE))
+        elif isinstance(late.squares, Tensor):
+            self.late.map(Tensor.copy_, late)
+        else:  # numbers of the host
+            self.late.map(Tensor.fill_, late)
+
+    def joined(self, of: Callable[[nn.Parameter], Tensor]) -> list[Tensor]:
+        """What the weights have, and what the biases have, such as their gradients."""
+        places = zip(*(layer.parameters for layer in self.layers), strict=True)
+        return [join(list(map(of, place))) for place in places]
+
+    def _parameters(self) -> list[nn.Parameter]:
+        """The weights of all layers, then their biases."""
+        places = zip(*(layer.parameters for layer in self.layers), strict=True)
+        return [p for place in places for p in place]
+
+    def split(self, joined: Tensor) -> Sequence[Tensor]:
+        """The parts of the layers, views."""
+        return parts(joined, len(self.layers))
+
+    def parted(self, live: Sequence[Layer]) -> list[Stack]:
+        """The stack, or smaller ones for good if only some layers are live or have other rows."""
+        if not all(_alike(layer, live[0]) for layer in live[1:]):
+            return [Stack([layer]) for layer in self.layers]
+        if len(live) == len(self.layers):
+            return [self]
+        moving = set(live)
+        return [Stack(live), *(Stack([layer]) for layer in self.layers if layer not in moving)]
+
+    def run(self, function: Callable[..., T], *args: Any) -> T:
+        """The function of these arguments, compiled for this stack alone if that was chosen."""
+        if self.compile is None:
+            return function(*args)
+        if function not in self._compiled:
+            options = _ISOLATED | self.compile
+            self._compiled[function] = torch.compile(function, **options)
+        return self._compiled[function](*args)  # type: ignore[no-any-return]
+
+    def pending(self) -> dict[Key, Pending]:
+        """The pending rows of all layers, by part and role."""
+        return {
+            key: Pending.joined([layer.pending[key] for layer in self.layers])
+            for key in sorted(self.layers[0].pending, key=str)
+        }
+
+    def curvature(self, grad_scale: Any) -> Curvature:
+        """That of the pending rows, of gradients that were multiplied by `grad_scale`."""
+        found = self.pending()
+        first, *others = [Curvature.of(*rows.terms(grad_scale)) for rows in found.values()]
+        if next(iter(found))[0] is not None:  # the parts of a stacked linear layer
+            axis = int(len(self.layers) > 1)
+            return first.map(lambda *arrays: torch.stack(arrays, axis), *others)
+        return first.joined(others[0]) if others else first
+
+
+def stacks(layers: Iterable[Layer]) -> list[Stack]:
+    """The layers, the equal and small ones of them together."""
+    found: dict[Any, list[Layer]] = {}
+    for layer in layers:
+        found.setdefault(_likeness(layer), []).append(layer)
+    return [Stack(equal) for equal in found.values()]
+
+
+def _owned(taken: set[int], tensor: Tensor) -> Tensor:
+    """The tensor, in memory of its own where it was a part of more, or where that is taken.
+
+    It would keep the rest alive, and it will be written to.
+    """
+    memory = tensor.untyped_storage()
+    whole = memory.nbytes() // max(1, tensor.element_size())
+    if whole != tensor.numel() or (whole and memory.data_ptr() in taken):
+        tensor = tensor.clone()
+    taken.add(tensor.untyped_storage().data_ptr())
+    return tensor
+
+
+def _likeness(layer: Layer) -> Any:
+    """What equal layers have in common."""
+    weight, bias = layer.weight, layer.bias
+    if weight.numel() > _LARGEST or type(layer.kind) not in _KINDS:
+        return layer
+    return (
+        *(layer.kind, layer.has_rows, layer.structures, tuple(layer.roles())),
+        *(id(layer.group), None if bias is None else id(layer.bias_group)),
+        *(weight.shape, weight.dtype, weight.device, layer.dtypes),
+    )
+
+
+def _alike(layer: Layer, other: Layer) -> bool:
+    """Whether the layers have rows of the same kinds and numbers, if any."""
+    return layer.pending.keys() == other.pending.keys() and all(
+        pending.joins(other.pending[key]) for key, pending in layer.pending.items()
+    )

@@ -1,0 +1,359 @@
+"""One step of a stack of layers: refresh the factors, find the direction, move the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import compress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from singd_core._array import (
+    ADD_DIAGONAL,
+    ADD_PRODUCT,
+    EMPTY,
+    INVERSE,
+    IS_VIEW,
+    MULTIPLY_ADD,
+    PRODUCT_INTO,
+    TIMES,
+    expand,
+    sum_of_squares,
+    widen,
+)
+from singd_core._settings import Settings, gap, is_due, rate_of_factors
+from singd_core.curvature import Curvature
+from singd_core.layers import LayerKind
+from singd_core.levels import leveled
+from singd_core.preconditioner import Preconditioner
+from singd_core.rules import Factors
+from singd_core.rules.shampoo import Shampoo
+from singd_core.step import Direction, couples_decay, direction, weight_change
+from singd_core.structures import Diagonal
+from singd_torch.capture.scaling import Scales
+from singd_torch.step.stack import Stack, State
+from singd_torch.tensors import scratch
+from singd_torch.tensors.join import join
+from singd_torch.tensors.pieces import cut, on_host, piece_size, placed, rows_of_pieces
+from singd_torch.tensors.scratch import PRODUCT
+
+# Weights of so many numbers, and stacks of smaller ones, are changed by one call.
+_JOINED = 1 << 13
+
+
+@dataclasses.dataclass(frozen=True)
+class Gradients:
+    """The gradients of a step, and what is known of them before anything is changed.
+
+    Attributes:
+        of: The gradient of a parameter, without the scale of the loss.
+        raw: The gradient of a parameter, with it.
+        norms: The norm of each gradient: a number, or 0-d on an accelerator.
+        settings: The settings of a parameter's own group in this step; a bias may have its own.
+        scales: What the loss was multiplied by.
+        ok: On an accelerator, whether the step may change anything; None where it is known to.
+    """
+
+    of: Callable[[nn.Parameter], Tensor]
+    raw: Callable[[nn.Parameter], Tensor]
+    norms: Mapping[nn.Parameter, Any]
+    settings: Callable[[nn.Parameter], Settings]
+    scales: Scales
+    ok: Tensor | None
+
+
+def advance(stack: Stack, state: State, given: Gradients) -> Any:
+    """Write the new factors, momenta and weights of a stack.
+
+    Returns:
+        Whether it moved: a bool, or 0-d on an accelerator. It did not if products left the range of
+        its dtype, and nothing but momenta of gradients was changed then.
+    """
+    layer = stack.layers[0]
+    own, ok = [given.settings(p) for p in layer.parameters], given.ok
+    s = own[0]
+    gradient = stack.joined(given.of)
+    factors, preconditioner = _refreshed(stack, s, given.scales, gradient)
+    decay = None
+    if any(map(couples_decay, own)):
+        decay = stack.joined(partial(_coupled_decay, given.settings))
+    if stack.momenta is None and s.momentum != 0.0:
+        stack.begin(state, s)
+    if ok is not None:
+        s = _masked(s, ok, gradient[0])
+        gradient = [torch.where(ok, g, 0.0) for g in gradient]  # NaN times 0 is NaN
+        if decay is not None:
+            decay = [torch.where(ok, w, 0.0) for w in decay]
+    found = stack.run(
+        _direction if stack.compile is None else _direction_anew,
+        *(layer.kind, s, preconditioner or factors, factors.averages.t_U),
+        *(tuple(layer.weight.shape), gradient, decay, stack.momenta, stack.late),
+        _squares(stack, given, gradient),
+    )
+    moves: Any
+    if type(factors) is not type(stack.factors):  # once, so the host may wait to know
+        if bool(found.finite if ok is None else ok & found.finite):
+            stack.go_on_by_rows(state)
+        else:
+            factors = stack.factors  # type: ignore[assignment]
+    if ok is None:
+        moves = bool(found.finite)
+    else:
+        moves = ok & found.finite
+        found = _kept(found, moves, stack)
+        if factors is not stack.factors:
+            factors = factors.map(partial(_either, moves), stack.factors)  # type: ignore[arg-type]
+    if moves is False:  # of the host
+        return False
+    if stack.momenta is not None and found.momenta is not None:
+        stack.hold_momenta(found.momenta, found.late, state)
+    if factors is not stack.factors:
+        known = preconditioner if ok is None and stack.compile is None else None
+        stack.hold(factors, state, seen=True, preconditioner=known)
+    level(stack, s, found.natural, moves)
+    if stack.report is not None:
+        lengths = torch.stack([sum_of_squares(_rows(u, stack), 1) for u in found.parts]).sum(0)
+        update = s.lr * found.scale * lengths.sqrt()
+        stack.report |= {"agreement": found.agreement, "update": update}
+    _move(stack, found, own, None if ok is None else moves)
+    return moves
+
+
+def level(stack: Stack, s: Settings, natural: Tensor | None, moves: Any) -> None:
+    """Tell the factors of a natural gradient, if the next step makes anew what preconditions."""
+    steps, factors = stack.layers[0].group["steps"] + 1, stack.factors
+    if natural is None or factors is None or not is_due(steps, s):
+        return
+    old, new = factors.levels, leveled(factors, natural, rate_of_factors(steps, s)).levels
+    if old is None or new is None:
+        return
+    if isinstance(moves, Tensor):
+        new = new.map(partial(_either, moves), old)
+    old.map(Tensor.copy_, new)
+    stack.preconditioner = None
+
+
+def _refreshed(
+    stack: Stack, s: Settings, scales: Scales, gradient: Sequence[Tensor]
+) -> tuple[Factors, Preconditioner | None]:
+    """The factors, refreshed by rows that are pending or by the gradient of what has none.
+
+    And what preconditions with them.
+    """
+    layer, factors = stack.layers[0], stack.factors
+    assert factors is not None
+    steps = layer.group["steps"]
+    by_gradient = isinstance(factors, Shampoo) and (is_due(steps, s) or not layer.seen)
+    if layer.pending or by_gradient:
+        lr_cov = rate_of_factors(steps, s)
+        if stack.compile is not None:  # else each value of a schedule would be compiled anew
+            lr_cov = torch.zeros_like(factors.averages.k) + lr_cov
+        if not layer.pending:
+            curvature = stack.run(_curvature, factors, layer.kind, *gradient)
+        else:
+            curvature = stack.curvature(scales.rows)
+            factors = factors.by_rows() if isinstance(factors, Shampoo) else factors
+        for one in stack.layers:  # its rows are as large as its factors, and so is the curvature
+            one.pending = {}
+        factors = stack.run(_refresh, factors, curvature, lr_cov, s, stack.report)
+        stack.preconditioner = None
+    elif stack.preconditioner is not None:
+        return factors, stack.preconditioner
+    if stack.compile is not None:
+        return factors, None
+    kept = factors.preconditioner(gap(steps, s), balanced=s.normalized)
+    if factors is stack.factors:
+        stack.preconditioner = kept
+    return factors, kept
+
+
+def _curvature(factors: Shampoo, kind: LayerKind, *gradient: Tensor) -> Curvature:
+    return factors.curvature(kind.matrix(*gradient))
+
+
+def _refresh(
+    factors: Factors, curvature: Curvature, lr_cov: Any, s: Settings, report: dict[str, Any] | None
+) -> Factors:
+    return factors.refresh(curvature, lr_cov, s, report)
+
+
+def _direction(
+    kind: Any, s: Settings, factors: Any, t_U: Tensor, shape: Any, gradient: Any, decay: Any,
+    momenta: Any, late: Any, squares: Any,
+) -> Direction:  # fmt: skip
+    """`direction`, by pieces of large matrices, and with momenta written where they are."""
+    owned = s.normalized and s.nesterov and momenta is not None  # an average of its own
+    precondition = partial(by_pieces, factors, owned)
+    arguments = precondition, t_U, shape, gradient, decay, momenta, late, squares
+    # what products made is known to be finite only afterwards, on an accelerator
+    donate = s.normalized or not isinstance(s.lr, Tensor)
+    return direction(kind, s, *arguments, donate=donate)
+
+
+def _direction_anew(kind: Any, s: Settings, factors: Any, *arguments: Any) -> Direction:
+    """`_direction` for compilers, which find out by themselves what can be overwritten."""
+    precondition = partial(factors.precondition, balanced=s.normalized)
+    return direction(kind, s, precondition, *arguments)
+
+
+def by_pieces(preconditioner: Preconditioner, owned: bool, gradient: Tensor) -> Tensor:
+    """The natural gradient, of a large matrix without temporaries of its size.
+
+    It overwrites the gradient if that is `owned` and fits.
+    """
+    K, C = preconditioner.K, preconditioner.C
+    most, block = piece_size(type(K.L), type(C.L)), C.L.blocks_of
+    dtype = C.L.like.dtype
+    fits = owned and gradient.dtype == dtype == K.L.like.dtype and K.whole and C.whole
+    pieces = [slice(None)] if block is None else rows_of_pieces(gradient, most, block)
+    if fits:
+        for j in pieces:
+            of_rows = preconditioner if len(pieces) == 1 else preconditioner.rows(j)
+            _in_place(of_rows, gradient if len(pieces) == 1 else gradient[j])
+        return gradient
+    if len(cut(gradient, most)) == 1:
+        small: Tensor = preconditioner(gradient)
+        return small
+    natural = gradient
+    if not (owned and gradient.dtype == dtype):
+        natural = torch.empty_like(gradient, dtype=dtype)
+    if block is not None:
+        for j in pieces:
+            natural[j] = preconditioner.rows(j)(gradient[j])
+        return natural
+    for own, place in zip(cut(gradient, most), cut(natural, most), strict=True):
+        place.copy_(preconditioner.right(own))
+    for place in cut(natural.mT, most):
+        place.mT.copy_(preconditioner.left(place.mT))
+    return natural
+
+
+def _in_place(preconditioner: Preconditioner, gradient: Tensor) -> None:
+    """Write the natural gradient over the gradient."""
+    room, sides = gradient, (preconditioner.K, preconditioner.C)
+    if not all(isinstance(side.L, Diagonal) for side in sides):  # not entry by entry
+        room = scratch.empty(gradient.shape, gradient, PRODUCT)
+    natural = preconditioner.left(preconditioner.right(gradient, room), gradient)
+    if natural is not gradient:
+        gradient.copy_(natural)
+
+
+def _move(
+    stack: Stack, found: Direction, settings: Sequence[Settings], moves: Tensor | None
+) -> None:
+    """Change the weights and biases."""
+    places = zip(*(layer.parameters for layer in stack.layers), strict=True)
+    for place, part, own in zip(places, found.parts, settings, strict=True):
+        own = own if moves is None else _masked(own, moves, part)
+        trained = [p.grad is not None for p in place]  # one may have been frozen since
+        if len(place) > 1 and place[0].numel() <= _JOINED and all(trained):
+            joined = join(place)
+            weight_change(part, found.scale, joined, own, onto=joined)
+            torch._foreach_copy_(place, stack.split(joined))  # type: ignore[arg-type]
+            continue
+        each = zip(place, stack.split(part), _each(found.scale, len(place)), strict=True)
+        for weight, u, c in compress(each, trained):
+            for piece, change in zip(cut(weight), cut(u), strict=True):
+                weight_change(change, c, piece, own, onto=piece)
+
+
+def _each(scale: Any, n: int) -> Sequence[Any]:
+    """The scale of each of n layers, numbers of the host where they can be."""
+    if not isinstance(scale, Tensor) or scale.ndim == 0:
+        return [scale] * n
+    return scale.tolist() if on_host(scale) else scale.unbind()
+
+
+def _squares(stack: Stack, given: Gradients, gradient: Sequence[Tensor]) -> Any:
+    """‖∇W‖² of each matrix, from the norms of the gradients where those are of matrices."""
+    layer = stack.layers[0]
+    if layer.shape[0]:  # a gradient is that of several
+        weight, *bias = gradient
+        total = sum_of_squares(layer.kind.matrix(weight), 2)
+        for b in bias:
+            total = total + sum_of_squares(b.reshape(*total.shape, -1), 1)
+        return total
+    squares = [
+        sum(given.norms[p] ** 2 for p in one.parameters if p.grad is not None)
+        for one in stack.layers
+    ]
+    if len(squares) == 1 and stack.compile is None:
+        return squares[0]
+    like = stack.factors.averages.k  # type: ignore[union-attr]
+    if isinstance(squares[0], Tensor):
+        return torch.stack(squares).to(like).reshape(like.shape)
+    return like.new_tensor(squares).reshape(like.shape)
+
+
+def _kept(found: Direction, moves: Tensor, stack: Stack) -> Direction:
+    """A direction that is zero unless the stack moves."""
+    parts = [torch.where(moves, u, 0.0) for u in found.parts]
+    late = found.late
+    if late is not None and stack.late is not None:
+        late = late.map(partial(_either, moves), stack.late)
+    scale = found.scale if isinstance(found.scale, float) else torch.where(moves, found.scale, 0.0)
+    momenta = found.momenta
+    if momenta is not None and stack.momenta is not None:
+        pairs = zip(momenta, stack.momenta, strict=True)
+        momenta = [_either(moves, new, old) for new, old in pairs]
+    return found._replace(parts=parts, momenta=momenta, late=late, scale=scale)
+
+
+def _rows(u: Tensor, stack: Stack) -> Tensor:
+    like = stack.factors.averages.k  # type: ignore[union-attr]
+    wide: Tensor = widen(u)
+    return wide.reshape(*like.shape, -1)
+
+
+def _masked(s: Settings, ok: Tensor, like: Tensor) -> Settings:
+    """The settings with which zeros in place of a gradient change nothing unless ok."""
+    dtype = widen(like[..., :0]).dtype
+    momentum, lr = (placed(v, dtype, ok.device) for v in (s.momentum, s.lr))
+    return dataclasses.replace(
+        s, momentum=torch.where(ok, momentum, 1.0), lr=torch.where(ok, lr, 0.0)
+    )
+
+
+def _multiply_add(x: Tensor, c: float | Tensor, y: Tensor, out: Tensor | None) -> Tensor:
+    if isinstance(c, Tensor):
+        return torch.addcmul(y, x, c, out=out)
+    return torch.add(y, x, alpha=c, out=out)
+
+
+def _add_product(Y: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    # Matrices of a stack `baddbmm_` multiplies one by one, if they are views.
+    return Y.addmm_(A, B) if Y.ndim == A.ndim == B.ndim == 2 else Y.add_(A @ B)
+
+
+def _add_diagonal(A: Tensor, c: float | Tensor) -> Tensor:
+    diagonal = A.diagonal(dim1=-2, dim2=-1)
+    diagonal.add_(expand(c, diagonal))
+    return A
+
+
+MULTIPLY_ADD |= dict.fromkeys((Tensor, nn.Parameter), _multiply_add)
+ADD_DIAGONAL[Tensor] = _add_diagonal
+ADD_PRODUCT[Tensor] = _add_product
+# `inv` waits to know whether there is an inverse. It comes by columns, and what is loaded is by
+# rows: products with the two differ in their last bits.
+INVERSE[Tensor] = lambda A: torch.linalg.inv_ex(A).inverse.contiguous()
+EMPTY[Tensor] = scratch.empty
+IS_VIEW[Tensor] = lambda part, whole: (
+    part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+)
+PRODUCT_INTO[Tensor] = lambda A, B, out: torch.matmul(A, B, out=out)
+TIMES[Tensor] = lambda A, B, out: torch.mul(A, B, out=out)
+
+
+def _coupled_decay(settings_of: Callable[[nn.Parameter], Settings], p: nn.Parameter) -> Tensor:
+    s = settings_of(p)
+    return p * (s.weight_decay if couples_decay(s) else 0.0)
+
+
+def _either(ok: Tensor, new: Any, old: Any) -> Any:
+    """What is new where it is to be kept, of matrices along the first axes if `ok` has any."""
+    missing = (1,) * (new.ndim - ok.ndim)
+    return new if new is old else torch.where(ok.view((*ok.shape, *missing)), new, old)

@@ -1,0 +1,258 @@
+"""One step of the weights of an optimizer, of layers and of all others, or of none of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from singd_core._array import ranged
+from singd_core.step import warmed
+from singd_torch import _fallback, _state
+from singd_torch._distributed import agree_on_rows, reduce_rows
+from singd_torch._groups import settings_of
+from singd_torch.capture import scaling
+from singd_torch.capture.scaling import Given, Scales
+from singd_torch.capture.watcher import Watcher, is_due, may_be_due
+from singd_torch.layers.layer import Layer
+from singd_torch.sharding.guards import ALONE, is_one_of_several
+from singd_torch.step import bundle_step
+from singd_torch.step.bundle import Bundle, bundled
+from singd_torch.step.stack import Stack
+from singd_torch.step.stack_step import Gradients, advance
+from singd_torch.tensors import finite, scratch
+
+
+class Stepper(Watcher):
+    """An optimizer that takes steps, and counts those that it does not take.
+
+    Attributes:
+        state: Tensors by parameter.
+        param_groups: The groups of parameters and their settings.
+    """
+
+    _skipped: Tensor | int = 0
+    _bundles: Sequence[Bundle] = ()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step. If a gradient or row is not finite, it changes nothing and is counted.
+
+        Args:
+            closure: Evaluates the model, calls `backward` and returns the loss.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            RuntimeError: If a gradient is sparse.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._is_switched():
+            self._follow()
+        for p in self._group_of:
+            if p.grad is not None and p.grad.is_sparse:
+                name = self._names.get(p, "a parameter")
+                raise RuntimeError(
+                    f"the gradient of {name!r} is sparse, which SINGD does not take: "
+                    "give its module sparse=False, or an optimizer of its own"
+                )
+        self._queue.flush()
+        if not self.state and self._is_no_step():
+            self._begin()
+            return loss
+        self._agree_on_rows()
+        self._part_with_rows()
+        scales = scaling.scales(self, self._given_scale)
+        if self._sharded is not None:
+            self._skipped = self._sharded.step(scales)
+            if not self.state:
+                self._sharded.show(self.state)
+        else:
+            self._step_whole(scales)
+        for group in self.param_groups:
+            group["steps"] += 1
+        self._forget_rows()
+        self._mask = self._given_scale = None
+        return loss
+
+    def _agree_on_rows(self) -> None:
+        """Have the same rows on all processes as others have them."""
+        group = self._processes if self._sharded is None else self._sharded.group
+        if group is not None and group.size() > 1:
+            trained = [one for one in self._layers if one.weight.requires_grad]
+            asked = [one for one in trained if one.kind.has_rows and may_be_due(one)]
+            if asked:
+                agree_on_rows(asked, group)
+
+    def _step_whole(self, scales: Scales) -> None:
+        """Step parameters that are here as a whole, with the rows of all processes."""
+        if self._processes is not None:
+            due = [one for one in self._layers if one.weight.requires_grad and is_due(one)]
+            for layer in due:
+                self._factors(layer)
+            reduce_rows(due, self._processes, summed=self._summed)
+        elif is_one_of_several() and any(layer.pending for layer in self._layers):
+            self._warn_once(ALONE)
+        ready, others = self._ready()
+        if ready or others:
+            self._warn_replaced()
+            self._take_step(ready, others, scales)
+        else:
+            self._check_parameters()
+
+    def _check_parameters(self) -> None:
+        """Refuse to train nothing, as the model has other parameters by now."""
+        theirs = set(self._model.parameters())
+        if theirs and not theirs & set(self._group_of):
+            raise RuntimeError(
+                "the model has none of the optimizer's parameters any more: build the optimizer "
+                "after what replaces them, such as fully_shard(model), model.to(...) and "
+                "load_state_dict(..., assign=True)"
+            )
+
+    def _warn_replaced(self) -> None:
+        """Warn of parameters in whose places the model has others, which nobody trains.
+
+        Each parameter is looked up in the model once, when it first has no gradient.
+        """
+        idle = {p for p in self._group_of if p.grad is None and p.requires_grad} - self._idle
+        if not idle:
+            return
+        self._idle |= idle
+        now = dict(self._model.named_parameters())
+        names = [name for p in self._group_of if p in idle for name in [self._names.get(p)]]
+        replaced = [name for name in names if name in now and now[name] not in self._group_of]
+        if replaced:
+            self._warn_once(
+                f"the model's parameter {replaced[0]!r} is not the one that was given to the "
+                f"optimizer, and is not trained ({len(replaced)} such in all): build the optimizer "
+                "after what replaces them, or optimizer.add_param_group({'params': new ones})"
+            )
+
+    def _begin(self) -> None:
+        """Have the state that the first steps would make."""
+        if self._sharded is not None:
+            self._sharded.begin()
+            self._sharded.show(self.state)
+        else:
+            self.state.update(_state.before_any_step(self._layers, self._fallback))
+
+    def _is_no_step(self) -> bool:
+        """Whether this is how torch.distributed.checkpoint makes the state that it loads into."""
+        rates_are_zero = all(float(group["lr"]) == 0.0 for group in self.param_groups)
+        return rates_are_zero and not any(layer.pending for layer in self._layers)
+
+    def set_current_grad_scale(self, scale: Any, *, unscaled: bool = False) -> None:
+        """Tell what the loss of the next step was multiplied by: it is divided out again.
+
+        torch.amp.GradScaler is asked by itself.
+
+        Args:
+            scale: The scale, a number or 0-d.
+            unscaled: Whether the gradients have been divided by it already, as for clipping.
+        """
+        self._given_scale = Given(scale, unscaled)
+
+    def _take_step(self, ready: list[Stack], others: list[nn.Parameter], scales: Scales) -> None:
+        shares = {id(g): warmed(settings_of(g), g["steps"]) for g in self.param_groups}
+        chosen = {
+            id(g): dataclasses.replace(settings_of(g), lr=g["lr"] * shares[id(g)])
+            for g in self.param_groups
+        }
+        layers = [layer for stack in ready for layer in stack.layers]
+        moving = [p for layer in layers for p in layer.parameters if p.grad is not None]
+        moving += others
+        of = partial(_unscaled, scales.grads)
+        raw = partial(_unscaled, None)
+        norms = finite.norms({p: raw(p) for p in moving}, scales.grads)
+        sizes = [x for layer in layers for x in layer.sizes()]
+        size = self._of_all(finite.total([*norms.values(), *sizes]))
+        ok = skip = None
+        if not isinstance(size, Tensor):  # then nothing is masked
+            if not math.isfinite(size):
+                self._skip(self._not_finite(norms, layers))
+                return
+        else:
+            ok = size < math.inf
+            skip = (~ok).to(torch.float32)
+
+        given = Gradients(of, raw, norms, lambda p: chosen[id(self._group_of[p])], scales, ok)
+        with scratch.lent(self._scratch):
+            moved = self._advance(ready, given)
+        grads = [of(p) for p in others]
+        _fallback.step_all(self._group_of, others, grads, self.state, skip, shares)
+        if ok is None and not all(moved):
+            still = [stack for stack, m in zip(ready, moved, strict=True) if not m]
+            names = [layer.name for stack in still for layer in stack.layers]
+            self._skip([f"the natural gradient of {name!r}" for name in names])
+        elif ok is not None:
+            failed = ~torch.stack([ok, *(m.to(ok.device) for m in moved)]).all()
+            self._skipped = self._skipped + failed.to(torch.float32)
+
+    def _advance(self, ready: list[Stack], given: Gradients) -> list[Any]:
+        """Change what belongs to layers, and return what moved."""
+        together: dict[Stack, None] = {}
+        if given.ok is not None:
+            so = (stack for stack in ready if bundle_step.steps_so(stack, given))
+            together = dict.fromkeys(so)
+            now, waiting = bundled(list(together), self._bundles, self._stacks)
+            self._bundles = now + waiting
+            moved = [bundle_step.advance(bundle, self.state, given) for bundle in now]
+        else:
+            moved = []
+        others = [stack for stack in ready if stack not in together]
+        return moved + [advance(stack, self.state, given) for stack in others]
+
+    def _of_all(self, size: Any) -> Any:
+        """The sum over all that step together of what is finite if their gradients and rows are."""
+        return size
+
+    @property
+    def skipped(self) -> int:
+        """How many steps changed nothing, as a gradient or row was not finite (a host sync)."""
+        count = int(self._skipped)
+        if count:  # on an accelerator the step did not wait to know which it was
+            there = {p: p.grad for p in self._group_of if type(p.grad) is Tensor}
+            self._warn_skipped(self._not_finite(finite.norms(there), []))
+        return count
+
+    def _skip(self, what: Sequence[str]) -> None:
+        self._skipped += 1
+        self._warn_skipped(what)
+
+    def _not_finite(self, norms: Mapping[nn.Parameter, Any], layers: Sequence[Layer]) -> list[str]:
+        """What of gradients and rows is not finite, of which the host may have to wait to know."""
+        found = [
+            f"the gradient of {self._names.get(p, 'a parameter')!r}"
+            for p, norm in norms.items()
+            if not math.isfinite(norm)
+        ]
+        return found + [
+            f"the curvature of {layer.name!r}"
+            for layer in layers
+            if not all(bool(x.isfinite().all()) for x in layer.sizes())
+        ]
+
+    def _warn_skipped(self, what: Sequence[str]) -> None:
+        text = " and ".join([*what[:2], f"{len(what) - 2} more"] if len(what) > 2 else what)
+        self._warn_once(
+            f"{text or 'a gradient or the rows of a layer'} was NaN or infinite: the step changed "
+            "nothing. `optimizer.skipped` counts such steps",
+            about="skipped",
+        )
+
+
+def _unscaled(scale: Any, p: nn.Parameter) -> Tensor:
+    """The gradient of a parameter, zeros where a layer's weight or bias has none."""
+    if p.grad is None:
+        return torch.zeros_like(p)
+    return p.grad if scale is None else ranged(p.grad) / scale

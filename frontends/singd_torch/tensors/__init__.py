@@ -1,0 +1,1 @@
+"""Tensors of torch: joined, in pieces, in memory that is used again."""

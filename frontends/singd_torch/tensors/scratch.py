@@ -1,0 +1,57 @@
+"""Memory that is written anew for each layer: on a CPU, new memory costs as much as a pass over it.
+
+A step needs two arrays of the size of the largest matrix. An optimizer keeps them, for all layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+from singd_torch.tensors import pieces
+
+# In numbers: less is given out again by the allocator, warm.
+_LEAST = 1 << 14
+
+AVERAGE, PRODUCT = 0, 1
+
+
+class Scratch:
+    """The memory of one optimizer."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[int, torch.dtype], Tensor] = {}
+
+    def take(self, shape: Sequence[int], like: Tensor, slot: int) -> Tensor:
+        """A tensor of any content. It is overwritten by the next one of this slot."""
+        n, key = math.prod(shape), (slot, like.dtype)
+        kept = self._kept.get(key)
+        if kept is None or kept.numel() < n:
+            kept = self._kept[key] = torch.empty(n, dtype=like.dtype)
+        return kept[:n].view(tuple(shape))
+
+
+_CURRENT: ContextVar[Scratch | None] = ContextVar("scratch", default=None)
+
+
+@contextlib.contextmanager
+def lent(scratch: Scratch) -> Iterator[None]:
+    """Let `empty` take from this memory."""
+    token = _CURRENT.set(scratch)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+
+
+def empty(shape: Sequence[int], like: Tensor, slot: int = AVERAGE) -> Tensor:
+    """A tensor of any content, in memory that is lent if it is large and on the host."""
+    scratch = _CURRENT.get()
+    if scratch is None or math.prod(shape) < _LEAST or not pieces.on_host(like):
+        return torch.empty(tuple(shape), dtype=like.dtype, device=like.device)
+    return scratch.take(shape, like, slot)

@@ -1,0 +1,163 @@
+"""What a kind of layer says about itself, so that everything else can treat it as a matrix."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from math import prod
+from typing import ClassVar
+
+from singd_core._array import Array, concat, full, namespace
+from singd_core.layers._sampling import Sample
+
+Shape = tuple[int, ...]
+
+
+class LayerKind(ABC):
+    """A kind of layer that is, seen rightly, a linear map `z = W a`.
+
+    A new kind writes these five methods, as a frozen dataclass (hashable, so that layers of equal
+    kind can be found), and nothing else. Rows are returned unscaled, with the numbers that scale
+    them, so that a caller can accumulate over micro-batches:
+
+        U = Aᵀ A / N,     G = M Bᵀ B     (mathematics.md, section 1)
+
+    Given a `sample`, `inputs` and `outputs` may return fewer rows, multiplied so that the sums
+    `AᵀA` and `BᵀB` of all rows are expected; N and M are always of all rows.
+
+    With `kfac_approx="expand"`, `Bᵀ A` of all rows is the gradient of the weight as a matrix. The
+    leading axes `*groups` below are layers of their own that share a call; most kinds have none.
+
+    Array arguments are arrays of any library that follows the Python Array API standard.
+
+    Attributes:
+        diagonal_inputs: Whether `inputs` returns rows that are only good for a diagonal K.
+        has_rows: Whether there are rows; else the factors learn from gradients alone.
+    """
+
+    diagonal_inputs: ClassVar[bool] = False
+    has_rows: ClassVar[bool] = True
+
+    @abstractmethod
+    def inputs(
+        self, x: Array, *, bias: bool, kfac_approx: str, sample: Sample | None = None
+    ) -> tuple[Array, int]:
+        """The rows `A` of the layer's input and their number `N`.
+
+        Args:
+            x: The layer's input, the batch first.
+            bias: Whether the layer has a bias: appends a column of ones.
+            kfac_approx: `"expand"`, every shared position is a row, or `"reduce"`, the mean over
+                the shared positions is (arXiv 2311.00636).
+            sample: Which rows to return; all if None.
+
+        Returns:
+            `A`, shape `(*groups, N, d_in [+ 1])`, of a sample fewer rows, and `N`.
+
+        Raises:
+            ValueError: If `kfac_approx` is unknown or `x` does not fit the layer.
+        """
+
+    def diagonal_rows(
+        self, x: Array, *, bias: bool, kfac_approx: str, sample: Sample | None = None
+    ) -> tuple[Array, int]:
+        """Rows, maybe fewer than `inputs` returns, whose `AᵀA` has the same diagonal.
+
+        A diagonal K wants no more. Arguments and results are as for `inputs`; `N` is the same.
+        """
+        return self.inputs(x, bias=bias, kfac_approx=kfac_approx, sample=sample)
+
+    @abstractmethod
+    def outputs(
+        self,
+        g: Array,
+        *,
+        kfac_approx: str,
+        loss_average: str | int | None,
+        sample: Sample | None = None,
+    ) -> tuple[Array, int]:
+        """The rows `B` of the gradient of the layer's output and the number `M` of loss terms.
+
+        Args:
+            g: The gradient of the reduced loss with respect to the layer's output.
+            kfac_approx: `"expand"`, every shared position is a row, or `"reduce"`, their sum is.
+            loss_average: What the loss is a mean over: `"batch"`, `"batch+sequence"` (the batch and
+                the shared positions), so many terms, or `None` if it is a sum.
+            sample: Which rows to return; all if None. `inputs` may return other rows.
+
+        Returns:
+            `B`, shape `(*groups, N, d_out)`, of a sample fewer rows, and `M`.
+
+        Raises:
+            ValueError: If `kfac_approx` or `loss_average` is unknown or `g` does not fit the layer.
+        """
+
+    @abstractmethod
+    def matrix(self, weight: Array, bias: Array | None = None) -> Array:
+        """The weight and bias, or their gradients, as the matrix `(*groups, d_out, d_in [+ 1])`.
+
+        Both may have further leading axes in common, of a stack of equal layers.
+        """
+
+    @abstractmethod
+    def split(
+        self, matrix: Array, weight_shape: Sequence[int], bias: bool
+    ) -> tuple[Array, Array | None]:
+        """The weight and bias (or None) of a matrix: the inverse of `matrix`, views if possible.
+
+        `weight_shape` is the shape of one layer's weight, also where the matrix is a stack.
+        """
+
+    @abstractmethod
+    def shape(self, weight_shape: Sequence[int], bias: bool) -> tuple[Shape, int, int]:
+        """The shape of the matrix as `(groups, d_out, d_in [+ 1])`, `groups` being a tuple."""
+
+
+def is_expand(kfac_approx: str) -> bool:
+    """Whether the approximation is `"expand"` (else it is `"reduce"`)."""
+    if kfac_approx not in ("expand", "reduce"):
+        raise ValueError(f"kfac_approx = {kfac_approx!r}: choose 'expand' or 'reduce'")
+    return kfac_approx == "expand"
+
+
+def loss_terms(loss_average: str | int | None, batch: int, shared: Sequence[int]) -> int:
+    """The number `M` of terms that the loss is a mean over (1 for a sum)."""
+    if loss_average is None:
+        return 1
+    if type(loss_average) is int and loss_average > 0:
+        return loss_average
+    if loss_average == "batch":
+        return batch
+    if loss_average == "batch+sequence":
+        return batch * prod(shared)
+    raise ValueError(
+        f"loss_average = {loss_average!r}: choose 'batch', 'batch+sequence', the number of terms "
+        "that the loss is a mean of, or None for a sum"
+    )
+
+
+def append_bias(matrix: Array, bias: Array | None) -> Array:
+    """`matrix`, shape (..., d_out, d_in), with `bias`, shape (..., d_out), as its last column."""
+    return matrix if bias is None else concat((matrix, bias[..., None]), axis=-1)
+
+
+def append_ones(x: Array, axis: int, value: float = 1.0) -> Array:
+    """`x` with one more entry along `axis`, filled with ones (or another value)."""
+    if x.shape[axis] == 0:
+        return full((*x.shape[:axis], 1, *x.shape[axis + 1 :]), value, like=x)
+    index = (slice(None),) * axis + (slice(0, 1), ...)
+    return concat((x, namespace(x).full_like(x[index], value)), axis=axis)
+
+
+def two_axes(weight_shape: Sequence[int], kind: LayerKind) -> tuple[int, int]:
+    """The shape of a weight with two axes.
+
+    Raises:
+        ValueError: If it has another number of axes.
+    """
+    if len(weight_shape) != 2:
+        raise ValueError(
+            f"{kind} has a weight of 2 axes, not of shape {tuple(weight_shape)}: give the kind of "
+            "the layer in layers="
+        )
+    return weight_shape[0], weight_shape[1]

@@ -1,0 +1,82 @@
+"""The rows of an embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from singd_core._array import Array, device, namespace
+from singd_core.layers._sampling import Sample
+from singd_core.layers.base import LayerKind, Shape, two_axes
+from singd_core.layers.linear import Linear
+
+
+@dataclass(frozen=True)
+class Embedding(LayerKind):
+    """A look-up in a table `(entries, d_out)`: a linear map of one-hot rows, `d_in = entries`.
+
+    U is the diagonal of the entries' frequencies, so the factor K has to be diagonal. Where an
+    entry's positions share a sequence, expand is the only approximation: `"reduce"` would average
+    one-hot rows to what is no look-up.
+
+    Attributes:
+        entries: The number of entries of the table.
+        padding_idx: An entry that gets no gradient, or None.
+    """
+
+    entries: int
+    padding_idx: int | None = None
+
+    diagonal_inputs = True
+
+    def inputs(
+        self, x: Array, *, bias: bool, kfac_approx: str, sample: Sample | None = None
+    ) -> tuple[Array, int]:
+        """One row of the roots of the entries' counts: its square has the diagonal of `AᵀA`.
+
+        Args:
+            x: Indices, shape `(batch, *shared)`, of an integer dtype.
+            bias: Must be False: a table has none.
+            kfac_approx: Ignored, see the class.
+            sample: Ignored: few numbers are read, and rare entries would be missed.
+
+        Returns:
+            `A`, shape `(1, entries)`, in float32, and the number `N` of indices.
+        """
+        # Sorting counts without a scatter, which the standard lacks, and without a host sync.
+        xp, N = namespace(x), prod(x.shape)
+        if xp.iinfo(x.dtype).max <= self.entries:  # such as bytes for 256 entries
+            x = xp.astype(x, xp.int32)
+        entries = xp.arange(self.entries + 1, dtype=x.dtype, device=device(x))
+        found = xp.searchsorted(xp.sort(xp.reshape(x, (N,))), entries)
+        counts = xp.astype(found[1:] - found[:-1], xp.float32)
+        if self.padding_idx is not None:
+            counts = xp.where(entries[:-1] == self.padding_idx, xp.zeros_like(counts), counts)
+        return xp.sqrt(counts)[None, :], N
+
+    def outputs(
+        self,
+        g: Array,
+        *,
+        kfac_approx: str,
+        loss_average: str | int | None,
+        sample: Sample | None = None,
+    ) -> tuple[Array, int]:
+        """The rows `B`, shape `(N, d_out)`, of the gradient `(batch, *shared, d_out)`; and `M`."""
+        return Linear().outputs(g, kfac_approx="expand", loss_average=loss_average, sample=sample)
+
+    def matrix(self, weight: Array, bias: Array | None = None) -> Array:
+        """The table turned, `(d_out, entries)`."""
+        return weight.mT
+
+    def split(
+        self, matrix: Array, weight_shape: Sequence[int], bias: bool
+    ) -> tuple[Array, Array | None]:
+        """The table, a view."""
+        return matrix.mT, None
+
+    def shape(self, weight_shape: Sequence[int], bias: bool) -> tuple[Shape, int, int]:
+        """`((), d_out, entries)`."""
+        entries, d_out = two_axes(weight_shape, self)
+        return (), d_out, entries

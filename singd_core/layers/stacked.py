@@ -1,0 +1,68 @@
+"""The rows of linear layers whose weights are stored as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from singd_core._array import Array, namespace
+from singd_core.layers._sampling import Sample
+from singd_core.layers.base import LayerKind, Shape, append_bias, two_axes
+from singd_core.layers.linear import Linear
+
+
+@dataclass(frozen=True)
+class StackedLinear(LayerKind):
+    """`parts` linear layers in one weight `(parts · d_out, d_in)`: attention's query, key, value.
+
+    Each part has factors of its own, on a batch axis. `inputs` and `outputs` speak of one part:
+    the parts may see different rows, of different number.
+    """
+
+    parts: int
+
+    def inputs(
+        self, x: Array, *, bias: bool, kfac_approx: str, sample: Sample | None = None
+    ) -> tuple[Array, int]:
+        """The rows `A`, shape `(N, d_in [+ 1])`, of one part's input; and `N`."""
+        return Linear().inputs(x, bias=bias, kfac_approx=kfac_approx, sample=sample)
+
+    def diagonal_rows(
+        self, x: Array, *, bias: bool, kfac_approx: str, sample: Sample | None = None
+    ) -> tuple[Array, int]:
+        """One row of the roots of the diagonal of `AᵀA` of one part's input."""
+        return Linear().diagonal_rows(x, bias=bias, kfac_approx=kfac_approx, sample=sample)
+
+    def outputs(
+        self,
+        g: Array,
+        *,
+        kfac_approx: str,
+        loss_average: str | int | None,
+        sample: Sample | None = None,
+    ) -> tuple[Array, int]:
+        """The rows `B`, shape `(N, d_out)`, of one part's output gradient; and `M`."""
+        return Linear().outputs(
+            g, kfac_approx=kfac_approx, loss_average=loss_average, sample=sample
+        )
+
+    def matrix(self, weight: Array, bias: Array | None = None) -> Array:
+        """The parts, `(parts, d_out, d_in)`, each with its bias as the last column."""
+        *stack, _, d_in = weight.shape
+        parts = namespace(weight).reshape(weight, (*stack, self.parts, -1, d_in))
+        if bias is not None:
+            bias = namespace(bias).reshape(bias, (*stack, self.parts, -1))
+        return append_bias(parts, bias)
+
+    def split(
+        self, matrix: Array, weight_shape: Sequence[int], bias: bool
+    ) -> tuple[Array, Array | None]:
+        """The weight and the bias."""
+        xp, stack = namespace(matrix), matrix.shape[:-3]
+        weight = xp.reshape(matrix[..., :-1] if bias else matrix, (*stack, *weight_shape))
+        return weight, xp.reshape(matrix[..., -1], (*stack, weight_shape[0])) if bias else None
+
+    def shape(self, weight_shape: Sequence[int], bias: bool) -> tuple[Shape, int, int]:
+        """`((parts,), d_out, d_in [+ 1])`."""
+        d_out, d_in = two_axes(weight_shape, self)
+        return (self.parts,), d_out // self.parts, d_in + bias

@@ -1,0 +1,119 @@
+"""The rows of a transposed convolution, of any number of spatial axes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import prod
+
+from singd_core._array import Array
+from singd_core.layers._sampling import Sample
+from singd_core.layers._windows import Size
+from singd_core.layers.base import LayerKind, Shape, is_expand, loss_terms
+from singd_core.layers.convolution import Convolution
+
+
+@dataclass(frozen=True)
+class TransposedConvolution(LayerKind):
+    """A transposed convolution as the linear map from each input position to a patch of the output.
+
+    Input `(batch, C_in, *spatial)`, or without the batch axis for a batch of one; weight
+    `(C_in, C_out, *kernel_size)`, without channel groups. Patches are added up where they overlap
+    in the output, so `d_in = C_in` and `d_out = C_out · K1 · K2 ...`, and the rows `B` are patches
+    of the output's gradient: what the convolution that this one transposes sees of its input.
+    A bias, which is added once to each output pixel, is no column of the matrix.
+
+    Args:
+        kernel_size: One entry for each spatial axis.
+        stride: A number, or one for each spatial axis.
+        padding: A number, or one for each spatial axis.
+        dilation: A number, or one for each spatial axis.
+
+    Raises:
+        ValueError: If an argument is outside of what is said here.
+
+    Example:
+        >>> import numpy as np
+        >>> layer = TransposedConvolution((2, 2), stride=2)
+        >>> A, N = layer.inputs(np.ones((8, 4, 5, 5)), bias=False, kfac_approx="expand")
+        >>> B, M = layer.outputs(
+        ...     np.ones((8, 3, 10, 10)), kfac_approx="expand", loss_average="batch"
+        ... )
+        >>> A.shape, N, B.shape, M
+        ((200, 4), 200, (200, 12), 8)
+    """
+
+    kernel_size: Sequence[int] = field(compare=False)
+    stride: Size = field(default=1, compare=False)
+    padding: Size = field(default=0, compare=False)
+    dilation: Size = field(default=1, compare=False)
+    convolution: Convolution = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        padding = self.padding if isinstance(self.padding, int) else tuple(self.padding)
+        of = Convolution(self.kernel_size, self.stride, padding, self.dilation)
+        object.__setattr__(self, "convolution", of)
+
+    def inputs(
+        self, x: Array, *, bias: bool, kfac_approx: str, sample: Sample | None = None
+    ) -> tuple[Array, int]:
+        """The rows `A`, shape `(N, d_in)`, of `(batch, C_in, *spatial)`; and `N`.
+
+        Raises:
+            ValueError: If there is to be a bias, or as for every kind.
+        """
+        _refuse(bias)
+        A, _ = self.convolution.outputs(
+            x, kfac_approx=kfac_approx, loss_average=None, sample=sample
+        )
+        batch, positions = self._lengths(x)
+        if is_expand(kfac_approx):
+            return A, batch * positions
+        return A / positions, batch  # a mean where gradients are summed up
+
+    def outputs(
+        self,
+        g: Array,
+        *,
+        kfac_approx: str,
+        loss_average: str | int | None,
+        sample: Sample | None = None,
+    ) -> tuple[Array, int]:
+        """The rows `B`, shape `(N, d_out)`, of `(batch, C_out, *pixels)`; and `M`.
+
+        The shared positions of the loss are the positions of the input.
+        """
+        B, _ = self.convolution.inputs(g, bias=False, kfac_approx=kfac_approx, sample=sample)
+        batch, _ = self._lengths(g)
+        windows = self.convolution.windows
+        pixels = g.shape[g.ndim - len(windows) :]
+        shared = [window.positions(n) for window, n in zip(windows, pixels, strict=True)]
+        M = loss_terms(loss_average, batch, shared)
+        return (B if is_expand(kfac_approx) else B * prod(shared)), M
+
+    def matrix(self, weight: Array, bias: Array | None = None) -> Array:
+        """The weight `(C_in, C_out, *kernel_size)` as a matrix; it takes no bias."""
+        _refuse(bias is not None)
+        return self.convolution.matrix(weight).mT
+
+    def split(
+        self, matrix: Array, weight_shape: Sequence[int], bias: bool
+    ) -> tuple[Array, Array | None]:
+        """A view of the weight, of shape `weight_shape`."""
+        return self.convolution.split(matrix.mT, weight_shape, False)
+
+    def shape(self, weight_shape: Sequence[int], bias: bool) -> tuple[Shape, int, int]:
+        """`((), d_out, C_in)`."""
+        _refuse(bias)
+        groups, d_in, d_out = self.convolution.shape(weight_shape, False)
+        return groups, d_out, d_in
+
+    def _lengths(self, x: Array) -> tuple[int, int]:
+        """The batch and the number of entries of the spatial axes."""
+        axes = len(self.convolution.windows)
+        return (x.shape[0] if x.ndim == axes + 2 else 1), prod(x.shape[x.ndim - axes :])
+
+
+def _refuse(bias: bool) -> None:
+    if bias:
+        raise ValueError("the bias of a transposed convolution is no column of its matrix")

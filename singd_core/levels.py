@@ -1,0 +1,124 @@
+"""How large the rows and columns of a natural gradient are, and what makes them alike."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Self, TypeVar
+
+from singd_core._array import (
+    Array,
+    Scalar,
+    at_least,
+    cast,
+    device,
+    expand,
+    multiply_add,
+    namespace,
+    number,
+    where,
+    widen,
+)
+from singd_core._settings import Rate
+from singd_core._tree import Tree, tree
+from singd_core.curvature import TINY
+
+T_Factors = TypeVar("T_Factors", bound=Any)
+
+# A row or column without entries is taken for one of this share of the mean square.
+FLOOR = 0.1
+EVEN = 1.0 - FLOOR  # the level of what is multiplied by 1
+
+# Matrices of more numbers are squared in so many parts.
+_WHOLE = 1 << 16
+_PARTS = 8
+
+
+@tree
+class Levels(Tree):
+    """Mean squares of the rows and columns of the balanced natural gradient, with mean 1.
+
+    Balanced entries have equal variance if gradients have the covariance of the curvature. Their
+    mean, which is what trains, differs from row to row: a step multiplies rows and columns by
+    (level + 0.1)^(−½) (docs/mathematics.md, section 5).
+
+    Attributes:
+        rows: Shape (..., d_out), with mean 1.
+        columns: Shape (..., d_in), with mean 1.
+    """
+
+    rows: Array
+    columns: Array
+
+    @classmethod
+    def even(cls, batch: Sequence[int], d_out: int, d_in: int, like: Array) -> Self:
+        """Before anything is measured, on the device of `like`."""
+        xp, dtype = namespace(like), widen(like[..., :0]).dtype
+        sides = ((*batch, d) for d in (d_out, d_in))
+        return cls(*(xp.ones(side, dtype=dtype, device=device(like)) for side in sides))
+
+    @property
+    def sides(self) -> tuple[Array, Array]:
+        """Those of the columns and of the rows, the sides of K and of C."""
+        return self.columns, self.rows
+
+    def scales(self) -> list[Array]:
+        """What the columns and the rows are multiplied by."""
+        return [scale(level) for level in self.sides]
+
+    def measured(self, natural: Array, weight: Scalar) -> Self:
+        """With the levels of a natural gradient that these scales have multiplied.
+
+        Args:
+            natural: n, shape (..., d_out, d_in), times any number for each matrix.
+            weight: How much it counts, in [0, 1]; a matrix of zeros does not.
+        """
+        of_rows, of_columns = self.rows + FLOOR, self.columns + FLOOR
+        rows, columns = _sums(natural, of_rows, of_columns)
+        rows, columns = rows * of_rows, columns * of_columns
+        total = number(namespace(rows).sum(rows, axis=-1))  # of the columns too
+        weight = where(total > TINY, weight + 0.0 * total, 0.0)
+        share = weight / at_least(total, TINY)
+        pairs = (self.rows, rows), (self.columns, columns)
+        return type(self)(
+            *(
+                multiply_add(
+                    new, expand(share * new.shape[-1], new), old * expand(1.0 - weight, old)
+                )
+                for old, new in pairs
+            )
+        )
+
+
+def scale(level: Array) -> Array:
+    """What a row or column of this level is multiplied by."""
+    return (level + FLOOR) ** -0.5
+
+
+def leveled(factors: T_Factors, natural: Array, lr_cov: Rate) -> T_Factors:
+    """The factors with the levels of a natural gradient, averaged at the rate `lr_cov`.
+
+    A step measures them if the next one refreshes the factors: what preconditions is made anew
+    then. The first one after a refresh counts in full, and none before.
+    """
+    levels = factors.levels
+    if levels is None:
+        return factors
+    k = number(factors.averages.k)
+    weight = where(k > 0.0, at_least(1.0 / at_least(k, 1.0), lr_cov), 0.0)
+    return dataclasses.replace(factors, levels=levels.measured(natural, weight))
+
+
+def _sums(n: Array, of_rows: Array, of_columns: Array) -> tuple[Array, Array]:
+    """The sums over columns of n² times their weights, and over rows; few rows at a time."""
+    xp, d_out = namespace(n), n.shape[-2]
+    step = d_out if n.shape[-1] * d_out <= _WHOLE else -(-d_out // _PARTS)
+    rows, columns = [], None
+    for start in range(0, max(1, d_out), max(1, step)):
+        some = slice(start, start + step)
+        part = cast(widen(n[..., some, :]), of_rows)
+        squares = part * part
+        rows.append((squares @ of_columns[..., None])[..., 0])
+        sums = (of_rows[..., None, some] @ squares)[..., 0, :]
+        columns = sums if columns is None else columns + sums
+    return rows[0] if len(rows) == 1 else xp.concat(rows, axis=-1), columns

@@ -1,0 +1,86 @@
+"""The inverse-free update of matrices that show no rows: Shampoo without roots and inverses."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Self
+
+from singd_core._array import (
+    Array,
+    Scalar,
+    at_least,
+    cast,
+    number,
+    ranged,
+    sum_of_squares,
+    where,
+)
+from singd_core._settings import Settings
+from singd_core._tree import tree
+from singd_core.curvature import TINY, Curvature, Rates
+from singd_core.rules.inverse_free import InverseFree, direction, half, stepped, stored
+from singd_core.structures.base import Structure
+
+
+@tree
+class Shampoo(InverseFree):
+    """The factors of one matrix, learned from its gradient G alone.
+
+    Up to a number, K Kᵀ ⊗ C Cᵀ approximates (E[g gᵀ] + λ I)⁻¹ of the gradient's entries g, in the
+    sense of the Kullback-Leibler divergence (Lin et al., arXiv 2402.03496). The number is taken
+    out: ‖K‖² = d_in and ‖C‖² = d_out, so that G → c G changes nothing.
+    `averages` has the mean square of G as t_G, and 0 as t_U, which is not known.
+    """
+
+    def by_rows(self) -> InverseFree:
+        """The same K and C for refreshes by rows, whose averages begin with the first."""
+        averages = self.averages.map(lambda a: a * 0.0)
+        return InverseFree(self.K, self.C, self.m_K, self.m_C, averages, self.levels)
+
+    def curvature(self, gradient: Array) -> Curvature:
+        """What a refresh wants of a gradient, shape (..., d_out, d_in).
+
+        The d_out rows of K are Cᵀ G, and the d_in rows of C are (G K)ᵀ: both have X = Cᵀ G K.
+        """
+        d_out, d_in = gradient.shape[-2:]
+        t = sum_of_squares(gradient, 2) * (1.0 / (d_out * d_in))
+        K, C = (L.astype(ranged(L.like[..., :0])) for L in (self.K, self.C))
+        X = C.apply_t(cast(K.apply_t(cast(gradient.mT, K.like)).mT, C.like))
+        H_K = K.outer(cast(X.mT, K.like)).scale(1.0 / d_out)
+        return Curvature(H_K, C.outer(X).scale(1.0 / d_in), t, t)
+
+    def directions(
+        self, curvature: Curvature, rates: Rates, s: Settings
+    ) -> tuple[Structure, Structure]:
+        """The directions in which K and C step, m of both (docs/mathematics.md, section 6)."""
+        damping = s.damping * curvature.t_G if s.relative_damping else s.damping
+        sides = (self.m_K, self.K, curvature.H_K), (self.m_C, self.C, curvature.H_C)
+        m_K, m_C = (_direction(*side, damping, s) for side in sides)
+        return m_K, m_C
+
+    def moved(
+        self, m: Sequence[Structure], betas: Sequence[Scalar], rates: Rates, s: Settings
+    ) -> Self:
+        """The factors one step later, in these directions and by these step sizes."""
+        K, C = (_moved(*own, s) for own in zip((self.K, self.C), m, betas, strict=True))
+        m_K, m_C = (stored(new, old) for new, old in zip(m, (self.m_K, self.m_C), strict=True))
+        averages = dataclasses.replace(rates.averages, t_U=rates.averages.t_U * 0.0)
+        return type(self)(K, C, m_K, m_C, self.averages.written(averages), self.levels)
+
+
+def _direction(
+    m: Structure | None, K: Structure, H: Structure, damping: Scalar, s: Settings
+) -> Structure:
+    """½ (M / h − I) with M = H + λ Π̂(KᵀK) and h its mean diagonal."""
+    h = number(H.trace()) / H.shape[-1] + damping
+    of_H = half(s) / at_least(h, TINY)
+    return direction(m, H, K.astype(H.like).gram(), of_H, of_H * damping, s)
+
+
+def _moved(K: Structure, m: Structure, beta: Scalar, s: Settings) -> Structure:
+    """K Expm(−β₁ m), divided by its root mean square over the rows; K itself if β₁ is 0."""
+    moves, K = beta > 0.0, stepped(K, m, 1.0, -1.0 * beta, s)
+    size = math.sqrt(K.shape[-1]) / at_least(number(K.norm()), TINY)
+    return K.scale(where(moves, size, 1.0)).astype(K.like)

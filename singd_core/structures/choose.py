@@ -1,0 +1,129 @@
+"""Which structures the factors of a layer get: by name, by cost, or by numbers a row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TypeAlias
+
+from singd_core.structures.base import Structure
+from singd_core.structures.blockdiagonal import blockdiagonal
+from singd_core.structures.dense import Dense
+from singd_core.structures.diagonal import Diagonal
+from singd_core.structures.registry import get
+
+DEFAULT = "cost:512"
+
+# Numbers that any factor may hold; operations that the products of any layer may take; the widest
+# and narrowest blocks.
+_SMALL = 1 << 16
+_FREE = 1 << 22
+_WIDEST = 1024
+_NARROWEST = 8
+
+Structures: TypeAlias = str | type[Structure] | Sequence[str | type[Structure]]
+MatrixShape: TypeAlias = tuple[Sequence[int], int, int]  # batch axes, d_out, d_in
+
+
+def resolve(
+    structures: Structures | None, shape: MatrixShape = ((), 1, 1), *, kfac: bool
+) -> tuple[type[Structure], type[Structure]]:
+    """The structures of K and C of one layer.
+
+    Args:
+        structures: Two names or classes, or one for both; `"auto:b"` for the richest of at most b
+            numbers a row; `"cost:n"` for the richest that cost little beside n rows a step; or None
+            for `"cost:512"`.
+        shape: The batch axes, d_out and d_in; names do not ask for it.
+        kfac: Whether they have to be dense.
+
+    Raises:
+        ValueError: If a name is unknown, or not dense for KFAC.
+    """
+    batch, d_out, d_in = shape
+    if kfac and structures is None:
+        return Dense, Dense
+    if structures is None:
+        structures = DEFAULT
+    kind, _, count = structures.partition(":") if isinstance(structures, str) else ("", "", "")
+    if kind in ("auto", "cost"):
+        if kfac:
+            raise ValueError(
+                f'structures="{structures}": KFAC inverts dense factors; choose "dense"'
+            )
+        if not count.isdecimal() or int(count) < 1:
+            wanted = {
+                "auto": '"auto:b" wants b >= 1 numbers a row',
+                "cost": '"cost:n" wants n >= 1',
+            }
+            raise ValueError(f'structures="{structures}": {wanted[kind]}')
+        if 0 in (d_out, d_in):
+            return Dense, Dense
+        if kind == "cost":
+            return by_cost(d_out, d_in, int(count), math.prod(batch))
+        return within(d_in, int(count)), within(d_out, int(count))
+    both = isinstance(structures, (str, type))
+    pair = (structures, structures) if both else structures
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise ValueError(
+            f"structures={structures!r}: give two, one for K and one for C, or one for both"
+        )
+    found = []
+    for i, name in enumerate(pair):
+        which = "structures" if both else f"structures[{i}]"
+        try:
+            found.append(get(name))
+        except ValueError as error:
+            raise ValueError(f"{which} = {error}") from None
+        if kfac and found[i] is not Dense:
+            raise ValueError(
+                f'{which} = "{found[i].name}": KFAC inverts dense factors; choose "dense", '
+                "or the inverse-free update (kfac=False)"
+            )
+    if 0 in (d_out, d_in):  # there is nothing to learn, and not every structure has a side of 0
+        return Dense, Dense
+    return found[0], found[1]
+
+
+def by_cost(
+    d_out: int, d_in: int, n: int, stack: int = 1
+) -> tuple[type[Structure], type[Structure]]:
+    """The richest structures of K and C that cost little in a step with n rows.
+
+    With blocks of sides w_K and w_C the two products of a step are 2 (w_K + w_C) d_out d_in
+    operations, where n rows take 6 n d_out d_in forward and backward: a tenth of them is spent. A
+    layer that is small may take 2^23 operations (a tenth of a millisecond), and no factor holds
+    more numbers than the weight, or than a small layer's. A stack of matrices is one layer.
+    """
+    numbers = max(d_out * d_in, _SMALL // max(1, stack))
+    sides = min(0.3 * n, _WIDEST) if d_out * d_in else 0.0
+    total = max(sides, min(256, _FREE // max(1, stack * d_out * d_in)))
+    most = [min(d, numbers // max(1, d), _WIDEST) for d in (d_in, d_out)]
+    w = [min(m, total / 2) for m in most]
+    w = [min(most[0], total - w[1]), min(most[1], total - w[0])]
+    return fitted(d_in, int(w[0]), (d_in, d_in - 1)), fitted(d_out, int(w[1]), (d_out,))
+
+
+def fitted(d: int, w: int, wholes: Sequence[int]) -> type[Structure]:
+    """The richest structure of side d with blocks of at most w: dense, blocks, or diagonal.
+
+    Blocks divide one of the `wholes` if they can without being less than half as large: the side,
+    or the side without the column of a bias.
+    """
+    if d <= w:
+        return Dense
+    if w < _NARROWEST:
+        return Diagonal
+    sizes = range(max(_NARROWEST, w // 2), w + 1)
+    even = [b for b in sizes if any(whole % b == 0 for whole in wholes)]
+    return blockdiagonal(max(even, default=w))
+
+
+def within(d: int, b: int) -> type[Structure]:
+    """The richest structure of side d with at most b numbers a row: dense, blocks, or diagonal.
+
+    More than 16 blocks are left to the diagonal: an update costs as much as b rows of the batch.
+    """
+    if d <= b:
+        return Dense
+    return blockdiagonal(b) if b > 1 and d <= 16 * b else Diagonal
