@@ -11,7 +11,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 # Stamps share one environment, and pip must not run twice in it at the same time.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-numpy compare test test-slow test-laws test-oldest test-newest test-gpu lint format bench race
+.PHONY: help demo demo-numpy compare test test-slow test-laws test-oldest test-newest test-gpu gpu lint format bench race
 .PHONY: docs release-check clean
 
 help: ## List the targets
@@ -69,6 +69,9 @@ test-newest: ## Run the same with the newest versions (PYTHON=python3.12 or newe
 
 test-gpu: ## Run tests/gpu with PYTHON, on a machine with a GPU; installs nothing
 	PYTHONPATH=.:frontends:$$PYTHONPATH $(PYTHON) -m pytest -c tests/gpu/pytest.ini tests/gpu $(ARGS)
+
+gpu: ## Run tests and benchmarks with PYTHON, on a machine with a GPU, into docs/gpu.md; installs nothing
+	$(PYTHON) benchmarks/gpu.py $(ARGS)
 
 lint: $(VENV)/.stamp-lint ## Check style, formatting and types
 	$(BIN)/ruff check

@@ -24,7 +24,7 @@ import torch
 from measure import Anatomy, Trainee, anatomy, seconds
 from optimizers import ENTRIES, Entry
 from pages import RESULTS, ROOT, environment
-from problems import PROBLEMS, Problem
+from problems import PROBLEMS, SMALL, Problem
 from rich.console import Console
 from rich.progress import Progress
 from steps import Kind, Row, load, save
@@ -148,12 +148,13 @@ def measure(
     ]
 
 
-def chosen(patterns: list[str]) -> list[str]:
-    """The optimizers that a pattern names and that are installed, and always SGD."""
+def chosen(patterns: list[str], device: torch.device) -> list[str]:
+    """The optimizers for a device that a pattern names and that are installed, and always SGD."""
     found = [
         name
-        for name in ENTRIES
-        if name == "SGD" or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+        for name, entry in ENTRIES.items()
+        if name in ("SGD", *patterns)
+        or (device.type in entry.devices and any(fnmatch.fnmatchcase(name, p) for p in patterns))
     ]
     for pattern in patterns:
         if not fnmatch.filter(ENTRIES, pattern):
@@ -169,7 +170,7 @@ def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
+    parser.add_argument("--models", nargs="+", choices=PROBLEMS, default=list(SMALL))
     parser.add_argument(
         "--optimizers", nargs="+", default=["*"], help="names, or patterns: SINGD/*"
     )
@@ -180,8 +181,9 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "benchmarks.md")
     parser.add_argument("--report", action="store_true", help="only write the page anew")
+    parser.add_argument("--no-page", action="store_true", help="only keep the results")
     args = parser.parse_args(given)
-    names = chosen(args.optimizers)
+    names = chosen(args.optimizers, args.device)
     console = Console(stderr=True)
     for problem in [] if args.report else args.models:
         start = time.perf_counter()
@@ -200,7 +202,7 @@ def main(given: list[str] | None = None) -> None:
             print(row.brief())
         if not args.quick:
             save(rows, args.results)
-    if not args.quick:
+    if not args.quick and not args.no_page:
         publish(load(args.results), args.page)
 
 

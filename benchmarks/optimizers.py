@@ -37,11 +37,15 @@ class Together(Optimizer):
 
 
 class Muon(Together):
-    """torch.optim.Muon for the layers' weights, kernels as matrices, and AdamW for the rest."""
+    """torch.optim.Muon for the layers' weights, kernels as matrices, and AdamW for the rest.
+
+    The rest has the weights that are embeddings too.
+    """
 
     def __init__(self, model: nn.Module, lr: float) -> None:
         layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-        self._weights = [m.weight for m in layers]
+        tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+        self._weights = [m.weight for m in layers if m.weight not in tables]
         self._matrices = [nn.Parameter(w.detach().flatten(1)) for w in self._weights]  # same memory
         # matched to AdamW's step sizes, so that one rate serves both
         muon = torch.optim.Muon(self._matrices, lr=lr, adjust_lr_fn="match_rms_adamw")
@@ -73,6 +77,10 @@ def _sgd(model: nn.Module, lr: float, T: int, loss_average: str) -> Optimizer:
 
 def _adamw(model: nn.Module, lr: float, T: int, loss_average: str) -> Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=lr)
+
+
+def _fused_adamw(model: nn.Module, lr: float, T: int, loss_average: str) -> Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
 
 
 def _muon(model: nn.Module, lr: float, T: int, loss_average: str) -> Optimizer:
@@ -157,6 +165,7 @@ class Entry:
         measured: The T to measure, those to race with if there are none.
         share: Which share of the steps refresh, None for one in T.
         late: Whether that is in the last of T steps, and not in the first.
+        devices: The types of devices that it is measured on.
         extra: The extra of pyproject.toml that brings its package; empty for torch's own and ours.
         package: The module that has to be there.
     """
@@ -168,6 +177,7 @@ class Entry:
     measured: tuple[int, ...] = ()
     share: float | None = None
     late: bool = False
+    devices: tuple[str, ...] = ("cpu", "cuda")
     extra: str = ""
     package: str = "torch"
 
@@ -203,6 +213,7 @@ _collected = partial(
 ENTRIES: dict[str, Entry] = {
     "SGD": Entry(build=_sgd, rates=(0.03, 0.1, 0.3, 1.0), refreshes=False),
     "AdamW": Entry(build=_adamw, rates=_ADAM_RATES, refreshes=False),
+    "AdamW/fused": Entry(build=_fused_adamw, rates=_ADAM_RATES, refreshes=False, devices=("cuda",)),
     "Muon": Entry(build=_muon, rates=(0.01, 0.03, 0.1, 0.3), refreshes=False),
     "SINGD/default": Entry(
         build=_default,

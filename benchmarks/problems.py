@@ -9,9 +9,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from task_data import CONTEXT, Split
-from task_networks import Transformer, dense
+from task_networks import Transformer, VisionTransformer, dense
 from tasks import Loss, symbol_loss
-from torch import nn
+from torch import Tensor, nn
 
 CHARACTERS = 65  # of tinyshakespeare
 
@@ -52,13 +52,58 @@ def labelled(*shape: int, classes: int) -> Split:
     return torch.randn(shape), torch.randint(classes, shape[:1])
 
 
-def windows() -> Split:
-    """Random characters and successors."""
-    x, y = torch.randint(CHARACTERS, (2, 16, CONTEXT))
+def windows(symbols: int = CHARACTERS, batch: int = 16, length: int = CONTEXT) -> Split:
+    """Random symbols and successors."""
+    x, y = torch.randint(symbols, (2, batch, length))
     return x, y
 
 
-PROBLEMS = {
+class Autocast(nn.Module):
+    """A network whose products are in bfloat16, and whose outputs are in float32."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            found: Tensor = self.network(x)
+        return found.float()
+
+
+def vit(layers: int, d: int, heads: int, *, batch: int, side: int, classes: int) -> Problem:
+    """A vision transformer over patches of 16 × 16 pixels."""
+
+    def model() -> nn.Module:
+        sizes = {"channels": 3, "side": side, "patch": 16, "classes": classes}
+        return Autocast(VisionTransformer(layers, d, heads, **sizes))
+
+    return Problem(
+        title=f"ViT, {layers} layers, d = {d}, {batch} images {side} × {side}, bfloat16 autocast",
+        model=model,
+        batch=partial(labelled, batch, 3, side, side, classes=classes),
+    )
+
+
+def gpt2(layers: int, d: int, heads: int, *, batch: int, length: int, symbols: int) -> Problem:
+    """A GPT-2, which has one matrix for its embedding and its head."""
+
+    def model() -> nn.Module:
+        network = Transformer(symbols, layers, d, heads, context=length)
+        nn.init.normal_(network.characters.weight, std=0.02)
+        network.head.weight = network.characters.weight
+        return Autocast(network)
+
+    return Problem(
+        title=f"GPT-2, {layers} layers, d = {d}, {batch} × {length} tokens, bfloat16 autocast",
+        model=model,
+        batch=partial(windows, symbols, batch, length),
+        loss=symbol_loss,
+        loss_average="batch+sequence",
+    )
+
+
+SMALL = {
     "mlp": Problem(
         title="MLP 784-512-512-10, batch 128",
         model=lambda: nn.Sequential(*dense([784, 512, 512, 10], nn.ReLU)),
@@ -87,3 +132,13 @@ PROBLEMS = {
         batch=partial(labelled, 128, 4096, classes=4096),
     ),
 }
+# For an accelerator; and the same in small, to try the programs that measure them.
+LARGE = {
+    "vit-s": vit(12, 384, 6, batch=64, side=224, classes=1000),
+    "gpt2-small": gpt2(12, 768, 12, batch=8, length=1024, symbols=50257),
+}
+TINY = {
+    "vit-tiny": vit(1, 16, 2, batch=2, side=32, classes=5),
+    "gpt2-tiny": gpt2(1, 16, 2, batch=2, length=8, symbols=11),
+}
+PROBLEMS = SMALL | LARGE | TINY

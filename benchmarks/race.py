@@ -36,15 +36,17 @@ from torch import nn
 
 CHECKS = 30  # evaluations of the loss over a training, in equal times
 EXAMPLES = 512  # at most so many, the same in all evaluations
+QUEUED = 8  # steps between two looks at the clock where a device has to be waited for
+CPU = torch.device("cpu")
 
 
-def train(run: Run, seconds: float) -> Curve:
+def train(run: Run, seconds: float, device: torch.device = CPU) -> Curve:
     """Train for some seconds; evaluations and the first call of everything take none of them."""
-    race = RACES[run.task]
-    _take_steps(run, race, 0.0, Curve(run, environment()), lambda model: float("nan"))
-    (x, y), (x_test, y_test) = race.task.data()
+    race, curve = RACES[run.task], Curve(run, environment(device))
+    warm_up = Curve(run, curve.environment)
+    _take_steps(run, race, 0.0, device, warm_up, lambda model: float("nan"))
+    (x, y), (x_test, y_test) = (tuple(a.to(device) for a in split) for split in race.task.data())
     every = -(-len(x) // EXAMPLES)
-    curve = Curve(run, environment())
 
     def loss(model: nn.Module) -> float:
         model.eval()
@@ -52,7 +54,7 @@ def train(run: Run, seconds: float) -> Curve:
         model.train()
         return found
 
-    model = _take_steps(run, race, seconds, curve, torch.no_grad()(loss))
+    model = _take_steps(run, race, seconds, device, curve, torch.no_grad()(loss))
     model.eval()
     with torch.no_grad():
         curve.metric = mean(race.task.metric, model, x_test, y_test)
@@ -60,19 +62,29 @@ def train(run: Run, seconds: float) -> Curve:
 
 
 def _take_steps(
-    run: Run, race: Race, seconds: float, curve: Curve, loss: Callable[[nn.Module], float]
+    run: Run,
+    race: Race,
+    seconds: float,
+    device: torch.device,
+    curve: Curve,
+    loss: Callable[[nn.Module], float],
 ) -> nn.Module:
     torch.manual_seed(run.seed)
-    model = race.task.model()
+    model = race.task.model().to(device)
     entry = ENTRIES[run.optimizer]
     optimizer = entry.build(model, run.rate, run.T, race.task.loss_average)
     rates = [group["lr"] for group in optimizer.param_groups]
     batches = race.task.batches(run.seed, 1_000_000)
     spent, steps = 0.0, 0
+    at_once = 1 if device.type == "cpu" else QUEUED
     while True:
         start = time.perf_counter()
-        _step(race, model, optimizer, next(batches))
-        spent, steps = spent + time.perf_counter() - start, steps + 1
+        for _ in range(at_once):
+            x, y = (part.to(device, non_blocking=True) for part in next(batches))
+            _step(race, model, optimizer, (x, y))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        spent, steps = spent + time.perf_counter() - start, steps + at_once
         if spent * CHECKS >= seconds * (len(curve.losses) + 1):
             curve.add(spent, steps, loss(model))
         if spent >= seconds or curve.diverged:
@@ -92,12 +104,18 @@ def _step(race: Race, model: nn.Module, optimizer: torch.optim.Optimizer, batch:
 
 
 def execute(
-    runs: list[Run], scale: float, workers: int, deadline: float, keep: Callable[[Curve], None]
+    runs: list[Run],
+    scale: float,
+    workers: int,
+    deadline: float,
+    keep: Callable[[Curve], None],
+    device: torch.device = CPU,
 ) -> None:
     """Train, each of the workers one run at a time, and start none after the deadline."""
     if workers == 0:
         for run in runs:
-            keep(train(run, scale * RACES[run.task].seconds))
+            if time.monotonic() < deadline:
+                keep(train(run, scale * RACES[run.task].seconds, device))
         return
     context = multiprocessing.get_context("spawn")
     waiting = iter(runs)
@@ -108,7 +126,7 @@ def execute(
                 run = next(waiting, None)
                 if run is None:
                     break
-                active.add(pool.submit(train, run, scale * RACES[run.task].seconds))
+                active.add(pool.submit(train, run, scale * RACES[run.task].seconds, device))
             if not active:
                 return
             done, active = futures.wait(active, return_when=futures.FIRST_COMPLETED)
@@ -127,13 +145,17 @@ def main(given: list[str] | None = None) -> None:
     )
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after")
     parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 2))
+    parser.add_argument("--device", type=torch.device, default=CPU, help="cuda: --results too")
     parser.add_argument("--scale", type=float, default=1.0, help="of the seconds of each training")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "benchmarks.md")
+    parser.add_argument("--no-page", action="store_true", help="only keep the results")
     args = parser.parse_args(given)
+    if args.device != CPU and args.results == RESULTS:
+        parser.error("--device needs --results: curves of other devices are kept apart")
     if args.scale != 1.0 and args.results == RESULTS:
         parser.error("--scale needs --results: curves of other lengths are kept apart")
-    names = {"AdamW", *chosen(args.optimizers)}  # AdamW sets the target
+    names = {"AdamW", *chosen(args.optimizers, args.device)}  # AdamW sets the target
     entrants = [entrant for entrant in ENTRANTS if entrant[0] in names]
     tasks = [name for name in args.tasks if not RACES[name].missing]
     for name in set(args.tasks) - set(tasks):
@@ -155,8 +177,9 @@ def main(given: list[str] | None = None) -> None:
             progress.advance(bar)
 
         while time.monotonic() < deadline and (todo := wanted()):
-            execute(todo, args.scale, args.workers, deadline, keep)
-    publish(curves, args.page)
+            execute(todo, args.scale, args.workers, deadline, keep, args.device)
+    if not args.no_page:
+        publish(curves, args.page)
 
 
 if __name__ == "__main__":

@@ -18,13 +18,18 @@ HEADER = ("optimizer", "T", "rate", "s to target", "of seeds", "steps", "ms a st
 
 def publish(curves: Curves, page: Path) -> None:
     """Write the page's tables and draw the picture beside it."""
-    raced = {task: counted(curves, task) for task in RACES}
-    raced = {task: found for task, found in raced.items() if found}
+    raced = complete(curves)
     if not raced:
         return
     picture = page.with_name("benchmarks-race.svg")
     save_svg(draw(curves, raced), picture)
-    parts = [f"![Training loss over seconds]({picture.name})"]
+    parts = [f"![Training loss over seconds]({picture.name})", *tables(curves, raced)]
+    write(page, "make race", "\n\n".join(parts))
+
+
+def tables(curves: Curves, raced: dict[str, dict[Entrant, list[Curve]]]) -> list[str]:
+    """A table of each task, and what it was measured on."""
+    parts = []
     for task, found in raced.items():
         race, goal = RACES[task].task, target(curves, task)
         assert goal is not None
@@ -33,8 +38,13 @@ def publish(curves: Curves, page: Path) -> None:
         header = [*HEADER, "of seeds", f"test {race.metric_name}"]
         parts += [title, table(header, [row for _, row in rows])]
     machines = {c.environment for found in raced.values() for mine in found.values() for c in mine}
-    parts.append("Measured on " + "; ".join(sorted(machines)) + " for each training.")
-    write(page, "make race", "\n\n".join(parts))
+    return [*parts, "Measured on " + "; ".join(sorted(machines)) + " for each training."]
+
+
+def complete(curves: Curves) -> dict[str, dict[Entrant, list[Curve]]]:
+    """The curves that count, of the tasks that some entrant has finished."""
+    raced = {task: counted(curves, task) for task in RACES}
+    return {task: found for task, found in raced.items() if found}
 
 
 def counted(curves: Curves, task: str) -> dict[Entrant, list[Curve]]:

@@ -39,7 +39,8 @@ def publish(rows: list[Row], page: Path) -> None:
             if of_problem:
                 parts += [f"**{PROBLEMS[name].title}**", table(HEADER, map(cells, of_problem))]
         parts += ["Measured on " + "; ".join(sorted({row.environment for row in mine})) + "."]
-        absent = [name for name in ENTRIES if name not in {row.optimizer for row in mine}]
+        there = {row.optimizer for row in mine}
+        absent = [n for n, entry in ENTRIES.items() if device in entry.devices and n not in there]
         if absent:
             parts += ["Not measured: " + ", ".join(absent) + "."]
     write(page, "make bench", "\n\n".join(parts))

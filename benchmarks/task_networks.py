@@ -157,14 +157,25 @@ def word_model() -> nn.Module:
 
 
 class VisionTransformer(nn.Module):
-    """Three layers of width 48 over the 16 patches of a 28 × 28 image."""
+    """Three layers of width 48 over the 16 patches of a 28 × 28 image, or of other sizes."""
 
-    def __init__(self, layers: int = 3, d: int = 48, heads: int = 4) -> None:
+    def __init__(
+        self,
+        layers: int = 3,
+        d: int = 48,
+        heads: int = 4,
+        *,
+        channels: int = 1,
+        side: int = 28,
+        patch: int = 7,
+        classes: int = 10,
+    ) -> None:
         super().__init__()
-        self.patches, self.positions = nn.Conv2d(1, d, 7, 7), nn.Parameter(torch.zeros(16, d))
+        self.patches = nn.Conv2d(channels, d, patch, patch)
+        self.positions = nn.Parameter(torch.zeros((side // patch) ** 2, d))
         nn.init.normal_(self.positions, std=0.02)
         self.blocks = nn.Sequential(*(Block(d, heads, causal=False) for _ in range(layers)))
-        self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, 10)
+        self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, classes)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.patches(images).flatten(2).transpose(1, 2) + self.positions

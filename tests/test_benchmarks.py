@@ -93,7 +93,7 @@ def test_the_steps_that_are_said_to_refresh_are_those_with_more_calls(tiny, name
 
 def test_a_name_that_no_optimizer_has_is_an_error():
     with pytest.raises(SystemExit, match="'SINGDX'; there are SGD, AdamW"):
-        importlib.import_module("bench").chosen(["SINGDX"])
+        importlib.import_module("bench").chosen(["SINGDX"], CPU)
 
 
 # ---- race.py ------------------------------------------------------------------------------------
