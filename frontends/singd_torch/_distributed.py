@@ -36,23 +36,40 @@ def group_of(processes: Any) -> dist.ProcessGroup:
     return processes
 
 
-def agree_on_rows(layers: Sequence[Layer], group: dist.ProcessGroup) -> None:
+def agree_on_rows(
+    layers: Sequence[Layer], group: dist.ProcessGroup, flags: Sequence[int] | None = None
+) -> list[int]:
     """Expect the same rows on all processes, which all have to call this with the same layers.
 
-    One may have lost the rows of a layer, or met a use of its weight that the others did not. It
-    tells them through the CPU where their group can, lest the host wait for an accelerator.
+    One may have lost the rows of a layer, or met a use of its weight that the others did not.
+
+    Returns:
+        The largest of the flags that the processes have for each layer.
     """
-    on_cpu = "cpu:" in str(dist.get_backend_config(group))
-    device = torch.device("cpu") if on_cpu else layers[0].weight.device
-    own = [[bool(layer.without_rows), *_uses(layer)] for layer in layers]
+    device = device_of_flags(group, layers[0].weight.device)
+    own = [
+        [bool(layer.without_rows), *_uses(layer), flag]
+        for layer, flag in zip(layers, flags or [0] * len(layers), strict=True)
+    ]
     found = torch.tensor(own, dtype=torch.float32, device=device)
     dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
-    for layer, (is_lost, *uses) in zip(layers, found.tolist(), strict=True):
+    largest = []
+    for layer, (is_lost, *uses, flag) in zip(layers, found.tolist(), strict=True):
+        largest.append(int(flag))
         if is_lost and not layer.without_rows:
             layer.lose_rows("used on another process in a way that no rows tell")
         for swapped, is_used in enumerate(uses):
             if is_used:
                 layer.know(Source(layer.weight, layer.kind, swapped=bool(swapped)))
+    return largest
+
+
+def device_of_flags(group: dist.ProcessGroup, device: torch.device) -> torch.device:
+    """Where processes tell each other what the host wants to know.
+
+    It is the CPU where their group can, lest the host wait for an accelerator.
+    """
+    return torch.device("cpu") if "cpu:" in str(dist.get_backend_config(group)) else device
 
 
 def _uses(layer: Layer) -> tuple[bool, bool]:

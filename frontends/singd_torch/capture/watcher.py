@@ -198,7 +198,7 @@ class Watcher(torch.optim.Optimizer):
 
     def _take_rows(self, layer: Layer, source: Source, x: Tensor, g: Tensor) -> None:
         if self._sharded is not None:
-            x, g = self._sharded.rows(layer, x, g)
+            x, g = self._sharded.sums.rows(layer, x, g)
         if self._sampled in (None, "inside") and not self._refused:
             self._factors(layer)
             factors, key = layer.factors_of(source.part), (source.part, source.swapped)
@@ -207,6 +207,8 @@ class Watcher(torch.optim.Optimizer):
                 self._begin_pass(layer, backward)
             for rows in layer.rows(source, x, g, self._mask):
                 self._queue.take(Call(layer, key, rows, factors, backward), lent=(x, g))
+            if self._sharded is not None:
+                self._sharded.sums.took(layer, self._queue.flush)
 
     def _begin_pass(self, layer: Layer, backward: int) -> None:
         """Drop the rows of an earlier pass whose gradient is gone, as by `model.zero_grad()`."""
@@ -214,6 +216,8 @@ class Watcher(torch.optim.Optimizer):
         if gone and self._sampled is None:  # `sampled_labels` takes gradients away itself
             self._queue.forget(layer)
             layer.pending = {}
+            if self._sharded is not None:
+                self._sharded.sums.dropped(layer)
         layer.last_pass = backward, Reach.of(layer.weight)
         if layer.last_pass[1] is Reach.UNKNOWN:
             after_pass(partial(self._end_pass, layer))
@@ -335,6 +339,8 @@ class Watcher(torch.optim.Optimizer):
         self._queue.forget()
         for layer in self._layers:
             layer.pending, layer.last_pass = {}, (-1, Reach.NOT)
+        if self._sharded is not None:
+            self._sharded.sums.forget()
         self._tell_taps()
 
     def _part_with_rows(self) -> None:

@@ -199,5 +199,13 @@ class Pending:
         M = (M if mean else torch.ones_like(M)) / processes**2
         return Pending(inputs, N.clamp(min=1), outputs, 0, M, self.backward, self.swapped)
 
+    def sent(self) -> Pending:
+        """What is left when its sums were sent: more calls of its pass are of the same loss."""
+        inputs, outputs = (
+            sums.map(lambda a: a.new_zeros(()).expand(a.shape))
+            for sums in (self.inputs, self.outputs)
+        )
+        return Pending(inputs, 0, outputs, 0, 0, self.backward, self.swapped)
+
     def _counts(self) -> tuple[Any, Any]:
         return self.N, self.M + self.M_now

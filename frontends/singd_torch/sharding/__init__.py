@@ -32,4 +32,5 @@ def parted(
     from singd_torch.sharding.boxes import group_of_parts
     from singd_torch.sharding.sharded import Sharded
 
-    return Sharded(group_of_parts(parts) if processes is None else processes, summed=summed)
+    group = group_of_parts(parts) if processes is None else processes
+    return Sharded(group, summed=summed, early=bool(parts))

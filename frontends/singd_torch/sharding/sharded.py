@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
-from singd_core.curvature import seen
 from singd_core.rules import Factors
-from singd_core.rules.inverse_free import InverseFree
 from singd_core.rules.shampoo import Shampoo
 from singd_torch import _state
+from singd_torch._distributed import agree_on_rows
 from singd_torch._loading import Loaded
 from singd_torch.capture.scaling import Scales
-from singd_torch.capture.watcher import is_due
-from singd_torch.layers.layer import Key, Layer
-from singd_torch.layers.pending import Pending
+from singd_torch.layers.layer import Layer
 from singd_torch.sharding import saving
 from singd_torch.sharding.boxes import boxes, local, local_gradient
 from singd_torch.sharding.exchange import Exchange
-from singd_torch.sharding.meter import Meter, by_samples
+from singd_torch.sharding.meter import Meter
 from singd_torch.sharding.owners import balanced
 from singd_torch.sharding.share import Share, alias, stand_in, stand_ins, stands_for
+from singd_torch.sharding.sums import Sums
 
 
 class Sharded:
@@ -42,10 +37,12 @@ class Sharded:
         group: All processes that step together.
         owners: The rank of the owner of each parameter of a layer.
         share: What this process steps.
+        sums: What gives the owners the rows of all.
     """
 
-    def __init__(self, group: dist.ProcessGroup, *, summed: bool) -> None:
-        self.group, self._summed = group, summed
+    def __init__(self, group: dist.ProcessGroup, *, summed: bool, early: bool) -> None:
+        """What `Sums` is told goes there."""
+        self.group, self.sums = group, Sums(group, summed=summed, early=early)
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
         self.owners: dict[nn.Parameter, int] = {}
         self.share = Share(group)
@@ -53,8 +50,6 @@ class Sharded:
         self._fallback: list[nn.Parameter] = []
         self._own: dict[nn.Parameter, Layer] = {}
         self._stand_ins: dict[nn.Parameter, nn.Parameter] = {}
-        self._tensor_parallel: DeviceMesh | None = None
-        self._split: set[nn.Parameter] = set()
 
     def arrange(
         self,
@@ -71,6 +66,7 @@ class Sharded:
         owners = balanced(layers, self.world, self.owners)
         self._layers, self._fallback = list(layers), list(fallback)
         self.owners = {p: owners[layer.weight] for layer in layers for p in layer.parameters}
+        self.sums.arrange(self._layers, self.owners)
         places = boxes(list(self.owners), self.group)
         self._exchange = Exchange(self.owners, places, self.group)
         self._stand_ins = {p: before[p] if p in plain else alias(p) for p in fallback}
@@ -123,6 +119,7 @@ class Sharded:
         """Have the state that was loaded, of layers that are arranged already."""
         share = self.share
         share.state.clear()
+        self.sums.forget()
         for p, part in self._stand_ins.items():
             own = found.entries.get(p)
             if own:
@@ -164,19 +161,16 @@ class Sharded:
             for p, part in zip(layer.parameters, plain.parameters, strict=True):
                 state[p] = shapes.get(part, {})
 
-    def rows(self, layer: Layer, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows of a call that are those of this process alone."""
-        if isinstance(g, DTensor):
-            self._tensor_parallel = g.device_mesh
-            self._split.add(layer.weight)
-            return by_samples(x), by_samples(g)
-        return x, g
-
     # ---- the step -------------------------------------------------------------------------------
+
+    def agree(self, layers: Sequence[Layer]) -> None:
+        """Expect the same rows on all processes, which all call this with the same layers."""
+        flags = agree_on_rows(layers, self.group, [self.sums.flag(layer) for layer in layers])
+        self.sums.flags = {layer.weight: flag for layer, flag in zip(layers, flags, strict=True)}
 
     def step(self, scales: Scales) -> Tensor | int:
         """Take a step, of all processes at once; how many were skipped so far."""
-        self._reduce_rows()
+        self.sums.give(self.share, self._own)
         for layer in self._layers:
             if layer.is_lost():  # as its owner finds
                 layer.seen = layer.by_gradient = True
@@ -228,86 +222,6 @@ class Sharded:
             if self.owners[p] == mine:  # its memory is not kept
                 part = self._stand_ins[p]
                 part.grad, part.data = None, stand_in(part).data
-
-    # ---- rows -----------------------------------------------------------------------------------
-
-    def _reduce_rows(self) -> None:
-        """Give the owners the sums of the rows of all processes."""
-        due = [layer for layer in self._layers if layer.weight.requires_grad and is_due(layer)]
-        entries = [
-            (layer, key, layer.pending.get(key) or layer.no_rows(key))
-            for layer in due
-            for key in layer.roles()
-        ]
-        if not entries:
-            return
-        known = self._rows_known(entries)
-        flats = {}
-        for owner in range(self.world):
-            tensors = [
-                t
-                for layer, _, pending in entries
-                if self.owners[layer.weight] == owner
-                for t in self._contribution(layer, pending)
-            ]
-            if tensors:
-                wide = any(t.dtype == torch.float64 for t in tensors)
-                dtype = torch.float64 if wide else torch.float32
-                flats[owner] = torch.cat([t.reshape(-1).to(dtype) for t in tensors])
-        for owner, flat in flats.items():
-            dist.reduce(flat, dist.get_global_rank(self.group, owner), group=self.group)
-        if self.rank in flats:
-            own = [e for e in entries if self.owners[e[0].weight] == self.rank]
-            self._take(own, flats[self.rank], known)
-        for layer, _ in known:
-            layer.seen, layer.by_gradient = True, False
-
-    def _take(
-        self,
-        entries: Sequence[tuple[Layer, Key, Pending]],
-        sums: Tensor,
-        known: set[tuple[Layer, Key]],
-    ) -> None:
-        """Make the sums over all processes those that the layers of the share step with."""
-        start = 0
-        for layer, key, pending in entries:
-            tensors = []
-            for t in pending.tensors():
-                end = start + t.numel()
-                tensors.append(sums[start:end].reshape(t.shape).to(t.dtype))
-                start = end
-            if not layer.rows_seen and (layer, key) not in known:
-                continue
-            mean, own = layer.group["loss_average"] is not None, self._own[layer.weight]
-            pending = pending.of_all(tensors, self._averaged(), mean=mean)
-            self.share._factors(own)
-            factors = own.factors_of(key[0])
-            if isinstance(factors, InverseFree):
-                inputs, outputs = seen(factors.K, pending.inputs), seen(factors.C, pending.outputs)
-                pending = dataclasses.replace(pending, inputs=inputs, outputs=outputs)
-            own.pending[key] = pending
-
-    def _contribution(self, layer: Layer, pending: Pending) -> list[Tensor]:
-        """What this process adds to the sums. Rows that several have are added by one of them."""
-        tensors, mesh = pending.tensors(), self._tensor_parallel
-        if mesh is None or layer.weight in self._split or mesh.get_local_rank() == 0:
-            return tensors
-        return [torch.zeros_like(t) for t in tensors]
-
-    def _rows_known(self, entries: Iterable[tuple[Layer, Key, Pending]]) -> set[tuple[Layer, Key]]:
-        """Of layers that never had rows, which have some now: the only thing that is waited for."""
-        asked = [(layer, key, pending) for layer, key, pending in entries if not layer.rows_seen]
-        if not asked:
-            return set()
-        counts = torch.stack([pending.tensors()[-2].double() for *_, pending in asked])
-        dist.all_reduce(counts, group=self.group)
-        pairs = zip(asked, counts.tolist(), strict=True)
-        return {(layer, key) for (layer, key, _), n in pairs if n > 0}
-
-    def _averaged(self) -> int:
-        """How many losses the gradients are an average of: tensor parallelism shares one."""
-        mesh = self._tensor_parallel
-        return 1 if self._summed else self.world // (1 if mesh is None else mesh.size())
 
 
 def _wants_weights(layer: Layer) -> bool:

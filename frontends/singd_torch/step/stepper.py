@@ -90,7 +90,11 @@ class Stepper(Watcher):
         if group is not None and group.size() > 1:
             trained = [one for one in self._layers if one.weight.requires_grad]
             asked = [one for one in trained if one.kind.has_rows and may_be_due(one)]
-            if asked:
+            if not asked:
+                return
+            if self._sharded is not None:
+                self._sharded.agree(asked)
+            else:
                 agree_on_rows(asked, group)
 
     def _step_whole(self, scales: Scales) -> None:

@@ -46,18 +46,20 @@ class Counted:
         self._all_to_all, self._all_reduce = dist.all_to_all_single, dist.all_reduce
         self._reduce = dist.reduce
         names = ("all_to_all_single", "all_reduce", "reduce")
-        self._patches = [mock.patch.object(dist, name, getattr(self, name)) for name in names]
-        for patch in self._patches:
+        patches = [mock.patch.object(dist, name, getattr(self, name)) for name in names]
+        for patch in patches:
             patch.start()
+        self._stop = [patch.stop for patch in patches]
         return self
 
     def __exit__(self, *args: Any) -> None:
-        for patch in self._patches:
-            patch.stop()
+        for stop in self._stop:
+            stop()
+        del self._stop, self._all_to_all, self._all_reduce, self._reduce
 
 
-def steps(rank: int, world: int, how: str) -> list[tuple[dict[str, int], dict[str, int]]]:
-    """The calls and the numbers sent in each step."""
+def steps(rank: int, world: int, how: str) -> list[tuple[Counted, Counted]]:
+    """What was sent by each backward pass, and by each step."""
     model: Any = models.new("characters")
     if how == "copies":
         model = DistributedDataParallel(model)
@@ -67,37 +69,37 @@ def steps(rank: int, world: int, how: str) -> list[tuple[dict[str, int], dict[st
     found = []
     for batch in models.data("characters"):
         optimizer.zero_grad()
-        models.loss(model, *models.part_of(batch, rank, world)).backward()
+        with Counted() as before:
+            models.loss(model, *models.part_of(batch, rank, world)).backward()
         with Counted() as counted:
             optimizer.step()
-        found.append((dict(counted.calls), dict(counted.numbers)))
+        found.append((before, counted))
     return found
 
 
 @pytest.mark.parametrize("how", ["parts", "copies"])
-def test_a_step_sends_gradients_and_changes_once_and_a_refresh_its_sums(how: str) -> None:
+def test_a_step_sends_gradients_and_changes_once_and_the_backward_pass_sums(how: str) -> None:
     world = 2
     model = models.new("characters")
     of_layers = sum(p.numel() for name, p in model.named_parameters() if "norm" not in name)
     layers = len(SINGD(model)._layers)
     found = gloo.run(world, steps, how)
-    for step in range(1, models.STEPS):  # before the first, nobody knows who has rows
-        refresh = step % 2 == 0
-        for calls, numbers in (each[step] for each in found):
-            assert calls == {"all_to_all": 2, "all_reduce": 1} | (
-                {"all_reduce": 2, "reduce": 2} if refresh else {}
-            )
-            # whether all is finite, and whether each layer has rows of both kinds
-            assert numbers["all_reduce"] == 1 + 3 * layers * refresh
-        sent = sum(each[step][1]["all_to_all"] for each in found)
-        there = 0 if how == "copies" else of_layers * (world - 1) / world
-        back = of_layers * (world - 1) * (1 if how == "copies" else 1 / world)
-        assert sent == there + back
     structures = [(layer.shape, layer.structures) for layer in SINGD(model)._layers]
     sums = sum(K.numbers(d_in) + C.numbers(d_out) for (_, d_out, d_in), (K, C) in structures)
     counts = 4 * len(structures)  # squares of both, N and M
-    for each in found:
-        assert each[2][1]["reduce"] == sums + counts
+    for step in range(1, models.STEPS):  # before the first, nobody knows who has rows
+        refresh = step % 2 == 0
+        for early, now in (each[step] for each in found):
+            calls = {"all_to_all": 2, "all_reduce": 2 if refresh else 1}
+            assert early.calls["reduce"] == (2 if refresh and how == "parts" else 0)
+            assert now.calls == calls | ({"reduce": 2} if refresh and how == "copies" else {})
+            # whether all is finite, and whether each layer has rows of both kinds
+            assert now.numbers["all_reduce"] == 1 + 4 * layers * refresh
+            assert early.numbers["reduce"] + now.numbers["reduce"] == (sums + counts) * refresh
+        sent = sum(each[step][1].numbers["all_to_all"] for each in found)
+        there = 0 if how == "copies" else of_layers * (world - 1) / world
+        back = of_layers * (world - 1) * (1 if how == "copies" else 1 / world)
+        assert sent == there + back
 
 
 def state_bytes(rank: int, world: int) -> int:

@@ -1,0 +1,219 @@
+"""Sums of rows that leave for the owners of their layers while a backward pass runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from singd_torch._distributed import device_of_flags
+from singd_torch.layers.layer import Key, Layer
+from singd_torch.layers.pending import Pending
+
+Entry: TypeAlias = tuple[Layer, Key, Pending]
+Place: TypeAlias = tuple[nn.Parameter, Key]
+
+# Sums of so many bytes leave together.
+BUCKET = 25 << 20
+
+# What became of a layer's rows after their sums had left: nothing, there were more, or they do not
+# count any more.
+KEPT, MORE, VOID = range(3)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Flat:
+    """Sums of layers that one process owns, in a row."""
+
+    owner: int
+    entries: Sequence[Entry]
+    numbers: Tensor
+
+    def read(self) -> dict[Place, list[Tensor]]:
+        """The sums by weight and key, in the order of `Pending.tensors`."""
+        found: dict[Place, list[Tensor]] = {}
+        start = 0
+        for layer, key, pending in self.entries:
+            own = found[layer.weight, key] = []
+            for t in pending.tensors():
+                end = start + t.numel()
+                own.append(self.numbers[start:end].reshape(t.shape).to(t.dtype))
+                start = end
+        return found
+
+
+class Stream:
+    """Sends the sums of layers in buckets, each as soon as all of its layers have had their rows.
+
+    The buckets and their order are those in which a backward pass of the first process had rows.
+    All processes send all of them once in each step with a refresh, whichever rows they have: what
+    has not left when the step begins leaves then. So they wait for each other in steps alone.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup, flats: Callable[[Iterable[Entry]], list[Flat]]
+    ) -> None:
+        """`flats` is what this process adds to the sums of entries."""
+        self._group, self._flats = group, flats
+        self._rank = dist.get_rank(group)
+        self._own_group: Any = None  # lest its calls wait behind those of `fully_shard`
+        self._plans: dict[Hashable, list[list[Layer]]] = {}
+        self._wanted: dict[nn.Parameter, int] = {}
+        self._begin()
+
+    def _begin(self) -> None:
+        self._buckets: list[list[Layer]] | None = None
+        self._next = 0
+        self._flying: list[tuple[Any, Flat]] = []
+        self._calls: Counter[nn.Parameter] = Counter()
+        self._order: dict[nn.Parameter, int] = {}
+        self._left: dict[Place, Pending | None] = {}
+        self._void: set[nn.Parameter] = set()
+        self._sums: dict[Place, list[Tensor]] = {}
+
+    def forget(self) -> None:
+        """Begin anew, without what was sent."""
+        if self._next:
+            self._finish({})
+        self._begin()
+
+    def rearrange(self) -> None:
+        """Have no buckets: the layers are others now. What was sent stays."""
+        if self._next:
+            self._finish({})
+        self._plans, self._buckets = {}, None
+
+    # ---- in a backward pass ---------------------------------------------------------------------
+
+    def took(
+        self, layer: Layer, due: Callable[[], Iterable[Layer]], measure: Callable[[], None]
+    ) -> None:
+        """A call has brought rows of a layer, one of those that are `due`.
+
+        `measure` makes sums of the rows that wait.
+        """
+        if self._buckets is None and self._plans:
+            self._buckets = self._plans.get(_likeness(due()), [])
+        self._calls[layer.weight] += 1
+        self._order[layer.weight] = self._calls.total()
+        if self._is_ready():
+            measure()
+        while self._is_ready():
+            self._launch({})
+
+    def dropped(self, layer: Layer) -> None:
+        """The rows that a layer has had so far do not count."""
+        del self._calls[layer.weight]
+        if any(weight is layer.weight for weight, _ in self._left):
+            self._void.add(layer.weight)
+
+    def _is_ready(self) -> bool:
+        buckets = self._buckets or ()
+        return self._next < len(buckets) and all(
+            self._calls[layer.weight] >= self._wanted.get(layer.weight, 1)
+            for layer in buckets[self._next]
+        )
+
+    def _launch(self, flags: Mapping[nn.Parameter, int]) -> None:
+        """Send the next bucket; rows of layers whose sums are void stay for the step."""
+        assert self._buckets is not None
+        entries: list[Entry] = []
+        for layer in self._buckets[self._next]:
+            for key in layer.roles():
+                pending = layer.pending.get(key)
+                self._left[layer.weight, key] = None
+                if pending is not None and flags.get(layer.weight) != VOID:
+                    entries.append((layer, key, pending))
+                    layer.pending[key] = self._left[layer.weight, key] = pending.sent()
+                else:
+                    entries.append((layer, key, layer.no_rows(key)))
+        self._next += 1
+        for flat in self._flats(entries):
+            root = dist.get_global_rank(self._group, flat.owner)
+            work = dist.reduce(flat.numbers, root, group=self._own_group, async_op=True)
+            self._flying.append((work, flat))
+        self._flying = [
+            (work, flat)
+            for work, flat in self._flying
+            if flat.owner == self._rank or not work.is_completed()
+        ]
+
+    # ---- in a step ------------------------------------------------------------------------------
+
+    def flag(self, layer: Layer) -> int:
+        """What became of the rows of a layer after they had left this process."""
+        if layer.weight in self._void:
+            return VOID
+        left = {key: own for (weight, key), own in self._left.items() if weight is layer.weight}
+        more = any(own is not left.get(key) for key, own in layer.pending.items())
+        return MORE if left and more else KEPT
+
+    def sent(
+        self, due: Sequence[Layer], flags: Mapping[nn.Parameter, int]
+    ) -> dict[Place, list[Tensor]]:
+        """What all have sent and still counts; empty lists for what is another's.
+
+        All processes call it in a step with the same layers and `flags`, the largest of all.
+        """
+        if self._buckets is None:
+            self._buckets = self._plans.get(_likeness(due), [])
+        self._finish(flags)
+        self._wanted |= self._calls
+        return {
+            place: self._sums.get(place, []) for place in self._left if flags.get(place[0]) != VOID
+        }
+
+    def _finish(self, flags: Mapping[nn.Parameter, int]) -> None:
+        """Send all that has not left, and wait for what is on its way."""
+        while self._next < len(self._buckets or ()):
+            self._launch(flags)
+        self._next = 0
+        for work, flat in self._flying:
+            work.wait()
+            if flat.owner == self._rank:
+                self._sums |= flat.read()
+        self._flying, self._buckets = [], []
+
+    def learn(self, due: Sequence[Layer]) -> None:
+        """Make buckets for steps in which the same layers are due, unless there are some.
+
+        All processes call it at the end of a step.
+        """
+        likeness, layers = _likeness(due), [layer for layer in due if layer.rows_seen]
+        if likeness in self._plans or not layers:
+            return
+        if self._own_group is None:
+            ranks = dist.get_process_group_ranks(self._group)
+            self._own_group = dist.new_group(ranks, use_local_synchronization=True)
+        device = device_of_flags(self._group, layers[0].weight.device)
+        last = self._calls.total() + 1
+        when = torch.tensor([self._order.get(one.weight, last) for one in layers], device=device)
+        dist.broadcast(when, dist.get_global_rank(self._group, 0), group=self._group)
+        self._plans[likeness] = [[]]
+        size = 0
+        for i in when.argsort(stable=True).tolist():
+            if size >= BUCKET:
+                self._plans[likeness].append([])
+                size = 0
+            self._plans[likeness][-1].append(layers[i])
+            size += _bytes(layers[i])
+
+
+def _likeness(due: Iterable[Layer]) -> Hashable:
+    """What steps have in common whose sums leave alike."""
+    return tuple((one.weight, *one.roles()) for one in due if one.rows_seen)
+
+
+def _bytes(layer: Layer) -> int:
+    """The size of the sums of a layer."""
+    batch, d_out, d_in = layer.shape
+    pairs = zip(layer.structures, (d_in, d_out), strict=True)
+    each = sum(structure.sums().numbers(d) for structure, d in pairs)
+    roles = {swapped for _, swapped in layer.roles()}
+    return each * math.prod(batch) * len(roles) * max(4, layer.weight.dtype.itemsize)

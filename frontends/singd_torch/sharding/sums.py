@@ -1,0 +1,161 @@
+"""The sums of the rows of all processes, which the owners of layers are sent."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from singd_core.curvature import seen
+from singd_core.rules.inverse_free import InverseFree
+from singd_torch.capture.watcher import is_due
+from singd_torch.layers.layer import Key, Layer
+from singd_torch.layers.pending import Pending
+from singd_torch.sharding.meter import by_samples
+from singd_torch.sharding.share import Share
+from singd_torch.sharding.stream import Entry, Flat, Place, Stream
+
+
+class Sums:
+    """Sums rows over processes, of which tensor parallelism has several work on the same ones.
+
+    Attributes:
+        stream: What sends sums while a backward pass runs, or None.
+        flags: What became of rows after they were sent, on all processes, by weight.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, *, summed: bool, early: bool) -> None:
+        """Gradients are `summed` over the processes, or averaged.
+
+        With `early`, sums are sent in backward passes: all processes call the same layers then.
+        """
+        self._group, self._summed = group, summed
+        self._rank, self._world = dist.get_rank(group), dist.get_world_size(group)
+        self._layers: Sequence[Layer] = ()
+        self._owners: Mapping[nn.Parameter, int] = {}
+        self._tensor_parallel: DeviceMesh | None = None
+        self._split: set[nn.Parameter] = set()
+        self.stream = Stream(group, self._flats) if early else None
+        self.flags: dict[nn.Parameter, int] = {}
+
+    def arrange(self, layers: Sequence[Layer], owners: Mapping[nn.Parameter, int]) -> None:
+        """Sum the rows of these layers from now on; all processes call it."""
+        if self.stream is not None:
+            self.stream.rearrange()
+        self._layers, self._owners = layers, owners
+
+    def forget(self) -> None:
+        """Drop what was sent."""
+        self.flags = {}
+        if self.stream is not None:
+            self.stream.forget()
+
+    def rows(self, layer: Layer, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows of a call that are those of this process alone."""
+        if isinstance(g, DTensor):
+            self._tensor_parallel = g.device_mesh
+            self._split.add(layer.weight)
+            return by_samples(x), by_samples(g)
+        return x, g
+
+    def took(self, layer: Layer, measure: Callable[[], None]) -> None:
+        """A call has brought rows of a layer; `measure` makes sums of those that wait."""
+        if self.stream is not None:
+            self.stream.took(layer, self._due, measure)
+
+    def dropped(self, layer: Layer) -> None:
+        """The rows that a layer has had so far do not count."""
+        if self.stream is not None:
+            self.stream.dropped(layer)
+
+    def flag(self, layer: Layer) -> int:
+        """What became of the rows of a layer after this process had sent them."""
+        return 0 if self.stream is None else self.stream.flag(layer)
+
+    def give(self, share: Share, own: Mapping[nn.Parameter, Layer]) -> None:
+        """Let the layers of this process have the sums of all; all processes call it in a step."""
+        due = self._due()
+        sent = {} if self.stream is None else self.stream.sent(due, self.flags)
+        entries = [
+            (layer, key, layer.pending.get(key) or layer.no_rows(key))
+            for layer in due
+            for key in layer.roles()
+        ]
+        known = self._rows_known(entries)
+        rest = [
+            (layer, key, pending)
+            for layer, key, pending in entries
+            if (layer.weight, key) not in sent or self.flags.get(layer.weight, 0)
+        ]
+        found: dict[Place, list[Tensor]] = {}
+        for flat in self._flats(rest):
+            dist.reduce(
+                flat.numbers, dist.get_global_rank(self._group, flat.owner), group=self._group
+            )
+            if flat.owner == self._rank:
+                found |= flat.read()
+        for layer, key, pending in entries:
+            mine = own.get(layer.weight)
+            if mine is not None and (layer.rows_seen or (layer, key) in known):
+                each = [s[layer.weight, key] for s in (sent, found) if s.get((layer.weight, key))]
+                total = [sum(tensors[1:], tensors[0]) for tensors in zip(*each, strict=True)]
+                share._factors(mine)
+                mine.pending[key] = self._of_all(mine, pending, key, total)
+        for layer, _ in known:
+            layer.seen, layer.by_gradient = True, False
+        if self.stream is not None:
+            self.stream.learn(due)
+
+    def _due(self) -> list[Layer]:
+        return [layer for layer in self._layers if layer.weight.requires_grad and is_due(layer)]
+
+    def _flats(self, entries: Iterable[Entry]) -> list[Flat]:
+        """What this process adds to the sums, in a row for each owner."""
+        of: dict[int, list[Entry]] = {}
+        for entry in entries:
+            of.setdefault(self._owners[entry[0].weight], []).append(entry)
+        found = []
+        for owner, own in sorted(of.items()):
+            tensors = [t for layer, _, pending in own for t in self._contribution(layer, pending)]
+            wide = any(t.dtype == torch.float64 for t in tensors)
+            dtype = torch.float64 if wide else torch.float32
+            flat = torch.cat([t.reshape(-1).to(dtype) for t in tensors])
+            found.append(Flat(owner, own, flat))
+        return found
+
+    def _contribution(self, layer: Layer, pending: Pending) -> list[Tensor]:
+        """What this process adds to the sums. Rows that several have are added by one of them."""
+        tensors, mesh = pending.tensors(), self._tensor_parallel
+        if mesh is None or layer.weight in self._split or mesh.get_local_rank() == 0:
+            return tensors
+        return [torch.zeros_like(t) for t in tensors]
+
+    def _of_all(self, own: Layer, pending: Pending, key: Key, sums: Sequence[Tensor]) -> Pending:
+        """The rows of all processes, as the factors of a layer measure them."""
+        mean = own.group["loss_average"] is not None
+        pending = pending.of_all(sums, self._averaged(), mean=mean)
+        factors = own.factors_of(key[0])
+        if isinstance(factors, InverseFree):
+            inputs, outputs = seen(factors.K, pending.inputs), seen(factors.C, pending.outputs)
+            pending = dataclasses.replace(pending, inputs=inputs, outputs=outputs)
+        return pending
+
+    def _rows_known(self, entries: Iterable[Entry]) -> set[tuple[Layer, Key]]:
+        """Of layers that never had rows, which have some now: the only thing that is waited for."""
+        asked = [(layer, key, pending) for layer, key, pending in entries if not layer.rows_seen]
+        if not asked:
+            return set()
+        counts = torch.stack([pending.tensors()[-2].double() for *_, pending in asked])
+        dist.all_reduce(counts, group=self._group)
+        pairs = zip(asked, counts.tolist(), strict=True)
+        return {(layer, key) for (layer, key, _), n in pairs if n > 0}
+
+    def _averaged(self) -> int:
+        """How many losses the gradients are an average of: tensor parallelism shares one."""
+        mesh = self._tensor_parallel
+        return 1 if self._summed else self._world // (1 if mesh is None else mesh.size())
