@@ -52,8 +52,8 @@ class Saving(Watcher):
                 self._sharded.go_on_from(found[0])
                 self._sharded.show(self.state)
                 return
-            self.state.update((p, own) for p, own in found[0].entries.items() if own)
             self._route()
+            self.state.update((p, own) for p, own in found[0].entries.items() if own)
             self._go_on_from(found[0].factors)
 
         # after the hooks of others that change what is loaded, before those that see what was

@@ -210,7 +210,7 @@ class SINGD(Stepper, Saving):
         group["params"] = params = parameters_of(group["params"])
         if len({id(p) for p in params}) < len(params):
             raise ValueError("a parameter is given twice in one parameter group")
-        self._names = {p: name for name, p in self._model.named_parameters()}
+        self._names |= {p: name for name, p in self._model.named_parameters()}
         for p in params:
             name = self._names.get(p, "a parameter")
             if nn.parameter.is_lazy(p):

@@ -248,6 +248,8 @@ def assert_without_rows(model: nn.Module, name: str, reason: str, *args: Tensor)
     again = SINGD(model)
     again.load_state_dict(optimizer.state_dict())
     assert repr(again) == repr(optimizer)
+    saved, loaded = optimizer.state_dict()["state"], again.state_dict()["state"]
+    torch.testing.assert_close(loaded, saved, rtol=0.0, atol=0.0)
     assert [str(w.message) for w in warned if name in str(w.message) and reason in str(w.message)]
     lines = {re.split(r"  +| \+ ", line)[0]: line for line in repr(optimizer).splitlines()[2:]}
     assert "SINGD without rows" in lines[name]

@@ -7,6 +7,7 @@ import inspect
 import types
 import weakref
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -130,18 +131,25 @@ class _Hooks:
         return _Hooks, ({},)
 
 
-def install(owner: Any, module: nn.MultiheadAttention) -> list[Tap]:
-    """Tap the fused call of a module until the end of the owner."""
+def sources(module: nn.MultiheadAttention) -> dict[str, list[Source | None]]:
+    """What rows the fused call has, by the arguments that are weights; None of computed weights."""
 
-    def tap(weight: Tensor, part: int | None = None) -> Tap:
-        return Tap(owner, Source(weight, Linear(), part=part))
+    def source(owner: nn.Module, name: str, part: int | None = None) -> Source | None:
+        weight = owner._parameters.get(name)
+        return None if weight is None else Source(weight, Linear(), part=part, name=name)
 
-    taps = {"out_proj_weight": [tap(module.out_proj.weight)]}
+    found = {"out_proj_weight": [source(module.out_proj, "weight")]}
     if module._qkv_same_embed_dim:
-        taps["in_proj_weight"] = [tap(module.in_proj_weight, part) for part in range(3)]
+        found["in_proj_weight"] = [source(module, "in_proj_weight", part) for part in range(3)]
     else:
         for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
-            taps[name] = [tap(getattr(module, name))]
+            found[name] = [source(module, name)]
+    return found
+
+
+def install(owner: Any, module: nn.MultiheadAttention) -> list[Tap]:
+    """Tap the fused call of a module until the end of the owner."""
+    taps = {name: [Tap(owner, one) for one in each] for name, each in sources(module).items()}
     hooks = _Hooks(taps)
     for handle in (
         module.register_forward_pre_hook(hooks.before),
@@ -149,3 +157,9 @@ def install(owner: Any, module: nn.MultiheadAttention) -> list[Tap]:
     ):
         weakref.finalize(owner, handle.remove)
     return [tap for several in taps.values() for tap in several]
+
+
+def follow(taps: Sequence[Tap], module: nn.MultiheadAttention) -> None:
+    """Let the taps of a module watch the weights that it has now."""
+    for tap, source in zip(taps, chain(*sources(module).values()), strict=True):
+        tap.watch(source)

@@ -51,7 +51,7 @@ class Reach(enum.Enum):
     @classmethod
     def of(cls, weight: Tensor) -> Reach:
         """That of a leaf, in the backward pass that runs."""
-        if _is_in_parts(weight):
+        if is_in_parts(weight):
             return cls.UNKNOWN
         with torch.enable_grad():
             view = weight.view_as(weight).grad_fn
@@ -83,7 +83,8 @@ class Tap:
         self.due = False
         if owner is not None:
             self._handle = compiled.handle(self)
-            compiled.tell_apart(owner, source.weight)
+            if source is not None:
+                compiled.tell_apart(owner, source.weight)
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -99,10 +100,12 @@ class Tap:
     def _is_unseen(self, module: nn.Module) -> bool:
         """Whether a call was one of the layer that no mode has probed."""
         owner = None if self._owner is None else self._owner()
-        if owner is None or owner.weight_calls.has_probed(self.source.weight):
+        if owner is None or self.source is None or "forward" in vars(module):
+            return False
+        if owner.weight_calls.has_probed(self.source.weight):
             return False
         own = module._parameters.get(self.source.name)
-        return own is None or own.is_leaf  # else torch.func.functional_call was given another
+        return own is not None and own.is_leaf  # else it is computed, or functional_call's
 
     def wanted(self) -> bool:
         """Whether a call of the module now should be probed."""
@@ -141,14 +144,23 @@ class Tap:
         """Ask the owner whether rows are wanted."""
         self.due = self._rows() is not None
 
+    def watch(self, source: Any) -> None:
+        """Take rows of another source from now on, or of none."""
+        owner = None if self._owner is None else self._owner()
+        if owner is not None and source is not None and source.weight is not self._weight():
+            compiled.tell_apart(owner, source.weight)
+        self.source = source
+
     def follow(self, new: Mapping[Tensor, Tensor]) -> None:
         """Watch the weight that is in the place of its own now, if there is one."""
-        if self.source is not None and self.source.weight in new:
-            self.source = self.source.of(new)
-            compiled.tell_apart(self._owner(), self.source.weight)  # type: ignore[misc]
+        if self._weight() in new:
+            self.watch(self.source.of(new))
+
+    def _weight(self) -> Any:
+        return None if self.source is None else self.source.weight
 
     def _rows(self) -> Rows | None:
-        owner = None if self._owner is None else self._owner()
+        owner = None if self._owner is None or self.source is None else self._owner()
         return None if owner is None else owner.rows_wanted(self.source)
 
     @property
@@ -196,7 +208,7 @@ def _base(output: Tensor) -> Tensor:
     return base if same and base.is_contiguous() and output.is_contiguous() else output
 
 
-def _is_in_parts(weight: Tensor) -> bool:
+def is_in_parts(weight: Tensor) -> bool:
     """Whether several processes have parts of a weight: then it is a DTensor."""
     return type(weight) not in (Tensor, nn.Parameter)
 
@@ -205,7 +217,7 @@ def install(owner: Any, source: Any, module: nn.Module) -> list[Tap]:
     """Tap a module until the end of the owner."""
     tap = Tap(owner, source)
     # Tensor parallelism has a hook that makes the output another tensor.
-    first = _is_in_parts(source.weight)
+    first = is_in_parts(source.weight)
     handle = module.register_forward_hook(tap, with_kwargs=True, prepend=first)
     weakref.finalize(owner, handle.remove)
     return [tap]

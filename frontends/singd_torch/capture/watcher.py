@@ -20,6 +20,7 @@ from singd_torch._warnings import warn
 from singd_torch.capture import attention
 from singd_torch.capture.calls import Calls, Hooks, Now
 from singd_torch.capture.calls import modules as modules_that_call
+from singd_torch.capture.changes import Makeup, check_shapes
 from singd_torch.capture.copies import leave_hooks_behind
 from singd_torch.capture.queue import Call, Queue
 from singd_torch.capture.scaling import Given
@@ -34,6 +35,10 @@ from singd_torch.tensors.scratch import Scratch
 
 if TYPE_CHECKING:  # it imports DTensor, for a second
     from singd_torch.sharding.sharded import Sharded
+
+
+# What the names of parameters have behind them that are not in the model any more.
+GONE = " (replaced)"
 
 
 class Watcher(torch.optim.Optimizer):
@@ -53,6 +58,7 @@ class Watcher(torch.optim.Optimizer):
     def _watch(self, model: nn.Module) -> None:
         """Begin with a model of which no layer is known yet."""
         self._model = model
+        self._names = {}
         self._layers: list[Layer] = []
         self._fallback: list[nn.Parameter] = []
         self._taps: dict[nn.Module, list[Tap]] = {}
@@ -62,7 +68,8 @@ class Watcher(torch.optim.Optimizer):
         self._queue = Queue()
         self._scratch = Scratch()
         self._warned: set[str] = set()
-        self._idle: set[nn.Parameter] = set()
+        self._shapes: dict[Tensor, torch.Size] = {}
+        self._makeup: Makeup | None = None
         self._reports = False
         self._given_scale: Given | None = None
         self._mask: Tensor | None = None
@@ -74,24 +81,19 @@ class Watcher(torch.optim.Optimizer):
     def _route(self) -> None:
         """Decide which parameters form layers, keeping what is known of those that stay."""
         old = {layer.weight: layer for layer in self._layers}
-        self._names = parameter_names(self._model, self.param_groups)
+        self._name()
         self._layers = find_all(self._model, self.param_groups)
         for layer in self._layers:
-            known = old.get(layer.weight)
-            if known is not None and known.is_like(layer):
+            layer.name, known = self._names.get(layer.weight, layer.name), old.get(layer.weight)
+            if known is not None and known.is_found_as(layer):
                 layer.factors, layer.pending, layer.seen = known.factors, known.pending, known.seen
                 layer.by_gradient = known.by_gradient
                 for module, source in known.sources:
                     if module is None:  # it was met in calls
                         layer.know(source)
-            elif known is not None:  # with or without a bias, the matrix has another shape
+            elif known is not None:  # it begins anew
                 self.state[layer.weight].clear()
-            for module, source in layer.sources:
-                if module is not None and source.by_output and module not in self._taps:
-                    if isinstance(module, nn.MultiheadAttention):
-                        self._taps[module] = attention.install(self, module)
-                    else:
-                        self._taps[module] = install(self, source, module)
+        self._tap()
         for module in modules_that_call(self._model, self._layers):
             if module not in self._hooked:
                 self._hooks.install(module, self)
@@ -100,10 +102,38 @@ class Watcher(torch.optim.Optimizer):
         self._stack_up()
         self._index()
 
+    def _name(self) -> None:
+        """Name the parameters, those that the model has no more by what they were."""
+        now = parameter_names(self._model, self.param_groups)
+        trained = (p for group in self.param_groups for p in group["params"] if p not in now)
+        gone = ((p, self._names[p]) for p in trained if p in self._names)
+        self._names = now | {p: name.removesuffix(GONE) + GONE for p, name in gone}
+
+    def _tap(self) -> None:
+        """Tap the modules whose inputs and outputs are those of layers, and no others."""
+        sources = {m: one for layer in self._layers for m, one in layer.sources if one.by_output}
+        for module, source in sources.items():
+            if module is None:
+                continue
+            if isinstance(module, nn.MultiheadAttention):
+                if module not in self._taps:
+                    self._taps[module] = attention.install(self, module)
+            elif module not in self._taps:
+                self._taps[module] = install(self, source, module)
+        for module, taps in self._taps.items():
+            if isinstance(module, nn.MultiheadAttention):
+                attention.follow(taps, module)
+            else:
+                taps[0].watch(sources.get(module))
+
     def _index(self) -> None:
         """Find layers and groups by parameters."""
         self._by_weight: dict[Tensor, Layer] = {layer.weight: layer for layer in self._layers}
         self._group_of = {p: group for group in self.param_groups for p in group["params"]}
+        for p in self._group_of:
+            self._shapes.setdefault(p, p.shape)
+        left_out = None if self._makeup is None else self._makeup.left_out
+        self._makeup = Makeup(self._model, self._group_of, left_out)
         owned = {p for layer in self._layers for p in layer.parameters}
         self._fallback = [p for p in self._group_of if p not in owned]
         self._share_out()
@@ -197,6 +227,7 @@ class Watcher(torch.optim.Optimizer):
         return partial(self._take_rows, layer, source) if is_due(layer) else None
 
     def _take_rows(self, layer: Layer, source: Source, x: Tensor, g: Tensor) -> None:
+        check_shapes(layer.parameters, self._shapes, self._names)
         if self._sharded is not None:
             x, g = self._sharded.sums.rows(layer, x, g)
         if self._sampled in (None, "inside") and not self._refused:
@@ -389,8 +420,12 @@ def is_due(layer: Layer) -> bool:
 
 def may_be_due(layer: Layer) -> bool:
     """Whether a step wants rows of a layer, unless this process has lost them by now."""
-    group = layer.group
-    return not layer.seen or _is_due(group["steps"], group["T"], group["growing_T"])
+    return not layer.seen or is_refresh(layer.group)
+
+
+def is_refresh(group: dict[str, Any]) -> bool:
+    """Whether the next step of a group refreshes the factors that there are."""
+    return _is_due(group["steps"], group["T"], group["growing_T"])
 
 
 @lru_cache(maxsize=16)

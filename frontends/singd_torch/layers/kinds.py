@@ -196,11 +196,19 @@ def _why(module: nn.Module, name: str) -> str:
     return f"{cls} gives none with its arguments"
 
 
+def is_known(module: nn.Module) -> bool:
+    """Whether the table has the class of a module, or one that it inherits from."""
+    return _find(module) is not None
+
+
+def methods(cls: type[nn.Module]) -> dict[str, Any]:
+    """The methods that decide what a module of a class does when it is called, by name."""
+    return {name: getattr(cls, name, None) for name in ("__call__", "forward", "_conv_forward")}
+
+
 def _has_forward_of(module: nn.Module, cls: type[nn.Module]) -> bool:
     """Whether a module does what its class in the table does, and not what a subclass adds."""
-    names = ("__call__", "forward", "_conv_forward")
-    same = all(getattr(type(module), n, None) is getattr(cls, n, None) for n in names)
-    return same and "forward" not in vars(module)
+    return methods(type(module)) == methods(cls) and "forward" not in vars(module)
 
 
 def _attention(module: nn.MultiheadAttention) -> Iterator[Use]:

@@ -147,9 +147,14 @@ class Layer:
             return None
         return Source(self.weight, kind, None, swapped, batch_second, biased or swapped)
 
-    def is_like(self, other: Layer) -> bool:
+    def is_found_as(self, other: Layer) -> bool:
         """Whether what is known of one is right for the other, of the same weight."""
-        return self.bias is other.bias and self.kind.has_rows == other.kind.has_rows
+        own, its = (
+            [(m, s.kind, s.swapped, s.by_output) for m, s in one.sources if m is not None]
+            for one in (self, other)
+        )
+        same = self.bias is other.bias and self.kind == other.kind
+        return same and self.structures == other.structures and own == its
 
     def has_module(self, source: Source) -> bool:
         """Whether calls of a module may be what this is a source of."""

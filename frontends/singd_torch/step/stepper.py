@@ -17,8 +17,10 @@ from singd_torch import _fallback, _state
 from singd_torch._distributed import agree_on_rows, reduce_rows
 from singd_torch._groups import settings_of
 from singd_torch.capture import scaling
+from singd_torch.capture.changes import check_shapes
+from singd_torch.capture.follower import Follower
 from singd_torch.capture.scaling import Given, Scales
-from singd_torch.capture.watcher import Watcher, is_due, may_be_due
+from singd_torch.capture.watcher import is_due, may_be_due
 from singd_torch.layers.layer import Layer
 from singd_torch.sharding.guards import ALONE, is_one_of_several
 from singd_torch.step import bundle_step
@@ -28,7 +30,7 @@ from singd_torch.step.stack_step import Gradients, advance
 from singd_torch.tensors import finite, scratch
 
 
-class Stepper(Watcher):
+class Stepper(Follower):
     """An optimizer that takes steps, and counts those that it does not take.
 
     Attributes:
@@ -58,6 +60,7 @@ class Stepper(Watcher):
                 loss = closure()
         if self._is_switched():
             self._follow()
+        check_shapes(self._group_of, self._shapes, self._names)
         for p in self._group_of:
             if p.grad is not None and p.grad.is_sparse:
                 name = self._names.get(p, "a parameter")
@@ -69,6 +72,8 @@ class Stepper(Watcher):
         if not self.state and self._is_no_step():
             self._begin()
             return loss
+        if self._sharded is None:  # else modules may have what was gathered for them
+            self._follow_model()
         self._agree_on_rows()
         self._part_with_rows()
         scales = scaling.scales(self, self._given_scale)
@@ -108,39 +113,9 @@ class Stepper(Watcher):
             self._warn_once(ALONE)
         ready, others = self._ready()
         if ready or others:
-            self._warn_replaced()
             self._take_step(ready, others, scales)
         else:
             self._check_parameters()
-
-    def _check_parameters(self) -> None:
-        """Refuse to train nothing, as the model has other parameters by now."""
-        theirs = set(self._model.parameters())
-        if theirs and not theirs & set(self._group_of):
-            raise RuntimeError(
-                "the model has none of the optimizer's parameters any more: build the optimizer "
-                "after what replaces them, such as fully_shard(model), model.to(...) and "
-                "load_state_dict(..., assign=True)"
-            )
-
-    def _warn_replaced(self) -> None:
-        """Warn of parameters in whose places the model has others, which nobody trains.
-
-        Each parameter is looked up in the model once, when it first has no gradient.
-        """
-        idle = {p for p in self._group_of if p.grad is None and p.requires_grad} - self._idle
-        if not idle:
-            return
-        self._idle |= idle
-        now = dict(self._model.named_parameters())
-        names = [name for p in self._group_of if p in idle for name in [self._names.get(p)]]
-        replaced = [name for name in names if name in now and now[name] not in self._group_of]
-        if replaced:
-            self._warn_once(
-                f"the model's parameter {replaced[0]!r} is not the one that was given to the "
-                f"optimizer, and is not trained ({len(replaced)} such in all): build the optimizer "
-                "after what replaces them, or optimizer.add_param_group({'params': new ones})"
-            )
 
     def _begin(self) -> None:
         """Have the state that the first steps would make."""

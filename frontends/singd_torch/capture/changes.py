@@ -1,0 +1,71 @@
+"""What a model was made of when its layers were found, to notice that it is another by now."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from singd_torch.capture.tap import is_in_parts
+from singd_torch.layers.kinds import is_known, methods
+
+
+class Makeup:
+    """What the modules of a model have: modules and parameters, and methods where it is a layer.
+
+    Attributes:
+        left_out: Parameters that required a gradient and were given to no group at construction.
+    """
+
+    def __init__(
+        self, model: nn.Module, trained: Collection[Tensor], left_out: Collection[Tensor] | None
+    ) -> None:
+        """`left_out` is None at construction."""
+        modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+        self._of = [(m, is_known(m), _made_of(m, is_known(m))) for m in modules]
+        names = {p: name for name, p in model.named_parameters() if p not in trained}
+        self.left_out = {p for p in names if p.requires_grad} if left_out is None else left_out
+        self._others = {p: name for p, name in names.items() if p not in self.left_out}
+
+    def is_other(self) -> bool:
+        """Whether a module has others now: pruned, parametrized, replaced, added or patched."""
+        return any(not _same(_made_of(m, known), made) for m, known, made in self._of)
+
+    def untrained(self) -> list[str]:
+        """The names of parameters that have a gradient and are in no group, if not by choice."""
+        return [name for p, name in self._others.items() if p.grad is not None]
+
+
+def check_shapes(
+    params: Iterable[Tensor], shapes: dict[Tensor, torch.Size], names: dict[Any, str]
+) -> None:
+    """Refuse parameters whose data has another shape than when they were given.
+
+    Raises:
+        RuntimeError: Naming the first.
+    """
+    for p in params:
+        if p.shape != shapes[p]:
+            raise RuntimeError(
+                f"{names.get(p, 'a parameter')!r} has shape {tuple(p.shape)}, and had "
+                f"{tuple(shapes[p])} when it was given to the optimizer, whose state fits that: "
+                "build the optimizer after what resizes the model, such as resize_token_embeddings"
+            )
+
+
+def _made_of(module: nn.Module, known: bool) -> dict[str, Any]:
+    """All that is asked about, by name."""
+    made = {**module._parameters, **module._modules}
+    if known:
+        made |= methods(type(module)) | {"forward of its own": vars(module).get("forward")}
+    return made
+
+
+def _same(now: dict[str, Any], before: dict[str, Any]) -> bool:
+    """Whether all are the same, but for weights that are gathered from parts, or were then."""
+    return now.keys() == before.keys() and all(
+        a is b or any(isinstance(t, Tensor) and is_in_parts(t) for t in (a, b))
+        for a, b in zip(now.values(), map(before.__getitem__, now), strict=True)
+    )

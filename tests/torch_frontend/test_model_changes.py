@@ -1,0 +1,316 @@
+"""What happens to a model after its optimizer was built: right from the next step on, or said."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
+from watched import CLOSE, Watched, table
+
+from singd_torch import SINGD
+
+
+def network() -> nn.Module:
+    layers = nn.Embedding(10, 6), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 10, bias=False)
+    return nn.Sequential(*layers).double()
+
+
+def train(model: nn.Module, optimizer: SINGD, n: int = 1) -> list[str]:
+    """Take steps, and return the warnings."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for _ in range(n):
+            tokens = torch.randint(10, (16,))
+            optimizer.zero_grad()
+            F.cross_entropy(model(tokens), tokens).backward()
+            optimizer.step()
+    return [str(warning.message) for warning in found]
+
+
+# ---- other uses of the same parameters -----------------------------------------------------------
+
+
+class Low(nn.Module):
+    """A weight with a product of low rank, as adapters add it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Parameter(torch.randn(2, 6)), nn.Parameter(torch.zeros(6, 2))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.up @ self.down
+
+
+def pruned(model: Any) -> None:
+    prune.l1_unstructured(model[1], "weight", 0.5)  # type: ignore[no-untyped-call]
+
+
+def pruned_bias(model: Any) -> None:
+    prune.l1_unstructured(model[1], "bias", 0.5)  # type: ignore[no-untyped-call]
+
+
+def adapted(model: Any) -> None:
+    model[1].weight.requires_grad_(False)
+    parametrize.register_parametrization(model[1], "weight", Low().double())
+
+
+def patched(model: Any) -> None:
+    layer = model[1]
+    layer.forward = lambda x: F.linear(x, 2 * layer.weight, layer.bias)
+
+
+class Twice(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def other_class(model: Any) -> None:
+    model[1].__class__ = Twice
+
+
+def tied(model: Any) -> None:
+    model[3].weight = model[0].weight
+
+
+def without_bias(model: Any) -> None:
+    model[1].bias = None
+
+
+# What is done, what is warned about, and the layers that have rows then.
+OTHERS: dict[str, tuple[Callable[[Any], Any], str, set[str]]] = {
+    "pruned": (pruned, "'1.weight_orig' is used in another way", {"0.weight", "3.weight"}),
+    "pruned bias": (pruned_bias, "'1.weight' is used", {"0.weight", "1.weight", "3.weight"}),
+    "spectral norm": (
+        lambda model: parametrizations.spectral_norm(model[1]),
+        "'1.parametrizations.weight.original' is used in another way",
+        {"0.weight", "3.weight"},
+    ),
+    "patched": (patched, "'1.weight' is used in another way", {"0.weight", "3.weight"}),
+    "class": (other_class, "'1.weight' is used", {"0.weight", "1.weight", "3.weight"}),
+    "tied": (tied, "'0.weight' is used in another way", {"0.weight", "1.weight"}),
+    "no bias": (without_bias, "'1.weight' is used", {"0.weight", "1.weight", "3.weight"}),
+}
+
+
+@pytest.mark.parametrize("before", [0, 2])
+@pytest.mark.parametrize("case", OTHERS)
+def test_uses_that_change_are_seen_and_said(case: str, before: int) -> None:
+    torch.manual_seed(0)
+    change, text, layers = OTHERS[case]
+    model = network()
+    optimizer = Watched(model)
+    assert not train(model, optimizer, before)
+    change(model)
+    old = copy.deepcopy(model.state_dict())
+    assert any(text in warning for warning in train(model, optimizer))
+    optimizer.products.clear()
+    said = train(model, optimizer)
+    assert all("no rows of '1.weight' are taken, since" in warning for warning in said)
+    assert optimizer.skipped == 0
+    assert all(not torch.equal(p, old[name]) for name, p in model.named_parameters())
+    found = {layer.name for layer in optimizer._layers if layer.has_rows}
+    assert found == layers
+    optimizer.products.clear()
+    tokens = torch.randint(10, (16,))
+    optimizer.zero_grad()
+    F.cross_entropy(model(tokens), tokens).backward()
+    for layer in (own for own in optimizer._layers if own.has_rows):
+        gradient = layer.kind.matrix(*(p.grad for p in layer.parameters))
+        product = optimizer.products[layer.name, None]
+        assert (product - gradient).norm() <= CLOSE * gradient.norm(), layer.name
+    again = SINGD(model)
+    if said:  # it is found out in a call
+        return
+    assert sorted(table(again).items()) == sorted(
+        (name, rule) for name, rule in table(optimizer).items() if "(replaced)" not in name
+    )
+
+
+def test_pruning_that_is_made_permanent_gives_rows_again() -> None:
+    model = network()
+    optimizer = SINGD(model)
+    pruned(model)
+    train(model, optimizer, 2)
+    assert table(optimizer)["1.weight_orig"] == "SINGD without rows"
+    prune.remove(model[1], "weight")  # type: ignore[no-untyped-call]
+    train(model, optimizer, 2)
+    assert table(optimizer)["1.weight"] == "SINGD"
+    assert optimizer.skipped == 0
+
+
+@pytest.mark.slow  # it compiles for seconds
+@pytest.mark.parametrize("case", ["pruned", "patched"])
+def test_uses_that_change_are_seen_in_compiled_models(case: str) -> None:
+    torch.compiler.reset()
+    change, text, layers = OTHERS[case]
+    model = network()
+    compiled: Any = torch.compile(model, backend="aot_eager")
+    optimizer = SINGD(model)
+    assert not train(compiled, optimizer, 2)
+    change(model)
+    assert any(text in warning for warning in train(compiled, optimizer))
+    train(compiled, optimizer, 2)
+    assert {name for name, rule in table(optimizer).items() if rule == "SINGD"} >= layers
+    assert "SINGD without rows" in table(optimizer).values()
+    assert optimizer.skipped == 0
+
+
+def test_forwards_that_are_patched_before_the_first_step_may_take_other_inputs() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
+    optimizer = SINGD(model)
+    forward = model[1].forward
+    model[1].forward = lambda x: forward(torch.cat([x, x[..., :2]], -1))  # type: ignore[method-assign]
+    forward_of_first = model[0].forward
+    model[0].forward = lambda x: forward_of_first(x)[..., :4]  # type: ignore[method-assign]
+    for step in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(8, 4)).square().mean().backward()
+        if step:
+            optimizer.step()
+            continue
+        with pytest.warns(UserWarning, match="was changed after the optimizer was built"):
+            optimizer.step()
+    assert set(table(optimizer).values()) == {"SINGD"}
+
+
+# ---- parameters that nobody trains ---------------------------------------------------------------
+
+
+def other_parameter(model: Any) -> None:
+    model[1].weight = nn.Parameter(model[1].weight.detach().clone())
+
+
+def other_module(model: Any) -> None:
+    model[1] = nn.Linear(6, 6).double()
+
+
+def more_modules(model: Any) -> None:
+    model[1] = nn.Sequential(model[1], nn.Linear(6, 6).double())
+
+
+def unfrozen(model: Any) -> None:
+    model[3].weight.requires_grad_(True)
+
+
+NEW = {
+    other_parameter: "1.weight",
+    other_module: "1.weight",
+    more_modules: "1.1.weight",
+    adapted: "1.parametrizations.weight.0.down",
+    lambda model: parametrizations.weight_norm(model[1]): "1.parametrizations.weight.original0",
+    unfrozen: "3.weight",
+}
+
+
+@pytest.mark.parametrize("change", NEW)
+def test_parameters_of_no_group_are_warned_about_and_trained_when_they_are_given(
+    change: Callable[[Any], Any],
+) -> None:
+    torch.manual_seed(0)
+    model = network()
+    model[3].weight.requires_grad_(False)
+    optimizer = SINGD(model)
+    train(model, optimizer)
+    change(model)
+    first = f"the model's parameter {NEW[change]!r} has a gradient and is in no parameter group"
+    assert any(first in warning for warning in train(model, optimizer))
+    assert not train(model, optimizer)  # it was said
+    known = {p for group in optimizer.param_groups for p in group["params"]}
+    new = [p for p in model.parameters() if p.requires_grad and p not in known]
+    old = [p.detach().clone() for p in new]
+    optimizer.add_param_group({"params": new})
+    assert not train(model, optimizer, 2)
+    assert all(not torch.equal(p, q) for p, q in zip(new, old, strict=True))
+
+
+def test_parameters_that_were_left_out_by_choice_are_not() -> None:
+    model = network()
+    optimizer = SINGD(model, model[0].parameters())
+    model.add_module("4", nn.Identity())  # so that the model is looked at again
+    assert not train(model, optimizer, 3)
+    twin, copied = copy.deepcopy((model, optimizer))
+    assert not train(twin, copied, 3)
+
+
+# ---- other shapes --------------------------------------------------------------------------------
+
+
+def longer_table(model: Any) -> None:
+    model[0].weight.data = torch.randn(12, 6, dtype=torch.float64)
+    model[0].num_embeddings = 12
+
+
+def longer_head(model: Any) -> None:
+    model[3].weight.data = torch.randn(12, 6, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("before", [0, 2])
+@pytest.mark.parametrize("resize", [longer_table, longer_head])
+def test_another_shape_is_an_error_before_anything_changes(
+    resize: Callable[[Any], None], before: int
+) -> None:
+    model = network()
+    optimizer = SINGD(model)
+    train(model, optimizer, before)
+    resize(model)
+    old, steps = copy.deepcopy(model.state_dict()), optimizer.param_groups[0]["steps"]
+    with pytest.raises(RuntimeError, match=r"has shape \(12, 6\), and had \(10, 6\) when"):
+        train(model, optimizer)
+    for p in model.parameters():  # as of a loop that goes on
+        p.grad = torch.zeros_like(p)
+    with pytest.raises(RuntimeError, match="build the optimizer after what resizes the model"):
+        optimizer.step()
+    assert all(torch.equal(p, old[name]) for name, p in model.named_parameters())
+    assert optimizer.param_groups[0]["steps"] == steps
+
+
+def test_vectors_of_another_shape_are_an_error_too() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    optimizer = SINGD(model)
+    model[1].weight.data, model[1].bias.data = torch.ones(3), torch.ones(3)
+    model[1].normalized_shape = (3,)
+    model[1](torch.randn(5, 3)).sum().backward()
+    with pytest.raises(RuntimeError, match=r"'1\.weight' has shape \(3,\), and had \(4,\)"):
+        optimizer.step()
+
+
+# ---- changes that need no word -------------------------------------------------------------------
+
+
+def emptied(model: nn.Module) -> None:
+    model.to_empty(device="cpu")
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.1)
+
+
+def frozen(model: Any) -> None:
+    model[1].requires_grad_(False)
+
+
+def other_memory(model: Any) -> None:
+    model[3].weight.data = model[3].weight.data.mT.contiguous().mT
+
+
+def with_a_metric(model: Any) -> None:
+    model[2].metric = nn.CrossEntropyLoss()
+
+
+@pytest.mark.parametrize("change", [emptied, frozen, other_memory, with_a_metric])
+def test_what_leaves_layers_what_they_are_is_not_warned_about(
+    change: Callable[[Any], None],
+) -> None:
+    model = network()
+    optimizer = SINGD(model)
+    before = table(optimizer)
+    train(model, optimizer)
+    change(model)
+    old = copy.deepcopy(model.state_dict())
+    assert not train(model, optimizer, 3)
+    assert table(optimizer) == before
+    for name, p in model.named_parameters():
+        assert torch.equal(p, old[name]) is not p.requires_grad
