@@ -24,6 +24,8 @@ SUMS_OF_SQUARES: dict[type, Callable[[Any], Any]] = {}
 TAKE: dict[type, Callable[[Any, Any, int], Any]] = {}
 # The same for `add_diagonal`.
 ADD_DIAGONAL: dict[type, Callable[[Any, Any], Any]] = {}
+# The same for `constant`.
+CONSTANT: dict[type, Callable[[float, Any], Any]] = {}
 # The same for `number`.
 NUMBER: dict[type, Callable[[Any], Any]] = {}
 
@@ -174,7 +176,7 @@ def sums_of_squares(X: Array) -> Array:
 def multiply_add(x: Array, c: Scalar, y: Array, out: Array | None = None) -> Array:
     """`x c + y`, in one pass over memory where a frontend has said how; `out` may be overwritten.
 
-    x is an array of the shape of the result, c a number or an array that broadcasts.
+    x is an array of the shape of the result, c and y are numbers or arrays that broadcast.
     """
     fused = MULTIPLY_ADD.get(type(x))
     return _multiply_add(x, c, y) if fused is None else fused(x, c, y, out)
@@ -274,11 +276,17 @@ def where(condition: Array | bool, x: Scalar, y: Scalar) -> Scalar:
     return namespace(x).where(condition, x, y)
 
 
+def constant(value: float, like: Array) -> Array:
+    """An array of `value`, of the dtype of `like` and of its shape, or of one that broadcasts."""
+    made = CONSTANT.get(type(like))
+    return namespace(like).full_like(like, value) if made is None else made(value, like)
+
+
 def _alike(x: Scalar, y: Scalar) -> tuple[Array, Array]:
     """Both as arrays of one dtype: the dtype of x unless x is a number."""
     if isinstance(x, (int, float)):
-        return namespace(y).full_like(y, x), y
-    return x, namespace(x).full_like(x, y) if isinstance(y, (int, float)) else cast(y, x)
+        return constant(x, y), y
+    return x, constant(y, x) if isinstance(y, (int, float)) else cast(y, x)
 
 
 def total(x: Array) -> Array:

@@ -74,20 +74,28 @@ class Levels(Tree):
             weight: How much it counts, in [0, 1]; a matrix of zeros does not.
         """
         of_rows, of_columns = self.rows + FLOOR, self.columns + FLOOR
-        rows, columns = _sums(natural, of_rows, of_columns)
+        rows, columns = sums(natural, of_rows, of_columns)
         rows, columns = rows * of_rows, columns * of_columns
         total = number(namespace(rows).sum(rows, axis=-1))  # of the columns too
-        weight = where(total > TINY, weight + 0.0 * total, 0.0)
-        share = weight / at_least(total, TINY)
+        of_new, of_old = shares(total, weight)
         pairs = (self.rows, rows), (self.columns, columns)
         return type(self)(
             *(
-                multiply_add(
-                    new, expand(share * new.shape[-1], new), old * expand(1.0 - weight, old)
-                )
+                multiply_add(new, expand(of_new * new.shape[-1], new), old * expand(of_old, old))
                 for old, new in pairs
             )
         )
+
+
+def shares(total: Scalar, weight: Scalar) -> tuple[Scalar, Scalar]:
+    """What new sums are multiplied by, of as many rows or columns, and what old levels are.
+
+    Args:
+        total: The sum of all squares, of which one of zeros does not count.
+        weight: How much the new ones count.
+    """
+    weight = where(total > TINY, weight + 0.0 * total, 0.0)
+    return weight / at_least(total, TINY), 1.0 - weight
 
 
 def scale(level: Array) -> Array:
@@ -104,15 +112,23 @@ def leveled(factors: T_Factors, natural: Array, lr_cov: Rate) -> T_Factors:
     levels = factors.levels
     if levels is None:
         return factors
-    k = number(factors.averages.k)
-    weight = where(k > 0.0, at_least(1.0 / at_least(k, 1.0), lr_cov), 0.0)
+    weight = weight_of(number(factors.averages.k), lr_cov)
     return dataclasses.replace(factors, levels=levels.measured(natural, weight))
 
 
-def _sums(n: Array, of_rows: Array, of_columns: Array) -> tuple[Array, Array]:
-    """The sums over columns of n² times their weights, and over rows; few rows at a time."""
+def weight_of(k: Scalar, lr_cov: Rate) -> Scalar:
+    """How much a measurement counts after k refreshes."""
+    return where(k > 0.0, at_least(1.0 / at_least(k, 1.0), lr_cov), 0.0)
+
+
+def sums(
+    n: Array, of_rows: Array, of_columns: Array, parts: int | None = None
+) -> tuple[Array, Array]:
+    """The sums over columns of n² times their weights, and over rows, in `parts` of the rows."""
     xp, d_out = namespace(n), n.shape[-2]
-    step = d_out if n.shape[-1] * d_out <= _WHOLE else -(-d_out // _PARTS)
+    if parts is None:
+        parts = 1 if n.shape[-1] * d_out <= _WHOLE else _PARTS
+    step = -(-d_out // parts)
     rows, columns = [], None
     for start in range(0, max(1, d_out), max(1, step)):
         some = slice(start, start + step)

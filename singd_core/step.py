@@ -82,15 +82,20 @@ class Late(Tree):
 
     def update(self, squares: Scalar, s: Settings) -> Self:
         """One step later, with ‖∇W‖²."""
-        sums = self.squares * s.momentum + squares, self.weights * s.momentum + 1.0
-        return type(self)(*sums, self.growth)
+        return type(self)(*self._added(squares, s), self.growth)
+
+    def _added(self, squares: Scalar, s: Settings) -> tuple[Scalar, Scalar]:
+        return (
+            multiply_add(self.squares, s.momentum, squares),
+            multiply_add(self.weights, s.momentum, 1.0),
+        )
 
     def grown(self, agreement: Scalar, s: Settings) -> Self:
         """With steps that are longer or shorter, after the agreement of this step."""
         ratio = agreement * agreement / agreement_of_noise(s)
-        up, down = clip(ratio - CLEARLY, 0.0, 1.0), clip(1.0 - ratio, 0.0, 1.0)
-        change = where(self.weights * (1.0 - s.momentum) > _FORGOTTEN, GROWTH * (up - down), 0.0)
-        growth = clip(self.growth + change, 0.0, LONGEST)
+        up, down = clip(ratio, CLEARLY, CLEARLY + 1.0) - CLEARLY, 1.0 - at_most(ratio, 1.0)
+        change = where(self.weights > _FORGOTTEN / (1.0 - s.momentum), up - down, 0.0)
+        growth = clip(multiply_add(change, GROWTH, self.growth), 0.0, LONGEST)
         return type(self)(self.squares, self.weights, growth)
 
     def agreement(self, ahead: Scalar, squares: Scalar, s: Settings) -> Scalar:
@@ -103,7 +108,7 @@ class Late(Tree):
         """
         squared, weights = self.squares, self.weights
         if s.nesterov:
-            squared, weights = squared * s.momentum + squares, weights * s.momentum + 1.0
+            squared, weights = self._added(squares, s)
         return at_most(ahead / at_least(squared * weights, TINY) ** 0.5, 1.0)
 
 
@@ -194,7 +199,7 @@ def direction(
     natural = precondition(matrix)
     lengths = length, number(norm(natural))
     sums = None if late is None else late.numbers()
-    own = sides(*natural.shape[-2:]), number(t_U), number(squares)
+    own = size(sides(*natural.shape[-2:]), number(t_U)), number(squares)
     scale, sums, agreement = scaled(s, *own, lengths, sums)
     groups, _, _ = kind.shape(shape, bias)
     if groups:  # a weight is several matrices
@@ -206,8 +211,7 @@ def direction(
 
 def scaled(
     s: Settings,
-    sides: tuple[Scalar, Scalar],
-    t_U: Scalar,
+    size: Scalar,
     squares: Scalar,
     lengths: tuple[Scalar, Scalar],
     late: Late | None,
@@ -218,8 +222,7 @@ def scaled(
 
     Args:
         s: The settings.
-        sides: What `sides` returns.
-        t_U: The mean diagonal of U.
+        size: What `size` returns.
         squares: ‖∇W‖².
         lengths: The norms of the average of gradients and of its natural gradient n.
         late: The sums over late gradients, or None without momentum.
@@ -235,7 +238,7 @@ def scaled(
         agreement = late.agreement(ahead, squares, s)
         late = late.grown(agreement, s)
         longer = exp(late.growth)
-    scale = longer * size(sides, t_U, agreement) / at_least(natural, TINY)
+    scale = longer * (agreement * size) / at_least(natural, TINY)
     return where(squares > 0.0, scale, 0.0), late, agreement
 
 
@@ -248,14 +251,15 @@ def sides(d_out: int, d_in: int) -> tuple[float, float]:
     return SPECTRAL * math.sqrt(min(d_out, d_in)), OUTPUTS * math.sqrt(d_out)
 
 
-def size(sides: tuple[Scalar, Scalar], t_U: Scalar, agreement: Scalar) -> Scalar:
-    """R a √(d_out d_in), the Frobenius norm of a step of rate 1 (docs/mathematics.md, section 5).
+def size(sides: tuple[Scalar, Scalar], t_U: Scalar) -> Scalar:
+    """R √(d_out d_in), the Frobenius norm of a step of rate 1 if all late gradients are equal.
 
-    R = √(R_spectral R_outputs), the second of which counts only where t_U is known.
+    R = √(R_spectral R_outputs), the second of which counts only where the mean diagonal t_U of U is
+    known (docs/mathematics.md, section 5).
     """
     spectral, outputs = sides
     outputs = where(t_U > TINY, outputs * at_least(t_U, TINY) ** -0.5, spectral)
-    return agreement * (spectral * outputs) ** 0.5
+    return (spectral * outputs) ** 0.5
 
 
 def averaged(

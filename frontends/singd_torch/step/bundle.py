@@ -16,7 +16,8 @@ from torch import Tensor
 
 from singd_core._array import is_half
 from singd_core.curvature import Averages
-from singd_core.step import Late, sides
+from singd_core.levels import EVEN, Levels
+from singd_core.step import Late, sides, size
 from singd_torch import _state
 from singd_torch._groups import settings_of
 from singd_torch.step.stack import Stack, State
@@ -35,6 +36,7 @@ class Part:
         batch: The axes of its matrices: of its layers if there are several, and of their groups.
         places: Its weights, and its biases, in an array of all parameters.
         shapes: The shapes of these.
+        sides: The columns of its matrices, and their rows, in a vector of those of all matrices.
     """
 
     stack: Stack
@@ -42,6 +44,21 @@ class Part:
     batch: tuple[int, ...]
     places: list[slice]
     shapes: list[tuple[int, ...]]
+    sides: tuple[slice, slice]
+
+    @property
+    def count(self) -> int:
+        """The number of its matrices."""
+        return self.numbers.stop - self.numbers.start
+
+    @property
+    def measures(self) -> bool:
+        """Whether its factors have levels."""
+        return self.stack.factors is not None and self.stack.factors.levels is not None
+
+    def of_sides(self, vector: Tensor) -> list[Tensor]:
+        """What the columns have, shape (*batch, d_in), and what the rows have, views."""
+        return [vector[side].view(*self.batch, -1) for side in self.sides]
 
     def of(self, vector: Tensor) -> Tensor:
         """The numbers of its matrices, a view."""
@@ -61,16 +78,23 @@ class Bundle:
             that are several matrices each.
         parameters: All weights, then all biases, in the order of the parts.
         sizes: The numbers of each.
-        sides: What `singd_core.step.sides` returns, for all matrices.
+        size: What `singd_core.step.size` returns, for all matrices.
         momentum: The momenta of all parameters, None without.
         late: The sums over late gradients of all matrices, None without.
         averages: The mean diagonals of the curvature of all matrices.
+        levels: The levels of all matrices, of the columns and of the rows of each part in turn, as
+            its `sides` say; those that nobody measures are even. None if nobody measures any.
+        matrix_of: The number of the matrix of each of these.
+        length_of: The number of columns of its matrix, or of rows.
     """
 
+    levels: Tensor | None
+    matrix_of: Tensor
+    length_of: Tensor
     momentum: Tensor | None
     late: Late | None
     averages: Averages
-    sides: tuple[Tensor, Tensor]
+    size: Tensor
 
     def __init__(self, stacks: Iterable[Stack]) -> None:
         ordered = sorted(stacks, key=lambda s: (bool(s.groups), s.layers[0].bias is None))
@@ -85,15 +109,17 @@ class Bundle:
                     where[stack].append(slice(start, end))
                     self.parameters += own
                     start = end
-        start = 0
+        start = place = 0
         for stack in ordered:
             n = len(stack.layers)
             axis, first = ((n,) if n > 1 else ()), stack.layers[0]
             end = start + n * math.prod(stack.groups)
             shapes = [(*axis, *p.shape) for p in first.parameters]
-            batch = (*axis, *stack.groups)
-            self.parts.append(Part(stack, slice(start, end), batch, where[stack], shapes))
-            start = end
+            batch, (_, d_out, d_in) = (*axis, *stack.groups), first.shape
+            middle, stop = place + (end - start) * d_in, place + (end - start) * (d_in + d_out)
+            both = slice(place, middle), slice(middle, stop)
+            self.parts.append(Part(stack, slice(start, end), batch, where[stack], shapes, both))
+            start, place = end, stop
         self.sizes = [p.numel() for p in self.parameters]
         self._held: list[Any] = []
 
@@ -129,15 +155,37 @@ class Bundle:
         for part, own in zip(self.parts, of_sides, strict=True):
             for vector, value in zip((spectral, outputs), own, strict=True):
                 vector[part.numbers].fill_(value)
-        self.sides = spectral, outputs
+        self._sides = spectral, outputs
+        self._hold_levels(like)
         for part in self.parts:
             part.stack.move(
                 part.joined(self.momentum) if self.momentum is not None else None,
                 self.late.map(part.of) if self.late is not None else None,
                 self.averages.map(part.of),
+                Levels(*reversed(part.of_sides(self.levels))) if part.measures else None,
                 state,
             )
         self._held = [(stack.momenta, stack.late, stack.averages) for stack in self.stacks]
+        self.measured()
+
+    def _hold_levels(self, like: Tensor) -> None:
+        """Make room for levels, where somebody measures them."""
+        self.levels = None
+        if not any(part.measures for part in self.parts):
+            return
+        self.levels = like.new_full((self.parts[-1].sides[1].stop,), EVEN)
+        self.length_of = torch.empty_like(self.levels)
+        numbers = torch.arange(self.parts[-1].numbers.stop, device=like.device)
+        each = []
+        for part in self.parts:
+            for side in part.of_sides(self.length_of):
+                side.fill_(side.shape[-1])
+                each.append(numbers[part.numbers][:, None].expand(-1, side.shape[-1]).reshape(-1))
+        self.matrix_of = torch.cat(each)
+
+    def measured(self) -> None:
+        """Have the sizes that follow from the averages."""
+        self.size = size(self._sides, self.averages.t_U)
 
 
 def bundled(
@@ -177,10 +225,10 @@ def _likeness(stack: Stack) -> Any:
     return id(layer.group), layer.weight.device, layer.weight.dtype, layer.dtypes
 
 
-def norms_of(tensors: Sequence[Tensor]) -> Tensor:
+def norms_of(tensors: Sequence[Tensor], order: int = 2) -> Tensor:
     """The norm of each, in a row, in at least float32."""
     dtype = torch.float32 if is_half(tensors[0]) else None
-    return torch.stack(torch._foreach_norm(list(tensors), 2, dtype))
+    return torch.stack(torch._foreach_norm(list(tensors), order, dtype))
 
 
 def spread(c: Tensor, like: Tensor) -> Tensor:

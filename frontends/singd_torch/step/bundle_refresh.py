@@ -12,7 +12,7 @@ from torch import Tensor
 
 from singd_core._settings import Settings, gap, rate_of_factors
 from singd_core.curvature import Curvature, shares
-from singd_core.levels import EVEN, scale
+from singd_core.levels import scale
 from singd_core.preconditioner import Preconditioner, balance
 from singd_core.rules.inverse_free import InverseFree, bounded, direction, stepped, weights
 from singd_core.structures import Structure
@@ -53,7 +53,6 @@ def refresh(bundle: Bundle, s: Settings, state: State, given: Gradients) -> None
     assert given.ok is not None
     use = given.ok & (norms.sum(0) < math.inf)
     rows: list[Tensor] = []
-    levels: list[Tensor] = []
     for part, place, pair in zip(due, places, m, strict=True):
         factors, own = _factors(part.stack), partial(_own, place, part)
         sides = zip((factors.K, factors.C), pair, rates.start, steps, strict=True)
@@ -62,12 +61,15 @@ def refresh(bundle: Bundle, s: Settings, state: State, given: Gradients) -> None
             L.map(partial(_write, own(use)), L_new)
         part.stack.hold(factors, state, seen=True)
         rows += [factors.K.row_norms(), factors.C.row_norms()]
-        known = factors.levels
-        levels += [torch.full_like(r, EVEN) for r in rows[-2:]] if known is None else known.sides
         if part.stack.report is not None:
             sizes = (own(rates.beta) * own(n) for n in norms)
             part.stack.report |= zip(("K_step", "C_step"), sizes, strict=True)
-    scales = balance(_flat(rows)) * scale(_flat(levels))
+    scales = balance(_flat(rows))
+    if bundle.levels is not None:
+        own = bundle.levels
+        if len(due) < len(bundle.parts):
+            own = torch.cat([bundle.levels[side] for part in due for side in part.sides])
+        scales = scales * scale(own)
     each = [
         own.view(like.shape)
         for own, like in zip(torch.split(scales, [r.numel() for r in rows]), rows, strict=True)
@@ -76,10 +78,11 @@ def refresh(bundle: Bundle, s: Settings, state: State, given: Gradients) -> None
         precondition(part.stack, s, each[2 * i : 2 * i + 2])
     if old is bundle.averages:
         old.map(partial(_write, use), rates.averages)
-        return
-    for part, place in zip(due, places, strict=True):
-        own = partial(_own, place, part)
-        part.stack.averages.map(partial(_write, own(use)), rates.averages.map(own))
+    else:
+        for part, place in zip(due, places, strict=True):
+            own = partial(_own, place, part)
+            part.stack.averages.map(partial(_write, own(use)), rates.averages.map(own))
+    bundle.measured()
 
 
 def precondition(

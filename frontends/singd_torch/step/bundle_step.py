@@ -13,10 +13,11 @@ from singd_core._settings import Settings, is_bound
 from singd_core.rules.inverse_free import InverseFree
 from singd_core.step import averaged, couples_decay, decouples_decay, scaled, squares_of
 from singd_torch.step.bundle import Bundle, norms_of, spread
+from singd_torch.step.bundle_levels import measure
 from singd_torch.step.bundle_refresh import precondition, refresh
 from singd_torch.step.stack import Stack, State
-from singd_torch.step.stack_step import Gradients, by_pieces, level
-from singd_torch.tensors.pieces import placed
+from singd_torch.step.stack_step import Gradients, by_pieces
+from singd_torch.tensors.scratch import constant
 
 
 def steps_so(stack: Stack, given: Gradients) -> bool:
@@ -48,12 +49,13 @@ def advance(bundle: Bundle, state: State, given: Gradients) -> Tensor:
     bundle.hold(state)
     s = given.settings(bundle.parameters[0])
     refresh(bundle, s, state, given)
-    gradient, squares = _gradients(bundle, ok, given)
+    gradient, squares = _gradients(bundle, given)
     ahead = gradient
     if bundle.momentum is not None:
         # zeros in place of gradients, and 1 in place of α, change nothing
-        alpha = placed(s.momentum, bundle.averages.k.dtype, ok.device)
-        masked = dataclasses.replace(s, momentum=torch.where(ok, alpha, 1.0))
+        like = bundle.averages.k
+        alpha = s.momentum if isinstance(s.momentum, Tensor) else constant(s.momentum, like)
+        masked = dataclasses.replace(s, momentum=torch.where(ok, alpha, constant(1.0, like)))
         ahead, _ = averaged(gradient, bundle.momentum, masked, donate=True, out=gradient)
     matrices = [part.stack.layers[0].kind.matrix(*part.joined(ahead)) for part in bundle.parts]
     length = _norms(matrices)
@@ -62,8 +64,7 @@ def advance(bundle: Bundle, state: State, given: Gradients) -> Tensor:
         for part, matrix in zip(bundle.parts, matrices, strict=True)
     ]
     lengths = length, _norms(natural)
-    t_U = bundle.averages.t_U
-    scale, late, agreement = scaled(s, bundle.sides, t_U, squares, lengths, bundle.late)
+    scale, late, agreement = scaled(s, bundle.size, squares, lengths, bundle.late)
     moves = ok & (lengths[1] < math.inf)
     scale = scale * moves  # NaN stays until the weights are changed
     if late is not None and bundle.late is not None:
@@ -72,14 +73,13 @@ def advance(bundle: Bundle, state: State, given: Gradients) -> Tensor:
         if part.stack.report is not None:
             update = s.lr * (scale * lengths[1])
             part.stack.report |= {"agreement": part.of(agreement), "update": part.of(update)}
-    for part, n in zip(bundle.parts, natural, strict=True):
-        level(part.stack, s, n, part.of(moves))
+    measure(bundle, s, natural, moves)
     everything = moves.all()
     _move(bundle, natural, scale, gradient, given, everything)
     return everything
 
 
-def _gradients(bundle: Bundle, ok: Tensor, given: Gradients) -> tuple[Tensor, Tensor]:
+def _gradients(bundle: Bundle, given: Gradients) -> tuple[Tensor, Tensor]:
     """The gradients of all parameters, or zeros unless ok; and ‖∇W‖² of each matrix.
 
     The gradients are in one array of their own, in the dtype of the momenta.
@@ -87,9 +87,10 @@ def _gradients(bundle: Bundle, ok: Tensor, given: Gradients) -> tuple[Tensor, Te
     flat = torch.cat([given.raw(p).reshape(-1) for p in bundle.parameters]).to(bundle.dtype)
     if given.scales.grads is not None:
         flat.div_(given.scales.grads)
-    flat.masked_fill_(~ok, 0.0)
+    assert given.bad is not None
+    flat.masked_fill_(given.bad, 0.0)
     like = bundle.averages.k
-    zero = like.new_zeros(())
+    zero = constant(0.0, like)
     simple = [part.stack for part in bundle.parts if not part.stack.groups]
     weights, biases = (
         [p for stack in simple for layer in stack.layers for p in layer.parameters[k : k + 1]]
@@ -106,7 +107,7 @@ def _gradients(bundle: Bundle, ok: Tensor, given: Gradients) -> tuple[Tensor, Te
         own = each[: len(weights)]
         own[: len(biases)].add_(each[len(weights) :])
         squares.insert(0, own)
-    return flat, torch.cat(squares)
+    return flat, torch.cat(squares) if len(squares) > 1 else squares[0]
 
 
 def _norms(matrices: Sequence[Tensor]) -> Tensor:

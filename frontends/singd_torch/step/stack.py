@@ -14,6 +14,7 @@ from singd_core._settings import Settings
 from singd_core.curvature import Averages, Curvature
 from singd_core.layers import Convolution, Linear, StackedLinear
 from singd_core.layers import Tensor as TensorKind
+from singd_core.levels import Levels
 from singd_core.preconditioner import Preconditioner
 from singd_core.rules import Factors
 from singd_core.rules.shampoo import Shampoo
@@ -111,6 +112,7 @@ class Stack:
         momenta: Sequence[Tensor] | None,
         late: Late | None,
         averages: Averages,
+        levels: Levels | None,
         state: State,
     ) -> None:
         """Have these in place of its own, in other memory that it writes its own to."""
@@ -123,7 +125,9 @@ class Stack:
             self.hold_momenta(momenta, late, state)
         assert self.factors is not None
         averages.map(Tensor.copy_, self.averages)
-        factors = dataclasses.replace(self.factors, averages=averages)
+        if levels is not None:
+            levels.map(Tensor.copy_, self.factors.levels)
+        factors = dataclasses.replace(self.factors, averages=averages, levels=levels)
         self.factors = None
         self.hold(factors, state, preconditioner=self.preconditioner)
 

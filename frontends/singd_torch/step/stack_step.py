@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from singd_core._array import (
     ADD_DIAGONAL,
     ADD_PRODUCT,
+    CONSTANT,
     EMPTY,
     INVERSE,
     IS_VIEW,
@@ -55,6 +56,7 @@ class Gradients:
         settings: The settings of a parameter's own group in this step; a bias may have its own.
         scales: What the loss was multiplied by.
         ok: On an accelerator, whether the step may change anything; None where it is known to.
+        bad: Where there is an `ok`, whether the step may change nothing.
     """
 
     of: Callable[[nn.Parameter], Tensor]
@@ -63,6 +65,7 @@ class Gradients:
     settings: Callable[[nn.Parameter], Settings]
     scales: Scales
     ok: Tensor | None
+    bad: Tensor | None
 
 
 def advance(stack: Stack, state: State, given: Gradients) -> Any:
@@ -317,7 +320,9 @@ def _masked(s: Settings, ok: Tensor, like: Tensor) -> Settings:
     )
 
 
-def _multiply_add(x: Tensor, c: float | Tensor, y: Tensor, out: Tensor | None) -> Tensor:
+def _multiply_add(x: Tensor, c: float | Tensor, y: Any, out: Tensor | None) -> Tensor:
+    if not isinstance(y, Tensor):
+        y = scratch.constant(y, x)
     if isinstance(c, Tensor):
         return torch.addcmul(y, x, c, out=out)
     return torch.add(y, x, alpha=c, out=out)
@@ -341,6 +346,7 @@ ADD_PRODUCT[Tensor] = _add_product
 # rows: products with the two differ in their last bits.
 INVERSE[Tensor] = lambda A: torch.linalg.inv_ex(A).inverse.contiguous()
 EMPTY[Tensor] = scratch.empty
+CONSTANT[Tensor] = scratch.constant
 IS_VIEW[Tensor] = lambda part, whole: (
     part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
 )

@@ -152,19 +152,20 @@ class Stepper(Follower):
         moving += others
         of = partial(_unscaled, scales.grads)
         raw = partial(_unscaled, None)
-        norms = finite.norms({p: raw(p) for p in moving}, scales.grads)
+        norms, rows = finite.norms({p: raw(p) for p in moving}, scales.grads)
         sizes = [x for layer in layers for x in layer.sizes()]
-        size = self._of_all(finite.total([*norms.values(), *sizes]))
-        ok = skip = None
+        size = self._of_all(finite.total([*rows, *sizes]))
+        ok = bad = skip = None
         if not isinstance(size, Tensor):  # then nothing is masked
             if not math.isfinite(size):
                 self._skip(self._not_finite(norms, layers))
                 return
         else:
             ok = size < math.inf
-            skip = (~ok).to(torch.float32)
+            bad = ~ok
+            skip = bad.to(torch.float32)
 
-        given = Gradients(of, raw, norms, lambda p: chosen[id(self._group_of[p])], scales, ok)
+        given = Gradients(of, raw, norms, lambda p: chosen[id(self._group_of[p])], scales, ok, bad)
         with scratch.lent(self._scratch):
             moved = self._advance(ready, given)
         grads = [of(p) for p in others]
@@ -174,8 +175,9 @@ class Stepper(Follower):
             names = [layer.name for stack in still for layer in stack.layers]
             self._skip([f"the natural gradient of {name!r}" for name in names])
         elif ok is not None:
-            failed = ~torch.stack([ok, *(m.to(ok.device) for m in moved)]).all()
-            self._skipped = self._skipped + failed.to(torch.float32)
+            all_moved = [m.to(ok.device) for m in moved] or [ok]  # only if ok
+            found = torch.stack(all_moved).all() if len(all_moved) > 1 else all_moved[0]
+            self._skipped = self._skipped + ~found
 
     def _advance(self, ready: list[Stack], given: Gradients) -> list[Any]:
         """Change what belongs to layers, and return what moved."""
@@ -201,7 +203,7 @@ class Stepper(Follower):
         count = int(self._skipped)
         if count:  # on an accelerator the step did not wait to know which it was
             there = {p: p.grad for p in self._group_of if type(p.grad) is Tensor}
-            self._warn_skipped(self._not_finite(finite.norms(there), []))
+            self._warn_skipped(self._not_finite(finite.norms(there)[0], []))
         return count
 
     def _skip(self, what: Sequence[str]) -> None:

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from singd_torch.tensors import pieces
 
 
-def norms(gradients: Mapping[nn.Parameter, Tensor], scale: Any = None) -> dict[nn.Parameter, Any]:
-    """The norm of each gradient, over the scale that is in all of them.
+def norms(
+    gradients: Mapping[nn.Parameter, Tensor], scale: Any = None
+) -> tuple[dict[nn.Parameter, Any], list[Any]]:
+    """The norm of each gradient, over the scale that is in all of them; and the same in rows.
 
     It is a number if the host need not wait for it, else 0-d.
     """
@@ -20,14 +22,17 @@ def norms(gradients: Mapping[nn.Parameter, Tensor], scale: Any = None) -> dict[n
     for p, g in gradients.items():
         alike.setdefault((g.device, g.dtype), []).append(p)
     found: dict[nn.Parameter, Any] = {}
+    rows: list[Any] = []
     for params in alike.values():
         given = [gradients[p] for p in params]
         wide = torch.float32 if given[0].dtype.itemsize < 4 else None
         each = torch._foreach_norm(given, 2, wide)
         row = torch.stack(each)
         row = row if scale is None else row / _on(row.device, scale)
-        found |= zip(params, row.tolist() if pieces.on_host(row) else row.unbind(), strict=True)
-    return found
+        own = row.tolist() if pieces.on_host(row) else row.unbind()
+        rows += own if pieces.on_host(row) else [row]
+        found |= zip(params, own, strict=True)
+    return found, rows
 
 
 def total(sizes: Sequence[Any]) -> Any:
@@ -35,12 +40,15 @@ def total(sizes: Sequence[Any]) -> Any:
     alike: dict[Any, list[Tensor]] = {}
     for x in sizes:
         if isinstance(x, Tensor):
-            alike.setdefault((x.device, x.dtype, x.shape), []).append(x)
+            alike.setdefault((x.device, x.dtype), []).append(x.reshape(-1))
     known: float = sum(x for x in sizes if not isinstance(x, Tensor))
-    sums = [pieces.read(torch.stack(tensors).sum()) for tensors in alike.values()]
+    rows = [torch.cat(row) if len(row) > 1 else row[0] for row in alike.values()]
+    sums = [pieces.read(row.sum()) for row in rows]
     known += sum(x for x in sums if not isinstance(x, Tensor))
-    on_device = [x for x in sums if isinstance(x, Tensor)]
-    return sum(x.to(on_device[0].device) for x in on_device) + known if on_device else known
+    first, *others = [x for x in sums if isinstance(x, Tensor)] or [known]
+    for x in others:
+        first = first + x.to(first.device)
+    return first if first is known or known == 0.0 else first + known
 
 
 def _on(device: torch.device, scale: Any) -> Any:

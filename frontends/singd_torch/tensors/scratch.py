@@ -20,12 +20,15 @@ _LEAST = 1 << 14
 
 AVERAGE, PRODUCT = 0, 1
 
+_CONSTANTS = 64  # so many are kept at most
+
 
 class Scratch:
     """The memory of one optimizer."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._constants: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
 
     def take(self, shape: Sequence[int], like: Tensor, slot: int) -> Tensor:
         """A tensor of any content. It is overwritten by the next one of this slot."""
@@ -34,6 +37,15 @@ class Scratch:
         if kept is None or kept.numel() < n:
             kept = self._kept[key] = torch.empty(n, dtype=like.dtype)
         return kept[:n].view(tuple(shape))
+
+    def constant(self, value: float, like: Tensor) -> Tensor:
+        """A number as a 0-d tensor, which is not to be written to."""
+        key = value, like.dtype, like.device
+        if key not in self._constants:
+            if len(self._constants) == _CONSTANTS:  # of settings that change
+                self._constants.clear()
+            self._constants[key] = _full(value, like)
+        return self._constants[key]
 
 
 _CURRENT: ContextVar[Scratch | None] = ContextVar("scratch", default=None)
@@ -55,3 +67,13 @@ def empty(shape: Sequence[int], like: Tensor, slot: int = AVERAGE) -> Tensor:
     if scratch is None or math.prod(shape) < _LEAST or not pieces.on_host(like):
         return torch.empty(tuple(shape), dtype=like.dtype, device=like.device)
     return scratch.take(shape, like, slot)
+
+
+def constant(value: float, like: Tensor) -> Tensor:
+    """A number as a 0-d tensor, which is made once where memory is lent."""
+    scratch = _CURRENT.get()
+    return _full(value, like) if scratch is None else scratch.constant(value, like)
+
+
+def _full(value: float, like: Tensor) -> Tensor:
+    return torch.full((), value, dtype=like.dtype, device=like.device)
