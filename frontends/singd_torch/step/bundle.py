@@ -49,7 +49,7 @@ class Part:
     @property
     def count(self) -> int:
         """The number of its matrices."""
-        return self.numbers.stop - self.numbers.start
+        return len(range(self.numbers.start, self.numbers.stop))
 
     @property
     def measures(self) -> bool:
@@ -162,7 +162,7 @@ class Bundle:
                 part.joined(self.momentum) if self.momentum is not None else None,
                 self.late.map(part.of) if self.late is not None else None,
                 self.averages.map(part.of),
-                Levels(*reversed(part.of_sides(self.levels))) if part.measures else None,
+                self._levels_of(part),
                 state,
             )
         self._held = [(stack.momenta, stack.late, stack.averages) for stack in self.stacks]
@@ -182,6 +182,12 @@ class Bundle:
                 side.fill_(side.shape[-1])
                 each.append(numbers[part.numbers][:, None].expand(-1, side.shape[-1]).reshape(-1))
         self.matrix_of = torch.cat(each)
+
+    def _levels_of(self, part: Part) -> Levels | None:
+        if self.levels is None or not part.measures:
+            return None
+        columns, rows = part.of_sides(self.levels)
+        return Levels(rows, columns)
 
     def measured(self) -> None:
         """Have the sizes that follow from the averages."""

@@ -66,10 +66,10 @@ def refresh(bundle: Bundle, s: Settings, state: State, given: Gradients) -> None
             part.stack.report |= zip(("K_step", "C_step"), sizes, strict=True)
     scales = balance(_flat(rows))
     if bundle.levels is not None:
-        own = bundle.levels
+        known = bundle.levels
         if len(due) < len(bundle.parts):
-            own = torch.cat([bundle.levels[side] for part in due for side in part.sides])
-        scales = scales * scale(own)
+            known = torch.cat([known[side] for part in due for side in part.sides])
+        scales = scales * scale(known)
     each = [
         own.view(like.shape)
         for own, like in zip(torch.split(scales, [r.numel() for r in rows]), rows, strict=True)

@@ -125,7 +125,7 @@ class Stack:
             self.hold_momenta(momenta, late, state)
         assert self.factors is not None
         averages.map(Tensor.copy_, self.averages)
-        if levels is not None:
+        if levels is not None and self.factors.levels is not None:
             levels.map(Tensor.copy_, self.factors.levels)
         factors = dataclasses.replace(self.factors, averages=averages, levels=levels)
         self.factors = None

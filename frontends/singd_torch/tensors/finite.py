@@ -45,10 +45,13 @@ def total(sizes: Sequence[Any]) -> Any:
     rows = [torch.cat(row) if len(row) > 1 else row[0] for row in alike.values()]
     sums = [pieces.read(row.sum()) for row in rows]
     known += sum(x for x in sums if not isinstance(x, Tensor))
-    first, *others = [x for x in sums if isinstance(x, Tensor)] or [known]
+    on_device = [x for x in sums if isinstance(x, Tensor)]
+    if not on_device:
+        return known
+    found, *others = on_device
     for x in others:
-        first = first + x.to(first.device)
-    return first if first is known or known == 0.0 else first + known
+        found = found + x.to(found.device)
+    return found if known == 0.0 else found + known
 
 
 def _on(device: torch.device, scale: Any) -> Any:
