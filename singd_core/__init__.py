@@ -1,8 +1,9 @@
 """Structured inverse-free natural gradient descent (SINGD) on any array library."""
 
-from singd_core import structures
+from singd_core import rules, structures
 from singd_core._check import check
-from singd_core._settings import RECIPES, Settings, settings
+from singd_core._recipes import RECIPES, settings
+from singd_core._settings import Settings
 from singd_core._version import __version__
 from singd_core.adamw import Fallback
 from singd_core.layers import (
@@ -38,6 +39,7 @@ __all__ = [
     "__version__",
     "check",
     "flatten",
+    "rules",
     "settings",
     "structure",
     "structures",

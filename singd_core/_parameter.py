@@ -27,10 +27,9 @@ from singd_core.adamw import Fallback, Moments
 from singd_core.curvature import Curvature
 from singd_core.layers import LayerKind, Linear, Sample, Tensor
 from singd_core.layers.base import Shape
-from singd_core.rules.inverse_free import InverseFree
 from singd_core.rules.shampoo import Shampoo
 from singd_core.step import Late, couples_decay, direction, squares_of, weight_change
-from singd_core.structures import Diagonal, choose
+from singd_core.structures import Diagonal
 
 Parameter: TypeAlias = Array | tuple[Array, Array]  # a weight, or a weight with its bias
 
@@ -194,17 +193,19 @@ def layer_state(
     """The state before the first step; `dtypes` of K and of C, or None.
 
     Raises:
-        ValueError: If KFAC is asked for a table of embeddings.
+        ValueError: If a rule whose factors are dense is asked for a table of embeddings.
     """
-    if s.kfac and kind.diagonal_inputs:
-        raise ValueError(f"KFAC inverts dense factors, and {kind} has none: leave it out of layers")
+    rule = rules.get(s.rule)
+    if rule.only_dense and kind.diagonal_inputs:
+        raise ValueError(
+            f"{rule.title} takes dense factors alone, and {kind} has none: leave it out of layers"
+        )
     weight, bias = pair(parameter)
     shape = kind.shape(tuple(weight.shape), bias is not None)
-    K, C = choose.resolve(structures, shape, kfac=s.kfac)
-    K = Diagonal if kind.diagonal_inputs else K
+    chosen = rule.choose(structures, shape, diagonal=(kind.diagonal_inputs, False))
     likes = [_empty(weight, dtype) for dtype in dtypes]
     factors = rules.start(
-        (K, C), shape, s, *likes, has_rows=kind.has_rows, one_hot=kind.diagonal_inputs
+        chosen, shape, s, *likes, has_rows=kind.has_rows, one_hot=kind.diagonal_inputs
     )
     return begun(factors, parts(parameter), shape[0], s)
 
@@ -254,7 +255,7 @@ def layer_curvature(
         ValueError: If they do not fit the layer.
     """
     weight, bias = pair(parameter)
-    diagonal = isinstance(factors, InverseFree) and isinstance(factors.K, Diagonal)
+    diagonal = issubclass(factors.structures[0], Diagonal)
     inputs_of = kind.diagonal_rows if diagonal else kind.inputs
     _, d_out, d_in = kind.shape(tuple(weight.shape), bias is not None)
     of_x, of_g = (

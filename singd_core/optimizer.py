@@ -12,22 +12,14 @@ from singd_core import rules
 from singd_core._array import Array
 from singd_core._parameter import LayerState as LayerState  # with `State`, what others import
 from singd_core._parameter import Parameter
-from singd_core._settings import (
-    DEFAULT,
-    FALLBACK_RATES,
-    STRUCTURES,
-    is_due,
-    learns_from_gradients,
-    rate_of_factors,
-    settings,
-)
+from singd_core._recipes import DEFAULT, FALLBACK_RATES, STRUCTURES, settings
+from singd_core._settings import is_due, rate_of_factors
 from singd_core._tree import T_Tree, Tree, tree
 from singd_core.adamw import Fallback, Moments
 from singd_core.curvature import Curvature
 from singd_core.layers import LayerKind
 from singd_core.layers.base import is_expand, loss_terms
 from singd_core.levels import leveled
-from singd_core.rules.shampoo import Shampoo
 from singd_core.step import warmed
 from singd_core.structures import choose
 
@@ -104,7 +96,7 @@ class Optimizer:
     ) -> None:
         self.settings = settings(recipe, **given)
         self.layers = None if layers is None else dict(layers)
-        choose.resolve(structures, kfac=self.settings.kfac)
+        rules.get(self.settings.rule).choose(structures)
         self.structures = STRUCTURES[recipe] if structures is None else structures
         is_expand(kfac_approx)  # both are checked here, before any rows come
         loss_terms(loss_average, 1, ())
@@ -192,7 +184,7 @@ class Optimizer:
         lr_cov, kinds, new = rate_of_factors(state.step, self.settings), self._kinds(params), {}
         for name, layer in state.layers.items():
             old = layer.factors
-            if isinstance(old, Shampoo):
+            if not old.has_rows:
                 refresh = partial(one.refreshed_by_gradient, kinds[name], lr_cov, self.settings)
                 new[name] = self._run(refresh, old, old, grads[name], like=old)
         return new
@@ -307,7 +299,7 @@ class Optimizer:
     def _kinds(self, params: Mapping[str, Parameter]) -> Mapping[str, LayerKind]:
         """The kinds of all parameters that have factors."""
         layers = one.kinds_of(self.layers, params)
-        if not learns_from_gradients(self.settings):
+        if not rules.learns_from_gradients(self.settings):
             return layers
         return dict(layers) | one.tensors_of(layers, params)
 

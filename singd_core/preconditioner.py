@@ -4,19 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Protocol, Self
+from typing import Self
 
 from singd_core._array import Array, at_least, cast
 from singd_core.curvature import TINY
 from singd_core.structures.base import Structure
-
-
-class _Pair(Protocol):
-    @property
-    def K(self) -> Structure: ...
-
-    @property
-    def C(self) -> Structure: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,13 +72,13 @@ class Preconditioner:
     @classmethod
     def of(
         cls,
-        P_K: Structure | None,
-        P_C: Structure | None,
-        factors: _Pair,
+        known: Sequence[Structure | None],
+        factors: Sequence[Structure],
         scales: Sequence[Array | None],
     ) -> Self:
         """With P_K and P_C where they are known, and else with the factors."""
-        return cls(Side.of(factors.K, P_K, scales[0]), Side.of(factors.C, P_C, scales[1]))
+        K, C = (Side.of(L, P, c) for L, P, c in zip(factors, known, scales, strict=True))
+        return cls(K, C)
 
     def __call__(self, gradient: Array) -> Array:
         """The natural gradient."""

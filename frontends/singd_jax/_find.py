@@ -67,7 +67,7 @@ def find_layers(
     """
     is_expand(kfac_approx)
     loss_terms(loss_average, 1, ())
-    choose.resolve(pair(structures), kfac=False)
+    choose.resolve(pair(structures))
 
     def alone(*arguments: Any, **keywords: Any) -> Any:
         """The loss without auxiliary output, which no gradient comes from."""

@@ -11,8 +11,7 @@ from singd_core import rules
 from singd_core._array import Array
 from singd_core._parameter import Parameter, parts
 from singd_core.layers import Tensor
-from singd_core.rules.kfac import KFAC
-from singd_core.structures import Diagonal, Structure, choose
+from singd_core.structures import Structure, choose
 from singd_jax._calls import Call
 from singd_jax._part import Laid, Part
 
@@ -107,7 +106,7 @@ class Layer:
 
     def of(self, factors: rules.Factors) -> Layer:
         """The layer that the factors are of: with its bias only if they have a column for it."""
-        K = factors.S_K if isinstance(factors, KFAC) else factors.K
+        K, _ = factors.sides
         return self if K.shape[-1] == self.shape[-1] else self.without_bias()
 
     def parameter(self, leaves: Mapping[str, Array]) -> Parameter:
@@ -124,13 +123,12 @@ class Layer:
         pairs = zip(self.parts, parts(parameter), strict=True)
         return {part.name: part.put(leaves[part.name], region) for part, region in pairs}
 
-    def structures(self, wanted: Wanted, *, kfac: bool) -> tuple[type[Structure], type[Structure]]:
-        """Those of K and of C: what was asked for, or diagonal where it must be."""
-        K, C = choose.resolve(wanted, self.shape, kfac=kfac)
-        return (
-            Diagonal if "K" in self.diagonal else K,
-            Diagonal if "C" in self.diagonal else C,
-        )
+    def structures(
+        self, wanted: Wanted, rule: type[rules.Rule]
+    ) -> tuple[type[Structure], type[Structure]]:
+        """The structures of K and of C: what was asked for, or diagonal where it must be."""
+        diagonal = "K" in self.diagonal, "C" in self.diagonal
+        return rule.choose(wanted, self.shape, diagonal=diagonal)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,7 +246,7 @@ class Layers(Mapping[str, Layer]):
 
     def _row(self, layer: Layer, wanted: Wanted) -> tuple[str, ...]:
         (stack, d_out, d_in), itemsize = layer.shape, self.itemsizes[layer.weight.name]
-        K, C = layer.structures(wanted, kfac=False)
+        K, C = layer.structures(wanted, rules.IKFAC)
         count = 1
         for n in stack:
             count *= n

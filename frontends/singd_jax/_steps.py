@@ -324,7 +324,7 @@ class Steps:
     def _layer_state(self, layer: Layer, dtypes: Mapping[str, Any]) -> LayerState:
         """The state of a layer, its momenta without entries yet."""
         optimizer = self.optimizer
-        structures = layer.structures(optimizer.structures, kfac=optimizer.settings.kfac)
+        structures = layer.structures(optimizer.structures, self._rule())
         empty = [jnp.zeros((0,), dtypes[leaf]) for leaf in layer.leaves]
         likes = [
             ranged(empty[0]) if dtype is None else jnp.zeros((0,), dtype)
@@ -340,16 +340,19 @@ class Steps:
         )
         return begun(factors, empty, layer.shape[0], optimizer.settings)
 
+    def _rule(self) -> type[rules.Rule]:
+        return rules.get(self.optimizer.settings.rule)
+
     def _present(self, arrays: Mapping[str, Array]) -> dict[str, Layer]:
         """The layers whose weight is there, and their bias if it is: masks leave some out.
 
-        KFAC inverts dense factors, which one-hot rows have none of.
+        One-hot rows have no dense factors, which some rules want.
         """
-        kfac = self.optimizer.settings.kfac
+        dense = self._rule().only_dense
         return {
             name: layer if layer.leaves[-1] in arrays else layer.without_bias()
             for name, layer in self.layers.items()
-            if layer.weight.name in arrays and not (kfac and layer.diagonal)
+            if layer.weight.name in arrays and not (dense and layer.diagonal)
         }
 
     def _trained(self, core: State) -> dict[str, Layer]:

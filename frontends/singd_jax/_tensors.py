@@ -8,8 +8,9 @@ from collections.abc import Collection, Mapping
 import jax.numpy as jnp
 
 from singd_core._array import Array
-from singd_core._settings import Settings, learns_from_gradients
+from singd_core._settings import Settings
 from singd_core.layers import Tensor
+from singd_core.rules import learns_from_gradients
 from singd_jax._layers import Layer, Layers
 
 # Of whoever gives none: nothing is known of the parameters.

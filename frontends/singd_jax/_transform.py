@@ -8,7 +8,7 @@ from typing import Any
 
 import optax  # type: ignore[import-untyped]
 
-from singd_core._settings import DEFAULT
+from singd_core._recipes import DEFAULT
 from singd_core.adamw import Fallback
 from singd_core.curvature import Curvature
 from singd_jax import _compat
@@ -37,6 +37,7 @@ def singd(
     lr_cov: Rate = None,
     damping: Rate = None,
     relative_damping: bool | None = None,
+    rule: str | None = None,
     alpha1: Rate = None,
     kfac_like: bool | None = None,
     normalize_lr_cov: bool | None = None,
@@ -85,14 +86,15 @@ def singd(
             has several.
         damping: Damping (λ).
         relative_damping: `damping` is a share of the curvature's mean diagonal.
-        alpha1: Riemannian momentum of the factors (α₁).
-        kfac_like: The IKFAC form of the update.
+        rule: How the factors learn: "singd", "ikfac", "kfac", or one that was registered.
+        alpha1: Riemannian momentum of the factors (α₁), for the rule "singd".
+        kfac_like: The authors' name for `rule="ikfac"` (True) and `rule="singd"` (False).
         normalize_lr_cov: The authors' normalization of the factor step.
         scaled_start: Start the factors at the scale of the first curvature.
         early_averaging: Average the first curvatures.
         factor_bound: Bound on the factor step.
         order: Terms of the exponential.
-        kfac: Use KFAC with its inverses, the baseline.
+        kfac: Another name for `rule="kfac"`.
         preconditioner_dtype: Of K and of C; None is the weight's, float32 for float16.
         fallback: Settings of AdamW; its rates may be schedules too.
 
@@ -120,6 +122,7 @@ def scale_by_singd(
     lr_cov: Rate = None,
     damping: Rate = None,
     relative_damping: bool | None = None,
+    rule: str | None = None,
     alpha1: Rate = None,
     kfac_like: bool | None = None,
     normalize_lr_cov: bool | None = None,
@@ -148,14 +151,15 @@ def scale_by_singd(
         lr_cov: As of `singd`, as all that follow.
         damping: Damping (λ).
         relative_damping: `damping` is a share of the curvature's mean diagonal.
-        alpha1: Riemannian momentum of the factors (α₁).
-        kfac_like: The IKFAC form of the update.
+        rule: How the factors learn: "singd", "ikfac", "kfac", or one that was registered.
+        alpha1: Riemannian momentum of the factors (α₁), for the rule "singd".
+        kfac_like: The authors' name for `rule="ikfac"` (True) and `rule="singd"` (False).
         normalize_lr_cov: The authors' normalization of the factor step.
         scaled_start: Start the factors at the scale of the first curvature.
         early_averaging: Average the first curvatures.
         factor_bound: Bound on the factor step.
         order: Terms of the exponential.
-        kfac: Use KFAC with its inverses, the baseline.
+        kfac: Another name for `rule="kfac"`.
         preconditioner_dtype: Of K and of C; None is the weight's, float32 for float16.
 
     Raises:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from singd_core._array import widen
 from singd_core._settings import is_bound
-from singd_core.rules.shampoo import Shampoo
 from singd_torch._groups import settings_of
 from singd_torch.step.stack import Stack
 
@@ -44,7 +43,7 @@ def _quantities(stack: Stack) -> dict[str, Tensor]:
     found = factors.norms() | {k: _as(like, v) for k, v in report.items()}
     t = factors.averages
     for name, t_U, damping in zip("KC", (t.t_U, t.t_G), t.damping(s), strict=True):
-        if not (name == "K" and isinstance(factors, Shampoo)):  # t_U is not known
+        if name == "C" or factors.has_rows:  # else t_U is not known
             found[f"{name}_damping"] = damping / (damping + t_U)
         if f"{name}_step" in report and is_bound(s.factor_bound):
             found[f"{name}_bounded"] = report[f"{name}_step"] > s.factor_bound

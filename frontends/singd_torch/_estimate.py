@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from singd_core._settings import STRUCTURES, check_names, settings
+from singd_core._recipes import STRUCTURES, check_names, settings
 from singd_core.structures import choose
 from singd_torch import _table
 from singd_torch._groups import check_group

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from singd_core._array import ranged
-from singd_core._settings import check_rate
+from singd_core._recipes import check_rate
 
 
 def step_all(

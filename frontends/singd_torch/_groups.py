@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from singd_core._settings import Settings, nearest, validate
+from singd_core import rules
+from singd_core._recipes import nearest, validate
+from singd_core._settings import Settings
 from singd_core.layers.base import is_expand, loss_terms
-from singd_core.structures import choose
 from singd_torch import _fallback
 from singd_torch._warnings import warn
 
@@ -37,8 +38,9 @@ def check_group(group: dict[str, Any]) -> None:
         ValueError: Naming the setting, its value and what it may be.
     """
     validate(settings_of(group))
-    if group["structures"] != "auto" or group["kfac"]:
-        choose.resolve(group["structures"], kfac=group["kfac"])
+    rule = rules.get(group["rule"])
+    if group["structures"] != "auto" or rule.only_dense:
+        rule.choose(group["structures"])
     is_expand(group["kfac_approx"])
     loss_terms(group["loss_average"], 1, ())
     dtypes = group["preconditioner_dtype"]

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from singd_core._settings import Settings, learns_from_gradients
-from singd_core.rules import Factors
+from singd_core._recipes import with_rule
+from singd_core._settings import Settings
+from singd_core.rules import Factors, learns_from_gradients
 from singd_torch import _fallback, _state
 from singd_torch._groups import check_counts, check_group, settings_of
 from singd_torch.layers.layer import Layer
@@ -157,7 +158,7 @@ def completed(
     Raises:
         ValueError: If the groups do not fit, have a wrong setting or are of another optimizer.
     """
-    groups = [dict(group) for group in saved]
+    groups = [with_rule(group) for group in saved]
     sizes = [[len(group["params"]) for group in several] for several in (groups, live)]
     if sizes[0] != sizes[1]:
         raise ValueError(

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from singd_core import rules
 from singd_core._array import ranged
 from singd_torch._groups import settings_of
 from singd_torch.layers.layer import Layer
@@ -31,7 +32,7 @@ def table(
     why = [_WHY]
     for layer in layers:
         name = layer.name if layer.bias is None else f"{layer.name} + {_last(names, layer.bias)}"
-        rule = "KFAC" if layer.group["kfac"] else "SINGD"
+        rule = rules.get(layer.group["rule"]).title
         rule += "" if layer.has_rows else " without rows"
         K, C = (cls.name for cls in layer.structures)
         lines.append((name, _shape(layer.weight), rule, K, C, f"{layer_bytes(layer):,}"))
@@ -63,7 +64,8 @@ def layer_bytes(layer: Layer) -> int:
     for n in batch:
         stack *= n
     *sizes, momentum = (dtype.itemsize for dtype in layer.dtypes)
-    copies = 2 if group["kfac"] or (group["alpha1"] and not group["kfac_like"]) else 1
+    rule = rules.get(group["rule"])
+    copies = 2 if rule.only_dense or rule.keeps_momentum(settings_of(group)) else 1
     total = d_out * d_in * momentum if group["momentum"] else 0
     for cls, d, size in zip(layer.structures, (d_in, d_out), sizes, strict=True):
         total += copies * cls.numbers(d) * size

@@ -11,13 +11,14 @@ from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from singd_core._settings import (
+from singd_core._recipes import (
     DEFAULT,
     FALLBACK_RATES,
     RECIPES,
     STRUCTURES,
     check_names,
     settings,
+    with_rule,
 )
 from singd_core.structures import choose
 from singd_torch import _diagnostics, _table
@@ -49,7 +50,7 @@ class SINGD(Stepper, Saving):
         lr: Learning rate (β₂).
         momentum: Momentum of the weights (α₂).
         damping: Damping (λ).
-        alpha1: Riemannian momentum of the factors (α₁).
+        alpha1: Riemannian momentum of the factors (α₁), for the rule "singd".
         weight_decay: Weight decay (γ) of the preconditioned weights.
         T: Steps between two refreshes of the factors.
         loss_average: What the loss is a mean of: "batch", "batch+sequence", so many terms, or None
@@ -60,13 +61,13 @@ class SINGD(Stepper, Saving):
             the layer's weight; "auto" is the richest that fit the memory budget.
         kfac_approx: "expand" or "reduce": how positions that share the weight are treated.
         warn_unsupported: Warn with the names of parameters that AdamW trains.
-        kfac_like: The IKFAC form of the update.
+        kfac_like: The authors' name for `rule="ikfac"` (True) and `rule="singd"` (False).
         preconditioner_dtype: Of K and of C; None is the weight's, float32 for float16.
         init_grad_scale: Accepted for compatibility; the scale is read when a step is taken.
         normalize_lr_cov: The authors' normalization of the factor step.
         recipe: "normalized" or "paper": values for all settings not given.
         memory_budget: With `structures="auto"`, the bytes that all of the state may take.
-        kfac: Use KFAC with its inverses, the baseline.
+        kfac: Another name for `rule="kfac"`, KFAC with its inverses.
         average_groups: Average the groups of a grouped convolution as the authors do, in place of
             exact factors for each group.
         compile_step: Run the mathematics of the step through torch.compile, by True or by its
@@ -82,7 +83,7 @@ class SINGD(Stepper, Saving):
             steps some of the layers and sends their changes to all. Models in parts do so anyway.
         gradients: What those of several processes are of the gradients of each: their "mean", as
             wrappers make it, or their "sum", as after `set_gradient_divide_factor(1.0)`.
-        **given: Any further setting of `singd_core.Settings`, e.g. `nesterov=False`.
+        **given: Any further setting of `singd_core.Settings`, e.g. `rule="singd"`.
 
     Raises:
         TypeError: If the model or the parameters are something else.
@@ -206,7 +207,7 @@ class SINGD(Stepper, Saving):
             TypeError: If the parameters are in a set, or are none.
             ValueError: If a setting is wrong or a parameter is given twice.
         """
-        group = dict(param_group)
+        group = with_rule(param_group)
         group["params"] = params = parameters_of(group["params"])
         if len({id(p) for p in params}) < len(params):
             raise ValueError("a parameter is given twice in one parameter group")

@@ -4,17 +4,42 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
-from singd_core._array import Array, namespace
+from singd_core._array import Array
 from singd_core._settings import Settings
+from singd_core._tree import tree as rule
 from singd_core.curvature import Averages
 from singd_core.levels import Levels
-from singd_core.rules.inverse_free import InverseFree
+from singd_core.rules.base import Rule
+from singd_core.rules.inverse_free import IKFAC, SINGD, InverseFree
 from singd_core.rules.kfac import KFAC
+from singd_core.rules.registry import get, names, register
 from singd_core.rules.shampoo import Shampoo
 from singd_core.structures.base import Structure
 from singd_core.structures.choose import MatrixShape
 
-Factors: TypeAlias = InverseFree | KFAC
+__all__ = [
+    "IKFAC",
+    "KFAC",
+    "SINGD",
+    "Factors",
+    "InverseFree",
+    "Rule",
+    "Shampoo",
+    "by_rows",
+    "get",
+    "learns_from_gradients",
+    "names",
+    "register",
+    "rule",
+    "start",
+]
+
+Factors: TypeAlias = Rule  # what a rule keeps of a layer
+
+
+def learns_from_gradients(s: Settings) -> bool:
+    """Whether matrices that show no rows have factors; else AdamW trains them."""
+    return s.normalized and get(s.rule).without_rows
 
 
 def start(
@@ -32,7 +57,7 @@ def start(
     Args:
         structures: The structure of K and the structure of C.
         shape: The batch axes, d_out and d_in.
-        settings: Decides for KFAC or the inverse-free update.
+        settings: Name the rule.
         like_K: Any array with the dtype and device of K.
         like_C: Any array with the dtype and device of C.
         has_rows: Whether they will be refreshed by rows, or else by gradients.
@@ -52,14 +77,17 @@ def start(
     # bfloat16 on NumPy and CuPy is promoted by Python numbers: cast what was computed back
     K = structures[0].identity(d_in, like=like_K, batch=batch).astype(like_K)
     C = structures[1].identity(d_out, like=like_C, batch=batch).astype(like_C)
-    averages = Averages.zeros(batch, like_K)
     levels = None
     if settings.normalized and not one_hot:
         levels = Levels.even(batch, d_out, d_in, like_C)
-    if settings.kfac:
-        return KFAC(K, C, K, C, averages, levels)  # type: ignore[arg-type]
-    update = InverseFree if has_rows else Shampoo
-    if settings.kfac_like or (isinstance(settings.alpha1, (int, float)) and settings.alpha1 == 0.0):
-        return update(K, C, None, None, averages, levels)
-    m_K, m_C = (L.map(namespace(L.like).zeros_like) for L in (K, C))
-    return update(K, C, m_K, m_C, averages, levels)
+    own = get(settings.rule)
+    averages, momentum = Averages.zeros(batch, like_K), own.keeps_momentum(settings)
+    return (own if has_rows else Shampoo).start(K, C, averages, levels, momentum)
+
+
+def by_rows(factors: Shampoo, s: Settings) -> Factors:
+    """The same K and C for refreshes by rows, whose averages begin with the first."""
+    own = get(s.rule)
+    assert issubclass(own, InverseFree)
+    averages = factors.averages.map(lambda a: a * 0.0)
+    return own(factors.K, factors.C, factors.m_K, factors.m_C, averages, factors.levels)

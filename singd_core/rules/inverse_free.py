@@ -1,31 +1,31 @@
-"""The inverse-free update of the factors: SINGD, INGD and IKFAC as settings of one function."""
+"""The inverse-free update of the factors: SINGD, INGD and IKFAC."""
 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Self
 
-from singd_core._array import Array, Scalar, at_least, at_most, number
+from singd_core._array import Array, Scalar, at_least, at_most, namespace, number
 from singd_core._settings import Rate, Settings, is_bound
-from singd_core._tree import Tree, tree
-from singd_core.curvature import TINY, Averages, Curvature, Measured, Rates, measure
+from singd_core._tree import tree
+from singd_core.curvature import TINY, Averages, Curvature, Measured, Rates, measure, seen
 from singd_core.levels import Levels
-from singd_core.preconditioner import Preconditioner, balance, products
+from singd_core.preconditioner import Preconditioner
+from singd_core.rules.base import Rule
 from singd_core.structures.base import Structure
 
 
 @tree
-class InverseFree(Tree):
+class InverseFree(Rule):
     """The factors of one layer's inverse curvature: K Kᵀ ≈ (U + λ_K I)⁻¹, C Cᵀ ≈ (G + λ_C I)⁻¹.
 
     Attributes:
         K: Side d_in.
         C: Side d_out.
-        m_K: The Riemannian momentum of K, None without (α₁ = 0).
+        m_K: The Riemannian momentum of K, None without.
         m_C: The Riemannian momentum of C.
-        averages: Mean diagonals of U and G so far.
-        levels: How large rows and columns of natural gradients are, None where nobody asks.
     """
 
     K: Structure
@@ -35,46 +35,53 @@ class InverseFree(Tree):
     averages: Averages
     levels: Levels | None = None
 
+    title = "SINGD"
+    without_rows = True
+
+    @classmethod
+    def start(
+        cls, K: Structure, C: Structure, averages: Averages, levels: Levels | None, momentum: bool
+    ) -> Self:
+        """The identity."""
+        if not momentum:
+            return cls(K, C, None, None, averages, levels)
+        m_K, m_C = (L.map(namespace(L.like).zeros_like) for L in (K, C))
+        return cls(K, C, m_K, m_C, averages, levels)
+
     @property
-    def structures(self) -> tuple[type[Structure], type[Structure]]:
-        """The structures of K and of C."""
-        return type(self.K), type(self.C)
+    def sides(self) -> tuple[Structure, Structure]:
+        """K and C."""
+        return self.K, self.C
+
+    @property
+    def row_norms(self) -> tuple[Array, Array]:
+        """The norms of the rows of K and of C."""
+        return self.K.row_norms(), self.C.row_norms()
 
     def measure(self, A: Array, B: Array) -> tuple[Measured, Measured]:
         """Π̂(KᵀAᵀA K) and Π̂(CᵀBᵀB C) of rows A, shape (..., n, d_in), and B, (..., n, d_out)."""
         return measure(self.K, A), measure(self.C, B)
+
+    def seen(self, inputs: Measured, outputs: Measured) -> tuple[Measured, Measured]:
+        """The sums with K and C, from the sums with K = C = I."""
+        return seen(self.K, inputs), seen(self.C, outputs)
 
     def measuring(self) -> Self:
         """What `measure` needs; the rest is None."""
         return type(self)(self.K, self.C, None, None, None)  # type: ignore[arg-type]
 
     def precondition(self, gradient: Array, *, balanced: bool = False) -> Array:
-        """The natural gradient C Cᵀ ∇W K Kᵀ of ∇W, shape (..., d_out, d_in), in the dtype of C.
-
-        `balanced` is told of in `Preconditioner`.
-        """
-        return Preconditioner.of(None, None, self, self._scales(balanced=balanced))(gradient)
+        """The natural gradient C Cᵀ ∇W K Kᵀ of ∇W, shape (..., d_out, d_in), in the dtype of C."""
+        scales = self.scales(balanced=balanced)
+        return Preconditioner.of((None, None), self.sides, scales)(gradient)
 
     def preconditioner(
         self, T: int, *, balanced: bool = False, scales: Sequence[Array] | None = None
     ) -> Preconditioner:
-        """`precondition` for T steps: with K Kᵀ and C Cᵀ formed once where that multiplies less.
-
-        `scales` are what balances K and C, if that is known.
-        """
+        """With K Kᵀ and C Cᵀ formed once where that multiplies less."""
         d_in, d_out = self.K.shape[-1], self.C.shape[-1]
-        P_K, P_C = _square(self.K, T * d_out), _square(self.C, T * d_in)
-        return Preconditioner.of(P_K, P_C, self, self._scales(scales, balanced=balanced))
-
-    def _scales(
-        self, known: Sequence[Array] | None = None, *, balanced: bool
-    ) -> Sequence[Array | None]:
-        if not balanced:
-            return None, None
-        if known is not None:
-            return known
-        scales = [balance(L.row_norms()) for L in (self.K, self.C)]
-        return scales if self.levels is None else products(scales, self.levels.scales())
+        both = _square(self.K, T * d_out), _square(self.C, T * d_in)
+        return Preconditioner.of(both, self.sides, self.scales(scales, balanced=balanced))
 
     def refresh(
         self,
@@ -106,18 +113,11 @@ class InverseFree(Tree):
             self.C.astype(curvature.H_C.like).gram(),
         )
 
+    @abstractmethod
     def directions(
         self, curvature: Curvature, rates: Rates, s: Settings
     ) -> tuple[Structure, Structure]:
         """The directions in which K and C step, m of both."""
-        grams = self.grams(curvature)
-        traces = None
-        if not s.kfac_like:
-            of = curvature.H_K, curvature.H_C, *grams
-            traces = [number(S.trace()) / S.shape[-1] for S in of]
-        (h_K, lambda_K), (h_C, lambda_C) = weights(rates, traces, s)
-        m_K = direction(self.m_K, curvature.H_K, grams[0], h_K, lambda_K, s)
-        return m_K, direction(self.m_C, curvature.H_C, grams[1], h_C, lambda_C, s)
 
     def moved(
         self, m: Sequence[Structure], betas: Sequence[Scalar], rates: Rates, s: Settings
@@ -136,36 +136,78 @@ class InverseFree(Tree):
         return {"K_norm": self.K.norm(), "C_norm": self.C.norm()}
 
 
+@tree
+class IKFAC(InverseFree):
+    """The IKFAC form: no Riemannian momentum, and 1 in place of the adaptive curvature."""
+
+    def directions(
+        self, curvature: Curvature, rates: Rates, s: Settings
+    ) -> tuple[Structure, Structure]:
+        """The directions in which K and C step, m of both."""
+        grams = self.grams(curvature)
+        of_both = self.weights(curvature, grams, rates, s)
+        sides = zip((self.m_K, self.m_C), (curvature.H_K, curvature.H_C), grams, strict=True)
+        m_K, m_C = (
+            direction(*own, *weights, s) for own, weights in zip(sides, of_both, strict=True)
+        )
+        return m_K, m_C
+
+    def weights(
+        self,
+        curvature: Curvature,
+        grams: tuple[Structure, Structure],
+        rates: Rates,
+        s: Settings,
+    ) -> list[tuple[Scalar, Scalar]]:
+        """½ h c² and ½ λ c² of K, and of C, by which m weighs the curvature and the Gram matrix.
+
+        Here c is the scale of the start: scaling a factor by c multiplies what was measured with
+        it, and its Gram matrix, by c².
+        """
+        return plain_weights(rates)
+
+
+@tree
+class SINGD(IKFAC):
+    """SINGD, and INGD with dense factors: each factor weighs its curvature by that of the other."""
+
+    @classmethod
+    def keeps_momentum(cls, s: Settings) -> bool:
+        """Unless α₁ is a number that is 0."""
+        return not (isinstance(s.alpha1, (int, float)) and s.alpha1 == 0.0)
+
+    def weights(
+        self,
+        curvature: Curvature,
+        grams: tuple[Structure, Structure],
+        rates: Rates,
+        s: Settings,
+    ) -> list[tuple[Scalar, Scalar]]:
+        """With the adaptive curvature, the mean diagonal of the other side's."""
+        of = curvature.H_K, curvature.H_C, *grams
+        h_C, h_K, from_C, from_K = (number(S.trace()) / S.shape[-1] for S in of)
+        of_K, of_C = (half(self.m_K, s) * (start * start) for start in rates.start)
+        lambda_K, lambda_C = rates.damping
+        if s.relative_damping:
+            lambda_K = lambda_C = s.damping * rates.averages.t_U * rates.averages.t_G
+        s_K, s_C = (start * start for start in rates.start)
+        return [
+            (of_K * (s_C * h_K), of_K * (lambda_K * s_C * from_K)),
+            (of_C * (s_K * h_C), of_C * (lambda_C * s_K * from_C)),
+        ]
+
+
+def plain_weights(rates: Rates) -> list[tuple[Scalar, Scalar]]:
+    """The weights of IKFAC, ½ c² and ½ λ c² of K and of C: they ask for no curvature."""
+    return [
+        (0.5 * (start * start), 0.5 * (start * start) * damping)
+        for start, damping in zip(rates.start, rates.damping, strict=True)
+    ]
+
+
 def _square(L: Structure, columns: int) -> Structure | None:
     """L Lᵀ, if it will be multiplied with so many columns that it is worth having."""
     return L.square() if columns > L.shape[-1] else None  # d³, and d² a column; 2 d² with L and Lᵀ
-
-
-def weights(
-    rates: Rates, traces: Sequence[Scalar] | None, s: Settings
-) -> list[tuple[Scalar, Scalar]]:
-    """½ h c² and ½ λ c² of K, and of C, by which m weighs the curvature and the Gram matrix.
-
-    Here c is the scale of the start: scaling a factor by c multiplies what was measured with it,
-    and its Gram matrix, by c². The adaptive curvature h is 1 for IKFAC, whose damping is λ itself.
-
-    Args:
-        rates: The numbers of the refresh.
-        traces: The mean diagonals of H_K, H_C, KᵀK and CᵀC; None for IKFAC, which needs none.
-        s: The settings.
-    """
-    of_K, of_C = (half(s) * (start * start) for start in rates.start)
-    if traces is None:
-        return [(of_K, of_K * rates.damping[0]), (of_C, of_C * rates.damping[1])]
-    lambda_K, lambda_C = rates.damping
-    if s.relative_damping:
-        lambda_K = lambda_C = s.damping * rates.averages.t_U * rates.averages.t_G
-    s_K, s_C = (start * start for start in rates.start)
-    h_C, h_K, from_C, from_K = traces
-    return [
-        (of_K * (s_C * h_K), of_K * (lambda_K * s_C * from_K)),
-        (of_C * (s_K * h_C), of_C * (lambda_C * s_K * from_C)),
-    ]
 
 
 def direction(
@@ -186,13 +228,13 @@ def direction(
         of_gram: ½ λ, with the adaptive damping (λ for IKFAC).
         s: The settings.
     """
-    m = H_K.scale(of_H).add_scaled(of_gram, KtK).shifted(-half(s))
-    return m if m_K is None or s.kfac_like else m.add_scaled(s.alpha1, m_K.astype(m.like))
+    m = H_K.scale(of_H).add_scaled(of_gram, KtK).shifted(-half(m_K, s))
+    return m if m_K is None else m.add_scaled(s.alpha1, m_K.astype(m.like))
 
 
-def half(s: Settings) -> Scalar:
+def half(m: Structure | None, s: Settings) -> Scalar:
     """The ½ in front of the bracket of m, or ½ (1 − α₁) with the authors' normalization."""
-    return 0.5 * (1.0 - s.alpha1) if s.normalize_lr_cov and not s.kfac_like else 0.5
+    return 0.5 * (1.0 - s.alpha1) if s.normalize_lr_cov and m is not None else 0.5
 
 
 def step_size(m: Structure, beta: Scalar, s: Settings) -> Scalar:

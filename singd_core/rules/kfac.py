@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Self
 
 from singd_core._array import Array, Scalar, at_least, cast, inverse, namespace, widen
 from singd_core._settings import Rate, Settings
-from singd_core._tree import Tree, tree
+from singd_core._tree import tree
 from singd_core.curvature import TINY, Averages, Curvature, Measured, measure
 from singd_core.levels import Levels
-from singd_core.preconditioner import Preconditioner, Side, products
+from singd_core.preconditioner import Preconditioner
+from singd_core.rules.base import Rule
 from singd_core.structures.base import Structure
 from singd_core.structures.dense import Dense
 
 
 @tree
-class KFAC(Tree):
+class KFAC(Rule):
     """The averaged factors of one layer's curvature and their damped inverses, all dense.
 
     Attributes:
@@ -34,10 +36,32 @@ class KFAC(Tree):
     averages: Averages
     levels: Levels | None = None
 
+    title = "KFAC"
+    only_dense = True
+
+    @classmethod
+    def start(
+        cls, K: Structure, C: Structure, averages: Averages, levels: Levels | None, momentum: bool
+    ) -> Self:
+        """The identity."""
+        return cls(K, C, K, C, averages, levels)  # type: ignore[arg-type]
+
     @property
-    def structures(self) -> tuple[type[Structure], type[Structure]]:
-        """Both are dense."""
-        return Dense, Dense
+    def sides(self) -> tuple[Structure, Structure]:
+        """S_K and S_C."""
+        return self.S_K, self.S_C
+
+    @property
+    def row_norms(self) -> tuple[Array, Array]:
+        """The roots of the diagonals of P_K and of P_C, which rounding may make negative."""
+        diagonals = (widen(namespace(P.matrix).linalg.diagonal(P.matrix)) for P in self.inverses)
+        of_K, of_C = (at_least(d, TINY) ** 0.5 for d in diagonals)
+        return of_K, of_C
+
+    @property
+    def inverses(self) -> tuple[Dense, Dense]:
+        """P_K and P_C."""
+        return self.P_K, self.P_C
 
     def measure(self, A: Array, B: Array) -> tuple[Measured, Measured]:
         """AᵀA and BᵀB of rows A, shape (..., n, d_in), and B, shape (..., n, d_out)."""
@@ -47,17 +71,12 @@ class KFAC(Tree):
         """What `measure` needs; the rest is None."""
         return type(self)(self.S_K, self.S_C, None, None, None)  # type: ignore[arg-type]
 
-    def precondition(self, gradient: Array, *, balanced: bool = False) -> Array:
-        """(S_C + λ_C I)⁻¹ ∇W (S_K + λ_K I)⁻¹ of a gradient, shape (..., d_out, d_in)."""
-        return self.preconditioner(1, balanced=balanced)(gradient)
-
-    def preconditioner(self, T: int, *, balanced: bool = False) -> Preconditioner:
-        """`precondition`."""
-        both = self.P_K, self.P_C
-        scales: list[Array | None] = [_balance(P) if balanced else None for P in both]
-        if balanced and self.levels is not None:
-            scales = products(scales, self.levels.scales())
-        return Preconditioner(*(Side.of(P, P, c) for P, c in zip(both, scales, strict=True)))
+    def preconditioner(
+        self, T: int, *, balanced: bool = False, scales: Sequence[Array] | None = None
+    ) -> Preconditioner:
+        """∇W ↦ (S_C + λ_C I)⁻¹ ∇W (S_K + λ_K I)⁻¹."""
+        both = self.inverses
+        return Preconditioner.of(both, both, self.scales(scales, balanced=balanced))
 
     def refresh(
         self,
@@ -84,11 +103,6 @@ class KFAC(Tree):
     def norms(self) -> dict[str, Array]:
         """The Frobenius norms of the factors."""
         return {"S_K_norm": self.S_K.norm(), "S_C_norm": self.S_C.norm()}
-
-
-def _balance(P: Dense) -> Array:
-    """D^(−½), D being the diagonal of P."""
-    return at_least(widen(namespace(P.matrix).linalg.diagonal(P.matrix)), TINY) ** -0.5
 
 
 def average(S: Dense, U: Structure, beta: Scalar, start: Scalar) -> Dense:

@@ -34,10 +34,7 @@ class Shampoo(InverseFree):
     `averages` has the mean square of G as t_G, and 0 as t_U, which is not known.
     """
 
-    def by_rows(self) -> InverseFree:
-        """The same K and C for refreshes by rows, whose averages begin with the first."""
-        averages = self.averages.map(lambda a: a * 0.0)
-        return InverseFree(self.K, self.C, self.m_K, self.m_C, averages, self.levels)
+    has_rows = False
 
     def curvature(self, gradient: Array) -> Curvature:
         """What a refresh wants of a gradient, shape (..., d_out, d_in).
@@ -75,7 +72,7 @@ def _direction(
 ) -> Structure:
     """½ (M / h − I) with M = H + λ Π̂(KᵀK) and h its mean diagonal."""
     h = number(H.trace()) / H.shape[-1] + damping
-    of_H = half(s) / at_least(h, TINY)
+    of_H = half(m, s) / at_least(h, TINY)
     return direction(m, H, K.astype(H.like).gram(), of_H, of_H * damping, s)
 
 

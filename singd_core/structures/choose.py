@@ -26,7 +26,11 @@ MatrixShape: TypeAlias = tuple[Sequence[int], int, int]  # batch axes, d_out, d_
 
 
 def resolve(
-    structures: Structures | None, shape: MatrixShape = ((), 1, 1), *, kfac: bool
+    structures: Structures | None,
+    shape: MatrixShape = ((), 1, 1),
+    *,
+    dense_for: str | None = None,
+    diagonal: tuple[bool, bool] = (False, False),
 ) -> tuple[type[Structure], type[Structure]]:
     """The structures of K and C of one layer.
 
@@ -35,21 +39,31 @@ def resolve(
             numbers a row; `"cost:n"` for the richest that cost little beside n rows a step; or None
             for `"cost:512"`.
         shape: The batch axes, d_out and d_in; names do not ask for it.
-        kfac: Whether they have to be dense.
+        dense_for: The name of a rule whose factors have to be dense, or None.
+        diagonal: Which of the two measures one-hot rows, and so is diagonal whatever is asked for.
 
     Raises:
-        ValueError: If a name is unknown, or not dense for KFAC.
+        ValueError: If a name is unknown, or not dense where it has to be.
     """
+    K, C = _asked(structures, shape, dense_for)
+    if 0 in shape[1:]:  # there is nothing to learn, and not every structure has a side of 0
+        K = C = Dense
+    return Diagonal if diagonal[0] else K, Diagonal if diagonal[1] else C
+
+
+def _asked(
+    structures: Structures | None, shape: MatrixShape, dense_for: str | None
+) -> tuple[type[Structure], type[Structure]]:
     batch, d_out, d_in = shape
-    if kfac and structures is None:
+    if dense_for is not None and structures is None:
         return Dense, Dense
     if structures is None:
         structures = DEFAULT
     kind, _, count = structures.partition(":") if isinstance(structures, str) else ("", "", "")
     if kind in ("auto", "cost"):
-        if kfac:
+        if dense_for is not None:
             raise ValueError(
-                f'structures="{structures}": KFAC inverts dense factors; choose "dense"'
+                f'structures="{structures}": {dense_for} takes dense factors alone; choose "dense"'
             )
         if not count.isdecimal() or int(count) < 1:
             wanted = {
@@ -57,8 +71,6 @@ def resolve(
                 "cost": '"cost:n" wants n >= 1',
             }
             raise ValueError(f'structures="{structures}": {wanted[kind]}')
-        if 0 in (d_out, d_in):
-            return Dense, Dense
         if kind == "cost":
             return by_cost(d_out, d_in, int(count), math.prod(batch))
         return within(d_in, int(count)), within(d_out, int(count))
@@ -75,13 +87,11 @@ def resolve(
             found.append(get(name))
         except ValueError as error:
             raise ValueError(f"{which} = {error}") from None
-        if kfac and found[i] is not Dense:
+        if dense_for is not None and found[i] is not Dense:
             raise ValueError(
-                f'{which} = "{found[i].name}": KFAC inverts dense factors; choose "dense", '
-                "or the inverse-free update (kfac=False)"
+                f'{which} = "{found[i].name}": {dense_for} takes dense factors alone; choose '
+                '"dense", or the inverse-free update (another rule)'
             )
-    if 0 in (d_out, d_in):  # there is nothing to learn, and not every structure has a side of 0
-        return Dense, Dense
     return found[0], found[1]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from singd_core._settings import settings
+from singd_core._recipes import settings
 from singd_core.optimizer import Optimizer
 from singd_core.testing.draw import Case
 from singd_core.testing.law import law

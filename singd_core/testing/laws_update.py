@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from singd_core._settings import settings
+from singd_core._recipes import settings
 from singd_core.structures import Dense
 from singd_core.testing.backends import EPS
 from singd_core.testing.draw import Case

@@ -16,7 +16,7 @@ from singd_core.testing.draw import Case
 from singd_core.testing.pytree_jax import register_trees
 
 Rows = tuple[Any, Any]
-IKFAC = Settings(kfac_like=True, damping=0.25, lr_cov=0.125)
+IKFAC = Settings(rule="ikfac", damping=0.25, lr_cov=0.125)
 SINGD = Settings(alpha1=0.5, damping=0.25, lr_cov=0.125)
 
 
@@ -68,14 +68,14 @@ def page(case: Case, rows: Sequence[Rows], s: Settings) -> tuple[np.ndarray, np.
         return np.asarray(case.S.project(M).dense())
 
     beta: Any = s.lr_cov
-    lam, alpha1 = s.damping, 0.0 if s.kfac_like else s.alpha1
+    lam, alpha1 = s.damping, 0.0 if s.rule == "ikfac" else s.alpha1
     K, C = np.eye(case.d), np.eye(case.d_out)
     m_K, m_C = 0.0 * K, 0.0 * C
     for pair in rows:
         A, B = map(case.numpy, pair)
         H_K, H_C = K.T @ A.T @ A @ K / len(A), C.T @ B.T @ B @ C
         h_K, h_C, lam_K, lam_C = 1.0, 1.0, lam, lam
-        if not s.kfac_like:
+        if s.rule != "ikfac":
             h_K, lam_K = np.trace(H_C) / len(C), lam * np.trace(C.T @ C) / len(C)
             h_C, lam_C = np.trace(H_K) / len(K), lam * np.trace(K.T @ K) / len(K)
         m_K = alpha1 * m_K + 0.5 * project(h_K * H_K + lam_K * K.T @ K - np.eye(len(K)))

@@ -169,7 +169,7 @@ def test_indices_may_be_bytes() -> None:
 
 
 def test_a_table_has_no_dense_factor_to_invert() -> None:
-    with pytest.raises(ValueError, match=r"KFAC inverts dense factors, and Embedding"):
+    with pytest.raises(ValueError, match=r"KFAC takes dense factors alone, and Embedding"):
         Optimizer({"e": Embedding(5)}, kfac=True).init({"e": np.zeros((5, 2))})
 
 
@@ -211,7 +211,7 @@ def test_a_bias_without_a_layer_is_an_error() -> None:
         ),
         (
             {"kfac": True, "structures": ("tril", "dense")},
-            r'structures\[0\] = "tril": KFAC inverts',
+            r'structures\[0\] = "tril": KFAC takes dense',
         ),
         ({"kfac_approx": "shrink"}, "kfac_approx = 'shrink'"),
         ({"loss_average": "mean"}, "loss_average = 'mean'"),

@@ -26,14 +26,34 @@ def test_paper_is_what_the_authors_package_does_by_default() -> None:
     ours = dataclasses.asdict(settings("paper"))
     common = theirs.keys() & ours.keys()
     assert common == {
-        "lr", "momentum", "damping", "alpha1", "weight_decay", "T", "lr_cov", "kfac_like",
-        "normalize_lr_cov",
+        "lr", "momentum", "damping", "alpha1", "weight_decay", "T", "lr_cov", "normalize_lr_cov",
     }  # fmt: skip
     assert {n: ours[n] for n in common} == {n: theirs[n] for n in common}
-    bounds = {"factor_bound", "rows"}
+    assert settings("paper", kfac_like=theirs["kfac_like"]) == settings("paper")
+    bounds, others = {"factor_bound", "rows"}, {"order", "rule"}
     assert all(ours[name] == math.inf for name in bounds)
-    assert ours["order"] == 1
-    assert not any(ours[name] for name in ours.keys() - common - bounds - {"order"})
+    assert (ours["order"], ours["rule"]) == (1, "singd")
+    assert not any(ours[name] for name in ours.keys() - common - bounds - others)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_authors_name_of_a_rule_is_an_alias(recipe: str) -> None:
+    own = settings(recipe).rule
+    expected = {
+        "singd": [{"kfac_like": False}, {"kfac_like": False, "kfac": False}],
+        "ikfac": [{"kfac_like": True}, {"kfac_like": True, "rule": "ikfac"}],
+        "kfac": [{"kfac": True}, {"kfac": True, "kfac_like": True}],
+        own: [{"kfac": False}, {"kfac_like": None}],
+    }
+    for rule, several in expected.items():
+        for given in several:
+            assert settings(recipe, **given) == settings(recipe, rule=rule)
+    with pytest.raises(ValueError, match=r"rule='singd' and kfac_like=True: give the rule alone"):
+        settings(recipe, rule="singd", kfac_like=True)
+    with pytest.raises(ValueError, match="kfac_like=1: must be True or False"):
+        settings(recipe, kfac_like=1)
+    with pytest.raises(ValueError, match="rule='adam': there are 'singd', 'ikfac', 'kfac'"):
+        settings(recipe, rule="adam")
 
 
 def test_a_scalar_of_numpy_is_the_number_it_holds() -> None:
@@ -49,7 +69,7 @@ def test_every_setting_can_be_given_and_wins(field: Any, recipe: str) -> None:
     other = {
         "lr": 0.5, "momentum": 0.5, "weight_decay": 0.5, "T": 7, "lr_cov": 0.5, "damping": 0.7,
         "alpha1": 0.25, "factor_bound": 0.1, "order": 3, "warmup": 5,
-        "rows": 77,
+        "rows": 77, "rule": "kfac",
     }  # fmt: skip
     recipes_value = getattr(RECIPES[recipe], field.name)
     value = other.get(field.name, not recipes_value)

@@ -13,7 +13,8 @@ from jax_cases import CASES, X, array, mean_square
 from test_jax_transform import LAYERS, assert_close, loss, run, start, stepper
 
 import singd_jax
-from singd_core._settings import is_due, settings
+from singd_core._recipes import settings
+from singd_core._settings import is_due
 from singd_core.optimizer import Fallback
 from singd_jax._loss import Leaves
 from singd_jax._state import find_state

@@ -86,15 +86,15 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "three structures": ({"structures": ("dense",) * 3}, r"give two, one for K and one for C"),
     "KFAC with structure": (
         {"kfac": True, "structures": ("dense", "diagonal")},
-        r'structures\[1\] = "diagonal": KFAC inverts dense factors',
+        r'structures\[1\] = "diagonal": KFAC takes dense factors alone',
     ),
     "KFAC with one structure": (
         {"kfac": True, "structures": "diagonal"},
-        r'structures = "diagonal": KFAC inverts dense factors',
+        r'structures = "diagonal": KFAC takes dense factors alone',
     ),
     "KFAC with a budget": (
         {"kfac": True, "structures": "auto:3"},
-        r'structures="auto:3": KFAC inverts dense factors',
+        r'structures="auto:3": KFAC takes dense factors alone',
     ),
     "one dtype of two": (
         {"preconditioner_dtype": (torch.float32,)},

@@ -556,7 +556,7 @@ def test_arguments_of_the_authors_package_are_accepted_in_their_order() -> None:
     expected = {
         "lr": 0.1, "momentum": 0.8, "damping": 0.2, "alpha1": 0.3, "weight_decay": 0.4, "T": 5,
         "loss_average": None, "lr_cov": 0.6, "structures": ("diagonal", "dense"),
-        "kfac_approx": "reduce", "kfac_like": False, "preconditioner_dtype": (torch.float64, None),
+        "kfac_approx": "reduce", "rule": "singd", "preconditioner_dtype": (torch.float64, None),
         "normalize_lr_cov": True,
     }  # fmt: skip
     assert {name: optimizer.param_groups[0][name] for name in expected} == expected

@@ -215,7 +215,7 @@ def test_frozen_output_projection_leaves_the_others_their_rows() -> None:
 
 def test_auto_is_refused_where_it_cannot_be_decided() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-    with pytest.raises(ValueError, match="KFAC inverts dense"):
+    with pytest.raises(ValueError, match="KFAC takes dense"):
         SINGD(model, kfac=True, structures="auto", memory_budget=10**6)
     optimizer = SINGD(model, model[0].parameters(), structures="auto", memory_budget=10**6)
     with pytest.raises(ValueError, match="decided at construction"):

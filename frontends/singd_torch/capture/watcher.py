@@ -14,7 +14,6 @@ from singd_core import _settings
 from singd_core._settings import Settings
 from singd_core.layers import StackedLinear
 from singd_core.rules import Factors
-from singd_core.rules.shampoo import Shampoo
 from singd_torch._distributed import processes_of_call
 from singd_torch._warnings import warn
 from singd_torch.capture import attention
@@ -409,7 +408,8 @@ class Watcher(torch.optim.Optimizer):
         for layer in self._layers:
             layer.pending, layer.factors = {}, factors[layer.weight]
             layer.seen = layer.factors is not None  # they are made when rows are first seen
-            layer.by_gradient = layer.kind.has_rows and isinstance(layer.factors, Shampoo)
+            learned = layer.factors is None or layer.factors.has_rows
+            layer.by_gradient = layer.kind.has_rows and not learned
         self._tell_taps()
 
 

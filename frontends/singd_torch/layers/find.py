@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from singd_core import rules
 from singd_core.layers import Convolution, Embedding, LayerKind, Linear
-from singd_core.structures import Diagonal, choose
 from singd_torch.layers.kinds import Use, uses
 from singd_torch.layers.layer import Layer, Source
 
@@ -61,18 +61,16 @@ def find(model: nn.Module, groups: Sequence[dict[str, Any]]) -> list[Layer]:
     layers = []
     for weight, shared in found.items():
         common, group = _common([use.kind for _, use, _ in shared.uses]), group_of[weight]
-        tied = any(use.kind != common for _, use, _ in shared.uses)
-        if common is None or (group["kfac"] and (tied or common.diagonal_inputs)):
+        tied, rule = any(use.kind != common for _, use, _ in shared.uses), rules.get(group["rule"])
+        if common is None or (rule.only_dense and (tied or common.diagonal_inputs)):
             continue
         bias = shared.bias(common)
         if bias not in group_of or owners[bias] > 1:  # it has one matrix to be a column of
             bias = None
         shape = common.shape(tuple(weight.shape), bias is not None)
-        K, C = choose.resolve(group["structures"], shape, kfac=group["kfac"])
-        if tied:
-            C = Diagonal
-        elif common.diagonal_inputs:
-            K = Diagonal
+        structures = rule.choose(
+            group["structures"], shape, diagonal=(common.diagonal_inputs, tied)
+        )
         sources: list[tuple[nn.Module | None, Source]] = [
             (
                 m,
@@ -89,7 +87,7 @@ def find(model: nn.Module, groups: Sequence[dict[str, Any]]) -> list[Layer]:
             for m, use, _ in shared.uses
         ]
         of_bias = None if bias is None else group_of[bias]
-        layers.append(Layer(shared.name, common, weight, bias, sources, group, (K, C), of_bias))
+        layers.append(Layer(shared.name, common, weight, bias, sources, group, structures, of_bias))
     return layers
 
 

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from singd_core._settings import learns_from_gradients
+from singd_core import rules
 from singd_core.layers import (
     Convolution,
     Embedding,
@@ -20,9 +20,7 @@ from singd_core.layers import (
     StackedLinear,
     TransposedConvolution,
 )
-from singd_core.rules import Factors
-from singd_core.rules.inverse_free import InverseFree
-from singd_core.rules.shampoo import Shampoo
+from singd_core.rules import Factors, learns_from_gradients
 from singd_core.structures import Diagonal, Structure
 from singd_torch._groups import settings_of
 from singd_torch.capture.tap import Reach
@@ -143,7 +141,7 @@ class Layer:
         swapped = _is_turned(own) != _is_turned(kind)
         if isinstance(kind, Embedding) and not issubclass(self.structures[swapped], Diagonal):
             return None
-        if swapped and self.group["kfac"]:
+        if swapped and rules.get(self.group["rule"]).only_dense:
             return None
         return Source(self.weight, kind, None, swapped, batch_second, biased or swapped)
 
@@ -200,15 +198,9 @@ class Layer:
         K, C, _ = self.dtypes
         factors, device = self.factors, self.weight.device
         assert factors is not None
-        sides = (
-            (factors.K, factors.C)
-            if isinstance(factors, InverseFree)
-            else (factors.S_K, factors.S_C)
-        )
-        by_gradient = isinstance(factors, Shampoo)
-        return by_gradient is not self.has_rows and all(
+        return factors.has_rows is self.has_rows and all(
             side.like.dtype == dtype and side.like.device == device
-            for side, dtype in zip(sides, (K, C), strict=True)
+            for side, dtype in zip(factors.sides, (K, C), strict=True)
         )
 
     def rows(self, source: Source, x: Tensor, g: Tensor, mask: Tensor | None) -> Iterator[Rows]:

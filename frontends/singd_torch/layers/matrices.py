@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from singd_core._settings import learns_from_gradients
+from singd_core import rules
 from singd_core.layers import Tensor
-from singd_core.structures import Diagonal, choose
+from singd_core.rules import learns_from_gradients
 from singd_torch._groups import settings_of
 from singd_torch.layers.find import find
 from singd_torch.layers.layer import Layer
@@ -41,8 +41,9 @@ def _tensors(
                 continue
             kind = Tensor.of(p.shape)
             shape = kind.shape(p.shape, bias=False)
-            K, C = choose.resolve(group["structures"], shape, kfac=False)
-            structures = K, Diagonal if p in tables else C
+            structures = rules.get(group["rule"]).choose(
+                group["structures"], shape, diagonal=(False, p in tables)
+            )
             yield Layer(names.get(p, "a parameter"), kind, p, None, [], group, structures)
 
 

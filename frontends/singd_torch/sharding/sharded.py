@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from singd_core.rules import Factors
-from singd_core.rules.shampoo import Shampoo
 from singd_torch import _state
 from singd_torch._distributed import agree_on_rows
 from singd_torch._loading import Loaded
@@ -136,8 +135,9 @@ class Sharded:
     def _lost(self, factors: Mapping[nn.Parameter, Factors | None]) -> set[nn.Parameter]:
         """The weights of layers whose rows were never seen, which their owners know."""
         own = [
-            layer.kind.has_rows and isinstance(factors.get(layer.weight), Shampoo)
+            layer.kind.has_rows and found is not None and not found.has_rows
             for layer in self._layers
+            for found in [factors.get(layer.weight)]
         ]
         flags = torch.tensor(own, dtype=torch.float32, device=self.share.device)
         dist.all_reduce(flags, group=self.group)

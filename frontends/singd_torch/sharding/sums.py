@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from singd_core.curvature import seen
-from singd_core.rules.inverse_free import InverseFree
 from singd_torch.capture.watcher import is_due
 from singd_torch.layers.layer import Key, Layer
 from singd_torch.layers.pending import Pending
@@ -139,11 +137,8 @@ class Sums:
         """The rows of all processes, as the factors of a layer measure them."""
         mean = own.group["loss_average"] is not None
         pending = pending.of_all(sums, self._averaged(), mean=mean)
-        factors = own.factors_of(key[0])
-        if isinstance(factors, InverseFree):
-            inputs, outputs = seen(factors.K, pending.inputs), seen(factors.C, pending.outputs)
-            pending = dataclasses.replace(pending, inputs=inputs, outputs=outputs)
-        return pending
+        inputs, outputs = own.factors_of(key[0]).seen(pending.inputs, pending.outputs)
+        return dataclasses.replace(pending, inputs=inputs, outputs=outputs)
 
     def _rows_known(self, entries: Iterable[Entry]) -> set[tuple[Layer, Key]]:
         """Of layers that never had rows, which have some now: the only thing that is waited for."""

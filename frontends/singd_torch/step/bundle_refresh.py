@@ -14,7 +14,7 @@ from singd_core._settings import Settings, gap, rate_of_factors
 from singd_core.curvature import Curvature, shares
 from singd_core.levels import scale
 from singd_core.preconditioner import Preconditioner, balance
-from singd_core.rules.inverse_free import InverseFree, bounded, direction, stepped, weights
+from singd_core.rules.inverse_free import InverseFree, bounded, direction, plain_weights, stepped
 from singd_core.structures import Structure
 from singd_core.structures.base import Pattern
 from singd_torch.step.bundle import Bundle, Part, norms_of, spread
@@ -40,7 +40,7 @@ def refresh(bundle: Bundle, s: Settings, state: State, given: Gradients) -> None
     )
     rates = old.rates(t_U, t_G, rate_of_factors(due[0].stack.layers[0].group["steps"], s), s)
     places = list(_places(due))
-    of_both = weights(rates, None, s)
+    of_both = plain_weights(rates)
     m = []
     for part, place, curvature in zip(due, places, curvatures, strict=True):
         own, grams = partial(_own, place, part), _factors(part.stack).grams(curvature)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from singd_core._settings import Settings, is_bound
-from singd_core.rules.inverse_free import InverseFree
+from singd_core.rules import IKFAC
 from singd_core.step import averaged, couples_decay, decouples_decay, scaled, squares_of
 from singd_torch.step.bundle import Bundle, norms_of, spread
 from singd_torch.step.bundle_levels import measure
@@ -26,10 +26,9 @@ def steps_so(stack: Stack, given: Gradients) -> bool:
     s = given.settings(layer.weight)
     return (
         stack.compile is None
-        and type(factors) is InverseFree
+        and type(factors) is IKFAC
         and layer.weight.numel() > 0
         and s.normalized
-        and s.kfac_like
         and not s.normalize_lr_cov
         and is_bound(s.factor_bound)
         and all(type(p) is nn.Parameter for one in stack.layers for p in one.parameters)

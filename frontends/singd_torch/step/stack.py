@@ -16,8 +16,7 @@ from singd_core.layers import Convolution, Linear, StackedLinear
 from singd_core.layers import Tensor as TensorKind
 from singd_core.levels import Levels
 from singd_core.preconditioner import Preconditioner
-from singd_core.rules import Factors
-from singd_core.rules.shampoo import Shampoo
+from singd_core.rules import Factors, Shampoo, by_rows
 from singd_core.step import Late
 from singd_torch import _state
 from singd_torch._groups import settings_of
@@ -127,7 +126,8 @@ class Stack:
         averages.map(Tensor.copy_, self.averages)
         if levels is not None and self.factors.levels is not None:
             levels.map(Tensor.copy_, self.factors.levels)
-        factors = dataclasses.replace(self.factors, averages=averages, levels=levels)
+        own: Any = self.factors  # a dataclass, which its type does not say
+        factors = dataclasses.replace(own, averages=averages, levels=levels)
         self.factors = None
         self.hold(factors, state, preconditioner=self.preconditioner)
 
@@ -148,7 +148,7 @@ class Stack:
             for layer, own in zip(self.layers, tree_parts(factors, len(self.layers)), strict=True):
                 layer.factors = own
         elif factors is not self.factors:  # where they are: the layers' own are views
-            self.factors.map(Tensor.copy_, factors)  # type: ignore[arg-type]
+            self.factors.map(Tensor.copy_, factors)
         self.preconditioner = preconditioner
         for layer in self.layers:
             layer.seen = layer.seen or seen
@@ -158,7 +158,7 @@ class Stack:
     def go_on_by_rows(self, state: State) -> None:
         """Have the same factors for rows, which are seen for the first time."""
         assert isinstance(self.factors, Shampoo)
-        factors, self.factors = self.factors.by_rows(), None
+        factors, self.factors = by_rows(self.factors, settings_of(self.layers[0].group)), None
         for layer in self.layers:
             layer.by_gradient = False
         self.hold(factors, state)

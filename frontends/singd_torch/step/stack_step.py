@@ -30,8 +30,7 @@ from singd_core.curvature import Curvature
 from singd_core.layers import LayerKind
 from singd_core.levels import leveled
 from singd_core.preconditioner import Preconditioner
-from singd_core.rules import Factors
-from singd_core.rules.shampoo import Shampoo
+from singd_core.rules import Factors, Shampoo, by_rows
 from singd_core.step import Direction, couples_decay, direction, weight_change
 from singd_core.structures import Diagonal
 from singd_torch.capture.scaling import Scales
@@ -149,7 +148,7 @@ def _refreshed(
     layer, factors = stack.layers[0], stack.factors
     assert factors is not None
     steps = layer.group["steps"]
-    by_gradient = isinstance(factors, Shampoo) and (is_due(steps, s) or not layer.seen)
+    by_gradient = not factors.has_rows and (is_due(steps, s) or not layer.seen)
     if layer.pending or by_gradient:
         lr_cov = rate_of_factors(steps, s)
         if stack.compile is not None:  # else each value of a schedule would be compiled anew
@@ -158,7 +157,7 @@ def _refreshed(
             curvature = stack.run(_curvature, factors, layer.kind, *gradient)
         else:
             curvature = stack.curvature(scales.rows)
-            factors = factors.by_rows() if isinstance(factors, Shampoo) else factors
+            factors = by_rows(factors, s) if isinstance(factors, Shampoo) else factors
         for one in stack.layers:  # its rows are as large as its factors, and so is the curvature
             one.pending = {}
         factors = stack.run(_refresh, factors, curvature, lr_cov, s, stack.report)

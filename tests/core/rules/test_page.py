@@ -19,20 +19,17 @@ NORMALIZED = PAPER | {
     "growing_T": False,
     "T": 3,
     "relative_damping": True,
-    "kfac_like": True,
+    "rule": "ikfac",
     "scaled_start": True,
     "early_averaging": True,
     "factor_bound": 0.3,
 }
 DEFAULTS = dataclasses.asdict(settings("normalized"))
-RULES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # for the optimizer, for the page
-    "kfac": (PAPER | {"kfac": True}, PAPER | {"rule": "kfac"}),
-    "ingd": (INGD, INGD | {"rule": "singd"}),
-    "ikfac": (INGD | {"kfac_like": True}, INGD | {"rule": "ikfac"}),
-    "ingd without Riemannian momentum": (
-        PAPER | {"alpha1": 0.0},
-        PAPER | {"alpha1": 0.0, "rule": "singd"},
-    ),
+RULES: dict[str, dict[str, Any]] = {
+    "kfac": PAPER | {"rule": "kfac"},
+    "ingd": INGD | {"rule": "singd"},
+    "ikfac": INGD | {"rule": "ikfac"},
+    "ingd without Riemannian momentum": PAPER | {"alpha1": 0.0, "rule": "singd"},
 }
 
 # Relative, float64: eight steps of small products; the two write them in another order.
@@ -75,8 +72,8 @@ def weights() -> np.ndarray:
 @pytest.mark.parametrize("T", [1, 3], ids="T{}".format)
 @pytest.mark.parametrize("rule", RULES)
 def test_paper_recipe_is_the_page(rule: str, T: int) -> None:
-    given, page = RULES[rule]
-    compare(given | {"T": T}, Page(weights(), T=T, **page), ("dense", "dense"), "paper")
+    given = RULES[rule] | {"T": T}
+    compare(given, Page(weights(), **given), ("dense", "dense"), "paper")
 
 
 PARAMETERS = {"blockdiagonal": ":3", "hierarchical": ":2,2"}
@@ -87,16 +84,15 @@ STRUCTURES = [name + PARAMETERS.get(name, "") for name in FAMILIES]
 @pytest.mark.parametrize("rule", ["ingd", "ikfac"])
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_structures_are_the_page_with_their_projection(structure: str, rule: str) -> None:
-    given, page = RULES[rule]
-    both = structure, structure
-    compare(given | {"T": 1}, Page(weights(), both, **page), both, "paper")
+    given, both = RULES[rule] | {"T": 1}, (structure, structure)
+    compare(given, Page(weights(), both, **given), both, "paper")
 
 
 @pytest.mark.parametrize("given", [{}, NORMALIZED], ids=["defaults", "other values"])
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_normalized_recipe_is_the_page(structure: str, given: dict[str, Any]) -> None:
     both = structure, structure
-    page = Page(weights(), both, rule="normalized", **DEFAULTS | given)
+    page = Page(weights(), both, **DEFAULTS | given | {"rule": "normalized"})
     compare(given, page, both, "normalized", steps=45 if not given else 8)
 
 
@@ -110,7 +106,8 @@ CHANGED: dict[str, Any] = {
 @pytest.mark.parametrize("setting", CHANGED)
 def test_each_setting_of_the_normalized_recipe_bites_there(setting: str) -> None:
     """Else the test above would prove nothing of it."""
-    page = Page(weights(), rule="normalized", **DEFAULTS | NORMALIZED | {setting: CHANGED[setting]})
+    given = NORMALIZED | {setting: CHANGED[setting], "rule": "normalized"}
+    page = Page(weights(), **DEFAULTS | given)
     with pytest.raises(AssertionError):
         compare(NORMALIZED, page, ("dense", "dense"), "normalized")
 
@@ -138,7 +135,7 @@ def test_ikfac_is_singd_without_momentum_and_with_unit_traces() -> None:
     y = np.random.default_rng(1).standard_normal((12, 5))
     B = y @ np.linalg.inv(np.linalg.cholesky(y.T @ y * 12)).T  # G = I
     found = []
-    for given in ({"kfac_like": True}, {"alpha1": 0.0}):
+    for given in ({"rule": "ikfac"}, {"alpha1": 0.0}):
         optimizer = Optimizer(recipe="paper", **PAPER | given)
         p = {"map": weights()}
         updates, _ = optimizer.update({"map": B.T @ A}, optimizer.init(p), p, {"map": (A, B)})

@@ -1,0 +1,156 @@
+"""The two recipes that fill all settings, and the checks of what is given."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from singd_core._settings import Settings, plain
+from singd_core.rules import get as get_rule
+
+RECIPES: dict[str, Settings] = {
+    # the authors' update and the default values of their package
+    "paper": Settings(),
+    # steps of a size of their own: one rate for all scales; `make compare` measures it
+    "normalized": Settings(
+        lr=0.12,
+        nesterov=True,
+        normalized=True,
+        warmup=20,
+        decoupled_weight_decay=True,
+        T=50,
+        growing_T=True,
+        rows=256,
+        lr_cov=0.05,
+        damping=0.1,
+        relative_damping=True,
+        rule="ikfac",
+        alpha1=0.0,
+        scaled_start=True,
+        early_averaging=True,
+        factor_bound=0.5,
+    ),
+}
+
+DEFAULT = "normalized"
+
+# Other names of what `rule` says.
+ALIASES = "kfac_like", "kfac"
+
+# The rate of AdamW for all other parameters, where none is given.
+FALLBACK_RATES = {"paper": 1e-3, DEFAULT: 1e-2}
+
+# The structures of K and C where none are given; None takes what fits each weight.
+STRUCTURES: dict[str, tuple[str, str] | None] = {"paper": ("dense", "dense"), DEFAULT: None}
+
+
+def settings(recipe: str = DEFAULT, **given: Any) -> Settings:
+    """The recipe's settings, with those given (not None) in their place.
+
+    Raises:
+        ValueError: If there is no such recipe or setting, or a value is out of range.
+    """
+    if recipe not in RECIPES:
+        raise ValueError(f"recipe={recipe!r}: there are {', '.join(map(repr, RECIPES))}")
+    given = with_rule(given)
+    check_names(given)
+    chosen = dataclasses.replace(
+        RECIPES[recipe], **{k: plain(v) for k, v in given.items() if v is not None}
+    )
+    validate(chosen)
+    return chosen
+
+
+def with_rule(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with `rule` in place of `kfac_like`, as the authors call it, and of `kfac`.
+
+    Raises:
+        ValueError: If one of the two is neither True nor False, or says something else than `rule`.
+    """
+    found = {name: value for name, value in given.items() if name not in ALIASES}
+    said = {name: given[name] for name in ALIASES if given.get(name) is not None}
+    for name, value in said.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}={value!r}: must be True or False")
+    if said.get("kfac"):
+        rule = "kfac"
+    elif "kfac_like" in said:
+        rule = "ikfac" if said["kfac_like"] else "singd"
+    else:
+        return found
+    if found.get("rule") not in (None, rule):
+        alias = ", ".join(f"{name}={value!r}" for name, value in said.items())
+        raise ValueError(f"rule={found['rule']!r} and {alias}: give the rule alone")
+    return found | {"rule": rule}
+
+
+def check_names(given: Iterable[str], others: Iterable[str] = ()) -> None:
+    """Check the names of settings; `others` are what a frontend has beside them.
+
+    Raises:
+        ValueError: Naming the one that does not exist, and what was meant if that is near.
+    """
+    known = [f.name for f in dataclasses.fields(Settings)]
+    for name in given:
+        if name not in known and name not in ALIASES:
+            near = nearest(name, [*known, *others])
+            hint = "" if near is None else f" (was {near!r} meant?)"
+            raise ValueError(f"there is no setting {name!r}{hint}; there are {', '.join(known)}")
+
+
+def validate(s: Settings) -> None:
+    """Check every value that is a plain number (an array would have to be waited for).
+
+    Raises:
+        ValueError: Naming the setting, its value and what it may be.
+    """
+
+    def check(name: str, in_range: Callable[[Any], bool], expected: str) -> None:
+        value = getattr(s, name)
+        check_rate(name, value, in_range, expected)
+
+    for field in dataclasses.fields(s):
+        value = getattr(s, field.name)
+        if isinstance(field.default, bool) and not isinstance(value, bool):
+            raise ValueError(f"{field.name}={value!r}: must be True or False")
+    get_rule(s.rule)
+    for name in ("lr", "weight_decay", "damping"):
+        check(name, lambda v: 0.0 <= v < math.inf, "at least 0 and finite")
+    if not callable(s.lr_cov):
+        check("lr_cov", lambda v: 0.0 <= v < math.inf, "at least 0 and finite, or a function")
+    for name in ("momentum", "alpha1"):
+        check(name, lambda v: 0.0 <= v < 1.0, "in [0, 1)")
+    check("rows", lambda v: v >= 1.0, "at least 1 (infinite for all)")
+    check("factor_bound", lambda v: v > 0.0, "positive (infinite for no bound)")
+    for name, least in (("T", 1), ("order", 1), ("warmup", 0)):
+        value = getattr(s, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name}={value!r}: must be an integer of at least {least}")
+
+
+def check_rate(name: str, value: Any, in_range: Callable[[Any], bool], expected: str) -> None:
+    """Check a number, or that an array is 0-d.
+
+    Raises:
+        ValueError: Naming the setting, its value and its range.
+    """
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if getattr(value, "ndim", None) != 0 and not number:
+        raise ValueError(f"{name}={value!r}: must be a number or a 0-d array, {expected}")
+    if number and not in_range(value):
+        raise ValueError(f"{name}={value!r}: must be {expected}")
+
+
+# Names that other optimizers have for a setting.
+_MEANT = {"learning_rate": "lr", "betas": "fallback_betas", "eps": "fallback_eps"}
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that was meant by another one, if there is one that is near."""
+    known = list(known)
+    if _MEANT.get(name) in known:
+        return _MEANT[name]
+    return next(iter(difflib.get_close_matches(name, known, 1, cutoff=0.85)), None)

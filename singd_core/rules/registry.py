@@ -1,0 +1,41 @@
+"""Names of rules: `get("ikfac")`, `register("mine", Mine)`, `names()`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from singd_core.rules.base import Rule
+from singd_core.rules.inverse_free import IKFAC, SINGD
+from singd_core.rules.kfac import KFAC
+
+_RULES: dict[str, type[Rule]] = {"singd": SINGD, "ikfac": IKFAC, "kfac": KFAC}
+
+
+def get(name: object) -> type[Rule]:
+    """The rule of a name.
+
+    Raises:
+        ValueError: If there is no such name.
+    """
+    if not isinstance(name, str) or name not in _RULES:
+        raise ValueError(f"rule={name!r}: there are {', '.join(map(repr, _RULES))}")
+    return _RULES[name]
+
+
+def register(name: str, rule: Any) -> None:
+    """Add a rule under a name, for the setting `rule` of every frontend.
+
+    Raises:
+        ValueError: If the name is taken or empty.
+        TypeError: If `rule` is no subclass of `Rule`.
+    """
+    if not name or name in _RULES:
+        raise ValueError(f"{name!r} cannot name a rule: it is empty or taken; there are {names()}")
+    if not (isinstance(rule, type) and issubclass(rule, Rule)):
+        raise TypeError(f"{rule!r} is no subclass of Rule")
+    _RULES[name] = rule
+
+
+def names() -> list[str]:
+    """All names."""
+    return list(_RULES)
