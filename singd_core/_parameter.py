@@ -1,12 +1,11 @@
-"""What the pure optimizer does with one parameter."""
+"""What a step of the pure optimizer does with one parameter."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from math import prod
-from typing import Any, Self, TypeAlias
+from typing import Any
 
 from singd_core import rules
 from singd_core._array import (
@@ -14,219 +13,19 @@ from singd_core._array import (
     as_array,
     device,
     expand,
-    is_complex,
-    is_inexact,
     namespace,
-    ranged,
     total,
     widen,
 )
+from singd_core._layer_state import LayerState, Parameter, like, pair, parts
 from singd_core._settings import Rate, Settings
-from singd_core._tree import T_Tree, Tree, tree
+from singd_core._tree import T_Tree
 from singd_core.adamw import Fallback, Moments
 from singd_core.curvature import Curvature
-from singd_core.layers import LayerKind, Linear, Sample, Tensor
-from singd_core.layers.base import Shape
+from singd_core.layers import LayerKind, Sample
 from singd_core.rules.shampoo import Shampoo
-from singd_core.step import Late, couples_decay, direction, squares_of, weight_change
+from singd_core.step import couples_decay, direction, squares_of, weight_change
 from singd_core.structures import Diagonal
-
-Parameter: TypeAlias = Array | tuple[Array, Array]  # a weight, or a weight with its bias
-
-
-@tree
-class LayerState(Tree):
-    """The state of one layer.
-
-    Attributes:
-        factors: Its preconditioner.
-        momentum_buffer: The momentum of its weight, shaped like it, or None.
-        bias_momentum_buffer: The momentum of its bias, or None.
-        late: Sums over late gradients, or None.
-    """
-
-    factors: rules.Factors
-    momentum_buffer: Array | None
-    bias_momentum_buffer: Array | None = None
-    late: Late | None = None
-
-    @classmethod
-    def of(cls, factors: rules.Factors, momenta: Sequence[Array], late: Late | None) -> Self:
-        """With the momenta of the weight and, if there is one, of the bias."""
-        weight, *bias = momenta
-        return cls(factors, weight, bias[0] if bias else None, late)
-
-    @property
-    def momenta(self) -> list[Array] | None:
-        """The momenta of the weight and, if there is one, of the bias."""
-        if self.momentum_buffer is None:
-            return None
-        both = self.momentum_buffer, self.bias_momentum_buffer
-        return [m for m in both if m is not None]
-
-
-def pair(parameter: Parameter) -> tuple[Array, Array | None]:
-    """The weight and its bias, or None."""
-    return parameter if isinstance(parameter, tuple) else (parameter, None)
-
-
-def parts(parameter: Parameter) -> tuple[Array, ...]:
-    """The one or two arrays of a parameter."""
-    return parameter if isinstance(parameter, tuple) else (parameter,)
-
-
-def like(parameter: Parameter, arrays: Sequence[Array]) -> Parameter:
-    """The inverse of `parts`."""
-    return tuple(arrays) if isinstance(parameter, tuple) else arrays[0]
-
-
-# ---- what is given -----------------------------------------------------------------------------
-
-
-def kinds_of(
-    layers: Mapping[str, LayerKind] | None, params: Mapping[str, Parameter]
-) -> Mapping[str, LayerKind]:
-    """The kind of each layer; where none are named, each tuple and each matrix is linear.
-
-    A complex matrix is no layer unless named: a layer is a real map.
-
-    Raises:
-        ValueError: If a layer is named that is no parameter.
-    """
-    if layers is None:
-        return {n: Linear() for n, p in params.items() if isinstance(p, tuple) or _is_matrix(p)}
-    for name in layers:
-        if name not in params:
-            raise ValueError(f"layers: {name!r} is no parameter; there are {list(params)}")
-    return layers
-
-
-def tensors_of(
-    layers: Mapping[str, LayerKind], params: Mapping[str, Parameter]
-) -> dict[str, LayerKind]:
-    """The kinds of the other parameters whose gradients are all that their factors want."""
-    others: dict[str, Any] = {n: p for n, p in params.items() if n not in layers}
-    return {n: Tensor.of(p.shape) for n, p in others.items() if _is_tensor(p)}
-
-
-def _is_tensor(p: Any) -> bool:
-    """Whether it is matrices of real numbers."""
-    return Tensor.fits(getattr(p, "shape", ())) and is_inexact(p) and not is_complex(p)
-
-
-def _is_matrix(weight: Array) -> bool:
-    return getattr(weight, "ndim", 0) == 2 and not is_complex(weight)
-
-
-def check_parameter(name: str, parameter: Parameter, kind: LayerKind | None) -> None:
-    """Refuse what is no parameter, or no layer of its kind.
-
-    Raises:
-        TypeError: If it is neither an array nor a tuple of two.
-        ValueError: If it is not of floating-point numbers, or does not fit the kind.
-    """
-    shapes_of(name, parameter)
-    if not all(map(is_inexact, parts(parameter))):
-        raise ValueError(f"{name!r} is not of floating-point numbers: leave it out")
-    if kind is None and isinstance(parameter, tuple):
-        raise ValueError(f"{name!r} has a bias but is no layer: name it in layers=")
-    if kind is None:
-        return
-    if any(map(is_complex, parts(parameter))):
-        raise ValueError(
-            f"{name!r} is complex, and {kind} is a real layer: leave it out of layers=, and give a "
-            "bias a name of its own; AdamW trains both"
-        )
-    weight, bias = pair(parameter)
-    try:
-        batch, d_out, _ = kind.shape(tuple(weight.shape), bias is not None)
-    except ValueError as error:
-        raise ValueError(f"{name!r}: {error}") from None
-    outputs = prod(batch) * d_out
-    if bias is not None and prod(bias.shape) != outputs:
-        raise ValueError(
-            f"{name!r}: the bias has shape {tuple(bias.shape)}, but a weight of shape "
-            f"{tuple(weight.shape)} has {outputs} outputs"
-        )
-
-
-def shapes_of(name: str, parameter: Parameter, what: str = "") -> list[tuple[int, ...]]:
-    """The shapes of the one or two arrays of a parameter, or `what`, e.g. "the gradient of ".
-
-    Raises:
-        TypeError: If it is neither an array nor a tuple of two.
-    """
-    found = [getattr(part, "shape", None) for part in parts(parameter)]
-    if None in found or len(found) > 2 or not found:
-        raise TypeError(
-            f"{what}{name!r} must be an array or a tuple (weight, bias), "
-            f"not {_described(parameter)}"
-        )
-    return [tuple(shape) for shape in found if shape is not None]
-
-
-def row_pair(name: str, rows: Any) -> tuple[Array, Array]:
-    """The layer's input and the gradient at its output.
-
-    Raises:
-        TypeError: If they are not two.
-    """
-    if isinstance(rows, (tuple, list)) and len(rows) == 2:
-        return rows[0], rows[1]
-    raise TypeError(
-        f"rows of {name!r} must be a pair, the layer's input and the gradient at its output, not "
-        f"{_described(rows)}; a layer without rows is left out"
-    )
-
-
-def _described(x: Any) -> str:
-    many = f" of {len(x)}" if isinstance(x, (tuple, list)) else ""
-    return "None" if x is None else f"a {type(x).__name__}{many}"
-
-
-# ---- the start ---------------------------------------------------------------------------------
-
-
-def layer_state(
-    kind: LayerKind, parameter: Parameter, structures: Any, dtypes: Sequence[Any], s: Settings
-) -> LayerState:
-    """The state before the first step; `dtypes` of K and of C, or None.
-
-    Raises:
-        ValueError: If a rule whose factors are dense is asked for a table of embeddings.
-    """
-    rule = rules.get(s.rule)
-    if rule.only_dense and kind.diagonal_inputs:
-        raise ValueError(
-            f"{rule.title} takes dense factors alone, and {kind} has none: leave it out of layers"
-        )
-    weight, bias = pair(parameter)
-    shape = kind.shape(tuple(weight.shape), bias is not None)
-    chosen = rule.choose(structures, shape, diagonal=(kind.diagonal_inputs, False))
-    likes = [_empty(weight, dtype) for dtype in dtypes]
-    factors = rules.start(
-        chosen, shape, s, *likes, has_rows=kind.has_rows, one_hot=kind.diagonal_inputs
-    )
-    return begun(factors, parts(parameter), shape[0], s)
-
-
-def begun(
-    factors: rules.Factors, parameters: Sequence[Array], batch: Shape, s: Settings
-) -> LayerState:
-    """The state of a layer with these factors before its first step."""
-    if isinstance(s.momentum, (int, float)) and s.momentum == 0.0:
-        return LayerState(factors, None)
-    buffers = [namespace(p).zeros_like(ranged(p)) for p in parameters]
-    late = Late.zeros(batch, parameters[0]) if s.normalized else None
-    return LayerState.of(factors, buffers, late)
-
-
-def _empty(like: Array, dtype: Any) -> Array:
-    """An empty array on the device of `like`, in `dtype` or else one that holds its factors."""
-    xp = namespace(like)
-    return (
-        ranged(like[..., :0]) if dtype is None else xp.empty((0,), dtype=dtype, device=device(like))
-    )
 
 
 def count_state(parameter: Parameter) -> Array:

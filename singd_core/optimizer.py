@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeAlias
 
-from singd_core import _parameter as one
-from singd_core import rules
+from singd_core import _given, _parameter, rules
 from singd_core._array import Array
-from singd_core._parameter import LayerState as LayerState  # with `State`, what others import
-from singd_core._parameter import Parameter
+from singd_core._layer_state import LayerState as LayerState  # with `State`, what others import
+from singd_core._layer_state import Parameter, layer_state
+from singd_core._parameter import new_or_old
 from singd_core._recipes import DEFAULT, FALLBACK_RATES, STRUCTURES, settings
 from singd_core._settings import is_due, rate_of_factors
 from singd_core._tree import T_Tree, Tree, tree
@@ -123,14 +123,14 @@ class Optimizer:
         given = self.structures, self.preconditioner_dtype, self.settings
         layers, fallback = {}, {}
         for name, parameter in params.items():
-            one.check_parameter(name, parameter, kinds.get(name))
+            _given.check_parameter(name, parameter, kinds.get(name))
         for name, parameter in params.items():
             if name in kinds:
-                start = partial(one.layer_state, kinds[name], parameter, *given)
+                start = partial(layer_state, kinds[name], parameter, *given)
                 layers[name] = self._run(start, parameter)
             else:
                 fallback[name] = self._run(partial(Moments.zeros, parameter), parameter)
-        return State(0, self._run(partial(one.count_state, first), first), layers, fallback)
+        return State(0, self._run(partial(_parameter.count_state, first), first), layers, fallback)
 
     def due(self, state: State) -> bool:
         """Whether the next `update` wants rows."""
@@ -159,8 +159,8 @@ class Optimizer:
                 raise ValueError(f"rows of {name!r}: {why}; the layers are {list(state.layers)}")
             if not kinds[name].has_rows:
                 raise ValueError(f"rows of {name!r}: it learns from its gradient alone")
-            x, g = one.row_pair(name, given)
-            measure = partial(one.layer_curvature, kinds[name], params[name], *how)
+            x, g = _given.row_pair(name, given)
+            measure = partial(_parameter.layer_curvature, kinds[name], params[name], *how)
             try:
                 found[name] = self._run(measure, params[name], state.layers[name].factors, x, g)
             except ValueError as error:
@@ -173,7 +173,7 @@ class Optimizer:
         new = {}
         for name, measured in curvature.items():
             old = state.layers[name].factors
-            refresh = partial(one.refreshed, lr_cov, self.settings)
+            refresh = partial(_parameter.refreshed, lr_cov, self.settings)
             new[name] = self._run(refresh, old, old, measured, like=old)
         return new
 
@@ -185,7 +185,8 @@ class Optimizer:
         for name, layer in state.layers.items():
             old = layer.factors
             if not old.has_rows:
-                refresh = partial(one.refreshed_by_gradient, kinds[name], lr_cov, self.settings)
+                given = kinds[name], lr_cov, self.settings
+                refresh = partial(_parameter.refreshed_by_gradient, *given)
                 new[name] = self._run(refresh, old, old, grads[name], like=old)
         return new
 
@@ -217,8 +218,8 @@ class Optimizer:
             TypeError: If a gradient is no array or tuple, or rows are no pair.
             ValueError: If names or shapes do not fit.
         """
-        _check_alike(grads, params)
-        _check_state(state, params)
+        _given.check_alike(grads, params)
+        _given.check_state([*state.layers, *state.fallback], params)
         kinds, first = self._kinds(params), next(iter(params.values()))
         share = warmed(self.settings, state.step)
         s = dataclasses.replace(self.settings, lr=self.settings.lr * share)
@@ -231,18 +232,18 @@ class Optimizer:
             if due is not False:  # it may be an array
                 learned = self.refresh_by_gradients(state, grads, params)
                 refreshed |= {
-                    n: new if due is True else one.new_or_old(due, new, state.layers[n].factors)
+                    n: new if due is True else new_or_old(due, new, state.layers[n].factors)
                     for n, new in learned.items()
                 }
         factors = {n: refreshed.get(n, layer.factors) for n, layer in state.layers.items()}
         squares, sizes = {}, []
         for name in state.layers:
-            measure = partial(one.layer_squares, kinds[name])
+            measure = partial(_parameter.layer_squares, kinds[name])
             squares[name], size = self._run(measure, params[name], factors[name], grads[name])
             sizes.append(size)
         for name in state.fallback:
-            sizes.append(self._run(one.squares, params[name], grads[name]))
-        ok = self._run(one.all_finite, first, sizes)
+            sizes.append(self._run(_parameter.squares, params[name], grads[name]))
+        ok = self._run(_parameter.all_finite, first, sizes)
 
         following = state.step + 1
         rate = rate_of_factors(following, s) if s.normalized else 0.0
@@ -251,24 +252,24 @@ class Optimizer:
         layers, fallback, moved = {}, {}, [ok]
         for name, layer in state.layers.items():
             p, new = params[name], factors[name]
-            change = partial(one.layer_change, kinds[name], s, level)
+            change = partial(_parameter.layer_change, kinds[name], s, level)
             arguments = p, grads[name], squares[name], layer, new, ok
             found = self._run(change, p, *arguments, like=(p, layer, ok))
             updates[name], layers[name], finite = found
             moved.append(finite)
         for name, moments in state.fallback.items():
             p, g = params[name], grads[name]
-            adamw = partial(one.other_change, others)
+            adamw = partial(_parameter.other_change, others)
             found = self._run(adamw, p, moments, g, p, ok, like=(p, moments))
             updates[name], fallback[name] = found
-        skipped = self._run(one.count_failed, first, state.skipped, moved)
+        skipped = self._run(_parameter.count_failed, first, state.skipped, moved)
         return updates, State(state.step + 1, skipped, layers, fallback)
 
     def apply(
         self, params: Mapping[str, Parameter], updates: Mapping[str, Parameter]
     ) -> dict[str, Parameter]:
         """The parameters with their changes added."""
-        return {n: self._run(one.added, p, p, updates[n], like=p) for n, p in params.items()}
+        return {n: self._run(_parameter.added, p, p, updates[n], like=p) for n, p in params.items()}
 
     def _run(
         self, function: Callable[..., Any], owner: Any, *arguments: Any, like: Any = None
@@ -294,33 +295,11 @@ class Optimizer:
         """
         if isinstance(condition, bool):
             return function(old, *arrays) if condition else old
-        return one.new_or_old(condition, function(old, *arrays), old)
+        return new_or_old(condition, function(old, *arrays), old)
 
     def _kinds(self, params: Mapping[str, Parameter]) -> Mapping[str, LayerKind]:
         """The kinds of all parameters that have factors."""
-        layers = one.kinds_of(self.layers, params)
+        layers = _given.kinds_of(self.layers, params)
         if not rules.learns_from_gradients(self.settings):
             return layers
-        return dict(layers) | one.tensors_of(layers, params)
-
-
-def _check_alike(grads: Mapping[str, Parameter], params: Mapping[str, Parameter]) -> None:
-    if grads.keys() != params.keys():
-        odd = sorted(set(grads) ^ set(params))
-        raise ValueError(
-            f"gradients and parameters have different names: {odd} in only one of them"
-        )
-    for name, parameter in params.items():
-        got = one.shapes_of(name, grads[name], "the gradient of ")
-        expected = one.shapes_of(name, parameter)
-        if got != expected:
-            raise ValueError(f"the gradient of {name!r} has shape {got}, its parameter {expected}")
-
-
-def _check_state(state: State, params: Mapping[str, Parameter]) -> None:
-    odd = sorted({*state.layers, *state.fallback} ^ set(params))
-    if odd:
-        raise ValueError(
-            f"the state and the parameters have different names: {odd} in only one of them; "
-            "`init(params)` makes the state"
-        )
+        return dict(layers) | _given.tensors_of(layers, params)

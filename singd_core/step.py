@@ -308,6 +308,11 @@ def times(c: Scalar, x: Array, *, in_place: bool) -> Array:
     return x
 
 
+def has_momentum(s: Settings) -> bool:
+    """Whether the weights have a momentum: an array is one, whose value nobody can wait for."""
+    return _is_on(s.momentum)
+
+
 def couples_decay(s: Settings) -> bool:
     """Whether the weight decay goes through the momentum."""
     return not s.decoupled_weight_decay and _is_on(s.weight_decay)

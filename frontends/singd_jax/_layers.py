@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 from singd_core import rules
 from singd_core._array import Array
-from singd_core._parameter import Parameter, parts
+from singd_core._layer_state import Parameter, parts
 from singd_core.layers import Tensor
 from singd_core.structures import Structure, choose
 from singd_jax._calls import Call

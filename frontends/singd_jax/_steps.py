@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from singd_core import rules
 from singd_core._array import Array, ranged, widen
-from singd_core._parameter import Parameter, begun, like, parts
+from singd_core._layer_state import Parameter, begun, like, parts
 from singd_core._tree import T_Tree
 from singd_core.adamw import Fallback, Moments
 from singd_core.curvature import Curvature

@@ -79,12 +79,13 @@ def factors_of(layer: Layer, entries: Mapping[str, Any], s: Settings) -> Factors
     """
     if not any("." in name and not name.startswith(_state.LATE) for name in entries):
         return None
-    template = _state.initial(layer, s)
+    template = _state.initial(layer, s, torch.device("meta"))
     arrays = dict(template.named_arrays())
     _check(layer.name, arrays, entries)
     known, by_rows = (bool(entries[f"averages.{name}"].any()) for name in ("k", "t_U"))
     if learns_from_gradients(s) and known and not by_rows:
-        template = _state.initial(dataclasses.replace(layer, by_gradient=True), s)
+        own = dataclasses.replace(layer, by_gradient=True)
+        template = _state.initial(own, s, torch.device("meta"))
     return template.rebuild(entries[name] for name in arrays)
 
 
@@ -94,9 +95,8 @@ def check_momenta(layer: Layer, entries: Mapping[nn.Parameter, Entries], s: Sett
     Raises:
         ValueError: Naming the first entry that is missing or does not fit.
     """
-    late = dict(_state.no_late(layer).named_arrays(_state.LATE)) if s.normalized else {}
-    needed = [{_state.MOMENTUM: zero} for zero in _state.no_momenta(layer)]
-    needed[0] |= late
+    s = dataclasses.replace(s, momentum=0.5)  # with any
+    needed = _state.moving(_state.before(layer, s, device=torch.device("meta")))
     kept = [entries[p] for p in layer.parameters]
     if any(key in own for own, keys in zip(kept, needed, strict=True) for key in keys):
         parts = (layer.name, f"the bias of {layer.name}")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from singd_core import rules
+from singd_core._layer_state import LayerState, begun
 from singd_core._settings import Settings
 from singd_core.rules import Factors
 from singd_core.step import Late
@@ -20,9 +21,9 @@ MOMENTUM = "momentum_buffer"
 LATE = "late."
 
 
-def initial(layer: Layer, s: Settings) -> Factors:
-    """The factors of a layer before the first refresh, on the device of its weight."""
-    device = layer.weight.device
+def initial(layer: Layer, s: Settings, device: torch.device | None = None) -> Factors:
+    """The factors of a layer before the first refresh, on the device of its weight or another."""
+    device = device or layer.weight.device
     like_K, like_C = (torch.empty(0, dtype=dtype, device=device) for dtype in layer.dtypes[:2])
     has_rows, one_hot = layer.has_rows, layer.one_hot
     return rules.start(
@@ -30,24 +31,32 @@ def initial(layer: Layer, s: Settings) -> Factors:
     )
 
 
-def no_momenta(layer: Layer) -> list[Tensor]:
-    """The momenta of a layer's parameters before its first step."""
-    dtype = layer.dtypes[2]
-    return [
-        torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format)
-        for p in layer.parameters
+def before(
+    layer: Layer, s: Settings, factors: Factors | None = None, device: torch.device | None = None
+) -> LayerState:
+    """The state of a layer before its first step, with its own factors or others.
+
+    It is on the device of the weight, or on another, such as `meta`.
+    """
+    device = device or layer.weight.device
+    likes = [
+        torch.empty((), dtype=p.dtype, device=device).expand(p.shape) for p in layer.parameters
     ]
-
-
-def no_late(layer: Layer) -> Late:
-    """The sums over late gradients of a layer before its first step."""
-    return Late.zeros(layer.shape[0], layer.weight)
+    return begun(factors or initial(layer, s, device), likes, layer.shape[0], s)
 
 
 def late_of(layer: Layer, state: Mapping[Any, Mapping[str, Any]]) -> Late:
-    """The sums over late gradients that the state has of a layer."""
-    zero, kept = no_late(layer), state.get(layer.weight, {})
+    """The sums over late gradients that the state has of a layer, else zeros."""
+    zero, kept = Late.zeros(layer.shape[0], layer.weight), state.get(layer.weight, {})
     return zero.rebuild(kept.get(name, a).to(a) for name, a in zero.named_arrays(LATE))
+
+
+def moving(state: LayerState) -> list[dict[str, Tensor]]:
+    """What is kept beside the factors, of the weight and of the bias, if it is of the layer."""
+    kept = [{MOMENTUM: momentum} for momentum in state.momenta or ()]
+    if state.late is not None:
+        kept[0] |= state.late.named_arrays(LATE)
+    return kept
 
 
 def before_any_step(
@@ -59,11 +68,9 @@ def before_any_step(
         s = settings_of(layer.group)
         layer.factors = initial(layer, s).map(torch.clone)
         state[layer.weight] = dict(layer.factors.named_arrays())
-        if s.momentum != 0.0:
-            for p, momentum in zip(layer.parameters, no_momenta(layer), strict=True):
-                state.setdefault(p, {})[MOMENTUM] = momentum
-            if s.normalized:
-                state[layer.weight].update(no_late(layer).named_arrays(LATE))
+        kept = moving(before(layer, s, layer.factors))
+        for p, own in zip(layer.parameters, kept, strict=bool(kept)):
+            state.setdefault(p, {}).update(own)
     for p in fallback:
         state[p] = _fallback.initial(p, on_device=p.device.type != "cpu")
     return state

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from singd_core import rules
-from singd_core._array import ranged
+from singd_core._layer_state import bytes_of
+from singd_torch import _fallback, _state
 from singd_torch._groups import settings_of
 from singd_torch.layers.layer import Layer
 
@@ -53,25 +55,14 @@ def table(
 
 def fallback_bytes(p: nn.Parameter) -> int:
     """Bytes of state of a parameter that AdamW trains: two moments."""
-    itemsize: int = ranged(p.new_empty(0)).element_size()
-    return 2 * p.numel() * itemsize
+    kept = _fallback.initial(nn.Parameter(torch.empty_like(p, device="meta")), on_device=False)
+    return sum(t.nbytes for t in kept.values() if t.ndim == p.ndim)
 
 
 def layer_bytes(layer: Layer) -> int:
     """Bytes of state of one layer: its factors with levels, and the momentum of its weight."""
-    (batch, d_out, d_in), group = layer.shape, layer.group
-    stack = 1
-    for n in batch:
-        stack *= n
-    *sizes, momentum = (dtype.itemsize for dtype in layer.dtypes)
-    rule = rules.get(group["rule"])
-    copies = 2 if rule.only_dense or rule.keeps_momentum(settings_of(group)) else 1
-    total = d_out * d_in * momentum if group["momentum"] else 0
-    for cls, d, size in zip(layer.structures, (d_in, d_out), sizes, strict=True):
-        total += copies * cls.numbers(d) * size
-    if settings_of(group).normalized and not layer.one_hot:
-        total += (d_out + d_in) * max(4, sizes[1])
-    return stack * total
+    s = settings_of(layer.group)
+    return bytes_of(_state.before(layer, s, device=torch.device("meta")))
 
 
 def _render(lines: Sequence[Sequence[str]]) -> str:

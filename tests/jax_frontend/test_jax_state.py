@@ -12,7 +12,7 @@ from test_jax_transform import LAYERS, run, start
 
 import singd_jax
 from singd_core import state as flat_state
-from singd_core._parameter import parts
+from singd_core._layer_state import parts
 from singd_core.layers import Linear
 from singd_core.optimizer import Optimizer
 from singd_core.structures import Diagonal, structure

@@ -18,7 +18,6 @@ from singd_core._array import is_half
 from singd_core.curvature import Averages
 from singd_core.levels import EVEN, Levels
 from singd_core.step import Late, sides, size
-from singd_torch import _state
 from singd_torch._groups import settings_of
 from singd_torch.step.stack import Stack, State
 
@@ -149,7 +148,7 @@ class Bundle:
         self.momentum = self.late = None
         if s.momentum != 0.0:
             self.momentum = like.new_zeros(sum(self.sizes), dtype=self.dtype)
-            self.late = _state.no_late(self.stacks[0].layers[0]).map(lambda a: a.new_zeros(n))
+            self.late = Late.zeros((n,), self.stacks[0].layers[0].weight)
         of_sides = [sides(*part.stack.layers[0].shape[1:]) for part in self.parts]
         spectral, outputs = like.new_empty(n), like.new_empty(n)
         for part, own in zip(self.parts, of_sides, strict=True):

@@ -83,13 +83,22 @@ class Stack:
         factors = [layer.factors for layer in self.layers if layer.factors is not None]
         self.factors = self.momenta = self.late = None
         self.hold(join_trees(factors).map(partial(_owned, set())), state)
-        zeros = _state.no_momenta(self.layers[0])
+        first = self.layers[0]
+        like = torch.empty(0, dtype=first.dtypes[2], device=first.weight.device)
         places = list(zip(*(layer.parameters for layer in self.layers), strict=True))
         kept = [[state.get(p, {}).get(_state.MOMENTUM) for p in place] for place in places]
         if any(m is not None for place in kept for m in place):
             momenta = [
-                _owned(set(), join([zero if m is None else m.to(zero) for m in place]))
-                for zero, place in zip(zeros, kept, strict=True)
+                _owned(
+                    set(),
+                    join(
+                        [
+                            like.new_zeros(p.shape) if m is None else m.to(like)
+                            for p, m in zip(own, place, strict=True)
+                        ]
+                    ),
+                )
+                for own, place in zip(places, kept, strict=True)
             ]
             late = None
             if settings_of(self.layers[0].group).normalized:
@@ -99,12 +108,10 @@ class Stack:
 
     def begin(self, state: State, s: Settings) -> None:
         """Have momenta of nothing yet."""
-        zeros = [_state.no_momenta(layer) for layer in self.layers]
-        momenta = [join(list(place)) for place in zip(*zeros, strict=True)]
-        late = None
-        if s.normalized:
-            late = join_trees([_state.no_late(layer) for layer in self.layers])
-        self.hold_momenta(momenta, late, state)
+        new = [_state.before(layer, s, layer.factors) for layer in self.layers]
+        momenta = [join(place) for place in zip(*(own.momenta or () for own in new), strict=True)]
+        late = [own.late for own in new if own.late is not None]
+        self.hold_momenta(momenta, join_trees(late) if late else None, state)
 
     def move(
         self,

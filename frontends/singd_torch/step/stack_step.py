@@ -31,7 +31,7 @@ from singd_core.layers import LayerKind
 from singd_core.levels import leveled
 from singd_core.preconditioner import Preconditioner
 from singd_core.rules import Factors, Shampoo, by_rows
-from singd_core.step import Direction, couples_decay, direction, weight_change
+from singd_core.step import Direction, couples_decay, direction, has_momentum, weight_change
 from singd_core.structures import Diagonal
 from singd_torch.capture.scaling import Scales
 from singd_torch.step.stack import Stack, State
@@ -82,7 +82,7 @@ def advance(stack: Stack, state: State, given: Gradients) -> Any:
     decay = None
     if any(map(couples_decay, own)):
         decay = stack.joined(partial(_coupled_decay, given.settings))
-    if stack.momenta is None and s.momentum != 0.0:
+    if stack.momenta is None and has_momentum(s):
         stack.begin(state, s)
     if ok is not None:
         s = _masked(s, ok, gradient[0])

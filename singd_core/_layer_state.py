@@ -1,0 +1,113 @@
+"""What the state holds of one parameter, before the first step and after."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any, Self, TypeAlias
+
+from singd_core import rules
+from singd_core._array import Array, device, namespace, ranged
+from singd_core._settings import Settings
+from singd_core._tree import Tree, tree
+from singd_core.layers import LayerKind
+from singd_core.layers.base import Shape
+from singd_core.step import Late, has_momentum
+
+_SCALARS = "factors.averages.", "late."
+
+Parameter: TypeAlias = Array | tuple[Array, Array]  # a weight, or a weight with its bias
+
+
+@tree
+class LayerState(Tree):
+    """The state of one layer.
+
+    Attributes:
+        factors: Its preconditioner.
+        momentum_buffer: The momentum of its weight, shaped like it, or None.
+        bias_momentum_buffer: The momentum of its bias, or None.
+        late: Sums over late gradients, or None.
+    """
+
+    factors: rules.Factors
+    momentum_buffer: Array | None
+    bias_momentum_buffer: Array | None = None
+    late: Late | None = None
+
+    @classmethod
+    def of(cls, factors: rules.Factors, momenta: Sequence[Array], late: Late | None) -> Self:
+        """With the momenta of the weight and, if there is one, of the bias."""
+        weight, *bias = momenta
+        return cls(factors, weight, bias[0] if bias else None, late)
+
+    @property
+    def momenta(self) -> list[Array] | None:
+        """The momenta of the weight and, if there is one, of the bias."""
+        if self.momentum_buffer is None:
+            return None
+        both = self.momentum_buffer, self.bias_momentum_buffer
+        return [m for m in both if m is not None]
+
+
+def pair(parameter: Parameter) -> tuple[Array, Array | None]:
+    """The weight and its bias, or None."""
+    return parameter if isinstance(parameter, tuple) else (parameter, None)
+
+
+def parts(parameter: Parameter) -> tuple[Array, ...]:
+    """The one or two arrays of a parameter."""
+    return parameter if isinstance(parameter, tuple) else (parameter,)
+
+
+def like(parameter: Parameter, arrays: Sequence[Array]) -> Parameter:
+    """The inverse of `parts`."""
+    return tuple(arrays) if isinstance(parameter, tuple) else arrays[0]
+
+
+def layer_state(
+    kind: LayerKind, parameter: Parameter, structures: Any, dtypes: Sequence[Any], s: Settings
+) -> LayerState:
+    """The state before the first step; `dtypes` of K and of C, or None.
+
+    Raises:
+        ValueError: If a rule whose factors are dense is asked for a table of embeddings.
+    """
+    rule = rules.get(s.rule)
+    if rule.only_dense and kind.diagonal_inputs:
+        raise ValueError(
+            f"{rule.title} takes dense factors alone, and {kind} has none: leave it out of layers"
+        )
+    weight, bias = pair(parameter)
+    shape = kind.shape(tuple(weight.shape), bias is not None)
+    chosen = rule.choose(structures, shape, diagonal=(kind.diagonal_inputs, False))
+    likes = [_empty(weight, dtype) for dtype in dtypes]
+    factors = rules.start(
+        chosen, shape, s, *likes, has_rows=kind.has_rows, one_hot=kind.diagonal_inputs
+    )
+    return begun(factors, parts(parameter), shape[0], s)
+
+
+def begun(
+    factors: rules.Factors, parameters: Sequence[Array], batch: Shape, s: Settings
+) -> LayerState:
+    """The state of a layer with these factors before its first step."""
+    if not has_momentum(s):
+        return LayerState(factors, None)
+    buffers = [namespace(p).zeros_like(p, dtype=ranged(p[..., :0]).dtype) for p in parameters]
+    late = Late.zeros(batch, parameters[0]) if s.normalized else None
+    return LayerState.of(factors, buffers, late)
+
+
+def _empty(like: Array, dtype: Any) -> Array:
+    """An empty array on the device of `like`, in `dtype` or else one that holds its factors."""
+    xp = namespace(like)
+    return (
+        ranged(like[..., :0]) if dtype is None else xp.empty((0,), dtype=dtype, device=device(like))
+    )
+
+
+def bytes_of(state: LayerState) -> int:
+    """The bytes of a state. The scalars of each matrix, which do not grow with it, are left out."""
+    grow = (a for name, a in state.named_arrays() if not name.startswith(_SCALARS))
+    return sum(prod(a.shape) * a.dtype.itemsize for a in grow)
