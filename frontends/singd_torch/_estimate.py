@@ -14,7 +14,7 @@ from singd_torch import _table
 from singd_torch._groups import check_group
 from singd_torch.layers.layer import Layer
 from singd_torch.layers.matrices import find_all
-from singd_torch.sharding.owners import balanced
+from singd_torch.sharding.owners import balanced, resting
 
 # What a group has beside the settings, and the values that are taken where none are given.
 OPTIONS: dict[str, Any] = {
@@ -101,10 +101,13 @@ def estimate(
     if processes < 1:
         raise ValueError(f"processes={processes!r}: must be at least 1")
     owners = balanced(layers, processes, {})
-    others = -(-sum(map(_table.fallback_bytes, fallback)) // processes)
-    by_process = [others] * processes
-    for layer in layers:
-        by_process[owners[layer.weight]] += sizes[layer.name]
+    of_layers = {layer.weight: sizes[layer.name] for layer in layers}
+    at_rest = resting(of_layers, owners, processes)
+    others = sum(map(_table.fallback_bytes, fallback)) + sum(of_layers[w] for w in at_rest)
+    by_process = [-(-others // processes)] * processes
+    for weight, size in of_layers.items():
+        if weight not in at_rest:
+            by_process[owners[weight]] += size
     table = _table.table(layers, fallback, names, owners=owners if processes > 1 else None)
     return Estimate(sizes, table, tuple(by_process))
 

@@ -14,13 +14,15 @@ from singd_core.rules import Factors
 from singd_torch import _state
 from singd_torch._distributed import agree_on_rows
 from singd_torch._loading import Loaded
+from singd_torch._table import layer_bytes
 from singd_torch.capture.scaling import Scales
 from singd_torch.layers.layer import Layer
 from singd_torch.sharding import saving
 from singd_torch.sharding.boxes import boxes, local, local_gradient
 from singd_torch.sharding.exchange import Exchange
 from singd_torch.sharding.meter import Meter
-from singd_torch.sharding.owners import balanced
+from singd_torch.sharding.owners import balanced, resting
+from singd_torch.sharding.resting import Resting
 from singd_torch.sharding.share import Share, alias, stand_in, stand_ins, stands_for
 from singd_torch.sharding.sums import Sums
 
@@ -48,6 +50,7 @@ class Sharded:
         self._layers: list[Layer] = []
         self._fallback: list[nn.Parameter] = []
         self._own: dict[nn.Parameter, Layer] = {}
+        self._resting: Resting | None = None
         self._stand_ins: dict[nn.Parameter, nn.Parameter] = {}
 
     def arrange(
@@ -61,6 +64,8 @@ class Sharded:
 
         What is known of layers that were there before stays.
         """
+        if self._resting is not None:
+            self._resting.visit()
         before, plain = self._stand_ins, set(self._fallback)
         owners = balanced(layers, self.world, self.owners)
         self._layers, self._fallback = list(layers), list(fallback)
@@ -83,6 +88,10 @@ class Sharded:
             own[layer.weight] = known
             self._stand_ins |= zip(layer.parameters, known.parameters, strict=True)
         self._own = own
+        sizes = {layer.weight: layer_bytes(layer) for layer in layers}
+        large = resting(sizes, owners, self.world)
+        at_rest = [layer for layer in layers if layer.weight in large]
+        self._resting = Resting(self.share, at_rest, own, owners)
         for gone in set(self.share.state) - set(self._stand_ins.values()):
             del self.share.state[gone]
         group_of = {p: group for group in groups for p in group["params"]}
@@ -98,7 +107,11 @@ class Sharded:
 
     def saved(self) -> dict[nn.Parameter, dict[str, Tensor]]:
         """The state of each parameter; all processes call it."""
-        return saving.saved(self.share, self.owners, self._stand_ins)
+        assert self._resting is not None
+        self._resting.visit()
+        found = saving.saved(self.share, self.owners, self._stand_ins)
+        self._resting.rest()
+        return found
 
     def loaded(
         self,
@@ -119,6 +132,8 @@ class Sharded:
         share = self.share
         share.state.clear()
         self.sums.forget()
+        if self._resting is not None:
+            self._resting.forget()
         for p, part in self._stand_ins.items():
             own = found.entries.get(p)
             if own:
@@ -170,6 +185,8 @@ class Sharded:
 
     def step(self, scales: Scales) -> Tensor | int:
         """Take a step, of all processes at once; how many were skipped so far."""
+        assert self._resting is not None
+        self._resting.visit()
         self.sums.give(self.share, self._own)
         for layer in self._layers:
             if layer.is_lost():  # as its owner finds
@@ -186,6 +203,7 @@ class Sharded:
         share = self.share
         share._take_step(*share._ready(), scales)
         share._forget_rows()
+        self._resting.rest()
         self._return(trained, whole)
         return share._skipped
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from singd_torch.layers.layer import Layer
 from singd_torch.sharding.boxes import local
+from singd_torch.step.stack import Stack, stacks
 from singd_torch.step.stepper import Stepper
 from singd_torch.tensors.pieces import placed, read
 
@@ -27,6 +28,7 @@ class Share(Stepper):
         param_groups: Those of the optimizer it is a share of.
         processes: All that step together.
         device: That of the parameters.
+        visitors: Layers whose state is elsewhere between steps.
     """
 
     def __init__(self, processes: dist.ProcessGroup) -> None:
@@ -34,6 +36,7 @@ class Share(Stepper):
         self.state = defaultdict(dict)
         self.param_groups = []
         self.device = torch.device("cpu")
+        self.visitors: set[Layer] = set()
         self._watch(nn.Module())
 
     def take_over(
@@ -51,6 +54,21 @@ class Share(Stepper):
         self._names = {layer.weight: layer.name for layer in layers}
         self.device = next((p.device for p in group_of), torch.device("cpu"))
         self._stack_up()
+
+    def let_go(self, layers: Iterable[Layer]) -> None:
+        """Have no memory for the state of visitors, whose factors are gone."""
+        for layer in layers:
+            self._stack_of[layer].let_go()
+        self._bundles = [
+            bundle for bundle in self._bundles if not any(stack.visits for stack in bundle.stacks)
+        ]
+
+    def _stack_up(self, parted: list[Stack] | None = None) -> None:
+        if parted is None:
+            staying = [layer for layer in self._layers if layer not in self.visitors]
+            visiting = [layer for layer in self._layers if layer in self.visitors]
+            parted = stacks(staying) + [Stack([layer], visits=True) for layer in visiting]
+        super()._stack_up(parted)
 
     def _of_all(self, size: Any) -> Any:
         wide = torch.float64 if self.device.type == "cpu" else torch.float32

@@ -227,7 +227,7 @@ def _numbers(stacks: Iterable[Stack]) -> int:
 
 def _likeness(stack: Stack) -> Any:
     layer = stack.layers[0]
-    return id(layer.group), layer.weight.device, layer.weight.dtype, layer.dtypes
+    return stack.visits, id(layer.group), layer.weight.device, layer.weight.dtype, layer.dtypes
 
 
 def norms_of(tensors: Sequence[Tensor], order: int = 2) -> Tensor:

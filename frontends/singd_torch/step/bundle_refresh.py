@@ -90,8 +90,9 @@ def precondition(
 ) -> Preconditioner:
     """What preconditions until the next refresh."""
     if stack.preconditioner is None:
-        own, steps = _factors(stack), gap(stack.layers[0].group["steps"], s)
-        stack.preconditioner = own.preconditioner(steps, balanced=True, scales=scales)
+        uses = stack.uses(gap(stack.layers[0].group["steps"], s))
+        own = _factors(stack)
+        stack.preconditioner = own.preconditioner(uses, balanced=True, scales=scales)
     return stack.preconditioner
 
 

@@ -48,6 +48,7 @@ class Stack:
         preconditioner: What preconditions until the next refresh.
         report: What a step tells the diagnostics, None if nobody asks for them.
         compile: Arguments of torch.compile, None to run things as they are.
+        visits: Whether its state is elsewhere between steps, and its memory is that of no other.
     """
 
     layers: Sequence[Layer]
@@ -57,6 +58,7 @@ class Stack:
     preconditioner: Preconditioner | None = None
     report: dict[str, Any] | None = None
     compile: dict[str, Any] | None = None
+    visits: bool = False
     _handed_out: Sequence[Tensor] = ()
     _compiled: dict[Callable[..., Any], Callable[..., Any]] = dataclasses.field(
         default_factory=dict
@@ -161,6 +163,15 @@ class Stack:
             layer.seen = layer.seen or seen
             if layer.seen and layer.factors is not None:
                 state[layer.weight].update(layer.factors.named_arrays())
+
+    def uses(self, steps: int) -> int:
+        """How many of so many steps a preconditioner that is made now is used for."""
+        return 1 if self.visits else steps
+
+    def let_go(self) -> None:
+        """Have nothing of the state."""
+        self.factors = self.momenta = self.late = self.preconditioner = None
+        self._handed_out = ()
 
     def go_on_by_rows(self, state: State) -> None:
         """Have the same factors for rows, which are seen for the first time."""

@@ -166,7 +166,7 @@ def _refreshed(
         return factors, stack.preconditioner
     if stack.compile is not None:
         return factors, None
-    kept = factors.preconditioner(gap(steps, s), balanced=s.normalized)
+    kept = factors.preconditioner(stack.uses(gap(steps, s)), balanced=s.normalized)
     if factors is stack.factors:
         stack.preconditioner = kept
     return factors, kept

@@ -47,10 +47,15 @@ def run(world: int, function: Callable[..., Any], *args: Any, connect: bool = Tr
         for rank in hung:
             processes[rank].kill()
         found = [_read(Path(folder) / f"{rank}.pt") for rank in range(world)]
-    errors = [error for error, _ in found if error]
+    errors = sorted((error for error, _ in found if error), key=_is_a_lost_connection)
     if errors or hung:
         raise RuntimeError(errors[0] if errors else f"the processes {hung} hang")
     return [result for _, result in found]
+
+
+def _is_a_lost_connection(error: str) -> bool:
+    """Whether it tells only that another process failed."""
+    return "Connection closed by peer" in error
 
 
 def _read(path: Path) -> tuple[str | None, Any]:

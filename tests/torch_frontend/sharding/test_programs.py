@@ -26,6 +26,7 @@ def surroundings(rank: int, world: int, port: int) -> None:
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world),
         "LOCAL_WORLD_SIZE": str(world),
+        "TORCHELASTIC_RUN_ID": "none",
         "CUDA_VISIBLE_DEVICES": "",
     }
 
@@ -40,16 +41,35 @@ def free_port() -> int:
 def program(rank: int, world: int, code: str, folder: str, port: int) -> None:
     surroundings(rank, world, port)
     os.chdir(folder)
+    import torchvision_on_cpu  # noqa: F401
+
     exec(compile(code, str(PAGE), "exec"), {"__name__": "__main__"})
 
 
 def test_the_page_has_programs() -> None:
-    assert len(PROGRAMS) == 4
+    assert len(PROGRAMS) == 8
 
 
-@pytest.mark.parametrize(("name", "code"), PROGRAMS, ids=[name for name, _ in PROGRAMS])
-def test_a_program_of_the_page_runs_on_two_processes(name: str, code: str, tmp_path: Path) -> None:
-    gloo.run(2, program, code, str(tmp_path), free_port(), connect=False)
+def run(world: int, name: str, folder: Path) -> None:
+    code = dict(PROGRAMS)[name]
+    for trainer in ("accelerate", "lightning"):
+        if f"from {trainer} import" in code or f"import {trainer}\n" in code:
+            pytest.importorskip(trainer)
+    gloo.run(world, program, code, str(folder), free_port(), connect=False)
+
+
+QUICK = PROGRAMS[0][0]
+
+
+def test_the_first_program_of_the_page_runs_on_two_processes(tmp_path: Path) -> None:
+    run(2, QUICK, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("name", [name for name, _ in PROGRAMS if name != QUICK])
+def test_a_program_of_the_page_runs(name: str, world: int, tmp_path: Path) -> None:
+    run(world, name, tmp_path)
 
 
 def accelerated(rank: int, world: int, port: int) -> tuple[dict[str, Tensor], str]:
