@@ -39,8 +39,8 @@ from singd_core.layers import LayerKind
 
 Parts: TypeAlias = Sequence[Array]  # a weight, or a weight and its bias; or their gradients
 
-# The size of a step is the geometric mean of two: a spectral norm of about 2.26 lr √(d_out / d_in),
-# and a root mean square of 1.5 lr by which the layer's outputs change.
+# The size of a step is the geometric mean of two: a spectral norm of the layer of about
+# 2.26 lr √(d_out / d_in), and a root mean square of 1.5 lr by which the layer's outputs change.
 SPECTRAL = 2.26
 OUTPUTS = 1.5
 # Where late gradients agree that much more than noise, steps are too short: each makes the next
@@ -199,7 +199,8 @@ def direction(
     natural = precondition(matrix)
     lengths = length, number(norm(natural))
     sums = None if late is None else late.numbers()
-    own = size(sides(*natural.shape[-2:]), number(t_U)), number(squares)
+    d_out, d_in = natural.shape[-2:]
+    own = size(sides(d_out, d_in, kind.overlap), number(t_U)), number(squares)
     scale, sums, agreement = scaled(s, *own, lengths, sums)
     groups, _, _ = kind.shape(shape, bias)
     if groups:  # a weight is several matrices
@@ -242,13 +243,13 @@ def scaled(
     return where(squares > 0.0, scale, 0.0), late, agreement
 
 
-def sides(d_out: int, d_in: int) -> tuple[float, float]:
+def sides(d_out: int, d_in: int, overlap: float) -> tuple[float, float]:
     """The Frobenius norms of a step of rate 1 that is sized by its spectral norm, and by outputs.
 
-    These are R √(d_out d_in) with R_spectral = 2.26 / √max(d_out, d_in), and with R_outputs =
-    1.5 / √(d_in t_U) where the mean diagonal t_U of U is 1.
+    These are R √(d_out d_in) with R_spectral = 2.26 / √(overlap max(d_out, d_in)), and with
+    R_outputs = 1.5 / √(d_in t_U) where the mean diagonal t_U of U is 1.
     """
-    return SPECTRAL * math.sqrt(min(d_out, d_in)), OUTPUTS * math.sqrt(d_out)
+    return SPECTRAL * math.sqrt(min(d_out, d_in) / overlap), OUTPUTS * math.sqrt(d_out)
 
 
 def size(sides: tuple[Scalar, Scalar], t_U: Scalar) -> Scalar:

@@ -38,6 +38,14 @@ class LayerKind(ABC):
     diagonal_inputs: ClassVar[bool] = False
     has_rows: ClassVar[bool] = True
 
+    @property
+    def overlap(self) -> float:
+        """In how many rows an entry of the layer's input takes part; 1 for most kinds.
+
+        The spectral norm of the layer is at most √overlap times that of its matrix.
+        """
+        return 1.0
+
     @abstractmethod
     def inputs(
         self, x: Array, *, bias: bool, kfac_approx: str, sample: Sample | None = None

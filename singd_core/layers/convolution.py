@@ -199,6 +199,11 @@ class Convolution(LayerKind):
         return ((groups,) if groups > 1 else ()), weight_shape[0] // groups, d_in
 
     @property
+    def overlap(self) -> float:
+        """∏ max(1, kernel_size / stride): in so many patches a pixel takes part."""
+        return prod([max(1.0, window.size / window.stride) for window in self.windows])
+
+    @property
     def _matrix_groups(self) -> int:
         return 1 if self.average_groups else self.groups
 

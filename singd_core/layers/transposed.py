@@ -54,6 +54,11 @@ class TransposedConvolution(LayerKind):
         of = Convolution(self.kernel_size, self.stride, padding, self.dilation)
         object.__setattr__(self, "convolution", of)
 
+    @property
+    def overlap(self) -> float:
+        """That many patches are added up in a pixel of the output."""
+        return self.convolution.overlap
+
     def inputs(
         self, x: Array, *, bias: bool, kfac_approx: str, sample: Sample | None = None
     ) -> tuple[Array, int]:

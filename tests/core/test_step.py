@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from optimizer_cases import LAYERS, leaves, mapped, params, steps, train
 
-from singd_core import Optimizer, settings
+from singd_core import Convolution, LayerKind, Optimizer, TransposedConvolution, settings
 from singd_core.step import LONGEST, OUTPUTS, SPECTRAL, Late, agreement_of_noise
 
 STRUCTURES = ["dense", "diagonal", "blockdiagonal:2", "triltoeplitz", "hierarchical:1,1"]
@@ -65,6 +65,40 @@ def test_a_first_step_has_the_size_that_the_page_says() -> None:
     t_U = np.mean(x**2)
     R = np.sqrt(SPECTRAL / np.sqrt(5) * OUTPUTS / np.sqrt(3 * t_U))
     np.testing.assert_allclose(np.sqrt(np.mean(updates["W"] ** 2)), 0.1 * R, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "overlap"),
+    [
+        (Convolution((3, 5)), 15.0),
+        (Convolution((3, 5), stride=(2, 5)), 1.5),
+        (Convolution((2, 2), stride=4), 1.0),
+        (Convolution((3, 5), groups=2, dilation=2), 15.0),
+        (TransposedConvolution((3, 5), stride=(2, 1)), 7.5),
+    ],
+)
+def test_a_step_of_a_convolution_is_sized_by_the_norm_of_the_layer(
+    kind: LayerKind, overlap: float
+) -> None:
+    """A pixel takes part in several patches, so the layer's norm is larger than its matrix's."""
+    rng = np.random.default_rng(0)
+    p = {"W": rng.standard_normal((4, 4, *kind.kernel_size))}
+    g = {"W": rng.standard_normal(p["W"].shape)}
+    optimizer = Optimizer({"W": kind}, lr=0.1, warmup=0)
+    updates, _ = optimizer.update(g, optimizer.init(p), p)
+    _, *sides = kind.shape(p["W"].shape, False)
+    size = 0.1 * SPECTRAL / np.sqrt(overlap * max(sides))
+    np.testing.assert_allclose(np.sqrt(np.mean(updates["W"] ** 2)), size, rtol=1e-12)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_no_input_passes_a_convolution_larger_than_that(stride: int) -> None:
+    """‖W * x‖ ≤ √overlap ‖W‖₂ ‖x‖, nearly reached by an even input and an even kernel."""
+    kind, W = Convolution((4, 4), stride=stride), np.ones((1, 1, 4, 4))
+    A, _ = kind.inputs(np.ones((1, 1, 64, 64)), bias=False, kfac_approx="expand")
+    passed = np.linalg.norm(A @ kind.matrix(W).T) / 64
+    bound = np.sqrt(kind.overlap) * np.linalg.norm(kind.matrix(W), 2)
+    assert 0.9 * bound < passed <= bound
 
 
 def test_without_rows_the_size_is_the_spectral_one() -> None:

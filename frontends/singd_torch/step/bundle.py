@@ -149,7 +149,10 @@ class Bundle:
         if s.momentum != 0.0:
             self.momentum = like.new_zeros(sum(self.sizes), dtype=self.dtype)
             self.late = Late.zeros((n,), self.stacks[0].layers[0].weight)
-        of_sides = [sides(*part.stack.layers[0].shape[1:]) for part in self.parts]
+        of_sides = [
+            sides(*layer.shape[1:], layer.kind.overlap)
+            for layer in (part.stack.layers[0] for part in self.parts)
+        ]
         spectral, outputs = like.new_empty(n), like.new_empty(n)
         for part, own in zip(self.parts, of_sides, strict=True):
             for vector, value in zip((spectral, outputs), own, strict=True):
