@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import statistics
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from curves import ENTRANTS, Curve, Curves, Entrant, final, target
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from optimizers import ENTRIES
 from pages import digits, save_svg, table, write
@@ -16,13 +18,19 @@ from race_tasks import RACES
 HEADER = ("optimizer", "T", "rate", "s to target", "of seeds", "steps", "ms a step", "final loss")
 
 
+# What a reader of the first screen knows, in colours that all eyes tell apart.
+KNOWN = {"SINGD": "#D55E00", "AdamW": "#0072B2", "Muon": "#009E73", "SOAP": "#CC79A7"}
+SMALLEST = 1e-6  # loss that is shown there
+
+
 def publish(curves: Curves, page: Path) -> None:
-    """Write the page's tables and draw the picture beside it."""
+    """Write the page's tables, and draw the picture beside it and the one of the first screen."""
     raced = complete(curves)
     if not raced:
         return
     picture = page.with_name("benchmarks-race.svg")
     save_svg(draw(curves, raced), picture)
+    save_svg(draw_known(curves, raced), page.with_name("first-screen.svg"))
     parts = [f"![Training loss over seconds]({picture.name})", *tables(curves, raced)]
     write(page, "make race", "\n\n".join(parts))
 
@@ -87,6 +95,53 @@ def _spread(values: list[float]) -> str:
     return f"{digits(min(values))} to {digits(max(values))}"
 
 
+def draw_known(curves: Curves, raced: dict[str, dict[Entrant, list[Curve]]]) -> Figure:
+    """The loss over seconds of the optimizers that are `KNOWN`, three panels in a row.
+
+    Of several implementations the one counts that reaches the target first, or else ends lowest.
+    """
+    rows, columns = math.ceil(len(raced) / 3), min(len(raced), 3)
+    figure = Figure(figsize=(3.3 * columns, 2.4 * rows + 0.3), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for panel in panels.flat[len(raced) :]:
+        panel.remove()
+    for panel, (task, found) in zip(panels.flat, raced.items(), strict=False):
+        goal = target(curves, task)
+        assert goal is not None
+
+        def ahead(mine: list[Curve], goal: float = goal) -> tuple[float, float]:
+            arrivals = [curve.arrival(goal) for curve in mine]
+            return statistics.fmean(arrivals), statistics.fmean(c.losses[-1] for c in mine)
+
+        for name, colour in KNOWN.items():
+            own = [mine for (full, _), mine in found.items() if full.split("/")[0] == name]
+            if own:
+                _plot(panel, RACES[task].seconds, min(own, key=ahead), name, color=colour)
+        panel.axhline(goal, color="black", linewidth=0.8, linestyle=":")
+        panel.set(yscale="log", xlim=(0.0, RACES[task].seconds))
+        panel.set_ylim(bottom=max(SMALLEST, panel.get_ylim()[0]))
+        panel.set_title(RACES[task].task.title, fontsize=9)
+        panel.tick_params(which="both", labelsize=7)
+    figure.supxlabel("seconds of training", fontsize=9)
+    figure.supylabel("training loss", fontsize=9)
+    handles = {}
+    for panel in panels.flat[: len(raced)]:
+        handles |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside upper center", ncols=4, frameon=False
+    )
+    return figure
+
+
+def _plot(panel: Axes, seconds: float, mine: list[Curve], label: str, **style: Any) -> None:
+    """The mean of curves, and the band between the lowest and the highest."""
+    times = np.linspace(0.0, seconds, 80)[1:]
+    lines = [np.interp(times, c.seconds, c.losses, left=math.nan) for c in mine]
+    panel.plot(times, np.mean(lines, axis=0), label=label, **style)
+    low, high = np.min(lines, axis=0), np.max(lines, axis=0)
+    panel.fill_between(times, low, high, color=style["color"], alpha=0.1)
+
+
 def draw(curves: Curves, raced: dict[str, dict[Entrant, list[Curve]]]) -> Figure:
     """The loss over seconds, one panel for each task: the mean, and the band of the seeds."""
     figure = Figure(figsize=(11.0, 3.4 * math.ceil(len(raced) / 2)), layout="constrained")
@@ -95,13 +150,8 @@ def draw(curves: Curves, raced: dict[str, dict[Entrant, list[Curve]]]) -> Figure
         for (name, T), mine in found.items():
             i = ENTRANTS.index((name, T))
             style = {"color": f"C{i % 10}", "linestyle": "-" if i < 10 else "--"}
-            times = np.linspace(0.0, RACES[task].seconds, 80)[1:]
-            lines = [np.interp(times, c.seconds, c.losses, left=math.nan) for c in mine]
             label = f"{name}, T = {T}" if ENTRIES[name].refreshes else name
-            panel.plot(times, np.mean(lines, axis=0), label=label, **style)
-            panel.fill_between(
-                times, np.min(lines, axis=0), np.max(lines, axis=0), color=style["color"], alpha=0.1
-            )
+            _plot(panel, RACES[task].seconds, mine, label, **style)
         goal = target(curves, task)
         panel.axhline(goal, color="black", linewidth=0.8, linestyle=":")
         panel.set(yscale="log", title=RACES[task].task.title, xlabel="seconds of training")
