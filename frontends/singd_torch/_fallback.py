@@ -61,8 +61,9 @@ def step(
     beta1, beta2 = group["fallback_betas"]
     ratio = share * group["lr"] / group["base_lr"]
     fused = skip is not None
-    if not fused:  # without a device that would have to be waited for, torch wants a number
-        ratio = float(ratio)
+    lr, weight_decay = group["fallback_lr"] * ratio, group["fallback_weight_decay"]
+    if not fused:  # without a device that would have to be waited for, torch wants numbers
+        lr, weight_decay = float(lr), float(weight_decay)
     adamw(
         [real(p) for p in wide],
         [real(ranged(g)) for g in grads],
@@ -76,8 +77,8 @@ def step(
         amsgrad=False,
         beta1=beta1,
         beta2=beta2,
-        lr=group["fallback_lr"] * ratio,
-        weight_decay=group["fallback_weight_decay"],
+        lr=lr,
+        weight_decay=weight_decay,
         eps=group["fallback_eps"],
         maximize=False,
     )

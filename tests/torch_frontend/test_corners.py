@@ -1,10 +1,11 @@
 """What a step leaves alone, and rows that come late, are masked, or are those of a tied table."""
 
+import sys
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from singd_torch import SINGD
 
@@ -83,3 +84,70 @@ def test_a_look_up_in_a_table_tied_to_a_layer_with_a_bias_does_not_see_the_bias(
     assert K[1] == K[2]
     assert K[0] < K[1] - 1e-3  # of the look-up
     assert K[3] < K[1] - 1e-3  # of the bias
+
+
+EMPTY: dict[str, tuple[Any, Any]] = {
+    "no inputs": (lambda: nn.Linear(0, 3), torch.zeros(8, 0)),
+    "no outputs": (lambda: nn.Linear(4, 0), torch.zeros(8, 4)),
+    "no bias": (lambda: nn.Linear(0, 3, bias=False), torch.zeros(8, 0)),
+    "no features": (lambda: nn.Embedding(5, 0), torch.arange(5)),
+    "no channels": (lambda: nn.Conv1d(0, 2, 1), torch.zeros(8, 0, 5)),
+    "no channels in windows": (lambda: nn.Conv2d(0, 2, 3, padding=1), torch.zeros(8, 0, 5, 5)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op")
+@pytest.mark.parametrize("case", EMPTY)
+def test_layers_without_numbers_are_left_alone(case: str) -> None:
+    make, x = EMPTY[case]
+    layer = make()
+    model = nn.ModuleList([layer, nn.Linear(2, 2)])
+    optimizer = SINGD(model)
+    before = [p.detach().clone() for p in model[1].parameters()]
+    for _ in range(2):
+        optimizer.zero_grad()
+        (layer(x).sum() + model[1](torch.ones(3, 2)).square().sum()).backward()
+        optimizer.step()
+    assert optimizer.skipped == 0
+    assert all(not torch.equal(p, q) for p, q in zip(model[1].parameters(), before, strict=True))
+
+
+RATES = {
+    "lr": 0.01,
+    "momentum": 0.5,
+    "damping": 0.1,
+    "alpha1": 0.5,
+    "weight_decay": 0.1,
+    "lr_cov": 0.1,
+    "fallback_lr": 0.1,
+    "fallback_weight_decay": 0.1,
+}
+
+
+def trained(recipe: str, name: str, rate: Any) -> list[nn.Parameter]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)).double()
+    optimizer = SINGD(model, recipe=recipe, **{name: rate})
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(8, 3, dtype=torch.float64)).square().mean().backward()
+        optimizer.step()
+    return list(model.parameters())
+
+
+class Unread(Tensor):
+    """Nobody asks whether it is 0: on a device that would be waited for."""
+
+    def __bool__(self) -> bool:
+        asked = sys._getframe(1).f_code.co_name
+        assert asked == "advance", asked  # whether a step is finite is asked, of the host
+        return super().__bool__()
+
+
+@pytest.mark.parametrize("recipe", ["normalized", "paper"])
+@pytest.mark.parametrize("name", RATES)
+def test_rates_that_are_tensors_make_the_steps_of_numbers(name: str, recipe: str) -> None:
+    rate = torch.tensor(RATES[name], dtype=torch.float64)
+    for p, q in zip(trained(recipe, name, rate), trained(recipe, name, RATES[name]), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+    trained(recipe, name, rate.as_subclass(Unread))

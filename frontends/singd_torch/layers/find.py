@@ -48,7 +48,7 @@ def find(model: nn.Module, groups: Sequence[dict[str, Any]]) -> list[Layer]:
             bias = module._parameters.get(use.bias) if use.bias else None
             if weight is None or weight not in group_of or weight in lost:
                 continue
-            if not weight.is_floating_point():
+            if not weight.is_floating_point() or not weight.numel():
                 continue
             if isinstance(use.kind, Convolution) and group_of[weight]["average_groups"]:
                 kind = dataclasses.replace(use.kind, average_groups=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from singd_core._array import is_half
 from singd_core.curvature import Averages
 from singd_core.levels import EVEN, Levels
-from singd_core.step import Late, sides, size
+from singd_core.step import Late, has_momentum, sides, size
 from singd_torch._groups import settings_of
 from singd_torch.step.stack import Stack, State
 
@@ -146,7 +146,7 @@ class Bundle:
         n = self.parts[-1].numbers.stop
         self.averages = Averages(*(like.new_zeros(n) for _ in range(3)))
         self.momentum = self.late = None
-        if s.momentum != 0.0:
+        if has_momentum(s):
             self.momentum = like.new_zeros(sum(self.sizes), dtype=self.dtype)
             self.late = Late.zeros((n,), self.stacks[0].layers[0].weight)
         of_sides = [
