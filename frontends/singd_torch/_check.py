@@ -98,8 +98,13 @@ class _Sums:
         """The difference to the gradient relative to its norm, and what of it may be rounding."""
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in layer.parameters]
         gradient = widen(layer.kind.matrix(*gradients))
-        parts = [self._products[part] for part in sorted(self._products, key=str)]
-        product = torch.stack(parts) if parts and gradient.ndim > parts[0].ndim else parts[0]
+        found = self._products
+        if None in found:
+            product = found[None]
+        else:  # a part that was not used has a gradient of zeros
+            product = torch.stack(
+                [found.get(i, torch.zeros_like(own)) for i, own in enumerate(gradient)]
+            )
         norm = max(float(gradient.norm()), 1e-300)
         return float((product - gradient).norm()) / norm, 8 * self.eps * self._terms / norm
 

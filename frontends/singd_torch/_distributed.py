@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
-from singd_torch.layers.layer import Layer, Source
+from singd_torch.layers.layer import Layer, Source, is_turned
 
 
 def processes_of_call() -> dist.ProcessGroup | None:
@@ -58,9 +58,14 @@ def agree_on_rows(
         largest.append(int(flag))
         if is_lost and not layer.without_rows:
             layer.lose_rows("used on another process in a way that no rows tell")
+        elif layer.is_stack and sum(uses) > 1:
+            layer.lose_rows("multiplied from both sides")
+        elif layer.is_unturned and uses[1]:
+            layer.turn()
         for swapped, is_used in enumerate(uses):
             if is_used:
-                layer.know(Source(layer.weight, layer.kind, swapped=bool(swapped)))
+                swapped = bool(swapped) and not layer.is_stack
+                layer.know(Source(layer.weight, layer.kind, swapped=swapped))
     return largest
 
 
@@ -75,6 +80,8 @@ def device_of_flags(group: dist.ProcessGroup, device: torch.device) -> torch.dev
 def _uses(layer: Layer) -> tuple[bool, bool]:
     """Whether there are rows of inputs for K, and of gradients, where the weight is turned."""
     roles = {swapped for _, swapped in layer.roles()}
+    if layer.is_stack:
+        return bool(roles) and not is_turned(layer.kind), bool(roles) and is_turned(layer.kind)
     return False in roles, True in roles
 
 

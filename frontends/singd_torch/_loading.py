@@ -172,7 +172,8 @@ def completed(
         if group.get("base_lr") == 0.0:  # as saved before 0.1
             del group["base_lr"]
         for name, value in own.items():  # settings that are younger than the checkpoint
-            group.setdefault(name, value)
+            if name not in ("without_rows", "turned"):  # what was found out is no setting
+                group.setdefault(name, value)
         if group["structures"] == _state.structure_names(own["structures"]):
             group["structures"] = own["structures"]
         try:

@@ -12,7 +12,7 @@ from singd_core import rules
 from singd_core._layer_state import LayerState, begun
 from singd_core._settings import Settings
 from singd_core.rules import Factors
-from singd_core.step import Late, keeps_momentum
+from singd_core.step import Late
 from singd_torch import _fallback
 from singd_torch._groups import settings_of
 from singd_torch.layers.layer import Layer

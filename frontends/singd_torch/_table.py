@@ -14,6 +14,7 @@ from singd_torch import _fallback, _state
 from singd_torch._groups import settings_of
 from singd_torch.layers.layer import Layer
 
+_NO_PRODUCT = "no product with it was seen so far"
 _BYTES, _WHY = "bytes of state", "why without rows"
 
 
@@ -35,11 +36,13 @@ def table(
     for layer in layers:
         name = layer.name if layer.bias is None else f"{layer.name} + {_last(names, layer.bias)}"
         rule = rules.get(layer.group["rule"]).title
-        rule += "" if layer.has_rows else " without rows"
+        rule += "" if layer.expects_rows else " without rows"
         K, C = (cls.name for cls in layer.structures)
         lines.append((name, _shape(layer.weight), rule, K, C, f"{layer_bytes(layer):,}"))
-        unseen = "no call of its module was seen so far" if layer.by_gradient else ""
-        why.append("" if layer.has_rows else reasons.get(layer.weight, unseen))
+        unseen = "no call of its module was seen so far" if layer.has_modules else _NO_PRODUCT
+        unseen = unseen if layer.by_gradient or layer.is_stack else ""
+        reason = unseen if layer.is_stack else reasons.get(layer.weight, unseen)
+        why.append("" if layer.expects_rows else reason)
     for p in fallback:
         name, size = names.get(p, "(not of the model)"), fallback_bytes(p)
         lines.append((name, _shape(p), "AdamW", "", "", f"{size:,}"))

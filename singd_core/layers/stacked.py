@@ -16,10 +16,14 @@ class StackedLinear(LayerKind):
     """`parts` linear layers in one weight `(parts · d_out, d_in)`: attention's query, key, value.
 
     Each part has factors of its own, on a batch axis. `inputs` and `outputs` speak of one part:
-    the parts may see different rows, of different number.
+    the parts may see different rows, of different number. With `apart` the weight has an axis of
+    its own for them, `(parts, d_out, d_in)`, as that of experts, and there is no bias; with
+    `transposed`, too, it is `(parts, d_in, d_out)`.
     """
 
     parts: int
+    apart: bool = False
+    transposed: bool = False
 
     def inputs(
         self, x: Array, *, bias: bool, kfac_approx: str, sample: Sample | None = None
@@ -48,6 +52,8 @@ class StackedLinear(LayerKind):
 
     def matrix(self, weight: Array, bias: Array | None = None) -> Array:
         """The parts, `(parts, d_out, d_in)`, each with its bias as the last column."""
+        if self.apart:
+            return weight.mT if self.transposed else weight
         *stack, _, d_in = weight.shape
         parts = namespace(weight).reshape(weight, (*stack, self.parts, -1, d_in))
         if bias is not None:
@@ -58,11 +64,16 @@ class StackedLinear(LayerKind):
         self, matrix: Array, weight_shape: Sequence[int], bias: bool
     ) -> tuple[Array, Array | None]:
         """The weight and the bias."""
+        if self.apart:
+            return (matrix.mT if self.transposed else matrix), None
         xp, stack = namespace(matrix), matrix.shape[:-3]
         weight = xp.reshape(matrix[..., :-1] if bias else matrix, (*stack, *weight_shape))
         return weight, xp.reshape(matrix[..., -1], (*stack, weight_shape[0])) if bias else None
 
     def shape(self, weight_shape: Sequence[int], bias: bool) -> tuple[Shape, int, int]:
         """`((parts,), d_out, d_in [+ 1])`."""
+        if self.apart:
+            first, last = two_axes(weight_shape[1:], self)
+            return (self.parts,), *((last, first) if self.transposed else (first, last))
         d_out, d_in = two_axes(weight_shape, self)
         return (self.parts,), d_out // self.parts, d_in + bias

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from singd_core.layers import LayerKind
+from singd_core.layers import LayerKind, Linear
 from singd_torch.capture.tap import Tap
-from singd_torch.layers.functions import Reading, is_transpose, reading
+from singd_torch.layers.functions import Reading, View, reading, views
 from singd_torch.layers.layer import Layer
 
 
@@ -46,7 +46,7 @@ class Calls:
         parameters = {p: layer for layer in layers if layer.is_open for p in layer.parameters}
         self._layers = {id(p): layer for p, layer in parameters.items()}
         self._kept = list(parameters)  # a call may go on after others took their places
-        self._taps: dict[tuple[Layer, LayerKind, bool], Tap | None] = {}
+        self._taps: dict[tuple[Layer, LayerKind, bool, int | None], Tap | None] = {}
         self.ids = frozenset(self._layers)
 
     def has_probed(self, weight: Tensor) -> bool:
@@ -63,12 +63,14 @@ class Calls:
             return output  # an inner mode has seen the call
         if torch._C._are_functorch_transforms_active():
             return output
-        if is_transpose(function, args) and id(args[0]) in self._layers:
-            mode.know_transpose(args[0], output)
+        shown = views(function, args, kwargs, output, self._view(args, mode))
+        if shown is not None:
+            for tensor, view in shown:
+                mode.know_view(tensor, view)
             return output
         self.now.probed = None
-        found = reading(function, args, kwargs, mode.original)
-        layer = None if found is None else self._layers.get(id(found.weight))
+        found = reading(function, args, kwargs, mode.view_of)
+        layer = None if found is None else self._layers.get(id(found.view.weight))
         if found is None or layer is None:
             self._lose(function, args, kwargs, output, mode, ())
             return output
@@ -81,18 +83,28 @@ class Calls:
             if not layer.has_module(tap.source):
                 layer.lose_rows(f"used by {_name(function)} in a function that is checkpointed")
             return output
-        probed = tap.probed(found.x, output)
+        probed = tap.probed(found.x, output, found.rows)
         if probed is None:
             return output
         self.now.probed = layer.weight
         return probed
 
+    def _view(self, args: Sequence[Any], mode: _Mode) -> View | None:
+        """What the first argument shows of a weight that may be seen in parts or transposed."""
+        view = mode.view_of(args[0]) if args else None
+        layer = None if view is None else self._layers.get(id(view.weight))
+        if view is None or layer is None or view.weight is layer.bias:
+            return None
+        return view if view.weight.ndim == 2 or layer.is_stack else None
+
     def _tap(self, layer: Layer, found: Reading) -> Tap | None:
         """What probes calls of this kind, or None if they give no rows of the layer."""
         biased = layer.bias is None or found.bias is layer.bias
-        key = layer, found.kind, biased
+        key = layer, found.kind, biased, found.view.part
         if key not in self._taps:
-            source = layer.source(found.kind, biased=biased)
+            if layer.is_unturned and found.kind == Linear(transposed=True):
+                self._owner().turn(layer)  # type: ignore[union-attr]
+            source = layer.source(found.kind, biased=biased, part=found.view.part)
             if source is not None:
                 layer.know(source)
             self._taps[key] = None if source is None else Tap(self._owner(), source)
@@ -109,7 +121,8 @@ class Calls:
     ) -> None:
         """Take no rows of layers that a call uses in another way than rows would explain."""
         for tensor in _tensors(args, kwargs):
-            layer = self._layers.get(id(mode.original(tensor)))
+            view = mode.view_of(tensor)
+            layer = None if view is None else self._layers.get(id(view.weight))
             if layer is None or any(tensor is other for other in explained):
                 continue
             if _needs_gradient(output, tensor):
@@ -122,7 +135,7 @@ class _Mode(TorchFunctionMode):
     def __init__(self, calls: Calls) -> None:
         super().__init__()
         self._calls, self._ids = calls, set(calls.ids)
-        self._transposes: dict[int, tuple[Tensor, Tensor]] = {}
+        self._views: dict[int, tuple[View, Tensor]] = {}
         self._home = _saved_tensors_hooks()
 
     def __torch_function__(
@@ -135,14 +148,16 @@ class _Mode(TorchFunctionMode):
                     return self._calls.run(func, args, kwargs, self)
         return func(*args, **kwargs)
 
-    def know_transpose(self, weight: Tensor, transpose: Tensor) -> None:
-        """Look for the transpose of a weight as well; it is kept, so that its id stays its own."""
-        self._transposes[id(transpose)] = weight, transpose
-        self._ids.add(id(transpose))
+    def know_view(self, tensor: Tensor, view: View) -> None:
+        """Look for a view of a weight as well; it is kept, so that its id stays its own."""
+        self._views[id(tensor)] = view, tensor
+        self._ids.add(id(tensor))
 
-    def original(self, tensor: Tensor) -> Tensor:
-        """The weight that a tensor is the transpose of, or the tensor itself."""
-        return self._transposes.get(id(tensor), (tensor, None))[0]
+    def view_of(self, tensor: Any) -> View | None:
+        """What a tensor shows of a weight, None of other tensors."""
+        if id(tensor) in self._views:
+            return self._views[id(tensor)][0]
+        return View(tensor) if id(tensor) in self._calls.ids else None
 
     def is_at_home(self) -> bool:
         """Whether what is saved for the backward pass goes where it went when this was entered."""
@@ -200,7 +215,8 @@ def modules(model: nn.Module, layers: Iterable[Layer]) -> Iterator[nn.Module]:
             paths.add(name)
     by_output = {m: source.by_output for layer in layers for m, source in layer.sources}
     for module in {id(m): m for path, m in by_path.items() if path in paths}.values():
-        is_torchs = type(module).__module__.startswith("torch.nn.modules.")
+        of_torch = type(module).__module__.startswith("torch.nn.modules.")
+        is_torchs = of_torch and "forward" not in vars(module)
         if not by_output.get(module, is_torchs):
             yield module
 

@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from singd_torch.capture import compiled
 
-# Takes the input of a call and the gradient of the loss at its output.
-Rows: TypeAlias = Callable[[Tensor, Tensor], None]
+# Takes the input of a call, the gradient of the loss at its output, and which product it was.
+Rows: TypeAlias = Callable[[Tensor, Tensor, Any], None]
 
 
 class _Probe(torch.autograd.Function):
@@ -26,18 +26,19 @@ class _Probe(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, output: Tensor, x: Tensor, tap: Tap, shape: torch.Size | None = None
+        ctx: Any, output: Tensor, x: Tensor, tap: Tap, shape: torch.Size, product: Any
     ) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.tap, ctx.shape = tap, shape
+        ctx.tap, ctx.shape, ctx.product = tap, shape, product
         ctx.mark_dirty(output)
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (x,), (g,) = ctx.saved_tensors, grads
-        ctx.tap.take(x, g if ctx.shape is None else g.reshape(ctx.shape))
-        return g, None, None, None
+        seen = g if g.shape == ctx.shape else g.reshape(ctx.shape)
+        ctx.tap.take(x, seen, ctx.product)
+        return g, None, None, None, None
 
 
 class Reach(enum.Enum):
@@ -115,8 +116,11 @@ class Tap:
             return self.due and compiled.SUPPORTED and not torch.compiler.is_exporting()
         return self._rows() is not None and not torch._C._is_tracing()
 
-    def probed(self, x: Tensor, output: Tensor) -> Tensor | None:
-        """The output with a probe on it, or None where no rows are wanted or can be had."""
+    def probed(self, x: Tensor, output: Tensor, product: Any = None) -> Tensor | None:
+        """The output with a probe on it, or None where no rows are wanted or can be had.
+
+        `product` tells the rows of each matrix, where the call is not simply that of a layer.
+        """
         if not output.requires_grad or not self.wanted():
             return None
         if torch.compiler.is_compiling():
@@ -130,15 +134,16 @@ class Tap:
             output = output.clone()
         base = _base(output)
         if base is output:
-            return _Probe.apply(output, x, self)  # type: ignore[no-untyped-call,no-any-return]
-        return _Probe.apply(base, x, self, output.shape).view(output.shape)  # type: ignore[no-untyped-call,no-any-return]
+            return _Probe.apply(output, x, self, output.shape, product)  # type: ignore[no-untyped-call,no-any-return]
+        probed = _Probe.apply(base, x, self, output.shape, product)  # type: ignore[no-untyped-call]
+        return probed.view(output.shape)  # type: ignore[no-any-return]
 
     @torch.no_grad()
-    def take(self, x: Tensor, g: Tensor) -> None:
+    def take(self, x: Tensor, g: Tensor, product: Any = None) -> None:
         """Hand rows to the owner, if it wants them and the backward pass is one of the loss."""
         rows = self._rows()
         if rows is not None and Reach.of(self.source.weight) is not Reach.NOT:
-            rows(_plain(x), _plain(g))
+            rows(_plain(x), _plain(g), product)
 
     def update(self) -> None:
         """Ask the owner whether rows are wanted."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
@@ -206,7 +207,7 @@ class Watcher(torch.optim.Optimizer):
             if self._reports and stack.report is None:
                 stack.report = {}
 
-    def rows_wanted(self, source: Source) -> Callable[[Tensor, Tensor], None] | None:
+    def rows_wanted(self, source: Source) -> Callable[[Tensor, Tensor, Any], None] | None:
         """What takes the rows of a layer in the current step, or None when it is not due."""
         layer = self._by_weight.get(source.weight)
         if layer is not None and not is_due(layer):
@@ -223,7 +224,26 @@ class Watcher(torch.optim.Optimizer):
             return None
         if self._processes is None:  # the model may have been wrapped after it was given here
             self._processes = processes_of_call()
-        return partial(self._take_rows, layer, source) if is_due(layer) else None
+        return partial(self._take, layer, source) if is_due(layer) else None
+
+    def turn(self, layer: Layer) -> None:
+        """Begin anew with a stack of matrices that its first call takes for transposed ones."""
+        if self._sharded is not None:  # where each has its place by now
+            layer.lose_rows("multiplied from the other side than its parts were placed for")
+            return
+        layer.turn()
+        self.state[layer.weight].clear()
+        self._stack_up()
+
+    def _take(self, layer: Layer, source: Source, x: Tensor, g: Tensor, product: Any) -> None:
+        """Take the rows of a call, of a product those of each matrix."""
+        if product is None:
+            self._take_rows(layer, source, x, g)
+            return
+        for part, own_x, own_g, kept in product(x, g, layer.most_rows(x)):
+            part = source.part if part is None else part
+            own = dataclasses.replace(source, part=part, kept=kept)
+            self._take_rows(layer, own, own_x, own_g)
 
     def _take_rows(self, layer: Layer, source: Source, x: Tensor, g: Tensor) -> None:
         check_shapes(layer.parameters, self._shapes, self._names)
@@ -274,7 +294,8 @@ class Watcher(torch.optim.Optimizer):
         lost = [layer for layer in self._layers if not layer.pending and layer.is_lost()]
         for layer in lost:
             layer.by_gradient = True
-            self._warn_unseen(layer, "it learns from its gradients alone")
+            if layer.has_modules:
+                self._warn_unseen(layer, "it learns from its gradients alone")
         if lost or any(one.factors is not None and not one.fits() for one in self._layers):
             self._stack_up()  # or the model was moved or cast
         for stack in list(self._stacks):
@@ -384,10 +405,13 @@ class Watcher(torch.optim.Optimizer):
             index = next(i for i, p in enumerate(params) if p is layer.weight)
             layer.group.setdefault("without_rows", {})[index] = layer.without_rows
         if lost:
-            self._warn_once(
-                f"no rows of {lost[0].name!r} are taken, since it is {lost[0].without_rows}: it is "
-                "trained without; print(optimizer) shows all that is, and why"
-            )
+            expected = [layer for layer in lost if layer.has_modules]
+            if expected:
+                first = expected[0]
+                self._warn_once(
+                    f"no rows of {first.name!r} are taken, since it is {first.without_rows}: it is "
+                    "trained without; print(optimizer) shows all that is, and why"
+                )
             self._route()
 
     def _warn_unseen(self, layer: Layer, what: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from singd_core.layers import (
     Linear,
     TransposedConvolution,
 )
+from singd_torch.layers.products import Rows, product
 
 # The names of arguments, in order.
 _NAMES: dict[Callable[..., Any], tuple[str, ...]] = {
@@ -40,7 +41,25 @@ _OF_TRANSPOSED = (
 _NAMES |= dict.fromkeys(_TRANSPOSED, _OF_TRANSPOSED)
 _PRODUCTS = torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm
 _NAMES |= dict.fromkeys(_PRODUCTS, ("input", "weight"))
-_TRANSPOSES = torch.t, Tensor.t, Tensor.T.__get__, Tensor.mT.__get__  # type: ignore[attr-defined]
+_MATRIX_TRANSPOSES = torch.t, Tensor.t, Tensor.T.__get__  # type: ignore[attr-defined]
+_TRANSPOSES = torch.transpose, Tensor.transpose, torch.swapaxes, Tensor.swapaxes
+_PERMUTES = torch.permute, Tensor.permute
+_UNBINDS = torch.unbind, Tensor.unbind, Tensor.__iter__
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """What a tensor shows of a weight.
+
+    Attributes:
+        weight: The weight.
+        part: The number of the matrix of a stack that it is, None if it is the whole weight.
+        turned: Whether its last two axes changed places.
+    """
+
+    weight: Tensor
+    part: int | None = None
+    turned: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,29 +68,73 @@ class Reading:
 
     Attributes:
         x: The input.
-        handed: The weight, or its transpose.
-        weight: The weight.
+        handed: The weight, or a view of it.
+        view: What that shows of the weight.
         bias: The bias or None.
         kind: The kind of layer.
+        rows: The rows of each matrix, if input and output are not simply those of a layer.
     """
 
     x: Tensor
     handed: Tensor
-    weight: Tensor
+    view: View
     bias: Tensor | None
     kind: LayerKind
+    rows: Callable[[Tensor, Tensor, int], Iterator[Rows]] | None = None
 
 
-def is_transpose(function: Callable[..., Any], args: Sequence[Any]) -> bool:
-    """Whether a call returns the transpose of a matrix."""
-    return function in _TRANSPOSES and len(args) == 1 and args[0].ndim == 2
+def views(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Any, output: Any, seen: View | None
+) -> list[tuple[Tensor, View]] | None:
+    """What a call returns that shows a weight as well, as its first argument does, or None.
+
+    That of a stack `(parts, ...)` may be one of its matrices.
+    """
+    if seen is None or kwargs:
+        return None
+    shown, *others = args
+    if _turns(function, shown.ndim, others):
+        return [(output, dataclasses.replace(seen, turned=not seen.turned))]
+    if shown.ndim != 3:
+        return None
+    if function in (Tensor.__getitem__, torch.select, Tensor.select):
+        *axis, index = others
+        if any(axis) or not _is_index(index):
+            return None
+        part = int(index) % len(shown)
+        return [(output, dataclasses.replace(seen, part=part))]
+    if function in _UNBINDS and not any(others):
+        output = list(output)
+        return [(one, dataclasses.replace(seen, part=i)) for i, one in enumerate(output)]
+    return None
+
+
+def _turns(function: Callable[..., Any], ndim: int, others: Sequence[Any]) -> bool:
+    """Whether a call exchanges the last two axes of a tensor of so many."""
+    if function in _MATRIX_TRANSPOSES:
+        return ndim == 2 and not others
+    if function == Tensor.mT.__get__:  # type: ignore[attr-defined]
+        return not others
+    if function in _TRANSPOSES and len(others) == 2:
+        return {axis % ndim for axis in others} == {ndim - 2, ndim - 1}
+    if function in _PERMUTES:
+        axes = others[0] if len(others) == 1 else others
+        return [a % ndim for a in axes] == [*range(ndim - 2), ndim - 1, ndim - 2]
+    return False
+
+
+def _is_index(index: Any) -> bool:
+    """Whether an index is one number, which the host has."""
+    if isinstance(index, Tensor):
+        return index.ndim == 0 and index.device.type == "cpu" and index.dtype != torch.bool
+    return isinstance(index, int) and not isinstance(index, bool)
 
 
 def reading(
     function: Callable[..., Any],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-    original: Callable[[Tensor], Tensor],
+    view_of: Callable[[Any], View | None],
 ) -> Reading | None:
     """What layer a call is, or None if it is none that is known.
 
@@ -79,8 +142,15 @@ def reading(
         function: What is called.
         args: By position.
         kwargs: By name.
-        original: The weight that a tensor is the transpose of, or the tensor itself.
+        view_of: What a tensor shows of a weight, None of others.
     """
+    found = product(function, args, kwargs, lambda operand: view_of(operand) is not None)
+    if found is not None:
+        view = view_of(found.handed)
+        assert view is not None
+        if view.weight.ndim - (view.part is not None) == found.handed.ndim:
+            own = Linear(transposed=found.contracts_last == view.turned)
+            return Reading(found.x, found.handed, view, None, own, found.rows)
     names = _NAMES.get(function)
     if names is None or len(args) > len(names):
         return None
@@ -88,10 +158,10 @@ def reading(
     x, handed, bias = given.get("input"), given.get("weight"), given.get("bias")
     if not isinstance(x, Tensor) or not isinstance(handed, Tensor):
         return None
-    kind, weight = _kind(function, handed, given), original(handed)
-    if weight is not handed:
+    kind, view = _kind(function, handed, given), view_of(handed)
+    if view is not None and view.turned:
         kind = Linear(not kind.transposed) if isinstance(kind, Linear) else None
-    return None if kind is None else Reading(x, handed, weight, bias, kind)
+    return None if kind is None or view is None else Reading(x, handed, view, bias, kind)
 
 
 def _kind(

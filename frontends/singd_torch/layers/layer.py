@@ -34,6 +34,11 @@ _PATCHES = 1 << 18
 Key: TypeAlias = tuple[int | None, bool]
 
 
+def is_turned(kind: LayerKind) -> bool:
+    """Whether a kind of layer is a stack of matrices that are stored as `(d_in, d_out)`."""
+    return isinstance(kind, StackedLinear) and kind.transposed
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Source:
     """How the calls of a module give rows to a layer.
@@ -49,6 +54,7 @@ class Source:
         name: The name of the weight in its module.
         by_output: Whether the module's input and output are those of the layer.
         is_open: Whether calls of functions that are handed the weight give rows as well.
+        kept: Which rows of a call are there, or None for all.
     """
 
     weight: Tensor
@@ -60,6 +66,7 @@ class Source:
     name: str = "weight"
     by_output: bool = True
     is_open: bool = True
+    kept: Tensor | None = None
 
     def of(self, new: Mapping[Tensor, Tensor]) -> Source:
         """The same of the weight that is in the place of its own now."""
@@ -126,9 +133,34 @@ class Layer:
         """Whether calls of functions that are handed the weight itself give its rows."""
         return self.kind.has_rows and all(source.is_open for _, source in self.sources)
 
-    def source(self, kind: LayerKind, *, biased: bool) -> Source | None:
+    @property
+    def is_unturned(self) -> bool:
+        """Whether it is a stack of which no call was seen: it may turn out to be transposed."""
+        return self.is_stack and not self.sources and not is_turned(self.kind)
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether the weight has an axis of its own for matrices, as that of experts."""
+        return isinstance(self.kind, StackedLinear) and self.kind.apart
+
+    @property
+    def has_modules(self) -> bool:
+        """Whether a module is known whose calls should give rows."""
+        return any(module is not None for module, _ in self.sources)
+
+    def most_rows(self, x: Tensor) -> int:
+        """How many rows of a call that its factors may want, at most those of its input."""
+        (_, *sides), n = self.shape, math.prod(x.shape[:-1])
+        return int(min(n, max(self.group["rows"], *sides)))
+
+    def source(self, kind: LayerKind, *, biased: bool, part: int | None = None) -> Source | None:
         """How a call of this kind that is handed the weight gives rows; None if it cannot."""
         own, batch_second = self.kind, any(source.batch_second for _, source in self.sources)
+        if self.is_stack:
+            if not isinstance(kind, Linear):
+                return None
+            fits = is_turned(own) is kind.transposed
+            return Source(self.weight, Linear(), part) if fits else None
         if isinstance(own, Convolution) and isinstance(kind, Convolution):
             same = own.groups == kind.groups and len(own.windows) == len(kind.windows)
             kind = dataclasses.replace(kind, average_groups=own.average_groups)
@@ -153,6 +185,23 @@ class Layer:
         )
         same = self.bias is other.bias and self.kind == other.kind
         return same and self.structures == other.structures and own == its
+
+    def turn(self) -> None:
+        """Begin anew with the matrices of a stack as `(d_in, d_out)`, which its calls tell.
+
+        That is kept in its group, and so in checkpoints.
+        """
+        index = next(i for i, p in enumerate(self.group["params"]) if p is self.weight)
+        self.group.setdefault("turned", {})[index] = True
+        self.kind = StackedLinear(len(self.weight), apart=True, transposed=True)
+        rule, wanted = rules.get(self.group["rule"]), self.group["structures"]
+        self.structures = rule.choose(wanted, self.shape, diagonal=(False, False))
+        self.factors, self.seen, self.by_gradient = None, False, False
+
+    @property
+    def expects_rows(self) -> bool:
+        """Whether rows are known to come: those of a stack are, once a call has been seen."""
+        return self.has_rows and (self.seen or bool(self.sources) or not self.is_stack)
 
     def has_module(self, source: Source) -> bool:
         """Whether calls of a module may be what this is a source of."""
@@ -224,7 +273,7 @@ class Layer:
             diagonal=diagonal,
             kfac_approx=group["kfac_approx"],
             loss_average=group["loss_average"],
-            mask=mask,
+            mask=mask if source.kept is None else source.kept,
             sample=sample,
         )
         if rows.A.shape[-2] == 0 or rows.B.shape[-2] == 0:

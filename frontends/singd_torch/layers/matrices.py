@@ -8,9 +8,10 @@ from typing import Any
 from torch import nn
 
 from singd_core import rules
-from singd_core.layers import Tensor
+from singd_core.layers import LayerKind, StackedLinear, Tensor
 from singd_core.rules import learns_from_gradients
 from singd_torch._groups import settings_of
+from singd_torch.capture.tap import is_in_parts
 from singd_torch.layers.find import find
 from singd_torch.layers.layer import Layer
 
@@ -27,11 +28,14 @@ def _tensors(
 ) -> Iterator[Layer]:
     """The matrices that belong to no layer, as layers without sources.
 
-    They are recurrent weights, stacks of experts, weights that are computed from others: whatever
-    is used in another way than by the call of a known module. The entries of a table of embeddings
-    have a diagonal factor.
+    They are recurrent weights, weights that are computed from others: whatever is used in another
+    way than by the call of a known module. Stacks of matrices, as of experts, have rows once a call
+    of a product is seen that is handed them. The entries of a table of embeddings have a diagonal
+    factor.
     """
     names = parameter_names(model, groups)
+    turned = {group["params"][i] for group in groups for i in group.get("turned", ())}
+    lost = {group["params"][i] for group in groups for i in group.get("without_rows", ())}
     tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     for group in groups:
         if not learns_from_gradients(settings_of(group)):
@@ -39,12 +43,19 @@ def _tensors(
         for p in group["params"]:
             if p in owned or not Tensor.fits(p.shape) or not p.is_floating_point():
                 continue
-            kind = Tensor.of(p.shape)
+            kind: LayerKind = Tensor.of(p.shape)
+            if _is_stack(kind, p) and p not in lost:
+                kind = StackedLinear(len(p), apart=True, transposed=p in turned)
             shape = kind.shape(p.shape, bias=False)
             structures = rules.get(group["rule"]).choose(
                 group["structures"], shape, diagonal=(False, p in tables)
             )
             yield Layer(names.get(p, "a parameter"), kind, p, None, [], group, structures)
+
+
+def _is_stack(kind: LayerKind, p: nn.Parameter) -> bool:
+    """Whether a parameter has a first axis that counts matrices, all of which are here."""
+    return isinstance(kind, Tensor) and kind.stack == 1 and len(p) > 1 and not is_in_parts(p)
 
 
 def parameter_names(model: nn.Module, groups: Sequence[dict[str, Any]]) -> dict[nn.Parameter, str]:

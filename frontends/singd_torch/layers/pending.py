@@ -173,8 +173,8 @@ class Pending:
     def terms(self, grad_scale: Any) -> tuple[Measured, Any, Measured, Any]:
         """What `Curvature.of` takes, of gradients that were multiplied by `grad_scale`."""
         dtype = self.inputs.squares.dtype  # else integers on the device are divided in float32
-        N, M, grad_scale = (
-            n.to(dtype) if isinstance(n, Tensor) else n for n in (*self._counts(), grad_scale)
+        N, M, grad_scale = (  # of no rows all sums are 0
+            n.to(dtype) if isinstance(n, Tensor) else n or 1 for n in (*self._counts(), grad_scale)
         )
         M = M / grad_scale / grad_scale  # its square may leave float32
         if self.swapped:

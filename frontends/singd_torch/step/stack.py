@@ -247,7 +247,7 @@ class Stack:
         """The pending rows of all layers, by part and role."""
         return {
             key: Pending.joined([layer.pending[key] for layer in self.layers])
-            for key in sorted(self.layers[0].pending, key=str)
+            for key in sorted(self.layers[0].pending, key=_order)
         }
 
     def curvature(self, grad_scale: Any) -> Curvature:
@@ -266,6 +266,11 @@ def stacks(layers: Iterable[Layer]) -> list[Stack]:
     for layer in layers:
         found.setdefault(_likeness(layer), []).append(layer)
     return [Stack(equal) for equal in found.values()]
+
+
+def _order(key: Key) -> tuple[int, bool]:
+    part, swapped = key
+    return -1 if part is None else part, swapped
 
 
 def _owned(taken: set[int], tensor: Tensor) -> Tensor:

@@ -100,7 +100,10 @@ class Stepper(Follower):
             if self._sharded is not None:
                 self._sharded.agree(asked)
             else:
+                kinds = [one.kind for one in asked]
                 agree_on_rows(asked, group)
+                if [one.kind for one in asked] != kinds:  # another has seen how a stack is used
+                    self._stack_up()
 
     def _step_whole(self, scales: Scales) -> None:
         """Step parameters that are here as a whole, with the rows of all processes."""
