@@ -73,9 +73,17 @@ class Levels(Tree):
             natural: n, shape (..., d_out, d_in), times any number for each matrix.
             weight: How much it counts, in [0, 1]; a matrix of zeros does not.
         """
-        of_rows, of_columns = self.rows + FLOOR, self.columns + FLOOR
-        rows, columns = sums(natural, of_rows, of_columns)
-        rows, columns = rows * of_rows, columns * of_columns
+        return self.updated(*sums(natural, self.rows + FLOOR, self.columns + FLOOR), weight)
+
+    def updated(self, rows: Array, columns: Array, weight: Scalar) -> Self:
+        """With the levels of a natural gradient of which `sums` are known.
+
+        Args:
+            rows: Those of the rows, with the columns' levels + 0.1 as weights.
+            columns: Those of the columns, with the rows' levels + 0.1 as weights.
+            weight: As for `measured`.
+        """
+        rows, columns = rows * (self.rows + FLOOR), columns * (self.columns + FLOOR)
         total = number(namespace(rows).sum(rows, axis=-1))  # of the columns too
         of_new, of_old = shares(total, weight)
         pairs = (self.rows, rows), (self.columns, columns)

@@ -14,7 +14,8 @@ from singd_torch import _table
 from singd_torch._groups import check_group
 from singd_torch.layers.layer import Layer
 from singd_torch.layers.matrices import find_all
-from singd_torch.sharding.owners import balanced, resting
+from singd_torch.sharding.box import rows
+from singd_torch.sharding.owners import Shares
 
 # What a group has beside the settings, and the values that are taken where none are given.
 OPTIONS: dict[str, Any] = {
@@ -100,14 +101,23 @@ def estimate(
     sizes |= {names[p]: _table.fallback_bytes(p) for p in fallback}
     if processes < 1:
         raise ValueError(f"processes={processes!r}: must be at least 1")
-    owners = balanced(layers, processes, {})
-    of_layers = {layer.weight: sizes[layer.name] for layer in layers}
-    at_rest = resting(of_layers, owners, processes)
-    others = sum(map(_table.fallback_bytes, fallback)) + sum(of_layers[w] for w in at_rest)
-    by_process = [-(-others // processes)] * processes
-    for weight, size in of_layers.items():
-        if weight not in at_rest:
-            by_process[owners[weight]] += size
+    places = {p: rows(p.shape, processes) for p in params}
+    shares = Shares.of(layers, processes, {}, places if processes > 1 else None)
+    fallback_bytes = sum(map(_table.fallback_bytes, fallback))
+    by_process = [-(-fallback_bytes // processes)] * processes
+    for layer in layers:
+        size, parts = sizes[layer.name], shares.parts.get(layer.weight)
+        if parts is not None:
+            factors = _table.factor_bytes(layer)
+            for r in range(processes):
+                own = sum(places[p][r].numel for p in layer.parameters)
+                total = sum(p.numel() for p in layer.parameters)
+                by_process[r] += factors + (size - factors) * own // total
+        elif layer.weight in shares.resting:
+            by_process = [own + -(-size // processes) for own in by_process]
+        else:
+            by_process[shares.owners[layer.weight]] += size
+    owners = shares.owners
     table = _table.table(layers, fallback, names, owners=owners if processes > 1 else None)
     return Estimate(sizes, table, tuple(by_process))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,12 +29,14 @@ class Loaded:
         entries: The state of each parameter.
         factors: Those of each layer by its weight, None where none were saved.
         others: Entries of the saved state that belong to no parameter.
+        lost: Of a model in parts, weights of layers with rows that were never seen.
     """
 
     groups: list[dict[str, Any]]
     entries: dict[nn.Parameter, Entries]
     factors: dict[nn.Parameter, Factors | None]
     others: dict[Any, Any]
+    lost: Collection[nn.Parameter] = ()
 
 
 def loaded(

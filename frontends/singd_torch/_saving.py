@@ -48,6 +48,8 @@ class Saving(Watcher):
 
         def go_on(_: Any) -> None:  # torch would cast every tensor to its parameter's dtype
             if self._sharded is not None:
+                for layer in self._layers:
+                    layer.by_gradient = layer.weight in found[0].lost
                 self._route()
                 self._sharded.go_on_from(found[0])
                 self._sharded.show(self.state)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from singd_core import rules
-from singd_core._layer_state import bytes_of
+from singd_core._layer_state import LayerState, bytes_of
 from singd_torch import _fallback, _state
 from singd_torch._groups import settings_of
 from singd_torch.layers.layer import Layer
@@ -28,7 +28,7 @@ def table(
     """A line for each layer and each other parameter: names, shape, rule, structures, bytes.
 
     `reasons` says of parameters without rows why none are taken, `owners` which process keeps and
-    steps each layer.
+    steps each layer: all of them do if it has none.
     """
     reasons = reasons or {}
     lines: list[tuple[str, ...]] = [("parameter", "shape", "rule", "K", "C", _BYTES)]
@@ -48,7 +48,7 @@ def table(
         lines.append((name, _shape(p), "AdamW", "", "", f"{size:,}"))
         why.append(reasons.get(p, ""))
     if owners is not None:
-        places = ["process", *(str(owners[layer.weight]) for layer in layers)]
+        places = ["process", *(str(owners.get(layer.weight, "all")) for layer in layers)]
         places += ["its parts" for _ in fallback]
         lines = [(*line[:-1], place, line[-1]) for line, place in zip(lines, places, strict=True)]
     if any(why[1:]):
@@ -64,8 +64,16 @@ def fallback_bytes(p: nn.Parameter) -> int:
 
 def layer_bytes(layer: Layer) -> int:
     """Bytes of state of one layer: its factors with levels, and the momentum of its weight."""
-    s = settings_of(layer.group)
-    return bytes_of(_state.before(layer, s, device=torch.device("meta")))
+    return bytes_of(_before(layer))
+
+
+def factor_bytes(layer: Layer) -> int:
+    """Bytes of the factors of one layer, with levels."""
+    return bytes_of(LayerState(_before(layer).factors, None))
+
+
+def _before(layer: Layer) -> LayerState:
+    return _state.before(layer, settings_of(layer.group), device=torch.device("meta"))
 
 
 def _render(lines: Sequence[Sequence[str]]) -> str:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-import math
 from collections.abc import Iterable, Sequence
 
 import torch.distributed as dist
@@ -13,23 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-
-@dataclasses.dataclass(frozen=True)
-class Box:
-    """A part of a tensor: every placement of a DTensor has one on each process, maybe empty."""
-
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        """How many numbers it has."""
-        return math.prod(self.shape)
-
-    def of(self, whole: Tensor) -> Tensor:
-        """That part of the whole tensor, a view."""
-        pairs = zip(self.offset, self.shape, strict=True)
-        return whole[tuple(slice(start, start + n) for start, n in pairs)]
+from singd_torch.sharding.box import Box
 
 
 def box_of(p: Tensor) -> Box:
@@ -40,24 +21,13 @@ def box_of(p: Tensor) -> Box:
     return Box(tuple(offset), tuple(shape))
 
 
-def boxes(params: Sequence[Tensor], group: dist.ProcessGroup) -> dict[Tensor, list[Box]]:
+def boxes(
+    params: Sequence[nn.Parameter], group: dist.ProcessGroup
+) -> dict[nn.Parameter, list[Box]]:
     """The boxes of each parameter on all processes of the group, which all call this."""
     found: list[list[Box]] = [[] for _ in range(dist.get_world_size(group))]
     dist.all_gather_object(found, [box_of(p) for p in params], group=group)
     return {p: list(each) for p, each in zip(params, zip(*found, strict=True), strict=True)}
-
-
-def rows(shape: Sequence[int], processes: int) -> list[Box]:
-    """The parts of a tensor whose first axis is parted as by `Shard(0)`, or that all have whole."""
-    if not shape or shape[0] == 0:
-        return [Box((0,) * len(shape), tuple(shape))] * processes
-    n, *others = shape
-    most = -(-n // processes)
-    starts = [min(n, most * r) for r in range(processes + 1)]
-    zeros = (0,) * len(others)
-    return [
-        Box((start, *zeros), (end - start, *others)) for start, end in itertools.pairwise(starts)
-    ]
 
 
 def local(t: Tensor) -> Tensor:

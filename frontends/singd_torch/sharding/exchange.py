@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from singd_torch.sharding.boxes import Box
+from singd_torch.sharding.box import Box
 
 
 class Exchange:

@@ -2,12 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
-from singd_torch._table import layer_bytes
+from singd_torch._table import factor_bytes, layer_bytes
 from singd_torch.layers.layer import Layer
+from singd_torch.sharding.box import Box
+from singd_torch.sharding.local import Part, local
+
+
+@dataclasses.dataclass(frozen=True)
+class Shares:
+    """Who steps the layers of a model.
+
+    Attributes:
+        parts: The parts of layers that all processes step, by weight and process.
+        whole: The other layers.
+        owners: Which process steps each of these, by weight.
+        resting: Those of them whose state rests in parts.
+    """
+
+    parts: dict[nn.Parameter, list[Part]]
+    whole: list[Layer]
+    owners: dict[nn.Parameter, int]
+    resting: set[nn.Parameter]
+
+    @classmethod
+    def of(
+        cls,
+        layers: Sequence[Layer],
+        processes: int,
+        known: Mapping[nn.Parameter, int],
+        places: Mapping[nn.Parameter, Sequence[Box]] | None,
+    ) -> Shares:
+        """From shapes alone; `places` are the parts of parameters, if they are in parts.
+
+        Layers of `known` owners stay there.
+        """
+        parts = {} if places is None else local(layers, places)
+        whole = [layer for layer in layers if layer.weight not in parts]
+        owners = balanced(whole, processes, known)
+        sizes = {layer.weight: layer_bytes(layer) for layer in whole}
+        slabs = [layer for layer in layers if layer.weight in parts]
+        others = sum(factor_bytes(layer) for layer in slabs)
+        others += sum(layer_bytes(layer) - factor_bytes(layer) for layer in slabs) // processes
+        return cls(parts, whole, owners, resting(sizes, owners, processes, others))
+
 
 # In shares of the bytes of all.
 MOST = 1.2
@@ -34,13 +76,17 @@ def balanced(
 
 
 def resting(
-    sizes: Mapping[nn.Parameter, int], owners: Mapping[nn.Parameter, int], processes: int
+    sizes: Mapping[nn.Parameter, int],
+    owners: Mapping[nn.Parameter, int],
+    processes: int,
+    others: int = 0,
 ) -> set[nn.Parameter]:
     """The layers whose state rests in parts, lest a process have more than 1.2 of its share.
 
-    They are the largest of the processes that have most, until none has more.
+    They are the largest of the processes that have most, until none has more. `others` is what each
+    process has beside them.
     """
-    load = [0.0] * processes
+    load = [float(others)] * processes
     for weight, size in sizes.items():
         load[owners[weight]] += size
     found: set[nn.Parameter] = set()

@@ -14,7 +14,7 @@ from singd_core.rules import Factors
 from singd_torch import _state
 from singd_torch._groups import settings_of
 from singd_torch.layers.layer import Layer
-from singd_torch.sharding.boxes import Box, rows
+from singd_torch.sharding.box import Box, rows
 from singd_torch.sharding.exchange import Exchange
 from singd_torch.sharding.share import Share, stand_ins
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import reduce
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from singd_core.rules import Factors
+from singd_core.rules import Factors, learns_from_gradients
 from singd_torch import _state
 from singd_torch._groups import settings_of
 from singd_torch._loading import (
@@ -26,10 +26,12 @@ from singd_torch._loading import (
 )
 from singd_torch.layers.layer import Layer
 from singd_torch.layers.matrices import find_all
-from singd_torch.sharding.boxes import local, rows
+from singd_torch.sharding.box import rows
+from singd_torch.sharding.boxes import local
 from singd_torch.sharding.exchange import Exchange
-from singd_torch.sharding.owners import balanced
-from singd_torch.sharding.share import Share, stand_ins
+from singd_torch.sharding.owners import Shares
+from singd_torch.sharding.share import Share, slab_of, stand_ins
+from singd_torch.sharding.slabs import Slab
 
 Key = tuple[nn.Parameter, str]
 
@@ -59,8 +61,17 @@ def saved(
         found[p][name] = t
     for p, part in stand_ins.items():
         if p not in owners:
-            found[p] = {name: _like(p, t) for name, t in share.state.get(part, {}).items()}
+            found[p] = {
+                name: _copied(t, share) if "." in name else _like(p, t)
+                for name, t in share.state.get(part, {}).items()
+            }
     return found
+
+
+def _copied(t: Tensor, share: Share) -> DTensor:
+    """What all processes have, as a DTensor."""
+    mesh = DeviceMesh.from_group(share.processes, share.device.type)
+    return DTensor.from_local(t, mesh, [Replicate()], run_check=False)
 
 
 def _parted(
@@ -109,7 +120,7 @@ def _like(p: nn.Parameter, t: Tensor) -> Tensor:
 
 def loaded(
     share: Share,
-    owners: Mapping[nn.Parameter, int],
+    shares: Callable[[Sequence[Layer]], Shares],
     model: nn.Module,
     live: Sequence[dict[str, Any]],
     names: Mapping[nn.Parameter, str],
@@ -131,27 +142,38 @@ def loaded(
     layers = find_all(
         model, [g | {"params": mine["params"]} for g, mine in zip(groups, live, strict=True)]
     )
-    owner_of = balanced(layers, dist.get_world_size(share.processes), owners)
-    wanted = {p: owner_of[layer.weight] for layer in layers for p in layer.parameters}
+    lost = set()
+    gradients_only = _learned_from_gradients(_values(groups, live, state_dict["state"]))
+    for layer in layers:
+        if layer.kind.has_rows and learns_from_gradients(settings_of(layer.group)):
+            layer.by_gradient = layer.weight in gradients_only
+            lost |= {layer.weight} if layer.by_gradient else set()
+    parted = shares(layers)
+    wanted = {p: parted.owners[one.weight] for one in parted.whole for p in one.parameters}
+    weights = {layer.weight for layer in layers}
     rank = dist.get_rank(share.processes)
     entries: dict[nn.Parameter, Entries] = {}
     seen: set[nn.Parameter] = set()
     for p, name, value in _values(groups, live, state_dict["state"]):
         kept = entries.setdefault(p, {})
-        if p not in wanted:
+        of_factors = p in weights and "." in name
+        if of_factors and not name.startswith(_state.LATE):
+            seen.add(p)
+        if p not in wanted and not of_factors:
             kept[name] = _part(p, name, value)
             continue
-        if "." in name and not name.startswith(_state.LATE):
-            seen.add(p)
         whole = value.full_tensor() if isinstance(value, DTensor) else value
-        if wanted[p] == rank:
+        if wanted.get(p, rank) == rank:
             kept[name] = whole.detach().to(p.device, copy=True)
-    mine = [layer for layer in layers if owner_of[layer.weight] == rank]
+    mine = [(one, stand_ins([one])[0]) for one in parted.whole if wanted[one.weight] == rank]
+    for layer in layers:
+        if layer.weight in parted.parts:
+            mine.append((layer, slab_of(layer, parted.parts[layer.weight][rank])))
     older = any("normalized" not in group for group in state_dict["param_groups"])
     factors: dict[nn.Parameter, Factors | None] = dict.fromkeys(seen)
 
     def check() -> None:
-        for layer, plain in zip(mine, stand_ins(mine), strict=True):
+        for layer, plain in mine:
             own = _checked(layer, plain, entries, older=older)
             if own is not None:
                 factors[layer.weight] = own
@@ -162,7 +184,20 @@ def loaded(
     _all_or_none(check, share.processes)
     known = {index for group in groups for index in group["params"]}
     others = {key: value for key, value in state_dict["state"].items() if key not in known}
-    return Loaded(groups, entries, factors, others)
+    return Loaded(groups, entries, factors, others, lost)
+
+
+def _learned_from_gradients(
+    values: Iterable[tuple[nn.Parameter, str, Any]],
+) -> set[nn.Parameter]:
+    """The weights whose factors were refreshed, but never by rows."""
+    known: dict[str, set[nn.Parameter]] = {"averages.k": set(), "averages.t_U": set()}
+    for p, name, value in values:
+        if name in known and isinstance(value, Tensor):
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            if bool(whole.any()):
+                known[name].add(p)
+    return known["averages.k"] - known["averages.t_U"]
 
 
 def _values(
@@ -202,7 +237,10 @@ def _checked(
     s = settings_of(plain.group)
     pairs = list(zip(layer.parameters, plain.parameters, strict=True))
     of_plain = {part: entries.setdefault(p, {}) for p, part in pairs}
-    if older:
+    if older and isinstance(plain, Slab):  # as `upgrade`, of parts
+        for own in of_plain.values():
+            own.pop(_state.MOMENTUM, None)
+    elif older:
         upgrade(plain, of_plain, normalized=s.normalized)
     check_momenta(plain, of_plain, s)
     return factors_of(plain, of_plain[plain.weight], s)

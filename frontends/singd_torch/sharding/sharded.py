@@ -10,20 +10,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from singd_core.rules import Factors
 from singd_torch import _state
 from singd_torch._distributed import agree_on_rows
 from singd_torch._loading import Loaded
-from singd_torch._table import layer_bytes
 from singd_torch.capture.scaling import Scales
 from singd_torch.layers.layer import Layer
 from singd_torch.sharding import saving
+from singd_torch.sharding.box import Box
 from singd_torch.sharding.boxes import boxes, local, local_gradient
 from singd_torch.sharding.exchange import Exchange
 from singd_torch.sharding.meter import Meter
-from singd_torch.sharding.owners import balanced, resting
+from singd_torch.sharding.owners import Shares
 from singd_torch.sharding.resting import Resting
-from singd_torch.sharding.share import Share, alias, stand_in, stand_ins, stands_for
+from singd_torch.sharding.share import Share, alias, slab_of, stand_in, stand_ins, stands_for
 from singd_torch.sharding.sums import Sums
 
 
@@ -32,11 +31,12 @@ class Sharded:
 
     Each layer is owned by one process, which alone has its factors and momenta and steps it as if
     there were no others: it is sent the sums of all rows and all parts of the gradient, and sends
-    back how the weights change. All other parameters are stepped in the parts in which they are.
+    back how the weights change. Layers whose parts can be stepped by themselves, and all other
+    parameters, are stepped in the parts in which they are.
 
     Attributes:
         group: All processes that step together.
-        owners: The rank of the owner of each parameter of a layer.
+        owners: The rank of the owner of each parameter of a layer, if it has one.
         share: What this process steps.
         sums: What gives the owners the rows of all.
     """
@@ -44,11 +44,15 @@ class Sharded:
     def __init__(self, group: dist.ProcessGroup, *, summed: bool, early: bool) -> None:
         """What `Sums` is told goes there."""
         self.group, self.sums = group, Sums(group, summed=summed, early=early)
+        self._in_parts = early
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
         self.owners: dict[nn.Parameter, int] = {}
         self.share = Share(group)
         self._layers: list[Layer] = []
         self._fallback: list[nn.Parameter] = []
+        self._groups: list[dict[str, Any]] = []
+        self._compile: dict[str, Any] | None = None
+        self._places: dict[nn.Parameter, list[Box]] = {}
         self._own: dict[nn.Parameter, Layer] = {}
         self._resting: Resting | None = None
         self._stand_ins: dict[nn.Parameter, nn.Parameter] = {}
@@ -66,42 +70,54 @@ class Sharded:
         """
         if self._resting is not None:
             self._resting.visit()
-        before, plain = self._stand_ins, set(self._fallback)
-        owners = balanced(layers, self.world, self.owners)
-        self._layers, self._fallback = list(layers), list(fallback)
-        self.owners = {p: owners[layer.weight] for layer in layers for p in layer.parameters}
+        self._groups, self._compile = groups, compile
+        self._layers, self._fallback, plain = list(layers), list(fallback), set(self._fallback)
+        self._places = boxes([p for group in groups for p in group["params"]], self.group)
+        found = self.shares(self._layers)
+        self._arrange_own(found, plain)
+        self.owners = {p: found.owners[w.weight] for w in found.whole for p in w.parameters}
         self.sums.arrange(self._layers, self.owners)
-        places = boxes(list(self.owners), self.group)
-        self._exchange = Exchange(self.owners, places, self.group)
-        self._stand_ins = {p: before[p] if p in plain else alias(p) for p in fallback}
-        own: dict[nn.Parameter, Layer] = {}
-        for layer in layers:
-            layer.meter = Meter.of(layer)
-            if owners[layer.weight] != self.rank:
-                continue
-            known = self._own.get(layer.weight)
-            parts = [before.get(p) for p in layer.parameters]
-            if known is None or known.kind != layer.kind or not stands_for(known, parts):
-                (known,) = stand_ins([layer])
-            known.group, known.bias_group = layer.group, layer.bias_group
-            known.structures = layer.structures
-            own[layer.weight] = known
-            self._stand_ins |= zip(layer.parameters, known.parameters, strict=True)
-        self._own = own
-        sizes = {layer.weight: layer_bytes(layer) for layer in layers}
-        large = resting(sizes, owners, self.world)
-        at_rest = [layer for layer in layers if layer.weight in large]
-        self._resting = Resting(self.share, at_rest, own, owners)
+        self._exchange = Exchange(self.owners, self._places, self.group)
+        at_rest = [layer for layer in found.whole if layer.weight in found.resting]
+        self._resting = Resting(self.share, at_rest, self._own, self.owners)
         for gone in set(self.share.state) - set(self._stand_ins.values()):
             del self.share.state[gone]
         group_of = {p: group for group in groups for p in group["params"]}
         self.share.take_over(
             groups,
-            list(own.values()),
+            list(self._own.values()),
             [self._stand_ins[p] for p in fallback],
             {s: group_of[p] for p, s in self._stand_ins.items()},
             compile,
         )
+
+    def shares(self, layers: Sequence[Layer]) -> Shares:
+        """Who steps these layers; all processes find the same."""
+        places = self._places if self._in_parts and self._compile is None else None
+        return Shares.of(layers, self.world, self.owners, places)
+
+    def _arrange_own(self, found: Shares, plain: set[nn.Parameter]) -> None:
+        """Have stand-ins for the layers that this process steps, and for its parts of others.
+
+        `plain` are parameters that were no layers' before.
+        """
+        before, old = self._stand_ins, self._own
+        self._own = {}
+        self._stand_ins = {p: before[p] if p in plain else alias(p) for p in self._fallback}
+        for layer in self._layers:
+            layer.meter = Meter.of(layer)
+            parts = found.parts.get(layer.weight)
+            if parts is None and found.owners[layer.weight] != self.rank:
+                continue
+            own = old.get(layer.weight)
+            part = None if parts is None else parts[self.rank]
+            stands = [before.get(p) for p in layer.parameters]
+            if own is None or own.kind != layer.kind or not stands_for(own, stands, part):
+                own = stand_ins([layer])[0] if part is None else slab_of(layer, part)
+            own.group, own.bias_group = layer.group, layer.bias_group
+            own.structures = layer.structures
+            self._own[layer.weight] = own
+            self._stand_ins |= zip(layer.parameters, own.parameters, strict=True)
 
     # ---- the state ------------------------------------------------------------------------------
 
@@ -125,7 +141,7 @@ class Sharded:
         Raises:
             ValueError: Naming the first setting or entry that does not fit.
         """
-        return saving.loaded(self.share, self.owners, model, live, names, state_dict)
+        return saving.loaded(self.share, self.shares, model, live, names, state_dict)
 
     def go_on_from(self, found: Loaded) -> None:
         """Have the state that was loaded, of layers that are arranged already."""
@@ -134,30 +150,17 @@ class Sharded:
         self.sums.forget()
         if self._resting is not None:
             self._resting.forget()
+        for layer in self._layers:
+            layer.pending, layer.seen = {}, layer.weight in found.factors
+            layer.by_gradient = layer.weight in found.lost
         for p, part in self._stand_ins.items():
             own = found.entries.get(p)
             if own:
                 share.state[part] = own
-        lost = self._lost(found.factors)
-        for layer in self._layers:
-            layer.pending, layer.seen = {}, layer.weight in found.factors
-            layer.by_gradient = layer.weight in lost
         for weight, layer in self._own.items():
             layer.pending, layer.factors = {}, found.factors.get(weight)
-            layer.seen, layer.by_gradient = layer.factors is not None, weight in lost
+            layer.seen, layer.by_gradient = layer.factors is not None, weight in found.lost
         share._stack_up()
-
-    def _lost(self, factors: Mapping[nn.Parameter, Factors | None]) -> set[nn.Parameter]:
-        """The weights of layers whose rows were never seen, which their owners know."""
-        own = [
-            layer.kind.has_rows and found is not None and not found.has_rows
-            for layer in self._layers
-            for found in [factors.get(layer.weight)]
-        ]
-        flags = torch.tensor(own, dtype=torch.float32, device=self.share.device)
-        dist.all_reduce(flags, group=self.group)
-        pairs = zip(self._layers, flags.tolist(), strict=True)
-        return {layer.weight for layer, flag in pairs if flag}
 
     def begin(self) -> None:
         """Have the state that the first steps would make."""
@@ -191,13 +194,16 @@ class Sharded:
         for layer in self._layers:
             if layer.is_lost():  # as its owner finds
                 layer.seen = layer.by_gradient = True
-        trained = [p for layer in self._layers for p in layer.parameters if p.grad is not None]
-        whole = {p for layer in self._layers if _wants_weights(layer) for p in layer.parameters}
+        self._part_with_slabs()
+        sent = [layer for layer in self._layers if layer.weight in self.owners]
+        trained = [p for layer in sent for p in layer.parameters if p.grad is not None]
+        whole = {p for layer in sent if _wants_weights(layer) for p in layer.parameters}
         self._send(trained, [p for p in trained if p in whole])
-        for p in self._fallback:
-            part, place = self._stand_ins[p], local(p)
+        for p, part in self._stand_ins.items():
+            if p in self.owners:
+                continue
             part.grad = None
-            part.data = place
+            part.data = local(p)
             if p.grad is not None:
                 part.grad = local_gradient(p)
         share = self.share
@@ -207,11 +213,17 @@ class Sharded:
         self._return(trained, whole)
         return share._skipped
 
+    def _part_with_slabs(self) -> None:
+        """Have owners for layers that learn from gradients from now on: from all of a gradient."""
+        slabs = [layer for layer in self._layers if layer.weight not in self.owners]
+        if any(layer.by_gradient for layer in slabs):
+            self.arrange(self._groups, self._layers, self._fallback, self._compile)
+
     def _send(self, trained: Sequence[nn.Parameter], whole: Sequence[nn.Parameter]) -> None:
         """Give the owners gradients, and of some parameters also what they are."""
-        for layer in self._own.values():
-            for part in layer.parameters:
-                part.grad = None
+        for p in self.owners:
+            if p in self._stand_ins:
+                self._stand_ins[p].grad = None
         if not trained:
             return
         given = [(p, local_gradient(p)) for p in trained] + [(p, local(p)) for p in whole]

@@ -13,7 +13,10 @@ from torch import Tensor, nn
 
 from singd_torch.layers.layer import Layer
 from singd_torch.sharding.boxes import local
+from singd_torch.sharding.local import Part
+from singd_torch.sharding.slabs import Slab, advance
 from singd_torch.step.stack import Stack, stacks
+from singd_torch.step.stack_step import Gradients
 from singd_torch.step.stepper import Stepper
 from singd_torch.tensors.pieces import placed, read
 
@@ -65,16 +68,34 @@ class Share(Stepper):
 
     def _stack_up(self, parted: list[Stack] | None = None) -> None:
         if parted is None:
-            staying = [layer for layer in self._layers if layer not in self.visitors]
-            visiting = [layer for layer in self._layers if layer in self.visitors]
-            parted = stacks(staying) + [Stack([layer], visits=True) for layer in visiting]
+            alone = {layer for layer in self._layers if isinstance(layer, Slab)} | self.visitors
+            parted = stacks(layer for layer in self._layers if layer not in alone)
+            for layer in self._layers:
+                if layer in alone:
+                    parted.append(Stack([layer], visits=layer in self.visitors))
         super()._stack_up(parted)
 
+    def _advance(self, ready: list[Stack], given: Gradients) -> list[Any]:
+        slabs = [stack for stack in ready if isinstance(stack.layers[0], Slab)]
+        whole = [stack for stack in ready if not isinstance(stack.layers[0], Slab)]
+        moved = super()._advance(whole, given)
+        each = advance(slabs, self.state, given, self._total, self._wide)
+        if given.ok is not None:  # in any order
+            return moved + each
+        found = dict(zip(whole + slabs, moved + each, strict=True))
+        return [found[stack] for stack in ready]
+
     def _of_all(self, size: Any) -> Any:
-        wide = torch.float64 if self.device.type == "cpu" else torch.float32
-        total = placed(size, wide, self.device).clone()
-        dist.all_reduce(total, group=self.processes)
-        return read(total)
+        return read(self._total(placed(size, self._wide, self.device).clone()))
+
+    def _total(self, t: Tensor) -> Tensor:
+        dist.all_reduce(t, group=self.processes)
+        return t
+
+    @property
+    def _wide(self) -> torch.dtype:
+        """In which numbers of all processes are summed."""
+        return torch.float64 if self.device.type == "cpu" else torch.float32
 
 
 def stand_in(p: Tensor, device: str | None = None) -> nn.Parameter:
@@ -93,10 +114,20 @@ def stand_ins(layers: Iterable[Layer], device: str | None = None) -> list[Layer]
     return found
 
 
-def stands_for(layer: Layer, parts: Sequence[nn.Parameter | None]) -> bool:
-    """Whether these are the parameters of a layer of stand-ins."""
+def slab_of(layer: Layer, part: Part) -> Slab:
+    """A layer of the parts of its parameters that are here."""
+    own = {field.name: getattr(layer, field.name) for field in dataclasses.fields(layer)}
+    weight, *bias = map(alias, layer.parameters)
+    own |= {"weight": weight, "bias": bias[0] if bias else None}
+    own |= {"pending": {}, "factors": None, "meter": None}
+    return Slab(**own, whole=tuple(layer.weight.shape), part=part)
+
+
+def stands_for(layer: Layer, params: Sequence[nn.Parameter | None], part: Part | None) -> bool:
+    """Whether these are the parameters of a stand-in, which is of such a part."""
     own = layer.parameters
-    return len(own) == len(parts) and all(a is b for a, b in zip(own, parts, strict=True))
+    same = len(own) == len(params) and all(a is b for a, b in zip(own, params, strict=True))
+    return same and part == (layer.part if isinstance(layer, Slab) else None)
 
 
 def alias(p: nn.Parameter) -> nn.Parameter:

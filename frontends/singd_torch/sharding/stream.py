@@ -29,11 +29,22 @@ KEPT, MORE, VOID = range(3)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Flat:
-    """Sums of layers that one process owns, in a row."""
+    """Sums of layers that one process owns, or that all have, in a row."""
 
-    owner: int
+    owner: int | None
     entries: Sequence[Entry]
     numbers: Tensor
+
+    def send(self, group: Any, *, wait: bool) -> Any:
+        """Sum the numbers where they are wanted; all processes of the group call it."""
+        if self.owner is None:
+            return dist.all_reduce(self.numbers, group=group, async_op=not wait)
+        root = dist.get_global_rank(group, self.owner)
+        return dist.reduce(self.numbers, root, group=group, async_op=not wait)
+
+    def is_for(self, rank: int) -> bool:
+        """Whether a process is to have the sums."""
+        return self.owner is None or self.owner == rank
 
     def read(self) -> dict[Place, list[Tensor]]:
         """The sums by weight and key, in the order of `Pending.tensors`."""
@@ -135,13 +146,11 @@ class Stream:
                     entries.append((layer, key, layer.no_rows(key)))
         self._next += 1
         for flat in self._flats(entries):
-            root = dist.get_global_rank(self._group, flat.owner)
-            work = dist.reduce(flat.numbers, root, group=self._own_group, async_op=True)
-            self._flying.append((work, flat))
+            self._flying.append((flat.send(self._own_group, wait=False), flat))
         self._flying = [
             (work, flat)
             for work, flat in self._flying
-            if flat.owner == self._rank or not work.is_completed()
+            if flat.is_for(self._rank) or not work.is_completed()
         ]
 
     # ---- in a step ------------------------------------------------------------------------------
@@ -176,7 +185,7 @@ class Stream:
         self._next = 0
         for work, flat in self._flying:
             work.wait()
-            if flat.owner == self._rank:
+            if flat.is_for(self._rank):
                 self._sums |= flat.read()
         self._flying, self._buckets = [], []
 

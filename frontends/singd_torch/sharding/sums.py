@@ -1,4 +1,4 @@
-"""The sums of the rows of all processes, which the owners of layers are sent."""
+"""The sums of the rows of all processes, which those that step a layer are sent."""
 
 from __future__ import annotations
 
@@ -42,7 +42,10 @@ class Sums:
         self.flags: dict[nn.Parameter, int] = {}
 
     def arrange(self, layers: Sequence[Layer], owners: Mapping[nn.Parameter, int]) -> None:
-        """Sum the rows of these layers from now on; all processes call it."""
+        """Sum the rows of these layers from now on; all processes call it.
+
+        A layer without an owner is one that all step.
+        """
         if self.stream is not None:
             self.stream.rearrange()
         self._layers, self._owners = layers, owners
@@ -92,10 +95,8 @@ class Sums:
         ]
         found: dict[Place, list[Tensor]] = {}
         for flat in self._flats(rest):
-            dist.reduce(
-                flat.numbers, dist.get_global_rank(self._group, flat.owner), group=self._group
-            )
-            if flat.owner == self._rank:
+            flat.send(self._group, wait=True)
+            if flat.is_for(self._rank):
                 found |= flat.read()
         for layer, key, pending in entries:
             mine = own.get(layer.weight)
@@ -113,12 +114,14 @@ class Sums:
         return [layer for layer in self._layers if layer.weight.requires_grad and is_due(layer)]
 
     def _flats(self, entries: Iterable[Entry]) -> list[Flat]:
-        """What this process adds to the sums, in a row for each owner."""
-        of: dict[int, list[Entry]] = {}
+        """What this process adds to the sums, in a row for each owner, and for all."""
+        of: dict[int | None, list[Entry]] = {owner: [] for owner in (None, *range(self._world))}
         for entry in entries:
-            of.setdefault(self._owners[entry[0].weight], []).append(entry)
+            of[self._owners.get(entry[0].weight)].append(entry)
         found = []
-        for owner, own in sorted(of.items()):
+        for owner, own in of.items():
+            if not own:
+                continue
             tensors = [t for layer, _, pending in own for t in self._contribution(layer, pending)]
             wide = any(t.dtype == torch.float64 for t in tensors)
             dtype = torch.float64 if wide else torch.float32

@@ -78,14 +78,14 @@ def advance(stack: Stack, state: State, given: Gradients) -> Any:
     own, ok = [given.settings(p) for p in layer.parameters], given.ok
     s = own[0]
     gradient = stack.joined(given.of)
-    factors, preconditioner = _refreshed(stack, s, given.scales, gradient)
+    factors, preconditioner = refreshed(stack, s, given.scales, gradient)
     decay = None
     if any(map(couples_decay, own)):
         decay = stack.joined(partial(_coupled_decay, given.settings))
     if stack.momenta is None and has_momentum(s):
         stack.begin(state, s)
     if ok is not None:
-        s = _masked(s, ok, gradient[0])
+        s = masked(s, ok, gradient[0])
         gradient = [torch.where(ok, g, 0.0) for g in gradient]  # NaN times 0 is NaN
         if decay is not None:
             decay = [torch.where(ok, w, 0.0) for w in decay]
@@ -107,7 +107,7 @@ def advance(stack: Stack, state: State, given: Gradients) -> Any:
         moves = ok & found.finite
         found = _kept(found, moves, stack)
         if factors is not stack.factors:
-            factors = factors.map(partial(_either, moves), stack.factors)  # type: ignore[arg-type]
+            factors = factors.map(partial(either, moves), stack.factors)  # type: ignore[arg-type]
     if moves is False:  # of the host
         return False
     if stack.momenta is not None and found.momenta is not None:
@@ -120,7 +120,7 @@ def advance(stack: Stack, state: State, given: Gradients) -> Any:
         lengths = torch.stack([sum_of_squares(_rows(u, stack), 1) for u in found.parts]).sum(0)
         update = s.lr * found.scale * lengths.sqrt()
         stack.report |= {"agreement": found.agreement, "update": update}
-    _move(stack, found, own, None if ok is None else moves)
+    move(stack, found, own, None if ok is None else moves)
     return moves
 
 
@@ -133,12 +133,12 @@ def level(stack: Stack, s: Settings, natural: Tensor | None, moves: Any) -> None
     if old is None or new is None:
         return
     if isinstance(moves, Tensor):
-        new = new.map(partial(_either, moves), old)
+        new = new.map(partial(either, moves), old)
     old.map(Tensor.copy_, new)
     stack.preconditioner = None
 
 
-def _refreshed(
+def refreshed(
     stack: Stack, s: Settings, scales: Scales, gradient: Sequence[Tensor]
 ) -> tuple[Factors, Preconditioner | None]:
     """The factors, refreshed by rows that are pending or by the gradient of what has none.
@@ -243,13 +243,13 @@ def _in_place(preconditioner: Preconditioner, gradient: Tensor) -> None:
         gradient.copy_(natural)
 
 
-def _move(
+def move(
     stack: Stack, found: Direction, settings: Sequence[Settings], moves: Tensor | None
 ) -> None:
     """Change the weights and biases."""
     places = zip(*(layer.parameters for layer in stack.layers), strict=True)
     for place, part, own in zip(places, found.parts, settings, strict=True):
-        own = own if moves is None else _masked(own, moves, part)
+        own = own if moves is None else masked(own, moves, part)
         trained = [p.grad is not None for p in place]  # one may have been frozen since
         if len(place) > 1 and place[0].numel() <= _JOINED and all(trained):
             joined = join(place)
@@ -295,12 +295,12 @@ def _kept(found: Direction, moves: Tensor, stack: Stack) -> Direction:
     parts = [torch.where(moves, u, 0.0) for u in found.parts]
     late = found.late
     if late is not None and stack.late is not None:
-        late = late.map(partial(_either, moves), stack.late)
+        late = late.map(partial(either, moves), stack.late)
     scale = found.scale if isinstance(found.scale, float) else torch.where(moves, found.scale, 0.0)
     momenta = found.momenta
     if momenta is not None and stack.momenta is not None:
         pairs = zip(momenta, stack.momenta, strict=True)
-        momenta = [_either(moves, new, old) for new, old in pairs]
+        momenta = [either(moves, new, old) for new, old in pairs]
     return found._replace(parts=parts, momenta=momenta, late=late, scale=scale)
 
 
@@ -310,7 +310,7 @@ def _rows(u: Tensor, stack: Stack) -> Tensor:
     return wide.reshape(*like.shape, -1)
 
 
-def _masked(s: Settings, ok: Tensor, like: Tensor) -> Settings:
+def masked(s: Settings, ok: Tensor, like: Tensor) -> Settings:
     """The settings with which zeros in place of a gradient change nothing unless ok."""
     dtype = widen(like[..., :0]).dtype
     momentum, lr = (placed(v, dtype, ok.device) for v in (s.momentum, s.lr))
@@ -358,7 +358,7 @@ def _coupled_decay(settings_of: Callable[[nn.Parameter], Settings], p: nn.Parame
     return p * (s.weight_decay if couples_decay(s) else 0.0)
 
 
-def _either(ok: Tensor, new: Any, old: Any) -> Any:
+def either(ok: Tensor, new: Any, old: Any) -> Any:
     """What is new where it is to be kept, of matrices along the first axes if `ok` has any."""
     missing = (1,) * (new.ndim - ok.ndim)
     return new if new is old else torch.where(ok.view((*ok.shape, *missing)), new, old)

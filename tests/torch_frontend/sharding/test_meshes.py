@@ -50,7 +50,9 @@ def tensor_parallel(model: Any, mesh: DeviceMesh, *, sequence: bool) -> None:
 def parted(name: str, how: str, world: int) -> tuple[nn.Module, int, int]:
     """A model on a mesh, and which of how many parts of a batch this process has."""
     model = models.new(name)
-    if how == "replicate":
+    if how == "parts":
+        shard(model, init_device_mesh("cpu", (world,)))
+    elif how == "replicate":
         replicate(model, mesh=init_device_mesh("cpu", (world,)))
     elif how == "columns":
         shard(
