@@ -16,6 +16,7 @@ from singd_torch.layers.layer import Layer
 from singd_torch.layers.matrices import find_all
 from singd_torch.sharding.box import rows
 from singd_torch.sharding.owners import Shares
+from singd_torch.sharding.volumes import volumes
 
 # What a group has beside the settings, and the values that are taken where none are given.
 OPTIONS: dict[str, Any] = {
@@ -38,11 +39,15 @@ class Estimate:
         bytes: By the name of the weight or parameter.
         table: Lines with names, shapes, structures and bytes.
         by_process: The bytes on each process, of a model that is in parts on several.
+        sent_by_step: The bytes that a process sends in each step, on average.
+        sent_by_refresh: The bytes that it sends in a step with a refresh, beside those.
     """
 
     bytes: dict[str, int]
     table: str
     by_process: tuple[int, ...] = ()
+    sent_by_step: int = 0
+    sent_by_refresh: int = 0
 
     @property
     def total(self) -> int:
@@ -54,7 +59,9 @@ class Estimate:
         text = f"{self.table}\n{self.total:,} bytes in all"
         if len(self.by_process) > 1:
             least, most = min(self.by_process), max(self.by_process)
-            text += f", {least:,} to {most:,} on each of {len(self.by_process)} processes"
+            text += f", {least:,} to {most:,} on each of {len(self.by_process)} processes; "
+            text += f"{self.sent_by_step:,} are sent by each in a step, "
+            text += f"and {self.sent_by_refresh:,} more at a refresh"
         return text
 
 
@@ -119,7 +126,7 @@ def estimate(
             by_process[shares.owners[layer.weight]] += size
     owners = shares.owners
     table = _table.table(layers, fallback, names, owners=owners if processes > 1 else None)
-    return Estimate(sizes, table, tuple(by_process))
+    return Estimate(sizes, table, tuple(by_process), *volumes(layers, shares, processes))
 
 
 def automatic(model: nn.Module, groups: Sequence[dict[str, Any]], budget: int | None) -> str:

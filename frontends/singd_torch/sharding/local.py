@@ -11,7 +11,6 @@ from singd_core.layers import Convolution, Embedding, LayerKind, Linear
 from singd_core.step import couples_decay
 from singd_core.structures import Diagonal
 from singd_torch._groups import settings_of
-from singd_torch._table import factor_bytes, layer_bytes
 from singd_torch.layers.layer import Layer
 from singd_torch.sharding.box import Box
 
@@ -34,26 +33,30 @@ ALL = Part(is_rows=True, j=slice(None), copies=1)
 
 
 def local(
-    layers: Sequence[Layer], places: Mapping[nn.Parameter, Sequence[Box]]
+    layers: Sequence[Layer],
+    places: Mapping[nn.Parameter, Sequence[Box]],
+    sizes: Mapping[nn.Parameter, int],
+    factors: Mapping[nn.Parameter, int],
 ) -> dict[nn.Parameter, list[Part]]:
     """The parts of layers that all processes step, each its own, by weight and process.
 
     Those are layers with a diagonal factor along the axis that is parted, as long as all processes
     can have their factors: small ones, and those whose bytes are a tenth of a process's share.
+    `sizes` are the bytes of the state of each layer, of which `factors` are those of its factors.
     """
     found: dict[nn.Parameter, list[Part]] = {}
     processes = max((len(boxes) for boxes in places.values()), default=1)
-    left = _MOST * sum(map(layer_bytes, layers)) / processes
-    for layer in sorted(layers, key=factor_bytes):
+    left = _MOST * sum(sizes.values()) / processes
+    for layer in sorted(layers, key=lambda layer: factors[layer.weight]):
         parts = _parts(layer, places)
         if parts is None:
             continue
         _, d_out, d_in = layer.shape
         K, C = layer.structures
         if K.numbers(d_in) + C.numbers(d_out) > _SMALL:
-            if factor_bytes(layer) > left:
+            if factors[layer.weight] > left:
                 continue
-            left -= factor_bytes(layer)
+            left -= factors[layer.weight]
         found[layer.weight] = parts
     return found
 

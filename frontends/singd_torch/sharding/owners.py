@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -41,13 +41,12 @@ class Shares:
 
         Layers of `known` owners stay there.
         """
-        parts = {} if places is None else local(layers, places)
+        sizes = {layer.weight: layer_bytes(layer) for layer in layers}
+        factors = {} if places is None else {one.weight: factor_bytes(one) for one in layers}
+        parts = {} if places is None else local(layers, places, sizes, factors)
         whole = [layer for layer in layers if layer.weight not in parts]
-        owners = balanced(whole, processes, known)
-        sizes = {layer.weight: layer_bytes(layer) for layer in whole}
-        slabs = [layer for layer in layers if layer.weight in parts]
-        others = sum(factor_bytes(layer) for layer in slabs)
-        others += sum(layer_bytes(layer) - factor_bytes(layer) for layer in slabs) // processes
+        others = sum(factors[w] + (sizes.pop(w) - factors[w]) // processes for w in parts)
+        owners = balanced(sizes, processes, known)
         return cls(parts, whole, owners, resting(sizes, owners, processes, others))
 
 
@@ -56,15 +55,14 @@ MOST = 1.2
 
 
 def balanced(
-    layers: Iterable[Layer], processes: int, known: Mapping[nn.Parameter, int]
+    sizes: Mapping[nn.Parameter, int], processes: int, known: Mapping[nn.Parameter, int]
 ) -> dict[nn.Parameter, int]:
     """The owner of each layer, by its weight: the largest first, each to who has least.
 
-    It follows from the shapes alone, so that all processes find the same. Those that are `known`
+    It follows from the sizes alone, so that all processes find the same. Those that are `known`
     stay where they are.
     """
     load = [0] * processes
-    sizes = {layer.weight: layer_bytes(layer) for layer in layers}
     found = {weight: known[weight] for weight in sizes if weight in known}
     for weight, owner in found.items():
         load[owner] += sizes[weight]

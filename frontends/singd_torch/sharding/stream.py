@@ -211,7 +211,7 @@ class Stream:
                 self._plans[likeness].append([])
                 size = 0
             self._plans[likeness][-1].append(layers[i])
-            size += _bytes(layers[i])
+            size += bytes_of_sums(layers[i])
 
 
 def _likeness(due: Iterable[Layer]) -> Hashable:
@@ -219,8 +219,8 @@ def _likeness(due: Iterable[Layer]) -> Hashable:
     return tuple((one.weight, *one.roles()) for one in due if one.rows_seen)
 
 
-def _bytes(layer: Layer) -> int:
-    """The size of the sums of a layer."""
+def bytes_of_sums(layer: Layer) -> int:
+    """What a process sends of a layer at a refresh."""
     batch, d_out, d_in = layer.shape
     pairs = zip(layer.structures, (d_in, d_out), strict=True)
     each = sum(structure.sums().numbers(d) for structure, d in pairs)

@@ -103,6 +103,11 @@ def test_a_step_sends_gradients_and_changes_once_and_the_backward_pass_sums(how:
         there = 0 if how == "copies" else of_layers * (world - 1) / world
         back = of_layers * (world - 1) * (1 if how == "copies" else 1 / world)
         assert sent == there + back
+    if how == "parts":
+        told = estimate(model, processes=world)
+        assert told.sent_by_step == 8 * sent / world + 24 * len(local)
+        sums = sums_of(layers) - 4 * len(layers)
+        assert told.sent_by_refresh == 8 * sums * (world - 1) / world
 
 
 def sums_of(layers: list[Any]) -> int:

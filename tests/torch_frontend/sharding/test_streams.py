@@ -106,7 +106,7 @@ def check_streamed(world: int, how: str) -> None:
     model = models.new(NAME)
     optimizer = SINGD(model, **GIVEN)
     models.train(model, optimizer, models.data(NAME))
-    each = [stream._bytes(layer) for layer in optimizer._layers]
+    each = [stream.bytes_of_sums(layer) for layer in optimizer._layers]
     found = gloo.run(world, measured, how)
     check([weights for weights, _ in found], dict(model.named_parameters()))
     for _, (first, *others) in found:

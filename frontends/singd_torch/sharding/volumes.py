@@ -1,0 +1,38 @@
+"""What processes send each other, told from shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from singd_core.step import decouples_decay
+from singd_torch._groups import settings_of
+from singd_torch._table import factor_bytes, layer_bytes
+from singd_torch.layers.layer import Layer
+from singd_torch.sharding.owners import Shares
+from singd_torch.sharding.stream import bytes_of_sums
+
+# Three norms of a layer that all processes step, in float64.
+_NORMS = 24
+
+
+def volumes(layers: Iterable[Layer], shares: Shares, processes: int) -> tuple[int, int]:
+    """The bytes that a process sends on average in a step, and at a refresh beside them.
+
+    They are those of a model whose gradients are in parts.
+    """
+    step = refresh = norms = 0.0
+    for layer in layers:
+        if layer.has_rows:
+            refresh += bytes_of_sums(layer)
+        if layer.weight in shares.parts:
+            norms += _NORMS
+            continue
+        parameters = sum(p.numel() * p.element_size() for p in layer.parameters)
+        ways = 3 if decouples_decay(settings_of(layer.group)) else 2  # its weights, too
+        step += ways * parameters / processes
+        if layer.weight in shares.resting:
+            factors = factor_bytes(layer)
+            step += (2 * layer_bytes(layer) - factors) / processes
+            refresh += factors / processes
+    to_others = (processes - 1) / processes
+    return round(step * to_others + norms), round(refresh * to_others)
