@@ -246,7 +246,13 @@ def worker(rank: int, world: int, name: str) -> dict[str, Tensor]:
     return models.weights(run.model)
 
 
-@pytest.mark.parametrize("name", FEATURES)
+SLOW = ("compiled",)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(f, marks=pytest.mark.slow) if f in SLOW else f for f in FEATURES],
+)
 def test_two_processes_do_as_one(name: str) -> None:
     found = gloo.run(2, worker, name)
     check(found, worker(0, 1, "kept" if name == "compiled" else name))
