@@ -76,7 +76,7 @@ class Saving(Watcher):
         """
         if self._sharded is not None:
             raise TypeError("an optimizer of a model in parts cannot be copied: build another")
-        names = ("_model", "_skipped", "_compile")
+        names = ("_model", "_skipped", "_compile", "_capturable")
         own = {name: getattr(self, name) for name in names}
         return super().__getstate__() | own
 

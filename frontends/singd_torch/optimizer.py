@@ -72,6 +72,8 @@ class SINGD(Stepper, Saving):
             exact factors for each group.
         compile_step: Run the mathematics of the step through torch.compile, by True or by its
             arguments, such as {"mode": "max-autotune-no-cudagraphs"}. It needs torch 2.13.
+        capturable: Let CUDA graphs be taken of steps between two refreshes, as torch's optimizers
+            do (`replayable`). Rates are tensors then, which torch's schedules change in place.
         fallback_lr: AdamW's rate, None for that of the recipe. It follows `lr`: a schedule that
             halves one halves the other.
         fallback_betas: AdamW's betas.
@@ -127,6 +129,7 @@ class SINGD(Stepper, Saving):
         kfac: bool | None = None,
         average_groups: bool = False,
         compile_step: bool | dict[str, Any] = False,
+        capturable: bool = False,
         fallback_lr: float | None = None,
         fallback_betas: tuple[float, float] = (0.9, 0.999),
         fallback_eps: float = 1e-8,
@@ -178,6 +181,10 @@ class SINGD(Stepper, Saving):
         }
         defaults["base_lr"] = float(defaults["lr"]) or RECIPES[recipe].lr  # AdamW's share is of it
         self._compile = {} if compile_step is True else compile_step or None
+        if capturable and (self._compile is not None or shard):
+            other = "shard" if shard else "compile_step"
+            raise ValueError(f"capturable=True and {other} exclude each other: leave one out")
+        self._capturable = capturable
         self._watch(model)
         if params is None:
             params = [p for p in model.parameters() if p.requires_grad]

@@ -63,6 +63,49 @@ def test_a_torch_step_does_not_wait_for_the_gpu(of):
     assert all(bool(p.isfinite().all()) for p in net.parameters())
 
 
+@pytest.mark.skipif(SUBSTITUTE, reason="a CUDA graph needs CUDA")
+def test_a_cuda_graph_replays_torch_steps(of):
+    of("torch")
+    import torch
+    from torch import nn
+
+    from singd_torch import SINGD
+
+    def train(replays):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(20, 30), nn.LayerNorm(30), nn.ReLU(), nn.Linear(30, 5))
+        net, x, y = net.cuda(), torch.zeros(64, 20).cuda(), torch.zeros(64, 5).cuda()
+        optimizer = SINGD(net, capturable=True, T=5, growing_T=False, warmup=2)
+        graph, used, side = None, 0, torch.cuda.Stream()
+
+        def step():
+            optimizer.zero_grad(set_to_none=False)
+            (net(x) - y).square().mean().backward()
+            optimizer.step()
+
+        for _ in range(30):
+            x.copy_(torch.randn(64, 20))
+            y.copy_(x[:, :5].sin())
+            torch.cuda.synchronize()
+            if not replays or not optimizer.replayable:
+                with torch.cuda.stream(side):
+                    step()
+            elif graph is None:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    step()
+                graph.replay()
+            else:
+                graph.replay()
+                optimizer.replayed()
+                used += 1
+            torch.cuda.synchronize()
+        assert used >= 10 or not replays
+        return torch.cat([p.detach().flatten() for p in net.parameters()]).cpu().numpy()
+
+    np.testing.assert_allclose(train(True), train(False), rtol=1e-4, atol=1e-5)
+
+
 def test_torch_trains_in_bfloat16(of):
     of("torch")
     import torch

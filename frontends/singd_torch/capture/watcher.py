@@ -52,6 +52,7 @@ class Watcher(torch.optim.Optimizer):
     _processes: torch.distributed.ProcessGroup | None
     _names: dict[nn.Parameter, str]
     _compile: dict[str, Any] | None
+    _capturable: bool = False
     _shard: bool = False
     _summed: bool = False
 
@@ -82,6 +83,7 @@ class Watcher(torch.optim.Optimizer):
         """Decide which parameters form layers, keeping what is known of those that stay."""
         old = {layer.weight: layer for layer in self._layers}
         self._name()
+        self._place_rates()
         self._layers = find_all(self._model, self.param_groups)
         for layer in self._layers:
             layer.name, known = self._names.get(layer.weight, layer.name), old.get(layer.weight)
@@ -101,6 +103,15 @@ class Watcher(torch.optim.Optimizer):
         leave_hooks_behind(self._model)
         self._stack_up()
         self._index()
+
+    def _place_rates(self) -> None:
+        """Have rates in the memory of devices, where a CUDA graph reads them as they are then."""
+        for group in self.param_groups if self._capturable else ():
+            rate, device = group["lr"], group["params"][0].device
+            if isinstance(rate, Tensor):
+                group["lr"] = rate.to(device)
+            else:
+                group["lr"] = torch.full((), rate, dtype=torch.float32, device=device)
 
     def _name(self) -> None:
         """Name the parameters, those that the model has no more by what they were."""
@@ -199,7 +210,7 @@ class Watcher(torch.optim.Optimizer):
             layer: stack for stack in self._stacks for layer in stack.layers
         }
         for stack in self._stacks:
-            stack.compile = self._compile
+            stack.compile, stack.capturable = self._compile, self._capturable
         self._report()
 
     def _report(self) -> None:

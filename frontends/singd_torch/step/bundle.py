@@ -157,7 +157,7 @@ class Bundle:
         for part, own in zip(self.parts, of_sides, strict=True):
             for vector, value in zip((spectral, outputs), own, strict=True):
                 vector[part.numbers].fill_(value)
-        self._sides = spectral, outputs
+        self._sides, self.size = (spectral, outputs), like.new_empty(n)
         self._hold_levels(like)
         for part in self.parts:
             part.stack.move(
@@ -193,7 +193,7 @@ class Bundle:
 
     def measured(self) -> None:
         """Have the sizes that follow from the averages."""
-        self.size = size(self._sides, self.averages.t_U)
+        self.size.copy_(size(self._sides, self.averages.t_U))
 
 
 def bundled(

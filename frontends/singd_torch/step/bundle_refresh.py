@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from singd_core._settings import Settings, gap, rate_of_factors
+from singd_core._settings import Settings, rate_of_factors
 from singd_core.curvature import Curvature, shares
 from singd_core.levels import scale
 from singd_core.preconditioner import Preconditioner, balance
@@ -90,9 +90,8 @@ def precondition(
 ) -> Preconditioner:
     """What preconditions until the next refresh."""
     if stack.preconditioner is None:
-        uses = stack.uses(gap(stack.layers[0].group["steps"], s))
-        own = _factors(stack)
-        stack.preconditioner = own.preconditioner(uses, balanced=True, scales=scales)
+        made = _factors(stack).preconditioner(stack.uses(s), balanced=True, scales=scales)
+        return stack.precondition_with(made)
     return stack.preconditioner
 
 

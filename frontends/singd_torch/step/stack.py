@@ -10,7 +10,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
-from singd_core._settings import Settings
+from singd_core._settings import Settings, gap
 from singd_core.curvature import Averages, Curvature
 from singd_core.layers import Convolution, Linear, StackedLinear
 from singd_core.layers import Tensor as TensorKind
@@ -49,6 +49,7 @@ class Stack:
         report: What a step tells the diagnostics, None if nobody asks for them.
         compile: Arguments of torch.compile, None to run things as they are.
         visits: Whether its state is elsewhere between steps, and its memory is that of no other.
+        capturable: Whether what a step reads stays where it is, as a CUDA graph needs it.
     """
 
     layers: Sequence[Layer]
@@ -59,6 +60,8 @@ class Stack:
     report: dict[str, Any] | None = None
     compile: dict[str, Any] | None = None
     visits: bool = False
+    capturable: bool = False
+    _fixed: Preconditioner | None = None
     _handed_out: Sequence[Tensor] = ()
     _compiled: dict[Callable[..., Any], Callable[..., Any]] = dataclasses.field(
         default_factory=dict
@@ -164,9 +167,21 @@ class Stack:
             if layer.seen and layer.factors is not None:
                 state[layer.weight].update(layer.factors.named_arrays())
 
-    def uses(self, steps: int) -> int:
-        """How many of so many steps a preconditioner that is made now is used for."""
-        return 1 if self.visits else steps
+    def uses(self, s: Settings) -> int:
+        """How many steps a preconditioner that is made now is used for, as far as that matters.
+
+        If `capturable` these are the most of all, lest another kind of product is made later.
+        """
+        if self.visits:
+            return 1
+        return s.T if self.capturable else gap(self.layers[0].group["steps"], s)
+
+    def precondition_with(self, made: Preconditioner) -> Preconditioner:
+        """Have what preconditions from now on, in the memory of the last one if `capturable`."""
+        if self.capturable:
+            made = self._fixed = made if self._fixed is None else _written(self._fixed, made)
+        self.preconditioner = made
+        return made
 
     def let_go(self) -> None:
         """Have nothing of the state."""
@@ -195,7 +210,9 @@ class Stack:
         changed = self.momenta is None or any(
             m is not old for m, old in zip(momenta, self.momenta, strict=True)
         )
-        if changed:
+        if changed and self.capturable and self.momenta is not None:
+            torch._foreach_copy_(list(self.momenta), list(momenta))
+        elif changed:
             self.momenta = momenta
             self._handed_out = [part for m in momenta for part in self.split(m)]
             for p, part in zip(self._parameters(), self._handed_out, strict=True):
@@ -284,6 +301,21 @@ def _owned(taken: set[int], tensor: Tensor) -> Tensor:
         tensor = tensor.clone()
     taken.add(tensor.untyped_storage().data_ptr())
     return tensor
+
+
+def _written(old: Preconditioner, new: Preconditioner) -> Preconditioner:
+    """The old one with the numbers of the new one, where both are of the same kind."""
+    pairs = (old.K, new.K), (old.C, new.C)
+    if any(
+        a.whole != b.whole or type(a.L) is not type(b.L) or (a.scale is None) != (b.scale is None)
+        for a, b in pairs
+    ):
+        return new
+    for a, b in pairs:
+        a.L.map(lambda x, y: x if x is y else x.copy_(y), b.L)
+        if a.scale is not None and b.scale is not None:
+            a.scale.copy_(b.scale)
+    return old
 
 
 def _likeness(layer: Layer) -> Any:

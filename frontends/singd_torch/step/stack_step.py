@@ -25,7 +25,7 @@ from singd_core._array import (
     sum_of_squares,
     widen,
 )
-from singd_core._settings import Settings, gap, is_due, rate_of_factors
+from singd_core._settings import Settings, is_due, rate_of_factors
 from singd_core.curvature import Curvature
 from singd_core.layers import LayerKind
 from singd_core.levels import leveled
@@ -115,6 +115,9 @@ def advance(stack: Stack, state: State, given: Gradients) -> Any:
     if factors is not stack.factors:
         known = preconditioner if ok is None and stack.compile is None else None
         stack.hold(factors, state, seen=True, preconditioner=known)
+        if stack.capturable and ok is not None:  # steps that follow make nothing that is kept
+            made = factors.preconditioner(stack.uses(s), balanced=s.normalized)
+            stack.precondition_with(made)
     level(stack, s, found.natural, moves)
     if stack.report is not None:
         lengths = torch.stack([sum_of_squares(_rows(u, stack), 1) for u in found.parts]).sum(0)
@@ -166,10 +169,8 @@ def refreshed(
         return factors, stack.preconditioner
     if stack.compile is not None:
         return factors, None
-    kept = factors.preconditioner(stack.uses(gap(steps, s)), balanced=s.normalized)
-    if factors is stack.factors:
-        stack.preconditioner = kept
-    return factors, kept
+    kept = factors.preconditioner(stack.uses(s), balanced=s.normalized)
+    return factors, stack.precondition_with(kept) if factors is stack.factors else kept
 
 
 def _curvature(factors: Shampoo, kind: LayerKind, *gradient: Tensor) -> Curvature:

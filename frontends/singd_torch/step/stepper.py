@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from singd_core import _settings
 from singd_core._array import ranged
 from singd_core.step import warmed
 from singd_torch import _fallback, _state
@@ -88,6 +89,41 @@ class Stepper(Follower):
         self._forget_rows()
         self._mask = self._given_scale = None
         return loss
+
+    @property
+    def replayable(self) -> bool:
+        """Whether a CUDA graph of an earlier step may take the place of the next one.
+
+        It may where the next step has neither to refresh factors nor to measure for that, nor warms
+        up: then nothing in it depends on the number of steps.
+
+        Example, of an optimizer that was built with `capturable=True`:
+            >>> optimizer = SINGD(nn.Linear(3, 2), capturable=True, T=10, growing_T=False, warmup=2)
+            >>> optimizer.replayable  # the first step has to learn the factors
+            False
+        """
+        if not self._capturable or self._sharded is not None:
+            return False
+        for group in self.param_groups:
+            steps, s = group["steps"], settings_of(group)
+            if steps < s.warmup or _settings.is_due(steps, s) or _settings.is_due(steps + 1, s):
+                return False
+        return not any(is_due(layer) for layer in self._layers if layer.weight.requires_grad)
+
+    def replayed(self) -> None:
+        """Count a step that a CUDA graph has taken, in place of `step`.
+
+        Raises:
+            RuntimeError: If it had to be one that is not `replayable`.
+        """
+        if not self.replayable:
+            raise RuntimeError(
+                "this step was to refresh the factors, to measure for that or to warm up: take it "
+                "with step(), and replay a graph only where optimizer.replayable"
+            )
+        for group in self.param_groups:
+            group["steps"] += 1
+        self._forget_rows()
 
     def _agree_on_rows(self) -> None:
         """Have the same rows on all processes as others have them."""
@@ -180,7 +216,9 @@ class Stepper(Follower):
         elif ok is not None:
             all_moved = [m.to(ok.device) for m in moved] or [ok]  # only if ok
             found = torch.stack(all_moved).all() if len(all_moved) > 1 else all_moved[0]
-            self._skipped = self._skipped + ~found
+            if not isinstance(self._skipped, Tensor):
+                self._skipped = torch.full((), self._skipped, dtype=torch.float32, device=ok.device)
+            self._skipped.add_(~found)
 
     def _advance(self, ready: list[Stack], given: Gradients) -> list[Any]:
         """Change what belongs to layers, and return what moved."""
