@@ -95,12 +95,7 @@ class Stepper(Follower):
         """Whether a CUDA graph of an earlier step may take the place of the next one.
 
         It may where the next step has neither to refresh factors nor to measure for that, nor warms
-        up: then nothing in it depends on the number of steps.
-
-        Example, of an optimizer that was built with `capturable=True`:
-            >>> optimizer = SINGD(nn.Linear(3, 2), capturable=True, T=10, growing_T=False, warmup=2)
-            >>> optimizer.replayable  # the first step has to learn the factors
-            False
+        up: then nothing in it depends on the number of steps. Never without `capturable=True`.
         """
         if not self._capturable or self._sharded is not None:
             return False
