@@ -46,7 +46,7 @@ class Call:
     def likeness(self) -> Hashable:
         """What calls have in common that can be measured as one."""
         A, B, layer = self.rows.A, self.rows.B, self.layer
-        own = type(self.factors), layer.structures, layer.dtypes, self.key[1]
+        own = type(self.factors), layer.structures, layer.dtypes, layer.autocast, self.key[1]
         return *own, A.shape, B.shape, A.dtype, B.dtype, A.device, layer.weight.device
 
 
@@ -94,6 +94,7 @@ def _place(call: Call) -> int:
 
 def _measure(calls: list[Call]) -> None:
     first, factors, rows = calls[0], [call.factors for call in calls], [call.rows for call in calls]
-    found = Pending.measured(factors, rows, first.backward, swapped=first.key[1])
+    given = {"swapped": first.key[1], "autocast": first.layer.autocast}
+    found = Pending.measured(factors, rows, first.backward, **given)
     for call, new in zip(calls, found, strict=True):
         call.layer.add(call.key, new)

@@ -262,6 +262,7 @@ class Watcher(torch.optim.Optimizer):
             x, g = self._sharded.sums.rows(layer, x, g)
         if self._sampled in (None, "inside") and not self._refused:
             self._factors(layer)
+            layer.tell_autocast(g)
             factors, key = layer.factors_of(source.part), (source.part, source.swapped)
             backward = backward_pass()
             if backward != layer.last_pass[0]:

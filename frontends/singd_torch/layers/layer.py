@@ -25,6 +25,7 @@ from singd_core.structures import Diagonal, Structure
 from singd_torch._groups import settings_of
 from singd_torch.capture.tap import Reach
 from singd_torch.layers.pending import Pending, Rows
+from singd_torch.tensors.pieces import on_host
 
 # Calls of fewer numbers are measured together.
 SMALL = 1 << 16
@@ -94,6 +95,7 @@ class Layer:
         meter: What measures rows where the factors are on another process, else None.
         without_rows: Why the rows do not tell the gradient, so that none are taken; or None.
         unused: Whether the last step had no gradient of the weight.
+        autocast: Whether products are in bfloat16 and the weight is not, on an accelerator.
     """
 
     name: str
@@ -112,6 +114,16 @@ class Layer:
     meter: Any = None
     without_rows: str | None = None
     unused: bool = False
+    autocast: bool = False
+
+    def tell_autocast(self, g: Tensor) -> None:
+        """Find out from the gradient at an output whether the model's products are in bfloat16.
+
+        Those of factors are then too, where nobody has said in what they are to be.
+        """
+        narrower = g.dtype == torch.bfloat16 and self.weight.dtype == torch.float32
+        free = tuple(self.group["preconditioner_dtype"]) == (None, None)
+        self.autocast = narrower and free and not on_host(g)
 
     @property
     def has_rows(self) -> bool:

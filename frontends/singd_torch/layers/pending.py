@@ -12,8 +12,9 @@ from torch import Tensor
 from singd_core.curvature import Measured
 from singd_core.layers import Embedding, LayerKind, Linear, Sample, StackedLinear
 from singd_core.rules import Factors
+from singd_core.rules.inverse_free import InverseFree
 from singd_torch.tensors.join import join, join_trees, tree_parts
-from singd_torch.tensors.pieces import placed
+from singd_torch.tensors.pieces import narrowed, placed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,12 +123,29 @@ class Pending:
 
     @classmethod
     def measured(
-        cls, factors: Sequence[Factors], rows: Sequence[Rows], backward: int, *, swapped: bool
+        cls,
+        factors: Sequence[Factors],
+        rows: Sequence[Rows],
+        backward: int,
+        *,
+        swapped: bool,
+        autocast: bool = False,
     ) -> list[Pending]:
-        """The sums over the rows of each call, measured as one: the calls are of equal layers."""
+        """The sums over the rows of each call, measured as one: the calls are of equal layers.
+
+        With `autocast`, products are in bfloat16, and the sums in the dtype of the factors.
+        """
         A, B = join([call.A for call in rows]), join([call.B for call in rows])
         joined = join_trees([own.measuring() for own in factors])
-        inputs, outputs = joined.measure(*((B, A) if swapped else (A, B)))
+        by = joined
+        if autocast and isinstance(joined, InverseFree):
+            by = dataclasses.replace(joined, K=narrowed(joined.K), C=narrowed(joined.C))
+        inputs, outputs = by.measure(*((B, A) if swapped else (A, B)))
+        if by is not joined:
+            like = torch.empty(0, dtype=torch.float32, device=A.device)
+            inputs, outputs = (
+                dataclasses.replace(own, S=own.S.astype(like)) for own in (inputs, outputs)
+            )
         sums = zip(tree_parts(inputs, len(rows)), tree_parts(outputs, len(rows)), strict=True)
         return [
             cls(own_inputs, call.N, own_outputs, 0, call.M, backward, swapped)

@@ -235,7 +235,7 @@ def _likeness(stack: Stack) -> Any:
 
 def norms_of(tensors: Sequence[Tensor], order: int = 2) -> Tensor:
     """The norm of each, in a row, in at least float32."""
-    dtype = torch.float32 if is_half(tensors[0]) else None
+    dtype = torch.float32 if any(map(is_half, tensors)) else None
     return torch.stack(torch._foreach_norm(list(tensors), order, dtype))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -20,6 +21,7 @@ from singd_core.structures.base import Pattern
 from singd_torch.step.bundle import Bundle, Part, norms_of, spread
 from singd_torch.step.stack import Stack, State
 from singd_torch.step.stack_step import Gradients
+from singd_torch.tensors.pieces import narrowed
 
 
 def refresh(bundle: Bundle, s: Settings, state: State, given: Gradients) -> None:
@@ -91,6 +93,9 @@ def precondition(
     """What preconditions until the next refresh."""
     if stack.preconditioner is None:
         made = _factors(stack).preconditioner(stack.uses(s), balanced=True, scales=scales)
+        if stack.autocast:
+            K, C = (dataclasses.replace(side, L=narrowed(side.L)) for side in (made.K, made.C))
+            made = Preconditioner(K, C)
         return stack.precondition_with(made)
     return stack.preconditioner
 

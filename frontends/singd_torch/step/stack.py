@@ -188,6 +188,11 @@ class Stack:
         self.factors = self.momenta = self.late = self.preconditioner = None
         self._handed_out = ()
 
+    @property
+    def autocast(self) -> bool:
+        """Whether products with its factors are in bfloat16."""
+        return all(layer.autocast for layer in self.layers)
+
     def go_on_by_rows(self, state: State) -> None:
         """Have the same factors for rows, which are seen for the first time."""
         assert isinstance(self.factors, Shampoo)

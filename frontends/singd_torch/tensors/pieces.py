@@ -43,6 +43,13 @@ def piece_size(*structures: type[Structure]) -> int:
     return _PIECE if all(issubclass(s, Diagonal) for s in structures) else _PIECE // 2
 
 
+def narrowed(L: Structure) -> Structure:
+    """The matrix in bfloat16, unless products with it are none of matrices."""
+    if isinstance(L, Diagonal) or transforms(type(L)):
+        return L
+    return L.astype(torch.empty(0, dtype=torch.bfloat16, device=L.like.device))
+
+
 def cut(x: Tensor, most: int | None = None) -> Sequence[Tensor]:
     """A matrix in pieces of its rows, views of at most so many numbers; one on an accelerator."""
     most = most or _PIECE
