@@ -11,14 +11,14 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 # Stamps share one environment, and pip must not run twice in it at the same time.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-numpy compare test test-slow test-laws test-oldest test-newest test-gpu gpu lint format bench race
+.PHONY: help demo demo-numpy compare paper test test-slow test-laws test-oldest test-newest test-gpu gpu lint format bench race
 .PHONY: docs release-check clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "PYTHON=... picks the interpreter that makes .venv (default python3),"
-	@echo "ARGS=... is passed on to pytest and to the scripts of demo, demo-numpy, compare, bench and race."
+	@echo "ARGS=... is passed on to pytest and to the scripts of demo, demo-numpy, compare, paper, bench and race."
 
 demo: $(VENV)/.stamp-demo ## Train a small network with SINGD and show it (examples/demo.py)
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -28,6 +28,9 @@ demo-numpy: $(VENV)/.stamp-demo-numpy ## Train on NumPy arrays, with no framewor
 
 compare: $(VENV)/.stamp-bench ## Compare optimizers on small problems (benchmarks/compare.py)
 	$(BIN)/python benchmarks/compare.py $(ARGS)
+
+paper: $(VENV)/.stamp-bench ## Show the paper's claims again, from the runs that are kept (benchmarks/paper.py)
+	$(BIN)/python benchmarks/paper.py $(ARGS)
 
 # One thread for each test process: more would fight over the same cores.
 test test-slow: export OMP_NUM_THREADS ?= 1

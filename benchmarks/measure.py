@@ -32,7 +32,11 @@ class Trainee:
     def lasting(self) -> int:
         """Bytes of the parameters, the buffers and the batch."""
         tensors = (*self.model.parameters(), *self.model.buffers(), self.x, self.y)
-        return sum(t.nbytes for t in tensors)
+        return sum(_bytes(t) for t in tensors)
+
+
+def _bytes(t: Tensor) -> int:
+    return t.nbytes if t.layout is torch.strided else t.indices().nbytes + t.values().nbytes
 
 
 def seconds(trainee: Trainee, device: torch.device) -> tuple[float, float]:

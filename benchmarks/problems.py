@@ -9,7 +9,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from task_data import CONTEXT, Split
-from task_networks import Transformer, VisionTransformer, dense
+from task_networks import Transformer, VisionTransformer, dense, vgg
 from tasks import Loss, symbol_loss
 from torch import Tensor, nn
 
@@ -33,18 +33,6 @@ class Problem:
     batch: Callable[[], Split]
     loss: Loss = F.cross_entropy
     loss_average: str = "batch"
-
-
-def vgg() -> nn.Module:
-    """Three pairs of 3 × 3 convolutions with pooling behind each, and a linear layer."""
-    layers: list[nn.Module] = []
-    c_in = 3
-    for c_out in (32, 64, 128):
-        for _ in range(2):
-            layers += [nn.Conv2d(c_in, c_out, 3, padding=1), nn.ReLU()]
-            c_in = c_out
-        layers.append(nn.MaxPool2d(2))
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(c_in * 4 * 4, 10))
 
 
 def labelled(*shape: int, classes: int) -> Split:
@@ -111,7 +99,7 @@ SMALL = {
     ),
     "cnn": Problem(
         title="VGG-like CNN, six convolutions of 32 to 128 channels, images 32 × 32, batch 32",
-        model=vgg,
+        model=partial(vgg, [[32, 32], [64, 64], [128, 128]], c_in=3),
         batch=partial(labelled, 32, 3, 32, 32, classes=10),
     ),
     "gpt": Problem(

@@ -47,6 +47,19 @@ def cnn(channels: list[int]) -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels[-1] * left, 10))
 
 
+def vgg(stages: list[list[int]], c_in: int = 1, norm: bool = False) -> nn.Module:
+    """Stages of 3 × 3 convolutions, a pooling behind each, a linear layer; 32 × 32 images."""
+    layers: list[nn.Module] = []
+    for stage in stages:
+        for c in stage:
+            between = [nn.BatchNorm2d(c)] if norm else []
+            layers += [nn.Conv2d(c_in, c, 3, padding=1), *between, nn.ReLU()]
+            c_in = c
+        layers.append(nn.MaxPool2d(2))
+    left = 32 >> len(stages)
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(c_in * left * left, 10))
+
+
 class Residual(nn.Module):
     """Two convolutions with batch norm, and a way around them."""
 
@@ -62,9 +75,9 @@ class Residual(nn.Module):
         return (inner + self.around(x)).relu()
 
 
-def resnet() -> nn.Module:
-    """Three residual blocks for 14 × 14 images."""
-    first = nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
+def resnet(stride: int = 1) -> nn.Module:
+    """Three residual blocks behind one convolution with a stride; images of any size."""
+    first = nn.Conv2d(1, 16, 3, stride, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
     blocks = Residual(16, 16, 1), Residual(16, 32, 2), Residual(32, 32, 1)
     return nn.Sequential(*first, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
 
