@@ -25,6 +25,7 @@ def _importable(monkeypatch):
 @pytest.fixture
 def paper(monkeypatch, tmp_path):
     """`paper.py` with networks, searches and trainings that are small enough for tests."""
+    command = importlib.import_module("paper")  # all is imported before anything is changed
     plan, tasks = importlib.import_module("paper_plan"), importlib.import_module("paper_tasks")
     data = importlib.import_module("task_data")
     tiny = dataclasses.replace(
@@ -41,7 +42,6 @@ def paper(monkeypatch, tmp_path):
     monkeypatch.setattr(plan, "GRID", plan.GRID[:1])
     monkeypatch.setattr(plan, "ADAMW_GRID", plan.ADAMW_GRID[:1])
     monkeypatch.setattr(plan, "LOOKS", plan.LOOKS[:1])
-    command = importlib.import_module("paper")
     monkeypatch.setattr(command, "MEASURES", {})
     monkeypatch.setattr(command, "publish", importlib.import_module("paper_report").tell)
     where = ["--results", str(tmp_path / "runs"), "--page", shutil.copy(PAGE, tmp_path)]
