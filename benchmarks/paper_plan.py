@@ -47,10 +47,12 @@ GRID: list[dict[str, Any]] = [
     {"lr": lr, "damping": damping, "lr_cov": 0.1, "T": T}
     for lr, damping in itertools.product((1e-3, 3e-3, 1e-2), (0.01, 0.1))
 ]
-# Other looks at the best settings: a smaller β₁, and the authors' bound on the step of the factors.
+# Other looks at the best settings: a smaller β₁; the step of the factors bounded by the authors' rule
+# and by this library's.
 LOOKS: list[tuple[str, dict[str, Any]]] = [
     *((method, {"lr_cov": 0.03}) for method in ("KFAC", "IKFAC", "INGD")),
     *((method, {"normalize_lr_cov": True}) for method in ("IKFAC", "INGD")),
+    *((method, {"factor_bound": 0.5}) for method in ("IKFAC", "INGD")),
 ]
 ADAMW_GRID: list[dict[str, Any]] = [{"lr": lr} for lr in (3e-4, 1e-3, 3e-3, 1e-2, 2e-2, 3e-2)]
 

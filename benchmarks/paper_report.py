@@ -139,7 +139,8 @@ def _layer(where: str) -> str:
 def _settings(given: dict[str, Any]) -> str:
     names = {"lr": "β₂", "damping": "λ", "lr_cov": "β₁", "alpha1": "α₁", "weight_decay": "decay"}
     said = [f"{names[key]} {value:g}" for key, value in given.items() if key in names]
-    return ", ".join(said + ["normalized"] * ("normalize_lr_cov" in given)) or "as it is"
+    said += ["normalized"] * ("normalize_lr_cov" in given) + ["bounded"] * ("factor_bound" in given)
+    return ", ".join(said) or "as it is"
 
 
 def diagonal(plan: Plan) -> str:
