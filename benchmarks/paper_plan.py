@@ -47,8 +47,8 @@ GRID: list[dict[str, Any]] = [
     {"lr": lr, "damping": damping, "lr_cov": 0.1, "T": T}
     for lr, damping in itertools.product((1e-3, 3e-3, 1e-2), (0.01, 0.1))
 ]
-# Other looks at the best settings: a smaller β₁; the step of the factors bounded by the authors' rule
-# and by this library's.
+# Other looks at the best settings: a smaller β₁, and steps of the factors that the authors' rule or
+# this library's bounds.
 LOOKS: list[tuple[str, dict[str, Any]]] = [
     *((method, {"lr_cov": 0.03}) for method in ("KFAC", "IKFAC", "INGD")),
     *((method, {"normalize_lr_cov": True}) for method in ("IKFAC", "INGD")),
