@@ -19,9 +19,8 @@ from problems import PROBLEMS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from singd_core import get, preconditioner, settings
-from singd_core._settings import Settings
-from singd_core.updates.curvature import Curvature
+from singd_core import Settings, get, rules, settings
+from singd_core.curvature import Curvature
 
 # ---- Theorem 1 ----------------------------------------------------------------------------------
 
@@ -37,7 +36,7 @@ def theorem() -> dict[str, Any]:
     The curvatures are those of a linear layer on the handwritten digits of scikit-learn.
     """
     found: dict[str, Any] = {"beta": BETAS, "damping": DAMPING, "refreshes": REFRESHES}
-    ikfac = {"kfac_like": True}
+    ikfac = {"rule": "ikfac"}
     found["IKFAC, float64"] = [_gap(np.float64, lr_cov=beta, **ikfac) for beta in BETAS]
     found["IKFAC, float32"] = [_gap(np.float32, lr_cov=beta, **ikfac) for beta in BETAS]
     found["INGD, float64"] = [_gap(np.float64, lr_cov=beta, alpha1=0.0) for beta in BETAS]
@@ -61,7 +60,7 @@ def _gap(dtype: Any, **given: Any) -> float:
     like, dense = np.zeros(1, dtype), get("dense")
     rows = _rows()
     d_in, d_out = rows[0][0].shape[1], rows[0][1].shape[1]
-    factors = preconditioner.init((dense, dense), ((), d_out, d_in), s, like, like)
+    factors = rules.start((dense, dense), ((), d_out, d_in), s, like, like)
     S = (1.0 - DAMPING) * np.eye(d_in)  # so that S + λI = I = K Kᵀ at the start
     for A, B in rows:
         inputs, outputs = factors.measure(A.astype(dtype), B.astype(dtype))
@@ -106,7 +105,7 @@ def memory() -> dict[str, Any]:
 ROWS = 128  # m: of a batch
 SIDES = (256, 512, 1024)  # d of a square weight
 COUNTED = {
-    "KFAC": ("dense", {"kfac": True}),
+    "KFAC": ("dense", {"rule": "kfac"}),
     "INGD": ("dense", {}),
     **{name: (structure, {}) for name, structure in STRUCTURES.items()},
 }
@@ -157,7 +156,7 @@ def _count(structure: str, s: Settings, d: int) -> list[float]:
     generator = torch.Generator().manual_seed(0)
     like, pair = torch.zeros(1), (get(structure), get(structure))
     A, B, G = (torch.randn(n, d, generator=generator) for n in (ROWS, ROWS, d))
-    factors = preconditioner.init(pair, ((), d, d), s, like, like)
+    factors = rules.start(pair, ((), d, d), s, like, like)
     with Counter() as refreshing:
         inputs, outputs = factors.measure(A, B)
         factors = factors.refresh(Curvature.of(inputs, ROWS, outputs, 1), 1e-3, s)

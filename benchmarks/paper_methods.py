@@ -21,8 +21,8 @@ STRUCTURES = {
     "SINGD Toeplitz": "triltoeplitz",
 }
 OURS: dict[str, dict[str, Any]] = {
-    "KFAC": PAPER | {"kfac": True},
-    "IKFAC": PAPER | {"kfac_like": True},
+    "KFAC": PAPER | {"rule": "kfac"},
+    "IKFAC": PAPER | {"rule": "ikfac"},
     "INGD": PAPER | {"structures": ("dense", "dense")},
     **{name: PAPER | {"structures": (s, s)} for name, s in STRUCTURES.items()},
     "default": {},

@@ -2,7 +2,7 @@
 
     python examples/structures.py --picture structures.png
 
-K Kᵀ is what preconditions a gradient, an approximation of the inverse of the curvature; (K Kᵀ)⁻¹ is the
+K Kᵀ preconditions a gradient and approximates the inverse of the curvature; (K Kᵀ)⁻¹ is the
 curvature that a structure can stand for. The matrices are random members of each structure.
 """
 
