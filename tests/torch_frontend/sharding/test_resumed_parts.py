@@ -23,6 +23,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from singd_torch import SINGD
+from singd_torch.sharding.exchange import Exchange
+from singd_torch.sharding.sums import Sums
 
 NAME = "tied"
 HALF = models.STEPS // 2
@@ -119,31 +121,52 @@ def test_four_processes_save(then: int, how: str, tmp_path: Path) -> None:
     check(run(then, resume, *args), whole(NAME, {}))
 
 
-def killed(rank: int, world: int, folder: str) -> None:
-    """Save after each step, until the last process dies while it writes the third."""
+# Where a process dies, and which: the first writes what completes a checkpoint.
+POINTS: dict[str, tuple[Any, str, int]] = {
+    "writes": (FileSystemWriter, "write_data", -1),
+    "completes": (FileSystemWriter, "finish", 0),
+    "goes backward": (models, "loss", -1),
+    "sends sums": (Sums, "give", 0),
+    "sends gradients": (Exchange, "to_owners", -1),
+    "has stepped": (Exchange, "to_all", 0),
+}
+
+
+def killed(rank: int, world: int, folder: str, point: str) -> None:
+    """Save after each step, until a process dies at the third or while it is saved."""
     model, optimizer = new(world, {})
-    write = FileSystemWriter.write_data
+    place, name, who = POINTS[point]
+    call = getattr(place, name)
 
-    def die(self: Any, *args: Any) -> Any:
-        if rank == world - 1:
-            os._exit(1)
-        return write(self, *args)
+    def die(*args: Any, **given: Any) -> Any:
+        found = call(*args, **given)
+        if step == 3 and rank == who % world:
+            if name == "loss":
+                found.register_hook(lambda _: os._exit(1))
+            else:
+                os._exit(1)
+        return found
 
-    for step, batch in enumerate(models.data(NAME), 1):
-        models.train(model, optimizer, [batch], rank, world)
-        of_model, of_optimizer = get_state_dict(model, optimizer)
-        state = {"model": of_model, "optimizer": of_optimizer}
-        with mock.patch.object(FileSystemWriter, "write_data", die if step == 3 else write):
+    with mock.patch.object(place, name, die):
+        for step, batch in enumerate(models.data(NAME), 1):
+            models.train(model, optimizer, [batch], rank, world)
+            of_model, of_optimizer = get_state_dict(model, optimizer)
+            state = {"model": of_model, "optimizer": of_optimizer}
             dcp.save(state, checkpoint_id=f"{folder}/{step}")
 
 
-def test_a_run_that_was_killed_goes_on_from_the_last_complete_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "point",
+    [pytest.param(p, marks=[] if p == "writes" else pytest.mark.slow) for p in POINTS],
+)
+def test_a_run_that_was_killed_goes_on_from_the_last_complete_checkpoint(
+    point: str, tmp_path: Path
+) -> None:
     with pytest.raises(RuntimeError):
-        gloo.run(2, killed, str(tmp_path))
-    assert (tmp_path / "3").exists()
+        gloo.run(2, killed, str(tmp_path), point)
     complete = max(int(path.parent.name) for path in tmp_path.glob("*/.metadata"))
-    assert complete == 2
-    check(run(2, resume, str(tmp_path / "2"), "", 2, {}), whole(NAME, {}))
+    assert complete == (3 if point == "completes" else 2)
+    check(run(2, resume, str(tmp_path / str(complete)), "", complete, {}), whole(NAME, {}))
 
 
 def older(state: dict[str, Any], optimizer: SINGD) -> dict[str, Any]:

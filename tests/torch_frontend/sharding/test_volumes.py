@@ -1,0 +1,81 @@
+"""The table of the page Many GPUs: what models cost on 8 and 64 processes, told by `estimate`."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from singd_torch import estimate
+
+PAGE = Path(__file__).parents[3] / "docs" / "many_gpus.md"
+
+
+class GPT2(nn.Module):
+    def __init__(self, blocks: int, d: int) -> None:
+        super().__init__()
+        self.table, self.places = nn.Embedding(50257, d), nn.Embedding(1024, d)
+        sides = (d, 3 * d), (d, d), (d, 4 * d), (4 * d, d)
+        linear = [[nn.Linear(*each) for each in sides] for _ in range(blocks)]
+        norms = [[nn.LayerNorm(d) for _ in range(2)] for _ in range(blocks)]
+        self.blocks = nn.ModuleList(m for block in (*linear, *norms) for m in block)
+        self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, 50257, bias=False)
+        self.head.weight = self.table.weight
+
+
+class Llama(nn.Module):
+    def __init__(self, blocks: int = 32, d: int = 4096, hidden: int = 11008) -> None:
+        super().__init__()
+        self.table = nn.Embedding(32_000, d)
+        sides = *[(d, d)] * 4, (d, hidden), (d, hidden), (hidden, d)
+        linear = [[nn.Linear(*each, bias=False) for each in sides] for _ in range(blocks)]
+        norms = [[nn.RMSNorm(d) for _ in range(2)] for _ in range(blocks)]
+        self.blocks = nn.ModuleList(m for block in (*linear, *norms) for m in block)
+        self.norm, self.head = nn.RMSNorm(d), nn.Linear(d, 32_000, bias=False)
+
+
+MODELS = {
+    "GPT-2 small": lambda: GPT2(12, 768),
+    "GPT-2 medium": lambda: GPT2(24, 1024),
+    "GPT-2 XL": lambda: GPT2(48, 1600),
+    "Llama-7B": Llama,
+}
+
+
+def bytes_in_words(n: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if n >= size:
+            return f"{n / size:,.3g} {unit}"
+    return f"{n / 1e3:,.0f} kB"
+
+
+def lines(name: str) -> Iterator[tuple[str, float]]:
+    """The lines of a model, and the most that a process has, in shares."""
+    with torch.device("meta"):
+        model = MODELS[name]()
+    numbers = sum(p.numel() for p in model.parameters())
+    for structures in ("default", "diagonal"):
+        for p in (8, 64):
+            given = None if structures == "default" else structures
+            found = estimate(model, given, processes=p)
+            most, share = max(found.by_process), found.total / p
+            sizes = found.total, most, found.sent_by_step, found.sent_by_refresh
+            own = 3 * 4 * numbers * (p - 1) / p
+            words = " | ".join(map(bytes_in_words, (*sizes, own)))
+            yield f"| {name} | {structures} | {p} | {words} |", most / share
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_the_page_has_what_estimate_tells(name: str) -> None:
+    page = PAGE.read_text()
+    for line, share in lines(name):
+        assert line in page
+        assert share <= 1.2
+
+
+if __name__ == "__main__":
+    for name in MODELS:
+        for line, _ in lines(name):
+            print(line)
