@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,15 +11,20 @@ from torch import Tensor
 from singd_core._array import widen
 from singd_core._settings import is_bound
 from singd_torch._groups import settings_of
+from singd_torch.layers.layer import Layer
 from singd_torch.step.stack import Stack
+from singd_torch.tensors.join import join
 
 
-def read(stacks: Iterable[Stack]) -> dict[str, float]:
-    """The quantities of each layer, by `name of the weight/quantity`."""
+def read(stacks: Iterable[Stack], sizes: Mapping[str, Tensor] | None = None) -> dict[str, float]:
+    """The quantities of each layer, by `name of the weight/quantity`.
+
+    `sizes` are the norms of weights that are not here, by the names of layers.
+    """
     names, values = [], []
     for stack in stacks:
         if stack.factors is not None:
-            for quantity, each in _quantities(stack).items():
+            for quantity, each in _quantities(stack, sizes).items():
                 for layer, value in zip(stack.layers, stack.split(each), strict=True):
                     names.append(f"{layer.name}/{quantity}")
                     values.append(value.max().float())
@@ -35,7 +40,14 @@ def _as(like: Tensor, value: Any) -> Tensor:
     return found.expand(like.shape) if found.ndim == 0 else found
 
 
-def _quantities(stack: Stack) -> dict[str, Tensor]:
+def norm(layer: Layer, parameters: Iterable[Tensor]) -> Tensor:
+    """The norms of the matrices of a layer, whose parameters may be those of a stack."""
+    matrix: Tensor = widen(layer.kind.matrix(*parameters))
+    found: Tensor = torch.linalg.vector_norm(matrix, dim=(-2, -1))
+    return found
+
+
+def _quantities(stack: Stack, sizes: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     factors, report = stack.factors, stack.report or {}
     assert factors is not None
     s = settings_of(stack.layers[0].group)
@@ -48,6 +60,9 @@ def _quantities(stack: Stack) -> dict[str, Tensor]:
         if f"{name}_step" in report and is_bound(s.factor_bound):
             found[f"{name}_bounded"] = report[f"{name}_step"] > s.factor_bound
     if "update" in report:
-        weight = stack.layers[0].kind.matrix(*stack.joined(lambda p: p))
-        found["update"] = report["update"] / torch.linalg.vector_norm(widen(weight), dim=(-2, -1))
+        if sizes is None:
+            size = norm(stack.layers[0], stack.joined(lambda p: p))
+        else:
+            size = join([sizes[layer.name] for layer in stack.layers])
+        found["update"] = report["update"] / size
     return found

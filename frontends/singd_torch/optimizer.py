@@ -258,7 +258,11 @@ class SINGD(Stepper, Saving):
         - K_damping, C_damping: the damping's share λ / (t + λ) of the mean diagonal;
         - agreement: how much the late gradients agree, from 0 to 1 (1 if the rule does not ask);
         - update: the norm of the update, decoupled decay apart, over the norm of the weight.
+
+        Of a model in parts all processes call it, and each has the layers that it steps.
         """
+        if self._sharded is not None:
+            return self._sharded.diagnostics()
         self._reports = True
         self._report()
         return _diagnostics.read(self._stacks)

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from singd_torch import _state
+from singd_torch import _diagnostics, _state
 from singd_torch._distributed import agree_on_rows
 from singd_torch._loading import Loaded
 from singd_torch.capture.scaling import Scales
@@ -179,6 +180,16 @@ class Sharded:
             for p, part in zip(layer.parameters, plain.parameters, strict=True):
                 state[p] = shapes.get(part, {})
 
+    @torch.no_grad()
+    def diagnostics(self) -> dict[str, float]:
+        """Those of the layers that this process steps; all of them call it."""
+        assert self._resting is not None
+        self._resting.visit()
+        sizes = {layer.name: _diagnostics.norm(layer, _whole(layer)) for layer in self._layers}
+        found = self.share.reported(sizes)
+        self._resting.rest()
+        return found
+
     # ---- the step -------------------------------------------------------------------------------
 
     def agree(self, layers: Sequence[Layer]) -> None:
@@ -252,6 +263,11 @@ class Sharded:
             if self.owners[p] == mine:  # its memory is not kept
                 part = self._stand_ins[p]
                 part.grad, part.data = None, stand_in(part).data
+
+
+def _whole(layer: Layer) -> list[Tensor]:
+    """The parameters of a layer; all processes call it."""
+    return [p.full_tensor() if isinstance(p, DTensor) else p for p in layer.parameters]
 
 
 def _wants_weights(layer: Layer) -> bool:

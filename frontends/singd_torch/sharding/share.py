@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from singd_torch import _diagnostics
 from singd_torch.layers.layer import Layer
 from singd_torch.sharding.boxes import local
 from singd_torch.sharding.local import Part
@@ -57,6 +58,15 @@ class Share(Stepper):
         self._names = {layer.weight: layer.name for layer in layers}
         self.device = next((p.device for p in group_of), torch.device("cpu"))
         self._stack_up()
+
+    def reported(self, sizes: Mapping[str, Tensor]) -> dict[str, float]:
+        """The diagnostics of its layers, with the norms of weights by the names of layers."""
+        self._reports = True
+        self._report()
+        for stack in self._stacks:
+            if stack.visits and stack.layers[0].factors is not None:
+                stack.tie(self.state)
+        return _diagnostics.read(self._stacks, sizes)
 
     def let_go(self, layers: Iterable[Layer]) -> None:
         """Have no memory for the state of visitors, whose factors are gone."""

@@ -11,6 +11,7 @@ import models
 import pytest
 import torch
 from test_fully_shard import check, shard
+from test_meshes import parted
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -280,3 +281,36 @@ def test_a_policy_of_bfloat16_leaves_state_and_weights_in_float32() -> None:
         assert first[name].dtype == torch.float32
         # rows and gradients have 8 bits: four steps of at most 0.12 × 1.5 each, a hundredth off
         assert (first[name] - p).abs().max() < 0.02, name
+
+
+GIVEN: dict[str, dict[str, Any]] = {
+    "owned": {},
+    "local": {"structures": ("diagonal", "diagonal")},
+}
+
+
+def diagnosed(rank: int, world: int, name: str, given: dict[str, Any]) -> dict[str, float]:
+    """What is told of the last of some steps."""
+    model, index, of = parted(name, "parts", world) if world > 1 else (models.new(name), 0, 1)
+    optimizer = SINGD(model, **models.settings(name, T=1, growing_T=False, **given))
+    optimizer.diagnostics()
+    models.train(model, optimizer, models.data(name), index, of)
+    return optimizer.diagnostics()
+
+
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        ("images", "owned"),
+        pytest.param("characters", "local", marks=pytest.mark.slow),
+        pytest.param("convolutions", "owned", marks=pytest.mark.slow),  # one of which rests
+    ],
+)
+def test_processes_tell_of_the_layers_that_they_step(name: str, case: str) -> None:
+    wanted = diagnosed(0, 1, name, GIVEN[case])
+    found = gloo.run(2, diagnosed, name, GIVEN[case])
+    assert found[0].keys() | found[1].keys() == wanted.keys()
+    for own in found:
+        assert own
+        for key, value in own.items():
+            assert value == pytest.approx(wanted[key], rel=1e-5, abs=1e-6), key
