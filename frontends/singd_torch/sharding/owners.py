@@ -45,9 +45,10 @@ class Shares:
         factors = {} if places is None else {one.weight: factor_bytes(one) for one in layers}
         parts = {} if places is None else local(layers, places, sizes, factors)
         whole = [layer for layer in layers if layer.weight not in parts]
+        most = MOST * sum(sizes.values()) / processes
         others = sum(factors[w] + (sizes.pop(w) - factors[w]) // processes for w in parts)
         owners = balanced(sizes, processes, known)
-        return cls(parts, whole, owners, resting(sizes, owners, processes, others))
+        return cls(parts, whole, owners, resting(sizes, owners, [float(others)] * processes, most))
 
 
 # In shares of the bytes of all: a process has at most 1.2 with what AdamW keeps.
@@ -76,19 +77,18 @@ def balanced(
 def resting(
     sizes: Mapping[nn.Parameter, int],
     owners: Mapping[nn.Parameter, int],
-    processes: int,
-    others: int = 0,
+    load: Sequence[float],
+    most: float,
 ) -> set[nn.Parameter]:
-    """The layers whose state rests in parts, lest a process have more than 1.2 of its share.
+    """The layers whose state rests in parts, lest a process have more than `most` bytes.
 
-    They are the largest of the processes that have most, until none has more. `others` is what each
+    They are the largest of the processes that have most, until none has more. `load` is what each
     process has beside them.
     """
-    load = [float(others)] * processes
+    load, processes = list(load), len(load)
     for weight, size in sizes.items():
         load[owners[weight]] += size
     found: set[nn.Parameter] = set()
-    most = MOST * sum(load) / processes
     by_owner: list[list[nn.Parameter]] = [[] for _ in load]
     for weight in sorted(sizes, key=lambda weight: sizes[weight]):
         by_owner[owners[weight]].append(weight)
