@@ -23,8 +23,8 @@ STYLES = {
     "SGD": ("#8c8c8c", ":", "s"),
     "AdamW": ("#000000", ":", "o"),
     "KFAC": ("#D55E00", "-", "v"),
-    "IKFAC": ("#E69F00", "--", "^"),
-    "INGD": ("#0072B2", "-", "D"),
+    "IKFAC": ("#0072B2", "--", "^"),
+    "INGD": ("#E69F00", "-", "D"),
     "SINGD diagonal": ("#56B4E9", "-", "o"),
     "SINGD block": ("#009E73", "--", "s"),
     "SINGD hierarchical": ("#CC79A7", "-", "P"),
@@ -128,13 +128,19 @@ def precision(plan: Plan) -> Figure:
 
 def pair(plan: Plan) -> Figure:
     """Training losses of KFAC and IKFAC with equal settings in float32, a line for each seed."""
-    figure = Figure(figsize=(9.6, 6.4), layout="constrained")
-    panels = figure.subplots(len(PRECISION), 2, sharex=True, sharey=True)
+    figure = Figure(figsize=(9.6, 5.8), layout="constrained")
+    bounded = {"factor_bound": 0.5}
+    looks = {
+        f"β₁ = {GRID[0]['lr_cov']:g}": ({}, {}),
+        f"β₁ = {LOOKS[0][1]['lr_cov']:g}": (LOOKS[0][1], LOOKS[0][1]),
+        "IKFAC bounded": ({}, bounded),
+    }
+    panels = figure.subplots(len(PRECISION), len(looks), sharex=True, sharey=True)
     for row, task in zip(panels, PRECISION, strict=True):
-        for axes, beta in zip(row, (GRID[0]["lr_cov"], LOOKS[0][1]["lr_cov"]), strict=True):
+        for axes, (title, changed) in zip(row, looks.items(), strict=True):
             pairs = {
-                method: of(plan, plan.precise(task, method, "float32", lr_cov=beta))
-                for method in ("KFAC", "IKFAC")
+                method: of(plan, plan.precise(task, method, "float32", **change))
+                for method, change in zip(("KFAC", "IKFAC"), changed, strict=True)
             }
             for method, results in pairs.items():
                 color, style, _ = STYLES[method]
@@ -143,7 +149,8 @@ def pair(plan: Plan) -> Figure:
                     look = {"color": color, "linestyle": style, "linewidth": 1.6}
                     axes.plot(steps, losses, label=method if i == 0 else None, **look)
             _tell_astray(axes, pairs)
-            axes.set(yscale="log", ylim=(0.1, 30.0), title=f"{_norm(task)}, β₁ = {beta:g}")
+            axes.set(yscale="log", ylim=(0.1, 30.0), title=f"{_norm(task)}, {title}")
+            axes.title.set_fontsize(9)
             axes.grid(alpha=0.25)
     for axes in panels[-1]:
         axes.set_xlabel("steps")

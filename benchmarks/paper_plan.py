@@ -208,8 +208,12 @@ class Plan:
                 found += len({run for m in shown for run in self.choice(task, m)})
                 found += (len(shown) + len(self.looks)) * 2 * len(SEEDS)
             if task in (*SEARCHED, LARGE):
-                found += sum(len(drawn(task, m)) + 2 * len(SEEDS) for m in self.methods)
+                found += self.searching(task)
         return found
+
+    def searching(self, task: str) -> int:
+        """How many runs the search on a task has."""
+        return sum(len(drawn(task, method)) + 2 * len(SEEDS) for method in self.methods)
 
     def seconds(self) -> tuple[float, float]:
         """Processor seconds of the steps that were made, and of the whole, as far as known."""

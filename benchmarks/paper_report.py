@@ -75,15 +75,20 @@ def spread(values: Sequence[float | None], places: str = ".3g") -> str:
     return said if len(finite) < 2 else f"{said} ± {statistics.stdev(finite):.1g}"
 
 
+def is_astray(result: Result) -> bool:
+    """Whether a training ended with a loss that is not finite, or larger than any of use."""
+    return result.final is None or result.final > ASTRAY
+
+
 def losses(results: Sequence[Result]) -> list[float | None]:
     """The final training losses."""
     return [result.final for result in results]
 
 
 def tested(results: Sequence[Result], column: int) -> list[float | None]:
-    """The test loss (3) or metric (4) at the end; None where the training failed."""
-    complete = [len(result.curve) == CHECKS and result.failed is None for result in results]
-    return [r.curve[-1][column] if ok else None for r, ok in zip(results, complete, strict=True)]
+    """The test loss (3) or metric (4) at the end; None of a run that went astray."""
+    there = [not is_astray(result) and len(result.curve) == CHECKS for result in results]
+    return [r.curve[-1][column] if ok else None for r, ok in zip(results, there, strict=True)]
 
 
 # ---- the parts of the page ----------------------------------------------------------------------
@@ -172,7 +177,12 @@ def search(plan: Plan) -> str:
         parts.append(f"### {shown.title}")
         if is_drawn(plan, task):
             parts.append(f"![Test {shown.metric_name} and loss](paper-{task}.svg)")
-        parts.append(searched(plan, task))
+        begun = any(
+            of(plan, plan.search(task, method)) for method in METHODS if method != "default"
+        )
+        parts.append(
+            searched(plan, task) if begun else f"Not run yet: {plan.searching(task)} runs."
+        )
     return "\n\n".join(parts)
 
 
@@ -220,7 +230,8 @@ def structures(plan: Plan) -> str:
             said = [_versus(plan, task, first, second, dtype) for task in SEARCHED]
             known = [word for word in said if word]
             ahead = known.count("ahead")
-            cells += [f"{ahead} of {len(known)}", str(known.count("within"))]
+            within = str(known.count("within"))
+            cells += [f"{ahead} of {len(known)}", within] if known else [NOT_RUN, NOT_RUN]
         lines.append([label(first), label(second), *cells])
     header = ["method", "against"]
     header += [f"{what}, {dtype}" for dtype in DTYPES for what in ("ahead", "within the spread")]
@@ -250,9 +261,10 @@ def cost(plan: Plan) -> str:
     torch = {result.versions.get("torch", "") for _, result in plan.store}
     codes = {result.code for run, result in plan.store if run.method in OURS}
     said = [
-        f"{made} of {wanted} runs are made. Their steps took {spent / 60:.0f} minutes of "
-        f"one core, on {' and '.join(sorted(kinds))} with torch {' and '.join(sorted(torch))}; the "
-        f"whole takes about {whole / 60:.0f}.",
+        f"{made} of {wanted} runs are made. Their steps took {spent / 60:.0f} minutes of one core, "
+        f"on {' and '.join(sorted(kinds))} with torch {' and '.join(sorted(torch))}. At their mean "
+        f"the whole takes {whole / 60:.0f}; the runs on Cora, with a refresh of dense factors at "
+        "every step, take longer.",
         f"Fingerprints of the library's code in these runs: {', '.join(sorted(codes))}.",
     ]
     return "\n\n".join(said)
