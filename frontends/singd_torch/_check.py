@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import one_hot, pad
+from torch.nn.functional import pad
 
 from singd_core._array import widen
-from singd_core.layers import Embedding
 from singd_torch.layers.layer import Layer, Source
 from singd_torch.optimizer import SINGD
 
@@ -79,13 +78,9 @@ class _Sums:
     def add(self, layer: Layer, source: Source, x: Tensor, g: Tensor) -> None:
         kind, has_bias = source.kind, layer.bias is not None
         B, _ = kind.outputs(widen(g), kfac_approx="expand", loss_average=None)
-        if isinstance(kind, Embedding):
-            seen = torch.arange(kind.entries, device=x.device) != kind.padding_idx
-            A = one_hot(x.flatten().long(), kind.entries).to(B) * seen
-        else:
-            bias = has_bias and source.biased and not source.swapped
-            A, _ = kind.inputs(widen(x.to(B.device)), bias=bias, kfac_approx="expand")
-            A = pad(A, (0, int(has_bias and not bias and not source.swapped))).to(B)
+        bias = has_bias and source.biased and not source.swapped
+        A = kind.all_inputs(widen(x.to(B.device)), bias=bias, like=B)
+        A = pad(A, (0, int(has_bias and not bias and not source.swapped)))
         product = B.mT @ A
         if source.swapped:
             product = pad(product.mT, (0, int(has_bias)))

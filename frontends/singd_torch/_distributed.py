@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
-from singd_torch.layers.layer import Layer, Source, is_turned
+from singd_torch.layers.layer import Layer, Source
 
 
 def processes_of_call() -> dist.ProcessGroup | None:
@@ -81,7 +81,7 @@ def _uses(layer: Layer) -> tuple[bool, bool]:
     """Whether there are rows of inputs for K, and of gradients, where the weight is turned."""
     roles = {swapped for _, swapped in layer.roles()}
     if layer.is_stack:
-        return bool(roles) and not is_turned(layer.kind), bool(roles) and is_turned(layer.kind)
+        return bool(roles) and not layer.kind.is_turned, bool(roles) and layer.kind.is_turned
     return False in roles, True in roles
 
 

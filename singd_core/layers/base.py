@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import ClassVar
 
-from singd_core._array import Array, concat, full, namespace
+from singd_core._array import Array, cast, concat, full, namespace
 from singd_core.layers._sampling import Sample
 
 Shape = tuple[int, ...]
@@ -16,9 +16,10 @@ Shape = tuple[int, ...]
 class LayerKind(ABC):
     """A kind of layer that is, seen rightly, a linear map `z = W a`.
 
-    A new kind writes these five methods, as a frozen dataclass (hashable, so that layers of equal
-    kind can be found), and nothing else. Rows are returned unscaled, with the numbers that scale
-    them, so that a caller can accumulate over micro-batches:
+    A new kind writes the five abstract methods, as a frozen dataclass (hashable, so that layers of
+    equal kind can be found). The other methods have an answer that is right for most kinds. Rows
+    are returned unscaled, with the numbers that scale them, so that a caller can accumulate over
+    micro-batches:
 
         U = Aᵀ A / N,     G = M Bᵀ B     (mathematics.md, section 1)
 
@@ -33,10 +34,32 @@ class LayerKind(ABC):
     Attributes:
         diagonal_inputs: Whether `inputs` returns rows that are only good for a diagonal K.
         has_rows: Whether there are rows; else the factors learn from gradients alone.
+        stacks: Whether equal layers of one shape step as one along a first axis.
     """
 
     diagonal_inputs: ClassVar[bool] = False
     has_rows: ClassVar[bool] = True
+    stacks: ClassVar[bool] = True
+
+    @property
+    def is_turned(self) -> bool:
+        """Whether the weight is stored as (d_in, d_out)."""
+        return False
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether the weight has a first axis of matrices, as that of experts."""
+        return False
+
+    @property
+    def row_parts(self) -> Sequence[int | None]:
+        """What the rows of a call are of: the whole layer, None, or one of its parts."""
+        return (None,)
+
+    @property
+    def no_row(self) -> int | None:
+        """An entry of an input that counts for no row, None where there is none."""
+        return None
 
     @property
     def overlap(self) -> float:
@@ -119,6 +142,38 @@ class LayerKind(ABC):
     @abstractmethod
     def shape(self, weight_shape: Sequence[int], bias: bool) -> tuple[Shape, int, int]:
         """The shape of the matrix as `(groups, d_out, d_in [+ 1])`, `groups` being a tuple."""
+
+    # ---- what a frontend may ask ----------------------------------------------------------------
+
+    def of_call(self, kind: LayerKind) -> LayerKind | None:
+        """The kind by which a call of another kind gives rows of this layer; None if it cannot.
+
+        Both are handed the same weight. If only one of them `is_turned`, the rows change sides.
+        """
+        return None
+
+    def of_transpose(self) -> LayerKind | None:
+        """The kind of the same layer by the transpose of its weight; None if there is none."""
+        return None
+
+    def with_average_groups(self) -> LayerKind:
+        """The same kind with one factor K for all channel groups, if it has such."""
+        return self
+
+    def positions(self, x: Array) -> Shape | None:
+        """The shape of the positions of an input, each a row; None if none can be left out."""
+        return None
+
+    def unfolded(self, x: Array, g: Array) -> int | None:
+        """How many positions a sample becomes whose rows are larger than it, so better in pieces.
+
+        None if rows are no larger than the input, 0 without a batch axis.
+        """
+        return None
+
+    def all_inputs(self, x: Array, *, bias: bool, like: Array) -> Array:
+        """The rows `A` of all positions, one-hot ones in full, like an array: for checks."""
+        return cast(self.inputs(x, bias=bias, kfac_approx="expand")[0], like)
 
 
 def is_expand(kfac_approx: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 from singd_core._array import Array, namespace, widen
@@ -104,6 +104,23 @@ class Convolution(LayerKind):
         N = prod(x.shape[3:])
         columns = xp.reshape(x, (groups, x.shape[1] * x.shape[2], N))
         return self._ungrouped(columns[:, : d_in + bias, :].mT), N
+
+    def of_call(self, kind: LayerKind) -> LayerKind | None:
+        """A convolution with as many axes and groups, whatever its stride and padding."""
+        if not isinstance(kind, Convolution) or self.groups != kind.groups:
+            return None
+        if len(self.windows) != len(kind.windows):
+            return None
+        return replace(kind, average_groups=self.average_groups)
+
+    def with_average_groups(self) -> LayerKind:
+        """With the input averaged over the groups."""
+        return replace(self, average_groups=True)
+
+    def unfolded(self, x: Array, g: Array) -> int | None:
+        """Each output position has a patch."""
+        batched = x.ndim == len(self.windows) + 2 and x.shape[0] > 0
+        return prod(g.shape[2:]) if batched else 0
 
     def _some_inputs(self, x: Array, bias: bool, sample: Sample) -> tuple[Array, int]:
         """Patches at some output positions; the others are never made."""

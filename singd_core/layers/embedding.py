@@ -29,6 +29,7 @@ class Embedding(LayerKind):
     padding_idx: int | None = None
 
     diagonal_inputs = True
+    stacks = False
 
     def inputs(
         self, x: Array, *, bias: bool, kfac_approx: str, sample: Sample | None = None
@@ -80,3 +81,29 @@ class Embedding(LayerKind):
         """`((), d_out, entries)`."""
         entries, d_out = two_axes(weight_shape, self)
         return (), d_out, entries
+
+    @property
+    def is_turned(self) -> bool:
+        """A table has a row for each input."""
+        return True
+
+    @property
+    def no_row(self) -> int | None:
+        """Beyond the last entry nothing is counted."""
+        return self.entries
+
+    def of_call(self, kind: LayerKind) -> LayerKind | None:
+        """A look-up, or a linear map by the table."""
+        return Linear().of_call(kind)
+
+    def positions(self, x: Array) -> Shape | None:
+        """All axes of the indices."""
+        return tuple(x.shape)
+
+    def all_inputs(self, x: Array, *, bias: bool, like: Array) -> Array:
+        """The one-hot rows, shape `(N, entries)`."""
+        entries = namespace(x).arange(self.entries, dtype=x.dtype, device=device(x))
+        seen = namespace(x).reshape(x, (prod(x.shape), 1)) == entries
+        if self.padding_idx is not None:
+            seen = seen & (entries != self.padding_idx)
+        return namespace(like).astype(seen, like.dtype)

@@ -37,6 +37,11 @@ class Linear(LayerKind):
 
     transposed: bool = False
 
+    @property
+    def is_turned(self) -> bool:
+        """Whether the weight is stored as (d_in, d_out)."""
+        return self.transposed
+
     def inputs(
         self, x: Array, *, bias: bool, kfac_approx: str, sample: Sample | None = None
     ) -> tuple[Array, int]:
@@ -93,6 +98,18 @@ class Linear(LayerKind):
         first, last = two_axes(weight_shape, self)
         d_out, d_in = (last, first) if self.transposed else (first, last)
         return (), d_out, d_in + bias
+
+    def of_call(self, kind: LayerKind) -> LayerKind | None:
+        """A linear map, or a look-up in the same table."""
+        return kind if isinstance(kind, Linear) or kind.diagonal_inputs else None
+
+    def of_transpose(self) -> LayerKind | None:
+        """The linear map whose weight is stored the other way."""
+        return Linear(not self.transposed)
+
+    def positions(self, x: Array) -> Shape | None:
+        """All axes but the last."""
+        return tuple(x.shape[:-1])
 
 
 def _batched(x: Array, name: str) -> Array:

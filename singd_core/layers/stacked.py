@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from singd_core._array import Array, namespace
 from singd_core.layers._sampling import Sample
@@ -24,6 +24,21 @@ class StackedLinear(LayerKind):
     parts: int
     apart: bool = False
     transposed: bool = False
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether the parts have an axis of their own."""
+        return self.apart
+
+    @property
+    def is_turned(self) -> bool:
+        """Whether the matrices are stored as (d_in, d_out)."""
+        return self.transposed
+
+    @property
+    def row_parts(self) -> Sequence[int | None]:
+        """Each part has rows of its own."""
+        return range(self.parts)
 
     def inputs(
         self, x: Array, *, bias: bool, kfac_approx: str, sample: Sample | None = None
@@ -77,3 +92,16 @@ class StackedLinear(LayerKind):
             return (self.parts,), *((last, first) if self.transposed else (first, last))
         d_out, d_in = two_axes(weight_shape, self)
         return (self.parts,), d_out // self.parts, d_in + bias
+
+    def positions(self, x: Array) -> Shape | None:
+        """All axes but the last."""
+        return Linear().positions(x)
+
+    def of_call(self, kind: LayerKind) -> LayerKind | None:
+        """A linear map by one of the matrices, where those have an axis of their own."""
+        fits = self.apart and isinstance(kind, Linear) and kind.transposed is self.transposed
+        return Linear() if fits else None
+
+    def of_transpose(self) -> LayerKind | None:
+        """The matrices stored the other way, where they have an axis of their own."""
+        return replace(self, transposed=not self.transposed) if self.apart else None

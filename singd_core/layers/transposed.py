@@ -113,6 +113,10 @@ class TransposedConvolution(LayerKind):
         groups, d_in, d_out = self.convolution.shape(weight_shape, False)
         return groups, d_out, d_in
 
+    def of_call(self, kind: LayerKind) -> LayerKind | None:
+        """The same transposed convolution."""
+        return kind if self == kind else None
+
     def _lengths(self, x: Array) -> tuple[int, int]:
         """The batch and the number of entries of the spatial axes."""
         axes = len(self.convolution.windows)

@@ -47,6 +47,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "convolution": (lambda: nn.Conv2d(4, 6, 3), (3, 4, 5, 5)),
     "groups": (lambda: nn.Conv2d(4, 6, 3, groups=2), (3, 4, 5, 5)),
     "attention": (Attention, (3, 4, 6)),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 3, 2, stride=2), (3, 4, 3, 3)),
 }
 STRUCTURES = ["dense", "diagonal", "blockdiagonal:3", "hierarchical:1,2", "triltoeplitz"]
 

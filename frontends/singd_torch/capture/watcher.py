@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from singd_core import _settings
 from singd_core._settings import Settings
-from singd_core.layers import StackedLinear
 from singd_core.rules import Factors
 from singd_torch._distributed import processes_of_call
 from singd_torch._warnings import warn
@@ -313,7 +312,7 @@ class Watcher(torch.optim.Optimizer):
         for stack in list(self._stacks):
             live = []
             for layer in stack.layers:
-                if layer.pending and isinstance(layer.kind, StackedLinear):
+                if layer.pending and None not in layer.kind.row_parts:
                     for key in layer.roles():
                         if key not in layer.pending:  # the output of that part has no gradient
                             layer.pending[key] = layer.no_rows(key)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from singd_core import rules
-from singd_core.layers import Convolution, Embedding, LayerKind, Linear
+from singd_core.layers import LayerKind, Linear
 from singd_torch.layers.kinds import Use, uses
 from singd_torch.layers.layer import Layer, Source
 
@@ -50,9 +50,8 @@ def find(model: nn.Module, groups: Sequence[dict[str, Any]]) -> list[Layer]:
                 continue
             if not weight.is_floating_point() or not weight.numel():
                 continue
-            if isinstance(use.kind, Convolution) and group_of[weight]["average_groups"]:
-                kind = dataclasses.replace(use.kind, average_groups=True)
-                use = dataclasses.replace(use, kind=kind)
+            if group_of[weight]["average_groups"]:
+                use = dataclasses.replace(use, kind=use.kind.with_average_groups())
             shared = found.setdefault(weight, _Shared(f"{path}.{use.weight}".lstrip("."), []))
             shared.uses.append((module, use, bias))
 
@@ -110,5 +109,5 @@ def _common(kinds: Sequence[LayerKind]) -> LayerKind | None:
     several = set(kinds)
     if len(several) == 1:
         return kinds[0]
-    tables = {kind for kind in several if isinstance(kind, Embedding)}
+    tables = {kind for kind in several if kind.diagonal_inputs}
     return Linear() if len(tables) == 1 and several - tables == {Linear()} else None

@@ -160,7 +160,7 @@ def reading(
         return None
     kind, view = _kind(function, handed, given), view_of(handed)
     if view is not None and view.turned:
-        kind = Linear(not kind.transposed) if isinstance(kind, Linear) else None
+        kind = None if kind is None else kind.of_transpose()
     return None if kind is None or view is None else Reading(x, handed, view, bias, kind)
 
 

@@ -12,13 +12,8 @@ from torch import Tensor, nn
 
 from singd_core import rules
 from singd_core.layers import (
-    Convolution,
-    Embedding,
     LayerKind,
-    Linear,
     Sample,
-    StackedLinear,
-    TransposedConvolution,
 )
 from singd_core.rules import Factors, learns_from_gradients
 from singd_core.structures import Diagonal, Structure
@@ -33,11 +28,6 @@ SMALL = 1 << 16
 _PATCHES = 1 << 18
 
 Key: TypeAlias = tuple[int | None, bool]
-
-
-def is_turned(kind: LayerKind) -> bool:
-    """Whether a kind of layer is a stack of matrices that are stored as `(d_in, d_out)`."""
-    return isinstance(kind, StackedLinear) and kind.transposed
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -148,12 +138,12 @@ class Layer:
     @property
     def is_unturned(self) -> bool:
         """Whether it is a stack of which no call was seen: it may turn out to be transposed."""
-        return self.is_stack and not self.sources and not is_turned(self.kind)
+        return self.is_stack and not self.sources and not self.kind.is_turned
 
     @property
     def is_stack(self) -> bool:
         """Whether the weight has an axis of its own for matrices, as that of experts."""
-        return isinstance(self.kind, StackedLinear) and self.kind.apart
+        return self.kind.is_stack
 
     @property
     def has_modules(self) -> bool:
@@ -167,27 +157,13 @@ class Layer:
 
     def source(self, kind: LayerKind, *, biased: bool, part: int | None = None) -> Source | None:
         """How a call of this kind that is handed the weight gives rows; None if it cannot."""
-        own, batch_second = self.kind, any(source.batch_second for _, source in self.sources)
-        if self.is_stack:
-            if not isinstance(kind, Linear):
-                return None
-            fits = is_turned(own) is kind.transposed
-            return Source(self.weight, Linear(), part) if fits else None
-        if isinstance(own, Convolution) and isinstance(kind, Convolution):
-            same = own.groups == kind.groups and len(own.windows) == len(kind.windows)
-            kind = dataclasses.replace(kind, average_groups=own.average_groups)
-            return Source(self.weight, kind, biased=biased) if same else None
-        if isinstance(own, TransposedConvolution) and own == kind:
-            return Source(self.weight, kind)
-        tables = Linear, Embedding
-        if not isinstance(own, tables) or not isinstance(kind, tables):
+        found, swapped = self.kind.of_call(kind), self.kind.is_turned != kind.is_turned
+        if found is None or (swapped and rules.get(self.group["rule"]).only_dense):
             return None
-        swapped = _is_turned(own) != _is_turned(kind)
-        if isinstance(kind, Embedding) and not issubclass(self.structures[swapped], Diagonal):
+        if found.diagonal_inputs and not issubclass(self.structures[swapped], Diagonal):
             return None
-        if swapped and rules.get(self.group["rule"]).only_dense:
-            return None
-        return Source(self.weight, kind, None, swapped, batch_second, biased or swapped)
+        batch_second = any(source.batch_second for _, source in self.sources)
+        return Source(self.weight, found, part, swapped, batch_second, biased or swapped)
 
     def is_found_as(self, other: Layer) -> bool:
         """Whether what is known of one is right for the other, of the same weight."""
@@ -205,7 +181,9 @@ class Layer:
         """
         index = next(i for i, p in enumerate(self.group["params"]) if p is self.weight)
         self.group.setdefault("turned", {})[index] = True
-        self.kind = StackedLinear(len(self.weight), apart=True, transposed=True)
+        turned = self.kind.of_transpose()
+        assert turned is not None
+        self.kind = turned
         rule, wanted = rules.get(self.group["rule"]), self.group["structures"]
         self.structures = rule.choose(wanted, self.shape, diagonal=(False, False))
         self.factors, self.seen, self.by_gradient = None, False, False
@@ -272,7 +250,7 @@ class Layer:
         bias = self.bias is not None and not source.swapped and source.biased
         # The rows of small calls wait for others as they are, to be squared together.
         diagonal = issubclass(self.structures[source.swapped], Diagonal) and (
-            isinstance(kind, Convolution) or x.numel() > SMALL
+            kind.unfolded(x, g) is not None or x.numel() > SMALL
         )
         sample = self._sample(source)
         whole = diagonal or sample[0] is not None
@@ -317,12 +295,11 @@ class Layer:
 
     def _pieces(self, kind: LayerKind, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
         """The samples of an input in pieces, lest their patches be what sets the peak of memory."""
-        if not isinstance(kind, Convolution) or self.group["kfac_approx"] != "expand":
-            return (x,)
-        if x.ndim < len(kind.windows) + 2 or not len(x):
+        positions = kind.unfolded(x, g)
+        if not positions or self.group["kfac_approx"] != "expand":
             return (x,)
         groups, _, d_in = self.shape
-        each = math.prod(groups) * d_in * math.prod(g.shape[2:])  # numbers a sample
+        each = math.prod(groups) * d_in * positions  # numbers a sample
         return torch.split(x, max(1, max(x.numel() // 4, _PATCHES) // max(1, each)))
 
     def add(self, key: Key, new: Pending) -> None:
@@ -342,8 +319,7 @@ class Layer:
     def roles(self) -> list[Key]:
         """The parts and roles of which there can be rows."""
         roles = {source.swapped for _, source in self.sources}
-        parts = range(self.kind.parts) if isinstance(self.kind, StackedLinear) else (None,)
-        return [(part, swapped) for part in parts for swapped in sorted(roles)]
+        return [(part, swapped) for part in self.kind.row_parts for swapped in sorted(roles)]
 
     def no_rows(self, key: Key) -> Pending:
         """What is pending of a part and role that was not used."""
@@ -365,8 +341,3 @@ class Layer:
         """The parts of a matrix that belong to `parameters`."""
         parts = self.kind.split(matrix, tuple(self.weight.shape), self.bias is not None)
         return tuple(part for part in parts if part is not None)
-
-
-def _is_turned(kind: Linear | Embedding) -> bool:
-    """Whether the weight is stored as (d_in, d_out)."""
-    return isinstance(kind, Embedding) or kind.transposed

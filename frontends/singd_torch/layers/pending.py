@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from singd_core.curvature import Measured
-from singd_core.layers import Embedding, LayerKind, Linear, Sample, StackedLinear
+from singd_core.layers import LayerKind, Sample
 from singd_core.rules import Factors
 from singd_core.rules.inverse_free import InverseFree
 from singd_torch.tensors.join import join, join_trees, tree_parts
@@ -48,10 +48,13 @@ class Rows:
         `sample`, of the inputs and of the gradients, is which rows are made; None is all.
         """
         of_inputs, of_outputs = sample
-        entries = kind.entries if isinstance(kind, Embedding) else None
-        positions = x.shape if entries is not None else x.shape[:-1]
-        masked = isinstance(kind, (Linear, StackedLinear, Embedding))
-        if mask is None or not masked or positions[: mask.ndim] != mask.shape or 0 in positions:
+        positions, no_row = kind.positions(x), kind.no_row
+        if (
+            mask is None
+            or positions is None
+            or positions[: mask.ndim] != mask.shape
+            or 0 in positions
+        ):
             inputs_of = kind.diagonal_rows if diagonal else kind.inputs
             A, N = inputs_of(x, bias=bias, kfac_approx=kfac_approx, sample=of_inputs)
             B, M = kind.outputs(
@@ -61,9 +64,9 @@ class Rows:
         mask = mask.reshape(*mask.shape, *(1,) * (len(positions) - mask.ndim)).expand(positions)
         used = mask.reshape(len(mask), -1).any(1)  # samples with a position that is kept
         kept, samples = mask.sum().clamp(min=1), used.sum().clamp(min=1)
-        each = entries is not None or kfac_approx == "expand"  # a row for each position
-        if entries is not None:  # beyond the last entry nothing is counted
-            x = x.where(mask, entries)
+        each = no_row is not None or kfac_approx == "expand"  # a row for each position
+        if no_row is not None:
+            x = x.where(mask, no_row)
         elif not each:  # the mean over the kept positions of each sample
             share = mask.reshape(len(mask), -1).to(x.dtype).mean(1).clamp(min=1 / mask[0].numel())
             x = x * (mask / share.reshape(-1, *(1,) * (mask.ndim - 1)))[..., None]
@@ -72,7 +75,7 @@ class Rows:
         B, M = kind.outputs(
             masked_g, kfac_approx=kfac_approx, loss_average=loss_average, sample=of_outputs
         )
-        if entries is None:
+        if no_row is None:
             A = A * _thinned(mask if each else used, of_inputs)
         if each:
             B = B * _thinned(mask, of_outputs)

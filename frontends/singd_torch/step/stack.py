@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from singd_core._settings import Settings, gap
 from singd_core.curvature import Averages, Curvature
-from singd_core.layers import Convolution, Linear, StackedLinear
-from singd_core.layers import Tensor as TensorKind
 from singd_core.levels import Levels
 from singd_core.preconditioner import Preconditioner
 from singd_core.rules import Factors, Shampoo, by_rows
@@ -29,8 +27,6 @@ State: TypeAlias = MutableMapping[Any, dict[str, Any]]
 
 # Stacks differ in shape: one of many must not use up the recompilations of the others.
 _ISOLATED: dict[str, Any] = {"dynamic": False, "isolate_recompiles": True, "recompile_limit": 64}
-
-_KINDS = Convolution, Linear, StackedLinear, TensorKind  # that do not differ within a shape
 
 # Weights of more numbers step alone: to join their gradients costs more than the calls saved.
 _LARGEST = 1 << 17
@@ -326,7 +322,7 @@ def _written(old: Preconditioner, new: Preconditioner) -> Preconditioner:
 def _likeness(layer: Layer) -> Any:
     """What equal layers have in common."""
     weight, bias = layer.weight, layer.bias
-    if weight.numel() > _LARGEST or type(layer.kind) not in _KINDS:
+    if weight.numel() > _LARGEST or not layer.kind.stacks:
         return layer
     return (
         *(layer.kind, layer.has_rows, layer.structures, tuple(layer.roles())),
