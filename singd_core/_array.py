@@ -9,38 +9,13 @@ from typing import Any, TypeAlias
 
 from array_api_compat import array_namespace
 
+from singd_core._kernels import kernels_of
+
 Array: TypeAlias = Any  # any array of a library that follows the Python Array API standard
 Scalar: TypeAlias = Any  # a Python number, or an array of the batch axes' shape (often 0-d)
 
-# For a type of arrays, what does `multiply_add` in place or as one kernel.
-MULTIPLY_ADD: dict[type, Callable[[Any, Any, Any, Any], Any]] = {}
-# The same for `add_product`.
-ADD_PRODUCT: dict[type, Callable[[Any, Any, Any], Any]] = {}
-# The same for `inverse`.
-INVERSE: dict[type, Callable[[Any], Any]] = {}
-# The same for `sums_of_squares`.
-SUMS_OF_SQUARES: dict[type, Callable[[Any], Any]] = {}
-# The same for `take`.
-TAKE: dict[type, Callable[[Any, Any, int], Any]] = {}
-# The same for `add_diagonal`.
-ADD_DIAGONAL: dict[type, Callable[[Any, Any], Any]] = {}
-# The same for `constant`.
-CONSTANT: dict[type, Callable[[float, Any], Any]] = {}
-# The same for `number`.
-NUMBER: dict[type, Callable[[Any], Any]] = {}
-
-# What writes a product of matrices, and of entries, to an array that can be written to.
-PRODUCT_INTO: dict[type, Callable[[Any, Any, Any], Any]] = {}
-TIMES: dict[type, Callable[[Any, Any, Any], Any]] = {}
-# For a type of arrays that can be written to, what makes an array of any content: `empty`.
-EMPTY: dict[type, Callable[[Sequence[int], Any], Any]] = {}
-# And whether an array is in the memory of another.
-IS_VIEW: dict[type, Callable[[Any, Any], bool]] = {}
-
 _NAMESPACES: dict[type, Any] = {}
 _HALF: dict[tuple[type, Any], bool] = {}
-# For a type of arrays, what makes of a chain of operations a function that runs it as one kernel.
-FUSE: dict[type, Callable[[Callable[..., Any]], Callable[..., Any]]] = {}
 
 
 def namespace(x: Array) -> Any:
@@ -133,13 +108,13 @@ def full(shape: Sequence[int], value: float, *, like: Array) -> Array:
 
 def empty(shape: Sequence[int], *, like: Array) -> Array | None:
     """An array to be written to, or None where a frontend has not said that arrays can be."""
-    make = EMPTY.get(type(like))
+    make = kernels_of(like).empty
     return None if make is None else make(shape, like)
 
 
 def is_view(part: Array, whole: Array) -> bool:
     """Whether what is written to a part is written to the whole, as far as is known."""
-    known = IS_VIEW.get(type(whole))
+    known = kernels_of(whole).is_view
     return known is not None and known(part, whole)
 
 
@@ -169,7 +144,7 @@ def sums_of_squares(X: Array) -> Array:
     1024 × 512 numbers on a CPU.
     """
     X = widen(X)
-    fused = SUMS_OF_SQUARES.get(type(X))
+    fused = kernels_of(X).sums_of_squares
     return namespace(X).sum(X * X, axis=-2) if fused is None else fused(X)
 
 
@@ -178,13 +153,13 @@ def multiply_add(x: Array, c: Scalar, y: Array, out: Array | None = None) -> Arr
 
     x is an array of the shape of the result, c and y are numbers or arrays that broadcast.
     """
-    fused = MULTIPLY_ADD.get(type(x))
+    fused = kernels_of(x).multiply_add
     return _multiply_add(x, c, y) if fused is None else fused(x, c, y, out)
 
 
 def add_product(Y: Array, A: Array, B: Array) -> Array:
     """`Y + A B` of shapes (..., m, n), (..., m, k) and (..., k, n); `Y` may be overwritten."""
-    fused = ADD_PRODUCT.get(type(Y))
+    fused = kernels_of(Y).add_product
     return Y + A @ B if fused is None else fused(Y, A, B)
 
 
@@ -193,31 +168,31 @@ def add_diagonal(A: Array, c: Scalar) -> Array:
 
     `A` may be overwritten.
     """
-    fused = ADD_DIAGONAL.get(type(A))
+    fused = kernels_of(A).add_diagonal
     return A + expand(c, A) * eye(A.shape[-1], like=A) if fused is None else fused(A, c)
 
 
 def product(A: Array, B: Array, out: Array) -> Array:
     """`A B`, written to `out` where a frontend has said how."""
-    into = PRODUCT_INTO.get(type(A))
+    into = kernels_of(A).product
     return A @ B if into is None else into(A, B, out)
 
 
 def times(A: Array, B: Array, out: Array) -> Array:
     """`A * B`, written to `out` where a frontend has said how."""
-    into = TIMES.get(type(A))
+    into = kernels_of(A).times
     return A * B if into is None else into(A, B, out)
 
 
 def take(x: Array, indices: Array, axis: int) -> Array:
     """The entries of `x` at `indices`, of one axis, along an axis that is not negative."""
-    fused = TAKE.get(type(x))
+    fused = kernels_of(x).take
     return namespace(x).take(x, indices, axis=axis) if fused is None else fused(x, indices, axis)
 
 
 def inverse(A: Array) -> Array:
     """The inverse of `A`, shape (..., d, d)."""
-    fused = INVERSE.get(type(A))
+    fused = kernels_of(A).inverse
     return namespace(A).linalg.inv(A) if fused is None else fused(A)
 
 
@@ -227,7 +202,7 @@ def number(x: Array) -> Scalar:
     What follows is then no operation on arrays: those of torch take 5 µs on a CPU, and half of the
     time of a refresh of a small layer went into some seventy of them.
     """
-    read = NUMBER.get(type(x))
+    read = kernels_of(x).number
     return x if read is None else read(x)
 
 
@@ -278,7 +253,7 @@ def where(condition: Array | bool, x: Scalar, y: Scalar) -> Scalar:
 
 def constant(value: float, like: Array) -> Array:
     """An array of `value`, of the dtype of `like` and of its shape, or of one that broadcasts."""
-    made = CONSTANT.get(type(like))
+    made = kernels_of(like).constant
     return namespace(like).full_like(like, value) if made is None else made(value, like)
 
 
@@ -309,7 +284,7 @@ def chain(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def run(x: Array, *others: Any) -> Any:
-        fuse = FUSE.get(type(x))
+        fuse = kernels_of(x).fuse
         return (function if fuse is None else fuse(function))(x, *others)
 
     return run

@@ -8,7 +8,7 @@ from typing import Any
 
 import cupy
 
-from singd_core._array import FUSE
+from singd_core._kernels import Kernels
 
 
 @functools.cache
@@ -23,4 +23,4 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-FUSE[cupy.ndarray] = fused
+KERNELS = Kernels(fuse=fused)

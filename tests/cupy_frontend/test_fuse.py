@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from cupy._core import _fusion_thread_local, fusion
 
-from singd_core._array import FUSE, _multiply_add
+from singd_core._array import _multiply_add
+from singd_core._kernels import kernels_of
 from singd_core.adamw import _averaged
 from singd_cupy import _fuse
 
@@ -72,8 +73,8 @@ def cuda_headers() -> list[str]:
     return [f"-I{path}" for path in found if path.is_dir()]
 
 
-def test_the_core_is_told_how_to_fuse_cupy_arrays():
-    assert FUSE[cupy.ndarray] is _fuse.fused
+def test_the_core_is_told_how_to_fuse_cupy_arrays(foreign):
+    assert kernels_of(foreign(np.zeros(3))).fuse is _fuse.fused
     assert _fuse.fused(_averaged) is _fuse.fused(_averaged)
 
 

@@ -11,20 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from singd_core._array import (
-    ADD_DIAGONAL,
-    ADD_PRODUCT,
-    CONSTANT,
-    EMPTY,
-    INVERSE,
-    IS_VIEW,
-    MULTIPLY_ADD,
-    PRODUCT_INTO,
-    TIMES,
-    expand,
-    sum_of_squares,
-    widen,
-)
+from singd_core._array import sum_of_squares, widen
 from singd_core._settings import Settings, is_due, rate_of_factors
 from singd_core.curvature import Curvature
 from singd_core.layers import LayerKind
@@ -318,40 +305,6 @@ def masked(s: Settings, ok: Tensor, like: Tensor) -> Settings:
     return dataclasses.replace(
         s, momentum=torch.where(ok, momentum, 1.0), lr=torch.where(ok, lr, 0.0)
     )
-
-
-def _multiply_add(x: Tensor, c: float | Tensor, y: Any, out: Tensor | None) -> Tensor:
-    if not isinstance(y, Tensor):
-        y = scratch.constant(y, x)
-    if isinstance(c, Tensor):
-        return torch.addcmul(y, x, c, out=out)
-    return torch.add(y, x, alpha=c, out=out)
-
-
-def _add_product(Y: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    # Matrices of a stack `baddbmm_` multiplies one by one, if they are views.
-    return Y.addmm_(A, B) if Y.ndim == A.ndim == B.ndim == 2 else Y.add_(A @ B)
-
-
-def _add_diagonal(A: Tensor, c: float | Tensor) -> Tensor:
-    diagonal = A.diagonal(dim1=-2, dim2=-1)
-    diagonal.add_(expand(c, diagonal))
-    return A
-
-
-MULTIPLY_ADD |= dict.fromkeys((Tensor, nn.Parameter), _multiply_add)
-ADD_DIAGONAL[Tensor] = _add_diagonal
-ADD_PRODUCT[Tensor] = _add_product
-# `inv` waits to know whether there is an inverse. It comes by columns, and what is loaded is by
-# rows: products with the two differ in their last bits.
-INVERSE[Tensor] = lambda A: torch.linalg.inv_ex(A).inverse.contiguous()
-EMPTY[Tensor] = scratch.empty
-CONSTANT[Tensor] = scratch.constant
-IS_VIEW[Tensor] = lambda part, whole: (
-    part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
-)
-PRODUCT_INTO[Tensor] = lambda A, B, out: torch.matmul(A, B, out=out)
-TIMES[Tensor] = lambda A, B, out: torch.mul(A, B, out=out)
 
 
 def _coupled_decay(settings_of: Callable[[nn.Parameter], Settings], p: nn.Parameter) -> Tensor:

@@ -7,15 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from singd_core._array import NUMBER, SUMS_OF_SQUARES, TAKE
 from singd_core.structures import Diagonal, Structure, TrilToeplitz, TriuToeplitz
 
 # In numbers: an operation on so many is still 20 times as long as its call.
 _PIECE = 1 << 18
-# The same of rows whose squares are summed up.
-_SQUARED = 1 << 16
 # In rows, so that pieces begin at multiples of 64 bytes. Where they do not, a dot product can take
 # five times as long: 140,515 numbers 157 µs, and 31 µs.
 _ALIGNED = 32
@@ -79,27 +76,3 @@ def placed(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
         return value.to(device, dtype)
     return torch.full((), value, dtype=dtype, device=device)
-
-
-def _sums_of_squares(X: Tensor) -> Tensor:
-    # The squares of all at once are memory that is new to the process: a third of the time that
-    # the rows of a GPT take with diagonal factors.
-    first, *others = cut(X, _SQUARED)
-    found = (first * first).sum(-2)
-    for piece in others:
-        found += (piece * piece).sum(-2)
-    return found
-
-
-SUMS_OF_SQUARES[Tensor] = _sums_of_squares
-
-
-def _take(x: Tensor, indices: Tensor, axis: int) -> Tensor:
-    """Along the last axis, `index_select` copies entry by entry: 1.9 ms on a CPU, `gather` 0.24."""
-    if axis < x.ndim - 1:
-        return x.index_select(axis, indices)
-    return x.gather(axis, indices.expand(*x.shape[:-1], -1))
-
-
-TAKE[Tensor] = _take
-NUMBER |= dict.fromkeys((Tensor, nn.Parameter), read)

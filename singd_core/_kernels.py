@@ -1,0 +1,60 @@
+"""What the arrays of a library do in their own way, said by a frontend once for each type."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """Operations that one type of arrays does in place, as one kernel, or without a wait.
+
+    Each stands for the function of `singd_core._array` that has its name, and takes the same
+    arguments. What is None is done by operations of the standard.
+
+    Attributes:
+        multiply_add: x c + y; `out` may be written to.
+        add_product: Y + A B; Y may be written to.
+        add_diagonal: A + c I; A may be written to.
+        product: A B, written to `out`.
+        times: A * B, written to `out`.
+        take: Entries along an axis.
+        inverse: The inverse of a matrix.
+        sums_of_squares: Sums of squares over rows.
+        constant: An array of one number everywhere.
+        number: A 0-d array as a number, where the host need not wait for it.
+        empty: An array of any content, where arrays can be written to.
+        is_view: Whether an array is in the memory of another.
+        fuse: A function that runs a chain of operations as one kernel, of that chain.
+    """
+
+    multiply_add: Callable[[Any, Any, Any, Any], Any] | None = None
+    add_product: Callable[[Any, Any, Any], Any] | None = None
+    add_diagonal: Callable[[Any, Any], Any] | None = None
+    product: Callable[[Any, Any, Any], Any] | None = None
+    times: Callable[[Any, Any, Any], Any] | None = None
+    take: Callable[[Any, Any, int], Any] | None = None
+    inverse: Callable[[Any], Any] | None = None
+    sums_of_squares: Callable[[Any], Any] | None = None
+    constant: Callable[[float, Any], Any] | None = None
+    number: Callable[[Any], Any] | None = None
+    empty: Callable[[Sequence[int], Any], Any] | None = None
+    is_view: Callable[[Any, Any], bool] | None = None
+    fuse: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
+
+
+_KERNELS: dict[type, Kernels] = {}
+_STANDARD = Kernels()
+
+
+def register(kernels: Kernels, *types: type) -> None:
+    """Let arrays of these types use these kernels."""
+    for kind in types:
+        _KERNELS[kind] = kernels
+
+
+def kernels_of(x: Any) -> Kernels:
+    """The kernels of an array's type."""
+    return _KERNELS.get(type(x), _STANDARD)
