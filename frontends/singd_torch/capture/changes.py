@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from singd_torch.capture.tap import is_in_parts
 from singd_torch.layers.kinds import is_known, methods
+from singd_torch.layers.reach import is_in_parts
 
 
 class Makeup:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
@@ -12,9 +11,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from singd_torch.capture import compiled
+from singd_torch.layers.reach import Reach, is_in_parts
 
 # Takes the input of a call, the gradient of the loss at its output, and which product it was.
-Rows: TypeAlias = Callable[[Tensor, Tensor, Any], None]
+TakeRows: TypeAlias = Callable[[Tensor, Tensor, Any], None]
 
 
 class _Probe(torch.autograd.Function):
@@ -39,30 +39,6 @@ class _Probe(torch.autograd.Function):
         seen = g if g.shape == ctx.shape else g.reshape(ctx.shape)
         ctx.tap.take(x, seen, ctx.product)
         return g, None, None, None, None
-
-
-class Reach(enum.Enum):
-    """What the backward pass that runs does with the gradient of a weight."""
-
-    NOT = enum.auto()  # it is a derivative with respect to something else
-    ADDED = enum.auto()  # to `weight.grad`, by `backward`
-    RETURNED = enum.auto()  # by `torch.autograd.grad`
-    UNKNOWN = enum.auto()  # the weight is in parts, and what was gathered from them is the leaf
-
-    @classmethod
-    def of(cls, weight: Tensor) -> Reach:
-        """That of a leaf, in the backward pass that runs."""
-        if is_in_parts(weight):
-            return cls.UNKNOWN
-        with torch.enable_grad():
-            view = weight.view_as(weight).grad_fn
-        node = None if view is None else view.next_functions[0][0]
-        assert node is not None
-        try:
-            reached = torch._C._will_engine_execute_node(node)
-        except RuntimeError:  # torch says so of a leaf that torch.autograd.grad was asked for
-            return cls.RETURNED
-        return cls.ADDED if reached else cls.NOT
 
 
 class Tap:
@@ -164,7 +140,7 @@ class Tap:
     def _weight(self) -> Any:
         return None if self.source is None else self.source.weight
 
-    def _rows(self) -> Rows | None:
+    def _rows(self) -> TakeRows | None:
         owner = None if self._owner is None or self.source is None else self._owner()
         return None if owner is None else owner.rows_wanted(self.source)
 
@@ -211,11 +187,6 @@ def _base(output: Tensor) -> Tensor:
     same = base.numel() == output.numel() and base.dtype == output.dtype
     same = same and base.storage_offset() == output.storage_offset()
     return base if same and base.is_contiguous() and output.is_contiguous() else output
-
-
-def is_in_parts(weight: Tensor) -> bool:
-    """Whether several processes have parts of a weight: then it is a DTensor."""
-    return type(weight) not in (Tensor, nn.Parameter)
 
 
 def install(owner: Any, source: Any, module: nn.Module) -> list[Tap]:

@@ -23,14 +23,13 @@ from singd_torch.capture.changes import Makeup, check_shapes
 from singd_torch.capture.copies import leave_hooks_behind
 from singd_torch.capture.queue import Call, Queue
 from singd_torch.capture.scaling import Given
-from singd_torch.capture.tap import Reach, Tap, after_pass, backward_pass, install
+from singd_torch.capture.tap import Tap, after_pass, backward_pass, install
 from singd_torch.layers.layer import Layer, Source
 from singd_torch.layers.matrices import find_all, parameter_names
+from singd_torch.layers.reach import Reach
 from singd_torch.sharding import parted
 from singd_torch.sharding.guards import refuse_stages
 from singd_torch.sharding.switched import switched
-from singd_torch.step.stack import Stack, stacks
-from singd_torch.tensors.scratch import Scratch
 
 if TYPE_CHECKING:  # it imports DTensor, for a second
     from singd_torch.sharding.sharded import Sharded
@@ -66,11 +65,9 @@ class Watcher(torch.optim.Optimizer):
         self._hooks = Hooks(self, self._now)
         self._hooked: set[nn.Module] = set()
         self._queue = Queue()
-        self._scratch = Scratch()
         self._warned: set[str] = set()
         self._shapes: dict[Tensor, torch.Size] = {}
         self._makeup: Makeup | None = None
-        self._reports = False
         self._given_scale: Given | None = None
         self._mask: Tensor | None = None
         self._sampled: str | None = None
@@ -158,7 +155,7 @@ class Watcher(torch.optim.Optimizer):
             )
         if self._sharded is not None:
             self._sharded.arrange(self.param_groups, self._layers, self._fallback, self._compile)
-            self._stack_up([])
+            self._stack_up()
 
     def _is_switched(self) -> bool:
         """Whether the groups have other parameters than they had, which all are in that case."""
@@ -203,19 +200,13 @@ class Watcher(torch.optim.Optimizer):
         """Whether calls that are handed a weight itself should be seen now."""
         return self._calls_are_due and torch.is_grad_enabled() and not torch._C._is_tracing()
 
-    def _stack_up(self, parted: list[Stack] | None = None) -> None:
-        self._stacks = stacks(self._layers) if parted is None else parted
-        self._stack_of: dict[Layer, Stack] = {
-            layer: stack for stack in self._stacks for layer in stack.layers
-        }
-        for stack in self._stacks:
-            stack.compile, stack.capturable = self._compile, self._capturable
-        self._report()
+    def _stack_up(self) -> None:
+        """Let equal layers step together, as they are now."""
+        raise NotImplementedError
 
-    def _report(self) -> None:
-        for stack in self._stacks:
-            if self._reports and stack.report is None:
-                stack.report = {}
+    def _factors(self, layer: Layer) -> Factors | None:
+        """The factors of a layer that rows are measured with, None if they are elsewhere."""
+        raise NotImplementedError
 
     def rows_wanted(self, source: Source) -> Callable[[Tensor, Tensor, Any], None] | None:
         """What takes the rows of a layer in the current step, or None when it is not due."""
@@ -287,59 +278,6 @@ class Watcher(torch.optim.Optimizer):
         """Find out whether a weight in parts has a gradient: `fully_shard` may gather it first."""
         if layer.weight.grad is not None:
             layer.last_pass = layer.last_pass[0], Reach.ADDED
-
-    def _factors(self, layer: Layer) -> Factors | None:
-        if layer.meter is not None:
-            return None
-        if layer.factors is not None and not layer.fits():  # the model was moved or cast
-            self._stack_up()
-        stack = self._stack_of[layer]
-        if stack.factors is None:
-            stack.tie(self.state)
-        assert layer.factors is not None
-        return layer.factors
-
-    def _ready(self) -> tuple[list[Stack], list[nn.Parameter]]:
-        """The stacks that step now, and the other parameters that have a gradient."""
-        ready, others = [], [p for p in self._fallback if p.grad is not None]
-        lost = [layer for layer in self._layers if not layer.pending and layer.is_lost()]
-        for layer in lost:
-            layer.by_gradient = True
-            if layer.has_modules:
-                self._warn_unseen(layer, "it learns from its gradients alone")
-        if lost or any(one.factors is not None and not one.fits() for one in self._layers):
-            self._stack_up()  # or the model was moved or cast
-        for stack in list(self._stacks):
-            live = []
-            for layer in stack.layers:
-                if layer.pending and None not in layer.kind.row_parts:
-                    for key in layer.roles():
-                        if key not in layer.pending:  # the output of that part has no gradient
-                            layer.pending[key] = layer.no_rows(key)
-                layer.unused = layer.weight.grad is None
-                known = layer.seen or layer.pending or not layer.has_rows
-                if layer.weight.grad is not None and known:
-                    live.append(layer)
-                    continue
-                if layer.weight.grad is not None:  # a frozen weight may have a trained bias
-                    self._warn_unseen(layer, "AdamW trains it")
-                others += [p for p in layer.parameters if p.grad is not None]
-            if live:
-                ready += self._tied(stack, live)
-        return ready, others
-
-    def _tied(self, stack: Stack, live: list[Layer]) -> list[Stack]:
-        """The live layers of a stack as stacks that hold what the state has."""
-        parts = stack.parted(live)
-        if parts != [stack]:
-            self._stack_up([*(s for s in self._stacks if s is not stack), *parts])
-        moving = set(live)
-        ready = [part for part in parts if part.layers[0] in moving]
-        for part in parts:
-            wanted = part in ready or part.layers[0].factors is not None
-            if wanted and not part.is_tied(self.state):
-                part.tie(self.state)
-        return ready
 
     @contextlib.contextmanager
     def sampled_labels(self) -> Iterator[None]:

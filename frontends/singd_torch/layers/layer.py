@@ -18,8 +18,8 @@ from singd_core.layers import (
 from singd_core.rules import Factors, learns_from_gradients
 from singd_core.structures import Diagonal, Structure
 from singd_torch._groups import settings_of
-from singd_torch.capture.tap import Reach
 from singd_torch.layers.pending import Pending, Rows
+from singd_torch.layers.reach import Reach
 from singd_torch.tensors.pieces import on_host
 
 # Calls of fewer numbers are measured together.

@@ -237,8 +237,3 @@ def norms_of(tensors: Sequence[Tensor], order: int = 2) -> Tensor:
     """The norm of each, in a row, in at least float32."""
     dtype = torch.float32 if any(map(is_half, tensors)) else None
     return torch.stack(torch._foreach_norm(list(tensors), order, dtype))
-
-
-def spread(c: Tensor, like: Tensor) -> Tensor:
-    """The numbers of matrices along the first axes, with the axes that they lack."""
-    return c.view(*c.shape, *(1,) * (like.ndim - c.ndim))

@@ -18,10 +18,11 @@ from singd_core.preconditioner import Preconditioner, balance
 from singd_core.rules.inverse_free import InverseFree, bounded, direction, plain_weights, stepped
 from singd_core.structures import Structure
 from singd_core.structures.base import Pattern
-from singd_torch.step.bundle import Bundle, Part, norms_of, spread
+from singd_torch.step.bundle import Bundle, Part, norms_of
 from singd_torch.step.stack import Stack, State
 from singd_torch.step.stack_step import Gradients
 from singd_torch.tensors.pieces import narrowed
+from singd_torch.tensors.select import spread
 
 
 def refresh(bundle: Bundle, s: Settings, state: State, given: Gradients) -> None:

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from singd_core._settings import Settings, is_bound
 from singd_core.rules import IKFAC
 from singd_core.step import averaged, couples_decay, decouples_decay, scaled, squares_of
-from singd_torch.step.bundle import Bundle, norms_of, spread
+from singd_torch.step.bundle import Bundle, norms_of
 from singd_torch.step.bundle_levels import measure
 from singd_torch.step.bundle_refresh import precondition, refresh
 from singd_torch.step.stack import Stack, State
 from singd_torch.step.stack_step import Gradients, by_pieces
 from singd_torch.tensors.scratch import constant
+from singd_torch.tensors.select import spread
 
 
 def steps_so(stack: Stack, given: Gradients) -> bool:

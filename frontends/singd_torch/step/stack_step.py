@@ -26,6 +26,7 @@ from singd_torch.tensors import scratch
 from singd_torch.tensors.join import join
 from singd_torch.tensors.pieces import cut, on_host, piece_size, placed, rows_of_pieces
 from singd_torch.tensors.scratch import PRODUCT
+from singd_torch.tensors.select import either
 
 # Weights of so many numbers, and stacks of smaller ones, are changed by one call.
 _JOINED = 1 << 13
@@ -310,9 +311,3 @@ def masked(s: Settings, ok: Tensor, like: Tensor) -> Settings:
 def _coupled_decay(settings_of: Callable[[nn.Parameter], Settings], p: nn.Parameter) -> Tensor:
     s = settings_of(p)
     return p * (s.weight_decay if couples_decay(s) else 0.0)
-
-
-def either(ok: Tensor, new: Any, old: Any) -> Any:
-    """What is new where it is to be kept, of matrices along the first axes if `ok` has any."""
-    missing = (1,) * (new.ndim - ok.ndim)
-    return new if new is old else torch.where(ok.view((*ok.shape, *missing)), new, old)

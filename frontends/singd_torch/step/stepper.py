@@ -19,7 +19,6 @@ from singd_torch._distributed import agree_on_rows, reduce_rows
 from singd_torch._groups import settings_of
 from singd_torch.capture import scaling
 from singd_torch.capture.changes import check_shapes
-from singd_torch.capture.follower import Follower
 from singd_torch.capture.scaling import Given, Scales
 from singd_torch.capture.watcher import is_due, may_be_due
 from singd_torch.layers.layer import Layer
@@ -28,10 +27,11 @@ from singd_torch.step import bundle_step
 from singd_torch.step.bundle import Bundle, bundled
 from singd_torch.step.stack import Stack
 from singd_torch.step.stack_step import Gradients, advance
+from singd_torch.step.stacker import Stacker
 from singd_torch.tensors import finite, scratch
 
 
-class Stepper(Follower):
+class Stepper(Stacker):
     """An optimizer that takes steps, and counts those that it does not take.
 
     Attributes:

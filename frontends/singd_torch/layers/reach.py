@@ -1,0 +1,37 @@
+"""What a backward pass does with a weight."""
+
+from __future__ import annotations
+
+import enum
+
+import torch
+from torch import Tensor, nn
+
+
+class Reach(enum.Enum):
+    """What the backward pass that runs does with the gradient of a weight."""
+
+    NOT = enum.auto()  # it is a derivative with respect to something else
+    ADDED = enum.auto()  # to `weight.grad`, by `backward`
+    RETURNED = enum.auto()  # by `torch.autograd.grad`
+    UNKNOWN = enum.auto()  # the weight is in parts, and what was gathered from them is the leaf
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Reach:
+        """That of a leaf, in the backward pass that runs."""
+        if is_in_parts(weight):
+            return cls.UNKNOWN
+        with torch.enable_grad():
+            view = weight.view_as(weight).grad_fn
+        node = None if view is None else view.next_functions[0][0]
+        assert node is not None
+        try:
+            reached = torch._C._will_engine_execute_node(node)
+        except RuntimeError:  # torch says so of a leaf that torch.autograd.grad was asked for
+            return cls.RETURNED
+        return cls.ADDED if reached else cls.NOT
+
+
+def is_in_parts(weight: Tensor) -> bool:
+    """Whether several processes have parts of a weight: then it is a DTensor."""
+    return type(weight) not in (Tensor, nn.Parameter)
