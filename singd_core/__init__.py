@@ -16,13 +16,7 @@ from singd_core.layers import (
 )
 from singd_core.optimizer import Optimizer
 from singd_core.state import flatten, unflatten
-
-# `structures.get`, `structures.names` and `structures.register` say of what they are; the names
-# without it are for code that has them already.
 from singd_core.structures import Structure, structure
-from singd_core.structures import get as get
-from singd_core.structures import names as names
-from singd_core.structures import register as register
 
 __all__ = [
     "RECIPES",

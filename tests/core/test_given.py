@@ -280,8 +280,7 @@ def test_rows_that_do_not_are_named_with_the_factor_that_is_missing() -> None:
 def test_what_is_exported_is_what_pages_tell_to_use() -> None:
     import singd_core
 
-    assert singd_core.get is singd_core.structures.get
-    assert {"Embedding", "StackedLinear", "LayerKind", "flatten", "check"} <= set(
+    assert {"Embedding", "StackedLinear", "LayerKind", "flatten", "check", "rules"} <= set(
         singd_core.__all__
     )
     state = Optimizer().init({"w": W})

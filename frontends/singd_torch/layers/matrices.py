@@ -11,9 +11,9 @@ from singd_core import rules
 from singd_core.layers import LayerKind, StackedLinear, Tensor
 from singd_core.rules import learns_from_gradients
 from singd_torch._groups import settings_of
-from singd_torch.capture.tap import is_in_parts
 from singd_torch.layers.find import find
 from singd_torch.layers.layer import Layer
+from singd_torch.layers.reach import is_in_parts
 
 
 def find_all(model: nn.Module, groups: Sequence[dict[str, Any]]) -> list[Layer]:
@@ -43,19 +43,15 @@ def _tensors(
         for p in group["params"]:
             if p in owned or not Tensor.fits(p.shape) or not p.is_floating_point():
                 continue
-            kind: LayerKind = Tensor.of(p.shape)
-            if _is_stack(kind, p) and p not in lost:
+            kind: LayerKind = (seen := Tensor.of(p.shape))
+            if seen.stack == 1 and len(p) > 1 and not is_in_parts(p) and p not in lost:
+                # a first axis that counts matrices, all of which are here
                 kind = StackedLinear(len(p), apart=True, transposed=p in turned)
             shape = kind.shape(p.shape, bias=False)
             structures = rules.get(group["rule"]).choose(
                 group["structures"], shape, diagonal=(False, p in tables)
             )
             yield Layer(names.get(p, "a parameter"), kind, p, None, [], group, structures)
-
-
-def _is_stack(kind: LayerKind, p: nn.Parameter) -> bool:
-    """Whether a parameter has a first axis that counts matrices, all of which are here."""
-    return isinstance(kind, Tensor) and kind.stack == 1 and len(p) > 1 and not is_in_parts(p)
 
 
 def parameter_names(model: nn.Module, groups: Sequence[dict[str, Any]]) -> dict[nn.Parameter, str]:

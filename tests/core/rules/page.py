@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from singd_core import get
+from singd_core.structures import get
 
 # Σ bⱼ² / (Σ bⱼ)², with the look ahead b₀ = 1 + α and bⱼ = αʲ⁺¹, and without bⱼ = αʲ
 NOISE = {

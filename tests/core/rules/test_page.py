@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from page import Page
 
-from singd_core import Optimizer, names, settings
+from singd_core import Optimizer, settings
+from singd_core.structures import names
 
 PAPER = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.03, "damping": 0.2, "lr_cov": 0.05}
 INGD = PAPER | {"alpha1": 0.6}

@@ -5,10 +5,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from singd_core import Optimizer, Settings, get, rules, settings
+from singd_core import Optimizer, Settings, rules, settings
 from singd_core._settings import gap
 from singd_core.layers import Tensor
 from singd_core.rules.shampoo import Shampoo
+from singd_core.structures import get
 
 S = settings()
 STRUCTURES = ["dense", "diagonal", "blockdiagonal:3", "tril", "triltoeplitz", "hierarchical:1,2"]

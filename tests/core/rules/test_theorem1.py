@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from singd_core import Settings, get, rules, settings
+from singd_core import Settings, rules, settings
 from singd_core.curvature import Curvature
+from singd_core.structures import get
 from singd_core.testing import Backend, backends
 
 STEPS, LAMBDA, D_IN, D_OUT = 5, 0.1, 7, 6
