@@ -199,10 +199,8 @@ class SINGD(IKFAC):
 
 def plain_weights(rates: Rates) -> list[tuple[Scalar, Scalar]]:
     """The weights of IKFAC, ½ c² and ½ λ c² of K and of C: they ask for no curvature."""
-    return [
-        (0.5 * (start * start), 0.5 * (start * start) * damping)
-        for start, damping in zip(rates.start, rates.damping, strict=True)
-    ]
+    of_H = [0.5 * (start * start) for start in rates.start]
+    return [(own, own * damping) for own, damping in zip(of_H, rates.damping, strict=True)]
 
 
 def _square(L: Structure, columns: int) -> Structure | None:

@@ -22,8 +22,9 @@ from singd_core.step import Direction, Late, averaged, scaled, sides, size
 from singd_torch.layers.layer import Layer
 from singd_torch.sharding.local import ALL, Part
 from singd_torch.step.stack import Stack, State
-from singd_torch.step.stack_step import Gradients, by_pieces, either, masked, move, refreshed
+from singd_torch.step.stack_step import Gradients, by_pieces, masked, move, refreshed
 from singd_torch.tensors.pieces import placed
+from singd_torch.tensors.select import either
 
 Total: TypeAlias = Callable[[Tensor], Tensor]
 
