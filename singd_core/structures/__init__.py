@@ -1,6 +1,6 @@
 """The structures, their registry of names, and the base class of new ones."""
 
-from singd_core.structures.base import Pattern, Structure, family, structure
+from singd_core.structures.base import Structure, structure
 from singd_core.structures.blockdiagonal import BlockDiagonal, blockdiagonal
 from singd_core.structures.blocktriangular import (
     BlockTriangular,
@@ -12,6 +12,8 @@ from singd_core.structures.blocktriangular import (
 )
 from singd_core.structures.dense import Dense, Tril, Triu
 from singd_core.structures.diagonal import Diagonal
+from singd_core.structures.families import family
+from singd_core.structures.pattern import Pattern
 from singd_core.structures.registry import get, names, register
 from singd_core.structures.toeplitz import TrilToeplitz, TriuToeplitz
 

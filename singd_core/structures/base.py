@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copyreg
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any, ClassVar, Self
 
 from singd_core._array import (
@@ -22,7 +20,7 @@ from singd_core._array import (
 from singd_core._tree import Tree
 from singd_core._tree import tree as structure
 
-__all__ = ["Pattern", "Structure", "family", "structure"]
+__all__ = ["Structure", "structure"]
 
 
 class Structure(Tree):
@@ -261,73 +259,3 @@ class Structure(Tree):
 def _rebuild(origin: Any, values: tuple[Any, ...]) -> Structure:
     cls = origin if isinstance(origin, type) else origin[0](*origin[1])
     return cls(*values)  # type: ignore[no-any-return]
-
-
-@cache
-def family(
-    factory: Callable[..., type[Structure]],
-    parameters: tuple[int, ...],
-    base: type[Structure],
-    **attributes: Any,
-) -> type[Any]:
-    """The subclass of `base` with these class attributes that `factory(*parameters)` returns.
-
-    This is how a structure takes parameters: they are attributes of the class, and a function
-    makes the class. Equal calls give the same class, named `factory:p1,p2` and pickled as a call of
-    `factory`, which therefore has to be a function of a module.
-
-    Args:
-        factory: The function that returns what this returns.
-        parameters: Its arguments, integers.
-        base: The structure whose methods read the attributes.
-        **attributes: The attributes.
-
-    Example:
-        >>> from singd_core.structures import Diagonal
-        >>> class Repeated(Diagonal):
-        ...     times: int
-        >>> def repeated(times):
-        ...     return family(repeated, (times,), Repeated, times=times)
-        >>> repeated(2).name, repeated(2).times, repeated(2) is repeated(2)
-        ('repeated:2', 2, True)
-    """
-    name = f"{factory.__name__}:{','.join(map(str, parameters))}"
-    title = base.__name__ + "_".join(map(str, parameters))
-    return _Made(title, (base,), attributes | {"name": name, "made_by": (factory, parameters)})
-
-
-class _Made(type):
-    """The type of classes that a factory makes: `pickle` would look for them in their module."""
-
-
-def _made_again(cls: _Made) -> Any:
-    origin = cls.__dict__.get("made_by")  # a subclass has a name of its own
-    return cls.__qualname__ if origin is None else origin
-
-
-copyreg.pickle(_Made, _made_again)
-
-
-class Pattern(Structure):
-    """A structure in which each stored number is one entry of the matrix (a zero pattern).
-
-    Closed under multiplication exactly when the pattern is a preorder: `(i, i)` always, and with
-    `(i, j)` and `(j, k)` also `(i, k)`. Norms need no dense matrix here.
-    """
-
-    def norm(self) -> Array:
-        axes = len(self.batch)
-        norms = [norm(a, a.ndim - axes) for _, a in self.named_arrays() if 0 not in a.shape]
-        xp = namespace(self.like)
-        if not norms:  # of a side of 0
-            return norm(self.like, self.like.ndim - axes)
-        return norms[0] if len(norms) == 1 else xp.linalg.vector_norm(xp.stack(norms), axis=0)
-
-    def max_abs(self) -> Array:
-        axes, xp = len(self.batch), namespace(self.like)
-        largest: Array = None
-        for _, a in self.named_arrays():
-            if 0 not in a.shape:
-                new = xp.max(xp.abs(a), axis=tuple(range(axes, a.ndim)))
-                largest = new if largest is None else xp.maximum(largest, new)
-        return self.norm() if largest is None else largest

@@ -18,7 +18,9 @@ from singd_core._array import (
     product,
     widen,
 )
-from singd_core.structures.base import Pattern, Structure, family, structure
+from singd_core.structures.base import Structure, structure
+from singd_core.structures.families import family
+from singd_core.structures.pattern import Pattern
 
 
 @structure

@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
 
 from singd_core._array import Array, Scalar, add_product, full, namespace, norm
-from singd_core.structures.base import Pattern, Structure, family, structure
+from singd_core.structures.base import Structure, structure
 from singd_core.structures.dense import Dense
 from singd_core.structures.diagonal import Diagonal
+from singd_core.structures.families import family
+from singd_core.structures.pattern import Pattern
 
 
 @structure

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Self
 
 from singd_core._array import Array, Scalar, add_diagonal, namespace, product
-from singd_core.structures.base import Pattern, structure
+from singd_core.structures.base import structure
+from singd_core.structures.pattern import Pattern
 
 
 @structure

@@ -18,7 +18,8 @@ from singd_core._array import (
     times,
     widen,
 )
-from singd_core.structures.base import Pattern, Structure, structure
+from singd_core.structures.base import Structure, structure
+from singd_core.structures.pattern import Pattern
 
 
 @structure

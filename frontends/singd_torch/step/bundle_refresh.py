@@ -17,7 +17,7 @@ from singd_core.levels import scale
 from singd_core.preconditioner import Preconditioner, balance
 from singd_core.rules.inverse_free import InverseFree, bounded, direction, plain_weights, stepped
 from singd_core.structures import Structure
-from singd_core.structures.base import Pattern
+from singd_core.structures.pattern import Pattern
 from singd_torch.step.bundle import Bundle, Part, norms_of
 from singd_torch.step.stack import Stack, State
 from singd_torch.step.stack_step import Gradients

@@ -1,0 +1,55 @@
+"""Structures with parameters: classes that a function makes."""
+
+from __future__ import annotations
+
+import copyreg
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from singd_core.structures.base import Structure
+
+
+@cache
+def family(
+    factory: Callable[..., type[Structure]],
+    parameters: tuple[int, ...],
+    base: type[Structure],
+    **attributes: Any,
+) -> type[Any]:
+    """The subclass of `base` with these class attributes that `factory(*parameters)` returns.
+
+    This is how a structure takes parameters: they are attributes of the class, and a function
+    makes the class. Equal calls give the same class, named `factory:p1,p2` and pickled as a call of
+    `factory`, which therefore has to be a function of a module.
+
+    Args:
+        factory: The function that returns what this returns.
+        parameters: Its arguments, integers.
+        base: The structure whose methods read the attributes.
+        **attributes: The attributes.
+
+    Example:
+        >>> from singd_core.structures import Diagonal
+        >>> class Repeated(Diagonal):
+        ...     times: int
+        >>> def repeated(times):
+        ...     return family(repeated, (times,), Repeated, times=times)
+        >>> repeated(2).name, repeated(2).times, repeated(2) is repeated(2)
+        ('repeated:2', 2, True)
+    """
+    name = f"{factory.__name__}:{','.join(map(str, parameters))}"
+    title = base.__name__ + "_".join(map(str, parameters))
+    return _Made(title, (base,), attributes | {"name": name, "made_by": (factory, parameters)})
+
+
+class _Made(type):
+    """The type of classes that a factory makes: `pickle` would look for them in their module."""
+
+
+def _made_again(cls: _Made) -> Any:
+    origin = cls.__dict__.get("made_by")  # a subclass has a name of its own
+    return cls.__qualname__ if origin is None else origin
+
+
+copyreg.pickle(_Made, _made_again)
