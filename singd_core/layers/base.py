@@ -160,6 +160,13 @@ class LayerKind(ABC):
         """The same kind with one factor K for all channel groups, if it has such."""
         return self
 
+    def has_rows_along(self, axis: int) -> bool | None:
+        """Whether an axis of the weight has rows of the matrix, or columns; None if neither.
+
+        What has whole rows, or whole columns, can be stepped by itself.
+        """
+        return None
+
     def positions(self, x: Array) -> Shape | None:
         """The shape of the positions of an input, each a row; None if none can be left out."""
         return None

@@ -113,6 +113,10 @@ class Convolution(LayerKind):
             return None
         return replace(kind, average_groups=self.average_groups)
 
+    def has_rows_along(self, axis: int) -> bool | None:
+        """Output channels are rows, if there is one matrix for all of them."""
+        return True if axis == 0 and self.groups == 1 else None
+
     def with_average_groups(self) -> LayerKind:
         """With the input averaged over the groups."""
         return replace(self, average_groups=True)

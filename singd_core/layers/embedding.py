@@ -96,6 +96,10 @@ class Embedding(LayerKind):
         """A look-up, or a linear map by the table."""
         return Linear().of_call(kind)
 
+    def has_rows_along(self, axis: int) -> bool | None:
+        """The entries, along the first axis, are columns."""
+        return axis == 1
+
     def positions(self, x: Array) -> Shape | None:
         """All axes of the indices."""
         return tuple(x.shape)

@@ -107,6 +107,10 @@ class Linear(LayerKind):
         """The linear map whose weight is stored the other way."""
         return Linear(not self.transposed)
 
+    def has_rows_along(self, axis: int) -> bool | None:
+        """Rows come first unless the weight is turned."""
+        return axis == int(self.transposed)
+
     def positions(self, x: Array) -> Shape | None:
         """All axes but the last."""
         return tuple(x.shape[:-1])

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from singd_core.layers import Convolution, Embedding, LayerKind, Linear
 from singd_core.step import couples_decay
 from singd_core.structures import Diagonal
 from singd_torch._groups import settings_of
@@ -74,7 +73,7 @@ def _parts(layer: Layer, places: Mapping[nn.Parameter, Sequence[Box]]) -> list[P
     if len(axes) != 1 or sum(box.numel for box in set(boxes)) != weight.numel():
         return None
     (axis,) = axes
-    is_rows = _is_rows(layer.kind, axis)
+    is_rows = layer.kind.has_rows_along(axis)
     K, C = layer.structures
     if is_rows is None or not issubclass(C if is_rows else K, Diagonal):
         return None
@@ -88,12 +87,3 @@ def _parts(layer: Layer, places: Mapping[nn.Parameter, Sequence[Box]]) -> list[P
         Part(is_rows, slice(start, start + n), counts[box])
         for (start, n), box in zip(intervals, boxes, strict=True)
     ]
-
-
-def _is_rows(kind: LayerKind, axis: int) -> bool | None:
-    """Whether an axis of the weight has the matrix's rows, or its columns; None if neither."""
-    if isinstance(kind, Convolution):
-        return True if axis == 0 and kind.groups == 1 else None
-    if isinstance(kind, Embedding) or (isinstance(kind, Linear) and kind.transposed):
-        return axis == 1
-    return axis == 0 if isinstance(kind, Linear) else None

@@ -53,6 +53,14 @@ def test_positions_are_what_a_mask_may_leave_out() -> None:
     assert (Linear().no_row, TABLE.no_row) == (None, 7)
 
 
+def test_whole_rows_can_be_told_from_columns() -> None:
+    assert [Linear().has_rows_along(axis) for axis in (0, 1)] == [True, False]
+    assert [TURNED.has_rows_along(axis) for axis in (0, 1)] == [False, True]
+    assert [TABLE.has_rows_along(axis) for axis in (0, 1)] == [False, True]
+    assert [Convolution((3, 3)).has_rows_along(axis) for axis in (0, 1)] == [True, None]
+    assert SMALL.has_rows_along(0) is None
+
+
 def test_patches_are_larger_than_the_image() -> None:
     x, g = np.zeros((2, 4, 5, 5)), np.zeros((2, 6, 3, 3))
     assert SMALL.unfolded(x, g) == 9
