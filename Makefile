@@ -12,7 +12,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-numpy compare paper test test-slow test-laws test-oldest test-newest test-gpu gpu lint format bench race
-.PHONY: docs release-check clean
+.PHONY: test-jax-oldest test-jax-newest docs release-check clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -69,6 +69,10 @@ test-newest: ## Run the same with the newest versions (PYTHON=python3.12 or newe
 	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade \
 		-e '.[jax,testing,torch]' $(WITH)
 	$(NEWEST)/bin/python -m pytest -n $(WORKERS) -m "not slow" $(FRAMEWORK_TESTS) $(ARGS)
+
+test-jax-oldest test-jax-newest: FRAMEWORK_TESTS := tests/jax_frontend
+test-jax-oldest: test-oldest ## The same as test-oldest, of jax alone
+test-jax-newest: test-newest ## The same as test-newest, of jax alone
 
 test-gpu: ## Run tests/gpu with PYTHON, on a machine with a GPU; installs nothing
 	PYTHONPATH=.:frontends:$$PYTHONPATH $(PYTHON) -m pytest -c tests/gpu/pytest.ini tests/gpu $(ARGS)

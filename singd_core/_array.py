@@ -15,6 +15,9 @@ Array: TypeAlias = Any  # any array of a library that follows the Python Array A
 Scalar: TypeAlias = Any  # a Python number, or an array of the batch axes' shape (often 0-d)
 
 _NAMESPACES: dict[type, Any] = {}
+# Types of arrays that are traced, and lie nowhere yet. To ask one of JAX costs a tenth of a second,
+# for the message of an error.
+TRACED: tuple[type, ...] = ()
 _HALF: dict[tuple[type, Any], bool] = {}
 
 
@@ -35,7 +38,7 @@ def device(x: Array) -> Any:
 
     `array_api_compat.device` does the same, and makes torch.compile warn.
     """
-    return getattr(x, "device", None)
+    return None if isinstance(x, TRACED) else getattr(x, "device", None)
 
 
 def is_half(x: Array) -> bool:

@@ -15,6 +15,10 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.interpreters import partial_eval
 
+from singd_core import _array
+
+_array.TRACED = (jax.core.Tracer,)
+
 Jaxpr: TypeAlias = Any
 Equation: TypeAlias = Any
 Variable: TypeAlias = Any

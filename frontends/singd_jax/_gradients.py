@@ -19,6 +19,10 @@ from singd_jax._state import Both, find_state, holds_state
 # So small that no norm of a gradient sees it beside the gradient, and so large that float32 holds
 # the curvature times it.
 _UNIT = 2.0**-48
+# What becomes of these numbers tells a multiple or a sum from anything else: along each axis, by
+# sign and by size. Rounding to bfloat16 changes them by less than the tolerance.
+_PATTERN = ((1.0, -2.0), (4.0, -8.0))
+_TOLERANCE = 2.0**-5
 
 
 @functools.partial(
@@ -30,13 +34,15 @@ class Gradients:
 
     Sums, means (`jax.lax.pmean`) and multiples of it are such of both: at the end the curvature is
     divided by what has become of `unit`, so a mean or a sum over micro-batches, and a gradient
-    that is clipped by its norm or unscaled, all leave the mean curvature. Norms of it are those of
-    the gradients.
+    that is clipped by its norm or unscaled, all leave the mean curvature. A gradient that is
+    clipped by value leaves it, too, since the bound is far above what is carried. Any other map,
+    such as a sign or added noise, makes the curvature NaN, and `tx.update` then skips the step and
+    counts it: apply such a map to `tree` alone. Norms of it are those of the gradients.
 
     Attributes:
         tree: The gradients, like the parameters.
         carried: The curvature of each layer times `unit`.
-        unit: A small number.
+        unit: Small numbers, shape (2, 2), of which a multiple or a sum keeps the proportions.
     """
 
     tree: Any
@@ -47,11 +53,11 @@ class Gradients:
     def of(cls, tree: Any, curvature: Mapping[str, Curvature]) -> Gradients:
         """Of gradients and the curvature that belongs to them."""
         small = jax.tree.map(lambda a: a * _UNIT, dict(curvature))
-        return cls(tree, small, jnp.asarray(_UNIT, jnp.float32))
+        return cls(tree, small, _UNIT * jnp.asarray(_PATTERN, jnp.float32))
 
     @property
     def curvature(self) -> dict[str, Curvature]:
-        """The curvature: the mean over what was summed.
+        """The curvature: the mean over what was summed; NaN if anything else was done to it.
 
         Raises:
             ValueError: If it was rounded to float16, which does not hold it.
@@ -61,8 +67,11 @@ class Gradients:
                 "gradients of singd_jax.value_and_grad were cast to float16, in which their "
                 "curvature is 0: cast to bfloat16, or only their `tree`"
             )
+        one, pattern = self.unit[:1, :1], jnp.asarray(_PATTERN, self.unit.dtype)
+        kept = jnp.all(jnp.abs(self.unit - one * pattern) <= _TOLERANCE * jnp.abs(one * pattern))
+        unit = jnp.where(kept, one[0, 0], jnp.nan)
         return {
-            name: jax.tree.map(lambda a: a / self.unit.astype(a.dtype), own)
+            name: jax.tree.map(lambda a: a / unit.astype(a.dtype), own)
             for name, own in self.carried.items()
         }
 

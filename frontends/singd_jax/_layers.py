@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 from singd_core import rules
 from singd_core._array import Array
 from singd_core._layer_state import Parameter, parts
+from singd_core._recipes import DEFAULT, STRUCTURES, settings
+from singd_core._settings import Settings
 from singd_core.layers import Tensor
 from singd_core.structures import Structure, choose
 from singd_jax._calls import Call
@@ -224,32 +227,36 @@ class Layers(Mapping[str, Layer]):
 
     __str__ = __repr__
 
-    def table(self, structures: Any = None) -> str:
+    def table(self, structures: Any = None, *, recipe: str = DEFAULT) -> str:
         """Which parameters form layers, of which kind and structures, or why they do not.
+
+        The bytes are those of K and C, and of m_K and m_C if the recipe keeps them.
 
         Args:
             structures: Of K and C, in place of those that the layers know.
+            recipe: What they will be trained with, "normalized" or "paper".
         """
         wanted = self.structures if structures is None else pair(structures)
+        wanted, own = STRUCTURES[recipe] if wanted is None else wanted, settings(recipe)
         header = ("parameter", "shape", "kind", "matrix", "K", "C", "bytes of factors", "")
         body: list[tuple[str, ...]] = [header]
         for layer in self.found.values():
-            body.append(self._row(layer, wanted))
+            body.append(self._row(layer, wanted, own))
         for name, reason in self.others.items():
-            if Tensor.fits(self.shapes.get(name, ())) and reason != COMPLEX:
+            learns = rules.learns_from_gradients(own) and reason != COMPLEX
+            if learns and Tensor.fits(self.shapes.get(name, ())):
                 layer = Layer.tensor(name, self.shapes[name])
-                body.append(self._row(dataclasses.replace(layer, notes=(reason,)), wanted))
+                body.append(self._row(dataclasses.replace(layer, notes=(reason,)), wanted, own))
                 continue
             trained = (_times(self.shapes[name]), "AdamW") if name in self.shapes else ("", "")
             body.append((name, *trained, "", "", "", "", reason))
         return _render(body)
 
-    def _row(self, layer: Layer, wanted: Wanted) -> tuple[str, ...]:
+    def _row(self, layer: Layer, wanted: Wanted, s: Settings) -> tuple[str, ...]:
         (stack, d_out, d_in), itemsize = layer.shape, self.itemsizes[layer.weight.name]
-        K, C = layer.structures(wanted, rules.IKFAC)
-        count = 1
-        for n in stack:
-            count *= n
+        rule = rules.get(s.rule)
+        K, C = layer.structures(wanted, rule)
+        count = math.prod(stack) * (2 if rule.keeps_momentum(s) else 1)
         total = count * itemsize * (K.numbers(d_in) + C.numbers(d_out))
         bias = "" if layer.bias is None else f" + {_short(layer.bias.name)}"
         matrix = _times((d_out, d_in)) if not stack else f"{_times(stack)} of {d_out}×{d_in}"

@@ -34,5 +34,14 @@ def update(model: Any, new: Any) -> None:
 
 def pure(tree: Any) -> Any:
     """A tree with arrays in the place of variables, such as the state of an `nnx.Optimizer`."""
-    nnx = sys.modules.get("flax.nnx")
-    return tree if nnx is None else nnx.as_pure(tree)
+    nnx: Any = sys.modules.get("flax.nnx")
+    if nnx is None:
+        return tree
+    if hasattr(nnx, "as_pure"):
+        return nnx.as_pure(tree)
+    # before flax 0.12.1
+    return jax.tree.map(
+        lambda v: v.value if isinstance(v, nnx.Variable) else v,
+        tree,
+        is_leaf=lambda v: isinstance(v, nnx.Variable),
+    )

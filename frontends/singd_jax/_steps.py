@@ -24,6 +24,7 @@ from singd_jax._find import find_layers
 from singd_jax._layers import Layer, Layers, pair
 from singd_jax._loss import Leaves
 from singd_jax._pytree import register_with_flax
+from singd_jax._sharding import shardings
 from singd_jax._state import Fixed, SingdState
 from singd_jax._tensors import NONE, extended, tensors
 
@@ -149,11 +150,14 @@ class Steps:
         found |= others_found
         owned |= set(others_found)
         dtypes = {name: arrays[name].dtype for name in owned}
+
         # Compiled, so that no array is tied to a device: the core makes them on that of another
         # array, and the second step would be compiled again for what is then tied to it.
-        states = jax.jit(
-            lambda: {name: self._layer_state(layer, dtypes) for name, layer in found.items()}
-        )()
+        def made() -> dict[str, LayerState]:
+            return {name: self._layer_state(layer, dtypes) for name, layer in found.items()}
+
+        where = shardings(found, arrays, jax.eval_shape(made))
+        states = jax.jit(made, out_shardings=where)()
         rest = {k: _moments(a) for k, a in arrays.items() if others and k not in owned}
         count, skipped = (jnp.zeros((), jnp.int32) for _ in range(2))
         core = State(count, skipped, states, rest)  # type: ignore[arg-type]

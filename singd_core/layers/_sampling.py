@@ -14,7 +14,8 @@ from singd_core.structures.base import Structure
 # An axis starts at these shares of its length times the step, modulo 1: the golden ratio and roots
 # whose multiples fill the axis evenly, in 2⁻¹⁵. Odd, so that all 2¹⁵ starts come; small, so that
 # the products fit into 32 bits, in which JAX counts steps.
-_ONE = 1 << 15
+_BITS = 15
+_LAST = (1 << _BITS) - 1
 _SHARES = (20251, 13573, 23987, 7735)  # (√5 − 1)/2, √2 − 1, √3 − 1, √5 − 2
 
 
@@ -76,9 +77,9 @@ class Sample:
 
     def start(self, n: int, axis: int = 0) -> Any:
         """Which of `n` indices is the first one, along the axis of this number."""
-        whole, rest = divmod(n, _ONE)
-        share = self.step % _ONE * _SHARES[axis % len(_SHARES)] % _ONE
-        return share * whole + share * rest // _ONE  # share · n / 2¹⁵ in 32 bits
+        whole, rest = n >> _BITS, n & _LAST
+        share = ((self.step & _LAST) * _SHARES[axis % len(_SHARES)]) & _LAST
+        return share * whole + ((share * rest) >> _BITS)  # share · n / 2¹⁵ in 32 bits
 
     def take(
         self, x: Array, m: int, axis: int = 0, *, number: int = 0, shared: int = 1

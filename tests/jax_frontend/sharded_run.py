@@ -24,6 +24,13 @@ PARAMS = {"v": array(4, 8), "a": array(8), "w": array(2, 8, 8), "b": array(2, 8)
 X, BATCH = array(16, 4), 16
 GAPS = {"T": 2, "growing_T": False}
 SPECS = {"v": P(None, "model"), "a": P("model"), "w": P(None, "model"), "b": P(), "s": P()}
+FSDP_TP = {
+    "v": P("data", "model"),
+    "a": P("model"),
+    "w": P(None, "data", "model"),
+    "b": P(None, "model"),
+    "s": P("data"),
+}
 
 
 def model(p, x):
@@ -76,16 +83,17 @@ def factors_sharded(mesh, state):
     return jax.tree.map(place, state)
 
 
-def gspmd(structures, rows=None):
+def gspmd(structures):
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     params, x = placed(mesh, P("data"), SPECS)
-    place = functools.partial(factors_sharded, mesh)
-    return steps(loss, params, x, structures, place, rows=rows)
+    return steps(loss, params, x, structures, functools.partial(factors_sharded, mesh))
 
 
 def few_rows_of_divided_data(structures):
-    """All are measured: the chosen ones would have to be sent."""
-    return gspmd(structures, rows=1)
+    """All are measured: the chosen ones would have to be sent. `init` has divided the factors."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    params, x = placed(mesh, P("data"), FSDP_TP)
+    return steps(loss, params, x, structures, rows=1)
 
 
 def explicit(structures):
@@ -267,10 +275,20 @@ def all_reduces():
     return counts
 
 
-def momenta():
-    """How often a momentum is sharded otherwise than its parameter, at the start and later."""
+def shares(state):
+    """The share of its entries that one device has of each array that eight devices can divide."""
+    found = {}
+    for path, a in jax.tree_util.tree_leaves_with_path(state.rest.layers):
+        if any(n % 8 == 0 for n in a.shape) and a.size:
+            parts = [shard.data.size for shard in a.addressable_shards]
+            found[jax.tree_util.keystr(path)] = max(parts) / a.size
+    return found
+
+
+def state_of_parts():
+    """How often a momentum is sharded otherwise than its parameter, and the shares of factors."""
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-    params, x = placed(mesh, P("data"), SPECS)
+    params, x = placed(mesh, P("data"), FSDP_TP)
     layers = singd_jax.find_layers(loss)(params, x)
     tx = singd_jax.singd(0.05, layers=layers, **GAPS)
 
@@ -280,14 +298,15 @@ def momenta():
         updates, state = tx.update(grads, state, params, curvature=curvature)
         return optax.apply_updates(params, updates), state
 
-    state, wrong = tx.init(params), 0
+    state, wrong, found = tx.init(params), 0, []
     for _ in range(3):
+        found.append(shares(state))
         for name, own in state.core.layers.items():
             for leaf, m in zip(layers[name].leaves, own.momenta, strict=True):
                 wrong += m.shape != PARAMS[leaf].shape
                 wrong += not m.sharding.is_equivalent_to(params[leaf].sharding, m.ndim)
         params, state = step(params, state, x)
-    return wrong
+    return {"momenta": wrong, "shares": found}
 
 
 RUNS = (
@@ -314,7 +333,7 @@ def main():
             found[run.__name__] = gap(run(structures), expected)
     found["refusals"] = refusals()
     found["all-reduces"] = all_reduces()
-    found["momenta"] = momenta()
+    found["state"] = state_of_parts()
     found["few rows"] = few_rows_of_each_device(structures)
     print(json.dumps(found))
 

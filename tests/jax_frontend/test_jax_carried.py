@@ -1,5 +1,7 @@
 """Gradients that carry the curvature, and what training loops do with them."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -61,6 +63,36 @@ def test_the_curvature_is_the_same_whatever_the_gradients_are_multiplied_by(chan
     _, grads = singd_jax.value_and_grad(loss)(start(), tx.init(start()), X)
     assert_close(change(grads).curvature, grads.curvature, 0.02)  # of bfloat16
     assert not np.allclose(change(grads).carried["v"].t_U, 0.0, atol=0.0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        jnp.sign,
+        jnp.square,
+        jnp.abs,
+        lambda g: g + 1e-3,
+        lambda g: g - jnp.mean(g, axis=-1, keepdims=True) if g.ndim > 1 else g,
+    ],
+    ids=["sign", "square", "size", "noise", "centered"],
+)
+def test_a_map_that_is_no_multiple_changes_nothing_and_is_counted(change):
+    tx = singd_jax.singd(layers=LAYERS, T=1)
+    params, state = trained(tx, lambda grads: jax.tree.map(change, grads))
+    assert_close(params, start(), 0.0)
+    assert int(state.core.skipped) == 3
+    apart = trained(
+        tx, lambda grads: dataclasses.replace(grads, tree=jax.tree.map(change, grads.tree))
+    )
+    assert int(apart[1].core.skipped) == 0
+
+
+def test_gradients_clipped_by_value_carry_their_curvature():
+    tx = singd_jax.singd(layers=LAYERS, T=1)
+    _, grads = singd_jax.value_and_grad(loss)(start(), tx.init(start()), X)
+    clipped, _ = optax.clip(1e-2).update(grads, optax.EmptyState())
+    assert_close(clipped.curvature, grads.curvature, 0.0)
+    assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(clipped.tree)) <= 1e-2
 
 
 def test_the_last_digits_of_float16_are_asked_for():

@@ -60,7 +60,14 @@ def test_each_device_measures_some_of_its_own_rows(found):
 
 
 def test_momenta_are_sharded_like_their_parameters(found):
-    assert found["momenta"] == 0
+    assert found["state"]["momenta"] == 0
+
+
+def test_factors_are_divided_over_the_mesh_and_stay_so(found):
+    first, *later = found["state"]["shares"]
+    assert len(first) == 4  # C and the levels of the rows of both layers
+    assert set(first.values()) == {1 / 8}, first
+    assert all(shares == first for shares in later)
 
 
 def test_products_of_data_that_devices_share_are_rejected_and_it_is_said_why(found):

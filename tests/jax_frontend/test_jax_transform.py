@@ -65,6 +65,13 @@ def test_the_table_tells_who_owns_each_parameter():
         f"scale      5      AdamW{'':42}multiplied entry by entry",
     ]
     assert "diagonal" in LAYERS.table("diagonal")
+    found = singd_jax.singd(layers=LAYERS, recipe="paper").init(start()).core.layers
+    kept = {
+        name: sum(a.nbytes for n, a in own.factors.named_arrays() if n[:2] in ("K.", "C.", "m_"))
+        for name, own in found.items()
+    }
+    rows = [row.split() for row in LAYERS.table(recipe="paper").splitlines()[1:]]
+    assert {row[0]: int(row[-1]) for row in rows[:2]} == kept == {"v": 400, "w": 360}
 
 
 def test_parameters_of_no_layer_follow_optax_adamw():
