@@ -11,6 +11,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
+import jax
+
 Atom: TypeAlias = tuple[int, int, int]
 Group: TypeAlias = tuple[Atom, ...]
 Region: TypeAlias = tuple[tuple[int, int], ...]  # (start, size) along each axis of a leaf
@@ -185,6 +187,16 @@ class View:
         stack, dims[axis] = (*self.stack, dims[axis]), ()
         picks = (*self.picks, pick)
         return dataclasses.replace(self, stack=stack, picks=picks, dims=tuple(dims))
+
+    def cut(self, starts: Sequence[Any], sizes: Sequence[int]) -> View | None:
+        """The view of a slice that starts at numbers, as dynamic_slice moves them; else None."""
+        view: View | None = self
+        for axis, (start, length, n) in enumerate(zip(starts, sizes, self.shape, strict=True)):
+            if isinstance(start, jax.core.Tracer):
+                return None
+            first = min(max(int(start), 0), n - length)
+            view = None if view is None else view.narrow(axis, first, length)
+        return view
 
     def enter_scan(self, scan: Any) -> View:
         """The view of one index of the first axis, inside a scan over it."""

@@ -17,12 +17,11 @@ from singd_jax import _compat
 from singd_jax._axes import View
 from singd_jax._joins import Join
 from singd_jax._product import Origin, Product
+from singd_jax._reasons import STACKED
 from singd_jax._tap import Port, Slice
 
 if TYPE_CHECKING:
     from singd_jax._trace import Ports, Tracer
-
-STACKED = "stacked inside the loss: keep the stack as one parameter"
 
 Results: TypeAlias = tuple[list[Any], list[Origin]]
 

@@ -17,10 +17,11 @@ from singd_core._array import Array
 from singd_jax import _calls, _compat
 from singd_jax._axes import Group, Key, View, axes_of, rearranged
 from singd_jax._calls import Call, Cut
-from singd_jax._enter import CALLS, STACKED, reaches
+from singd_jax._enter import CALLS, reaches
 from singd_jax._joins import Join, cuts
 from singd_jax._product import Bias, Origin, Path, Piece, Product
 from singd_jax._ragged import ragged_dot
+from singd_jax._reasons import reason
 from singd_jax._spread import Spread
 
 Ports: TypeAlias = Mapping[Key, Any]
@@ -154,7 +155,9 @@ class Tracer:
         if name in ("mul", "div", "neg"):
             new = self._multiple(name, values, origins)
         elif name == "dynamic_slice" and isinstance(first, View):
-            new = first.pick(values[1:], p["slice_sizes"])
+            new = first.pick(values[1:], p["slice_sizes"]) or first.cut(
+                values[1:], p["slice_sizes"]
+            )
         elif isinstance(first, (View, Join)):
             new = first.apply(name, p)
         elif isinstance(first, Product):
@@ -162,7 +165,7 @@ class Tracer:
             new = None if dims is None else dataclasses.replace(first, dims=dims)
         if new is None:
             for o in origins:
-                self.note(o, _REASONS.get(name, f"read by `{name}`"))
+                self.note(o, reason(name))
         return new
 
     def _multiple(self, name: str, values: Any, origins: list[Origin]) -> Origin:
@@ -177,7 +180,7 @@ class Tracer:
         other = values[1 - side]
         if np.size(other) != 1:
             return None
-        self.note(origins[1 - side], _REASONS["mul"])
+        self.note(origins[1 - side], reason("mul"))
         number = jnp.reshape(other, ())
         return origin.times(1.0 / number if name == "div" else number)
 
@@ -282,19 +285,6 @@ class Tracer:
         for view in views:
             if isinstance(view, View):
                 self.reads[view.leaf][reason] = None
-
-
-_REASONS = {
-    "mul": "multiplied entry by entry",
-    "while": "inside a while loop",
-    "custom_vjp_call": "inside a custom_vjp, which shows no gradient of an output",
-    "custom_vjp_call_jaxpr": "inside a custom_vjp, which shows no gradient of an output",
-    "concatenate": "concatenated with what is no parameter",
-    "stack": STACKED,
-    "dynamic_slice": "sliced at a place that is known only at run time",
-    "slice": "sliced across its layout",
-    "dot_general": "multiplied with a parameter",
-}
 
 
 def _is_plain(factor: Any) -> bool:

@@ -1,6 +1,7 @@
 """The curvature of weights that are multiplied, indexed, padded or grouped before their product."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -190,3 +191,70 @@ def test_no_rank_is_promoted(name):
             case.params, state, *case.batch
         )
         tx.update(grads, state, case.params, curvature=curvature)
+
+
+def chunk(w, i):
+    return lax.dynamic_slice_in_dim(w, 3 * i, 3, axis=1)
+
+
+def head_in_slices(p, x):
+    return sum(mean_square(x @ chunk(p["w"], i)) for i in range(2))
+
+
+def test_chunks_of_a_head_that_start_at_numbers_are_layers():
+    params = {"w": array(4, 6)}
+    layers = singd_jax.find_layers(head_in_slices)(params, X)
+    assert set(layers) == {"w[:,0:3]", "w[:,3:6]"}
+    assert max(singd_jax.check(head_in_slices, layers)(params, X).values()) < 1e-5
+
+
+@jax.custom_vjp
+def fused(x, w):
+    return jnp.tanh(x @ w)
+
+
+def fused_backward(residuals, g):
+    x, w, y = residuals
+    g = g * (1 - y**2)
+    return g @ w.T, x.T @ g
+
+
+fused.defvjp(lambda x, w: (fused(x, w), (x, w, fused(x, w))), fused_backward)
+
+
+def head_in_loop(p, x):
+    def add(total, i):
+        return total + mean_square(x @ chunk(p["w"], i)), None
+
+    return lax.scan(add, 0.0, jnp.arange(2))[0]
+
+
+def head_in_scanned_chunks(p, x):
+    chunks = jnp.moveaxis(p["w"].reshape(4, 2, 3), 1, 0)
+    return lax.scan(lambda total, w: (total + mean_square(x @ w), None), 0.0, chunks)[0]
+
+
+@pytest.mark.parametrize(
+    ("loss", "said", "remedy"),
+    [
+        (
+            lambda p, x: mean_square(fused(x, p["w"])),
+            "inside a custom_vjp, .*: multiply by it outside of the function",
+            lambda p, x: mean_square(jnp.tanh(x @ p["w"])),
+        ),
+        (
+            head_in_loop,
+            "known only at run time: reshape its axis to .* and scan over the chunks",
+            head_in_scanned_chunks,
+        ),
+    ],
+    ids=["custom_vjp", "slices"],
+)
+def test_the_table_says_why_there_are_no_rows_and_what_to_do(loss, said, remedy):
+    params = {"w": array(4, 6)}
+    layers = singd_jax.find_layers(loss)(params, X)
+    assert re.search(f"no rows.*{said}", str(layers))
+    trained = singd_jax.singd(layers=layers).init(params).layers["w"]
+    assert trained.kind == "no rows"
+    np.testing.assert_allclose(remedy(params, X), loss(params, X), rtol=1e-6)
+    assert set(singd_jax.find_layers(remedy)(params, X)) == {"w"}

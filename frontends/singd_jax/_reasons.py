@@ -1,0 +1,29 @@
+"""Why a parameter shows no rows, and what to do about it where something can be done."""
+
+STACKED = "stacked inside the loss: keep the stack as one parameter"
+
+_HIDDEN = (
+    "inside a custom_vjp, which shows no gradient of an output: multiply by it outside of the "
+    "function, or make the function a custom_jvp"
+)
+
+# By the equation that reads it.
+REASONS = {
+    "mul": "multiplied entry by entry",
+    "while": "inside a while loop: use lax.scan",
+    "custom_vjp_call": _HIDDEN,
+    "custom_vjp_call_jaxpr": _HIDDEN,
+    "concatenate": "concatenated with what is no parameter: multiply by each of them",
+    "stack": STACKED,
+    "dynamic_slice": (
+        "sliced at a place that is known only at run time: reshape its axis to (chunks, size) and "
+        "scan over the chunks"
+    ),
+    "slice": "sliced across its layout",
+    "dot_general": "multiplied with a parameter",
+}
+
+
+def reason(name: str) -> str:
+    """Why, of a parameter that an equation of this name reads."""
+    return REASONS.get(name, f"read by `{name}`")
