@@ -1,18 +1,21 @@
 """What the curvature costs in JAX: peak temporary memory, and processor time to compile and step.
 
 A transformer of equal blocks in a scan, with `jax.checkpoint` and without, in float32; with
-`--first` behind a linear layer, so that the scan does not begin with the batch itself.
+`--first` behind a linear layer, so that the scan does not begin with the batch itself; with
+`--unrolled` each block has parameters of its own. Steps are timed beside those of optax.
 
     python benchmarks/jax_cost.py [--blocks 8] [--width 256] [--batch 8] [--length 256] [--steps 0]
-        [--first]
+        [--first] [--unrolled]
 """
 
 import argparse
+import functools
 import time
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 import singd_jax
 
@@ -41,7 +44,11 @@ def make_loss(remat, heads=4):
 
     def loss(params, x):
         x = x @ params["first"] if "first" in params else x
-        y, _ = jax.lax.scan(jax.checkpoint(block) if remat else block, x, params["blocks"])
+        step = jax.checkpoint(block) if remat else block
+        if isinstance(params["blocks"], list):
+            y = functools.reduce(lambda x, p: step(x, p)[0], params["blocks"], x)
+        else:
+            y, _ = jax.lax.scan(step, x, params["blocks"])
         return jnp.mean(jnp.sum((jnp.tanh(y) - 0.3) ** 2, axis=(1, 2)))
 
     return loss
@@ -66,29 +73,33 @@ def report(name, function, args, base=None):
 
 def memory(loss, params, x):
     base = report("gradient", jax.value_and_grad(loss), (params, x))
-    for structures in ("diagonal", "dense"):
+    for structures in (None, "diagonal", "dense"):
         layers = singd_jax.find_layers(loss, structures=structures)(params, x)
         for T, branch in ((1, "step"), (10, "step"), (10, "layer")):
             state = jax.eval_shape(
                 singd_jax.singd(layers=layers, T=T, growing_T=False).init, params
             )
             function = singd_jax.value_and_curvature(loss, layers, branch=branch)
-            name = f"{structures}, T={T}" + (f', branch="{branch}"' if T > 1 else "")
+            name = f"{structures or 'default'}, T={T}" + (f', branch="{branch}"' if T > 1 else "")
             report(name, function, (params, state, x), base)
 
 
 def step_time(loss, params, x, steps):
     layers = singd_jax.find_layers(loss)(params, x)
     optimizers = {"adamw": optax.adamw(1e-3)}
-    for structures in ("diagonal", "dense"):
+    for name in ("muon", "soap"):  # where this optax has it
+        if hasattr(optax.contrib, name):
+            optimizers[name] = getattr(optax.contrib, name)(1e-3)
+    of_optax = list(optimizers)
+    for structures in (None, "diagonal", "dense"):
         for T in (1, 10):
-            optimizers[f"{structures}, T={T}"] = singd_jax.singd(
+            optimizers[f"{structures or 'default'}, T={T}"] = singd_jax.singd(
                 layers=layers, structures=structures, T=T, growing_T=False
             )
     for name, tx in optimizers.items():
 
         def step(params, state, x, tx=tx, name=name):
-            if name == "adamw":
+            if name in of_optax:
                 _, grads = jax.value_and_grad(loss)(params, x)
                 updates, state = tx.update(grads, state, params)
             else:
@@ -112,8 +123,12 @@ def main():
     for name, default in {"blocks": 8, "width": 256, "batch": 8, "length": 256, "steps": 0}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--first", action="store_true")
+    parser.add_argument("--unrolled", action="store_true")
     given = parser.parse_args()
     params = init(jax.random.key(0), given.blocks, given.width, given.first)
+    if given.unrolled:
+        blocks = params["blocks"]
+        params["blocks"] = [jax.tree.map(lambda a, i=i: a[i], blocks) for i in range(given.blocks)]
     x = jax.random.normal(jax.random.key(1), (given.batch, given.length, given.width))
     for remat in (True, False):
         print(f"{'with' if remat else 'without'} jax.checkpoint")
