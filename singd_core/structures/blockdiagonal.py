@@ -92,7 +92,8 @@ class BlockDiagonal(Pattern):
     def congruence(self, X: Array) -> Self:
         """Π̂(Lᵀ X Xᵀ L), by the order of products that costs less, as for a dense matrix."""
         if X.shape[-1] <= 2 * self.b:
-            return self.outer(self.apply_t(X))
+            blocks, last = self._apply_t(X)
+            return type(self)(blocks @ blocks.mT, last @ last.mT)
         return self.map(lambda L, U: L.mT @ U @ L, self.outer(X))
 
     @classmethod
@@ -113,8 +114,15 @@ class BlockDiagonal(Pattern):
         return self._join(self.blocks @ blocks, self.last @ last)
 
     def apply_t(self, X: Array) -> Array:
+        return self._join(*self._apply_t(X))
+
+    def _apply_t(self, X: Array) -> tuple[Array, Array]:
         blocks, last = self._split(X)
-        return self._join(self.blocks.mT @ blocks, self.last.mT @ last)
+        return self.blocks.mT @ blocks, self.last.mT @ last
+
+    def precondition(self, X: Array) -> Array:
+        blocks, last = self._apply_t(X)
+        return self._join(self.blocks @ blocks, self.last @ last)
 
     def apply_into(self, X: Array, out: Array) -> Array:
         into = self._split(out)

@@ -133,13 +133,34 @@ def _curvatures(parts: Sequence[Part], grad_scale: Any) -> list[Curvature]:
 def _sizes(rows: Sequence[Sequence[Structure]], counts: Sequence[int]) -> Tensor:
     """The Frobenius norms of rows of structured matrices, so many in each of a row."""
     each: list[Tensor] = []
+    more: list[Tensor] = []  # the further arrays of patterns, and where their matrices begin
+    starts: list[int] = []
     for m, n in ((m, n) for row in rows for m, n in zip(row, counts, strict=True)):
-        arrays = [a for _, a in m.named_arrays() if a.numel()]
-        if isinstance(m, Pattern) and len(arrays) == 1:
-            each += arrays[0].reshape(n, -1).unbind(0)
+        arrays = [a for _, a in m.named_arrays() if a.numel()] if isinstance(m, Pattern) else []
+        first, *others = arrays or [m.norm()]
+        starts += [len(each) + i for _ in others for i in range(n)]
+        each += first.reshape(n, -1).unbind(0)
+        more += [part for a in others for part in a.reshape(n, -1).unbind(0)]
+    norms = norms_of(each + more)
+    if more:
+        squares = norms * norms
+        norms, place = squares[: len(each)], len(each)
+        for start, n in _runs(starts):
+            norms[start : start + n].add_(squares[place : place + n])
+            place += n
+        norms.sqrt_()
+    return norms.view(len(rows), -1)
+
+
+def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """The beginnings and lengths of what counts up."""
+    found: list[tuple[int, int]] = []
+    for number in numbers:
+        if found and number == sum(found[-1]):
+            found[-1] = found[-1][0], found[-1][1] + 1
         else:
-            each += m.norm().reshape(n, 1).unbind(0)
-    return norms_of(each).view(len(rows), -1)
+            found.append((number, 1))
+    return found
 
 
 def _factors(stack: Stack) -> InverseFree:

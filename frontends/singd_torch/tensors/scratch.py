@@ -71,7 +71,7 @@ def empty(shape: Sequence[int], like: Tensor, slot: int = AVERAGE) -> Tensor:
 
 def constant(value: float, like: Tensor) -> Tensor:
     """A number as a 0-d tensor, which is made once where memory is lent."""
-    scratch = _CURRENT.get()
+    scratch = None if torch.compiler.is_compiling() else _CURRENT.get()
     return _full(value, like) if scratch is None else scratch.constant(value, like)
 
 

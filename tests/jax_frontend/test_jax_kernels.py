@@ -1,0 +1,112 @@
+"""How many kernels XLA makes of a step: fusions, products and what it runs by itself."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import singd_jax
+
+# What is no work: names of values, and control flow, whose computations are counted.
+FREE = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"),
+    *("conditional", "while", "call", "iota"),
+}
+
+# Of 17 weights, which step one by one; XLA for a CPU, which fuses less than for a GPU.
+OTHER, REFRESH, ADAMW = 870, 1272, 111
+
+
+def computations(text: str) -> dict[str, list[str]]:
+    """The instructions of each computation of an optimized module."""
+    found: dict[str, list[str]] = {}
+    lines: list[str] = []
+    for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
+        if start := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            lines = found["ENTRY" if line.startswith("ENTRY") else start[1]] = []
+        elif " = " in line:
+            lines.append(line.strip())
+    return found
+
+
+def kernels(text: str, taken: int) -> int:
+    """The instructions that work, where conditionals take the branch of this index."""
+    all_of = computations(text)
+
+    def count(name: str) -> int:
+        total = 0
+        for line in all_of[name]:
+            operation = re.search(r" = (?:\([^=]*?\)|\S+) ([\w\-]+)\(", line)
+            assert operation is not None, line
+            kind = operation[1]
+            total += kind not in FREE
+            if kind == "conditional":
+                branches = re.search(r"branch_computations=\{([^}]*)\}", line)
+                assert branches is not None, line
+                total += count(branches[1].replace("%", "").split(", ")[taken])
+            elif kind in ("call", "while"):
+                for called in re.findall(r"(?:to_apply|body)=%?([\w.\-]+)", line):
+                    total += count(called)
+        return total
+
+    return count("ENTRY")
+
+
+def gpt(d: int = 16, blocks: int = 4, symbols: int = 13):
+    """The parameters and the loss of a transformer of equal blocks, as the one of torch's test."""
+    rng = np.random.default_rng(0)
+    shapes = {"qkv": (d, 3 * d), "out": (d, d), "up": (d, 4 * d), "down": (4 * d, d)}
+
+    def dense(shape):
+        w = rng.standard_normal(shape) / shape[0] ** 0.5
+        return {"w": jnp.asarray(w, jnp.float32), "b": jnp.zeros(shape[1])}
+
+    params = {
+        "symbols": jnp.asarray(rng.standard_normal((symbols, d)), jnp.float32),
+        "blocks": [{name: dense(shape) for name, shape in shapes.items()} for _ in range(blocks)],
+        "scale": jnp.ones(d),
+        "head": dense((d, symbols)),
+    }
+
+    def loss(p, ids):
+        x = p["symbols"][ids]
+        for block in p["blocks"]:
+            apply = lambda name, x, block=block: x @ block[name]["w"] + block[name]["b"]  # noqa: E731
+            q, k, v = jnp.split(apply("qkv", x), 3, axis=-1)
+            x = x + apply("out", jax.nn.softmax(q @ k.mT) @ v)
+            x = x + apply("down", jax.nn.gelu(apply("up", x)))
+        logits = (x * p["scale"]) @ p["head"]["w"] + p["head"]["b"]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, ids).mean()
+
+    return params, loss, jnp.asarray(rng.integers(symbols, size=(2, 8)))
+
+
+def compiled(update, *given) -> str:
+    """The module of an update that may write to the state and to the gradients."""
+    return jax.jit(update, donate_argnums=(0, 1)).lower(*given).compile().as_text()
+
+
+@pytest.mark.slow
+def test_xla_makes_few_kernels_of_a_step():
+    params, loss, ids = gpt()
+    layers = singd_jax.find_layers(loss)(params, ids)
+    tx = singd_jax.singd(layers=layers, T=10, growing_T=False)
+    state = tx.init(params)
+    function = singd_jax.value_and_curvature(loss, layers)
+    _, grads, curvature = jax.eval_shape(function, params, state, ids)
+
+    def update(grads, state, params, curvature):
+        return tx.update(grads, state, params, curvature=curvature)
+
+    text = compiled(update, grads, state, params, curvature)
+    other, refresh = kernels(text, 0), kernels(text, 1)
+    adamw = optax.adamw(1e-3)
+    text = compiled(adamw.update, grads, adamw.init(params), params)
+    assert kernels(text, 0) == ADAMW
+    assert other <= OTHER
+    assert refresh <= REFRESH
