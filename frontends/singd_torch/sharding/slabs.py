@@ -132,14 +132,15 @@ def _begin(stack: Stack, state: State, given: Gradients, wide: torch.dtype) -> _
 def _move(some: Sequence[_Begun], squares: Tensor, state: State, given: Gradients) -> Sequence[Any]:
     """Move slabs of one group, by the squares of all processes."""
     of_gradient, ahead, natural = squares.unbind(1)
+    on_device = partial(placed, dtype=squares.dtype, device=squares.device)
     late = _joined([one.stack.late for one in some if one.stack.late is not None])
     t_U = torch.stack([one.factors.averages.t_U for one in some])
     each = zip(*(_sides(one.slab) for one in some), strict=True)
-    spectral, outputs = (squares.new_tensor(side) for side in each)
+    spectral, outputs = (torch.stack([on_device(x) for x in side]) for side in each)
     lengths = ahead.sqrt(), natural.sqrt()
     of_steps = size((spectral, outputs), t_U)
     scale, late, agreement = scaled(some[0].s, of_steps, of_gradient, lengths, late)
-    scales, agreements = (torch.as_tensor(x).expand_as(natural) for x in (scale, agreement))
+    scales, agreements = (on_device(x).expand_as(natural) for x in (scale, agreement))
     finite = natural.isfinite()
     moves = finite.tolist() if given.ok is None else (given.ok & finite).unbind()
     for i, (one, moves_one) in enumerate(zip(some, moves, strict=True)):
