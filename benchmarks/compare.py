@@ -20,16 +20,32 @@ from typing import Any
 import compare_report
 import torch
 from compare_plan import CHOICE, CONFIRM, Plan
-from compare_runs import FOLDER, OURS, OWN, RIVALS, SCHEDULES, Result, Run, Store, train
+from compare_runs import (
+    BESIDES,
+    FOLDER,
+    OURS,
+    OWN,
+    RIVALS,
+    SCHEDULES,
+    Result,
+    Run,
+    Store,
+    train,
+)
 from compare_tried import against_rivals
 from pages import ROOT, write
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeElapsedColumn
-from tasks import BATCHES, HELD_OUT, TASKS, TWELVE
+from tasks import BATCHES, HELD_OUT, SCALES, TASKS, TWELVE
 
 PAGE = ROOT / "docs" / "comparison.md"
 ROWS = ROOT / "docs" / "rows.md"
-GROUPS = {"twelve": list(TWELVE), "batches": list(BATCHES), "held-out": list(HELD_OUT)}
+GROUPS = {
+    "twelve": list(TWELVE),
+    "batches": list(BATCHES),
+    "held-out": list(HELD_OUT),
+    "scales": list(SCALES),
+}
 QUICK_TASKS = ["digits-mlp", "digits-cnn", "autoencoder", "vit"]
 QUICK_STEPS = 30
 
@@ -93,7 +109,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     """What the command was given."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tasks", nargs="+", choices=[*GROUPS, *TASKS], default=list(GROUPS))
-    parser.add_argument("--methods", nargs="+", choices=[*OWN, *RIVALS])
+    parser.add_argument("--methods", nargs="+", choices=[*OWN, *RIVALS, *BESIDES])
     parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=list(SCHEDULES))
     parser.add_argument(
         "--seeds", nargs="*", type=int, help="that confirm, or run --singd; none: search alone"
@@ -110,7 +126,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(given)
     if args.seeds is None:
         args.seeds = CHOICE if args.singd else CONFIRM
-    args.methods = args.methods or ([OURS] if args.singd else [*OWN, *RIVALS])
+    args.methods = args.methods or ([OURS] if args.singd else [*OWN, *RIVALS, *BESIDES])
     tasks = dict.fromkeys(task for name in args.tasks for task in GROUPS.get(name, [name]))
     for name in tasks:
         if missing := TASKS[name].missing:

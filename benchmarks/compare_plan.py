@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from compare_runs import OWN, RIVALS, Run, Store, make
+from compare_runs import BESIDES, LINEAR, OWN, RIVALS, Run, Store, make
 from tasks import TWELVE
 
 SEARCH = 0  # the seed that chooses the rates of rivals
@@ -24,6 +24,8 @@ RATES: dict[str, tuple[float, ...]] = {
     "AdamW": (0.001, 0.002, 0.005, 0.01, 0.02, 0.05),
     "Muon": (0.005, 0.01, 0.02, 0.05, 0.1, 0.2),
     "SOAP": (0.002, 0.005, 0.01, 0.02, 0.05, 0.1),
+    "PSGD": (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02),
+    "Adafactor": (0.002, 0.005, 0.01, 0.02, 0.05, 0.1),
 }
 
 
@@ -84,7 +86,7 @@ class Plan:
 
     store: Store
     tasks: Sequence[str]
-    methods: Sequence[str] = (*OWN, *RIVALS)
+    methods: Sequence[str] = (*OWN, *RIVALS, *BESIDES)
     schedules: Sequence[str] = ("linear",)
     seeds: Sequence[int] = CONFIRM
     variants: Sequence[dict[str, Any]] = ({},)
@@ -162,7 +164,7 @@ class Plan:
             self.run(task, method, rate, SEARCH, schedule)
             for schedule in self.schedules
             for task in self.tasks
-            for method in self.methods
+            for method in self._methods(schedule)
             if method not in OWN
             for rate in self.grid(task, method, schedule)
         ]
@@ -171,7 +173,7 @@ class Plan:
         """The seeds of SINGD and of the rates that were chosen, or of a guess at them."""
         found = []
         for schedule in self.schedules:
-            for method in self.methods:
+            for method in self._methods(schedule):
                 one = None if method in OWN else self.one(method, schedule)
                 for task in self.tasks:
                     if method in OWN:
@@ -189,6 +191,9 @@ class Plan:
                         for seed in self.seeds
                     ]
         return found
+
+    def _methods(self, schedule: str) -> list[str]:
+        return [m for m in self.methods if schedule == "linear" or m not in LINEAR]
 
     def pending(self, guess: bool = False) -> list[Run]:
         """What is missing: first all that chooses, then what confirms."""

@@ -8,10 +8,20 @@ import statistics
 from collections.abc import Sequence
 
 from compare_plan import CONFIRM, EXTENSIONS, SEARCH, Plan
-from compare_runs import GRADIENTS, OURS, RIVALS, SCHEDULES, WARM_UP, Result, Store
+from compare_runs import (
+    BESIDES,
+    DIAGONAL,
+    GRADIENTS,
+    OURS,
+    RIVALS,
+    SCHEDULES,
+    WARM_UP,
+    Result,
+    Store,
+)
 from compare_tried import costs, tried
 from pages import digits, table
-from tasks import BATCHES, HELD_OUT, TASKS, TWELVE
+from tasks import BATCHES, HELD_OUT, SCALES, TASKS, TWELVE
 
 TITLES = {
     "linear": "A linear decay",
@@ -22,6 +32,7 @@ GROUPS = {
     "the twelve tasks": list(TWELVE),
     "batches of 8 and of 1024": list(BATCHES),
     "held out, tasks that no setting was chosen on": list(HELD_OUT),
+    "inputs of other scales": list(SCALES),
 }
 KINDS = {"one": "at one rate for all tasks", "best": "at its best rate for the task"}
 
@@ -188,26 +199,35 @@ def brief(store: Store, seeds: Sequence[int] = CONFIRM) -> str:
 def without_rows(store: Store, seeds: Sequence[int] = CONFIRM) -> str:
     """The table of docs/rows.md: without rows, with rows, and each rival at its best rate."""
     plan, lines, rows = Plan(store, list(TASKS), seeds=seeds), [], []
+    rivals = [*RIVALS, *BESIDES]
     for task in TASKS:
-        others = row(plan, task, "linear")
-        found = _entry(plan, task, GRADIENTS, None, "linear")
-        shown = [found, others[OURS, "default"], *(others[m, "best"] for m in RIVALS)]
-        if not found.results:
+        shown = [_entry(plan, task, m, None, "linear") for m in (GRADIENTS, DIAGONAL, OURS)]
+        if not shown[0].results:
             continue
+        for method in rivals:
+            rate = plan.best(task, method, "linear")
+            shown.append(Entry([]) if rate is None else _entry(plan, task, method, rate, "linear"))
         top = min(entry.loss for entry in shown if entry.results)
         lines.append([task, *(e.cell(False, e.loss == top, with_rate=False) for e in shown)])
         if task in TWELVE:
             rows.append(shown)
     if not lines:
         return "No runs are kept."
-    names = ["with rows", *(f"{m} at its best rate" for m in RIVALS)]
-    each = []
-    for i, name in enumerate(names):
-        pairs = [(mine, others[i]) for mine, *others in rows if others[i].results]
-        ahead = sum(is_ahead(mine, [other]) for mine, other in pairs)
-        each.append(f"{name} on {ahead} of {len(pairs)}")
-    said = f"Of the twelve tasks, SINGD without rows is ahead of SINGD {', of '.join(each)}."
-    return "\n\n".join([table(["task", "without rows", *names], lines), said])
+    header = ["task", "without rows", "so, diagonal", "with rows", *(f"{m}, best" for m in rivals)]
+    names = ["SINGD with rows", *rivals]
+    said = []
+    for i, mine in enumerate(
+        ["SINGD without rows", "SINGD without rows and with diagonal factors"]
+    ):
+        each = []
+        for j, name in enumerate(names, start=2):
+            pairs = [
+                (shown[i], shown[j]) for shown in rows if shown[i].results and shown[j].results
+            ]
+            ahead = sum(is_ahead(own, [other]) for own, other in pairs)
+            each.append(f"{name} on {ahead} of {len(pairs)}")
+        said.append(f"Of the twelve tasks, {mine} is ahead of {', of '.join(each)}.")
+    return "\n\n".join([table(header, lines), *said])
 
 
 def quick(plan: Plan) -> str:

@@ -31,7 +31,11 @@ SOURCES = (ROOT / "singd_core", ROOT / "frontends" / "singd_torch")
 RIVALS = {"AdamW": "AdamW", "Muon": "Muon", "SOAP": "SOAP/pytorch-optimizer"}  # entries by method
 OURS = "SINGD"
 GRADIENTS = "SINGD without rows"  # of the parameters alone
-OWN = OURS, GRADIENTS  # whose rate is a setting
+DIAGONAL = "SINGD without rows, diagonal"
+OWN = OURS, GRADIENTS, DIAGONAL  # whose rate is a setting
+# Those of docs/rows.md alone, in which nothing but a linear decay is shown.
+BESIDES = {"PSGD": "PSGD/pytorch-optimizer", "Adafactor": "Adafactor"}
+LINEAR = GRADIENTS, DIAGONAL, *BESIDES
 WARM_UP = 20  # steps in which the rate of a rival grows
 POINTS = 30  # of a curve
 
@@ -75,7 +79,7 @@ class Run:
         del named["given"]
         key = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:8]
         rate = "" if self.rate is None else f"-{self.rate:g}"
-        method = self.method.replace(" ", "_")
+        method = self.method.replace(",", "").replace(" ", "_")
         return f"{self.task}/{method}-{self.schedule}{rate}-seed{self.seed}-{key}.json"
 
 
@@ -104,6 +108,8 @@ class Result:
 
 def make(task: str, method: str, rate: float | None, seed: int, schedule: str, **given: Any) -> Run:
     """A run of a task as it is, SINGD's with the settings that follow from those given."""
+    if method == DIAGONAL:
+        given = {"structures": ["diagonal", "diagonal"]} | given
     return Run(
         task=task,
         method=method,
@@ -136,12 +142,12 @@ def resolved(given: dict[str, Any]) -> dict[str, Any]:
 
 def optimizer(run: Run, model: nn.Module, task: Task) -> torch.optim.Optimizer:
     """The optimizer of a run; those that refresh something do so at every step."""
-    if run.method == GRADIENTS:
+    if run.method in (GRADIENTS, DIAGONAL):
         return SINGD(model.parameters(), **json.loads(run.given))
     if run.method == OURS:
         return SINGD(model, loss_average=task.loss_average, **json.loads(run.given))
     assert run.rate is not None
-    return ENTRIES[RIVALS[run.method]].build(model, run.rate, 1, task.loss_average)
+    return ENTRIES[(RIVALS | BESIDES)[run.method]].build(model, run.rate, 1, task.loss_average)
 
 
 def factor(run: Run, step: int) -> float:
@@ -200,7 +206,7 @@ def versions(method: str) -> dict[str, str]:
     """What may change the numbers a little."""
     found = {"torch": torch.__version__, "python": platform.python_version()}
     found["machine"] = platform.machine()
-    if method == "SOAP":
+    if method in ("PSGD", "SOAP"):
         found["pytorch-optimizer"] = importlib.metadata.version("pytorch-optimizer")
     return found
 

@@ -83,6 +83,10 @@ def _fused_adamw(model: nn.Module, lr: float, T: int, loss_average: str) -> Opti
     return torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
 
 
+def _adafactor(model: nn.Module, lr: float, T: int, loss_average: str) -> Optimizer:
+    return torch.optim.Adafactor(model.parameters(), lr=lr)
+
+
 def _muon(model: nn.Module, lr: float, T: int, loss_average: str) -> Optimizer:
     return Muon(model, lr)
 
@@ -214,6 +218,7 @@ ENTRIES: dict[str, Entry] = {
     "SGD": Entry(build=_sgd, rates=(0.03, 0.1, 0.3, 1.0), refreshes=False),
     "AdamW": Entry(build=_adamw, rates=_ADAM_RATES, refreshes=False),
     "AdamW/fused": Entry(build=_fused_adamw, rates=_ADAM_RATES, refreshes=False, devices=("cuda",)),
+    "Adafactor": Entry(build=_adafactor, rates=_ADAM_RATES, refreshes=False),
     "Muon": Entry(build=_muon, rates=(0.01, 0.03, 0.1, 0.3), refreshes=False),
     "SINGD/default": Entry(
         build=_default,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import pydoc_data.topics
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,12 @@ def _split(x: Tensor, y: Tensor, train: int) -> Data:
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     x, y = x[order], y[order]
     return (x[:train], y[:train]), (x[train:], y[train:])
+
+
+def inputs_times(c: float, of: Callable[[], Data]) -> Data:
+    """Data whose inputs are multiplied by a number."""
+    (x, y), (x_test, y_test) = of()
+    return (c * x, y), (c * x_test, y_test)
 
 
 # ---- images -------------------------------------------------------------------------------------

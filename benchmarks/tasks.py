@@ -236,4 +236,13 @@ HELD_OUT = {
         title="word transformer", data=data.words, model=networks.word_model, steps=100, batch=16
     ),
 }
-TASKS = TWELVE | BATCHES | HELD_OUT
+
+
+def _with_inputs_times(c: float) -> Task:
+    task = TWELVE["digits-mlp"]
+    scaled = functools.partial(data.inputs_times, c, task.data)
+    return dataclasses.replace(task, title=f"{task.title}, inputs × {c:g}", data=scaled)
+
+
+SCALES = {f"digits-mlp-x{c:g}": _with_inputs_times(c) for c in (0.01, 0.1, 30.0, 1000.0)}
+TASKS = TWELVE | BATCHES | HELD_OUT | SCALES

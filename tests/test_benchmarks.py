@@ -286,6 +286,20 @@ def test_the_page_counts_where_singd_is_ahead(made_up):
     assert "| default |" in tried.tried(made_up)
     assert "| vae |" in tried.costs(made_up)
     assert "| mean |  | -" in tried.against_rivals(made_up)
+    beside = report.without_rows(made_up.store, made_up.seeds)
+    assert "SINGD without rows is ahead of SINGD with rows on" in beside
+    assert "Adafactor on 4 of 4." in beside
+
+
+def test_what_only_the_page_on_rows_shows_runs_with_a_linear_decay_alone(made_up):
+    runs = importlib.import_module("compare_runs")
+    plan = dataclasses.replace(made_up, schedules=["linear", "constant"])
+    of = {
+        schedule: {run.method for run in plan.search() if run.schedule == schedule}
+        for schedule in plan.schedules
+    }
+    assert of["linear"] - of["constant"] == set(runs.BESIDES)
+    assert of["constant"] == set(runs.RIVALS)
 
 
 # ---- the page -----------------------------------------------------------------------------------
