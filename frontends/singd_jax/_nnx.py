@@ -39,7 +39,7 @@ def pure(tree: Any) -> Any:
         return tree
     if hasattr(nnx, "as_pure"):
         return nnx.as_pure(tree)
-    # before flax 0.12.1
+    # flax 0.12.0 has no such function
     return jax.tree.map(
         lambda v: v.value if isinstance(v, nnx.Variable) else v,
         tree,
