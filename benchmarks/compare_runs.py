@@ -129,10 +129,12 @@ def resolved(given: dict[str, Any]) -> dict[str, Any]:
     core = {field.name for field in dataclasses.fields(Settings)}
     left_out = core | {"self", "model", "params", "loss_average", "warn_unsupported", "given"}
     left_out |= {"processes"}  # of which there is one
+    same = {"rounding", "seed"}  # in float32
     own = {name: p.default for name, p in parameters.items() if name not in left_out}
     own |= {name: value for name, value in given.items() if name not in core}
     chosen = {name: value for name, value in given.items() if name in core}
     everything = own | vars(core_settings(own["recipe"], **chosen))
+    everything = {name: value for name, value in everything.items() if name not in same}
     plain: dict[str, Any] = json.loads(json.dumps(everything, default=str))
     return plain
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from math import prod
 from typing import Any, Self, TypeAlias
 
 from singd_core import rules
-from singd_core._array import Array, device, namespace, ranged
+from singd_core._array import Array, device, is_half, namespace, ranged
 from singd_core._settings import Settings
 from singd_core._tree import Tree, tree
+from singd_core.adamw import Moments
 from singd_core.layers import LayerKind
 from singd_core.layers.base import Shape
 from singd_core.step import Late, has_momentum
 
 _SCALARS = "factors.averages.", "late."
+
+NAMES = "weight", "bias"  # the arrays of a parameter, as rounding calls them
 
 Parameter: TypeAlias = Array | tuple[Array, Array]  # a weight, or a weight with its bias
 
@@ -28,18 +32,30 @@ class LayerState(Tree):
         momentum_buffer: The momentum of its weight, shaped like it, or None.
         bias_momentum_buffer: The momentum of its bias, or None.
         late: Sums over late gradients, or None.
+        compensation: What rounding has cost its weight, or None unless that is kept.
+        bias_compensation: What it has cost its bias, or None.
     """
 
     factors: rules.Factors
     momentum_buffer: Array | None
     bias_momentum_buffer: Array | None = None
     late: Late | None = None
+    compensation: Array | None = None
+    bias_compensation: Array | None = None
 
     @classmethod
-    def of(cls, factors: rules.Factors, momenta: Sequence[Array], late: Late | None) -> Self:
-        """With the momenta of the weight and, if there is one, of the bias."""
-        weight, *bias = momenta
-        return cls(factors, weight, bias[0] if bias else None, late)
+    def of(
+        cls,
+        factors: rules.Factors,
+        momenta: Sequence[Array] | None,
+        late: Late | None,
+        compensations: Sequence[Array | None] = (),
+    ) -> Self:
+        """With what is kept of the weight and, if there is one, of the bias."""
+        (m, m_bias), (cost, bias_cost) = (
+            (*(each or ()), None, None)[:2] for each in (momenta, compensations)
+        )
+        return cls(factors, m, m_bias, late, cost, bias_cost)
 
     @property
     def momenta(self) -> list[Array] | None:
@@ -48,6 +64,11 @@ class LayerState(Tree):
             return None
         both = self.momentum_buffer, self.bias_momentum_buffer
         return [m for m in both if m is not None]
+
+    @property
+    def compensations(self) -> tuple[Array | None, Array | None]:
+        """What rounding has cost the weight and the bias, None where that is not kept."""
+        return self.compensation, self.bias_compensation
 
 
 def pair(parameter: Parameter) -> tuple[Array, Array | None]:
@@ -92,11 +113,23 @@ def begun(
     factors: rules.Factors, parameters: Sequence[Array], batch: Shape, s: Settings
 ) -> LayerState:
     """The state of a layer with these factors before its first step."""
+    costs = [no_cost(p, s) for p in parameters]
     if not has_momentum(s):
-        return LayerState(factors, None)
+        return LayerState.of(factors, None, None, costs)
     buffers = [namespace(p).zeros_like(p, dtype=ranged(p[..., :0]).dtype) for p in parameters]
     late = Late.zeros(batch, parameters[0]) if s.normalized else None
-    return LayerState.of(factors, buffers, late)
+    return LayerState.of(factors, buffers, late, costs)
+
+
+def no_cost(weight: Array, s: Settings) -> Array | None:
+    """What rounding has cost a weight before the first step, None unless that is kept."""
+    kept = s.rounding == "kahan" and is_half(weight)
+    return namespace(weight).zeros_like(weight) if kept else None
+
+
+def begun_moments(weight: Array, s: Settings) -> Moments:
+    """The moments of a parameter that AdamW trains before its first step."""
+    return dataclasses.replace(Moments.zeros(weight), compensation=no_cost(weight, s))
 
 
 def _empty(like: Array, dtype: Any) -> Array:

@@ -11,20 +11,22 @@ from singd_core import rules
 from singd_core._array import (
     Array,
     as_array,
+    cast,
     device,
     expand,
     namespace,
     total,
     widen,
 )
-from singd_core._layer_state import LayerState, Parameter, like, pair, parts
+from singd_core._layer_state import NAMES, LayerState, Parameter, like, pair, parts
 from singd_core._settings import Rate, Settings
 from singd_core._tree import T_Tree
 from singd_core.adamw import Fallback, Moments
 from singd_core.curvature import Curvature
 from singd_core.layers import LayerKind, Sample
+from singd_core.rounding import Rounding
 from singd_core.rules.shampoo import Shampoo
-from singd_core.step import couples_decay, direction, squares_of, weight_change
+from singd_core.step import couples_decay, direction, new_weight, squares_of, weight_change
 from singd_core.structures import Diagonal
 
 
@@ -74,17 +76,27 @@ def layer_curvature(
 
 
 def refreshed(
-    lr_cov: Rate, s: Settings, factors: rules.Factors, curvature: Curvature
+    lr_cov: Rate,
+    s: Settings,
+    rounding: Rounding | None,
+    factors: rules.Factors,
+    curvature: Curvature,
 ) -> rules.Factors:
     """The factors one refresh later."""
-    return factors.refresh(curvature, lr_cov, s)
+    return factors.refresh(curvature, lr_cov, s, rounding=rounding)
 
 
 def refreshed_by_gradient(
-    kind: LayerKind, lr_cov: Rate, s: Settings, factors: Shampoo, gradient: Array
+    kind: LayerKind,
+    lr_cov: Rate,
+    s: Settings,
+    rounding: Rounding | None,
+    factors: Shampoo,
+    gradient: Array,
 ) -> Shampoo:
     """The factors of a tensor without rows one refresh later."""
-    return factors.refresh(factors.curvature(kind.matrix(gradient)), lr_cov, s)
+    curvature = factors.curvature(kind.matrix(gradient))
+    return factors.refresh(curvature, lr_cov, s, rounding=rounding)
 
 
 def layer_squares(
@@ -108,6 +120,7 @@ def layer_change(
     kind: LayerKind,
     s: Settings,
     level: Callable[[rules.Factors, Array], rules.Factors],
+    rounding: Rounding | None,
     parameter: Parameter,
     gradient: Parameter,
     squares: Array,
@@ -117,7 +130,8 @@ def layer_change(
 ) -> tuple[Parameter, LayerState, Array]:
     """The change of a layer's weight and bias, its new state, and whether all of it is finite.
 
-    Nothing of the layer is changed unless `ok` and that. `level` is told the natural gradient.
+    Nothing of the layer is changed unless `ok` and that. `level` is told the natural gradient, and
+    `rounding` says how the weight and its bias are stored, None to the nearest number.
     """
     own, weights = old.momenta, parts(parameter)
     decay = [w * expand(s.weight_decay, w) for w in weights] if couples_decay(s) else None
@@ -134,22 +148,40 @@ def layer_change(
         squares,
     )
     ok = namespace(ok).logical_and(ok, as_array(found.finite, ok))
-    pairs = zip(found.parts, weights, strict=True)
-    changes = [_or_zero(ok, weight_change(u, found.scale, w, s)) for u, w in pairs]
+    changes, costs = [], []
+    for name, u, w, cost in zip(NAMES, found.parts, weights, old.compensations, strict=False):
+        if rounding is None or not rounding.rounds(name):
+            change = weight_change(u, found.scale, w, s)
+        else:
+            stored, cost = new_weight(u, found.scale, w, s, rounding, name, cost=cost)
+            change = cast(stored - widen(w), w)
+        changes.append(_or_zero(ok, change))
+        costs.append(cost)
     if found.natural is not None:
         factors = level(factors, found.natural)
-    new = dataclasses.replace(old, factors=factors)
-    if found.momenta is not None:
-        late = None if old.late is None or found.late is None else old.late.written(found.late)
-        new = LayerState.of(factors, found.momenta, late)
+    late = old.late
+    if late is not None and found.late is not None:
+        late = late.written(found.late)
+    new = LayerState.of(factors, found.momenta, late, costs)
     return like(parameter, changes), new_or_old(ok, new, old), ok
 
 
 def other_change(
-    s: Fallback, moments: Moments, gradient: Array, weight: Array, ok: Array
+    s: Fallback,
+    rounding: Rounding | None,
+    moments: Moments,
+    gradient: Array,
+    weight: Array,
+    ok: Array,
 ) -> tuple[Array, Moments]:
     """The change of a parameter that belongs to no layer, and its new moments."""
-    change, new = moments.update(gradient, weight, s)
+    if rounding is None:
+        change, new = moments.update(gradient, weight, s)
+        return _or_zero(ok, change), new_or_old(ok, new, moments)
+    wide = widen(weight)
+    change, new = moments.update(gradient, wide, s)
+    stored, cost = rounding.stored(wide + change, "weight", cost=moments.compensation)
+    change, new = cast(stored - wide, weight), dataclasses.replace(new, compensation=cost)
     return _or_zero(ok, change), new_or_old(ok, new, moments)
 
 

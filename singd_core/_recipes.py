@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from singd_core._settings import Settings, plain
+from singd_core.rounding import ROUNDINGS
 from singd_core.rules import get as get_rule
 
 RECIPES: dict[str, Settings] = {
@@ -117,6 +118,8 @@ def validate(s: Settings) -> None:
         if isinstance(field.default, bool) and not isinstance(value, bool):
             raise ValueError(f"{field.name}={value!r}: must be True or False")
     get_rule(s.rule)
+    if s.rounding not in ROUNDINGS:
+        raise ValueError(f"rounding={s.rounding!r}: there are {', '.join(map(repr, ROUNDINGS))}")
     for name in ("lr", "weight_decay", "damping"):
         check(name, lambda v: 0.0 <= v < math.inf, "at least 0 and finite")
     if not callable(s.lr_cov):
@@ -125,7 +128,7 @@ def validate(s: Settings) -> None:
         check(name, lambda v: 0.0 <= v < 1.0, "in [0, 1)")
     check("rows", lambda v: v >= 1.0, "at least 1 (infinite for all)")
     check("factor_bound", lambda v: v > 0.0, "positive (infinite for no bound)")
-    for name, least in (("T", 1), ("order", 1), ("warmup", 0)):
+    for name, least in (("T", 1), ("order", 1), ("warmup", 0), ("seed", 0)):
         value = getattr(s, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name}={value!r}: must be an integer of at least {least}")

@@ -50,6 +50,9 @@ class Settings:
         factor_bound: Bound on the factor step β₁ ‖m‖_F, or infinite. Below 1 it keeps K Kᵀ positive
             definite.
         order: Terms of the exponential Expm(−β₁ m) beyond the identity.
+        rounding: How weights and factors are stored in 16 bits: "stochastic"; "kahan", where each
+            weight keeps what rounding has cost it; or to the "nearest" number.
+        seed: Of the random bits of stochastic rounding.
     """
 
     lr: Rate = 1e-3
@@ -72,6 +75,8 @@ class Settings:
     early_averaging: bool = False
     factor_bound: float = math.inf
     order: int = 1
+    rounding: str = "stochastic"
+    seed: int = 0
 
 
 def rate(value: Rate | Callable[[int], Rate], step: int) -> Rate:

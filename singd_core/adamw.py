@@ -29,11 +29,13 @@ class Moments(Tree):
         exp_avg_sq: Average of its square (|g|² of complex ones), shaped like it, real, in at least
             float32.
         step: How many steps were averaged, 0-d.
+        compensation: What rounding has cost the parameter, or None unless that is kept.
     """
 
     exp_avg: Array
     exp_avg_sq: Array
     step: Array
+    compensation: Array | None = None
 
     @classmethod
     def zeros(cls, weight: Array) -> Self:

@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 
 from singd_core import _given, _parameter, rules
 from singd_core._array import Array
+from singd_core._layer_state import NAMES, Parameter, begun_moments, layer_state, parts
 from singd_core._layer_state import LayerState as LayerState  # with `State`, what others import
-from singd_core._layer_state import Parameter, layer_state
 from singd_core._parameter import new_or_old
 from singd_core._recipes import DEFAULT, FALLBACK_RATES, STRUCTURES, settings
 from singd_core._settings import is_due, rate_of_factors
@@ -20,6 +20,7 @@ from singd_core.curvature import Curvature
 from singd_core.layers import LayerKind
 from singd_core.layers.base import is_expand, loss_terms
 from singd_core.levels import leveled
+from singd_core.rounding import Rounding
 from singd_core.step import warmed
 from singd_core.structures import choose
 
@@ -129,7 +130,8 @@ class Optimizer:
                 start = partial(layer_state, kinds[name], parameter, *given)
                 layers[name] = self._run(start, parameter)
             else:
-                fallback[name] = self._run(partial(Moments.zeros, parameter), parameter)
+                begin = partial(begun_moments, parameter, self.settings)
+                fallback[name] = self._run(begin, parameter)
         return State(0, self._run(partial(_parameter.count_state, first), first), layers, fallback)
 
     def due(self, state: State) -> bool:
@@ -173,7 +175,8 @@ class Optimizer:
         new = {}
         for name, measured in curvature.items():
             old = state.layers[name].factors
-            refresh = partial(_parameter.refreshed, lr_cov, self.settings)
+            rounding = self._rounding(state, name, old.dtypes)
+            refresh = partial(_parameter.refreshed, lr_cov, self.settings, rounding)
             new[name] = self._run(refresh, old, old, measured, like=old)
         return new
 
@@ -185,7 +188,8 @@ class Optimizer:
         for name, layer in state.layers.items():
             old = layer.factors
             if not old.has_rows:
-                given = kinds[name], lr_cov, self.settings
+                rounding = self._rounding(state, name, old.dtypes)
+                given = kinds[name], lr_cov, self.settings, rounding
                 refresh = partial(_parameter.refreshed_by_gradient, *given)
                 new[name] = self._run(refresh, old, old, grads[name], like=old)
         return new
@@ -252,14 +256,16 @@ class Optimizer:
         layers, fallback, moved = {}, {}, [ok]
         for name, layer in state.layers.items():
             p, new = params[name], factors[name]
-            change = partial(_parameter.layer_change, kinds[name], s, level)
+            rounding = self._rounding(state, name, _dtypes(p))
+            change = partial(_parameter.layer_change, kinds[name], s, level, rounding)
             arguments = p, grads[name], squares[name], layer, new, ok
             found = self._run(change, p, *arguments, like=(p, layer, ok))
             updates[name], layers[name], finite = found
             moved.append(finite)
         for name, moments in state.fallback.items():
             p, g = params[name], grads[name]
-            adamw = partial(_parameter.other_change, others)
+            rounding = self._rounding(state, name, _dtypes(p))
+            adamw = partial(_parameter.other_change, others, rounding)
             found = self._run(adamw, p, moments, g, p, ok, like=(p, moments))
             updates[name], fallback[name] = found
         skipped = self._run(_parameter.count_failed, first, state.skipped, moved)
@@ -297,9 +303,18 @@ class Optimizer:
             return function(old, *arrays) if condition else old
         return new_or_old(condition, function(old, *arrays), old)
 
+    def _rounding(self, state: State, name: str, dtypes: Mapping[str, Any]) -> Rounding | None:
+        """How the arrays of a parameter are stored after this step."""
+        s = self.settings
+        return Rounding.of(s.rounding, s.seed, state.step, name, dtypes)
+
     def _kinds(self, params: Mapping[str, Parameter]) -> Mapping[str, LayerKind]:
         """The kinds of all parameters that have factors."""
         layers = _given.kinds_of(self.layers, params)
         if not rules.learns_from_gradients(self.settings):
             return layers
         return dict(layers) | _given.tensors_of(layers, params)
+
+
+def _dtypes(parameter: Parameter) -> dict[str, Any]:
+    return {name: a.dtype for name, a in zip(NAMES, parts(parameter), strict=False)}

@@ -36,6 +36,7 @@ from singd_core._settings import Rate, Settings
 from singd_core._tree import Tree, tree
 from singd_core.curvature import TINY
 from singd_core.layers import LayerKind
+from singd_core.rounding import WHOLE, Place, Rounding
 
 Parts: TypeAlias = Sequence[Array]  # a weight, or a weight and its bias; or their gradients
 
@@ -294,6 +295,35 @@ def weight_change(
     if decouples_decay(s):
         onto = _scaled(weight, -1.0 * s.lr * s.weight_decay, onto)
     return _scaled(u, c, onto)
+
+
+def new_weight(
+    u: Array,
+    c: Scalar,
+    weight: Array,
+    s: Settings,
+    rounding: Rounding,
+    name: str = "weight",
+    place: Place = WHOLE,
+    cost: Array | None = None,
+) -> tuple[Array, Array | None]:
+    """A weight of 16 bits after its step, in float32 with numbers that it can hold.
+
+    Args:
+        u: The direction.
+        c: Its scale.
+        weight: The weight.
+        s: The settings.
+        rounding: How it is stored.
+        name: Under which name.
+        place: Where it stands in the whole weight.
+        cost: What rounding has cost it in earlier steps, or None.
+
+    Returns:
+        The new weight, and what rounding has cost it by now, None unless that is kept.
+    """
+    wide = widen(weight)  # of its own
+    return rounding.stored(weight_change(cast(u, wide), c, wide, s, wide), name, place, cost)
 
 
 def squares_of(kind: LayerKind, gradient: Parts) -> Array:

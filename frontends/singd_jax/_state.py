@@ -51,6 +51,7 @@ class SingdState(NamedTuple):
         rest: The state without both, the factors above all.
         T: Steps between two refreshes of the factors, or None if it is every step.
         fixed: What is no array.
+        lost: What rounding has cost the parameters, like these; None unless that is kept.
     """
 
     mu: Any
@@ -58,16 +59,21 @@ class SingdState(NamedTuple):
     rest: State
     T: Array | None
     fixed: Fixed
+    lost: Any = None
 
     @classmethod
     def of(cls, core: State, params: Any, T: Array | None, fixed: Fixed) -> SingdState:
         """The state before the first step, its momenta zeros like those leaves of `params`."""
         leaves = Leaves.of(params)
-        mu, nu, rest = _apart(core, fixed.layers)
+        mu, nu, lost, rest = _apart(core, fixed.layers)
         for layer, own in ((fixed.layers[name], own) for name, own in core.layers.items()):
             for part, momentum in zip(layer.parts, own.momenta or (), strict=False):
                 mu[part.name] = jnp.zeros_like(leaves.named[part.name], momentum.dtype)
-        return cls(leaves.tree(mu), leaves.tree(nu), rest, T, fixed)
+            for part, cost in zip(layer.parts, own.compensations, strict=False):
+                if cost is not None:
+                    lost[part.name] = jnp.zeros_like(leaves.named[part.name], cost.dtype)
+        costs = leaves.tree(lost) if lost else None
+        return cls(leaves.tree(mu), leaves.tree(nu), rest, T, fixed, costs)
 
     @property
     def layers(self) -> dict[str, Layer]:
@@ -79,21 +85,31 @@ class SingdState(NamedTuple):
     def core(self) -> State:
         """The state as every frontend has it; see `singd_core.optimizer.State`."""
         mu, nu, layers, rest = Leaves.of(self.mu).named, Leaves.of(self.nu).named, {}, self.rest
+        lost: Mapping[str, Array] = {} if self.lost is None else Leaves.of(self.lost).named
         trained = self.layers
         for name, own in rest.layers.items():
-            parts = trained[name].parts
+            parts, momenta = trained[name].parts, None
             if all(part.name in mu for part in parts):
                 momenta = [part.take(mu[part.name]) for part in parts]
-                own = LayerState.of(own.factors, momenta, own.late)
-            layers[name] = own
-        others = {k: Moments(mu[k], nu[k], own.step) for k, own in rest.fallback.items()}
+            costs = [part.take(lost[part.name]) if part.name in lost else None for part in parts]
+            layers[name] = LayerState.of(own.factors, momenta, own.late, costs)
+        others = {
+            k: Moments(mu[k], nu[k], own.step, lost.get(k)) for k, own in rest.fallback.items()
+        }
         return State(rest.step, rest.skipped, layers, others)
 
     def with_core(self, core: State) -> SingdState:
         """This state with another core."""
         leaves = Leaves.of(self.mu)
-        mu, nu, rest = _apart(core, self.fixed.layers, leaves.named)
-        return self._replace(mu=leaves.tree(mu), nu=Leaves.of(self.nu).tree(nu), rest=rest)
+        lost = None if self.lost is None else Leaves.of(self.lost)
+        known = None if lost is None else lost.named
+        mu, nu, costs, rest = _apart(core, self.fixed.layers, leaves.named, known)
+        return self._replace(
+            mu=leaves.tree(mu),
+            nu=Leaves.of(self.nu).tree(nu),
+            lost=None if lost is None else lost.tree(costs),
+            rest=rest,
+        )
 
     @property
     def due(self) -> Array | None:
@@ -105,19 +121,32 @@ class SingdState(NamedTuple):
 
 
 def _apart(
-    core: State, layers: Layers, momenta: Mapping[str, Array] | None = None
-) -> tuple[dict[str, Array], dict[str, Array], State]:
-    """The leaves of `mu` and `nu`, and the rest; what a layer has of them is put into `momenta`."""
+    core: State,
+    layers: Layers,
+    momenta: Mapping[str, Array] | None = None,
+    costs: Mapping[str, Array] | None = None,
+) -> tuple[dict[str, Array], dict[str, Array], dict[str, Array], State]:
+    """The leaves of `mu`, of `nu` and of `lost`, and the rest.
+
+    What a layer has of them is put into `momenta` and `costs`.
+    """
     mu, nu, kept, others = dict(momenta or {}), {}, {}, {}
+    lost: dict[str, Array] = dict(costs or {})
     for name, own in core.layers.items():
         if momenta:
             for part, momentum in zip(layers[name].parts, own.momenta or (), strict=False):
                 mu[part.name] = part.put(mu[part.name], momentum)
+        if costs:
+            for part, cost in zip(layers[name].parts, own.compensations, strict=False):
+                if cost is not None:
+                    lost[part.name] = part.put(lost[part.name], cost)
         kept[name] = LayerState(own.factors, None, None, own.late)
     for name, moments in core.fallback.items():
         mu[name], nu[name] = moments.exp_avg, moments.exp_avg_sq
         others[name] = Moments(None, None, moments.step)
-    return mu, nu, State(core.step, core.skipped, kept, others)
+        if moments.compensation is not None:
+            lost[name] = moments.compensation
+    return mu, nu, lost, State(core.step, core.skipped, kept, others)
 
 
 class Both(NamedTuple):

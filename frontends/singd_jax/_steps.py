@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from singd_core import rules
 from singd_core._array import Array, ranged, widen
-from singd_core._layer_state import Parameter, begun, like, parts
+from singd_core._layer_state import Parameter, begun, like, no_cost, parts
+from singd_core._settings import Settings
 from singd_core._tree import T_Tree
 from singd_core.adamw import Fallback, Moments
 from singd_core.curvature import Curvature
@@ -158,7 +159,7 @@ class Steps:
 
         where = shardings(found, arrays, jax.eval_shape(made))
         states = jax.jit(made, out_shardings=where)()
-        rest = {k: _moments(a) for k, a in arrays.items() if others and k not in owned}
+        rest = {k: _moments(a, s) for k, a in arrays.items() if others and k not in owned}
         count, skipped = (jnp.zeros((), jnp.int32) for _ in range(2))
         core = State(count, skipped, states, rest)  # type: ignore[arg-type]
         fixed = Fixed(extended(self.layers, others_found), s.growing_T, s.rows)
@@ -323,7 +324,8 @@ class Steps:
         if "rest" not in self.known:
             shapes = self.layers.shapes.items()
             jax.eval_shape(lambda: self.init({k: jnp.zeros(n) for k, n in shapes}))
-        return SingdState(params, params, self.known["rest"], self._T(), self.known["fixed"])
+        costs = params if self.optimizer.settings.rounding == "kahan" else None
+        return SingdState(params, params, self.known["rest"], self._T(), self.known["fixed"], costs)
 
     def _layer_state(self, layer: Layer, dtypes: Mapping[str, Any]) -> LayerState:
         """The state of a layer, its momenta without entries yet."""
@@ -434,7 +436,7 @@ def _start(schedule: Callable[[Array], Any]) -> Any:
     return values[0] if isinstance(values[0], (int, float)) else jnp.zeros(())
 
 
-def _moments(a: Array) -> Moments:
+def _moments(a: Array, s: Settings) -> Moments:
     """Zeros, sharded like the parameter; their count is on no device in particular."""
     wide = jnp.abs(jnp.zeros_like(widen(a)))  # real
-    return Moments(jnp.zeros_like(a), wide, jnp.zeros((), wide.dtype))
+    return Moments(jnp.zeros_like(a), wide, jnp.zeros((), wide.dtype), no_cost(a, s))

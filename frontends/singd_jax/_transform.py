@@ -46,6 +46,8 @@ def singd(
     factor_bound: float | None = None,
     order: int | None = None,
     kfac: bool | None = None,
+    rounding: str | None = None,
+    seed: int | None = None,
     preconditioner_dtype: tuple[Any, Any] = (None, None),
     fallback: Fallback | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -95,12 +97,14 @@ def singd(
         factor_bound: Bound on the factor step.
         order: Terms of the exponential.
         kfac: Another name for `rule="kfac"`.
+        rounding: How weights and factors of 16 bits are stored: "stochastic", "kahan" or "nearest".
+        seed: Of the random bits of stochastic rounding.
         preconditioner_dtype: Of K and of C; None is the weight's, float32 for float16.
         fallback: Settings of AdamW; its rates may be schedules too.
 
     Returns:
         The transformation. With `optax.inject_hyperparams` name `loss`, `order`, `rows` and
-        `warmup`, if given, in `static_args`.
+        `warmup` and `seed`, if given, in `static_args`.
 
     Raises:
         TypeError: If both `layers` and `loss` are given.
@@ -131,6 +135,8 @@ def scale_by_singd(
     factor_bound: float | None = None,
     order: int | None = None,
     kfac: bool | None = None,
+    rounding: str | None = None,
+    seed: int | None = None,
     preconditioner_dtype: tuple[Any, Any] = (None, None),
 ) -> optax.GradientTransformationExtraArgs:
     """The bare preconditioner: C Cᵀ ∇W K Kᵀ in place of the gradient of each layer.
@@ -160,12 +166,19 @@ def scale_by_singd(
         factor_bound: Bound on the factor step.
         order: Terms of the exponential.
         kfac: Another name for `rule="kfac"`.
+        rounding: How factors of 16 bits are stored: "stochastic" or "nearest".
+        seed: Of the random bits of stochastic rounding.
         preconditioner_dtype: Of K and of C; None is the weight's, float32 for float16.
 
     Raises:
         ValueError: If a setting is out of range or a name unknown.
     """
     given = dict(locals())
+    if rounding == "kahan":
+        raise ValueError(
+            'rounding="kahan" keeps what it costs weights, and scale_by_singd changes no weights: '
+            'choose "stochastic" or "nearest"'
+        )
     steps = Steps(fallback=None, momentum=0.0, **given)
     return _transformation(functools.partial(steps.start, others=False), steps.precondition)
 

@@ -102,15 +102,15 @@ def estimate(
         group["structures"] = automatic(model, [group], memory_budget)
     layers = find_all(model, [group])
     owned = {p for layer in layers for p in layer.parameters}
-    fallback = [p for p in params if p not in owned]
+    fallback = {p: group for p in params if p not in owned}
     names = {p: name for name, p in model.named_parameters()}
     sizes = {layer.name: _table.layer_bytes(layer) for layer in layers}
-    sizes |= {names[p]: _table.fallback_bytes(p) for p in fallback}
+    sizes |= {names[p]: _table.fallback_bytes(p, group) for p in fallback}
     if processes < 1:
         raise ValueError(f"processes={processes!r}: must be at least 1")
     places = {p: rows(p.shape, processes) for p in params}
     shares = Shares.of(layers, processes, {}, places if processes > 1 else None)
-    fallback_bytes = sum(map(_table.fallback_bytes, fallback))
+    fallback_bytes = sum(sizes[names[p]] for p in fallback)
     by_process = [-(-fallback_bytes // processes)] * processes
     for layer in layers:
         size, parts = sizes[layer.name], shares.parts.get(layer.weight)
@@ -139,14 +139,13 @@ def automatic(model: nn.Module, groups: Sequence[dict[str, Any]], budget: int | 
         raise ValueError(f'memory_budget={budget!r} is for structures="auto" alone')
     if budget is None:
         raise ValueError('structures="auto" needs memory_budget=, in bytes')
-    params = [p for group in groups for p in group["params"]]
 
     def cost(b: int) -> int:
         auto = [
             group | {"structures": f"auto:{b}"} if group["structures"] == "auto" else group
             for group in groups
         ]
-        return _cost(find_all(model, auto), params)
+        return _cost(find_all(model, auto), auto)
 
     if cost(1) > budget:
         raise ValueError(
@@ -160,8 +159,9 @@ def automatic(model: nn.Module, groups: Sequence[dict[str, Any]], budget: int | 
     return f"auto:{low}"
 
 
-def _cost(layers: Iterable[Layer], params: Iterable[nn.Parameter]) -> int:
+def _cost(layers: Iterable[Layer], groups: Iterable[dict[str, Any]]) -> int:
     layers = list(layers)
     owned = {p for layer in layers for p in layer.parameters}
+    others = ((p, group) for group in groups for p in group["params"] if p not in owned)
     of_layers = sum(map(_table.layer_bytes, layers))
-    return of_layers + sum(_table.fallback_bytes(p) for p in params if p not in owned)
+    return of_layers + sum(_table.fallback_bytes(p, group) for p, group in others)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from singd_core._array import ranged
+from singd_core._array import cast, widen
 from singd_core._recipes import check_rate
 
 
@@ -20,6 +20,7 @@ def step_all(
     state: dict[Any, dict[str, Any]],
     skip: Tensor | None,
     shares: Mapping[int, Any],
+    store: Callable[..., None],
 ) -> None:
     """`step` of each group with its own of the parameters; `shares` of the rates by id of group."""
     parted: dict[int, list[tuple[nn.Parameter, Tensor]]] = {}
@@ -28,7 +29,7 @@ def step_all(
     for pairs in parted.values():
         mine, their = zip(*pairs, strict=True)
         group = group_of[mine[0]]
-        step(group, mine, their, state, skip, shares[id(group)])
+        step(group, mine, their, state, skip, shares[id(group)], store)
 
 
 def step(
@@ -38,6 +39,7 @@ def step(
     state: dict[Any, dict[str, Any]],
     skip: Tensor | None,
     share: Any,
+    store: Callable[..., None],
 ) -> None:
     """One step of the group's fallback parameters.
 
@@ -48,9 +50,11 @@ def step(
         state: The optimizer's state, extended where it is missing.
         skip: On an accelerator, 1 where nothing may change, else 0.
         share: The share of the rate that a warm-up leaves.
+        store: Writes to parameters of a group what their copies have become.
     """
-    # In float16 squares and epsilon fall to 0, and 0 / 0 is NaN: such parameters step as copies.
-    wide = [ranged(p) for p in params]
+    # In float16 squares and epsilon fall to 0, and 0 / 0 is NaN; in bfloat16 an average of squares
+    # cannot forget. Such parameters step as copies.
+    wide = [widen(p) for p in params]
     for p, like in zip(params, wide, strict=True):
         own = state[p]
         if "exp_avg" not in own:
@@ -66,7 +70,7 @@ def step(
         lr, weight_decay = float(lr), float(weight_decay)
     adamw(
         [real(p) for p in wide],
-        [real(ranged(g)) for g in grads],
+        [real(cast(g, like)) for g, like in zip(grads, wide, strict=True)],
         [real(state[p]["exp_avg"]) for p in params],
         [real(state[p]["exp_avg_sq"]) for p in params],
         [],
@@ -82,9 +86,7 @@ def step(
         eps=group["fallback_eps"],
         maximize=False,
     )
-    for p, stepped in zip(params, wide, strict=True):
-        if stepped is not p:
-            p.copy_(stepped)
+    store(params, wide, group)
 
 
 def real(x: Tensor) -> Tensor:
@@ -94,7 +96,7 @@ def real(x: Tensor) -> Tensor:
 
 def initial(p: nn.Parameter, *, on_device: bool) -> dict[str, Tensor]:
     """The state of a parameter before its first step; the count is a number of the host, or not."""
-    exp_avg = torch.zeros_like(ranged(p), memory_format=torch.preserve_format)
+    exp_avg = torch.zeros_like(widen(p), memory_format=torch.preserve_format)
     step = torch.zeros((), dtype=torch.float32, device=p.device if on_device else None)
     return {"step": step, "exp_avg": exp_avg, "exp_avg_sq": torch.zeros_like(exp_avg)}
 

@@ -69,6 +69,8 @@ def loaded(
         factors[layer.weight] = factors_of(layer, entries[layer.weight], s)
     for p, found in entries.items():
         check_moments(names.get(p, "a parameter"), p, found)
+        if _state.COMPENSATION in found:
+            _check(names.get(p, "a parameter"), {_state.COMPENSATION: p}, found)
     others = {key: value for key, value in state_dict["state"].items() if key not in known}
     return Loaded(groups, entries, factors, others)
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from singd_core import rules
-from singd_core._layer_state import LayerState, begun
+from singd_core._array import is_half
+from singd_core._layer_state import LayerState, begun, no_cost
 from singd_core._settings import Settings
 from singd_core.rules import Factors
 from singd_core.step import Late
@@ -19,6 +20,7 @@ from singd_torch.layers.layer import Layer
 
 MOMENTUM = "momentum_buffer"
 LATE = "late."
+COMPENSATION = "compensation"
 
 
 def initial(layer: Layer, s: Settings, device: torch.device | None = None) -> Factors:
@@ -59,10 +61,30 @@ def moving(state: LayerState) -> list[dict[str, Tensor]]:
     return kept
 
 
+def begin_cost(
+    p: nn.Parameter, s: Settings, state: MutableMapping[Any, dict[str, Tensor]]
+) -> Tensor | None:
+    """What rounding has cost a parameter, nothing at first; None unless that is kept."""
+    cost: Tensor | None = state.get(p, {}).get(COMPENSATION)
+    if cost is None:
+        cost = no_cost(p.detach(), s)
+    elif s.rounding == "kahan" and is_half(p):
+        cost = cost.to(p)  # the same unless the model was moved or cast
+    else:
+        return None
+    if cost is not None:
+        state.setdefault(p, {})[COMPENSATION] = cost
+    return cost
+
+
 def before_any_step(
-    layers: Iterable[Layer], fallback: Iterable[nn.Parameter]
+    layers: Iterable[Layer],
+    fallback: Mapping[nn.Parameter, dict[str, Any]],
 ) -> dict[Tensor, dict[str, Tensor]]:
-    """The state that the first steps would make, in memory of its own that can be loaded into."""
+    """The state that the first steps would make, in memory of its own that can be loaded into.
+
+    `fallback` has the groups of the other parameters.
+    """
     state: dict[Tensor, dict[str, Tensor]] = {}
     for layer in layers:
         s = settings_of(layer.group)
@@ -71,8 +93,11 @@ def before_any_step(
         kept = moving(before(layer, s, layer.factors))
         for p, own in zip(layer.parameters, kept, strict=bool(kept)):
             state.setdefault(p, {}).update(own)
-    for p in fallback:
+        for p in layer.parameters:
+            begin_cost(p, s, state)
+    for p, group in fallback.items():
         state[p] = _fallback.initial(p, on_device=p.device.type != "cpu")
+        begin_cost(p, settings_of(group), state)
     return state
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from singd_core import rules
 from singd_core._layer_state import LayerState, bytes_of
-from singd_torch import _fallback, _state
+from singd_torch import _state
 from singd_torch._groups import settings_of
 from singd_torch.layers.layer import Layer
 
@@ -20,15 +20,16 @@ _BYTES, _WHY = "bytes of state", "why without rows"
 
 def table(
     layers: Sequence[Layer],
-    fallback: Sequence[nn.Parameter],
+    fallback: Mapping[nn.Parameter, dict[str, Any]],
     names: dict[nn.Parameter, str],
     reasons: Mapping[nn.Parameter, str] | None = None,
     owners: Mapping[nn.Parameter, int] | None = None,
 ) -> str:
     """A line for each layer and each other parameter: names, shape, rule, structures, bytes.
 
-    `reasons` says of parameters without rows why none are taken, `owners` which process keeps and
-    steps each layer: all of them do if it has none.
+    `fallback` has the groups of the other parameters, `reasons` says of parameters without rows why
+    none are taken, `owners` which process keeps and steps each layer: all of them do if it has
+    none.
     """
     reasons = reasons or {}
     lines: list[tuple[str, ...]] = [("parameter", "shape", "rule", "K", "C", _BYTES)]
@@ -43,8 +44,8 @@ def table(
         unseen = unseen if layer.by_gradient or layer.is_stack else ""
         reason = unseen if layer.is_stack else reasons.get(layer.weight, unseen)
         why.append("" if layer.expects_rows else reason)
-    for p in fallback:
-        name, size = names.get(p, "(not of the model)"), fallback_bytes(p)
+    for p, group in fallback.items():
+        name, size = names.get(p, "(not of the model)"), fallback_bytes(p, group)
         lines.append((name, _shape(p), "AdamW", "", "", f"{size:,}"))
         why.append(reasons.get(p, ""))
     if owners is not None:
@@ -56,14 +57,15 @@ def table(
     return _render(lines)
 
 
-def fallback_bytes(p: nn.Parameter) -> int:
-    """Bytes of state of a parameter that AdamW trains: two moments."""
-    kept = _fallback.initial(nn.Parameter(torch.empty_like(p, device="meta")), on_device=False)
-    return sum(t.nbytes for t in kept.values() if t.ndim == p.ndim)
+def fallback_bytes(p: nn.Parameter, group: dict[str, Any]) -> int:
+    """Bytes of state of a parameter that AdamW trains: two moments, and what rounding has cost."""
+    like = nn.Parameter(torch.empty_like(p, device="meta"))
+    (kept,) = _state.before_any_step([], {like: group}).values()
+    return sum(t.nbytes for name, t in kept.items() if name != "step")
 
 
 def layer_bytes(layer: Layer) -> int:
-    """Bytes of state of one layer: its factors with levels, and the momentum of its weight."""
+    """Bytes of state of one layer: factors with levels, momentum, and what rounding has cost."""
     return bytes_of(_before(layer))
 
 

@@ -20,6 +20,7 @@ from singd_core._recipes import (
     settings,
     with_rule,
 )
+from singd_core.rounding import format_of
 from singd_core.structures import choose
 from singd_torch import _diagnostics, _table
 from singd_torch._distributed import group_of
@@ -227,6 +228,12 @@ class SINGD(Stepper, Saving):
             group.setdefault("fallback_weight_decay", 0.0)
         check_keys(group, self.defaults)
         check_group(self.defaults | group)
+        mode = (self.defaults | group)["rounding"]
+        if self._capturable and mode == "stochastic" and any(format_of(p.dtype) for p in params):
+            raise ValueError(
+                "capturable=True: a CUDA graph would repeat the random bits of one step, by which "
+                'weights of 16 bits are rounded: choose rounding="kahan"'
+            )
         if group.get("structures") == "auto" and self._layers:
             raise ValueError('structures="auto": it is decided at construction; give "auto:b"')
         super().add_param_group(group)
@@ -271,7 +278,8 @@ class SINGD(Stepper, Saving):
         """Who owns each parameter, with which structures, and what state it costs."""
         owners = None if self._sharded is None else self._sharded.owners
         why = dict(reasons(self._model, self.param_groups))
-        table = _table.table(self._layers, self._fallback, self._names, why, owners)
+        others = {p: self._group_of[p] for p in self._fallback}
+        table = _table.table(self._layers, others, self._names, why, owners)
         return f"{type(self).__name__}\n{table}"
 
 

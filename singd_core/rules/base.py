@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 from singd_core._array import Array
 from singd_core._settings import Rate, Settings
@@ -12,8 +12,11 @@ from singd_core._tree import Tree
 from singd_core.curvature import Averages, Curvature, Measured
 from singd_core.levels import Levels
 from singd_core.preconditioner import Preconditioner, balance, products
+from singd_core.rounding import Rounding
 from singd_core.structures.base import Structure
 from singd_core.structures.choose import MatrixShape, Structures, resolve
+
+T_Structure = TypeVar("T_Structure", bound=Structure)
 
 
 class Rule(Tree, ABC):
@@ -81,6 +84,11 @@ class Rule(Tree, ABC):
         K, C = self.sides
         return type(K), type(C)
 
+    @property
+    def dtypes(self) -> dict[str, Any]:
+        """The dtypes of K and of C."""
+        return {name: L.like.dtype for name, L in zip("KC", self.sides, strict=True)}
+
     @abstractmethod
     def measure(self, A: Array, B: Array) -> tuple[Measured, Measured]:
         """The sums of rows A, shape (..., n, d_in), and B, shape (..., n, d_out)."""
@@ -132,12 +140,19 @@ class Rule(Tree, ABC):
         lr_cov: Rate,
         s: Settings,
         report: dict[str, Array] | None = None,
+        rounding: Rounding | None = None,
     ) -> Self:
         """The factors after a refresh with the curvature, in their dtypes.
 
-        A `report` may be told what the diagnostics show.
+        A `report` may be told what the diagnostics show. `rounding` says how "K" and "C" are
+        stored in 16 bits (`kept`), None to the nearest number.
         """
 
     @abstractmethod
     def norms(self) -> dict[str, Array]:
         """The Frobenius norms of the factors, by name."""
+
+
+def kept(new: T_Structure, old: Structure, name: str, rounding: Rounding | None) -> T_Structure:
+    """A new factor in the dtype of the old one."""
+    return (new if rounding is None else rounding.tree(new, name)).astype(old.like)

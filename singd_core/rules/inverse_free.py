@@ -7,13 +7,14 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Self
 
-from singd_core._array import Array, Scalar, at_least, at_most, namespace, number
+from singd_core._array import Array, Scalar, at_least, at_most, namespace, number, widen
 from singd_core._settings import Rate, Settings, is_bound
 from singd_core._tree import tree
 from singd_core.curvature import TINY, Averages, Curvature, Measured, Rates, measure, seen
 from singd_core.levels import Levels
 from singd_core.preconditioner import Preconditioner
-from singd_core.rules.base import Rule
+from singd_core.rounding import Rounding
+from singd_core.rules.base import Rule, kept
 from singd_core.structures.base import Structure
 
 
@@ -89,6 +90,7 @@ class InverseFree(Rule):
         lr_cov: Rate,
         s: Settings,
         report: dict[str, Array] | None = None,
+        rounding: Rounding | None = None,
     ) -> Self:
         """One step of K and C (docs/mathematics.md, section 3).
 
@@ -104,7 +106,7 @@ class InverseFree(Rule):
                 f"{name}_step": rates.beta * own.norm() for name, own in zip("KC", m, strict=True)
             }
         betas = [step_size(own, rates.beta, s) for own in m]
-        return self.moved(m, betas, rates, s)
+        return self.moved(m, betas, rates, s, rounding)
 
     def grams(self, curvature: Curvature) -> tuple[Structure, Structure]:
         """Π̂(KᵀK) and Π̂(CᵀC), in the dtypes of the curvature."""
@@ -120,12 +122,18 @@ class InverseFree(Rule):
         """The directions in which K and C step, m of both."""
 
     def moved(
-        self, m: Sequence[Structure], betas: Sequence[Scalar], rates: Rates, s: Settings
+        self,
+        m: Sequence[Structure],
+        betas: Sequence[Scalar],
+        rates: Rates,
+        s: Settings,
+        rounding: Rounding | None = None,
     ) -> Self:
         """The factors one step later, in these directions and by these step sizes."""
+        sides = zip("KC", self.sides, m, rates.start, betas, strict=True)
         K, C = (
-            stepped(L, own, start, -1.0 * start * beta, s)
-            for L, own, start, beta in zip((self.K, self.C), m, rates.start, betas, strict=True)
+            kept(stepped(L, own, start, -1.0 * start * beta, s), L, name, rounding)
+            for name, L, own, start, beta in sides
         )
         m_K, m_C = (stored(new, old) for new, old in zip(m, (self.m_K, self.m_C), strict=True))
         averages = self.averages.written(rates.averages)
@@ -248,7 +256,7 @@ def bounded(beta: Scalar, norm: Scalar, s: Settings) -> Scalar:
 
 
 def stepped(K: Structure, m: Structure, start: Scalar, step: Scalar, s: Settings) -> Structure:
-    """K ← c K Expm(−β₁ m), in the dtype of K.
+    """K ← c K Expm(−β₁ m), in the dtype of m, or in float32 if that has 16 bits.
 
     Args:
         K: The factor.
@@ -259,11 +267,11 @@ def stepped(K: Structure, m: Structure, start: Scalar, step: Scalar, s: Settings
     """
     wide, by = K.astype(m.like), m.scale(step)  # first, since a product with m may overflow
     term = wide.matmul(by)  # torch.compile cannot trace `@`
-    K_new = term.add_scaled(start, wide)
+    K_new = term.map(widen).add_scaled(start, wide.map(widen))
     for j in range(2, s.order + 1):
         term = term.matmul(by)
-        K_new = K_new.add_scaled(start ** (1 - j) / math.factorial(j), term)
-    return K_new.astype(K.like)
+        K_new = K_new.add_scaled(start ** (1 - j) / math.factorial(j), term.map(widen))
+    return K_new
 
 
 def stored(m: Structure, like: Structure | None) -> Structure | None:

@@ -11,7 +11,8 @@ from singd_core._tree import tree
 from singd_core.curvature import TINY, Averages, Curvature, Measured, measure
 from singd_core.levels import Levels
 from singd_core.preconditioner import Preconditioner
-from singd_core.rules.base import Rule
+from singd_core.rounding import Rounding
+from singd_core.rules.base import Rule, kept
 from singd_core.structures.base import Structure
 from singd_core.structures.dense import Dense
 
@@ -84,6 +85,7 @@ class KFAC(Rule):
         lr_cov: Rate,
         s: Settings,
         report: dict[str, Array] | None = None,
+        rounding: Rounding | None = None,
     ) -> Self:
         """S ← (1 − β₁) S + β₁ U, and the inverses anew (docs/mathematics.md, section 2).
 
@@ -94,8 +96,9 @@ class KFAC(Rule):
         old, curvature = self.averages.read(curvature)
         rates = old.rates(curvature.t_U, curvature.t_G, lr_cov, s)
         (lambda_K, lambda_C), (K_start, C_start) = rates.damping, rates.start
-        S_K = average(self.S_K, curvature.H_K, rates.beta, K_start)
-        S_C = average(self.S_C, curvature.H_C, rates.beta, C_start)
+        new_K = average(self.S_K, curvature.H_K, rates.beta, K_start)
+        new_C = average(self.S_C, curvature.H_C, rates.beta, C_start)
+        S_K, S_C = kept(new_K, self.S_K, "K", rounding), kept(new_C, self.S_C, "C", rounding)
         P_K, P_C = damped_inverse(S_K, lambda_K), damped_inverse(S_C, lambda_C)
         averages = self.averages.written(rates.averages)
         return type(self)(S_K, S_C, P_K, P_C, averages, self.levels)
@@ -106,10 +109,13 @@ class KFAC(Rule):
 
 
 def average(S: Dense, U: Structure, beta: Scalar, start: Scalar) -> Dense:
-    """(1 − β₁) S + β₁ U; the first refresh of a scaled start divides S = I by start²."""
+    """(1 − β₁) S + β₁ U, in at least float32.
+
+    The first refresh of a scaled start divides S = I by start².
+    """
     # start is 0 where the curvature is infinite: that shows in U, and the step is skipped
-    wide = S.astype(U.like).scale(1.0 / at_least(start * start, TINY))
-    return wide.add_scaled(beta, Dense(U.dense()) - wide).astype(S.like)
+    wide = S.map(widen).scale(1.0 / at_least(start * start, TINY))
+    return wide.add_scaled(beta, Dense(cast(U.dense(), wide.like)) - wide)
 
 
 def damped_inverse(S: Dense, damping: Scalar) -> Dense:

@@ -20,6 +20,8 @@ from singd_core._array import (
 from singd_core._settings import Settings
 from singd_core._tree import tree
 from singd_core.curvature import TINY, Curvature, Rates
+from singd_core.rounding import Rounding
+from singd_core.rules.base import kept
 from singd_core.rules.inverse_free import InverseFree, direction, half, stepped, stored
 from singd_core.structures.base import Structure
 
@@ -58,10 +60,16 @@ class Shampoo(InverseFree):
         return m_K, m_C
 
     def moved(
-        self, m: Sequence[Structure], betas: Sequence[Scalar], rates: Rates, s: Settings
+        self,
+        m: Sequence[Structure],
+        betas: Sequence[Scalar],
+        rates: Rates,
+        s: Settings,
+        rounding: Rounding | None = None,
     ) -> Self:
         """The factors one step later, in these directions and by these step sizes."""
-        K, C = (_moved(*own, s) for own in zip((self.K, self.C), m, betas, strict=True))
+        sides = zip("KC", (self.K, self.C), m, betas, strict=True)
+        K, C = (kept(_moved(L, own, b, s), L, name, rounding) for name, L, own, b in sides)
         m_K, m_C = (stored(new, old) for new, old in zip(m, (self.m_K, self.m_C), strict=True))
         averages = dataclasses.replace(rates.averages, t_U=rates.averages.t_U * 0.0)
         return type(self)(K, C, m_K, m_C, self.averages.written(averages), self.levels)
@@ -80,4 +88,4 @@ def _moved(K: Structure, m: Structure, beta: Scalar, s: Settings) -> Structure:
     """K Expm(−β₁ m), divided by its root mean square over the rows; K itself if β₁ is 0."""
     moves, K = beta > 0.0, stepped(K, m, 1.0, -1.0 * beta, s)
     size = math.sqrt(K.shape[-1]) / at_least(number(K.norm()), TINY)
-    return K.scale(where(moves, size, 1.0)).astype(K.like)
+    return K.scale(where(moves, size, 1.0))

@@ -30,9 +30,10 @@ def test_paper_is_what_the_authors_package_does_by_default() -> None:
     }  # fmt: skip
     assert {n: ours[n] for n in common} == {n: theirs[n] for n in common}
     assert settings("paper", kfac_like=theirs["kfac_like"]) == settings("paper")
-    bounds, others = {"factor_bound", "rows"}, {"order", "rule"}
+    bounds, others = {"factor_bound", "rows"}, {"order", "rule", "rounding"}
     assert all(ours[name] == math.inf for name in bounds)
     assert (ours["order"], ours["rule"]) == (1, "singd")
+    assert ours["rounding"] == "stochastic"  # which changes nothing in float32
     assert not any(ours[name] for name in ours.keys() - common - bounds - others)
 
 
@@ -69,7 +70,7 @@ def test_every_setting_can_be_given_and_wins(field: Any, recipe: str) -> None:
     other = {
         "lr": 0.5, "momentum": 0.5, "weight_decay": 0.5, "T": 7, "lr_cov": 0.5, "damping": 0.7,
         "alpha1": 0.25, "factor_bound": 0.1, "order": 3, "warmup": 5,
-        "rows": 77, "rule": "kfac",
+        "rows": 77, "rule": "kfac", "rounding": "nearest", "seed": 3,
     }  # fmt: skip
     recipes_value = getattr(RECIPES[recipe], field.name)
     value = other.get(field.name, not recipes_value)
@@ -97,6 +98,8 @@ def test_settings_cannot_be_changed_behind_the_optimizers_back() -> None:
         ("T", [0, -1, 1.0, 2.5, "10"], "must be an integer of at least 1"),
         ("order", [0, 1.5], "must be an integer of at least 1"),
         ("warmup", [-1, 2.5], "must be an integer of at least 0"),
+        ("seed", [-1, 2.5, True], "must be an integer of at least 0"),
+        ("rounding", ["up", True], "there are .stochastic., .nearest., .kahan."),
     ],
 )
 def test_a_value_out_of_range_is_named(name: str, values: list[Any], message: str) -> None:

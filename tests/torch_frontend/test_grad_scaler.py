@@ -1,6 +1,7 @@
 """torch.amp.GradScaler: the scale is undone in the gradients and in the captured rows."""
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from singd_torch import SINGD
+from singd_torch.tensors import pieces
 
 SCALE = 2.0**10  # a power of two: scaling with it rounds nothing, so results are equal in every bit
 
@@ -220,3 +222,84 @@ def test_float16_autocast_trains_with_the_full_recipe() -> None:
     assert amp.get_scale() == 2.0 ** (40 - optimizer.skipped)
     assert losses[-1] < 0.5 * losses[0]
     assert not any(map(torch.equal, model.parameters(), before.parameters()))
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["host", "accelerator"])
+def test_the_scale_grows_falls_and_grows_again_as_without_singd(
+    masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the scaler does in 12 steps is what it does for torch's AdamW on the same losses."""
+    if masked:
+        monkeypatch.setattr(pieces, "on_host", lambda x: False)
+    scales: list[list[float]] = []
+    for make in (SINGD, lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3)):
+        model, amp = network(), scaler(growth_interval=3)
+        optimizer: Any = make(model)
+        found = []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            for i, batch in enumerate(batches(12)):
+                optimizer.zero_grad()
+                amp.scale(loss_of(model, batch) * (float("inf") if i in (4, 5) else 1.0)).backward()
+                amp.step(optimizer)
+                amp.update()
+                found.append(amp.get_scale() / SCALE)
+        scales.append(found)
+    assert scales[0] == scales[1] == [1.0, 1.0, 2.0, 2.0, 1.0, 0.5, 0.5, 0.5, 1.0, 1.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["host", "accelerator"])
+def test_models_of_float16_train_at_any_scale(
+    masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, gradients and rows are in float16; scales that are powers of two change nothing.
+
+    Sums of rows and the factors are in float32, and steps do not depend on the scale of the loss.
+    """
+    if masked:
+        monkeypatch.setattr(pieces, "on_host", lambda x: False)
+    data, found = batches(6), []
+    for scale in (1.0, 64.0):
+        torch.manual_seed(0)
+        model = network().half()
+        optimizer = SINGD(model, warmup=0)
+        for x, y in data:
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x.half()).float(), y)
+            (loss * scale).backward()
+            optimizer.set_current_grad_scale(scale)
+            optimizer.step()
+        assert optimizer.skipped == 0
+        found.append(model)
+    for p, q in zip(found[0].parameters(), found[1].parameters(), strict=True):
+        assert p.dtype == torch.float16
+        torch.testing.assert_close(p, q, rtol=2e-2, atol=2e-3)  # gradients near the least numbers
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["told", "unknown"])
+def test_steps_of_layers_do_not_depend_on_a_scale_of_the_loss(told: bool) -> None:
+    """With the default rule a scale that nobody tells changes nothing either, factors included.
+
+    The factors start at the scale of the first curvature, their damping is a share of it, and a
+    step has a size of its own. So they need no scaler; AdamW, for vectors, divides by √v.
+    """
+    data, found = batches(6), []
+    for scale in (1.0, SCALE):
+        torch.manual_seed(0)
+        model = network()
+        optimizer = SINGD(model, fallback_eps=0.0)
+        for batch in data:
+            optimizer.zero_grad()
+            (loss_of(model, batch) * scale).backward()
+            if told:
+                optimizer.set_current_grad_scale(scale)
+            optimizer.step()
+        found.append((model, optimizer))
+    (model, optimizer), (other, _) = found
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+    first = optimizer.state[model[0].weight], found[1][1].state[other[0].weight]
+    share = 1.0 if told else SCALE  # C Cᵀ is the inverse of what grows with the scale's square
+    torch.testing.assert_close(
+        first[0]["C.matrix"], first[1]["C.matrix"] * share, rtol=1e-3, atol=1e-5
+    )

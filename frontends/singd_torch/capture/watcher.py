@@ -154,7 +154,8 @@ class Watcher(torch.optim.Optimizer):
                 self._group_of, self._processes, copies=self._shard, summed=self._summed
             )
         if self._sharded is not None:
-            self._sharded.arrange(self.param_groups, self._layers, self._fallback, self._compile)
+            given = self._layers, self._fallback, self._names, self._compile
+            self._sharded.arrange(self.param_groups, *given)
             self._stack_up()
 
     def _is_switched(self) -> bool:

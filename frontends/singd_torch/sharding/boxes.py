@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from singd_core.rounding import Place
 from singd_torch.sharding.box import Box
 
 
@@ -19,6 +20,13 @@ def box_of(p: Tensor) -> Box:
         return Box((0,) * p.ndim, tuple(p.shape))
     shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
     return Box(tuple(offset), tuple(shape))
+
+
+def place_of(p: Tensor) -> Place:
+    """Where the part of a parameter that is here stands in it."""
+    box, whole = box_of(p), tuple(p.shape)
+    place = Place.of(whole, box.offset)
+    return Place(place.start) if box.shape[1:] == whole[1:] else place
 
 
 def boxes(

@@ -156,7 +156,7 @@ class Resting:
 def _form(layer: Layer, *, moves: bool) -> Form:
     """What the state has of a layer after a step, on `meta`."""
     (plain,) = stand_ins([layer], device="meta")
-    state = _state.before_any_step([plain], [])
+    state = _state.before_any_step([plain], {})
     return [
         (k, name, t)
         for k, p in enumerate(plain.parameters)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from singd_core.rounding import is_rounded
 from singd_torch import _diagnostics, _state
 from singd_torch._distributed import agree_on_rows
 from singd_torch._loading import Loaded
@@ -18,7 +19,7 @@ from singd_torch.capture.scaling import Scales
 from singd_torch.layers.layer import Layer
 from singd_torch.sharding import saving
 from singd_torch.sharding.box import Box
-from singd_torch.sharding.boxes import boxes, local, local_gradient
+from singd_torch.sharding.boxes import boxes, local, local_gradient, place_of
 from singd_torch.sharding.exchange import Exchange
 from singd_torch.sharding.meter import Meter
 from singd_torch.sharding.owners import Shares
@@ -52,6 +53,7 @@ class Sharded:
         self._layers: list[Layer] = []
         self._fallback: list[nn.Parameter] = []
         self._groups: list[dict[str, Any]] = []
+        self._names: Mapping[nn.Parameter, str] = {}
         self._compile: dict[str, Any] | None = None
         self._places: dict[nn.Parameter, list[Box]] = {}
         self._own: dict[nn.Parameter, Layer] = {}
@@ -63,6 +65,7 @@ class Sharded:
         groups: list[dict[str, Any]],
         layers: Sequence[Layer],
         fallback: Sequence[nn.Parameter],
+        names: Mapping[nn.Parameter, str],
         compile: dict[str, Any] | None,
     ) -> None:
         """Part the work among the processes, which all call this with the same layers.
@@ -71,7 +74,7 @@ class Sharded:
         """
         if self._resting is not None:
             self._resting.visit()
-        self._groups, self._compile = groups, compile
+        self._groups, self._names, self._compile = groups, names, compile
         self._layers, self._fallback, plain = list(layers), list(fallback), set(self._fallback)
         self._places = boxes([p for group in groups for p in group["params"]], self.group)
         found = self.shares(self._layers)
@@ -89,6 +92,8 @@ class Sharded:
             list(self._own.values()),
             [self._stand_ins[p] for p in fallback],
             {s: group_of[p] for p, s in self._stand_ins.items()},
+            {s: names.get(p, "") for p, s in self._stand_ins.items()},
+            {self._stand_ins[p]: place_of(p) for p in fallback},
             compile,
         )
 
@@ -167,7 +172,8 @@ class Sharded:
         """Have the state that the first steps would make."""
         own = list(self._own.values())
         share = self.share
-        share.state.update(_state.before_any_step(own, share._fallback))
+        others = {p: share._group_of[p] for p in share._fallback}
+        share.state.update(_state.before_any_step(own, others))
 
     def show(self, state: dict[Any, dict[str, Tensor]]) -> None:
         """Let a state have, by parameter, what this process has, and what others have as `meta`."""
@@ -175,7 +181,7 @@ class Sharded:
             state[p] = self.share.state[part]
         others = [layer for layer in self._layers if layer.weight not in self._own]
         elsewhere = stand_ins(others, device="meta")
-        shapes = _state.before_any_step(elsewhere, [])
+        shapes = _state.before_any_step(elsewhere, {})
         for layer, plain in zip(others, elsewhere, strict=True):
             for p, part in zip(layer.parameters, plain.parameters, strict=True):
                 state[p] = shapes.get(part, {})
@@ -228,7 +234,7 @@ class Sharded:
         """Have owners for layers that learn from gradients from now on: from all of a gradient."""
         slabs = [layer for layer in self._layers if layer.weight not in self.owners]
         if any(layer.by_gradient for layer in slabs):
-            self.arrange(self._groups, self._layers, self._fallback, self._compile)
+            self.arrange(self._groups, self._layers, self._fallback, self._names, self._compile)
 
     def _send(self, trained: Sequence[nn.Parameter], whole: Sequence[nn.Parameter]) -> None:
         """Give the owners gradients, and of some parameters also what they are."""
@@ -271,10 +277,12 @@ def _whole(layer: Layer) -> list[Tensor]:
 
 
 def _wants_weights(layer: Layer) -> bool:
-    """Whether the owner has to know the weights, as they decay or AdamW trains them."""
+    """Whether the owner has to know the weights: they decay, are rounded, or AdamW trains them."""
     unseen = layer.kind.has_rows and not layer.seen
     if unseen or layer.weight.grad is None:
         return True
     groups = [layer.group] if layer.bias_group is None else [layer.group, layer.bias_group]
     decays = [group["weight_decay"] for group in groups]
+    if is_rounded(layer.group["rounding"], [p.dtype for p in layer.parameters]):
+        return True
     return any(isinstance(decay, Tensor) or decay != 0.0 for decay in decays)

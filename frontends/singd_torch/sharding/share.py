@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from singd_core.rounding import Place
 from singd_torch import _diagnostics
 from singd_torch.layers.layer import Layer
-from singd_torch.sharding.boxes import local
+from singd_torch.sharding.boxes import local, place_of
 from singd_torch.sharding.local import Part
 from singd_torch.sharding.slabs import Slab, advance
 from singd_torch.step.stack import Stack, stacks
@@ -49,13 +50,15 @@ class Share(Stepper):
         layers: Sequence[Layer],
         fallback: Sequence[nn.Parameter],
         group_of: Mapping[nn.Parameter, dict[str, Any]],
+        names: Mapping[nn.Parameter, str],
+        places: Mapping[nn.Parameter, Place],
         compile: dict[str, Any] | None,
     ) -> None:
-        """Step these from now on."""
+        """Step these from now on, of these names; `places` says where others stand in the whole."""
         self.param_groups, self._compile = groups, compile
         self._layers, self._fallback = list(layers), list(fallback)
         self._group_of = dict(group_of)
-        self._names = {layer.weight: layer.name for layer in layers}
+        self._names, self._places = dict(names), places
         self.device = next((p.device for p in group_of), torch.device("cpu"))
         self._stack_up()
 
@@ -130,7 +133,8 @@ def slab_of(layer: Layer, part: Part) -> Slab:
     weight, *bias = map(alias, layer.parameters)
     own |= {"weight": weight, "bias": bias[0] if bias else None}
     own |= {"pending": {}, "factors": None, "meter": None}
-    return Slab(**own, whole=tuple(layer.weight.shape), part=part)
+    places = tuple(map(place_of, layer.parameters))
+    return Slab(**own, whole=tuple(layer.weight.shape), part=part, places=places)
 
 
 def stands_for(layer: Layer, params: Sequence[nn.Parameter | None], part: Part | None) -> bool:

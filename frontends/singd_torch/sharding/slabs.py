@@ -17,6 +17,7 @@ from torch import Tensor
 from singd_core._settings import Settings, is_due, rate_of_factors
 from singd_core.levels import FLOOR, sums, weight_of
 from singd_core.preconditioner import Preconditioner, Side
+from singd_core.rounding import Place
 from singd_core.rules import Factors
 from singd_core.step import Direction, Late, averaged, scaled, sides, size
 from singd_torch.layers.layer import Layer
@@ -36,10 +37,12 @@ class Slab(Layer):
     Attributes:
         whole: The shape of all of the weight.
         part: Which rows or columns.
+        places: Where the parts of the weight and of the bias stand in all of these.
     """
 
     whole: tuple[int, ...] = ()
     part: Part = ALL
+    places: tuple[Place, ...] = ()
 
     @property
     def shape(self) -> tuple[tuple[int, ...], int, int]:
@@ -107,7 +110,7 @@ def _begin(stack: Stack, state: State, given: Gradients, wide: torch.dtype) -> _
     assert isinstance(slab, Slab)
     s = given.settings(slab.weight)
     gradient = stack.joined(given.of)
-    factors, preconditioner = refreshed(stack, s, given.scales, gradient)
+    factors, preconditioner = refreshed(stack, s, given.scales, gradient, stack.rounding(s))
     assert preconditioner is not None  # nothing is compiled
     if stack.momenta is None and s.momentum != 0.0:
         stack.begin(state, s)
@@ -185,7 +188,8 @@ def _write(
     parts = slab.split(natural)
     found = Direction(parts, scale.item() if on_host else scale, True, None, None)
     settings = [given.settings(p) for p in slab.parameters]
-    move(stack, found, settings, None if on_host else moves)
+    rounding = stack.rounding(settings[0])
+    move(stack, found, settings, None if on_host else moves, rounding, state, slab.places)
 
 
 def _level(moved: Sequence[tuple[_Begun, Any]], total: Total) -> None:

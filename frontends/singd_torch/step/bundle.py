@@ -7,6 +7,7 @@ has those of many stacks in vectors, and their momenta in one array. The state h
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -15,10 +16,13 @@ import torch
 from torch import Tensor
 
 from singd_core._array import is_half
+from singd_core._layer_state import NAMES
 from singd_core.curvature import Averages
 from singd_core.levels import EVEN, Levels
+from singd_core.rounding import WHOLE
 from singd_core.step import Late, has_momentum, sides, size
 from singd_torch._groups import settings_of
+from singd_torch.step.rounding import Row
 from singd_torch.step.stack import Stack, State
 
 # Numbers of the parameters of a bundle, if it has several stacks: their gradients are copied.
@@ -132,6 +136,18 @@ class Bundle:
         """That of the momenta."""
         return self.parts[0].stack.layers[0].dtypes[2]
 
+    @functools.cached_property
+    def row(self) -> Row:
+        """The parameters, as they are stored in 16 bits."""
+        known = {
+            p: (layer.name, role)
+            for stack in self.stacks
+            for layer in stack.layers
+            for p, role in zip(layer.parameters, NAMES, strict=False)
+        }
+        names, roles = zip(*(known[p] for p in self.parameters), strict=True)
+        return Row(self.parameters, names, roles, [WHOLE] * len(names))
+
     def hold(self, state: State) -> None:
         """Take what the stacks have into vectors, unless that is done."""
         held = [(stack.momenta, stack.late, stack.averages) for stack in self.stacks]
@@ -230,7 +246,8 @@ def _numbers(stacks: Iterable[Stack]) -> int:
 
 def _likeness(stack: Stack) -> Any:
     layer = stack.layers[0]
-    return stack.visits, id(layer.group), layer.weight.device, layer.weight.dtype, layer.dtypes
+    dtypes = (layer.parameters[0].dtype, layer.parameters[-1].dtype, *layer.dtypes)
+    return stack.visits, id(layer.group), layer.weight.device, dtypes
 
 
 def norms_of(tensors: Sequence[Tensor], order: int = 2) -> Tensor:

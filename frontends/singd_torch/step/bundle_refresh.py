@@ -15,6 +15,7 @@ from singd_core._settings import Settings, rate_of_factors
 from singd_core.curvature import Curvature, shares
 from singd_core.levels import scale
 from singd_core.preconditioner import Preconditioner, balance
+from singd_core.rules.base import kept
 from singd_core.rules.inverse_free import InverseFree, bounded, direction, plain_weights, stepped
 from singd_core.structures import Structure
 from singd_core.structures.pattern import Pattern
@@ -58,9 +59,10 @@ def refresh(bundle: Bundle, s: Settings, state: State, given: Gradients) -> None
     rows: list[Tensor] = []
     for part, place, pair in zip(due, places, m, strict=True):
         factors, own = _factors(part.stack), partial(_own, place, part)
-        sides = zip((factors.K, factors.C), pair, rates.start, steps, strict=True)
-        for L, along, start, step in sides:
-            L_new = stepped(L, along, own(start), own(step), s)
+        rounding = part.stack.rounding(s)
+        sides = zip("KC", (factors.K, factors.C), pair, rates.start, steps, strict=True)
+        for name, L, along, start, step in sides:
+            L_new = kept(stepped(L, along, own(start), own(step), s), L, name, rounding)
             L.map(partial(_write, own(use)), L_new)
         part.stack.hold(factors, state, seen=True)
         rows += [factors.K.row_norms(), factors.C.row_norms()]

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from singd_core._settings import Settings, is_bound
+from singd_core.rounding import is_rounded
 from singd_core.rules import IKFAC
 from singd_core.step import averaged, couples_decay, decouples_decay, scaled, squares_of
 from singd_torch.step.bundle import Bundle, norms_of
 from singd_torch.step.bundle_levels import measure
 from singd_torch.step.bundle_refresh import precondition, refresh
+from singd_torch.step.rounding import compensations
 from singd_torch.step.stack import Stack, State
 from singd_torch.step.stack_step import Gradients, by_pieces
 from singd_torch.tensors.scratch import constant
@@ -75,7 +77,7 @@ def advance(bundle: Bundle, state: State, given: Gradients) -> Tensor:
             part.stack.report |= {"agreement": part.of(agreement), "update": part.of(update)}
     measure(bundle, s, natural, moves)
     everything = moves.all()
-    _move(bundle, natural, scale, gradient, given, everything)
+    _move(bundle, natural, scale, gradient, given, everything, state)
     return everything
 
 
@@ -123,6 +125,7 @@ def _move(
     room: Tensor,
     given: Gradients,
     everything: Tensor,
+    state: State,
 ) -> None:
     """Change the weights and biases; the changes are written to the `room` of gradients."""
     rates: dict[int, Tensor] = {}
@@ -139,8 +142,12 @@ def _move(
                 u = layer.split(n)[k]
                 torch.mul(u, spread(c, u), out=out)
     # where products are infinite, zero times them is NaN
-    room = room.nan_to_num_(0.0, 0.0, 0.0).to(bundle.parameters[0].dtype)
-    changes = torch.split(room, bundle.sizes)
+    room = room.nan_to_num_(0.0, 0.0, 0.0)
+    first = bundle.parameters[0]
+    if is_rounded(given.settings(first).rounding, [first.dtype]):
+        _store(bundle, room, given, everything, state)
+        return
+    changes = torch.split(room.to(first.dtype), bundle.sizes)
     moving: dict[int, tuple[Settings, list[Tensor], list[Tensor]]] = {}
     for p, change in zip(bundle.parameters, changes, strict=True):
         if p.grad is not None:  # it may have been frozen since
@@ -153,3 +160,25 @@ def _move(
             share = everything.to(scale) * (own.lr * own.weight_decay)
             torch._foreach_mul_(weights, 1.0 - share)
         torch._foreach_add_(weights, their)
+
+
+def _store(
+    bundle: Bundle, room: Tensor, given: Gradients, everything: Tensor, state: State
+) -> None:
+    """Change weights and biases of 16 bits, computed in float32."""
+    wide = torch.cat([p.reshape(-1) for p in bundle.parameters]).float()
+    each = list(zip(bundle.parameters, torch.split(wide, bundle.sizes), strict=True))
+    decays: dict[int, tuple[Settings, list[Tensor]]] = {}
+    for p, own in each:
+        s = given.settings(p)
+        if decouples_decay(s):
+            decays.setdefault(id(s), (s, []))[1].append(own)
+    for s, weights in decays.values():
+        share = everything.to(wide) * (s.lr * s.weight_decay)
+        torch._foreach_mul_(weights, 1.0 - share)
+    wide += room
+    for p, own in each:
+        if p.grad is None:  # it may have been frozen since
+            own.copy_(p.reshape(-1))
+    s, step = given.settings(bundle.parameters[0]), bundle.stacks[0].layers[0].group["steps"]
+    bundle.row.write(wide, s, step, compensations(bundle.parameters, s, state), everything)

@@ -10,16 +10,19 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
+from singd_core._layer_state import NAMES
 from singd_core._settings import Settings, gap
 from singd_core.curvature import Averages, Curvature
 from singd_core.levels import Levels
 from singd_core.preconditioner import Preconditioner
+from singd_core.rounding import Rounding, is_rounded
 from singd_core.rules import Factors, Shampoo, by_rows
 from singd_core.step import Late
 from singd_torch import _state
 from singd_torch._groups import settings_of
 from singd_torch.layers.layer import Key, Layer
 from singd_torch.layers.pending import Pending
+from singd_torch.step.rounding import owners
 from singd_torch.tensors.join import join, join_trees, parts, tree_parts
 
 T = TypeVar("T")
@@ -59,6 +62,7 @@ class Stack:
     capturable: bool = False
     _fixed: Preconditioner | None = None
     _handed_out: Sequence[Tensor] = ()
+    _owners: Tensor | None = None
     _compiled: dict[Callable[..., Any], Callable[..., Any]] = dataclasses.field(
         default_factory=dict
     )
@@ -67,6 +71,25 @@ class Stack:
     def groups(self) -> tuple[int, ...]:
         """The axes of the matrices of one layer, () for one matrix."""
         return self.layers[0].shape[0]
+
+    def rounding(self, s: Settings) -> Rounding | None:
+        """How its arrays are stored after this step, None if to the nearest number."""
+        layer = self.layers[0]
+        (K, C, _), parameters = layer.dtypes, zip(NAMES, layer.parameters, strict=False)
+        dtypes = {"K": K, "C": C} | {name: p.dtype for name, p in parameters}
+        if not is_rounded(s.rounding, dtypes.values()):
+            return None
+        owner: Any = layer.name
+        if len(self.layers) > 1:
+            if self._owners is None or self._owners.device != layer.weight.device:
+                self._owners = owners([one.name for one in self.layers], layer.weight)
+            owner = self._owners
+        found = Rounding.of(s.rounding, s.seed, layer.group["steps"], owner, dtypes)
+        if found is None or self.compile is None:
+            return found
+        # else each step would be compiled anew
+        base = torch.full((), found.base, dtype=torch.int32, device=layer.weight.device)
+        return found._replace(base=base)
 
     @property
     def averages(self) -> Averages:

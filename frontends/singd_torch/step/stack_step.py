@@ -12,15 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from singd_core._array import sum_of_squares, widen
+from singd_core._layer_state import NAMES
 from singd_core._settings import Settings, is_due, rate_of_factors
 from singd_core.curvature import Curvature
 from singd_core.layers import LayerKind
 from singd_core.levels import leveled
 from singd_core.preconditioner import Preconditioner
+from singd_core.rounding import WHOLE, Place, Rounding, identity
 from singd_core.rules import Factors, Shampoo, by_rows
 from singd_core.step import Direction, couples_decay, direction, has_momentum, weight_change
 from singd_core.structures import Diagonal
 from singd_torch.capture.scaling import Scales
+from singd_torch.step.rounding import compensations, round_to
 from singd_torch.step.stack import Stack, State
 from singd_torch.tensors import scratch
 from singd_torch.tensors.join import join
@@ -65,8 +68,8 @@ def advance(stack: Stack, state: State, given: Gradients) -> Any:
     layer = stack.layers[0]
     own, ok = [given.settings(p) for p in layer.parameters], given.ok
     s = own[0]
-    gradient = stack.joined(given.of)
-    factors, preconditioner = refreshed(stack, s, given.scales, gradient)
+    gradient, rounding = stack.joined(given.of), stack.rounding(s)
+    factors, preconditioner = refreshed(stack, s, given.scales, gradient, rounding)
     decay = None
     if any(map(couples_decay, own)):
         decay = stack.joined(partial(_coupled_decay, given.settings))
@@ -111,7 +114,7 @@ def advance(stack: Stack, state: State, given: Gradients) -> Any:
         lengths = torch.stack([sum_of_squares(_rows(u, stack), 1) for u in found.parts]).sum(0)
         update = s.lr * found.scale * lengths.sqrt()
         stack.report |= {"agreement": found.agreement, "update": update}
-    move(stack, found, own, None if ok is None else moves)
+    move(stack, found, own, None if ok is None else moves, rounding, state)
     return moves
 
 
@@ -130,7 +133,11 @@ def level(stack: Stack, s: Settings, natural: Tensor | None, moves: Any) -> None
 
 
 def refreshed(
-    stack: Stack, s: Settings, scales: Scales, gradient: Sequence[Tensor]
+    stack: Stack,
+    s: Settings,
+    scales: Scales,
+    gradient: Sequence[Tensor],
+    rounding: Rounding | None,
 ) -> tuple[Factors, Preconditioner | None]:
     """The factors, refreshed by rows that are pending or by the gradient of what has none.
 
@@ -151,7 +158,7 @@ def refreshed(
             factors = by_rows(factors, s) if isinstance(factors, Shampoo) else factors
         for one in stack.layers:  # its rows are as large as its factors, and so is the curvature
             one.pending = {}
-        factors = stack.run(_refresh, factors, curvature, lr_cov, s, stack.report)
+        factors = stack.run(_refresh, factors, curvature, lr_cov, s, stack.report, rounding)
         stack.preconditioner = None
     elif stack.preconditioner is not None:
         return factors, stack.preconditioner
@@ -165,10 +172,8 @@ def _curvature(factors: Shampoo, kind: LayerKind, *gradient: Tensor) -> Curvatur
     return factors.curvature(kind.matrix(*gradient))
 
 
-def _refresh(
-    factors: Factors, curvature: Curvature, lr_cov: Any, s: Settings, report: dict[str, Any] | None
-) -> Factors:
-    return factors.refresh(curvature, lr_cov, s, report)
+def _refresh(factors: Factors, curvature: Curvature, *given: Any) -> Factors:
+    return factors.refresh(curvature, *given)
 
 
 def _direction(
@@ -233,20 +238,37 @@ def _in_place(preconditioner: Preconditioner, gradient: Tensor) -> None:
 
 
 def move(
-    stack: Stack, found: Direction, settings: Sequence[Settings], moves: Tensor | None
+    stack: Stack,
+    found: Direction,
+    settings: Sequence[Settings],
+    moves: Tensor | None,
+    rounding: Rounding | None,
+    state: State,
+    parts: Sequence[Place] = (WHOLE, WHOLE),
 ) -> None:
-    """Change the weights and biases."""
+    """Change the weights and biases; `parts` says where those stand that are parts of more."""
     places = zip(*(layer.parameters for layer in stack.layers), strict=True)
-    for place, part, own in zip(places, found.parts, settings, strict=True):
+    roles = zip(NAMES, places, found.parts, settings, parts, strict=False)
+    for name, place, part, own, where in roles:
         own = own if moves is None else masked(own, moves, part)
         trained = [p.grad is not None for p in place]  # one may have been frozen since
+        rounded = rounding if rounding is not None and rounding.rounds(name) else None
         if len(place) > 1 and place[0].numel() <= _JOINED and all(trained):
             joined = join(place)
-            weight_change(part, found.scale, joined, own, onto=joined)
+            if rounded is None:
+                weight_change(part, found.scale, joined, own, onto=joined)
+            else:
+                lost = compensations(place, settings[0], state)
+                round_to(joined, part, found.scale, own, rounded, name, lost, moves)
             torch._foreach_copy_(place, stack.split(joined))  # type: ignore[arg-type]
             continue
-        each = zip(place, stack.split(part), _each(found.scale, len(place)), strict=True)
-        for weight, u, c in compress(each, trained):
+        each = zip(stack.layers, stack.split(part), _each(found.scale, len(place)), strict=True)
+        for (layer, u, c), weight in compress(zip(each, place, strict=True), trained):
+            if rounded is not None:
+                how = rounded._replace(owner=identity(layer.name))
+                lost = compensations([weight], settings[0], state)
+                round_to(weight, u, c, own, how, name, lost, moves, where)
+                continue
             for piece, change in zip(cut(weight), cut(u), strict=True):
                 weight_change(change, c, piece, own, onto=piece)
 

@@ -7,6 +7,7 @@ from torch import nn
 from singd_core.rules import Factors
 from singd_torch.capture.follower import Follower
 from singd_torch.layers.layer import Layer
+from singd_torch.step.rounding import Rows
 from singd_torch.step.stack import Stack, stacks
 from singd_torch.tensors.scratch import Scratch
 
@@ -33,6 +34,7 @@ class Stacker(Follower):
         }
         for stack in self._stacks:
             stack.compile, stack.capturable = self._compile, self._capturable
+        self._rows: Rows = {}
         self._report()
 
     def _report(self) -> None:

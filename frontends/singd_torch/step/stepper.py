@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from singd_core import _settings
 from singd_core._array import ranged
+from singd_core.rounding import Place
 from singd_core.step import warmed
 from singd_torch import _fallback, _state
 from singd_torch._distributed import agree_on_rows, reduce_rows
@@ -23,7 +25,7 @@ from singd_torch.capture.scaling import Given, Scales
 from singd_torch.capture.watcher import is_due, may_be_due
 from singd_torch.layers.layer import Layer
 from singd_torch.sharding.guards import ALONE, is_one_of_several
-from singd_torch.step import bundle_step
+from singd_torch.step import bundle_step, rounding
 from singd_torch.step.bundle import Bundle, bundled
 from singd_torch.step.stack import Stack
 from singd_torch.step.stack_step import Gradients, advance
@@ -41,6 +43,7 @@ class Stepper(Stacker):
 
     _skipped: Tensor | int = 0
     _bundles: Sequence[Bundle] = ()
+    _places: Mapping[nn.Parameter, Place] = MappingProxyType({})  # of those that are parts
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -157,7 +160,8 @@ class Stepper(Stacker):
             self._sharded.begin()
             self._sharded.show(self.state)
         else:
-            self.state.update(_state.before_any_step(self._layers, self._fallback))
+            others = {p: self._group_of[p] for p in self._fallback}
+            self.state.update(_state.before_any_step(self._layers, others))
 
     def _is_no_step(self) -> bool:
         """Whether this is how torch.distributed.checkpoint makes the state that it loads into."""
@@ -203,7 +207,9 @@ class Stepper(Stacker):
         with scratch.lent(self._scratch):
             moved = self._advance(ready, given)
         grads = [of(p) for p in others]
-        _fallback.step_all(self._group_of, others, grads, self.state, skip, shares)
+        known: dict[str, Any] = {"names": self._names, "places": self._places, "rows": self._rows}
+        store = partial(rounding.store, **known, state=self.state, skip=skip)
+        _fallback.step_all(self._group_of, others, grads, self.state, skip, shares, store)
         if ok is None and not all(moved):
             still = [stack for stack, m in zip(ready, moved, strict=True) if not m]
             names = [layer.name for stack in still for layer in stack.layers]
