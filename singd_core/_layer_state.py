@@ -87,9 +87,14 @@ def like(parameter: Parameter, arrays: Sequence[Array]) -> Parameter:
 
 
 def layer_state(
-    kind: LayerKind, parameter: Parameter, structures: Any, dtypes: Sequence[Any], s: Settings
+    kind: LayerKind,
+    parameter: Parameter,
+    structures: Any,
+    dtypes: Sequence[Any],
+    momentum_dtype: Any,
+    s: Settings,
 ) -> LayerState:
-    """The state before the first step; `dtypes` of K and of C, or None.
+    """The state before the first step; `dtypes` of K and of C and that of the momentum, or None.
 
     Raises:
         ValueError: If a rule whose factors are dense is asked for a table of embeddings.
@@ -106,17 +111,26 @@ def layer_state(
     factors = rules.start(
         chosen, shape, s, *likes, has_rows=kind.has_rows, one_hot=kind.diagonal_inputs
     )
-    return begun(factors, parts(parameter), shape[0], s)
+    return begun(factors, parts(parameter), shape[0], s, momentum_dtype)
 
 
 def begun(
-    factors: rules.Factors, parameters: Sequence[Array], batch: Shape, s: Settings
+    factors: rules.Factors,
+    parameters: Sequence[Array],
+    batch: Shape,
+    s: Settings,
+    momentum_dtype: Any = None,
 ) -> LayerState:
-    """The state of a layer with these factors before its first step."""
+    """The state of a layer with these factors before its first step.
+
+    The momentum has the dtype of the weight, in float32 for float16, or that which is given.
+    """
     costs = [no_cost(p, s) for p in parameters]
     if not has_momentum(s):
         return LayerState.of(factors, None, None, costs)
-    buffers = [namespace(p).zeros_like(p, dtype=ranged(p[..., :0]).dtype) for p in parameters]
+    dtypes = (momentum_dtype or ranged(p[..., :0]).dtype for p in parameters)
+    pairs = zip(parameters, dtypes, strict=True)
+    buffers = [namespace(p).zeros_like(p, dtype=dtype) for p, dtype in pairs]
     late = Late.zeros(batch, parameters[0]) if s.normalized else None
     return LayerState.of(factors, buffers, late, costs)
 

@@ -62,6 +62,7 @@ class Optimizer:
         loss_average: What the loss is a mean of: "batch", "batch+sequence", so many terms, or None
             for a sum.
         preconditioner_dtype: Of K and of C; None is the weight's, float32 for float16.
+        momentum_dtype: Of the momenta of layers; None is the weight's, float32 for float16.
         fallback: Settings of AdamW; None is its own defaults with the rate of the recipe.
         **given: Settings that win over the recipe, e.g. `lr=0.01` or `T=10`.
 
@@ -92,6 +93,7 @@ class Optimizer:
         kfac_approx: str = "expand",
         loss_average: str | int | None = "batch",
         preconditioner_dtype: tuple[Any, Any] = (None, None),
+        momentum_dtype: Any = None,
         fallback: Fallback | None = None,
         **given: Any,
     ) -> None:
@@ -102,7 +104,7 @@ class Optimizer:
         is_expand(kfac_approx)  # both are checked here, before any rows come
         loss_terms(loss_average, 1, ())
         self.kfac_approx, self.loss_average = kfac_approx, loss_average
-        self.preconditioner_dtype = preconditioner_dtype
+        self.preconditioner_dtype, self.momentum_dtype = preconditioner_dtype, momentum_dtype
         self.fallback = fallback or Fallback(lr=FALLBACK_RATES[recipe])
 
     def init(self, params: Mapping[str, Parameter]) -> State:
@@ -121,7 +123,8 @@ class Optimizer:
         if not params:
             raise ValueError("params is empty: there is nothing to train")
         kinds, first = self._kinds(params), next(iter(params.values()))
-        given = self.structures, self.preconditioner_dtype, self.settings
+        dtypes = self.preconditioner_dtype, self.momentum_dtype
+        given = self.structures, *dtypes, self.settings
         layers, fallback = {}, {}
         for name, parameter in params.items():
             _given.check_parameter(name, parameter, kinds.get(name))

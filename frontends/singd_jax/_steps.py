@@ -56,6 +56,7 @@ class Steps:
         preconditioner_dtype: tuple[Any, Any],
         fallback: Fallback | None,
         loss: Callable[..., Any] | None = None,
+        momentum_dtype: Any = None,
         **given: Any,
     ) -> None:
         if layers is not None and loss is not None:
@@ -85,6 +86,7 @@ class Steps:
             recipe=recipe,
             structures=pair(structures),
             preconditioner_dtype=preconditioner_dtype,
+            momentum_dtype=momentum_dtype,
             fallback=fallback,
             **given | started | {"T": counted},
         )
@@ -344,7 +346,8 @@ class Steps:
             has_rows=layer.has_rows,
             one_hot=bool(layer.diagonal),
         )
-        return begun(factors, empty, layer.shape[0], optimizer.settings)
+        dtype = optimizer.momentum_dtype
+        return begun(factors, empty, layer.shape[0], optimizer.settings, dtype)
 
     def _rule(self) -> type[rules.Rule]:
         return rules.get(self.optimizer.settings.rule)

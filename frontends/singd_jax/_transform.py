@@ -49,6 +49,7 @@ def singd(
     rounding: str | None = None,
     seed: int | None = None,
     preconditioner_dtype: tuple[Any, Any] = (None, None),
+    momentum_dtype: Any = None,
     fallback: Fallback | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Structured inverse-free natural gradient descent (arXiv 2312.05705).
@@ -100,6 +101,7 @@ def singd(
         rounding: How weights and factors of 16 bits are stored: "stochastic", "kahan" or "nearest".
         seed: Of the random bits of stochastic rounding.
         preconditioner_dtype: Of K and of C; None is the weight's, float32 for float16.
+        momentum_dtype: Of the momenta of layers; None is the weight's, float32 for float16.
         fallback: Settings of AdamW; its rates may be schedules too.
 
     Returns:

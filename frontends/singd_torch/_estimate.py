@@ -23,6 +23,7 @@ OPTIONS: dict[str, Any] = {
     "loss_average": "batch",
     "kfac_approx": "expand",
     "preconditioner_dtype": (None, None),
+    "momentum_dtype": None,
     "average_groups": False,
     "fallback_lr": 0.0,
     "fallback_betas": (0.9, 0.999),

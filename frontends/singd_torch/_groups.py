@@ -22,6 +22,9 @@ _SETTINGS = tuple(f.name for f in dataclasses.fields(Settings))
 # What a group has beside its settings.
 _OWN = {"params", "param_names", "steps", "base_lr"}
 
+# Those of factors and momenta: nothing can be computed in the floating-point dtypes of 8 bits.
+_DTYPES = torch.float64, torch.float32, torch.bfloat16, torch.float16
+
 # Keys of torch's optimizers that only look like a setting.
 _OTHERS = {"alpha", "dampening"}
 
@@ -46,12 +49,15 @@ def check_group(group: dict[str, Any]) -> None:
     dtypes = group["preconditioner_dtype"]
     if not isinstance(dtypes, (tuple, list)) or len(dtypes) != 2:
         raise ValueError(f"preconditioner_dtype={dtypes!r}: give two, one for K and one for C")
-    for dtype in dtypes:
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ValueError(
-                f"preconditioner_dtype={dtypes!r}: give floating-point dtypes, or None"
-            )
+    _check_dtypes("preconditioner_dtype", dtypes, dtypes)
+    _check_dtypes("momentum_dtype", group["momentum_dtype"], [group["momentum_dtype"]])
     _fallback.check(group)
+
+
+def _check_dtypes(name: str, given: Any, dtypes: Iterable[Any]) -> None:
+    for dtype in dtypes:
+        if dtype is not None and dtype not in _DTYPES:
+            raise ValueError(f"{name}={given!r}: give {', '.join(map(str, _DTYPES))}, or None")
 
 
 def check_counts(group: dict[str, Any]) -> None:

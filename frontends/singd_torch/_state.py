@@ -44,7 +44,8 @@ def before(
     likes = [
         torch.empty((), dtype=p.dtype, device=device).expand(p.shape) for p in layer.parameters
     ]
-    return begun(factors or initial(layer, s, device), likes, layer.shape[0], s)
+    factors, dtype = factors or initial(layer, s, device), layer.group["momentum_dtype"]
+    return begun(factors, likes, layer.shape[0], s, dtype)
 
 
 def late_of(layer: Layer, state: Mapping[Any, Mapping[str, Any]]) -> Late:

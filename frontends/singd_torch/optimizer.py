@@ -64,6 +64,7 @@ class SINGD(Stepper, Saving):
         warn_unsupported: Warn with the names of parameters that AdamW trains.
         kfac_like: The authors' name for `rule="ikfac"` (True) and `rule="singd"` (False).
         preconditioner_dtype: Of K and of C; None is the weight's, float32 for float16.
+        momentum_dtype: Of the momenta of layers; None is the weight's, float32 for float16.
         init_grad_scale: Accepted for compatibility; the scale is read when a step is taken.
         normalize_lr_cov: The authors' normalization of the factor step.
         recipe: "normalized" or "paper": values for all settings not given.
@@ -127,6 +128,7 @@ class SINGD(Stepper, Saving):
         *,
         recipe: str = DEFAULT,
         memory_budget: int | None = None,
+        momentum_dtype: torch.dtype | None = None,
         kfac: bool | None = None,
         average_groups: bool = False,
         compile_step: bool | dict[str, Any] = False,
@@ -174,6 +176,7 @@ class SINGD(Stepper, Saving):
             "structures": STRUCTURES[recipe] if structures is None else structures,
             "kfac_approx": kfac_approx,
             "preconditioner_dtype": preconditioner_dtype,
+            "momentum_dtype": momentum_dtype,
             "average_groups": average_groups,
             "fallback_lr": FALLBACK_RATES[recipe] if fallback_lr is None else fallback_lr,
             "fallback_betas": fallback_betas,

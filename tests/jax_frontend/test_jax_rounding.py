@@ -101,3 +101,14 @@ def test_parameters_of_float32_keep_nothing():
 def test_a_preconditioner_alone_changes_no_weights():
     with pytest.raises(ValueError, match='choose "stochastic" or "nearest"'):
         singd_jax.scale_by_singd(layers=LAYERS, rounding="kahan")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_momenta_have_the_dtype_that_was_chosen(dtype):
+    other = {"float32": "bfloat16", "bfloat16": "float32"}[dtype]
+    params, state = trained(dtype, momentum_dtype=other)
+    momenta = [m for own in state.core.layers.values() for m in own.momenta]
+    assert {m.dtype for m in momenta} == {jnp.dtype(other)}
+    assert {a.dtype for a in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
+    found, expected = changes(params), changes(trained(dtype)[0])
+    assert np.linalg.norm(found - expected) < 0.5 * np.linalg.norm(expected)

@@ -103,7 +103,15 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "one dtype": ({"preconditioner_dtype": torch.float32}, r"dtype=torch\.float32: give two"),
     "dtypes of integers": (
         {"preconditioner_dtype": (None, torch.int32)},
-        r"give floating-point",
+        r"give torch\.float64, torch\.float32, torch\.bfloat16, torch\.float16, or None",
+    ),
+    "8 bits": (
+        {"preconditioner_dtype": (torch.float8_e4m3fn, None)},
+        r"give torch\.float64, torch\.float32, torch\.bfloat16, torch\.float16, or None",
+    ),
+    "momenta of integers": (
+        {"momentum_dtype": torch.int32},
+        r"momentum_dtype=torch\.int32: give torch\.float64",
     ),
     "fallback_lr": ({"fallback_lr": -1.0}, r"fallback_lr=-1\.0: must be at least 0"),
     "fallback_betas": (

@@ -15,6 +15,7 @@ from singd_torch import SINGD, estimate
 from singd_torch.step import rounding, stack
 from singd_torch.tensors import pieces
 
+BF16 = torch.bfloat16
 MODES = ["stochastic", "kahan"]
 
 
@@ -177,3 +178,24 @@ def test_a_graph_would_repeat_its_random_bits() -> None:
         SINGD(network(), capturable=True)
     SINGD(network(torch.float32), capturable=True)
     SINGD(network(), capturable=True, rounding="kahan")
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["host", "accelerator"])
+def test_momenta_have_the_dtype_that_was_chosen(
+    masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = changes(trained(torch.float32)[0])
+    if masked:
+        monkeypatch.setattr(pieces, "on_host", lambda x: False)
+    model, optimizer = trained(torch.float32, momentum_dtype=torch.bfloat16)
+    found = changes(model)
+    assert float((found - expected).norm() / expected.norm()) < 0.05
+    state = optimizer.state_dict()
+    assert state["state"][0]["momentum_buffer"].dtype == torch.bfloat16
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    again = SINGD(network(torch.float32), momentum_dtype=torch.bfloat16)
+    again.load_state_dict(state)
+    assert again.state[next(iter(again.state))]["momentum_buffer"].dtype == torch.bfloat16
+    layers = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("3."))
+    sizes = [estimate(network(torch.float32), momentum_dtype=d).total for d in (None, BF16)]
+    assert sizes[0] - sizes[1] == 2 * layers

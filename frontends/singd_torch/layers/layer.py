@@ -230,7 +230,7 @@ class Layer:
         """Of K, of C and of the momentum: float16 has no range for them."""
         own = self.weight.dtype if self.weight.dtype != torch.float16 else torch.float32
         K, C = self.group["preconditioner_dtype"]
-        return K or own, C or own, own
+        return K or own, C or own, self.group["momentum_dtype"] or own
 
     def fits(self) -> bool:
         """Whether the factors are on the weight's device, in its dtypes, and of its rule."""

@@ -77,7 +77,10 @@ def advance(bundle: Bundle, state: State, given: Gradients) -> Tensor:
             part.stack.report |= {"agreement": part.of(agreement), "update": part.of(update)}
     measure(bundle, s, natural, moves)
     everything = moves.all()
-    _move(bundle, natural, scale, gradient, given, everything, state)
+    room, dtype = gradient, bundle.parameters[0].dtype
+    if room.element_size() < dtype.itemsize:  # of momenta that are kept in fewer bits than weights
+        room = torch.empty_like(room, dtype=dtype)
+    _move(bundle, natural, scale, room, given, everything, state)
     return everything
 
 
