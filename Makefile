@@ -11,7 +11,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 # Stamps share one environment, and pip must not run twice in it at the same time.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-numpy compare paper test test-slow test-laws test-oldest test-newest test-gpu gpu lint format bench race
+.PHONY: help demo demo-numpy compare paper test test-slow test-laws test-oldest test-newest test-gpu gpu lint format bench race precision
 .PHONY: test-jax-oldest test-jax-newest docs release-check clean
 
 help: ## List the targets
@@ -91,6 +91,9 @@ format: $(VENV)/.stamp-lint ## Format the code and apply safe fixes
 
 bench: $(VENV)/.stamp-bench ## Measure time and memory of a step, against other optimizers (benchmarks/bench.py)
 	$(BIN)/python benchmarks/bench.py $(ARGS)
+
+precision: $(VENV)/.stamp-bench ## Train in 16 bits by every rounding (benchmarks/precision.py)
+	$(BIN)/python benchmarks/precision.py $(ARGS)
 
 race: $(VENV)/.stamp-bench ## Race optimizers to a loss, in seconds (benchmarks/race.py)
 	$(BIN)/python benchmarks/race.py $(ARGS)

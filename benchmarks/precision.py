@@ -141,14 +141,17 @@ def report() -> str:
         cells = []
         for kind in FORMATS:
             own = [found[r]["loss"] for s in SEEDS if (r := Run(task, method, kind, s)) in found]
-            if len(own) < len(SEEDS):
+            if not own:
                 cells.append("not run")
             elif None in own:
                 cells.append(f"{own.count(None)} of {len(own)} diverge")
             else:
-                cells.append(f"{digits(statistics.fmean(own))} ± {digits(statistics.stdev(own))}")
+                spread = f" ± {digits(statistics.stdev(own))}" if len(own) > 1 else ""
+                cells.append(digits(statistics.fmean(own)) + spread)
         rows.append([TASKS[task].title, method, *cells])
-    return table(["task", "", *TITLES], rows, words=2)
+    shown = table(["task", "", *TITLES], rows, words=2)
+    made = f"{len(found)} of {len(list(runs()))} runs were made"
+    return f"{shown}\n\n{made}; `make precision` makes what is missing."
 
 
 def main() -> None:

@@ -311,3 +311,27 @@ def test_the_page_says_what_the_results_say(page):
     importlib.import_module("steps_report").publish(steps.load(results), page)
     importlib.import_module("race_report").publish(curves.load(results), page)
     assert page.read_text() == (ROOT / "docs" / "benchmarks.md").read_text()
+
+
+# ---- precision.py -------------------------------------------------------------------------------
+
+
+def test_the_page_of_low_precision_says_what_was_run():
+    precision = importlib.import_module("precision")
+    assert precision.report() in precision.PAGE.read_text()
+
+
+def test_precision_keeps_its_runs_and_makes_none_twice(tmp_path, monkeypatch):
+    precision, calls = importlib.import_module("precision"), []
+    made = {"FOLDER": tmp_path, "STEPS": 2}
+    made |= {"CHOSEN": ["digits-mlp"], "METHODS": {"SINGD, default": {}}, "SEEDS": (1,)}
+    for name, value in made.items():
+        monkeypatch.setattr(precision, name, value)
+    train = precision.train
+    monkeypatch.setattr(precision, "train", lambda run: calls.append(run) or train(run))
+    monkeypatch.setattr(precision, "write", lambda *_: None)
+    for _ in range(2):
+        monkeypatch.setattr("sys.argv", ["precision.py"])
+        precision.main()
+    assert [run.format for run in calls] == precision.FORMATS
+    assert "5 of 5 runs were made" in precision.report()
