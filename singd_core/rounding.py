@@ -190,7 +190,8 @@ def random_bits(key: Scalar, like: Array, place: Place = WHOLE) -> Array:
     axes = 0 if isinstance(key, int) else key.ndim
     if axes:
         key = namespace(key).reshape(key, (*key.shape, *(1,) * (like.ndim - axes)))
-    return bits_at(_positions(like, axes, place), key)
+    bits = bits_at(_positions(like, axes, place), key)
+    return bits if like.ndim else namespace(like).reshape(bits, ())
 
 
 def bits_at(positions: Array, key: Scalar) -> Array:
@@ -228,12 +229,13 @@ def stochastic(x: Array, bits: Array, known: Format) -> Array:
 
 def _positions(like: Array, axes: int, place: Place) -> Array:
     """The position of each entry of `like` in the whole array, but for its first `axes`."""
-    xp, shape = namespace(like), like.shape[axes:]
+    xp, shape, ndim = namespace(like), like.shape[axes:], max(1, like.ndim)
     strides = place.strides or Place.of(shape, ()).strides or ()
-    found = xp.full((1,) * like.ndim, _wrapped(place.start), dtype=xp.int32, device=device(like))
+    # never 0-d: NumPy would make numbers of it, and warn of what leaves their range
+    found = xp.full((1,) * ndim, _wrapped(place.start), dtype=xp.int32, device=device(like))
     for axis, (n, stride) in enumerate(zip(shape, strides, strict=True), axes):
         along = xp.arange(n, dtype=xp.int32, device=device(like)) * _wrapped(stride)
-        found = found + xp.reshape(along, (n, *(1,) * (like.ndim - axis - 1)))
+        found = found + xp.reshape(along, (n, *(1,) * (ndim - axis - 1)))
     return found
 
 

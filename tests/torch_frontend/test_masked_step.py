@@ -190,7 +190,8 @@ def test_the_state_of_adamw_moves_to_a_device_with_its_parameter() -> None:
     p = nn.Parameter(torch.empty(3, device="meta"))
     state = {p: _fallback.initial(nn.Parameter(torch.zeros(3)), on_device=False)}
     (group,) = SINGD(nn.Linear(1, 1)).param_groups
-    _fallback.step(group, [p], [torch.empty_like(p)], state, torch.zeros((), device="meta"), 1.0)
+    skip = torch.zeros((), device="meta")
+    _fallback.step(group, [p], [torch.empty_like(p)], state, skip, 1.0, lambda *_: None)
     assert {name: value.device.type for name, value in state[p].items()} == dict.fromkeys(
         ("step", "exp_avg", "exp_avg_sq"), "meta"
     )
