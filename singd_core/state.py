@@ -5,6 +5,7 @@
     <layer>.momentum_buffer                   the momentum of the weight, in its shape
     <layer>.bias_momentum_buffer              the momentum of the bias
     <layer>.late.squares, .weights, .growth   sums over late gradients, and what they tell
+    <layer>.compensation, .bias_compensation  what rounding has cost, if that is kept
     <parameter>.exp_avg, .exp_avg_sq, .step   of a parameter that AdamW trains
     step, skipped                             counts of the whole optimizer
 
