@@ -97,9 +97,9 @@ def check_names(given: Iterable[str], others: Iterable[str] = ()) -> None:
     known = [f.name for f in dataclasses.fields(Settings)]
     for name in given:
         if name not in known and name not in ALIASES:
-            near = nearest(name, [*known, *others])
-            hint = "" if near is None else f" (was {near!r} meant?)"
-            raise ValueError(f"there is no setting {name!r}{hint}; there are {', '.join(known)}")
+            found = hint(name, [*known, *others])
+            found = found and f" ({found})"
+            raise ValueError(f"there is no setting {name!r}{found}; there are {', '.join(known)}")
 
 
 def validate(s: Settings) -> None:
@@ -147,13 +147,28 @@ def check_rate(name: str, value: Any, in_range: Callable[[Any], bool], expected:
         raise ValueError(f"{name}={value!r}: must be {expected}")
 
 
-# Names that other optimizers have for a setting.
-_MEANT = {"learning_rate": "lr", "betas": "fallback_betas", "eps": "fallback_eps"}
+# Names that other optimizers have for a setting, or for a setting of the matrices and of AdamW.
+_MEANT = {"learning_rate": "lr"}
+_HERE = {
+    "b1": "b1 is 'momentum' here",
+    "b2": "the factors are in the place of what b2 averages, at the rate 'lr_cov'",
+    "betas": "b1 is 'momentum' here",
+    "eps": "of matrices it is 'damping' here",
+}
+
+# Switches of other optimizers that have no place here.
+SWITCHES = {"amsgrad", "differentiable", "foreach", "fused", "maximize"}
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that was meant by another one, if there is one that is near."""
+def hint(name: str, known: Iterable[str]) -> str:
+    """What was meant by a name that is unknown, "" if none is near."""
     known = list(known)
-    if _MEANT.get(name) in known:
-        return _MEANT[name]
-    return next(iter(difflib.get_close_matches(name, known, 1, cutoff=0.85)), None)
+    if name in SWITCHES:
+        return "SINGD has none: " + ("negate the loss" if name == "maximize" else "leave it out")
+    if name in _HERE:
+        of_adamw = {"betas": "betas", "eps": "epsilon"}.get(name)
+        own = f"fallback_{name}"
+        own = repr(own) if own in known else f"in fallback=Fallback({name}=...)"
+        return _HERE[name] + (f"; AdamW's {of_adamw} for the rest: {own}" if of_adamw else "")
+    near = difflib.get_close_matches(_MEANT.get(name, name), known, 1, cutoff=0.85)
+    return f"was {near[0]!r} meant?" if near else ""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from singd_core import rules
-from singd_core._recipes import nearest, validate
+from singd_core._recipes import SWITCHES, hint, validate
 from singd_core._settings import Settings
 from singd_core.layers.base import is_expand, loss_terms
 from singd_torch import _fallback
@@ -76,12 +76,13 @@ def check_counts(group: dict[str, Any]) -> None:
 def check_keys(group: dict[str, Any], known: Iterable[str]) -> None:
     """Warn of a key that may have been meant for a setting; others are carried along."""
     known = set(known)
-    for key in group:
-        near = None if key in known | _OWN | _OTHERS else nearest(key, known)
-        if near is not None:
+    for key, value in group.items():
+        is_off = key in SWITCHES and not value
+        found = "" if is_off or key in known | _OWN | _OTHERS else hint(key, known)
+        if found:
             warn(
                 f"a parameter group has {key!r}, which is no setting of SINGD and changes nothing: "
-                f"was {near!r} meant?"
+                f"{found}"
             )
 
 

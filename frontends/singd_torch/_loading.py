@@ -170,7 +170,10 @@ def completed(
         )
     for i, (group, own) in enumerate(zip(groups, live, strict=True)):
         if "structures" not in group:
-            raise ValueError("the checkpoint is of another optimizer: it has no 'structures'")
+            raise ValueError(
+                "the checkpoint is of another optimizer: it has no 'structures'; begin with a new "
+                "state, the weights can stay"
+            )
         if group.get("lr_cov") is None:
             group["lr_cov"] = own["lr_cov"]
         if group.get("base_lr") == 0.0:  # as saved before 0.1

@@ -3,6 +3,7 @@
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 
 import torch
 
@@ -15,3 +16,11 @@ def warn(text: str) -> None:
     while frame.f_code.co_filename.startswith(_INSIDE) and frame.f_back is not None:
         frame, level = frame.f_back, level + 1
     warnings.warn(text, stacklevel=level)
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first two of names, and how many more there are."""
+    few = [repr(name) for name in names[:2]]
+    if len(names) > 2:
+        return f"{', '.join(few)} and {len(names) - 2} more"
+    return " and ".join(few)

@@ -41,8 +41,14 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "setting of AdamW": (
         {"betas": (0.9, 0.99)},
-        r"'betas' \(was 'fallback_betas' meant",
+        r"'betas' \(b1 is 'momentum' here; AdamW's betas for the rest: 'fallback_betas'\)",
     ),
+    "setting of AdamW that damps": (
+        {"eps": 1e-8},
+        r"'eps' \(of matrices it is 'damping' here; AdamW's epsilon for the rest: 'fallback_eps'",
+    ),
+    "setting of a kernel": ({"fused": True}, r"'fused' \(SINGD has none: leave it out\)"),
+    "setting of a sign": ({"maximize": True}, r"'maximize' \(SINGD has none: negate the loss\)"),
     "setting with a slip": ({"nestrov": True}, r"no setting 'nestrov' \(was 'nesterov' meant\?\)"),
     "lr": ({"lr": -0.1}, r"lr=-0\.1: must be at least 0"),
     "lr, a word": ({"lr": "0.1"}, r"lr='0\.1': must be a number or a 0-d array, at least 0"),
@@ -149,13 +155,19 @@ def test_a_wrong_setting_of_a_group_is_named(case: str) -> None:
 
 @pytest.mark.parametrize(
     ("key", "meant"),
-    [("learning_rate", "lr"), ("weight_decy", "weight_decay"), ("structure", "structures")],
+    [
+        ("learning_rate", "was 'lr' meant"),
+        ("weight_decy", "was 'weight_decay' meant"),
+        ("structure", "was 'structures' meant"),
+        ("betas", "b1 is 'momentum' here"),
+        ("amsgrad", "SINGD has none: leave it out"),
+    ],
 )
 def test_a_key_of_a_group_that_may_be_meant_for_a_setting_is_warned_about(
     key: str, meant: str
 ) -> None:
     model = network()
-    with pytest.warns(UserWarning, match=rf"'{key}', which is no setting.*was '{meant}' meant"):
+    with pytest.warns(UserWarning, match=rf"'{key}', which is no setting.*{meant}"):
         optimizer = SINGD(model, [{"params": model.parameters(), key: 0.1}])
     assert optimizer.param_groups[0][key] == 0.1
 
@@ -166,8 +178,15 @@ def test_what_is_given_in_place_of_parameters_is_named(value: Any) -> None:
     model = network()
     with pytest.raises(TypeError, match="params must be parameters or groups of them, not"):
         SINGD(model, value) if value is not None else SINGD(model, [{"params": None}])
-    with pytest.raises(TypeError, match=r"SINGD\(model, lr=0\.001\)"):
-        SINGD(model, 1e-3)
+    for given in (model, model.parameters()):
+        with pytest.raises(TypeError, match=r"SINGD\(model, lr=0\.001\)"):
+            SINGD(given, 1e-3)
+
+
+def test_switches_of_other_optimizers_that_are_off_are_carried_along() -> None:
+    model = network()
+    group = {"params": model.parameters(), "fused": None, "maximize": False}
+    assert SINGD(model, [group]).param_groups[0]["maximize"] is False
 
 
 def test_a_set_of_parameters_is_refused() -> None:
@@ -303,7 +322,7 @@ def poison_row(index: int, of_output: bool) -> Callable[[nn.Module, float], None
         x, z = torch.randn(x), torch.randn(z)
         (z if of_output else x).view(-1)[5] = value
         with torch.no_grad():
-            rows(x, z)
+            rows(x, z, None)
 
     return poison
 
@@ -312,7 +331,7 @@ def poison_row(index: int, of_output: bool) -> Callable[[nn.Module, float], None
 POISONS = {
     "an input": (
         poison_input,
-        r"the gradient of '0\.weight' and the gradient of '0\.bias' and \d+ more",
+        r"the gradients of '0\.weight', '0\.bias' and \d+ more",
     ),
     "gradient of a weight": (poison_gradient(0, "weight"), r"the gradient of '0\.weight'"),
     "gradient of a bias": (poison_gradient(6, "bias"), r"the gradient of '6\.bias'"),
@@ -338,7 +357,9 @@ def test_what_is_not_finite_changes_nothing_is_counted_and_warned_about_once(
         step(model, optimizer)
     before = everything(model, optimizer)
     spoil, named = POISONS[poison]
-    warning = pytest.warns(UserWarning, match=f"^{named} was NaN or infinite: the step changed")
+    warning = pytest.warns(
+        UserWarning, match=f"^{named} (was|were) NaN or infinite: the step changed"
+    )
     for count, expectation in ((1, warning), (2, None)):
         optimizer.zero_grad()
         spoil(model, value)
@@ -357,7 +378,7 @@ def test_what_is_not_finite_changes_nothing_is_counted_and_warned_about_once(
     assert not torch.equal(after["0.weight"], before["0.weight"])
 
 
-@pytest.mark.filterwarnings("ignore:.*was NaN or infinite")
+@pytest.mark.filterwarnings("ignore:.*NaN or infinite")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_every_rule_and_structure_survives_nan(case: str, dtype: torch.dtype) -> None:

@@ -332,6 +332,15 @@ def pruned() -> nn.Module:
     return prune.l1_unstructured(nn.Linear(4, 4), "weight", 0.5)  # type: ignore[no-untyped-call]
 
 
+class Positions(nn.Module):
+    """What is added to the outputs of a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.table, self.token = (nn.Parameter(torch.zeros(1, n, 4)) for n in (3, 1))
+
+
 WITHOUT_ROWS = {
     "weight normalized": (
         lambda: parametrizations.weight_norm(nn.Linear(4, 4)),
@@ -345,7 +354,13 @@ WITHOUT_ROWS = {
     "adapted": (Adapted, "Adapted is a layer of its 'weight', and not of 'down'"),
     "groups": (lambda: nn.ConvTranspose2d(4, 4, 2, groups=2), "gives none with its arguments"),
     "bags": (lambda: nn.EmbeddingBag(4, 4), "EmbeddingBag is not in the table of layers"),
+    "added": (Positions, "a parameter of Positions itself; a product with it wants a module"),
 }
+
+
+def test_what_is_no_matrix_has_no_reason() -> None:
+    line = next(one for one in repr(SINGD(Positions())).splitlines() if one.startswith("token"))
+    assert line.split() == ["token", "1×1×4", "AdamW", "32"]
 
 
 @pytest.mark.parametrize("case", WITHOUT_ROWS)

@@ -206,7 +206,11 @@ OTHERS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
     "part that is scaled": (lambda x, W: x @ (2 * W[0]), "used by torch.Tensor.mul"),
     "gathered": (lambda x, W: torch.bmm(x, W[torch.tensor([0, 1, 1])]), "used by torch.Tensor"),
     "ellipsis": (lambda x, W: torch.einsum("...nd,...df->...nf", x, W), "used by torch"),
-    "both sides": (mixed, "used by torch.Tensor.matmul"),
+    "both sides": (mixed, "used both plain and transposed"),
+    "both sides by bmm": (
+        lambda x, W: torch.bmm(torch.bmm(x, W), W.mT),
+        "used both plain and transposed",
+    ),
     "bag of axes": (lambda x, W: torch.einsum("end,edf->ef", x, W), "used by torch"),
 }
 

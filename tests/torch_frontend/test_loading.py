@@ -105,7 +105,9 @@ def test_missing_entry_is_named(missing: str) -> None:
 
 def test_a_checkpoint_of_another_optimizer_is_refused() -> None:
     model = Network()
-    with pytest.raises(ValueError, match="of another optimizer: it has no 'structures'"):
+    with pytest.raises(
+        ValueError, match="of another optimizer: it has no 'structures'; begin with a new"
+    ):
         SINGD(model).load_state_dict(torch.optim.AdamW(model.parameters()).state_dict())
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import singd_torch.optimizer
 from singd_torch import SINGD
 
-pytestmark = pytest.mark.filterwarnings("ignore:no rows of '.*' have been seen")
+pytestmark = pytest.mark.filterwarnings("ignore:no rows of .* have been seen")
 
 # Relative to the largest entry, float64: ten steps that divide by small numbers here and there.
 CLOSE = 1e-11
@@ -93,7 +93,7 @@ def test_they_learn_and_the_table_and_a_warning_say_so() -> None:
     twin, other = copy.deepcopy(model), batch()
     adamw = torch.optim.AdamW(twin.parameters(), lr=0.01)
     assert rules(optimizer) == {"SINGD"}
-    with pytest.warns(UserWarning, match="Until rows are seen, it learns from its gradients alone"):
+    with pytest.warns(UserWarning, match="Until rows are seen, gradients alone refresh the"):
         losses = train(model, optimizer, data, 30, seen=False)
     for _ in range(30):
         adamw.zero_grad()
@@ -106,6 +106,20 @@ def test_they_learn_and_the_table_and_a_warning_say_so() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # it has been said
         train(model, optimizer, other, 2, seen=False)
+
+
+@pytest.mark.parametrize("recipe", ["normalized", "paper"])
+def test_a_backward_before_the_optimizer_was_built_is_warned_about_once(recipe: str) -> None:
+    model, data = network(), batch()
+    (model(data[0]) - data[1]).square().mean().backward()
+    optimizer = SINGD(model, recipe=recipe)
+    several = r"no rows of '\S+', '\S+' and \d+ more have been seen: backward ran before this"
+    with pytest.warns(UserWarning, match=several) as caught:
+        optimizer.step()
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it has been said
+        optimizer.step()
 
 
 def test_rows_take_over_when_they_are_seen() -> None:
@@ -205,7 +219,7 @@ def test_first_rows_that_are_not_finite_change_nothing(
     train(model, optimizer, data, 3, seen=False)
     before = all_of(model, optimizer)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*was NaN or infinite")
+        warnings.filterwarnings("ignore", message=".*NaN or infinite")
         train(model, optimizer, (data[0], data[1] * torch.nan), 1, seen=True)
         assert optimizer.skipped == 1
     assert_equal(all_of(model, optimizer), before)
@@ -231,7 +245,7 @@ def test_adamw_trains_them_as_the_paper_does(given: dict[str, Any]) -> None:
     model = nn.Linear(4, 3).double()
     optimizer = SINGD(model, **given)
     x = torch.randn(9, 4, dtype=torch.float64), torch.randn(9, 3, dtype=torch.float64)
-    with pytest.warns(UserWarning, match="Until rows are seen, AdamW trains it"):
+    with pytest.warns(UserWarning, match="Until rows are seen, AdamW trains the weights"):
         train(model, optimizer, x, 2, seen=False)
     assert "exp_avg" in optimizer.state[model.weight]
 

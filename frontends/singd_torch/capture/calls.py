@@ -75,8 +75,11 @@ class Calls:
             self._lose(function, args, kwargs, output, mode, ())
             return output
         tap = self._tap(layer, found)
-        explained = (found.handed, layer.bias) if tap is not None else ()
+        both = tap is None and layer.is_stack and isinstance(found.kind, Linear)
+        explained = (found.handed, layer.bias) if tap is not None or both else ()
         self._lose(function, args, kwargs, output, mode, explained)
+        if both and _needs_gradient(output, found.handed):
+            layer.lose_rows("used both plain and transposed")
         if tap is None or layer.without_rows or not isinstance(output, Tensor):
             return output
         if not mode.is_at_home():  # what is checkpointed here will be called again without a mode

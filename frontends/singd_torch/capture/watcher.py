@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from singd_core import _settings
 from singd_core._settings import Settings
 from singd_core.rules import Factors
 from singd_torch._distributed import processes_of_call
-from singd_torch._warnings import warn
+from singd_torch._warnings import listed, warn
 from singd_torch.capture import attention
 from singd_torch.capture.calls import Calls, Hooks, Now
 from singd_torch.capture.calls import modules as modules_that_call
@@ -364,13 +364,18 @@ class Watcher(torch.optim.Optimizer):
                 )
             self._route()
 
-    def _warn_unseen(self, layer: Layer, what: str) -> None:
-        self._warn_once(
-            f"no rows of {layer.name!r} have been seen: its inputs were empty, or its weight was "
-            "used without a call of its module, or in a graph that was compiled before the "
-            "optimizer was built (then call torch.compiler.reset()) or by torch before 2.13. "
-            f"Until rows are seen, {what}"
-        )
+    def _warn_unseen(self, layers: Sequence[Layer], what: str) -> None:
+        """Warn once of each layer, in one warning of all that are new."""
+        names = [one.name for one in layers if f"no rows of {one.name}" not in self._warned]
+        if names:
+            self._warned.update(f"no rows of {name}" for name in names)
+            warn(
+                f"no rows of {listed(names)} have been seen: backward ran before this optimizer "
+                "was built, or inputs were empty, or weights were used without calls of their "
+                "modules, or in a graph that was compiled before the optimizer was built (then "
+                "call torch.compiler.reset()) or by torch before 2.13. Until rows are seen, "
+                f"{what}"
+            )
 
     def _warn_once(self, text: str, about: str = "") -> None:
         """Warn, unless that was done with this text or `about` the same."""

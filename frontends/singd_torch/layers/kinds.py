@@ -15,6 +15,7 @@ from singd_core.layers import (
     LayerKind,
     Linear,
     StackedLinear,
+    Tensor,
 )
 from singd_torch.layers.functions import transposed
 
@@ -174,7 +175,7 @@ def reasons(
     for module in model.modules():
         known = {name for use in uses(module) for name in (use.weight, use.bias)}
         for name, p in module.named_parameters(recurse=False):
-            if p.ndim > 1 and name not in known:
+            if Tensor.fits(p.shape) and name not in known:
                 computes = module in computing
                 yield p, "a parametrization computes with it" if computes else _why(module, name)
     for group in groups:
@@ -189,6 +190,8 @@ def _why(module: nn.Module, name: str) -> str:
         return f"torch's kernel of {cls} gives none"
     if isinstance(module, nn.MultiheadAttention):
         return f"no projection of {cls}"
+    if found is None and next(module.children(), None) is not None:
+        return f"a parameter of {cls} itself; a product with it wants a module of its own"
     if found is None:
         return f"{cls} is not in the table of layers: register_layer"
     if name != found[1].weight:  # as of a weight that is normalized, pruned or adapted

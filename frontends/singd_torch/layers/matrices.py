@@ -10,7 +10,7 @@ from torch import nn
 from singd_core import rules
 from singd_core.layers import LayerKind, StackedLinear, Tensor
 from singd_core.rules import learns_from_gradients
-from singd_torch._groups import settings_of
+from singd_torch._groups import parameters_of, settings_of
 from singd_torch.layers.find import find
 from singd_torch.layers.layer import Layer
 from singd_torch.layers.reach import is_in_parts
@@ -72,7 +72,10 @@ def without_model(given: Any, params: Any) -> tuple[nn.Module, Iterable[Any]]:
     Raises:
         TypeError: If those are no parameters.
     """
-    if params is not None or isinstance(given, str) or not isinstance(given, Iterable):
+    is_list = isinstance(given, Iterable) and not isinstance(given, str)
+    if params is not None and is_list:
+        parameters_of(params)  # a rate in second place is what is wrong, if there is one
+    if params is not None or not is_list:
         raise TypeError(
             f"model must be a torch.nn.Module, or the parameters alone, got {type(given).__name__}"
         )

@@ -55,12 +55,12 @@ class Stacker(Follower):
 
     def _ready(self) -> tuple[list[Stack], list[nn.Parameter]]:
         """The stacks that step now, and the other parameters that have a gradient."""
-        ready, others = [], [p for p in self._fallback if p.grad is not None]
+        ready, left, others = [], [], [p for p in self._fallback if p.grad is not None]
         lost = [layer for layer in self._layers if not layer.pending and layer.is_lost()]
         for layer in lost:
             layer.by_gradient = True
-            if layer.has_modules:
-                self._warn_unseen(layer, "it learns from its gradients alone")
+        unseen = [layer for layer in lost if layer.has_modules]
+        self._warn_unseen(unseen, "gradients alone refresh the factors")
         if lost or any(one.factors is not None and not one.fits() for one in self._layers):
             self._stack_up()  # or the model was moved or cast
         for stack in list(self._stacks):
@@ -76,10 +76,11 @@ class Stacker(Follower):
                     live.append(layer)
                     continue
                 if layer.weight.grad is not None:  # a frozen weight may have a trained bias
-                    self._warn_unseen(layer, "AdamW trains it")
+                    left.append(layer)
                 others += [p for p in layer.parameters if p.grad is not None]
             if live:
                 ready += self._tied(stack, live)
+        self._warn_unseen(left, "AdamW trains the weights")
         return ready, others
 
     def _tied(self, stack: Stack, live: list[Layer]) -> list[Stack]:

@@ -19,6 +19,7 @@ from singd_core.step import warmed
 from singd_torch import _fallback, _state
 from singd_torch._distributed import agree_on_rows, reduce_rows
 from singd_torch._groups import settings_of
+from singd_torch._warnings import listed
 from singd_torch.capture import scaling
 from singd_torch.capture.changes import check_shapes
 from singd_torch.capture.scaling import Given, Scales
@@ -213,7 +214,7 @@ class Stepper(Stacker):
         if ok is None and not all(moved):
             still = [stack for stack, m in zip(ready, moved, strict=True) if not m]
             names = [layer.name for stack in still for layer in stack.layers]
-            self._skip([f"the natural gradient of {name!r}" for name in names])
+            self._skip({"natural gradient": names})
         elif ok is not None:
             all_moved = [m.to(ok.device) for m in moved] or [ok]  # only if ok
             found = torch.stack(all_moved).all() if len(all_moved) > 1 else all_moved[0]
@@ -248,28 +249,36 @@ class Stepper(Stacker):
             self._warn_skipped(self._not_finite(finite.norms(there)[0], []))
         return count
 
-    def _skip(self, what: Sequence[str]) -> None:
+    def _skip(self, what: Mapping[str, Sequence[str]]) -> None:
         self._skipped += 1
         self._warn_skipped(what)
 
-    def _not_finite(self, norms: Mapping[nn.Parameter, Any], layers: Sequence[Layer]) -> list[str]:
+    def _not_finite(
+        self, norms: Mapping[nn.Parameter, Any], layers: Sequence[Layer]
+    ) -> dict[str, list[str]]:
         """What of gradients and rows is not finite, of which the host may have to wait to know."""
-        found = [
-            f"the gradient of {self._names.get(p, 'a parameter')!r}"
-            for p, norm in norms.items()
-            if not math.isfinite(norm)
-        ]
-        return found + [
-            f"the curvature of {layer.name!r}"
-            for layer in layers
-            if not all(bool(x.isfinite().all()) for x in layer.sizes())
-        ]
+        return {
+            "gradient": [
+                self._names.get(p, "a parameter")
+                for p, norm in norms.items()
+                if not math.isfinite(norm)
+            ],
+            "curvature": [
+                layer.name
+                for layer in layers
+                if not all(bool(x.isfinite().all()) for x in layer.sizes())
+            ],
+        }
 
-    def _warn_skipped(self, what: Sequence[str]) -> None:
-        text = " and ".join([*what[:2], f"{len(what) - 2} more"] if len(what) > 2 else what)
+    def _warn_skipped(self, what: Mapping[str, Sequence[str]]) -> None:
+        kind, names = next(((k, n) for k, n in what.items() if n), ("", ()))  # causes come first
+        if len(names) > 1:
+            text = f"the {kind}s of {listed(names)} were"
+        else:
+            text = f"the {kind} of {names[0]!r} was" if names else "a gradient or row was"
         self._warn_once(
-            f"{text or 'a gradient or the rows of a layer'} was NaN or infinite: the step changed "
-            "nothing. `optimizer.skipped` counts such steps",
+            f"{text} NaN or infinite: the step changed nothing. "
+            "`optimizer.skipped` counts such steps",
             about="skipped",
         )
 
