@@ -244,12 +244,11 @@ def search(plan: Plan, task: str) -> Figure:
     for axes, what in zip(panels[-1], ("epochs", "processor seconds"), strict=True):
         axes.set_xlabel(what)
     low, high = min(shown), float(np.quantile(shown, 0.85))
+    scale = "log" if high > 10.0 * low else "linear"
+    for axes in [panels[1][0], *([panels[0][0]] if metric == "loss" else [])]:
+        axes.set(yscale=scale, ylim=(0.9 * low, max(1.2 * high, 1.5 * low)))
     for axes in panels.flat:
         axes.grid(alpha=0.25)
-    panels[1][0].set(yscale="log", ylim=(0.95 * low, max(1.3 * high, 1.5 * low)))
-    if metric == "loss":
-        panels[0][0].set(yscale="log", ylim=(0.95 * low, max(1.3 * high, 1.5 * low)))
-    panels[1][1].set_xscale("log")
     figure.suptitle(PAPER_TASKS[task].title)
     _legend(figure, panels.flat, 4)
     return figure
