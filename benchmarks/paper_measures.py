@@ -19,8 +19,9 @@ from problems import PROBLEMS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from singd_core import Settings, get, rules, settings
+from singd_core import Settings, rules, settings
 from singd_core.curvature import Curvature
+from singd_core.structures import get
 
 # ---- Theorem 1 ----------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import SymLogNorm
 
-from singd_core import get
+from singd_core.structures import get
 
 D = 16
 STRUCTURES = {
