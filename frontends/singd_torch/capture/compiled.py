@@ -12,7 +12,7 @@ from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 
 
 class _Takes(Protocol):
-    def take(self, x: Tensor, g: Tensor) -> None: ...
+    def take(self, x: Tensor, g: Tensor) -> Any: ...
 
 
 # Before, torch cannot compile operators with effects in the backward pass of a function.

@@ -13,8 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from singd_torch.capture import compiled
 from singd_torch.layers.reach import Reach, is_in_parts
 
-# Takes the input of a call, the gradient of the loss at its output, and which product it was.
-TakeRows: TypeAlias = Callable[[Tensor, Tensor, Any], None]
+# Takes the input of a call, the gradient of the loss at its output, which product it was, and the
+# first backward pass that brought rows of it. Returns whether it took them.
+TakeRows: TypeAlias = Callable[[Tensor, Tensor, Any, int], bool]
 
 
 class _Probe(torch.autograd.Function):
@@ -29,7 +30,7 @@ class _Probe(torch.autograd.Function):
         ctx: Any, output: Tensor, x: Tensor, tap: Tap, shape: torch.Size, product: Any
     ) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.tap, ctx.shape, ctx.product = tap, shape, product
+        ctx.tap, ctx.shape, ctx.product, ctx.first_pass = tap, shape, product, None
         ctx.mark_dirty(output)
         return output
 
@@ -37,7 +38,10 @@ class _Probe(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         (x,), (g,) = ctx.saved_tensors, grads
         seen = g if g.shape == ctx.shape else g.reshape(ctx.shape)
-        ctx.tap.take(x, seen, ctx.product)
+        # Later passes through the same call are of other terms of one loss.
+        first = backward_pass() if ctx.first_pass is None else ctx.first_pass
+        if ctx.tap.take(x, seen, ctx.product, first):
+            ctx.first_pass = first
         return g, None, None, None, None
 
 
@@ -115,11 +119,18 @@ class Tap:
         return probed.view(output.shape)  # type: ignore[no-any-return]
 
     @torch.no_grad()
-    def take(self, x: Tensor, g: Tensor, product: Any = None) -> None:
-        """Hand rows to the owner, if it wants them and the backward pass is one of the loss."""
+    def take(self, x: Tensor, g: Tensor, product: Any = None, first: int | None = None) -> bool:
+        """Hand rows to the owner, if it wants them and the backward pass is one of the loss.
+
+        `first` is the first backward pass that brought rows of the call, None for this one.
+
+        Returns:
+            Whether the owner took them.
+        """
         rows = self._rows()
-        if rows is not None and Reach.of(self.source.weight) is not Reach.NOT:
-            rows(_plain(x), _plain(g), product)
+        if rows is None or Reach.of(self.source.weight) is Reach.NOT:
+            return False
+        return rows(_plain(x), _plain(g), product, backward_pass() if first is None else first)
 
     def update(self) -> None:
         """Ask the owner whether rows are wanted."""

@@ -209,7 +209,7 @@ class Watcher(torch.optim.Optimizer):
         """The factors of a layer that rows are measured with, None if they are elsewhere."""
         raise NotImplementedError
 
-    def rows_wanted(self, source: Source) -> Callable[[Tensor, Tensor, Any], None] | None:
+    def rows_wanted(self, source: Source) -> Callable[[Tensor, Tensor, Any, int], bool] | None:
         """What takes the rows of a layer in the current step, or None when it is not due."""
         layer = self._by_weight.get(source.weight)
         if layer is not None and not is_due(layer):
@@ -237,21 +237,29 @@ class Watcher(torch.optim.Optimizer):
         self.state[layer.weight].clear()
         self._stack_up()
 
-    def _take(self, layer: Layer, source: Source, x: Tensor, g: Tensor, product: Any) -> None:
-        """Take the rows of a call, of a product those of each matrix."""
+    def _take(
+        self, layer: Layer, source: Source, x: Tensor, g: Tensor, product: Any, loss: int
+    ) -> bool:
+        """Take the rows of a call, of a product those of each matrix, for one of the losses."""
+        layer.loss = loss
         if product is None:
             self._take_rows(layer, source, x, g)
-            return
+            return self._takes_rows()
         for part, own_x, own_g, kept in product(x, g, layer.most_rows(x)):
             part = source.part if part is None else part
             own = dataclasses.replace(source, part=part, kept=kept)
             self._take_rows(layer, own, own_x, own_g)
+        return self._takes_rows()
+
+    def _takes_rows(self) -> bool:
+        """Whether the backward pass that runs is one whose rows count."""
+        return self._sampled in (None, "inside") and not self._refused
 
     def _take_rows(self, layer: Layer, source: Source, x: Tensor, g: Tensor) -> None:
         check_shapes(layer.parameters, self._shapes, self._names)
         if self._sharded is not None:
             x, g = self._sharded.sums.rows(layer, x, g)
-        if self._sampled in (None, "inside") and not self._refused:
+        if self._takes_rows():
             self._factors(layer)
             layer.tell_autocast(g)
             factors, key = layer.factors_of(source.part), (source.part, source.swapped)
@@ -259,7 +267,7 @@ class Watcher(torch.optim.Optimizer):
             if backward != layer.last_pass[0]:
                 self._begin_pass(layer, backward)
             for rows in layer.rows(source, x, g, self._mask):
-                self._queue.take(Call(layer, key, rows, factors, backward), lent=(x, g))
+                self._queue.take(Call(layer, key, rows, factors, layer.loss), lent=(x, g))
             if self._sharded is not None:
                 self._sharded.sums.took(layer, self._queue.flush)
 

@@ -80,6 +80,7 @@ class Layer:
         factors: The preconditioner, None until it is first needed.
         pending: The rows of the current step, summed up, by part and role.
         last_pass: The last backward pass that brought rows, and what it did with the gradient.
+        loss: The loss whose rows come, by the first backward pass of a call.
         seen: Whether the factors have ever been refreshed.
         by_gradient: Whether gradients refresh them, as no rows have been seen so far.
         meter: What measures rows where the factors are on another process, else None.
@@ -99,6 +100,7 @@ class Layer:
     factors: Factors | None = None
     pending: dict[Key, Pending] = dataclasses.field(default_factory=dict)
     last_pass: tuple[int, Reach] = (-1, Reach.NOT)
+    loss: int = -1
     seen: bool = False
     by_gradient: bool = False
     meter: Any = None
