@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -493,3 +494,41 @@ def test_a_compiled_step_equals_the_ordinary_one(structure: str) -> None:
     assert all(len(stack._compiled) == 2 for stack in optimizer._stacks)
     for p, q in zip(model.parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+
+
+class ByFunction(nn.Module):
+    """A table that is the head by a function, and a layer that is used by a function alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.inner, self.other = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.inner(self.table(x)))
+        h = h + nn.functional.linear(h, self.other.weight, self.other.bias)
+        return nn.functional.linear(h, self.table.weight)
+
+
+@pytest.mark.slow
+def test_weights_that_compiled_code_uses_by_function_learn_from_gradients() -> None:
+    torch.compiler.reset()
+    model = ByFunction().double()
+    compiled: Any = torch.compile(model, backend="aot_eager")
+    optimizer, x, losses = SINGD(model), torch.arange(18) % 9, []
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for _ in range(8):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(compiled(x), x)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    said = " ".join(str(warning.message) for warning in found)
+    assert "no rows of 'other.weight' have been seen" in said
+    assert "no rows of 'table.weight' are taken, since it is used by compiled code" in said
+    lines = {line.split()[0]: line for line in repr(optimizer).splitlines()[2:]}
+    assert "without rows" in lines["table.weight"]
+    assert "without rows" in lines["other.weight"]
+    assert "without rows" not in lines["inner.weight"]
+    assert losses[-1] < losses[0]
+    assert optimizer.skipped == 0

@@ -13,6 +13,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
@@ -47,6 +48,7 @@ class Calls:
         self._layers = {id(p): layer for p, layer in parameters.items()}
         self._kept = list(parameters)  # a call may go on after others took their places
         self._taps: dict[tuple[Layer, LayerKind, bool, int | None], Tap | None] = {}
+        self._known: dict[int, tuple[Layer, Tap]] = {}
         self.ids = frozenset(self._layers)
 
     def has_probed(self, weight: Tensor) -> bool:
@@ -63,6 +65,10 @@ class Calls:
             return output  # an inner mode has seen the call
         if torch._C._are_functorch_transforms_active():
             return output
+        known = self._known_tap(function, args, kwargs, mode)
+        if known is not None:
+            self.now.probed = None
+            return self._probed(*known, args[0], output, None, function, mode)
         shown = views(function, args, kwargs, output, self._view(args, mode))
         if shown is not None:
             for tensor, view in shown:
@@ -80,13 +86,42 @@ class Calls:
         self._lose(function, args, kwargs, output, mode, explained)
         if both and _needs_gradient(output, found.handed):
             layer.lose_rows("used both plain and transposed")
-        if tap is None or layer.without_rows or not isinstance(output, Tensor):
+        if tap is None:
+            return output
+        if function is F.linear and found.handed is layer.weight and found.bias is layer.bias:
+            self._known[id(layer.weight)] = layer, tap
+        return self._probed(layer, tap, found.x, output, found.rows, function, mode)
+
+    def _known_tap(
+        self, function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], mode: _Mode
+    ) -> tuple[Layer, Tap] | None:
+        """What is known of `F.linear(x, weight, bias)`, the most frequent call, from one before."""
+        if function is not F.linear or kwargs or len(args) < 2:
+            return None
+        known = self._known.get(id(args[1]))
+        bias = args[2] if len(args) > 2 else None
+        if known is None or bias is not known[0].bias or mode.view_of(args[0]) is not None:
+            return None
+        return known
+
+    def _probed(
+        self,
+        layer: Layer,
+        tap: Tap,
+        x: Tensor,
+        output: Any,
+        rows: Any,
+        function: Callable[..., Any],
+        mode: _Mode,
+    ) -> Any:
+        """The output of a call of a layer, probed if rows can be had."""
+        if layer.without_rows or not isinstance(output, Tensor):
             return output
         if not mode.is_at_home():  # what is checkpointed here will be called again without a mode
             if not layer.has_module(tap.source):
                 layer.lose_rows(f"used by {_name(function)} in a function that is checkpointed")
             return output
-        probed = tap.probed(found.x, output, found.rows)
+        probed = tap.probed(x, output, rows)
         if probed is None:
             return output
         self.now.probed = layer.weight

@@ -14,8 +14,8 @@ from singd_torch.capture import compiled
 from singd_torch.layers.reach import Reach, is_in_parts
 
 # Takes the input of a call, the gradient of the loss at its output, which product it was, and the
-# first backward pass that brought rows of it. Returns whether it took them.
-TakeRows: TypeAlias = Callable[[Tensor, Tensor, Any, int], bool]
+# first backward pass that brought rows of it, None in compiled code. Returns whether it took them.
+TakeRows: TypeAlias = Callable[[Tensor, Tensor, Any, int | None], bool]
 
 
 class _Probe(torch.autograd.Function):
@@ -40,6 +40,8 @@ class _Probe(torch.autograd.Function):
         seen = g if g.shape == ctx.shape else g.reshape(ctx.shape)
         # Later passes through the same call are of other terms of one loss.
         first = backward_pass() if ctx.first_pass is None else ctx.first_pass
+        if torch.is_grad_enabled():  # the gradient will have parts that come from this derivative
+            ctx.tap.differentiate()
         if ctx.tap.take(x, seen, ctx.product, first):
             ctx.first_pass = first
         return g, None, None, None, None
@@ -122,7 +124,7 @@ class Tap:
     def take(self, x: Tensor, g: Tensor, product: Any = None, first: int | None = None) -> bool:
         """Hand rows to the owner, if it wants them and the backward pass is one of the loss.
 
-        `first` is the first backward pass that brought rows of the call, None for this one.
+        `first` is the first backward pass that brought rows of the call, None in compiled code.
 
         Returns:
             Whether the owner took them.
@@ -130,7 +132,13 @@ class Tap:
         rows = self._rows()
         if rows is None or Reach.of(self.source.weight) is Reach.NOT:
             return False
-        return rows(_plain(x), _plain(g), product, backward_pass() if first is None else first)
+        return rows(_plain(x), _plain(g), product, first)
+
+    def differentiate(self) -> None:
+        """Tell the owner that a derivative of the layer is differentiated again."""
+        owner = None if self._owner is None else self._owner()
+        if owner is not None and self.source is not None:
+            owner.differentiate(self.source)
 
     def update(self) -> None:
         """Ask the owner whether rows are wanted."""

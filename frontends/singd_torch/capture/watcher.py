@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +21,10 @@ from singd_torch.capture.calls import Calls, Hooks, Now
 from singd_torch.capture.calls import modules as modules_that_call
 from singd_torch.capture.changes import Makeup, check_shapes
 from singd_torch.capture.copies import leave_hooks_behind
+from singd_torch.capture.proof import Proof, can_be_proved
 from singd_torch.capture.queue import Call, Queue
 from singd_torch.capture.scaling import Given
-from singd_torch.capture.tap import Tap, after_pass, backward_pass, install
+from singd_torch.capture.tap import TakeRows, Tap, after_pass, backward_pass, install
 from singd_torch.layers.layer import Layer, Source
 from singd_torch.layers.matrices import find_all, parameter_names
 from singd_torch.layers.reach import Reach
@@ -66,6 +67,8 @@ class Watcher(torch.optim.Optimizer):
         self._hooked: set[nn.Module] = set()
         self._queue = Queue()
         self._warned: set[str] = set()
+        self._proofs: dict[Layer, Proof] = {}
+        self._compiled_in: int | None = None
         self._shapes: dict[Tensor, torch.Size] = {}
         self._makeup: Makeup | None = None
         self._given_scale: Given | None = None
@@ -85,7 +88,7 @@ class Watcher(torch.optim.Optimizer):
             layer.name, known = self._names.get(layer.weight, layer.name), old.get(layer.weight)
             if known is not None and known.is_found_as(layer):
                 layer.factors, layer.pending, layer.seen = known.factors, known.pending, known.seen
-                layer.by_gradient = known.by_gradient
+                layer.by_gradient, layer.is_proved = known.by_gradient, known.is_proved
                 for module, source in known.sources:
                     if module is None:  # it was met in calls
                         layer.know(source)
@@ -209,7 +212,7 @@ class Watcher(torch.optim.Optimizer):
         """The factors of a layer that rows are measured with, None if they are elsewhere."""
         raise NotImplementedError
 
-    def rows_wanted(self, source: Source) -> Callable[[Tensor, Tensor, Any, int], bool] | None:
+    def rows_wanted(self, source: Source) -> TakeRows | None:
         """What takes the rows of a layer in the current step, or None when it is not due."""
         layer = self._by_weight.get(source.weight)
         if layer is not None and not is_due(layer):
@@ -238,11 +241,14 @@ class Watcher(torch.optim.Optimizer):
         self._stack_up()
 
     def _take(
-        self, layer: Layer, source: Source, x: Tensor, g: Tensor, product: Any, loss: int
+        self, layer: Layer, source: Source, x: Tensor, g: Tensor, product: Any, loss: int | None
     ) -> bool:
         """Take the rows of a call, of a product those of each matrix, for one of the losses."""
-        layer.loss = loss
+        layer.loss = backward_pass() if loss is None else loss
         if product is None:
+            self._prove(layer, source, x, g)
+            if loss is None and self._compiled_in is None:
+                self._compiled_in = backward_pass()
             self._take_rows(layer, source, x, g)
             return self._takes_rows()
         for part, own_x, own_g, kept in product(x, g, layer.most_rows(x)):
@@ -250,6 +256,40 @@ class Watcher(torch.optim.Optimizer):
             own = dataclasses.replace(source, part=part, kept=kept)
             self._take_rows(layer, own, own_x, own_g)
         return self._takes_rows()
+
+    def _prove(self, layer: Layer, source: Source, x: Tensor, g: Tensor) -> None:
+        """Find out once whether the rows of a layer tell its gradient.
+
+        What compiled code does with a weight beside the calls of its module is not seen. The pass
+        that is looked at is the first after one that brought rows from such code.
+        """
+        alone = self._processes is None and self._sharded is None
+        if self._compiled_in is None or layer.is_proved or not alone:
+            return
+        if self._refused or self._sampled is not None:
+            return
+        backward, proof = backward_pass(), self._proofs.get(layer)
+        if backward == self._compiled_in:  # of which rows may have come before it was known
+            return
+        if proof is None:
+            if not can_be_proved(layer) or Reach.of(layer.weight) is not Reach.ADDED:
+                return
+            proof = self._proofs[layer] = Proof.of(layer, backward)
+            after_pass(partial(self._end_proof, layer))
+        proof.is_void |= proof.backward != backward
+        proof.add(source, x, g)
+
+    def _end_proof(self, layer: Layer) -> None:
+        proof, layer.is_proved = self._proofs.pop(layer, None), True
+        if proof is not None and proof.fails(layer):
+            layer.lose_rows("used by compiled code beside its calls, or in the loss by itself")
+
+    def differentiate(self, source: Source) -> None:
+        """Ask for no proof of a layer whose gradient has parts that its rows do not tell."""
+        layer = self._by_weight.get(source.weight)
+        if layer is not None:
+            layer.is_proved = True
+            self._proofs.pop(layer, None)
 
     def _takes_rows(self) -> bool:
         """Whether the backward pass that runs is one whose rows count."""

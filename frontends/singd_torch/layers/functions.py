@@ -18,7 +18,7 @@ from singd_core.layers import (
     Linear,
     TransposedConvolution,
 )
-from singd_torch.layers.products import Rows, product
+from singd_torch.layers.products import PRODUCTS, Rows, product
 
 # The names of arguments, in order.
 _NAMES: dict[Callable[..., Any], tuple[str, ...]] = {
@@ -144,7 +144,9 @@ def reading(
         kwargs: By name.
         view_of: What a tensor shows of a weight, None of others.
     """
-    found = product(function, args, kwargs, lambda operand: view_of(operand) is not None)
+    found = None
+    if function in PRODUCTS:
+        found = product(function, args, kwargs, lambda operand: view_of(operand) is not None)
     if found is not None:
         view = view_of(found.handed)
         assert view is not None

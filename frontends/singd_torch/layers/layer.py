@@ -85,6 +85,7 @@ class Layer:
         by_gradient: Whether gradients refresh them, as no rows have been seen so far.
         meter: What measures rows where the factors are on another process, else None.
         without_rows: Why the rows do not tell the gradient, so that none are taken; or None.
+        is_proved: Whether it was found out if the rows tell the gradient.
         unused: Whether the last step had no gradient of the weight.
         autocast: Whether products are in bfloat16 and the weight is not, on an accelerator.
     """
@@ -105,6 +106,7 @@ class Layer:
     by_gradient: bool = False
     meter: Any = None
     without_rows: str | None = None
+    is_proved: bool = False
     unused: bool = False
     autocast: bool = False
 

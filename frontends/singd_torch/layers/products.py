@@ -21,6 +21,10 @@ _MATMUL = torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm
 _GROUPED = [f for f in (getattr(torch, "_grouped_mm", None), getattr(F, "grouped_mm", None)) if f]
 
 
+# What may be one.
+PRODUCTS = frozenset([torch.einsum, torch.baddbmm, Tensor.baddbmm, *_GROUPED, *_MATMUL])
+
+
 @dataclasses.dataclass(frozen=True)
 class Product:
     """A product of an input with a matrix, or with each matrix of a stack `(parts, ...)`.
