@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import compare_picture
 import compare_report
 import torch
 from compare_plan import CHOICE, CONFIRM, Plan
@@ -33,13 +34,14 @@ from compare_runs import (
     train,
 )
 from compare_tried import against_rivals
-from pages import ROOT, write
+from pages import ROOT, save_svg, write
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeElapsedColumn
 from tasks import BATCHES, HELD_OUT, SCALES, TASKS, TWELVE
 
 PAGE = ROOT / "docs" / "comparison.md"
 ROWS = ROOT / "docs" / "rows.md"
+PICTURE = ROOT / "docs" / "first-screen.svg"
 GROUPS = {
     "twelve": list(TWELVE),
     "batches": list(BATCHES),
@@ -180,6 +182,7 @@ def main(given: Sequence[str] | None = None) -> None:
             if args.page == PAGE:
                 write(ROOT / "README.md", "make compare", compare_report.brief(plan.store, seeds))
                 write(ROWS, "make compare", compare_report.without_rows(plan.store, seeds))
+                save_svg(compare_picture.draw(plan.store, seeds), PICTURE)
 
 
 if __name__ == "__main__":

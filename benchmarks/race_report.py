@@ -18,19 +18,13 @@ from race_tasks import RACES
 HEADER = ("optimizer", "T", "rate", "s to target", "of seeds", "steps", "ms a step", "final loss")
 
 
-# What a reader of the first screen knows, in colours that all eyes tell apart.
-KNOWN = {"SINGD": "#D55E00", "AdamW": "#0072B2", "Muon": "#009E73", "SOAP": "#CC79A7"}
-SMALLEST = 1e-6  # loss that is shown there
-
-
 def publish(curves: Curves, page: Path) -> None:
-    """Write the page's tables, and draw the picture beside it and the one of the first screen."""
+    """Write the page's tables and draw the picture beside it."""
     raced = complete(curves)
     if not raced:
         return
     picture = page.with_name("benchmarks-race.svg")
     save_svg(draw(curves, raced), picture)
-    save_svg(draw_known(curves, raced), page.with_name("first-screen.svg"))
     parts = [f"![Training loss over seconds]({picture.name})", *tables(curves, raced)]
     write(page, "make race", "\n\n".join(parts))
 
@@ -93,44 +87,6 @@ def cells(entrant: Entrant, mine: list[Curve], goal: float) -> tuple[float, list
 
 def _spread(values: list[float]) -> str:
     return f"{digits(min(values))} to {digits(max(values))}"
-
-
-def draw_known(curves: Curves, raced: dict[str, dict[Entrant, list[Curve]]]) -> Figure:
-    """The loss over seconds of the optimizers that are `KNOWN`, three panels in a row.
-
-    Of several implementations the one counts that reaches the target first, or else ends lowest.
-    """
-    rows, columns = math.ceil(len(raced) / 3), min(len(raced), 3)
-    figure = Figure(figsize=(3.3 * columns, 2.4 * rows + 0.3), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False)
-    for panel in panels.flat[len(raced) :]:
-        panel.remove()
-    for panel, (task, found) in zip(panels.flat, raced.items(), strict=False):
-        goal = target(curves, task)
-        assert goal is not None
-
-        def ahead(mine: list[Curve], goal: float = goal) -> tuple[float, float]:
-            arrivals = [curve.arrival(goal) for curve in mine]
-            return statistics.fmean(arrivals), statistics.fmean(c.losses[-1] for c in mine)
-
-        for name, colour in KNOWN.items():
-            own = [mine for (full, _), mine in found.items() if full.split("/")[0] == name]
-            if own:
-                _plot(panel, RACES[task].seconds, min(own, key=ahead), name, color=colour)
-        panel.axhline(goal, color="black", linewidth=0.8, linestyle=":")
-        panel.set(yscale="log", xlim=(0.0, RACES[task].seconds))
-        panel.set_ylim(bottom=max(SMALLEST, panel.get_ylim()[0]))
-        panel.set_title(RACES[task].task.title, fontsize=9)
-        panel.tick_params(which="both", labelsize=7)
-    figure.supxlabel("seconds of training", fontsize=9)
-    figure.supylabel("training loss", fontsize=9)
-    handles = {}
-    for panel in panels.flat[: len(raced)]:
-        handles |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside upper center", ncols=4, frameon=False
-    )
-    return figure
 
 
 def _plot(panel: Axes, seconds: float, mine: list[Curve], label: str, **style: Any) -> None:
