@@ -148,7 +148,7 @@ def check_rate(name: str, value: Any, in_range: Callable[[Any], bool], expected:
 
 
 # Names that other optimizers have for a setting, or for a setting of the matrices and of AdamW.
-_MEANT = {"learning_rate": "lr"}
+_MEANT = {"learning_rate": "lr", "lr": "learning_rate"}
 _HERE = {
     "b1": "b1 is 'momentum' here",
     "b2": "the factors are in the place of what b2 averages, at the rate 'lr_cov'",

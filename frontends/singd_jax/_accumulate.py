@@ -14,7 +14,7 @@ from singd_core._array import Array
 from singd_core.curvature import Curvature
 from singd_jax._curvature import blank
 from singd_jax._gradients import MISSING, parted
-from singd_jax._layers import TRANSPOSED, Layers, Role
+from singd_jax._layers import TRANSPOSED, Layers, Role, checked
 from singd_jax._loss import Leaves, is_complex
 from singd_jax._state import Both, find_states
 
@@ -53,7 +53,7 @@ class MultiSteps(optax.MultiSteps):  # type: ignore[misc]
         should_skip_update_fn: Callable[..., Any] | None = None,
         accumulator_dtype: Any = jnp.float32,
     ) -> None:
-        inner, mean = optax.with_extra_args_support(opt), layers.loss_average is not None
+        inner, mean = optax.with_extra_args_support(opt), checked(layers).loss_average is not None
         self._layers = layers
 
         def update(both: Both, state: Any, params: Any, micro_batches: Array, **extra: Any) -> Any:

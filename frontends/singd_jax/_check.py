@@ -15,7 +15,7 @@ from singd_core._array import Array, widen
 from singd_jax import _compat
 from singd_jax._calls import EXPAND, Call
 from singd_jax._curvature import padded
-from singd_jax._layers import TRANSPOSED, Layer, Layers
+from singd_jax._layers import TRANSPOSED, Layer, Layers, checked
 from singd_jax._loss import Leaves
 from singd_jax._tapped import Tapped, value_and_grad
 
@@ -56,6 +56,7 @@ def check(
         >>> {name: round(gap, 3) for name, gap in check(loss, layers)(params, x).items()}
         {'w': 0.0}
     """
+    layers = checked(layers)
 
     def function(params: Any, *batch: Any, **keywords: Any) -> dict[str, float]:
         leaves = Leaves.of(params)

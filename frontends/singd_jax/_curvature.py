@@ -17,7 +17,7 @@ from singd_core.rules import Factors
 from singd_jax import _compat, _nnx
 from singd_jax._calls import Call
 from singd_jax._find import leading
-from singd_jax._layers import TRANSPOSED, UPRIGHT, Layer, Layers, Role
+from singd_jax._layers import TRANSPOSED, UPRIGHT, Layer, Layers, Role, checked
 from singd_jax._loss import Leaves, size_of_batch
 from singd_jax._state import SingdState, find_states, refuse_lost_curvature
 from singd_jax._tapped import Tapped, value_and_grad
@@ -68,6 +68,7 @@ def value_and_curvature(
     """
     if branch not in ("step", "layer"):
         raise ValueError(f'branch = {branch!r}: choose "step" or "layer"')
+    layers = checked(layers)
 
     def function(
         params: Any, state: Any, *batch: Any, **keywords: Any

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -75,6 +76,10 @@ def find_layers(
         return result[0] if isinstance(result, tuple) else result
 
     def find(params: Any, *batch: Any, **keywords: Any) -> Layers:
+        with _refusing_filtered(params):
+            return found(params, *batch, **keywords)
+
+    def found(params: Any, *batch: Any, **keywords: Any) -> Layers:
         leaves = Leaves.of(params)
         needed = loss_average == "batch" or kfac_approx == "reduce"
         first = functools.partial(leading, alone, leaves, batch, keywords)
@@ -98,6 +103,30 @@ def find_layers(
         )
 
     return find
+
+
+@contextlib.contextmanager
+def _refusing_filtered(params: Any) -> Iterator[None]:
+    """Say what is wrong where a loss meets None in the place of what belongs to a model.
+
+    Raises:
+        TypeError: If it does.
+    """
+    try:
+        yield
+    except (TypeError, AttributeError) as error:
+        has_none = any(leaf is None for leaf in jax.tree.leaves(params, is_leaf=_is_none))
+        if "NoneType" not in str(error) or not has_none:
+            raise
+        raise TypeError(
+            f"the loss met None in the parameters ({error}): give tx.init and find_layers the "
+            "model itself, as the loss takes it, not a filtered one, such as "
+            "eqx.filter(model, eqx.is_inexact_array)"
+        ) from error
+
+
+def _is_none(leaf: Any) -> bool:
+    return leaf is None
 
 
 def leading(

@@ -146,8 +146,10 @@ def _refuse_masks(state: Any) -> None:
 
     for node in jax.tree.leaves(state, is_leaf=is_in_the_way):
         if is_in_the_way(node):
+            steps = isinstance(node, optax.MultiStepsState)
+            instead = "take singd_jax.MultiSteps(..., layers=layers) in its place, or "
             raise ValueError(
                 f"{type(node).__name__}: optax maps gradients together with other trees there, and "
-                "they cannot carry the curvature: give tx.update(grads, state, params, "
-                "curvature=curvature) what singd_jax.value_and_curvature returns"
+                f"they cannot carry the curvature: {instead if steps else ''}give tx.update(grads, "
+                "state, params, curvature=curvature) what singd_jax.value_and_curvature returns"
             )

@@ -271,6 +271,21 @@ def _short(name: str) -> str:
     return name if last.isdigit() else last
 
 
+def checked(layers: Any) -> Layers:
+    """The layers that were given.
+
+    Raises:
+        TypeError: If they are something else, such as what `find_layers` returns.
+    """
+    if isinstance(layers, Layers):
+        return layers
+    missing = "; the second call is missing" if callable(layers) else ""
+    raise TypeError(
+        "layers must be what singd_jax.find_layers(loss)(params, *batch) returns, not a "
+        f"{type(layers).__name__}{missing}"
+    )
+
+
 def pair(structures: Any) -> Wanted:
     """Structures as they are given, two of them as a tuple."""
     return tuple(structures) if isinstance(structures, list) else structures

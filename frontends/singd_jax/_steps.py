@@ -22,7 +22,7 @@ from singd_core.rules import Factors
 from singd_jax import _compat
 from singd_jax._curvature import joined
 from singd_jax._find import find_layers
-from singd_jax._layers import Layer, Layers, pair
+from singd_jax._layers import Layer, Layers, checked, pair
 from singd_jax._loss import Leaves
 from singd_jax._pytree import register_with_flax
 from singd_jax._sharding import shardings
@@ -68,7 +68,7 @@ class Steps:
         # The structure of the last state, which optax.tree.map_params asks for without parameters.
         self.known: dict[str, Any] = {}
         schedules = {name: given[name] for name in _RATES if callable(given.get(name))}
-        started = {name: _start(schedule) for name, schedule in schedules.items()}
+        started = {name: _start(name, schedule) for name, schedule in schedules.items()}
         if callable(T):
             raise ValueError(
                 f"T={T!r}: must be a number of steps; optax.inject_hyperparams takes a schedule"
@@ -93,7 +93,7 @@ class Steps:
         self.schedules = schedules
         self.T = self.optimizer.settings.T if T is None or isinstance(T, int) else T
         self.chooses = structures is not None
-        self._take(NONE if layers is None else layers)
+        self._take(NONE if layers is None else checked(layers))
 
     def _take(self, layers: Layers) -> None:
         """Train these layers, with the structures that they were found with unless given others."""
@@ -425,18 +425,35 @@ class Steps:
         return found
 
 
-def _start(schedule: Callable[[Array], Any]) -> Any:
+def _start(name: str, schedule: Callable[[Array], Any]) -> Any:
     """What a schedule starts at: a number if it is constant, else an array.
 
     What the optimizer keeps must not depend on a rate that happens to start at 0.
+
+    Raises:
+        TypeError: If it is no function of a number that returns one, as a model is none.
     """
     values: list[Any] = []
     try:
         jax.eval_shape(lambda count: values.append(schedule(count)), jnp.zeros((), jnp.int32))
     except jax.errors.JAXTypeError:  # it reads the count: for steps that are not compiled
         return jnp.zeros(())
+    except Exception as error:
+        raise TypeError(_no_schedule(name, schedule)) from error
     # a count that nobody can read does not decide about a number
-    return values[0] if isinstance(values[0], (int, float)) else jnp.zeros(())
+    if isinstance(values[0], (int, float)):
+        return values[0]
+    if getattr(values[0], "ndim", None) != 0:
+        raise TypeError(_no_schedule(name, schedule))
+    return jnp.zeros(())
+
+
+def _no_schedule(name: str, given: Any) -> str:
+    name = "learning_rate" if name == "lr" else name
+    return (
+        f"{name} must be a number or a schedule, a function of the number of steps, and this "
+        f"{type(given).__name__} is neither"
+    )
 
 
 def _moments(a: Array, s: Settings) -> Moments:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import optax  # type: ignore[import-untyped]
 
-from singd_core._recipes import DEFAULT
+from singd_core._recipes import DEFAULT, hint
 from singd_core.adamw import Fallback
 from singd_core.curvature import Curvature
 from singd_jax import _compat
@@ -17,7 +18,26 @@ from singd_jax._layers import Layers
 from singd_jax._state import SingdState
 from singd_jax._steps import Rate, Steps
 
+P = ParamSpec("P")
+T_Result = TypeVar("T_Result")
 
+
+def _naming(function: Callable[P, T_Result]) -> Callable[P, T_Result]:
+    """The function, which says what was meant by an argument that it does not have."""
+    known = list(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def named(*args: P.args, **given: P.kwargs) -> T_Result:
+        for name in given:
+            found = "" if name in known else hint(name, known)
+            if found:
+                raise TypeError(f"{function.__name__} has no argument {name!r}: {found}")
+        return function(*args, **given)
+
+    return named
+
+
+@_naming
 def singd(
     learning_rate: Rate = None,
     *,

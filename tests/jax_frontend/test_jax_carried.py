@@ -188,11 +188,13 @@ def test_flax_train_state_takes_them():
 
 
 def test_what_cannot_carry_them_is_an_error_that_names_the_other_way():
-    for tx in (
-        optax.masked(singd_jax.singd(layers=LAYERS), {k: k != "scale" for k in start()}),
-        optax.MultiSteps(singd_jax.singd(layers=LAYERS), 2),
+    plain = singd_jax.singd(layers=LAYERS)
+    for tx, instead in (
+        (optax.masked(plain, {k: k != "scale" for k in start()}), "give tx.update"),
+        (optax.MultiSteps(plain, 2), r"take singd_jax\.MultiSteps\(\.\.\., layers=layers\) in"),
     ):
-        with pytest.raises(ValueError, match=r"they cannot carry .*value_and_curvature"):
+        message = rf"they cannot carry the curvature: {instead}.*value_and_curvature"
+        with pytest.raises(ValueError, match=message):
             singd_jax.value_and_grad(loss)(start(), tx.init(start()), X)
 
 

@@ -8,7 +8,7 @@ import jax_layout_cases  # noqa: F401 - adds its cases
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import linen, nnx
 from jax_cases import CASES, N, X, array, mean_square
 
 import singd_jax
@@ -684,3 +684,37 @@ def test_setting_errors_name_the_setting():
         singd_jax.singd(layers=LAYERS, structures="dens")
     with pytest.raises(ValueError, match="loss_average"):
         singd_jax.find_layers(loss, loss_average="mean")
+
+
+UNCALLED, PLAIN = singd_jax.find_layers(loss), singd_jax.singd(layers=LAYERS)
+SECOND = r"layers must be what .*find_layers\(loss\)\(params, .*; the second call is missing"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: singd_jax.singd(layers=UNCALLED), SECOND),
+        (lambda: singd_jax.value_and_curvature(loss, UNCALLED), SECOND),
+        (lambda: singd_jax.check(loss, UNCALLED), SECOND),
+        (lambda: singd_jax.MultiSteps(PLAIN, 2, layers=UNCALLED), SECOND),
+        (lambda: singd_jax.singd(layers={}), "layers must be .* not a dict$"),
+        (lambda: singd_jax.singd(b1=0.9), "no argument 'b1': b1 is 'momentum' here"),
+        (lambda: singd_jax.singd(eps=1e-8), r"'damping' here; .*fallback=Fallback\(eps=...\)"),
+        (lambda: singd_jax.singd(lr=0.1), "no argument 'lr': was 'learning_rate' meant"),
+        (lambda: singd_jax.singd(linen.Dense(3)), "learning_rate must be a number or a schedule"),
+        (lambda: singd_jax.singd(damping=lambda t: jnp.ones(2)), "damping must be a number or a"),
+        (lambda: singd_jax.singd(damping=lambda t: (t, t)), "damping must be a number or a"),
+    ],
+)
+def test_what_is_given_in_place_of_something_else_is_named(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+def test_a_filtered_equinox_module_is_told_of():
+    import equinox as eqx
+
+    case = CASES["equinox_mlp"]()
+    filtered = eqx.filter(case.params, eqx.is_inexact_array)
+    with pytest.raises(TypeError, match=r"model itself, .* not a filtered one"):
+        singd_jax.singd(loss=case.loss).init(filtered, *case.batch)
