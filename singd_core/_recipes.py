@@ -44,6 +44,9 @@ ALIASES = "kfac_like", "kfac"
 # The rate of AdamW for all other parameters, where none is given.
 FALLBACK_RATES = {"paper": 1e-3, DEFAULT: 1e-2}
 
+# Below it are AdamW's rates; the recipe "normalized" hardly trains with one of them.
+_LEAST_STEP = 0.003
+
 # The structures of K and C where none are given; None takes what fits each weight.
 STRUCTURES: dict[str, tuple[str, str] | None] = {"paper": ("dense", "dense"), DEFAULT: None}
 
@@ -132,6 +135,20 @@ def validate(s: Settings) -> None:
         value = getattr(s, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name}={value!r}: must be an integer of at least {least}")
+
+
+def small_step(rates: Iterable[Any]) -> str:
+    """What is to be said if the largest of the rates that are given is one of AdamW, else "".
+
+    They are those of the recipe "normalized". Only plain numbers are looked into, and 0 is meant.
+    """
+    largest = max((v for v in rates if isinstance(v, (int, float)) and v > 0.0), default=0.0)
+    if not 0.0 < largest < _LEAST_STEP:
+        return ""
+    return (
+        f"lr={largest!r}: here the rate is the size of a step, and not what AdamW takes. The "
+        f"default is {RECIPES[DEFAULT].lr}: leave the rate out first"
+    )
 
 
 def check_rate(name: str, value: Any, in_range: Callable[[Any], bool], expected: str) -> None:

@@ -12,9 +12,10 @@ from singd_core._array import Array
 from singd_core._layer_state import NAMES, Parameter, begun_moments, layer_state, parts
 from singd_core._layer_state import LayerState as LayerState  # with `State`, what others import
 from singd_core._parameter import new_or_old
-from singd_core._recipes import DEFAULT, FALLBACK_RATES, STRUCTURES, settings
+from singd_core._recipes import DEFAULT, FALLBACK_RATES, STRUCTURES, settings, small_step
 from singd_core._settings import is_due, rate_of_factors
 from singd_core._tree import T_Tree, Tree, tree
+from singd_core._warnings import warn
 from singd_core.adamw import Fallback, Moments
 from singd_core.curvature import Curvature
 from singd_core.layers import LayerKind
@@ -63,7 +64,8 @@ class Optimizer:
             for a sum.
         preconditioner_dtype: Of K and of C; None is the weight's, float32 for float16.
         momentum_dtype: Of the momenta of layers; None is the weight's, float32 for float16.
-        fallback: Settings of AdamW; None is its own defaults with the rate of the recipe.
+        fallback: Settings of AdamW; None is its own defaults with the rate of the recipe, and
+            without decay where `weight_decay=0.0` is given.
         **given: Settings that win over the recipe, e.g. `lr=0.01` or `T=10`.
 
     Raises:
@@ -105,7 +107,10 @@ class Optimizer:
         loss_terms(loss_average, 1, ())
         self.kfac_approx, self.loss_average = kfac_approx, loss_average
         self.preconditioner_dtype, self.momentum_dtype = preconditioner_dtype, momentum_dtype
-        self.fallback = fallback or Fallback(lr=FALLBACK_RATES[recipe])
+        self.fallback = fallback or _fallback_of(recipe, given.get("weight_decay"))
+        small = small_step([self.settings.lr]) if self.settings.normalized else ""
+        if small:
+            warn(small)
 
     def init(self, params: Mapping[str, Parameter]) -> State:
         """The state before the first step.
@@ -321,3 +326,10 @@ class Optimizer:
 
 def _dtypes(parameter: Parameter) -> dict[str, Any]:
     return {name: a.dtype for name, a in zip(NAMES, parts(parameter), strict=False)}
+
+
+def _fallback_of(recipe: str, weight_decay: Any) -> Fallback:
+    """AdamW's settings where none are given; a decay of 0 that is given holds for all."""
+    is_none = isinstance(weight_decay, (int, float)) and weight_decay == 0.0
+    found = Fallback(lr=FALLBACK_RATES[recipe])
+    return dataclasses.replace(found, weight_decay=0.0) if is_none else found

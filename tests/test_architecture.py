@@ -11,8 +11,9 @@ ROOT = Path(__file__).parents[1]
 # From the bottom to the top; a folder holds modules of one rank.
 RANKS: dict[str, list[str]] = {
     "singd_core": [
-        *("_version", "_kernels", "_array", "_tree", "rounding", "_settings", "structures"),
-        *("curvature", "levels", "preconditioner", "rules", "_recipes", "layers", "adamw", "step"),
+        *("_version", "_warnings", "_kernels", "_array", "_tree", "rounding", "_settings"),
+        *("structures", "curvature", "levels", "preconditioner", "rules", "_recipes", "layers"),
+        *("adamw", "step"),
         *("_layer_state", "_given", "_parameter", "optimizer", "_check", "state", "testing"),
     ],
     "singd_torch": [

@@ -99,7 +99,8 @@ def singd(
         normalized: The momentum averages gradients, and the step of each matrix has a size of its
             own, whatever that of the gradient.
         warmup: Steps in which the rates grow from 0.
-        weight_decay: Weight decay (γ) of the preconditioned weights.
+        weight_decay: Weight decay (γ) of the preconditioned weights. The number 0.0 turns that of
+            AdamW off as well, unless `fallback` is given.
         decoupled_weight_decay: Shrink the weights as AdamW does.
         T: Steps between two refreshes of the factors.
         growing_T: Refresh more often at first: after t steps the gap is at most t / 10.

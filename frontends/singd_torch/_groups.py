@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from singd_core import rules
 from singd_core._recipes import SWITCHES, hint, validate
 from singd_core._settings import Settings
+from singd_core._warnings import warn
 from singd_core.layers.base import is_expand, loss_terms
 from singd_torch import _fallback
-from singd_torch._warnings import warn
 
 _SETTINGS = tuple(f.name for f in dataclasses.fields(Settings))
 

@@ -18,8 +18,10 @@ from singd_core._recipes import (
     STRUCTURES,
     check_names,
     settings,
+    small_step,
     with_rule,
 )
+from singd_core._warnings import warn
 from singd_core.rounding import format_of
 from singd_core.structures import choose
 from singd_torch import _diagnostics, _table
@@ -27,7 +29,6 @@ from singd_torch._distributed import group_of
 from singd_torch._estimate import automatic
 from singd_torch._groups import check_group, check_keys, parameters_of
 from singd_torch._saving import Saving
-from singd_torch._warnings import warn
 from singd_torch.layers.kinds import reasons
 from singd_torch.layers.matrices import without_model
 from singd_torch.sharding.guards import check_model
@@ -80,7 +81,8 @@ class SINGD(Stepper, Saving):
             halves one halves the other.
         fallback_betas: AdamW's betas.
         fallback_eps: AdamW's epsilon.
-        fallback_weight_decay: AdamW's weight decay.
+        fallback_weight_decay: AdamW's weight decay; None is 0.01, or 0 if `weight_decay=0.0` is
+            given.
         processes: The processes that train copies of the model whose gradients are averaged
             without a wrapper; a DistributedDataParallel wrapper tells them by itself.
         shard: Part the state and the work among processes that have copies of the model: each
@@ -136,7 +138,7 @@ class SINGD(Stepper, Saving):
         fallback_lr: float | None = None,
         fallback_betas: tuple[float, float] = (0.9, 0.999),
         fallback_eps: float = 1e-8,
-        fallback_weight_decay: float = 0.01,
+        fallback_weight_decay: float | None = None,
         processes: ProcessGroup | DeviceMesh | None = None,
         shard: bool = False,
         gradients: str = "mean",
@@ -185,6 +187,8 @@ class SINGD(Stepper, Saving):
         }
         defaults["base_lr"] = float(defaults["lr"]) or RECIPES[recipe].lr  # AdamW's share is of it
         self._compile = {} if compile_step is True else compile_step or None
+        if defaults["fallback_weight_decay"] is None:
+            defaults["fallback_weight_decay"] = 0.0 if weight_decay == 0.0 else 0.01
         if capturable and (self._compile is not None or shard):
             other = "shard" if shard else "compile_step"
             raise ValueError(f"capturable=True and {other} exclude each other: leave one out")
@@ -194,7 +198,13 @@ class SINGD(Stepper, Saving):
             params = [p for p in model.parameters() if p.requires_grad]
             if not params:
                 raise ValueError("the model has no parameter that requires a gradient")
-        super().__init__(parameters_of(params), defaults)
+        params = parameters_of(params)
+        own = [{"lr": lr}, *(group for group in params if isinstance(group, dict))]
+        of_steps = (group for group in own if group.get("normalized", defaults["normalized"]))
+        small = small_step(group.get("lr") for group in of_steps)
+        super().__init__(params, defaults)
+        if small:
+            warn(small)
         if memory_budget is not None or any(g["structures"] == "auto" for g in self.param_groups):
             chosen = automatic(model, self.param_groups, memory_budget)
             if self.defaults["structures"] == "auto":

@@ -326,3 +326,19 @@ def test_an_empty_batch_destroys_nothing(case: str) -> None:
 def test_settings_are_those_given() -> None:
     assert Optimizer(recipe="paper").settings == Settings()
     assert Optimizer(lr=0.3).settings.lr == 0.3
+
+
+def test_a_rate_of_adamw_is_warned_about() -> None:
+    with pytest.warns(UserWarning, match="the size of a step.* default is 0.12: leave") as seen:
+        Optimizer(lr=1e-3)
+    assert [w.filename for w in seen] == [__file__]
+    for given in ({"recipe": "paper"}, {"normalized": False}):
+        Optimizer(lr=1e-3, **given)  # a warning is an error here
+
+
+def test_an_explicit_decay_of_zero_holds_for_what_adamw_trains() -> None:
+    assert Optimizer(weight_decay=0.0).fallback.weight_decay == 0.0
+    own = Fallback(weight_decay=0.2)
+    assert Optimizer(weight_decay=0.0, fallback=own).fallback is own
+    for given in ({}, {"weight_decay": 0.1}):
+        assert Optimizer(**given).fallback.weight_decay == 0.01

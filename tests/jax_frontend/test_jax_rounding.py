@@ -12,6 +12,9 @@ from jax_cases import array, mean_square
 import singd_jax
 from singd_core.optimizer import Fallback
 
+# Short steps are what is tested.
+pytestmark = pytest.mark.filterwarnings("ignore:lr=.*the rate is the size of a step")
+
 BATCH = 0.3 * array(16, 12)
 
 

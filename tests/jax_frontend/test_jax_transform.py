@@ -718,3 +718,21 @@ def test_a_filtered_equinox_module_is_told_of():
     filtered = eqx.filter(case.params, eqx.is_inexact_array)
     with pytest.raises(TypeError, match=r"model itself, .* not a filtered one"):
         singd_jax.singd(loss=case.loss).init(filtered, *case.batch)
+
+
+def test_a_rate_of_adamw_is_warned_about():
+    text = "the size of a step.* default is 0.12: leave"
+    for rate in (1e-3, optax.constant_schedule(1e-3)):
+        with pytest.warns(UserWarning, match=text) as seen:
+            singd_jax.singd(rate)
+        assert [w.filename for w in seen] == [__file__]
+    for rate in (jnp.asarray(1e-3), optax.linear_schedule(1e-3, 0.0, 9)):  # not looked into
+        singd_jax.singd(rate)
+
+
+def test_an_explicit_decay_of_zero_holds_for_what_adamw_trains():
+    params = {"scale": jnp.ones(3)}
+    for given, moved in (({"weight_decay": 0.0}, False), ({}, True)):
+        tx = singd_jax.singd(**given, warmup=0)
+        updates, _ = tx.update({"scale": jnp.zeros(3)}, tx.init(params), params)
+        assert bool((updates["scale"] != 0.0).all()) is moved

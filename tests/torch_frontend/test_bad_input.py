@@ -1,6 +1,7 @@
 """Wrong arguments are named at once, and wrong numbers do no harm."""
 
 import copy
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -183,6 +184,36 @@ def test_what_is_given_in_place_of_parameters_is_named(value: Any) -> None:
             SINGD(given, 1e-3)
 
 
+# Rates of the model, and of two groups; the largest that is given tells how they are meant.
+@pytest.mark.parametrize(
+    ("given", "of_groups", "warned"),
+    [
+        ({"lr": 1e-3}, [{}, {}], True),
+        ({}, [{"lr": 3e-4}, {"lr": 1e-3}], True),
+        ({}, [{}, {"lr": 1e-3}], True),
+        ({}, [{"lr": 0.12}, {"lr": 1e-3}], False),  # layer by layer
+        ({"lr": 0.003}, [{}, {}], False),
+        ({}, [{}, {"lr": 0.0}], False),
+        ({"lr": torch.tensor(1e-3)}, [{}, {}], False),
+        ({"lr": 1e-3, "recipe": "paper"}, [{}, {}], False),
+        ({}, [{}, {"lr": 1e-3, "normalized": False}], False),
+    ],
+)
+def test_a_rate_of_adamw_is_warned_about(
+    given: dict[str, Any], of_groups: list[dict[str, Any]], warned: bool
+) -> None:
+    model = network()
+    parts = [
+        {"params": model[i].parameters()} | own for i, own in zip((0, 4), of_groups, strict=True)
+    ]
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        SINGD(model, parts, **given)
+    text = r"lr=0\.001: here the rate is the size of a step.* default is 0\.12: leave the rate out"
+    assert [re.match(text, str(w.message)) is not None for w in seen] == [True] * warned
+    assert [w.filename for w in seen] == [__file__] * warned
+
+
 def test_switches_of_other_optimizers_that_are_off_are_carried_along() -> None:
     model = network()
     group = {"params": model.parameters(), "fused": None, "maximize": False}
@@ -322,7 +353,7 @@ def poison_row(index: int, of_output: bool) -> Callable[[nn.Module, float], None
         x, z = torch.randn(x), torch.randn(z)
         (z if of_output else x).view(-1)[5] = value
         with torch.no_grad():
-            rows(x, z, None)
+            rows(x, z, None, None)
 
     return poison
 

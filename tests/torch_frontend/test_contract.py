@@ -162,6 +162,17 @@ def test_no_weight_decay_in_a_group_is_none_for_all_of_it() -> None:
     assert torch.equal(model.norm.weight, torch.ones(6))
 
 
+@pytest.mark.parametrize("of_group", [True, False])
+def test_an_explicit_decay_of_zero_holds_for_what_adamw_trains(of_group: bool) -> None:
+    model, zero = Network(), {"weight_decay": 0.0}
+    group: dict[str, Any] = {"params": list(model.parameters())}
+    optimizer = SINGD(model, [group | zero]) if of_group else SINGD(model, **zero)
+    assert optimizer.param_groups[0]["fallback_weight_decay"] == 0.0
+    assert SINGD(model, weight_decay=0.1).param_groups[0]["fallback_weight_decay"] == 0.01
+    both = SINGD(model, **zero, fallback_weight_decay=0.2)
+    assert both.param_groups[0]["fallback_weight_decay"] == 0.2
+
+
 def test_groups_have_settings_of_their_own() -> None:
     model = Network()
     rest = [p for n, p in model.named_parameters() if not n.startswith(("hidden", "out"))]
@@ -174,7 +185,7 @@ def test_groups_have_settings_of_their_own() -> None:
                 "T": 2,
                 "growing_T": False,
             },
-            {"params": model.out.parameters(), "kfac": True, "lr": 1e-3},
+            {"params": model.out.parameters(), "kfac": True, "lr": 1e-2},
             {"params": rest, "fallback_lr": 0.0, "lr": 0.0},
         ],
     )

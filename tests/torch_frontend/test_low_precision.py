@@ -15,6 +15,9 @@ from singd_torch import SINGD, estimate
 from singd_torch.step import rounding, stack
 from singd_torch.tensors import pieces
 
+# Short steps are what is tested.
+pytestmark = pytest.mark.filterwarnings("ignore:lr=.*the rate is the size of a step")
+
 BF16 = torch.bfloat16
 MODES = ["stochastic", "kahan"]
 

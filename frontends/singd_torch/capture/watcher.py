@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from singd_core import _settings
 from singd_core._settings import Settings
+from singd_core._warnings import warn
 from singd_core.rules import Factors
 from singd_torch._distributed import processes_of_call
-from singd_torch._warnings import listed, warn
+from singd_torch._warnings import listed
 from singd_torch.capture import attention
 from singd_torch.capture.calls import Calls, Hooks, Now
 from singd_torch.capture.calls import modules as modules_that_call

@@ -12,6 +12,9 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from singd_torch import SINGD
 
+# Short steps are what is tested.
+pytestmark = pytest.mark.filterwarnings("ignore:lr=.*the rate is the size of a step")
+
 CASES: dict[str, dict[str, Any]] = {
     "default": {},
     "parts of diagonal layers": {"structures": ("diagonal", "diagonal")},
