@@ -321,6 +321,7 @@ def test_the_page_of_low_precision_says_what_was_run():
     assert precision.report() in precision.PAGE.read_text()
 
 
+@pytest.mark.slow
 def test_precision_keeps_its_runs_and_makes_none_twice(tmp_path, monkeypatch):
     precision, calls = importlib.import_module("precision"), []
     made = {"FOLDER": tmp_path, "STEPS": 2}

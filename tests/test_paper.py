@@ -56,6 +56,7 @@ def kept(tmp_path):
 # ---- runs ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_runs_are_kept_and_none_is_made_twice(paper, tmp_path, monkeypatch):
     paper("--run", "--methods", "KFAC", "--minutes", "0")
     assert not kept(tmp_path)

@@ -58,6 +58,7 @@ def changes(params):
     return np.concatenate([np.ravel(np.float32(a) - np.float32(b)) for a, b in pairs])
 
 
+@pytest.mark.slow
 def test_steps_below_half_a_unit_add_up():
     expected = changes(trained("float32")[0])
     shares = {}
@@ -78,6 +79,7 @@ def test_a_weight_with_its_compensation_is_nearly_that_of_float32():
     assert 5.0 * errors[0] < errors[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["stochastic", "kahan"])
 def test_a_run_that_is_resumed_takes_the_same_bits(mode):
     found, expected = trained(rounding=mode, again=True), trained(rounding=mode)
@@ -106,6 +108,7 @@ def test_a_preconditioner_alone_changes_no_weights():
         singd_jax.scale_by_singd(layers=LAYERS, rounding="kahan")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_momenta_have_the_dtype_that_was_chosen(dtype):
     other = {"float32": "bfloat16", "bfloat16": "float32"}[dtype]

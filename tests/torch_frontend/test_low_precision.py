@@ -95,7 +95,9 @@ def equal_share(model: nn.Module, other: nn.Module) -> float:
     return float(torch.cat(same).float().mean())
 
 
-@pytest.mark.parametrize("way", ["alone", "accelerator", "pieces"])
+@pytest.mark.parametrize(
+    "way", ["alone", "accelerator", pytest.param("pieces", marks=pytest.mark.slow)]
+)
 def test_bits_do_not_depend_on_how_layers_are_grouped(
     way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
