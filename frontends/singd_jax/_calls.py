@@ -45,6 +45,7 @@ class Call:
         times: How often it runs with one matrix: for each step of a scan, and on each device.
         sizes: How many rows each matrix of the stack has, where x tells.
         seen: What `outputs` takes in the place of g, where x tells which of it reaches the weight.
+        overlap: In how many rows an entry of the other operand takes part.
     """
 
     kind: str
@@ -65,6 +66,7 @@ class Call:
     times: int = 1
     sizes: Callable[[Any], Array] | None = None
     seen: Callable[[Any, Array], Any] | None = None
+    overlap: float = 1.0
 
     def operands(self, x: Any, g: Array, factor: Any) -> tuple[Any, Any]:
         """What `inputs` and `outputs` take, of a weight that is multiplied by a number or None."""
@@ -198,6 +200,7 @@ def convolution(params: Mapping[str, Any], view: View, y: Sequence[int]) -> Call
         leading=y[numbers.out_spec[0]],
         inputs=inputs,
         outputs=outputs,
+        overlap=layer.overlap,
     )
 
 

@@ -243,6 +243,7 @@ class _Search:
             len(rest),
             diagonal,
             notes=tuple(notes),
+            overlap=max(call.overlap for call in calls.values()),
         )
 
     def _bias(self, key: Key, uses: dict[Path, Call]) -> Part | None:

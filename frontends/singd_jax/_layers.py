@@ -46,6 +46,7 @@ class Layer:
         elsewhere: How its parameters are read besides, which its curvature does not see.
         notes: What else is to be known of it.
         has_rows: Whether products show its rows; else it learns from gradients alone.
+        overlap: In how many rows of a product an entry of its input takes part.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Layer:
     elsewhere: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     has_rows: bool = True
+    overlap: float = 1.0
 
     @classmethod
     def tensor(cls, name: str, shape: tuple[int, ...]) -> Self:
@@ -83,7 +85,7 @@ class Layer:
     @property
     def laid(self) -> Laid:
         """How its parameter is a matrix."""
-        return Laid(self.weight, self.bias)
+        return Laid(self.weight, self.bias, self.overlap)
 
     @property
     def shape(self) -> tuple[tuple[int, ...], int, int]:

@@ -105,10 +105,12 @@ class Laid(LayerKind):
     Attributes:
         weight: Where the matrix W lies.
         bias: Where its last column lies, or None.
+        overlap: In how many rows an entry of the layer's input takes part.
     """
 
     weight: Part
     bias: Part | None
+    overlap: float = 1.0
 
     def inputs(
         self, x: Array, *, bias: bool, kfac_approx: str, sample: Sample | None = None

@@ -35,11 +35,13 @@ class LayerKind(ABC):
         diagonal_inputs: Whether `inputs` returns rows that are only good for a diagonal K.
         has_rows: Whether there are rows; else the factors learn from gradients alone.
         stacks: Whether equal layers of one shape step as one along a first axis.
+        is_plain: Whether each row is an entry of the layer's input, a vector or an index.
     """
 
     diagonal_inputs: ClassVar[bool] = False
     has_rows: ClassVar[bool] = True
     stacks: ClassVar[bool] = True
+    is_plain: ClassVar[bool] = False
 
     @property
     def is_turned(self) -> bool:

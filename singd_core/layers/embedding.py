@@ -29,6 +29,7 @@ class Embedding(LayerKind):
     padding_idx: int | None = None
 
     diagonal_inputs = True
+    is_plain = True
     stacks = False
 
     def inputs(

@@ -35,6 +35,7 @@ class Linear(LayerKind):
         ((40, 4), 40, (40, 2), 8)
     """
 
+    is_plain = True
     transposed: bool = False
 
     @property

@@ -81,7 +81,7 @@ class Calls:
             self._lose(function, args, kwargs, output, mode, ())
             return output
         tap = self._tap(layer, found)
-        both = tap is None and layer.is_stack and isinstance(found.kind, Linear)
+        both = tap is None and layer.is_stack and found.kind.is_plain
         explained = (found.handed, layer.bias) if tap is not None or both else ()
         self._lose(function, args, kwargs, output, mode, explained)
         if both and _needs_gradient(output, found.handed):

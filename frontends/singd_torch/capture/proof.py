@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from singd_core._array import widen
-from singd_core.layers import Embedding, LayerKind, Linear
 from singd_torch.layers.layer import Layer, Source
 
 
@@ -19,6 +18,7 @@ class Proof:
     Attributes:
         backward: The backward pass.
         before: The gradient before it, None if there was none.
+        entries: How many an index has, if the weight is a table.
         product: The sum.
         terms: The size of what was summed up.
         eps: The rounding of the coarsest numbers in it.
@@ -27,6 +27,7 @@ class Proof:
 
     backward: int
     before: Tensor | None
+    entries: int
     product: Tensor | float = 0.0
     terms: Tensor | float = 0.0
     eps: float = 0.0
@@ -36,23 +37,23 @@ class Proof:
     def of(cls, layer: Layer, backward: int) -> Proof:
         """The beginning of one."""
         grad = layer.weight.grad
-        return cls(backward, None if grad is None else grad.clone())
+        return cls(backward, None if grad is None else grad.clone(), layer.weight.shape[0])
 
     def add(self, source: Source, x: Tensor, g: Tensor) -> None:
         """Add the rows of a call."""
         kind, wide = source.kind, widen(g.reshape(-1, g.shape[-1]))
         self.eps = max(self.eps, torch.finfo(g.dtype).eps)
-        if isinstance(kind, Embedding):
+        if kind.diagonal_inputs:
             at = x.flatten().long()
-            if kind.padding_idx is not None:
-                wide = wide * (at != kind.padding_idx)[:, None]
-            product = wide.new_zeros(kind.entries, wide.shape[-1]).index_add_(0, at, wide)
+            if kind.no_row is not None:
+                wide = wide * (at != kind.no_row)[:, None]
+            product = wide.new_zeros(self.entries, wide.shape[-1]).index_add_(0, at, wide)
             size = wide.norm()
         else:
             inputs = widen(x.reshape(-1, x.shape[-1])).to(wide)
             product, size = inputs.mT @ wide, inputs.norm() * wide.norm()
             self.eps = max(self.eps, torch.finfo(x.dtype).eps)
-        self.product = self.product + (product if _is_turned(kind) else product.mT)
+        self.product = self.product + (product if kind.is_turned else product.mT)
         self.terms = self.terms + size
 
     def fails(self, layer: Layer) -> bool:
@@ -70,9 +71,4 @@ def can_be_proved(layer: Layer) -> bool:
     """Whether the gradient of a weight is a product of rows that costs as much as that gradient."""
     hooks = layer.weight._backward_hooks, layer.weight._post_accumulate_grad_hooks
     kinds = (layer.kind, *(source.kind for _, source in layer.sources))
-    return not any(hooks) and all(isinstance(kind, (Linear, Embedding)) for kind in kinds)
-
-
-def _is_turned(kind: LayerKind) -> bool:
-    """Whether a weight is stored as `(d_in, d_out)`."""
-    return isinstance(kind, Embedding) or (isinstance(kind, Linear) and kind.transposed)
+    return not any(hooks) and all(kind.is_plain for kind in kinds)

@@ -150,7 +150,7 @@ def test_auto_blocks_end_where_there_would_be_more_than_sixteen() -> None:
     b = 5
     for d, expected in ((b, "dense"), (b + 1, "blockdiagonal:5"), (16 * b, "blockdiagonal:5"),
                         (16 * b + 1, "diagonal")):  # fmt: skip
-        K, _ = choose.resolve(f"auto:{b}", ((), 1, d), kfac=False)
+        K, _ = choose.resolve(f"auto:{b}", ((), 1, d))
         assert K.name == expected, d
 
 
