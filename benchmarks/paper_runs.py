@@ -196,7 +196,7 @@ def _memory(task: str, method: str, dtype: str, device: torch.device) -> tuple[i
         x, y = inputs(x, run, device), y.to(device)
         return Trainee(
             model,
-            build(method, model, shown.loss_average, lr=1e-3),
+            build(method, model, shown.loss_average, lr=1e-2),
             lambda out, y: differentiable(shown, out, y),
             *(x, y),
         )
