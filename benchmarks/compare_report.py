@@ -225,8 +225,10 @@ def without_rows(store: Store, seeds: Sequence[int] = CONFIRM) -> str:
                 (shown[i], shown[j]) for shown in rows if shown[i].results and shown[j].results
             ]
             ahead = sum(is_ahead(own, [other]) for own, other in pairs)
-            each.append(f"{name} on {ahead} of {len(pairs)}")
-        said.append(f"Of the twelve tasks, {mine} is ahead of {', of '.join(each)}.")
+            if pairs:
+                each.append(f"{name} on {ahead} of {len(pairs)}")
+        if each:
+            said.append(f"Of the twelve tasks, {mine} is ahead of {', of '.join(each)}.")
     return "\n\n".join([table(header, lines), *said])
 
 
