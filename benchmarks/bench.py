@@ -31,7 +31,7 @@ from steps import Kind, Row, load, save
 from steps_report import publish
 
 WARM_UP = 2  # steps of each that count only where there are no others of their kind
-RATE = 1e-4  # of all: the cost of a step does not depend on it
+RATE = 3e-3  # of all: the cost of a step does not depend on it
 
 
 def trainee(problem: Problem, entry: Entry, T: int, device: torch.device) -> Trainee:

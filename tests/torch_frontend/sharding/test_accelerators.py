@@ -76,7 +76,7 @@ def disturbed(rank: int, world: int) -> dict[str, Tensor]:
         return output * (float("nan") if rank == world - 1 else 1.0)
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "the gradient of .* changed nothing")
+        warnings.filterwarnings("ignore", "the gradients? of .* changed nothing")
         for i, batch in enumerate(models.data("characters", 6)):
             hook = model.norm.register_forward_hook(poison) if i == 2 else None
             model.blocks[0].mlp.up.weight.requires_grad_(i != 4)
