@@ -151,6 +151,7 @@ def test_a_mean_over_devices_is_one_of_the_curvature():
     assert_close(trained(tx, gradient=on_devices)[0], trained(tx)[0], 1e-5)
 
 
+@pytest.mark.slow
 def test_flax_train_state_takes_them():
     model = nn.Sequential([nn.Dense(8), nn.tanh, nn.Dense(3)])
     params = model.init(jax.random.key(0), X)
@@ -243,6 +244,7 @@ class Noisy(nnx.Module):
         return self.last(self.drop(jnp.tanh(self.norm(self.first(x)))))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(nnx, "as_pure"), reason="an older flax")
 @pytest.mark.parametrize("T", [1, 2])
 def test_what_a_model_of_nnx_changes_is_kept(T):

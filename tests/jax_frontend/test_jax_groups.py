@@ -12,6 +12,7 @@ from singd_jax._state import find_state, find_states
 GIVEN = {"layers": LAYERS, "T": 2, "growing_T": False}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "given", [{}, {"recipe": "paper", "kfac": True}], ids=["normalized", "kfac"]
 )

@@ -146,6 +146,7 @@ def test_a_step_with_few_rows_is_compiled_once(branch):
     assert not np.allclose(params["v"], expected["v"], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_micro_batches_are_measured_with_some_of_their_rows():
     tx = singd_jax.singd(0.05, layers=LAYERS, structures="diagonal", rows=2, T=1)
     own = singd_jax.MultiSteps(tx, 2, layers=LAYERS)

@@ -60,6 +60,7 @@ def test_a_weight_indexed_by_a_loop_is_a_stack_that_is_scanned_over(reduction):
     alike(got, [a[::-1] for a in measured(scanned, params, X, **options)["w"]])
 
 
+@pytest.mark.slow
 def test_the_rows_of_each_ragged_group_are_its_own():
     def ragged(p, x, sizes):
         return mean_square(lax.ragged_dot(x, p["w"], sizes))
@@ -81,6 +82,7 @@ def test_the_rows_of_each_ragged_group_are_its_own():
     assert not any(np.any(a[1]) for a in got)  # a group without rows
 
 
+@pytest.mark.slow
 def test_sampled_rows_of_ragged_groups_have_the_expected_sums():
     x, sizes = array(400, 4), jnp.array([150, 7, 0, 200])
     params = {"w": array(4, 4, 3)}
