@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from curves import ENTRANTS, Curve, Curves, Entrant, final, target
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from optimizers import ENTRIES
 from pages import digits, save_svg, table, write
@@ -89,15 +87,6 @@ def _spread(values: list[float]) -> str:
     return f"{digits(min(values))} to {digits(max(values))}"
 
 
-def _plot(panel: Axes, seconds: float, mine: list[Curve], label: str, **style: Any) -> None:
-    """The mean of curves, and the band between the lowest and the highest."""
-    times = np.linspace(0.0, seconds, 80)[1:]
-    lines = [np.interp(times, c.seconds, c.losses, left=math.nan) for c in mine]
-    panel.plot(times, np.mean(lines, axis=0), label=label, **style)
-    low, high = np.min(lines, axis=0), np.max(lines, axis=0)
-    panel.fill_between(times, low, high, color=style["color"], alpha=0.1)
-
-
 def draw(curves: Curves, raced: dict[str, dict[Entrant, list[Curve]]]) -> Figure:
     """The loss over seconds, one panel for each task: the mean, and the band of the seeds."""
     figure = Figure(figsize=(11.0, 3.4 * math.ceil(len(raced) / 2)), layout="constrained")
@@ -107,7 +96,11 @@ def draw(curves: Curves, raced: dict[str, dict[Entrant, list[Curve]]]) -> Figure
             i = ENTRANTS.index((name, T))
             style = {"color": f"C{i % 10}", "linestyle": "-" if i < 10 else "--"}
             label = f"{name}, T = {T}" if ENTRIES[name].refreshes else name
-            _plot(panel, RACES[task].seconds, mine, label, **style)
+            times = np.linspace(0.0, RACES[task].seconds, 80)[1:]
+            lines = [np.interp(times, c.seconds, c.losses, left=math.nan) for c in mine]
+            panel.plot(times, np.mean(lines, axis=0), label=label, **style)
+            low, high = np.min(lines, axis=0), np.max(lines, axis=0)
+            panel.fill_between(times, low, high, color=style["color"], alpha=0.1)
         goal = target(curves, task)
         panel.axhline(goal, color="black", linewidth=0.8, linestyle=":")
         panel.set(yscale="log", title=RACES[task].task.title, xlabel="seconds of training")

@@ -121,6 +121,11 @@ def is_bound(value: Rate) -> bool:
     return not (isinstance(value, (int, float)) and value == math.inf)
 
 
+def is_zero(value: Any) -> bool:
+    """Whether a rate is the plain number 0: nobody can wait to know the value of an array."""
+    return isinstance(value, (int, float)) and value == 0.0
+
+
 def plain(value: Any) -> Any:
     """NumPy's float64 scalars, which would promote arrays in float32, as Python floats."""
     return float(value) if isinstance(value, float) else value

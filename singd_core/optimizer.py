@@ -13,7 +13,7 @@ from singd_core._layer_state import NAMES, Parameter, begun_moments, layer_state
 from singd_core._layer_state import LayerState as LayerState  # with `State`, what others import
 from singd_core._parameter import new_or_old
 from singd_core._recipes import DEFAULT, FALLBACK_RATES, STRUCTURES, settings, small_step
-from singd_core._settings import is_due, rate_of_factors
+from singd_core._settings import is_due, is_zero, rate_of_factors
 from singd_core._tree import T_Tree, Tree, tree
 from singd_core._warnings import warn
 from singd_core.adamw import Fallback, Moments
@@ -330,6 +330,5 @@ def _dtypes(parameter: Parameter) -> dict[str, Any]:
 
 def _fallback_of(recipe: str, weight_decay: Any) -> Fallback:
     """AdamW's settings where none are given; a decay of 0 that is given holds for all."""
-    is_none = isinstance(weight_decay, (int, float)) and weight_decay == 0.0
     found = Fallback(lr=FALLBACK_RATES[recipe])
-    return dataclasses.replace(found, weight_decay=0.0) if is_none else found
+    return dataclasses.replace(found, weight_decay=0.0) if is_zero(weight_decay) else found

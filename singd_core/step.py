@@ -32,7 +32,7 @@ from singd_core._array import (
     where,
     widen,
 )
-from singd_core._settings import Rate, Settings
+from singd_core._settings import Settings, is_zero
 from singd_core._tree import Tree, tree
 from singd_core.curvature import TINY
 from singd_core.layers import LayerKind
@@ -341,17 +341,17 @@ def times(c: Scalar, x: Array, *, in_place: bool) -> Array:
 
 def has_momentum(s: Settings) -> bool:
     """Whether the weights have a momentum: an array is one, whose value nobody can wait for."""
-    return _is_on(s.momentum)
+    return not is_zero(s.momentum)
 
 
 def couples_decay(s: Settings) -> bool:
     """Whether the weight decay goes through the momentum."""
-    return not s.decoupled_weight_decay and _is_on(s.weight_decay)
+    return not s.decoupled_weight_decay and not is_zero(s.weight_decay)
 
 
 def decouples_decay(s: Settings) -> bool:
     """Whether the weight decay shrinks the weights by themselves."""
-    return s.decoupled_weight_decay and _is_on(s.weight_decay)
+    return s.decoupled_weight_decay and not is_zero(s.weight_decay)
 
 
 def warmed(s: Settings, step: Scalar) -> Scalar:
@@ -385,7 +385,3 @@ def _finite(x: Scalar) -> Array | bool:
 def _scaled(x: Array, c: Scalar, y: Array | None) -> Array:
     c = expand(c, x)
     return x * c if y is None else multiply_add(x, c, y, out=y)
-
-
-def _is_on(value: Rate) -> bool:
-    return not (isinstance(value, (int, float)) and value == 0.0)

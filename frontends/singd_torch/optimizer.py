@@ -21,6 +21,7 @@ from singd_core._recipes import (
     small_step,
     with_rule,
 )
+from singd_core._settings import is_zero
 from singd_core._warnings import warn
 from singd_core.rounding import format_of
 from singd_core.structures import choose
@@ -188,7 +189,7 @@ class SINGD(Stepper, Saving):
         defaults["base_lr"] = float(defaults["lr"]) or RECIPES[recipe].lr  # AdamW's share is of it
         self._compile = {} if compile_step is True else compile_step or None
         if defaults["fallback_weight_decay"] is None:
-            defaults["fallback_weight_decay"] = 0.0 if _is_zero(weight_decay) else 0.01
+            defaults["fallback_weight_decay"] = 0.0 if is_zero(weight_decay) else 0.01
         if capturable and (self._compile is not None or shard):
             other = "shard" if shard else "compile_step"
             raise ValueError(f"capturable=True and {other} exclude each other: leave one out")
@@ -237,7 +238,7 @@ class SINGD(Stepper, Saving):
             name = self._names.get(p, "a parameter")
             if nn.parameter.is_lazy(p):
                 raise ValueError(f"{name!r} has no shape yet: call the model once before")
-        if _is_zero(group.get("weight_decay")):  # of the whole group, its norms and biases included
+        if is_zero(group.get("weight_decay")):  # of the whole group, its norms and biases included
             group.setdefault("fallback_weight_decay", 0.0)
         check_keys(group, self.defaults)
         check_group(self.defaults | group)
@@ -300,8 +301,3 @@ def _plain(model: Any) -> nn.Module:
     """The model inside torch.compile(model)."""
     plain: nn.Module = getattr(model, "_orig_mod", model)
     return plain
-
-
-def _is_zero(rate: Any) -> bool:
-    """Whether a rate is the number 0; nobody waits for a tensor to tell."""
-    return isinstance(rate, (int, float)) and rate == 0.0
