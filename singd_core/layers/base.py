@@ -165,7 +165,8 @@ class LayerKind(ABC):
     def has_rows_along(self, axis: int) -> bool | None:
         """Whether an axis of the weight has rows of the matrix, or columns; None if neither.
 
-        What has whole rows, or whole columns, can be stepped by itself.
+        The rows of several matrices are those of one after the other. What has whole rows, or whole
+        columns, can be stepped by itself.
         """
         return None
 

@@ -114,8 +114,8 @@ class Convolution(LayerKind):
         return replace(kind, average_groups=self.average_groups)
 
     def has_rows_along(self, axis: int) -> bool | None:
-        """Output channels are rows, if there is one matrix for all of them."""
-        return True if axis == 0 and self.groups == 1 else None
+        """Output channels are rows, and those that they see columns."""
+        return {0: True, 1: False}.get(axis)
 
     def with_average_groups(self) -> LayerKind:
         """With the input averaged over the groups."""

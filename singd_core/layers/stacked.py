@@ -97,6 +97,10 @@ class StackedLinear(LayerKind):
         """All axes but the last."""
         return Linear().positions(x)
 
+    def has_rows_along(self, axis: int) -> bool | None:
+        """Rows come first, those of all parts, unless these have an axis of their own."""
+        return None if self.apart else axis == 0
+
     def of_call(self, kind: LayerKind) -> LayerKind | None:
         """A linear map by one of the matrices, where those have an axis of their own."""
         fits = self.apart and isinstance(kind, Linear) and kind.transposed is self.transposed

@@ -96,3 +96,9 @@ class Tensor(LayerKind):
         last = self.stack + self.outs
         outs, ins = weight_shape[self.stack : last], weight_shape[last:]
         return tuple(weight_shape[: self.stack]), prod(outs), prod(ins)
+
+    def has_rows_along(self, axis: int) -> bool | None:
+        """The first axis has rows, of all matrices if it counts these."""
+        if axis == 0:
+            return True
+        return False if (self.stack, self.outs, axis) == (0, 1, 1) else None

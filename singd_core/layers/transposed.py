@@ -117,6 +117,10 @@ class TransposedConvolution(LayerKind):
         """The same transposed convolution."""
         return kind if self == kind else None
 
+    def has_rows_along(self, axis: int) -> bool | None:
+        """Input channels, along the first axis, are columns."""
+        return {0: False, 1: True}.get(axis)
+
     def _lengths(self, x: Array) -> tuple[int, int]:
         """The batch and the number of entries of the spatial axes."""
         axes = len(self.convolution.windows)

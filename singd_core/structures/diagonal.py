@@ -88,7 +88,7 @@ class Diagonal(Pattern):
         return 1 if self.diag.ndim == 1 else None
 
     def part(self, j: slice) -> Self:
-        return type(self)(self.diag[j])
+        return type(self)(self.diag[..., j])
 
     def scale_rows(self, c: Array) -> Self:
         return type(self)(self.diag * c)

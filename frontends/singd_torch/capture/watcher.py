@@ -30,7 +30,6 @@ from singd_torch.layers.layer import Layer, Source
 from singd_torch.layers.matrices import find_all, parameter_names
 from singd_torch.layers.reach import Reach
 from singd_torch.sharding import parted
-from singd_torch.sharding.guards import refuse_stages
 from singd_torch.sharding.switched import switched
 
 if TYPE_CHECKING:  # it imports DTensor, for a second
@@ -190,11 +189,9 @@ class Watcher(torch.optim.Optimizer):
 
     def _tell_taps(self) -> None:
         """Whether rows are wanted now, for graphs of torch.compile."""
-        was_checked, self._is_checked = self._is_checked, True  # nobody calls the model here
         for taps in self._taps.values():
             for tap in taps:
                 tap.update()
-        self._is_checked = was_checked
         self._calls_are_due = any(
             is_due(layer)
             for layer in self._layers
@@ -218,9 +215,6 @@ class Watcher(torch.optim.Optimizer):
         layer = self._by_weight.get(source.weight)
         if layer is not None and not is_due(layer):
             return None
-        if not self._is_checked:
-            refuse_stages()
-            self._is_checked = True
         if self._is_switched():
             source = source.of(self._follow())
         layer = self._by_weight.get(source.weight)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import sys
-from types import FrameType
+from collections.abc import Collection, Iterable
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 ALONE = (
     "this is one of several processes, and nothing tells which of them train one model: each takes "
@@ -16,8 +17,8 @@ ALONE = (
 )
 _PIPELINE = (
     "SINGD does not train the stages of a pipeline: a schedule scales gradients after the rows of "
-    "its micro-batches were taken, and the rows of the other stages are not known. Take AdamW for "
-    "stages, or shard the model by fully_shard or parallelize_module in place of stages"
+    "its micro-batches were taken, and one stage does not know that another skips a step. Take "
+    "AdamW for stages, or shard the model by fully_shard or parallelize_module in place of stages"
 )
 _FLAT = (
     "FullyShardedDataParallel keeps parts of flattened parameters, which are no matrices: call "
@@ -30,7 +31,9 @@ def check_model(model: nn.Module) -> None:
 
     Raises:
         TypeError: Naming what to use in their place.
+        RuntimeError: If it is a stage of a pipeline, or a part of one.
     """
+    refuse_stages(model.parameters())
     if isinstance(model, nn.DataParallel):
         raise TypeError("nn.DataParallel is not supported: use DistributedDataParallel")
     fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported for this: it takes a second
@@ -45,17 +48,24 @@ def is_one_of_several() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def refuse_stages() -> None:
-    """Refuse a forward pass by a stage of a pipeline.
+def refuse_stages(params: Iterable[Tensor]) -> None:
+    """Refuse parameters of a stage of a pipeline, in whatever way its module is called.
 
     Raises:
-        RuntimeError: If a stage is among the callers.
+        RuntimeError: If there is such a stage.
     """
     pipelining = sys.modules.get("torch.distributed.pipelining.stage")
     if pipelining is None:
         return
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:  # their variables are not looked at: that would keep them alive
-        if frame.f_code.co_filename == pipelining.__file__:
+    own, kind = set(params), pipelining._PipelineStageBase
+    if _is_in_stage(own, kind):
+        gc.collect()  # it may be one that is used no more
+        if _is_in_stage(own, kind):
             raise RuntimeError(_PIPELINE)
-        frame = frame.f_back
+
+
+def _is_in_stage(params: Collection[Tensor], kind: type) -> bool:
+    """Whether an object of this kind has a module with one of the parameters."""
+    stages = [x for x in gc.get_objects() if issubclass(type(x), kind)]  # asks nothing of others
+    modules = [vars(stage).get("submod") for stage in stages]
+    return any(p in params for module in modules if module is not None for p in module.parameters())

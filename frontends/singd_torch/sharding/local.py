@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeAlias
 
 from torch import nn
 
-from singd_core.step import couples_decay
 from singd_core.structures import Diagonal
-from singd_torch._groups import settings_of
 from singd_torch.layers.layer import Layer
 from singd_torch.sharding.box import Box
 
@@ -17,18 +18,24 @@ from singd_torch.sharding.box import Box
 _SMALL = 4096
 # The bytes of all others, in shares of the bytes of all state.
 _MOST = 0.1
+# What a step sums of each matrix over the processes.
+NORMS = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """Rows or columns of the matrix of a layer, and how many processes have the same."""
+class Block:
+    """Rows and columns of the matrices of a layer, and how many processes have the same.
 
-    is_rows: bool
-    j: slice
-    copies: int
+    The rows of several matrices are counted one matrix after the other.
+    """
+
+    rows: slice
+    columns: slice
+    copies: int = 1
 
 
-ALL = Part(is_rows=True, j=slice(None), copies=1)
+# What a process has of a layer: of its matrices [W | b], or of W and of b each.
+Blocks: TypeAlias = tuple[Block, ...]
 
 
 def local(
@@ -36,23 +43,23 @@ def local(
     places: Mapping[nn.Parameter, Sequence[Box]],
     sizes: Mapping[nn.Parameter, int],
     factors: Mapping[nn.Parameter, int],
-) -> dict[nn.Parameter, list[Part]]:
+) -> dict[nn.Parameter, list[Blocks]]:
     """The parts of layers that all processes step, each its own, by weight and process.
 
     Those are layers with a diagonal factor along the axis that is parted, as long as all processes
     can have their factors: small ones, and those whose bytes are a tenth of a process's share.
     `sizes` are the bytes of the state of each layer, of which `factors` are those of its factors.
     """
-    found: dict[nn.Parameter, list[Part]] = {}
+    found: dict[nn.Parameter, list[Blocks]] = {}
     processes = max((len(boxes) for boxes in places.values()), default=1)
     left = _MOST * sum(sizes.values()) / processes
     for layer in sorted(layers, key=lambda layer: factors[layer.weight]):
         parts = _parts(layer, places)
         if parts is None:
             continue
-        _, d_out, d_in = layer.shape
+        batch, d_out, d_in = layer.shape
         K, C = layer.structures
-        if K.numbers(d_in) + C.numbers(d_out) > _SMALL:
+        if math.prod(batch) * (K.numbers(d_in) + C.numbers(d_out)) > _SMALL:
             if factors[layer.weight] > left:
                 continue
             left -= factors[layer.weight]
@@ -60,30 +67,70 @@ def local(
     return found
 
 
-def _parts(layer: Layer, places: Mapping[nn.Parameter, Sequence[Box]]) -> list[Part] | None:
+def _parts(layer: Layer, places: Mapping[nn.Parameter, Sequence[Box]]) -> list[Blocks] | None:
     """The parts of a layer on each process, None if they cannot be stepped by themselves."""
-    boxes, weight = places[layer.weight], layer.weight
-    groups = [layer.group, *([] if layer.bias_group is None else [layer.bias_group])]
-    settings = [settings_of(group) for group in groups]
-    if not layer.has_rows or layer.without_rows or not settings[0].normalized:
+    weights = _blocks(layer, places[layer.weight])
+    if weights is None or len(set(places[layer.weight])) == 1:
         return None
-    if any(map(couples_decay, settings)) or not all(box.numel for box in boxes):
-        return None
-    axes = {a for box in boxes for a, n in enumerate(box.shape) if n != weight.shape[a]}
-    if len(axes) != 1 or sum(box.numel for box in set(boxes)) != weight.numel():
-        return None
-    (axis,) = axes
-    is_rows = layer.kind.has_rows_along(axis)
-    K, C = layer.structures
-    if is_rows is None or not issubclass(C if is_rows else K, Diagonal):
-        return None
-    intervals = [(box.offset[axis], box.shape[axis]) for box in boxes]
+    batch, d_out, d_in = layer.shape
+    matrices = math.prod(batch)
+    if batch and NORMS * matrices * len(weights) > layer.weight.numel():
+        return None  # the norms of matrices so small are more than their gradients
+    parts: list[Blocks] = [(block,) for block in weights]
     if layer.bias is not None:
-        biases = [(*box.offset, *box.shape) for box in places[layer.bias]]
-        if not is_rows or biases != intervals:
+        biases = _bias_blocks(places[layer.bias], layer.bias, d_in - 1)
+        if biases is None:
             return None
-    counts = {box: list(boxes).count(box) for box in set(boxes)}
-    return [
-        Part(is_rows, slice(start, start + n), counts[box])
-        for (start, n), box in zip(intervals, boxes, strict=True)
-    ]
+        parts = list(zip(weights, biases, strict=True))
+        if all(dataclasses.replace(b, columns=slice(0, d_in - 1)) == w for w, b in parts):
+            parts = [(dataclasses.replace(w, columns=slice(0, d_in)),) for w in weights]
+    K, C = layer.structures
+    blocks = [block for part in parts for block in part]
+    if not issubclass(C, Diagonal) and not all(_all(b.rows, matrices * d_out) for b in blocks):
+        return None
+    if not issubclass(K, Diagonal) and not all(_all(b.columns, d_in) for b in blocks):
+        return None
+    return parts
+
+
+def _blocks(layer: Layer, boxes: Sequence[Box]) -> list[Block] | None:
+    """The parts of a weight as blocks, None if some are none or do not make the weight."""
+    shape, (batch, d_out, d_in) = layer.weight.shape, layer.shape
+    if not _cover(boxes, shape):
+        return None
+    rows, columns = math.prod(batch) * d_out, d_in - (layer.bias is not None)
+    counts, found = Counter(boxes), []
+    for box in boxes:
+        of_rows, of_columns = slice(0, rows), slice(0, columns)
+        for axis, n in enumerate(box.shape):
+            if n == shape[axis]:
+                continue
+            is_rows = layer.kind.has_rows_along(axis)
+            if is_rows is None:
+                return None
+            each = (rows if is_rows else columns) // shape[axis]
+            start = box.offset[axis] * each
+            if is_rows:
+                of_rows = slice(start, start + n * each)
+            else:
+                of_columns = slice(start, start + n * each)
+        found.append(Block(of_rows, of_columns, counts[box]))
+    return found
+
+
+def _bias_blocks(boxes: Sequence[Box], bias: nn.Parameter, column: int) -> list[Block] | None:
+    """The parts of a bias, which is the last column."""
+    if not _cover(boxes, bias.shape):
+        return None
+    counts, columns = Counter(boxes), slice(column, column + 1)
+    ends = ((box, box.offset[0], box.offset[0] + box.shape[0]) for box in boxes)
+    return [Block(slice(start, end), columns, counts[box]) for box, start, end in ends]
+
+
+def _cover(boxes: Iterable[Box], shape: Sequence[int]) -> bool:
+    """Whether parts make a whole, each number in one of them."""
+    return sum(box.numel for box in set(boxes)) == math.prod(shape)
+
+
+def _all(part: slice, n: int) -> bool:
+    return part.stop - part.start == n

@@ -10,7 +10,7 @@ from torch import nn
 from singd_torch._table import factor_bytes, layer_bytes
 from singd_torch.layers.layer import Layer
 from singd_torch.sharding.box import Box
-from singd_torch.sharding.local import Part, local
+from singd_torch.sharding.local import Blocks, local
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Shares:
         resting: Those of them whose state rests in parts.
     """
 
-    parts: dict[nn.Parameter, list[Part]]
+    parts: dict[nn.Parameter, list[Blocks]]
     whole: list[Layer]
     owners: dict[nn.Parameter, int]
     resting: set[nn.Parameter]

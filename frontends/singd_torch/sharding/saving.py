@@ -31,7 +31,7 @@ from singd_torch.sharding.boxes import local
 from singd_torch.sharding.exchange import Exchange
 from singd_torch.sharding.owners import Shares
 from singd_torch.sharding.share import Share, slab_of, stand_ins
-from singd_torch.sharding.slabs import Slab
+from singd_torch.sharding.slab import Slab
 
 Key = tuple[nn.Parameter, str]
 
@@ -237,13 +237,26 @@ def _checked(
     s = settings_of(plain.group)
     pairs = list(zip(layer.parameters, plain.parameters, strict=True))
     of_plain = {part: entries.setdefault(p, {}) for p, part in pairs}
-    if older and isinstance(plain, Slab):  # as `upgrade`, of parts
-        for own in of_plain.values():
-            own.pop(_state.MOMENTUM, None)
-    elif older:
-        upgrade(plain, of_plain, normalized=s.normalized)
+    if older:
+        _upgrade(layer, entries, in_parts=isinstance(plain, Slab), normalized=s.normalized)
     check_momenta(plain, of_plain, s)
     return factors_of(plain, of_plain[plain.weight], s)
+
+
+def _upgrade(
+    layer: Layer, entries: dict[nn.Parameter, Entries], *, in_parts: bool, normalized: bool
+) -> None:
+    """`upgrade` of what may be in parts by now, where a momentum had the shape of its weight."""
+    own = [entries[p] for p in layer.parameters]
+    if in_parts and normalized:
+        for kept in own:
+            kept.pop(_state.MOMENTUM, None)
+        return
+    upgrade(layer, entries, normalized=normalized)
+    if in_parts:
+        for p, kept in zip(layer.parameters, own, strict=True):
+            if _state.MOMENTUM in kept:
+                kept[_state.MOMENTUM] = _part(p, _state.MOMENTUM, kept[_state.MOMENTUM])
 
 
 def _all_or_none(check: Callable[[], None], group: dist.ProcessGroup) -> None:

@@ -52,9 +52,6 @@ class Sharded:
         self.share = Share(group)
         self._layers: list[Layer] = []
         self._fallback: list[nn.Parameter] = []
-        self._groups: list[dict[str, Any]] = []
-        self._names: Mapping[nn.Parameter, str] = {}
-        self._compile: dict[str, Any] | None = None
         self._places: dict[nn.Parameter, list[Box]] = {}
         self._own: dict[nn.Parameter, Layer] = {}
         self._resting: Resting | None = None
@@ -74,7 +71,6 @@ class Sharded:
         """
         if self._resting is not None:
             self._resting.visit()
-        self._groups, self._names, self._compile = groups, names, compile
         self._layers, self._fallback, plain = list(layers), list(fallback), set(self._fallback)
         self._places = boxes([p for group in groups for p in group["params"]], self.group)
         found = self.shares(self._layers)
@@ -99,7 +95,7 @@ class Sharded:
 
     def shares(self, layers: Sequence[Layer]) -> Shares:
         """Who steps these layers; all processes find the same."""
-        places = self._places if self._in_parts and self._compile is None else None
+        places = self._places if self._in_parts else None
         return Shares.of(layers, self.world, self.owners, places)
 
     def _arrange_own(self, found: Shares, plain: set[nn.Parameter]) -> None:
@@ -211,7 +207,6 @@ class Sharded:
         for layer in self._layers:
             if layer.is_lost():  # as its owner finds
                 layer.seen = layer.by_gradient = True
-        self._part_with_slabs()
         sent = [layer for layer in self._layers if layer.weight in self.owners]
         trained = [p for layer in sent for p in layer.parameters if p.grad is not None]
         whole = {p for layer in sent if _wants_weights(layer) for p in layer.parameters}
@@ -229,12 +224,6 @@ class Sharded:
         self._resting.rest()
         self._return(trained, whole)
         return share._skipped
-
-    def _part_with_slabs(self) -> None:
-        """Have owners for layers that learn from gradients from now on: from all of a gradient."""
-        slabs = [layer for layer in self._layers if layer.weight not in self.owners]
-        if any(layer.by_gradient for layer in slabs):
-            self.arrange(self._groups, self._layers, self._fallback, self._names, self._compile)
 
     def _send(self, trained: Sequence[nn.Parameter], whole: Sequence[nn.Parameter]) -> None:
         """Give the owners gradients, and of some parameters also what they are."""

@@ -15,8 +15,9 @@ from singd_core.rounding import Place
 from singd_torch import _diagnostics
 from singd_torch.layers.layer import Layer
 from singd_torch.sharding.boxes import local, place_of
-from singd_torch.sharding.local import Part
-from singd_torch.sharding.slabs import Slab, advance
+from singd_torch.sharding.local import Blocks
+from singd_torch.sharding.slab import Slab
+from singd_torch.sharding.slabs import advance
 from singd_torch.step.stack import Stack, stacks
 from singd_torch.step.stack_step import Gradients
 from singd_torch.step.stepper import Stepper
@@ -87,6 +88,9 @@ class Share(Stepper):
                 if layer in alone:
                     parted.append(Stack([layer], visits=layer in self.visitors))
         super()._stack_up(parted)
+        for stack in self._stacks:
+            if isinstance(stack.layers[0], Slab):
+                stack.compile = None
 
     def _advance(self, ready: list[Stack], given: Gradients) -> list[Any]:
         slabs = [stack for stack in ready if isinstance(stack.layers[0], Slab)]
@@ -127,21 +131,21 @@ def stand_ins(layers: Iterable[Layer], device: str | None = None) -> list[Layer]
     return found
 
 
-def slab_of(layer: Layer, part: Part) -> Slab:
+def slab_of(layer: Layer, blocks: Blocks) -> Slab:
     """A layer of the parts of its parameters that are here."""
     own = {field.name: getattr(layer, field.name) for field in dataclasses.fields(layer)}
     weight, *bias = map(alias, layer.parameters)
     own |= {"weight": weight, "bias": bias[0] if bias else None}
     own |= {"pending": {}, "factors": None, "meter": None}
     places = tuple(map(place_of, layer.parameters))
-    return Slab(**own, whole=tuple(layer.weight.shape), part=part, places=places)
+    return Slab(**own, whole=tuple(layer.weight.shape), blocks=blocks, places=places)
 
 
-def stands_for(layer: Layer, params: Sequence[nn.Parameter | None], part: Part | None) -> bool:
-    """Whether these are the parameters of a stand-in, which is of such a part."""
+def stands_for(layer: Layer, params: Sequence[nn.Parameter | None], blocks: Blocks | None) -> bool:
+    """Whether these are the parameters of a stand-in, which is of such blocks."""
     own = layer.parameters
     same = len(own) == len(params) and all(a is b for a, b in zip(own, params, strict=True))
-    return same and part == (layer.part if isinstance(layer, Slab) else None)
+    return same and blocks == (layer.blocks if isinstance(layer, Slab) else None)
 
 
 def alias(p: nn.Parameter) -> nn.Parameter:

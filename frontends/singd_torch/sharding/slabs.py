@@ -7,62 +7,49 @@ P_C ∇W, is made of the same row or column of ∇W. All processes have the fact
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from singd_core._settings import Settings, is_due, rate_of_factors
-from singd_core.levels import FLOOR, sums, weight_of
-from singd_core.preconditioner import Preconditioner, Side
-from singd_core.rounding import Place
+from singd_core._settings import Settings
+from singd_core.curvature import Curvature
+from singd_core.preconditioner import Preconditioner
 from singd_core.rules import Factors
-from singd_core.step import Direction, Late, averaged, scaled, sides, size
-from singd_torch.layers.layer import Layer
-from singd_torch.sharding.local import ALL, Part
+from singd_core.step import (
+    Direction,
+    Late,
+    averaged,
+    couples_decay,
+    has_momentum,
+    scaled,
+    sides,
+    size,
+)
+from singd_torch.sharding.slab import Slab
+from singd_torch.sharding.slab_sums import Total, learned_of, level, slab_in, squares_of
 from singd_torch.step.stack import Stack, State
-from singd_torch.step.stack_step import Gradients, by_pieces, masked, move, refreshed
+from singd_torch.step.stack_step import (
+    Gradients,
+    by_pieces,
+    coupled_decay,
+    learns_now,
+    masked,
+    move,
+    refreshed,
+)
 from singd_torch.tensors.pieces import placed
 from singd_torch.tensors.select import either
-
-Total: TypeAlias = Callable[[Tensor], Tensor]
-
-
-@dataclasses.dataclass(eq=False)
-class Slab(Layer):
-    """Some rows or columns of the matrix of a layer, whose factors are those of all of it.
-
-    Attributes:
-        whole: The shape of all of the weight.
-        part: Which rows or columns.
-        places: Where the parts of the weight and of the bias stand in all of these.
-    """
-
-    whole: tuple[int, ...] = ()
-    part: Part = ALL
-    places: tuple[Place, ...] = ()
-
-    @property
-    def shape(self) -> tuple[tuple[int, ...], int, int]:
-        """That of all of the matrix."""
-        return self.kind.shape(self.whole, self.bias is not None)
-
-    def own(self, preconditioner: Preconditioner) -> Preconditioner:
-        """What of a preconditioner acts on these rows or columns."""
-        if self.part.is_rows:
-            return preconditioner.rows(self.part.j)
-        K, scale = preconditioner.K, preconditioner.K.scale
-        K = Side(K.L.part(self.part.j), K.whole, None if scale is None else scale[self.part.j])
-        return dataclasses.replace(preconditioner, K=K)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Begun:
     """A slab in a step: its new factors, its natural gradient, and squares of which all are summed.
 
-    Those are the squares of the gradient, of the average of gradients, and of its natural gradient.
+    Those are the squares of the gradient, of the average of gradients, and of its natural gradient,
+    of each matrix. Natural gradients are of blocks.
     """
 
     slab: Slab
@@ -70,7 +57,8 @@ class _Begun:
     s: Settings
     factors: Factors
     preconditioner: Preconditioner
-    natural: Tensor
+    decay: Sequence[Tensor] | None
+    natural: Sequence[Tensor]
     squares: Tensor
 
 
@@ -91,69 +79,149 @@ def advance(
     """
     if not stacks:
         return []
-    begun = [_begin(stack, state, given, wide) for stack in stacks]
-    squares = total(torch.stack([one.squares for one in begun]))
+    learning = [one for one in stacks if learns_now(one, given.settings(slab_in(one).weight))]
+    learned = learned_of(learning, given, total)
+    begun = [_begin(stack, state, given, learned.get(stack), wide) for stack in stacks]
+    counts = [one.squares.shape[1] for one in begun]
+    squares = total(torch.cat([one.squares for one in begun], 1)).split(counts, 1)
     alike: dict[int, list[int]] = {}
     for i, one in enumerate(begun):
         alike.setdefault(id(one.slab.group), []).append(i)
     moves: dict[int, Any] = {}
     for places in alike.values():
         some = [begun[i] for i in places]
-        moves |= zip(places, _move(some, squares[places], state, given), strict=True)
-    _level([(one, moves[i]) for i, one in enumerate(begun) if moves[i] is not False], total)
+        own = torch.cat([squares[i] for i in places], 1)
+        moves |= zip(places, _move(some, own, state, given, total), strict=True)
+    moved = ((one, moves[i]) for i, one in enumerate(begun) if moves[i] is not False)
+    level([(one.stack, one.s, one.natural, how) for one, how in moved], total)
     return [moves[i] for i in range(len(begun))]
 
 
-def _begin(stack: Stack, state: State, given: Gradients, wide: torch.dtype) -> _Begun:
-    """Its natural gradient; the momentum is written, as it is of gradients that are finite."""
-    slab, ok = stack.layers[0], given.ok
-    assert isinstance(slab, Slab)
-    s = given.settings(slab.weight)
+def _begin(
+    stack: Stack, state: State, given: Gradients, learned: Curvature | None, wide: torch.dtype
+) -> _Begun:
+    """Its natural gradient; a momentum of gradients is written, as those are finite."""
+    slab, ok = slab_in(stack), given.ok
+    own = [given.settings(p) for p in slab.parameters]
+    s = own[0]
     gradient = stack.joined(given.of)
-    factors, preconditioner = refreshed(stack, s, given.scales, gradient, stack.rounding(s))
+    factors, preconditioner = refreshed(
+        stack, s, given.scales, gradient, stack.rounding(s), learned
+    )
     assert preconditioner is not None  # nothing is compiled
-    if stack.momenta is None and s.momentum != 0.0:
+    decay = None
+    if any(map(couples_decay, own)):
+        decay = stack.joined(partial(coupled_decay, given.settings))
+    if stack.momenta is None and has_momentum(s):
         stack.begin(state, s)
     if ok is not None:
         s = masked(s, ok, gradient[0])
         gradient = [torch.where(ok, g, 0.0) for g in gradient]  # NaN times 0 is NaN
+        decay = decay and [torch.where(ok, w, 0.0) for w in decay]
     ahead = gradient
-    if stack.momenta is not None:
-        pairs = zip(gradient, stack.momenta, strict=True)
-        ahead = [averaged(g, m, s, donate=True)[0] for g, m in pairs]
-    matrix = slab.kind.matrix(*ahead)
-    before = torch.linalg.vector_norm(matrix, dtype=wide)
-    owned = s.nesterov and stack.momenta is not None  # an average of its own
-    natural = by_pieces(slab.own(preconditioner), owned, matrix)
-    after = torch.linalg.vector_norm(natural, dtype=wide)
-    trained = [p for p in slab.parameters if p.grad is not None]
-    norms = torch.stack([placed(given.norms[p], wide, before.device) for p in trained])
-    squares = torch.stack([norms.square().sum(), before.square(), after.square()])
-    return _Begun(slab, stack, s, factors, preconditioner, natural, squares / slab.part.copies)
+    if s.normalized:
+        if decay is not None:
+            ahead = gradient = [g + w.to(g.dtype) for g, w in zip(gradient, decay, strict=True)]
+        if stack.momenta is not None:
+            pairs = zip(gradient, stack.momenta, strict=True)
+            ahead = [averaged(g, m, s, donate=True)[0] for g, m in pairs]
+    blocks = slab.joined(*ahead)
+    of_gradient = before = None  # as nobody asks for them
+    if s.normalized:
+        of_gradient = _squares_of_gradient(slab, given, None if decay is None else gradient, wide)
+        before = squares_of(slab, blocks, wide)
+    owned = s.normalized and s.nesterov and stack.momenta is not None  # an average of its own
+    natural = _natural(slab, preconditioner, blocks, owned)
+    after = squares_of(slab, natural, wide)
+    squares = torch.stack([after if x is None else x for x in (of_gradient, before, after)])
+    return _Begun(slab, stack, s, factors, preconditioner, decay, natural, squares)
 
 
-def _move(some: Sequence[_Begun], squares: Tensor, state: State, given: Gradients) -> Sequence[Any]:
-    """Move slabs of one group, by the squares of all processes."""
-    of_gradient, ahead, natural = squares.unbind(1)
-    on_device = partial(placed, dtype=squares.dtype, device=squares.device)
-    late = _joined([one.stack.late for one in some if one.stack.late is not None])
-    t_U = torch.stack([one.factors.averages.t_U for one in some])
-    each = zip(*(_sides(one.slab) for one in some), strict=True)
-    spectral, outputs = (torch.stack([on_device(x) for x in side]) for side in each)
-    lengths = ahead.sqrt(), natural.sqrt()
-    of_steps = size((spectral, outputs), t_U)
-    scale, late, agreement = scaled(some[0].s, of_steps, of_gradient, lengths, late)
-    scales, agreements = (on_device(x).expand_as(natural) for x in (scale, agreement))
-    finite = natural.isfinite()
-    moves = finite.tolist() if given.ok is None else (given.ok & finite).unbind()
-    for i, (one, moves_one) in enumerate(zip(some, moves, strict=True)):
-        if moves_one is False:  # of the host
+def _natural(
+    slab: Slab, preconditioner: Preconditioner, blocks: Sequence[Tensor], owned: bool
+) -> list[Tensor]:
+    """The natural gradients of blocks, which may be overwritten if they are `owned`."""
+    found = []
+    for i, block in enumerate(blocks):
+        pieces = [piece for piece in slab.pieces if piece.block == i]
+        if len(pieces) == 1:
+            (piece,) = pieces
+            own = by_pieces(piece.preconditioner(preconditioner), owned, piece.view(block))
+            found.append(own.flatten(0, -2))
             continue
+        natural = torch.empty_like(block, dtype=preconditioner.C.L.like.dtype)
+        for piece in pieces:
+            own = by_pieces(piece.preconditioner(preconditioner), False, piece.view(block))
+            piece.view(natural).copy_(own)
+        found.append(natural)
+    return found
+
+
+def _squares_of_gradient(
+    slab: Slab, given: Gradients, gradient: Sequence[Tensor] | None, wide: torch.dtype
+) -> Tensor:
+    """Those of the gradient, from norms that are known where they tell them."""
+    batch, _, _ = slab.shape
+    if batch or gradient is not None:
+        parts = gradient or [given.of(p) for p in slab.parameters]
+        return squares_of(slab, slab.joined(*parts), wide)
+    copies = [block.copies for block in slab.blocks]
+    found = torch.zeros(1, dtype=wide, device=slab.weight.device)
+    for p, n in zip(slab.parameters, (*copies, copies[-1]), strict=False):
+        if p.grad is not None:
+            found += placed(given.norms[p], wide, found.device).square() / n
+    return found
+
+
+def _move(
+    some: Sequence[_Begun], squares: Tensor, state: State, given: Gradients, total: Total
+) -> Sequence[Any]:
+    """Move slabs of one group, by the squares of all processes."""
+    of_gradient, ahead, natural = squares.unbind()
+    s, counts = some[0].s, [one.squares.shape[1] for one in some]
+    split = partial(torch.split, split_size_or_sections=counts)
+    finite = natural.isfinite()
+    moves = [own.all() if given.ok is None else given.ok & own.all() for own in split(finite)]
+    if given.ok is None:
+        moves = torch.stack(moves).tolist()
+    lates: Sequence[Late | None] = [None] * len(some)
+    scale = agreement = torch.ones_like(natural)
+    if s.normalized:
+        on_device = partial(placed, dtype=squares.dtype, device=squares.device)
+        late = _joined([one.stack.late for one in some if one.stack.late is not None])
+        t_U = torch.cat([one.factors.averages.t_U.reshape(-1) for one in some])
+        each = zip(*(_sides(one.slab) for one in some), strict=True)
+        spectral, outputs = (
+            torch.cat([on_device(x).expand(n) for x, n in zip(side, counts, strict=True)])
+            for side in each
+        )
+        lengths = ahead.sqrt(), natural.sqrt()
+        of_steps = size((spectral, outputs), t_U)
+        found = scaled(s, of_steps, of_gradient, lengths, late)
+        scale, agreement = (on_device(x).expand_as(natural) for x in (found[0], found[2]))
+        if found[1] is not None:
+            parts = zip(*(split(t) for _, t in found[1].named_arrays()), strict=True)
+            lates = [found[1].rebuild(own) for own in parts]
+    numbers = zip(split(scale), split(agreement), split(natural), lates, moves, strict=True)
+    steps = []
+    for one, (own, agrees, after, late, moved) in zip(some, numbers, strict=True):
+        if moved is False:  # of the host
+            continue
+        u = _write(one, own, late, moved, state, given)
         if one.stack.report is not None:
-            update = one.s.lr * scales[i] * lengths[1][i]
-            one.stack.report |= {"agreement": agreements[i], "update": update}
-        own = None if late is None else late.map(lambda numbers, i=i: numbers[i])
-        _write(one, scales[i], own, moves_one, state, given)
+            alike = one.factors.averages.k.shape
+            update = one.s.lr * own * after.sqrt()
+            one.stack.report |= {
+                "agreement": agrees.reshape(alike),
+                "update": update.reshape(alike),
+            }
+            steps.append((one, u))
+    if steps and not s.normalized:  # averages of natural gradients, of which no norm is known
+        found = [squares_of(one.slab, one.slab.joined(*u), squares.dtype) for one, u in steps]
+        summed = total(torch.cat(found)).split([len(own) for own in found])
+        for (one, _), own in zip(steps, summed, strict=True):
+            update = one.s.lr * own.sqrt()
+            one.stack.report["update"] = update.reshape(one.factors.averages.k.shape)
     return moves
 
 
@@ -165,57 +233,55 @@ def _sides(slab: Slab) -> tuple[float, float]:
 def _joined(late: Sequence[Late]) -> Late | None:
     if not late:
         return None
-    return late[0].map(lambda *numbers: torch.stack(numbers), *late[1:])
+    return late[0].map(lambda *of: torch.cat([t.reshape(-1) for t in of]), *late[1:])
 
 
 def _write(
     one: _Begun, scale: Tensor, late: Late | None, moves: Any, state: State, given: Gradients
-) -> None:
-    """Write what is new of a slab, unless an accelerator knows that it does not move."""
-    stack, slab, factors, natural = one.stack, one.slab, one.factors, one.natural
+) -> Sequence[Tensor]:
+    """Write what is new of a slab, unless an accelerator knows that it does not move.
+
+    Returns:
+        Where its parts went.
+    """
+    stack, slab, factors, natural, s = one.stack, one.slab, one.factors, one.natural, one.s
     on_host = given.ok is None
+    if type(factors) is not type(stack.factors):  # once, so the host may wait to know
+        if bool(moves):
+            stack.go_on_by_rows(state)
+        else:
+            factors = stack.factors  # type: ignore[assignment]
+    batch, _, _ = slab.shape
     if not on_host:
-        scale, natural = torch.where(moves, scale, 0.0), torch.where(moves, natural, 0.0)
+        scale = torch.where(moves, scale, 0.0)
+        natural = [torch.where(moves, n, 0.0) for n in natural]
+        s = masked(s, moves, natural[0])
         if factors is not stack.factors:
             factors = factors.map(partial(either, moves), stack.factors)  # type: ignore[arg-type]
-    if stack.momenta is not None and late is not None and stack.late is not None:
-        if not on_host:
-            late = late.map(partial(either, moves), stack.late)
-        stack.hold_momenta(stack.momenta, late, state)
+    momenta = stack.momenta
+    if s.normalized and batch:  # a weight is several matrices
+        for piece in slab.pieces:
+            own = piece.view(natural[piece.block])
+            own *= scale[piece.matrices, None, None].to(own.dtype)
+        scale = torch.ones_like(scale[0])
+    u: Sequence[Tensor] = slab.parted(natural)
+    if not s.normalized:  # an average of natural gradients
+        scale = torch.ones_like(scale[0])
+        if one.decay is not None:
+            u = [x + w.to(x.dtype) for x, w in zip(u, one.decay, strict=True)]
+        if momenta is not None:
+            u = [averaged(x, m, s, donate=True)[0] for x, m in zip(u, momenta, strict=True)]
+    if stack.momenta is not None and momenta is not None:
+        if late is not None and stack.late is not None:
+            late = late.map(lambda new, old: new.reshape(old.shape), stack.late)
+            late = late if on_host else late.map(partial(either, moves), stack.late)
+        stack.hold_momenta(momenta, late, state)
     if factors is not stack.factors:
         known = one.preconditioner if on_host else None
         stack.hold(factors, state, seen=True, preconditioner=known)
-    parts = slab.split(natural)
-    found = Direction(parts, scale.item() if on_host else scale, True, None, None)
+    c = scale.reshape(())
+    found = Direction(u, c.item() if on_host else c, True, None, None)
     settings = [given.settings(p) for p in slab.parameters]
     rounding = stack.rounding(settings[0])
     move(stack, found, settings, None if on_host else moves, rounding, state, slab.places)
-
-
-def _level(moved: Sequence[tuple[_Begun, Any]], total: Total) -> None:
-    """Tell factors of natural gradients, if the next step makes anew what preconditions."""
-    asked, flats = [], []
-    for one, moves in moved:
-        levels, steps = one.stack.factors.levels, one.slab.group["steps"] + 1  # type: ignore[union-attr]
-        if levels is None or not is_due(steps, one.s):
-            continue
-        j, sides = one.slab.part.j, [levels.rows + FLOOR, levels.columns + FLOOR]
-        own = 0 if one.slab.part.is_rows else 1
-        sides[own] = sides[own][j]
-        found = list(sums(one.natural, *sides))
-        place = torch.zeros_like(levels.rows if own == 0 else levels.columns)
-        place[j] = found[own]
-        found[own] = place
-        flats.append(torch.cat(found) / one.slab.part.copies)
-        asked.append((one, moves, levels, rate_of_factors(steps, one.s)))
-    if not asked:
-        return
-    parts = torch.split(total(torch.cat(flats)), [flat.numel() for flat in flats])
-    for (one, moves, levels, rate), flat in zip(asked, parts, strict=True):
-        rows, columns = torch.split(flat, [levels.rows.numel(), levels.columns.numel()])
-        weight = weight_of(one.stack.averages.k, rate)
-        new = levels.updated(rows, columns, weight)
-        if isinstance(moves, Tensor):
-            new = new.map(partial(either, moves), levels)
-        levels.map(Tensor.copy_, new)
-        one.stack.preconditioner = None
+    return u

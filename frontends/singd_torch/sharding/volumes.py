@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from singd_core.step import decouples_decay
 from singd_torch._groups import settings_of
 from singd_torch._table import factor_bytes, layer_bytes
 from singd_torch.layers.layer import Layer
+from singd_torch.sharding.local import NORMS
 from singd_torch.sharding.owners import Shares
 from singd_torch.sharding.stream import bytes_of_sums
 
-# Three norms of a layer that all processes step, in float64.
-_NORMS = 24
+# Norms of a matrix that all processes step, in float64.
+_NORMS = 8 * NORMS
 
 
 def volumes(layers: Iterable[Layer], shares: Shares, processes: int) -> tuple[int, int]:
@@ -25,7 +27,7 @@ def volumes(layers: Iterable[Layer], shares: Shares, processes: int) -> tuple[in
         if layer.has_rows:
             refresh += bytes_of_sums(layer)
         if layer.weight in shares.parts:
-            norms += _NORMS
+            norms += _NORMS * math.prod(layer.shape[0])
             continue
         parameters = sum(p.numel() * p.element_size() for p in layer.parameters)
         ways = 3 if decouples_decay(settings_of(layer.group)) else 2  # its weights, too

@@ -72,7 +72,7 @@ def advance(stack: Stack, state: State, given: Gradients) -> Any:
     factors, preconditioner = refreshed(stack, s, given.scales, gradient, rounding)
     decay = None
     if any(map(couples_decay, own)):
-        decay = stack.joined(partial(_coupled_decay, given.settings))
+        decay = stack.joined(partial(coupled_decay, given.settings))
     if stack.momenta is None and has_momentum(s):
         stack.begin(state, s)
     if ok is not None:
@@ -138,20 +138,22 @@ def refreshed(
     scales: Scales,
     gradient: Sequence[Tensor],
     rounding: Rounding | None,
+    learned: Curvature | None = None,
 ) -> tuple[Factors, Preconditioner | None]:
     """The factors, refreshed by rows that are pending or by the gradient of what has none.
 
-    And what preconditions with them.
+    And what preconditions with them. What is `learned` of the gradient may be known.
     """
     layer, factors = stack.layers[0], stack.factors
     assert factors is not None
     steps = layer.group["steps"]
-    by_gradient = not factors.has_rows and (is_due(steps, s) or not layer.seen)
-    if layer.pending or by_gradient:
+    if layer.pending or learns_now(stack, s):
         lr_cov = rate_of_factors(steps, s)
         if stack.compile is not None:  # else each value of a schedule would be compiled anew
             lr_cov = torch.zeros_like(factors.averages.k) + lr_cov
-        if not layer.pending:
+        if learned is not None:
+            curvature = learned
+        elif not layer.pending:
             curvature = stack.run(_curvature, factors, layer.kind, *gradient)
         else:
             curvature = stack.curvature(scales.rows)
@@ -166,6 +168,14 @@ def refreshed(
         return factors, None
     kept = factors.preconditioner(stack.uses(s), balanced=s.normalized)
     return factors, stack.precondition_with(kept) if factors is stack.factors else kept
+
+
+def learns_now(stack: Stack, s: Settings) -> bool:
+    """Whether the gradient of this step refreshes the factors."""
+    layer, factors = stack.layers[0], stack.factors
+    if layer.pending or factors is None or factors.has_rows:
+        return False
+    return is_due(layer.group["steps"], s) or not layer.seen
 
 
 def _curvature(factors: Shampoo, kind: LayerKind, *gradient: Tensor) -> Curvature:
@@ -330,6 +340,7 @@ def masked(s: Settings, ok: Tensor, like: Tensor) -> Settings:
     )
 
 
-def _coupled_decay(settings_of: Callable[[nn.Parameter], Settings], p: nn.Parameter) -> Tensor:
+def coupled_decay(settings_of: Callable[[nn.Parameter], Settings], p: nn.Parameter) -> Tensor:
+    """What a decay adds to what the momentum averages."""
     s = settings_of(p)
     return p * (s.weight_decay if couples_decay(s) else 0.0)

@@ -25,7 +25,7 @@ from singd_torch.capture.changes import check_shapes
 from singd_torch.capture.scaling import Given, Scales
 from singd_torch.capture.watcher import is_due, may_be_due
 from singd_torch.layers.layer import Layer
-from singd_torch.sharding.guards import ALONE, is_one_of_several
+from singd_torch.sharding.guards import ALONE, is_one_of_several, refuse_stages
 from singd_torch.step import bundle_step, rounding
 from singd_torch.step.bundle import Bundle, bundled
 from singd_torch.step.stack import Stack
@@ -65,6 +65,9 @@ class Stepper(Stacker):
                 loss = closure()
         if self._is_switched():
             self._follow()
+        if not self._is_checked:
+            refuse_stages(self._group_of)
+            self._is_checked = True
         check_shapes(self._group_of, self._shapes, self._names)
         for p in self._group_of:
             if p.grad is not None and p.grad.is_sparse:

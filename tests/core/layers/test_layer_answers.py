@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from singd_core import Convolution, Embedding, Linear, StackedLinear, TransposedConvolution
+from singd_core.layers import Tensor
 
 FRONTENDS = Path(__file__).parents[3] / "frontends"
 TURNED = Linear(transposed=True)
@@ -57,8 +58,13 @@ def test_whole_rows_can_be_told_from_columns() -> None:
     assert [Linear().has_rows_along(axis) for axis in (0, 1)] == [True, False]
     assert [TURNED.has_rows_along(axis) for axis in (0, 1)] == [False, True]
     assert [TABLE.has_rows_along(axis) for axis in (0, 1)] == [False, True]
-    assert [Convolution((3, 3)).has_rows_along(axis) for axis in (0, 1)] == [True, None]
-    assert SMALL.has_rows_along(0) is None
+    for kind in (Convolution((3, 3)), SMALL, Tensor.of((6, 4, 3, 3))):
+        assert [kind.has_rows_along(axis) for axis in range(4)] == [True, False, None, None]
+    turned = TransposedConvolution((3, 3))
+    assert [turned.has_rows_along(axis) for axis in range(4)] == [False, True, None, None]
+    assert [StackedLinear(3).has_rows_along(axis) for axis in (0, 1)] == [True, False]
+    assert [Tensor.of((3, 8, 9)).has_rows_along(axis) for axis in range(3)] == [True, None, None]
+    assert StackedLinear(3, apart=True).has_rows_along(0) is None
 
 
 def test_patches_are_larger_than_the_image() -> None:

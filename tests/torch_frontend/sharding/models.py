@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from singd_core.layers import Embedding
 
 STEPS = 4
+IMAGES = "images", "convolutions", "transposed"
 Data = tuple[Tensor, Tensor]
 
 
@@ -121,6 +122,12 @@ def convolutions() -> nn.Sequential:
     return nn.Sequential(first, nn.Tanh(), second, nn.Flatten(), nn.Linear(20, 5))
 
 
+def transposed() -> nn.Sequential:
+    """A transposed convolution, whose weight has columns along its first axis."""
+    first, second = nn.Conv2d(1, 6, 3, 2), nn.ConvTranspose2d(6, 3, 2, 2)
+    return nn.Sequential(first, nn.Tanh(), second, nn.Flatten(), nn.Linear(48, 5))
+
+
 def new(name: str) -> nn.Module:
     torch.manual_seed(0)
     return {
@@ -130,6 +137,7 @@ def new(name: str) -> nn.Module:
         "used": Used,
         "images": Images,
         "convolutions": convolutions,
+        "transposed": transposed,
     }[name]().double()
 
 
@@ -144,7 +152,7 @@ def data(name: str, steps: int = STEPS, batch: int = 8) -> list[Data]:
     draw = torch.Generator().manual_seed(1)
     found = []
     for _ in range(steps):
-        if name in ("images", "convolutions"):
+        if name in IMAGES:
             x = torch.randn(batch, 1, 6, 6, generator=draw, dtype=torch.float64)
             found.append((x, torch.randint(5, (batch,), generator=draw)))
         else:
@@ -155,7 +163,7 @@ def data(name: str, steps: int = STEPS, batch: int = 8) -> list[Data]:
 
 def settings(name: str, **given: Any) -> dict[str, Any]:
     """Those that the loss asks for, and factors of all rows: each process samples its own."""
-    terms = "batch" if name in ("images", "convolutions") else "batch+sequence"
+    terms = "batch" if name in IMAGES else "batch+sequence"
     return {"loss_average": terms, "rows": math.inf} | given
 
 

@@ -1,0 +1,108 @@
+"""What steps of layers in parts sum over the processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from singd_core._settings import Settings, is_due, rate_of_factors
+from singd_core.curvature import Curvature
+from singd_core.levels import FLOOR, sums, weight_of
+from singd_core.rules import Shampoo
+from singd_core.structures import Structure
+from singd_torch.sharding.slab import Slab
+from singd_torch.step.stack import Stack
+from singd_torch.step.stack_step import Gradients
+from singd_torch.tensors.select import either
+
+Total: TypeAlias = Callable[[Tensor], Tensor]
+
+
+def slab_in(stack: Stack) -> Slab:
+    """The slab of a stack, which is alone in it."""
+    (slab,) = stack.layers
+    assert isinstance(slab, Slab)
+    return slab
+
+
+def squares_of(slab: Slab, blocks: Sequence[Tensor], wide: torch.dtype) -> Tensor:
+    """What this process adds to the sums of squares of the matrices."""
+    batch, _, _ = slab.shape
+    found = torch.zeros(math.prod(batch), dtype=wide, device=slab.weight.device)
+    for piece in slab.pieces:
+        own = torch.linalg.vector_norm(piece.view(blocks[piece.block]), dim=(-2, -1), dtype=wide)
+        found[piece.matrices or slice(None)] += own.square() / slab.blocks[piece.block].copies
+    return found
+
+
+def level(moved: Sequence[tuple[Stack, Settings, Sequence[Tensor], Any]], total: Total) -> None:
+    """Tell factors of natural gradients, if the next step makes anew what preconditions.
+
+    `moved` has stacks, their settings, the natural gradients of blocks, and whether they moved.
+    """
+    asked, flats = [], []
+    for stack, s, natural, moves in moved:
+        slab, factors = slab_in(stack), stack.factors
+        levels, steps = None if factors is None else factors.levels, slab.group["steps"] + 1
+        if levels is None or not is_due(steps, s):
+            continue
+        rows, columns = torch.zeros_like(levels.rows), torch.zeros_like(levels.columns)
+        for piece in slab.pieces:
+            weights = piece.at(levels.rows + FLOOR, levels.columns + FLOOR)
+            found = sums(piece.view(natural[piece.block]), *weights)
+            for place, own in zip(piece.at(rows, columns), found, strict=True):
+                place += own / slab.blocks[piece.block].copies
+        flats.append(torch.cat([rows.reshape(-1), columns.reshape(-1)]))
+        asked.append((stack, moves, levels, rate_of_factors(steps, s)))
+    if not asked:
+        return
+    parts = torch.split(total(torch.cat(flats)), [flat.numel() for flat in flats])
+    for (stack, moves, levels, rate), flat in zip(asked, parts, strict=True):
+        rows, columns = torch.split(flat, [levels.rows.numel(), levels.columns.numel()])
+        weight = weight_of(stack.averages.k, rate)
+        new = levels.updated(rows.view_as(levels.rows), columns.view_as(levels.columns), weight)
+        if isinstance(moves, Tensor):
+            new = new.map(partial(either, moves), levels)
+        levels.map(Tensor.copy_, new)
+        stack.preconditioner = None
+
+
+def learned_of(stacks: Sequence[Stack], given: Gradients, total: Total) -> dict[Stack, Curvature]:
+    """What refreshes of slabs without rows want of the gradients of all parts."""
+    found: dict[Stack, Curvature] = {}
+    for stack in stacks:
+        slab, factors = slab_in(stack), stack.factors
+        assert isinstance(factors, Shampoo)
+        _, d_out, d_in = slab.shape
+        blocks = slab.joined(*stack.joined(given.of))
+        t = torch.zeros_like(factors.averages.t_G)
+        H_K, H_C = (L.map(partial(torch.zeros_like, dtype=t.dtype)) for L in factors.sides)
+        for piece in slab.pieces:
+            K, C = piece.factor(factors.K, piece.columns), piece.factor(factors.C, piece.rows)
+            own = piece.view(blocks[piece.block])
+            if not own.numel():
+                continue
+            part = dataclasses.replace(factors.measuring(), K=K, C=C).curvature(own)
+            n = 1.0 / slab.blocks[piece.block].copies
+            rows, columns = own.shape[-2] / d_out * n, own.shape[-1] / d_in * n
+            _add(piece.factor(H_K, piece.columns), part.H_K, rows)
+            _add(piece.factor(H_C, piece.rows), part.H_C, columns)
+            place = t if piece.matrices is None else t[piece.matrices]
+            place += part.t_G * (rows * columns / n)
+        found[stack] = Curvature(H_K, H_C, t, t.clone())
+    if not found:
+        return {}
+    arrays = [a for own in found.values() for _, a in own.named_arrays()]
+    summed = total(torch.cat([a.reshape(-1) for a in arrays]))
+    parts = iter(summed.split([a.numel() for a in arrays]))
+    return {stack: own.map(lambda a: next(parts).view_as(a)) for stack, own in found.items()}
+
+
+def _add(place: Structure, new: Structure, share: float) -> None:
+    place.map(lambda old, own: old.add_(own, alpha=share), new)
