@@ -133,4 +133,4 @@ def _cover(boxes: Iterable[Box], shape: Sequence[int]) -> bool:
 
 
 def _all(part: slice, n: int) -> bool:
-    return part.stop - part.start == n
+    return part == slice(0, n)

@@ -39,7 +39,8 @@ class Piece:
         own = block[self.of_block]
         if self.matrices is None:
             return own
-        return own.unflatten(0, (self.matrices.stop - self.matrices.start, -1))
+        n = _length(self.matrices)
+        return own.view(n, len(own) // n, own.shape[1])
 
     def at(self, of_rows: Tensor, of_columns: Tensor) -> tuple[Tensor, Tensor]:
         """What belongs to its rows and columns, of numbers of all of them."""
@@ -91,9 +92,9 @@ class Slab(Layer):
     @cached_property
     def pieces(self) -> Sequence[Piece]:
         """The blocks by the matrices that they are rows of."""
-        return list(self._pieces())
+        return list(self._by_matrices())
 
-    def _pieces(self) -> Iterator[Piece]:
+    def _by_matrices(self) -> Iterator[Piece]:
         batch, d_out, d_in = self.shape
         for i, block in enumerate(self.blocks):
             columns = None if _length(block.columns) == d_in else block.columns

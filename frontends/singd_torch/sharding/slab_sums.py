@@ -100,7 +100,7 @@ def learned_of(stacks: Sequence[Stack], given: Gradients, total: Total) -> dict[
         return {}
     arrays = [a for own in found.values() for _, a in own.named_arrays()]
     summed = total(torch.cat([a.reshape(-1) for a in arrays]))
-    parts = iter(summed.split([a.numel() for a in arrays]))
+    parts = iter(torch.split(summed, [a.numel() for a in arrays]))
     return {stack: own.map(lambda a: next(parts).view_as(a)) for stack, own in found.items()}
 
 

@@ -83,7 +83,7 @@ def advance(
     learned = learned_of(learning, given, total)
     begun = [_begin(stack, state, given, learned.get(stack), wide) for stack in stacks]
     counts = [one.squares.shape[1] for one in begun]
-    squares = total(torch.cat([one.squares for one in begun], 1)).split(counts, 1)
+    squares = torch.split(total(torch.cat([one.squares for one in begun], 1)), counts, 1)
     alike: dict[int, list[int]] = {}
     for i, one in enumerate(begun):
         alike.setdefault(id(one.slab.group), []).append(i)
@@ -177,52 +177,64 @@ def _move(
     some: Sequence[_Begun], squares: Tensor, state: State, given: Gradients, total: Total
 ) -> Sequence[Any]:
     """Move slabs of one group, by the squares of all processes."""
-    of_gradient, ahead, natural = squares.unbind()
-    s, counts = some[0].s, [one.squares.shape[1] for one in some]
-    split = partial(torch.split, split_size_or_sections=counts)
-    finite = natural.isfinite()
-    moves = [own.all() if given.ok is None else given.ok & own.all() for own in split(finite)]
-    if given.ok is None:
-        moves = torch.stack(moves).tolist()
-    lates: Sequence[Late | None] = [None] * len(some)
-    scale = agreement = torch.ones_like(natural)
-    if s.normalized:
-        on_device = partial(placed, dtype=squares.dtype, device=squares.device)
-        late = _joined([one.stack.late for one in some if one.stack.late is not None])
-        t_U = torch.cat([one.factors.averages.t_U.reshape(-1) for one in some])
-        each = zip(*(_sides(one.slab) for one in some), strict=True)
-        spectral, outputs = (
-            torch.cat([on_device(x).expand(n) for x, n in zip(side, counts, strict=True)])
-            for side in each
-        )
-        lengths = ahead.sqrt(), natural.sqrt()
-        of_steps = size((spectral, outputs), t_U)
-        found = scaled(s, of_steps, of_gradient, lengths, late)
-        scale, agreement = (on_device(x).expand_as(natural) for x in (found[0], found[2]))
-        if found[1] is not None:
-            parts = zip(*(split(t) for _, t in found[1].named_arrays()), strict=True)
-            lates = [found[1].rebuild(own) for own in parts]
-    numbers = zip(split(scale), split(agreement), split(natural), lates, moves, strict=True)
-    steps = []
-    for one, (own, agrees, after, late, moved) in zip(some, numbers, strict=True):
-        if moved is False:  # of the host
+    counts = [one.squares.shape[1] for one in some]
+    finite = torch.split(squares[2].isfinite(), counts)
+    all_finite, ok = [own.all() for own in finite], given.ok
+    moves: Sequence[Any] = [own if ok is None else ok & own for own in all_finite]
+    if ok is None:
+        moves = torch.stack(all_finite).tolist()
+    of_scale, of_late, of_agreement = _scaled(some, counts, squares)
+    reports = []
+    for i, one in enumerate(some):
+        if moves[i] is False:  # of the host
             continue
-        u = _write(one, own, late, moved, state, given)
+        found = _write(one, of_scale[i], of_late[i], moves[i], state, given)
         if one.stack.report is not None:
-            alike = one.factors.averages.k.shape
-            update = one.s.lr * own * after.sqrt()
-            one.stack.report |= {
-                "agreement": agrees.reshape(alike),
-                "update": update.reshape(alike),
-            }
-            steps.append((one, u))
-    if steps and not s.normalized:  # averages of natural gradients, of which no norm is known
-        found = [squares_of(one.slab, one.slab.joined(*u), squares.dtype) for one, u in steps]
-        summed = total(torch.cat(found)).split([len(own) for own in found])
-        for (one, _), own in zip(steps, summed, strict=True):
-            update = one.s.lr * own.sqrt()
-            one.stack.report["update"] = update.reshape(one.factors.averages.k.shape)
+            reports.append((one, of_agreement[i], found))
+    _report(reports, squares.dtype, total)
     return moves
+
+
+def _scaled(
+    some: Sequence[_Begun], counts: list[int], squares: Tensor
+) -> tuple[Sequence[Tensor], Sequence[Late | None], Sequence[Tensor]]:
+    """What natural gradients are multiplied by, the new sums, and how much gradients agree."""
+    of_gradient, ahead, natural = squares.unbind()
+    s, split = some[0].s, partial(torch.split, split_size_or_sections=counts)
+    ones, no_late = split(torch.ones_like(natural)), [None] * len(some)
+    if not s.normalized:
+        return ones, no_late, ones
+    on_device = partial(placed, dtype=squares.dtype, device=squares.device)
+    late = _joined([one.stack.late for one in some if one.stack.late is not None])
+    t_U = torch.cat([one.factors.averages.t_U.reshape(-1) for one in some])
+    each = zip(*(_sides(one.slab) for one in some), strict=True)
+    spectral, outputs = (
+        torch.cat([on_device(x).expand(n) for x, n in zip(side, counts, strict=True)])
+        for side in each
+    )
+    of_steps = size((spectral, outputs), t_U)
+    lengths = ahead.sqrt(), natural.sqrt()
+    scale, late, agreement = scaled(s, of_steps, of_gradient, lengths, late)
+    scale, agreement = (on_device(x).expand_as(natural) for x in (scale, agreement))
+    if late is None:
+        return split(scale), no_late, split(agreement)
+    numbers = zip(*(split(t) for _, t in late.named_arrays()), strict=True)
+    return split(scale), [late.rebuild(own) for own in numbers], split(agreement)
+
+
+def _report(
+    reports: Sequence[tuple[_Begun, Tensor, Direction]], wide: torch.dtype, total: Total
+) -> None:
+    """Tell the diagnostics of slabs that moved."""
+    if not reports:
+        return
+    own = [squares_of(one.slab, one.slab.joined(*found.parts), wide) for one, _, found in reports]
+    lengths = torch.split(total(torch.cat(own)).sqrt(), [len(x) for x in own])
+    for (one, agreement, found), length in zip(reports, lengths, strict=True):
+        report, shape = one.stack.report, one.factors.averages.k.shape
+        assert report is not None
+        report["agreement"] = agreement.reshape(shape)
+        report["update"] = (one.s.lr * found.scale * length).reshape(shape)
 
 
 def _sides(slab: Slab) -> tuple[float, float]:
@@ -238,12 +250,8 @@ def _joined(late: Sequence[Late]) -> Late | None:
 
 def _write(
     one: _Begun, scale: Tensor, late: Late | None, moves: Any, state: State, given: Gradients
-) -> Sequence[Tensor]:
-    """Write what is new of a slab, unless an accelerator knows that it does not move.
-
-    Returns:
-        Where its parts went.
-    """
+) -> Direction:
+    """Write what is new of a slab, unless an accelerator knows that it does not move."""
     stack, slab, factors, natural, s = one.stack, one.slab, one.factors, one.natural, one.s
     on_host = given.ok is None
     if type(factors) is not type(stack.factors):  # once, so the host may wait to know
@@ -284,4 +292,4 @@ def _write(
     settings = [given.settings(p) for p in slab.parameters]
     rounding = stack.rounding(settings[0])
     move(stack, found, settings, None if on_host else moves, rounding, state, slab.places)
-    return u
+    return found
