@@ -33,4 +33,4 @@ def parted(
     from singd_torch.sharding.sharded import Sharded
 
     group = group_of_parts(parts) if processes is None else processes
-    return Sharded(group, summed=summed, early=bool(parts))
+    return Sharded(group, summed=summed, in_parts=bool(parts))

@@ -43,10 +43,10 @@ class Sharded:
         sums: What gives the owners the rows of all.
     """
 
-    def __init__(self, group: dist.ProcessGroup, *, summed: bool, early: bool) -> None:
-        """What `Sums` is told goes there."""
-        self.group, self.sums = group, Sums(group, summed=summed, early=early)
-        self._in_parts = early
+    def __init__(self, group: dist.ProcessGroup, *, summed: bool, in_parts: bool) -> None:
+        """Gradients are `summed` over the processes, or averaged; weights may be `in_parts`."""
+        self.group, self.sums = group, Sums(group, summed=summed)
+        self._in_parts = in_parts
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
         self.owners: dict[nn.Parameter, int] = {}
         self.share = Share(group)

@@ -63,8 +63,9 @@ class Stream:
     """Sends the sums of layers in buckets, each as soon as all of its layers have had their rows.
 
     The buckets and their order are those in which a backward pass of the first process had rows.
-    All processes send all of them once in each step with a refresh, whichever rows they have: what
-    has not left when the step begins leaves then. So they wait for each other in steps alone.
+    All processes send all of them once in each step with a refresh, whichever rows they have and
+    whatever they have met since they last agreed: what has not left when the step begins leaves
+    then. So they wait for each other in steps alone.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Stream:
         self._group, self._flats = group, flats
         self._rank = dist.get_rank(group)
         self._own_group: Any = None  # lest its calls wait behind those of `fully_shard`
+        self._known: dict[nn.Parameter, list[Key]] = {}  # of which all have known before the step
         self._plans: dict[Hashable, list[list[Layer]]] = {}
         self._wanted: dict[nn.Parameter, int] = {}
         self._begin()
@@ -89,16 +91,21 @@ class Stream:
         self._sums: dict[Place, list[Tensor]] = {}
 
     def forget(self) -> None:
-        """Begin anew, without what was sent."""
-        if self._next:
-            self._finish({})
-        self._begin()
+        """Begin anew after a step; before one, what was sent does not count."""
+        if self._next == 0:
+            self._begin()
+            return
+        self._calls.clear()
+        self._order.clear()
+        self._void |= {weight for weight, _ in self._left}
 
-    def rearrange(self) -> None:
-        """Have no buckets: the layers are others now. What was sent stays."""
-        if self._next:
-            self._finish({})
-        self._plans, self._buckets = {}, None
+    def rearrange(self, due: Iterable[Layer], flags: Mapping[nn.Parameter, int]) -> None:
+        """Have no buckets: the layers are others now. What was sent stays.
+
+        All processes call it as `sent`, with the layers that were due so far.
+        """
+        self._finish(due, flags)
+        self._known, self._plans, self._buckets = {}, {}, None
 
     # ---- in a backward pass ---------------------------------------------------------------------
 
@@ -110,7 +117,7 @@ class Stream:
         `measure` makes sums of the rows that wait.
         """
         if self._buckets is None and self._plans:
-            self._buckets = self._plans.get(_likeness(due()), [])
+            self._buckets = self._plan(due())
         self._calls[layer.weight] += 1
         self._order[layer.weight] = self._calls.total()
         if self._is_ready():
@@ -136,7 +143,7 @@ class Stream:
         assert self._buckets is not None
         entries: list[Entry] = []
         for layer in self._buckets[self._next]:
-            for key in layer.roles():
+            for key in self._known[layer.weight]:
                 pending = layer.pending.get(key)
                 self._left[layer.weight, key] = None
                 if pending is not None and flags.get(layer.weight) != VOID:
@@ -170,16 +177,16 @@ class Stream:
 
         All processes call it in a step with the same layers and `flags`, the largest of all.
         """
-        if self._buckets is None:
-            self._buckets = self._plans.get(_likeness(due), [])
-        self._finish(flags)
+        self._finish(due, flags)
         self._wanted |= self._calls
         return {
             place: self._sums.get(place, []) for place in self._left if flags.get(place[0]) != VOID
         }
 
-    def _finish(self, flags: Mapping[nn.Parameter, int]) -> None:
+    def _finish(self, due: Iterable[Layer], flags: Mapping[nn.Parameter, int]) -> None:
         """Send all that has not left, and wait for what is on its way."""
+        if self._buckets is None:
+            self._buckets = self._plan(due)
         while self._next < len(self._buckets or ()):
             self._launch(flags)
         self._next = 0
@@ -194,7 +201,9 @@ class Stream:
 
         All processes call it at the end of a step.
         """
-        likeness, layers = _likeness(due), [layer for layer in due if layer.rows_seen]
+        layers = [layer for layer in due if layer.rows_seen]
+        self._known |= {layer.weight: layer.roles() for layer in layers}
+        likeness = self._likeness(layers)
         if likeness in self._plans or not layers:
             return
         if self._own_group is None:
@@ -213,10 +222,14 @@ class Stream:
             self._plans[likeness][-1].append(layers[i])
             size += bytes_of_sums(layers[i])
 
+    def _plan(self, due: Iterable[Layer]) -> list[list[Layer]]:
+        """The buckets of a step in which these layers are due, as far as they were known before."""
+        return self._plans.get(self._likeness(due), [])
 
-def _likeness(due: Iterable[Layer]) -> Hashable:
-    """What steps have in common whose sums leave alike."""
-    return tuple((one.weight, *one.roles()) for one in due if one.rows_seen)
+    def _likeness(self, due: Iterable[Layer]) -> Hashable:
+        """What steps have in common whose sums leave alike."""
+        known = self._known
+        return tuple((one.weight, *known[one.weight]) for one in due if one.weight in known)
 
 
 def bytes_of_sums(layer: Layer) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from singd_torch.capture.watcher import is_due
+from singd_torch.capture.watcher import is_due, is_refresh
 from singd_torch.layers.layer import Key, Layer
 from singd_torch.layers.pending import Pending
 from singd_torch.sharding.meter import by_samples
@@ -23,22 +23,19 @@ class Sums:
     """Sums rows over processes, of which tensor parallelism has several work on the same ones.
 
     Attributes:
-        stream: What sends sums while a backward pass runs, or None.
+        stream: What sends sums while a backward pass runs.
         flags: What became of rows after they were sent, on all processes, by weight.
     """
 
-    def __init__(self, group: dist.ProcessGroup, *, summed: bool, early: bool) -> None:
-        """Gradients are `summed` over the processes, or averaged.
-
-        With `early`, sums are sent in backward passes: all processes call the same layers then.
-        """
+    def __init__(self, group: dist.ProcessGroup, *, summed: bool) -> None:
+        """Gradients are `summed` over the processes, or averaged."""
         self._group, self._summed = group, summed
         self._rank, self._world = dist.get_rank(group), dist.get_world_size(group)
         self._layers: Sequence[Layer] = ()
         self._owners: Mapping[nn.Parameter, int] = {}
         self._tensor_parallel: DeviceMesh | None = None
         self._split: set[nn.Parameter] = set()
-        self.stream = Stream(group, self._flats) if early else None
+        self.stream = Stream(group, self._flats)
         self.flags: dict[nn.Parameter, int] = {}
 
     def arrange(self, layers: Sequence[Layer], owners: Mapping[nn.Parameter, int]) -> None:
@@ -46,15 +43,13 @@ class Sums:
 
         A layer without an owner is one that all step.
         """
-        if self.stream is not None:
-            self.stream.rearrange()
+        self.stream.rearrange(self._expected(), self.flags)
         self._layers, self._owners = layers, owners
 
     def forget(self) -> None:
         """Drop what was sent."""
         self.flags = {}
-        if self.stream is not None:
-            self.stream.forget()
+        self.stream.forget()
 
     def rows(self, layer: Layer, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         """The rows of a call that are those of this process alone."""
@@ -66,22 +61,20 @@ class Sums:
 
     def took(self, layer: Layer, measure: Callable[[], None]) -> None:
         """A call has brought rows of a layer; `measure` makes sums of those that wait."""
-        if self.stream is not None:
-            self.stream.took(layer, self._due, measure)
+        self.stream.took(layer, self._expected, measure)
 
     def dropped(self, layer: Layer) -> None:
         """The rows that a layer has had so far do not count."""
-        if self.stream is not None:
-            self.stream.dropped(layer)
+        self.stream.dropped(layer)
 
     def flag(self, layer: Layer) -> int:
         """What became of the rows of a layer after this process had sent them."""
-        return 0 if self.stream is None else self.stream.flag(layer)
+        return self.stream.flag(layer)
 
     def give(self, share: Share, own: Mapping[nn.Parameter, Layer]) -> None:
         """Let the layers of this process have the sums of all; all processes call it in a step."""
         due = self._due()
-        sent = {} if self.stream is None else self.stream.sent(due, self.flags)
+        sent = self.stream.sent(self._expected(), self.flags)
         entries = [
             (layer, key, layer.pending.get(key) or layer.no_rows(key))
             for layer in due
@@ -107,11 +100,15 @@ class Sums:
                 mine.pending[key] = self._of_all(mine, pending, key, total)
         for layer, _ in known:
             layer.seen, layer.by_gradient = True, False
-        if self.stream is not None:
-            self.stream.learn(due)
+        self.stream.learn(due)
 
     def _due(self) -> list[Layer]:
         return [layer for layer in self._layers if layer.weight.requires_grad and is_due(layer)]
+
+    def _expected(self) -> list[Layer]:
+        """The layers that would be due if this process had lost none of their rows."""
+        trained = (layer for layer in self._layers if layer.weight.requires_grad)
+        return [layer for layer in trained if is_refresh(layer.group)]
 
     def _flats(self, entries: Iterable[Entry]) -> list[Flat]:
         """What this process adds to the sums, in a row for each owner, and for all."""

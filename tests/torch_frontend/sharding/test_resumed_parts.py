@@ -94,12 +94,16 @@ def test_a_resumed_run_is_the_uninterrupted_one(
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "paper": {"recipe": "paper", "T": 2},
+    "diagonal": {"structures": "diagonal", "recipe": "paper", "weight_decay": 0.1},
     "toeplitz": {"structures": ("triltoeplitz", "hierarchical:2,3")},
     "kfac without momentum": {"kfac": True, "momentum": 0.0},
 }
 
 
-@pytest.mark.parametrize("case", SETTINGS)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=pytest.mark.slow) if c == "diagonal" else c for c in SETTINGS],
+)
 def test_a_resumed_run_with_other_settings(case: str, tmp_path: Path) -> None:
     args = str(tmp_path), "", HALF, SETTINGS[case]
     run(2, save, *args)
@@ -183,24 +187,25 @@ def older(state: dict[str, Any], optimizer: SINGD) -> dict[str, Any]:
     return state
 
 
-def resume_older(rank: int, world: int, folder: str) -> dict[str, Tensor]:
+def resume_older(rank: int, world: int, folder: str, given: Any) -> dict[str, Tensor]:
     model = models.new(NAME)
     saved = torch.load(f"{folder}/state.pt", weights_only=True)
     model.load_state_dict(saved["model"])
     shard(model, init_device_mesh("cpu", (world,)))
-    optimizer = SINGD(model, **models.settings(NAME, recipe="paper", T=2))
+    optimizer = SINGD(model, **models.settings(NAME, **given))
     optimizer.load_state_dict(saved["optimizer"])
     models.train(model, optimizer, models.data(NAME)[HALF:], rank, world)
     return models.weights(model)
 
 
-def test_parts_go_on_from_a_state_as_it_was_before(tmp_path: Path) -> None:
-    given = {"recipe": "paper", "T": 2}
+@pytest.mark.parametrize("structures", ["dense", pytest.param("diagonal", marks=pytest.mark.slow)])
+def test_parts_go_on_from_a_state_as_it_was_before(structures: str, tmp_path: Path) -> None:
+    given = {"recipe": "paper", "T": 2, "structures": structures}
     model, optimizer = new(1, given)
     models.train(model, optimizer, models.data(NAME)[:HALF])
     saved = older(copy.deepcopy(optimizer.state_dict()), optimizer)
     torch.save({"model": model.state_dict(), "optimizer": saved}, tmp_path / "state.pt")
-    check(gloo.run(2, resume_older, str(tmp_path)), whole(NAME, given))
+    check(gloo.run(2, resume_older, str(tmp_path), given), whole(NAME, given))
 
 
 def state(rank: int, world: int) -> tuple[list[tuple[int, str]], int, int]:

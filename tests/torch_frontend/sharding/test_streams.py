@@ -1,16 +1,19 @@
 """Sums of rows leave while a backward pass runs, and are those of the rows that count."""
 
+import math
 from typing import Any
 from unittest import mock
 
 import gloo
 import models
 import pytest
+import torch
 import torch.distributed as dist
 from test_fully_shard import check, shard
 from test_meshes import parted
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
 
 from singd_torch import SINGD
 from singd_torch.sharding import stream
@@ -56,6 +59,48 @@ def test_whatever_passes_there_are_two_processes_do_as_one() -> None:
     with models.exact_counts():
         wanted = changing(0, 1)
     check(gloo.run(2, streamed), wanted)
+
+
+class Choice(nn.Module):
+    """Of two layers a batch uses the first, the second, or both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, which: tuple[int, ...]) -> Tensor:
+        layers = self.first, self.second
+        y: Tensor = self.head(torch.stack([layers[i](x) for i in which]).sum(0).tanh())
+        return y
+
+
+def chosen(rank: int, world: int) -> dict[str, Tensor]:
+    """Passes in which processes use other layers, some of which do not count."""
+    torch.manual_seed(0)
+    model: Any = Choice().double()
+    wrapped = model
+    if world > 1:
+        wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    optimizer = SINGD(wrapped, T=1, growing_T=False, rows=math.inf, shard=world > 1)
+    draw = torch.Generator().manual_seed(1)
+    both = 0, 1
+    uses = [(both, both), ((0,), (1,)), (both, (1,)), ((0,), (0,)), (both, both)]
+    with mock.patch.object(stream, "BUCKET", 1):
+        for step, of_each in enumerate(uses):
+            for counts in (False, True)[step == 0 :]:
+                batch = torch.randn(8, 4, dtype=torch.float64, generator=draw)
+                for i, which in enumerate(of_each):
+                    if world == 1 or i == rank:
+                        x = batch.chunk(2)[i]
+                        (wrapped(x, which).square().mean() * world / 2).backward()
+                if counts:
+                    optimizer.step()
+                optimizer.zero_grad()
+    return models.weights(model)
+
+
+def test_copies_that_use_other_layers_wait_for_each_other_in_steps_alone() -> None:
+    check(gloo.run(2, chosen), chosen(0, 1))
 
 
 def measured(rank: int, world: int, how: str) -> Any:
