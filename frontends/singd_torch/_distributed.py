@@ -48,14 +48,21 @@ def agree_on_rows(
     """
     device = device_of_flags(group, layers[0].weight.device)
     own = [
-        [bool(layer.without_rows), *_uses(layer), flag]
+        [
+            bool(layer.without_rows),
+            layer.was_called,
+            layer.misses_rows(),
+            flag,
+            *_uses(layer),
+        ]
         for layer, flag in zip(layers, flags or [0] * len(layers), strict=True)
     ]
     found = torch.tensor(own, dtype=torch.float32, device=device)
     dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
     largest = []
-    for layer, (is_lost, *uses, flag) in zip(layers, found.tolist(), strict=True):
+    for layer, (is_lost, called, missed, flag, *uses) in zip(layers, found.tolist(), strict=True):
         largest.append(int(flag))
+        layer.count_missed(called=bool(called), missed=bool(missed))
         if is_lost and not layer.without_rows:
             layer.lose_rows("used on another process in a way that no rows tell")
         elif layer.is_stack and sum(uses) > 1:
@@ -108,7 +115,7 @@ def reduce_rows(layers: Sequence[Layer], group: dist.ProcessGroup, *, summed: bo
     parts = iter(torch.split(flat, [t.numel() for t in tensors]))
     for layer, key, pending in entries:
         sums = [next(parts).reshape(t.shape).to(t.dtype) for t in pending.tensors()]
-        # only a layer that never had rows is asked, on the host, whether it has now
-        if layer.rows_seen or sums[-2] > 0:
+        # only a layer without calls before, or now, is asked, on the host, whether it has rows
+        if (layer.rows_seen and layer.was_called) or sums[-2] > 0:
             mean = layer.group["loss_average"] is not None
             layer.pending[key] = pending.of_all(sums, 1 if summed else world, mean=mean)

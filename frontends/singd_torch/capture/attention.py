@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import threading
 import types
 import weakref
 from collections.abc import Callable, Sequence
@@ -29,8 +30,18 @@ class _Projection:
     """Stands for a weight in the fused call, which only hands it on to the helpers below."""
 
     weight: Tensor
-    taps: Sequence[Tap]
+    taps: Sequence[Sequence[Tap]]  # of each part, those of all optimizers
     batch: int
+
+
+class _Active(threading.local):
+    """The modes that are entered in one thread, of all modules and optimizers."""
+
+    def __init__(self) -> None:
+        self.modes: list[_Fused] = []
+
+
+_ACTIVE = _Active()
 
 
 def _linear(x: Tensor, projection: Any, bias: Tensor | None = None) -> Tensor:
@@ -53,19 +64,21 @@ def _in_projection_packed(
     weights = projection.weight.chunk(3)
     biases = (None,) * 3 if bias is None else bias.chunk(3)
     outputs = []
-    for tap, x, W, b in zip(projection.taps, (q, k, v), weights, biases, strict=True):
-        outputs.append(_probed(tap, projection.batch, x, F.linear(x, W, b)))
+    for taps, x, W, b in zip(projection.taps, (q, k, v), weights, biases, strict=True):
+        outputs.append(_probed(taps, projection.batch, x, F.linear(x, W, b)))
     return tuple(outputs)
 
 
-def _probed(tap: Tap, batch: int, x: Tensor, output: Tensor) -> Tensor:
+def _probed(taps: Sequence[Tap], batch: int, x: Tensor, output: Tensor) -> Tensor:
     """The layout inside is (sequence, batch, ...), or (sequence · batch, ...) at the end."""
 
     def batch_first(t: Tensor) -> Tensor:
         return t.reshape(-1, batch, t.shape[-1]).transpose(0, 1)
 
-    new = tap.probed(batch_first(x), batch_first(output))
-    return output if new is None else new.transpose(0, 1).reshape(output.shape)
+    for tap in taps:
+        new = tap.probed(batch_first(x), batch_first(output))
+        output = output if new is None else new.transpose(0, 1).reshape(output.shape)
+    return output
 
 
 # Nothing of torch is patched, and the mathematics of attention stays torch's.
@@ -96,9 +109,11 @@ class _Fused(TorchFunctionMode):
         call = dict(zip(_NAMES, args)) | kwargs  # noqa: B905 - the other names are in kwargs
         query = call["query"]
         batch = query.shape[1] if query.ndim == 3 else 1
-        for name, taps in self._taps.items():
+        active = [mode._taps for mode in _ACTIVE.modes if mode._module is self._module]
+        for name in self._taps:
             if not torch.compiler.is_compiling() and call[name] is not self._own(name):
                 continue  # computed in the forward of a subclass
+            taps = [list(each) for each in zip(*(own[name] for own in active), strict=True)]
             call[name] = _Projection(call[name], taps, batch)
         return _COPY(**call)
 
@@ -119,10 +134,13 @@ class _Hooks:
             mode = _Fused(self._taps, module)
             mode.__enter__()  # type: ignore[no-untyped-call]
             self._entered.append(mode)
+            _ACTIVE.modes.append(mode)
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._entered:
-            self._entered.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            mode = self._entered.pop()
+            _ACTIVE.modes.remove(mode)
+            mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def __deepcopy__(self, memo: Any) -> _Hooks:
         return _Hooks({})

@@ -1,74 +1,164 @@
-"""Whether the rows of a backward pass tell the gradient: compiled code may use a weight unseen."""
+"""Whether the rows of a layer tell its gradient: what uses a weight in another way may be unseen."""
 
 from __future__ import annotations
 
-import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from singd_core._array import widen
+from singd_core.layers import Embedding, LayerKind
+from singd_torch.capture.tap import backward_pass
 from singd_torch.layers.layer import Layer, Source
+from singd_torch.layers.reach import is_in_parts
+
+# Of the gradient, beyond which its other part is no rounding.
+_SHARE = 0.1
+# Numbers that are compared, if the matrix has so many.
+_NUMBERS = 64
 
 
-@dataclasses.dataclass
 class Proof:
-    """The sum of Bᵀ A of one backward pass, for a weight whose gradient that should be.
+    """The rows of one backward pass beside the gradient G of the weight, along random directions.
 
-    Attributes:
-        backward: The backward pass.
-        before: The gradient before it, None if there was none.
-        entries: How many an index has, if the weight is a table.
-        product: The sum.
-        terms: The size of what was summed up.
-        eps: The rounding of the coarsest numbers in it.
-        is_void: Whether the gradient has parts that no proof can know.
+    For a matrix V of a few columns of random signs, `Bᵀ (A V) = G V` costs next to nothing, where
+    `Bᵀ A` costs as much as the gradient itself, and is as unlikely to hold by chance.
+    A factor between the two is no fault, so that hooks may scale a gradient.
     """
 
-    backward: int
-    before: Tensor | None
-    entries: int
-    product: Tensor | float = 0.0
-    terms: Tensor | float = 0.0
-    eps: float = 0.0
-    is_void: bool = False
+    def __init__(self, layer: Layer) -> None:
+        """Begin in the backward pass that runs, which tells the gradient of the weight at last."""
+        self._layer, self._pass = layer, backward_pass()
+        self._V = _signs(layer)
+        self._products: dict[int | None, Tensor] = {}
+        self._terms: Tensor | float = 0.0
+        self._eps = torch.finfo(layer.weight.dtype).eps
+        self._gradient: Tensor | None = None
+        self._handle = layer.weight.register_hook(self)
 
-    @classmethod
-    def of(cls, layer: Layer, backward: int) -> Proof:
-        """The beginning of one."""
-        grad = layer.weight.grad
-        return cls(backward, None if grad is None else grad.clone(), layer.weight.shape[0])
+    def __call__(self, gradient: Tensor) -> None:
+        """What autograd calls with all that the pass adds to the gradient."""
+        if self.is_of_this_pass():  # else it is one inside that
+            self.end()
+            matrix = self._layer.kind.matrix(gradient.detach())
+            self._gradient = widen(matrix @ self._V.to(matrix.dtype))
+
+    def is_of_this_pass(self) -> bool:
+        """Whether the backward pass that runs is its own."""
+        return backward_pass() == self._pass
+
+    def end(self) -> None:
+        """Listen no longer."""
+        self._handle.remove()
 
     def add(self, source: Source, x: Tensor, g: Tensor) -> None:
         """Add the rows of a call."""
-        kind, wide = source.kind, widen(g.reshape(-1, g.shape[-1]))
-        self.eps = max(self.eps, torch.finfo(g.dtype).eps)
-        if kind.diagonal_inputs:
-            at = x.flatten().long()
-            if kind.no_row is not None:
-                wide = wide * (at != kind.no_row)[:, None]
-            product = wide.new_zeros(self.entries, wide.shape[-1]).index_add_(0, at, wide)
-            size = wide.norm()
-        else:
-            inputs = widen(x.reshape(-1, x.shape[-1])).to(wide)
-            product, size = inputs.mT @ wide, inputs.norm() * wide.norm()
-            self.eps = max(self.eps, torch.finfo(x.dtype).eps)
-        self.product = self.product + (product if kind.is_turned else product.mT)
-        self.terms = self.terms + size
+        pieces = self._layer.pieces(source.kind, x, g)
+        samples = [len(piece) for piece in pieces]
+        for own, own_g in zip(pieces, g.split(samples) if len(pieces) > 1 else [g], strict=True):
+            self._add(source.kind, source.part, source.swapped, own, own_g)
 
-    def fails(self, layer: Layer) -> bool:
-        """Whether a tenth of the gradient of the weight, beyond rounding, is of something else."""
-        grad = layer.weight.grad
-        if self.is_void or grad is None or not isinstance(self.product, Tensor):
-            return False
-        gradient = widen(grad) if self.before is None else widen(grad) - widen(self.before)
-        gap, norm = (self.product.to(gradient) - gradient).norm(), gradient.norm()
-        rounding = 8 * self.eps * (self.terms + norm)
-        return bool(gap > 0.1 * norm + rounding)  # NaN is no failure
+    def _add(
+        self, kind: LayerKind, part: int | None, swapped: bool, x: Tensor, g: Tensor
+    ) -> None:
+        B, _ = kind.outputs(g, kfac_approx="expand", loss_average=None)
+        if swapped:
+            right = B @ self._V.to(B)
+            product, other = _transposed_times(kind, x, right, len(self._layer.weight))
+        else:
+            right = _times(kind, x, self._V)
+            product, other = B.mT @ right.to(B), B
+        self._eps = max(self._eps, *(torch.finfo(t.dtype).eps for t in (right, other)))
+        self._terms = self._terms + _norm(right) * _norm(other)
+        self._products[part] = self._products.get(part, 0.0) + widen(product)
+
+    def is_doubtful(self) -> Tensor | None:
+        """Whether a tenth of the gradient, beyond rounding, is of something else; None if unknown.
+
+        It is on the device. NaN is no doubt.
+        """
+        if self._gradient is None:
+            return None
+        G, P = self._gradient, self._product()
+        scale = (G * P).sum() / (P * P).sum().clamp(min=torch.finfo(P.dtype).tiny)
+        norm = vector_norm(G)
+        return vector_norm(G - scale * P) > _SHARE * norm + self._rounding(norm)
+
+    def fails(self) -> bool:
+        """Whether the rest of a doubtful gradient is none of decay in the loss either.
+
+        That is along the weight, or its signs. The weight is still what it was.
+        """
+        assert self._gradient is not None
+        weight = self._layer.kind.matrix(self._layer.weight.detach())
+        V = self._V.to(weight.dtype)
+        known = torch.stack([self._product(), widen(weight @ V), widen(weight.sign() @ V)])
+        columns, G = known.double().flatten(1).mT.cpu(), self._gradient.double().flatten().cpu()
+        found = torch.linalg.lstsq(columns, G[:, None], driver="gelsd").solution
+        norm = vector_norm(G)
+        rest = vector_norm(G - (columns @ found)[:, 0])
+        return bool(rest > _SHARE * norm + float(self._rounding(norm)))
+
+    def _rounding(self, norm: Tensor) -> Any:
+        """How far both may be apart by rounding, also of what is below the smallest number."""
+        dtype = self._layer.weight.dtype
+        smallest = torch.finfo(dtype).tiny * torch.finfo(dtype).eps * self._V.numel() ** 0.5
+        return 8 * self._eps * (self._terms + norm) + 8 * smallest
+
+    def _product(self) -> Tensor:
+        """Bᵀ A V of all calls."""
+        assert self._gradient is not None
+        found = self._products
+        if None in found:
+            return found[None]
+        return torch.stack([found.get(i, 0.0 * own) for i, own in enumerate(self._gradient)])
 
 
 def can_be_proved(layer: Layer) -> bool:
-    """Whether the gradient of a weight is a product of rows that costs as much as that gradient."""
-    hooks = layer.weight._backward_hooks, layer.weight._post_accumulate_grad_hooks
-    kinds = (layer.kind, *(source.kind for _, source in layer.sources))
-    return not any(hooks) and all(kind.is_plain for kind in kinds)
+    """Whether autograd tells the gradient of a weight, and rows are those that it is made of."""
+    hooks = (layer.weight._backward_hooks or {}).values()
+    changed = any(not isinstance(hook, Proof) for hook in hooks)
+    return not (changed or is_in_parts(layer.weight) or layer.group["average_groups"])
+
+
+def _signs(layer: Layer) -> Tensor:
+    """V, shape (d_in, k), of a size that no sum in float16 leaves its range; always the same."""
+    weight, (_, d_out, d_in) = layer.weight, layer.kind.shape(tuple(layer.weight.shape), False)
+    k = min(d_in, max(4, -(-_NUMBERS // d_out)))
+    draw = torch.Generator(weight.device).manual_seed(0)
+    signs = torch.randint(2, (d_in, k), device=weight.device, generator=draw)
+    return (2.0 * signs - 1.0) * 2.0 ** -(d_in.bit_length() // 2)
+
+
+def _norm(x: Tensor) -> Tensor:
+    return vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _times(kind: LayerKind, x: Tensor, V: Tensor) -> Tensor:
+    """A V."""
+    if isinstance(kind, Embedding):
+        seen, at = _looked_up(kind, x)
+        return V[at] * seen[:, None]
+    A, _ = kind.inputs(x, bias=False, kfac_approx="expand")
+    return A @ V.to(A)
+
+
+def _transposed_times(
+    kind: LayerKind, x: Tensor, right: Tensor, entries: int
+) -> tuple[Tensor, Tensor]:
+    """Aᵀ of what is on its right, and A; of a table what has the norm of both together."""
+    if isinstance(kind, Embedding):
+        seen, at = _looked_up(kind, x)
+        right = widen(right) * seen[:, None]
+        return right.new_zeros(entries, right.shape[-1]).index_add_(0, at, right), right.new_ones(1)
+    A, _ = kind.inputs(x, bias=False, kfac_approx="expand")
+    return A.mT @ right.to(A), A
+
+
+def _looked_up(kind: Embedding, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Which indices get a gradient, and the indices."""
+    at = x.flatten().long()
+    padding = -1 if kind.padding_idx is None else kind.padding_idx
+    return at != padding, at

@@ -26,7 +26,7 @@ from singd_torch.capture.proof import Proof, can_be_proved
 from singd_torch.capture.queue import Call, Queue
 from singd_torch.capture.scaling import Given
 from singd_torch.capture.tap import TakeRows, Tap, after_pass, backward_pass, install
-from singd_torch.layers.layer import Layer, Source
+from singd_torch.layers.layer import MOST_MISSED, Layer, Source
 from singd_torch.layers.matrices import find_all, parameter_names
 from singd_torch.layers.reach import Reach
 from singd_torch.sharding import parted
@@ -38,6 +38,8 @@ if TYPE_CHECKING:  # it imports DTensor, for a second
 
 # What the names of parameters have behind them that are not in the model any more.
 GONE = " (replaced)"
+# Backward passes of a step, such as of micro-batches, that are looked at.
+_MOST_PROOFS = 8
 
 
 class Watcher(torch.optim.Optimizer):
@@ -67,8 +69,8 @@ class Watcher(torch.optim.Optimizer):
         self._hooked: set[nn.Module] = set()
         self._queue = Queue()
         self._warned: set[str] = set()
-        self._proofs: dict[Layer, Proof] = {}
-        self._compiled_in: int | None = None
+        self._proofs: dict[Layer, list[Proof]] = {}
+        self._differentiated: set[Layer] = set()
         self._shapes: dict[Tensor, torch.Size] = {}
         self._makeup: Makeup | None = None
         self._given_scale: Given | None = None
@@ -88,7 +90,7 @@ class Watcher(torch.optim.Optimizer):
             layer.name, known = self._names.get(layer.weight, layer.name), old.get(layer.weight)
             if known is not None and known.is_found_as(layer):
                 layer.factors, layer.pending, layer.seen = known.factors, known.pending, known.seen
-                layer.by_gradient, layer.is_proved = known.by_gradient, known.is_proved
+                layer.by_gradient, layer.proved_in = known.by_gradient, known.proved_in
                 for module, source in known.sources:
                     if module is None:  # it was met in calls
                         layer.know(source)
@@ -240,51 +242,61 @@ class Watcher(torch.optim.Optimizer):
     ) -> bool:
         """Take the rows of a call, of a product those of each matrix, for one of the losses."""
         layer.loss = backward_pass() if loss is None else loss
-        if product is None:
-            self._prove(layer, source, x, g)
-            if loss is None and self._compiled_in is None:
-                self._compiled_in = backward_pass()
-            self._take_rows(layer, source, x, g)
-            return self._takes_rows()
-        for part, own_x, own_g, kept in product(x, g, layer.most_rows(x)):
+        layer.called_in = layer.group["steps"]
+        rows = [(None, x, g, None)] if product is None else product(x, g, layer.most_rows(x))
+        for part, own_x, own_g, kept in rows:
             part = source.part if part is None else part
-            own = dataclasses.replace(source, part=part, kept=kept)
+            own = source if product is None else dataclasses.replace(source, part=part, kept=kept)
+            self._prove(layer, own, own_x, own_g)
             self._take_rows(layer, own, own_x, own_g)
         return self._takes_rows()
 
     def _prove(self, layer: Layer, source: Source, x: Tensor, g: Tensor) -> None:
-        """Find out once whether the rows of a layer tell its gradient.
-
-        What compiled code does with a weight beside the calls of its module is not seen. The pass
-        that is looked at is the first after one that brought rows from such code.
-        """
-        alone = self._processes is None and self._sharded is None
-        if self._compiled_in is None or layer.is_proved or not alone:
+        """Add a call to what tells whether the rows of this pass are all of the gradient."""
+        if not layer.wants_proof() or not self._takes_rows() or layer in self._differentiated:
             return
-        if self._refused or self._sampled is not None:
-            return
-        backward, proof = backward_pass(), self._proofs.get(layer)
-        if backward == self._compiled_in:  # of which rows may have come before it was known
-            return
+        proofs = self._proofs.setdefault(layer, [])
+        proof = next((one for one in proofs if one.is_of_this_pass()), None)
         if proof is None:
-            if not can_be_proved(layer) or Reach.of(layer.weight) is not Reach.ADDED:
+            if len(proofs) == _MOST_PROOFS or not can_be_proved(layer):
                 return
-            proof = self._proofs[layer] = Proof.of(layer, backward)
-            after_pass(partial(self._end_proof, layer))
-        proof.is_void |= proof.backward != backward
-        proof.add(source, x, g)
-
-    def _end_proof(self, layer: Layer) -> None:
-        proof, layer.is_proved = self._proofs.pop(layer, None), True
-        if proof is not None and proof.fails(layer):
-            layer.lose_rows("used by compiled code beside its calls, or in the loss by itself")
+            layer.proved_in = layer.group["steps"]
+            proofs.append(proof := Proof(layer))
+        if source.kept is None:
+            proof.add(source, x, g)
+        else:  # only some of the rows are there
+            self._differentiated.add(layer)
 
     def differentiate(self, source: Source) -> None:
         """Ask for no proof of a layer whose gradient has parts that its rows do not tell."""
         layer = self._by_weight.get(source.weight)
         if layer is not None:
-            layer.is_proved = True
-            self._proofs.pop(layer, None)
+            self._differentiated.add(layer)
+
+    def _end_proofs(self) -> None:
+        """Take no rows of layers that are used in ways that are not seen, before a step.
+
+        The host waits for an accelerator only where there are proofs.
+        """
+        asked = []
+        for layer, proofs in self._proofs.items():
+            for proof in proofs if layer not in self._differentiated else ():
+                doubtful = proof.is_doubtful()
+                if doubtful is not None:
+                    asked.append((layer, proof, doubtful))
+        self._forget_proofs()
+        self._differentiated.clear()
+        if not asked:
+            return
+        found = torch.stack([doubtful.to(asked[0][2].device) for *_, doubtful in asked]).tolist()
+        for (layer, proof, _), is_doubtful in zip(asked, found, strict=True):
+            if is_doubtful and proof.fails():
+                layer.lose_rows("used where no call is seen, or in the loss by itself")
+
+    def _forget_proofs(self) -> None:
+        for proof in (one for proofs in self._proofs.values() for one in proofs):
+            proof.end()
+        self._proofs = {}
 
     def _takes_rows(self) -> bool:
         """Whether the backward pass that runs is one whose rows count."""
@@ -380,6 +392,7 @@ class Watcher(torch.optim.Optimizer):
 
     def _forget_rows(self) -> None:
         self._sampled = None
+        self._forget_proofs()
         self._queue.forget()
         for layer in self._layers:
             layer.pending, layer.last_pass = {}, (-1, Reach.NOT)
@@ -398,7 +411,7 @@ class Watcher(torch.optim.Optimizer):
             index = next(i for i, p in enumerate(params) if p is layer.weight)
             layer.group.setdefault("without_rows", {})[index] = layer.without_rows
         if lost:
-            expected = [layer for layer in lost if layer.has_modules]
+            expected = [layer for layer in lost if layer.has_modules or layer.was_called]
             if expected:
                 first = expected[0]
                 self._warn_once(
@@ -418,6 +431,20 @@ class Watcher(torch.optim.Optimizer):
                 "modules, or in a graph that was compiled before the optimizer was built (then "
                 "call torch.compiler.reset()) or by torch before 2.13. Until rows are seen, "
                 f"{what}"
+            )
+
+    def _warn_missed(self) -> None:
+        """Warn of layers whose rows came before, when they have been missing for long enough."""
+        layers = [layer for layer in self._layers if layer.missed == MOST_MISSED]
+        if layers:
+            goes_on = all(layer.is_lost() for layer in layers)
+            what = "gradients alone refresh the factors" if goes_on else "the factors stay"
+            names = [layer.name for layer in layers]
+            self._warn_once(
+                f"no rows of {listed(names)} have come for {MOST_MISSED} refreshes in a row, and "
+                "gradients have: the weights are used without calls of their modules by now, as "
+                f"in compiled functions. Until rows come again, {what}",
+                about=f"missed {names}",
             )
 
     def _warn_once(self, text: str, about: str = "") -> None:

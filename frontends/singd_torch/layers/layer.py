@@ -22,6 +22,8 @@ from singd_torch.layers.pending import Pending, Rows
 from singd_torch.layers.reach import Reach
 from singd_torch.tensors.pieces import on_host
 
+# Refreshes in a row without rows after which gradients refresh the factors of what has gradients.
+MOST_MISSED = 3
 # Calls of fewer numbers are measured together.
 SMALL = 1 << 16
 # Numbers that patches may always have; or else a quarter of what the input has.
@@ -85,8 +87,10 @@ class Layer:
         by_gradient: Whether gradients refresh them, as no rows have been seen so far.
         meter: What measures rows where the factors are on another process, else None.
         without_rows: Why the rows do not tell the gradient, so that none are taken; or None.
-        is_proved: Whether it was found out if the rows tell the gradient.
+        proved_in: The last step that found out whether the rows tell the gradient.
         unused: Whether the last step had no gradient of the weight.
+        called_in: The last step of which a backward pass went through a call that has rows.
+        missed: Refreshes in a row, after the last such call, for which there was a gradient.
         autocast: Whether products are in bfloat16 and the weight is not, on an accelerator.
     """
 
@@ -106,8 +110,10 @@ class Layer:
     by_gradient: bool = False
     meter: Any = None
     without_rows: str | None = None
-    is_proved: bool = False
+    proved_in: int = -1
     unused: bool = False
+    called_in: int = -1
+    missed: int = 0
     autocast: bool = False
 
     def tell_autocast(self, g: Tensor) -> None:
@@ -118,6 +124,11 @@ class Layer:
         narrower = g.dtype == torch.bfloat16 and self.weight.dtype == torch.float32
         free = tuple(self.group["preconditioner_dtype"]) == (None, None)
         self.autocast = narrower and free and not on_host(g)
+
+    def wants_proof(self) -> bool:
+        """Whether it is to be found out in this step: at ever larger distances, from the first."""
+        steps = self.group["steps"]
+        return bool(steps == self.proved_in or steps > 2 * self.proved_in)
 
     @property
     def has_rows(self) -> bool:
@@ -130,9 +141,37 @@ class Layer:
         return self.seen and self.has_rows
 
     def is_lost(self) -> bool:
-        """Whether its factors are to learn from gradients from now on: there never were rows."""
-        unseen = self.has_rows and not self.seen and self.weight.grad is not None
-        return unseen and learns_from_gradients(settings_of(self.group))
+        """Whether its factors are to learn from gradients from now on: rows never came, or stopped."""
+        unseen = not self.seen or self.missed >= MOST_MISSED
+        lost = self.has_rows and unseen and self.weight.grad is not None
+        return lost and learns_from_gradients(settings_of(self.group))
+
+    def go_on_by_gradients(self) -> None:
+        """Have the same factors, whose averages begin with the next gradient."""
+        self.by_gradient = True
+        own: Any = self.factors  # a dataclass, which its type does not say
+        if own is not None:
+            zeros = own.averages.map(torch.zeros_like)
+            self.factors = dataclasses.replace(own, averages=zeros)
+
+    @property
+    def was_called(self) -> bool:
+        """Whether a backward pass of this step went through a call that has rows."""
+        return self.called_in == self.group["steps"]
+
+    def misses_rows(self) -> bool:
+        """Whether it has a gradient for a refresh, other than zeros, and no call that has rows."""
+        grad = self.weight.grad
+        if self.was_called or not self.rows_seen or grad is None:
+            return False
+        return bool(getattr(grad, "_local_tensor", grad).any())
+
+    def count_missed(self, *, called: bool, missed: bool) -> None:
+        """Count a refresh, of which some process may have had calls, or gradients without."""
+        if called:
+            self.called_in, self.missed = self.group["steps"], 0
+        elif missed:
+            self.missed += 1
 
     @property
     def is_open(self) -> bool:
@@ -257,8 +296,8 @@ class Layer:
             kind.unfolded(x, g) is not None or x.numel() > SMALL
         )
         sample = self._sample(source)
-        whole = diagonal or sample[0] is not None
-        first, *others = (x,) if whole else self._pieces(kind, x, g)
+        whole = diagonal or sample[0] is not None or group["kfac_approx"] != "expand"
+        first, *others = (x,) if whole else self.pieces(kind, x, g)
         rows = Rows.of(
             kind,
             first,
@@ -297,10 +336,10 @@ class Layer:
         )
         return (C, K) if source.swapped else (K, C)
 
-    def _pieces(self, kind: LayerKind, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+    def pieces(self, kind: LayerKind, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
         """The samples of an input in pieces, lest their patches be what sets the peak of memory."""
         positions = kind.unfolded(x, g)
-        if not positions or self.group["kfac_approx"] != "expand":
+        if not positions:
             return (x,)
         groups, _, d_in = self.shape
         each = math.prod(groups) * d_in * positions  # numbers a sample

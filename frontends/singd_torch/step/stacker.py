@@ -58,8 +58,8 @@ class Stacker(Follower):
         ready, left, others = [], [], [p for p in self._fallback if p.grad is not None]
         lost = [layer for layer in self._layers if not layer.pending and layer.is_lost()]
         for layer in lost:
-            layer.by_gradient = True
-        unseen = [layer for layer in lost if layer.has_modules]
+            layer.go_on_by_gradients()
+        unseen = [layer for layer in lost if layer.has_modules and not layer.seen]
         self._warn_unseen(unseen, "gradients alone refresh the factors")
         if lost or any(one.factors is not None and not one.fits() for one in self._layers):
             self._stack_up()  # or the model was moved or cast

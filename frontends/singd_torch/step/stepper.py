@@ -82,7 +82,9 @@ class Stepper(Stacker):
             return loss
         if self._sharded is None:  # else modules may have what was gathered for them
             self._follow_model()
+        self._end_proofs()
         self._agree_on_rows()
+        self._warn_missed()
         self._part_with_rows()
         scales = scaling.scales(self, self._given_scale)
         if self._sharded is not None:
@@ -142,6 +144,10 @@ class Stepper(Stacker):
                 agree_on_rows(asked, group)
                 if [one.kind for one in asked] != kinds:  # another has seen how a stack is used
                     self._stack_up()
+        else:
+            for layer in self._layers:
+                if layer.weight.requires_grad and layer.kind.has_rows and may_be_due(layer):
+                    layer.count_missed(called=layer.was_called, missed=layer.misses_rows())
 
     def _step_whole(self, scales: Scales) -> None:
         """Step parameters that are here as a whole, with the rows of all processes."""
