@@ -35,9 +35,9 @@ class Follower(Watcher):
         """Find the layers of a model anew, which is made of other modules or parameters by now."""
         before = {layer.weight: layer for layer in self._layers}
         self._route()
-        found = ((layer, before.get(layer.weight)) for layer in self._layers)
+        found = [(layer, before.get(layer.weight)) for layer in self._layers]
         others = [one for one, old in found if old is not None and not old.is_found_as(one)]
-        for layer in others:
+        for layer in [*others, *(one for one, old in found if old is None)]:
             layer.by_gradient = layer.is_lost()  # its rows are those of the next step
         self._stack_up()
         names = [one.name for one in others if not one.name.endswith(GONE)]

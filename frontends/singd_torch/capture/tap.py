@@ -46,6 +46,12 @@ class _Probe(torch.autograd.Function):
             ctx.first_pass = first
         return g, None, None, None, None
 
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *others: Any) -> Tensor:
+        """The identity, too, of a derivative in forward mode: what it adds to the loss is no row."""
+        ctx.tap.differentiate()
+        return tangent.add_(0)  # torch wants it changed in place, as the output is
+
 
 class Tap:
     """Where the rows of a layer come from: a forward hook that probes the output of a module.
@@ -189,7 +195,8 @@ def _is_kept(output: Tensor) -> bool:
 def _plain(x: Tensor) -> Tensor:
     """A sparse tensor as a dense one, and a nested one as all of its rows."""
     if x.is_nested:
-        return torch.cat([part.reshape(-1, part.shape[-1]) for part in x.unbind()])
+        axes = 0 if not x.is_floating_point() else 1  # indices are rows, and have none of their own
+        return torch.cat([part.flatten(0, part.ndim - 1 - axes) for part in x.unbind()])
     return x if x.layout is torch.strided else x.to_dense()
 
 

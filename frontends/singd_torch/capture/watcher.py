@@ -61,6 +61,7 @@ class Watcher(torch.optim.Optimizer):
         """Begin with a model of which no layer is known yet."""
         self._model = model
         self._names = {}
+        self._group_of: dict[nn.Parameter, dict[str, Any]] = {}
         self._layers: list[Layer] = []
         self._fallback: list[nn.Parameter] = []
         self._taps: dict[nn.Module, list[Tap]] = {}
@@ -141,10 +142,12 @@ class Watcher(torch.optim.Optimizer):
     def _index(self) -> None:
         """Find layers and groups by parameters."""
         self._by_weight: dict[Tensor, Layer] = {layer.weight: layer for layer in self._layers}
+        before = self._group_of
         self._group_of = {p: group for group in self.param_groups for p in group["params"]}
         for p in self._group_of:
             self._shapes.setdefault(p, p.shape)
-        left_out = None if self._makeup is None else self._makeup.left_out
+        taken_out = before.keys() - self._group_of.keys()
+        left_out = None if self._makeup is None else self._makeup.left_out | taken_out
         self._makeup = Makeup(self._model, self._group_of, left_out)
         owned = {p for layer in self._layers for p in layer.parameters}
         self._fallback = [p for p in self._group_of if p not in owned]
@@ -167,6 +170,15 @@ class Watcher(torch.optim.Optimizer):
         """Whether the groups have other parameters than they had, which all are in that case."""
         groups = self.param_groups
         return any(p not in self._group_of for group in groups for p in group["params"][:1])
+
+    def _is_regrouped(self) -> bool:
+        """Whether parameters were put into lists of the groups, or taken out, by hand."""
+        groups = self.param_groups
+        if sum(len(group["params"]) for group in groups) != len(self._group_of):
+            return True
+        if not any(is_refresh(group) for group in groups):
+            return False
+        return any(self._group_of.get(p) is not one for one in groups for p in one["params"])
 
     def _follow(self) -> dict[Tensor, nn.Parameter]:
         """Train the parameters that the groups have now, by those in whose places they are.

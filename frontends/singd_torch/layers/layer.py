@@ -142,7 +142,7 @@ class Layer:
 
     def is_lost(self) -> bool:
         """Whether its factors are to learn from gradients from now on: rows never came, or stopped."""
-        unseen = not self.seen or self.missed >= MOST_MISSED
+        unseen = not (self.seen or self.was_called) or self.missed >= MOST_MISSED
         lost = self.has_rows and unseen and self.weight.grad is not None
         return lost and learns_from_gradients(settings_of(self.group))
 

@@ -65,6 +65,8 @@ class Stepper(Stacker):
                 loss = closure()
         if self._is_switched():
             self._follow()
+        elif self._is_regrouped():
+            self._renew()
         if not self._is_checked:
             refuse_stages(self._group_of)
             self._is_checked = True
