@@ -121,7 +121,7 @@ def test_jagged_indices() -> None:
         product = optimizer.products[name, None]
         assert (product - gradient).norm() <= CLOSE * gradient.norm()
     optimizer.step()
-    assert {own for own in table(optimizer).values()} == {"SINGD"}
+    assert set(table(optimizer).values()) == {"SINGD"}
 
 
 def test_forward_derivatives_in_the_loss() -> None:
@@ -135,7 +135,7 @@ def test_forward_derivatives_in_the_loss() -> None:
             logits, slope = forward.unpack_dual(dual)
             (F.cross_entropy(logits, y) + slope.square().mean()).backward()
         optimizer.step()
-    assert {own for own in table(optimizer).values()} == {"SINGD"}
+    assert set(table(optimizer).values()) == {"SINGD"}
 
 
 def test_attention_that_two_optimizers_watch() -> None:

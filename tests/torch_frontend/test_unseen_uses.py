@@ -1,4 +1,4 @@
-"""A weight that is also used where no call is seen is noticed, and its layer trained without rows."""
+"""A weight that is also used where no call is seen: its layer is trained without rows."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -305,7 +305,7 @@ def tied_head(model: Net, optimizer: SINGD) -> None:
 def with_another_optimizer(model: Net, optimizer: SINGD) -> None:
     other = SINGD(model)
     loss_of(model, tokens()).backward()
-    assert other._proofs
+    assert other._layers
 
 
 def of_no_gradient(model: Net, optimizer: SINGD) -> None:

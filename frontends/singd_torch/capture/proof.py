@@ -1,4 +1,4 @@
-"""Whether the rows of a layer tell its gradient: what uses a weight in another way may be unseen."""
+"""Whether the rows of a layer tell its gradient: other uses of its weight may not be seen."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from singd_torch.layers.reach import is_in_parts
 _SHARE = 0.1
 # Numbers that are compared, if the matrix has so many.
 _NUMBERS = 64
+# Backward passes of a step, such as of micro-batches, that are looked at.
+_PASSES = 8
 
 
 class Proof:
@@ -36,7 +38,7 @@ class Proof:
         self._terms: Tensor | float = 0.0
         self._eps = torch.finfo(layer.weight.dtype).eps
         self._gradient: Tensor | None = None
-        self._handle = layer.weight.register_hook(self)
+        self._handle: Any = layer.weight.register_hook(self)  # type: ignore[no-untyped-call]
 
     def __call__(self, gradient: Tensor) -> None:
         """What autograd calls with all that the pass adds to the gradient."""
@@ -57,12 +59,11 @@ class Proof:
         """Add the rows of a call."""
         pieces = self._layer.pieces(source.kind, x, g)
         samples = [len(piece) for piece in pieces]
-        for own, own_g in zip(pieces, g.split(samples) if len(pieces) > 1 else [g], strict=True):
+        gradients = torch.split(g, samples) if len(pieces) > 1 else [g]
+        for own, own_g in zip(pieces, gradients, strict=True):
             self._add(source.kind, source.part, source.swapped, own, own_g)
 
-    def _add(
-        self, kind: LayerKind, part: int | None, swapped: bool, x: Tensor, g: Tensor
-    ) -> None:
+    def _add(self, kind: LayerKind, part: int | None, swapped: bool, x: Tensor, g: Tensor) -> None:
         B, _ = kind.outputs(g, kfac_approx="expand", loss_average=None)
         if swapped:
             right = B @ self._V.to(B)
@@ -84,7 +85,8 @@ class Proof:
         G, P = self._gradient, self._product()
         scale = (G * P).sum() / (P * P).sum().clamp(min=torch.finfo(P.dtype).tiny)
         norm = vector_norm(G)
-        return vector_norm(G - scale * P) > _SHARE * norm + self._rounding(norm)
+        doubtful: Tensor = vector_norm(G - scale * P) > _SHARE * norm + self._rounding(norm)
+        return doubtful
 
     def fails(self) -> bool:
         """Whether the rest of a doubtful gradient is none of decay in the loss either.
@@ -116,7 +118,62 @@ class Proof:
         return torch.stack([found.get(i, 0.0 * own) for i, own in enumerate(self._gradient)])
 
 
-def can_be_proved(layer: Layer) -> bool:
+class Proofs:
+    """Those of the passes of one step, of all layers."""
+
+    def __init__(self) -> None:
+        self._of: dict[Layer, list[Proof]] = {}
+        self._left_out: set[Layer] = set()
+
+    def add(self, layer: Layer, source: Source, x: Tensor, g: Tensor) -> None:
+        """Add a call of the backward pass that runs."""
+        proofs = self._of.setdefault(layer, [])
+        proof = next((one for one in proofs if one.is_of_this_pass()), None)
+        if proof is None:
+            if len(proofs) == _PASSES or layer in self._left_out or not _can_be_proved(layer):
+                return
+            layer.proved_in = layer.group["steps"]
+            proofs.append(proof := Proof(layer))
+        if source.kept is None:
+            proof.add(source, x, g)
+        else:  # only some of the rows are there
+            self.leave_out(layer)
+
+    def leave_out(self, layer: Layer) -> None:
+        """Ask for no proof of a layer in this step."""
+        self._left_out.add(layer)
+
+    def failed(self) -> list[Layer]:
+        """The layers whose rows do not tell the gradient; nothing is kept for the next step.
+
+        The host waits for an accelerator only where there are proofs.
+        """
+        asked = []
+        for layer, proofs in self._of.items():
+            for proof in proofs if layer not in self._left_out else ():
+                doubtful = proof.is_doubtful()
+                if doubtful is not None:
+                    asked.append((layer, proof, doubtful))
+        self.forget()
+        self._left_out.clear()
+        if not asked:
+            return []
+        device = asked[0][2].device
+        found = torch.stack([doubtful.to(device) for *_, doubtful in asked]).tolist()
+        return [
+            layer
+            for (layer, proof, _), doubtful in zip(asked, found, strict=True)
+            if doubtful and proof.fails()
+        ]
+
+    def forget(self) -> None:
+        """Drop all, as of gradients that are dropped."""
+        for proof in (one for proofs in self._of.values() for one in proofs):
+            proof.end()
+        self._of = {}
+
+
+def _can_be_proved(layer: Layer) -> bool:
     """Whether autograd tells the gradient of a weight, and rows are those that it is made of."""
     hooks = (layer.weight._backward_hooks or {}).values()
     changed = any(not isinstance(hook, Proof) for hook in hooks)
@@ -133,7 +190,8 @@ def _signs(layer: Layer) -> Tensor:
 
 
 def _norm(x: Tensor) -> Tensor:
-    return vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
+    size: Tensor = vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
+    return size
 
 
 def _times(kind: LayerKind, x: Tensor, V: Tensor) -> Tensor:
@@ -141,7 +199,7 @@ def _times(kind: LayerKind, x: Tensor, V: Tensor) -> Tensor:
     if isinstance(kind, Embedding):
         seen, at = _looked_up(kind, x)
         return V[at] * seen[:, None]
-    A, _ = kind.inputs(x, bias=False, kfac_approx="expand")
+    A: Tensor = kind.inputs(x, bias=False, kfac_approx="expand")[0]
     return A @ V.to(A)
 
 

@@ -48,7 +48,7 @@ class _Probe(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *others: Any) -> Tensor:
-        """The identity, too, of a derivative in forward mode: what it adds to the loss is no row."""
+        """The identity, too. What derivatives in forward mode add to the loss brings no rows."""
         ctx.tap.differentiate()
         return tangent.add_(0)  # torch wants it changed in place, as the output is
 

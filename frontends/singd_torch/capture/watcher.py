@@ -22,7 +22,7 @@ from singd_torch.capture.calls import Calls, Hooks, Now
 from singd_torch.capture.calls import modules as modules_that_call
 from singd_torch.capture.changes import Makeup, check_shapes
 from singd_torch.capture.copies import leave_hooks_behind
-from singd_torch.capture.proof import Proof, can_be_proved
+from singd_torch.capture.proof import Proofs
 from singd_torch.capture.queue import Call, Queue
 from singd_torch.capture.scaling import Given
 from singd_torch.capture.tap import TakeRows, Tap, after_pass, backward_pass, install
@@ -38,8 +38,6 @@ if TYPE_CHECKING:  # it imports DTensor, for a second
 
 # What the names of parameters have behind them that are not in the model any more.
 GONE = " (replaced)"
-# Backward passes of a step, such as of micro-batches, that are looked at.
-_MOST_PROOFS = 8
 
 
 class Watcher(torch.optim.Optimizer):
@@ -70,8 +68,7 @@ class Watcher(torch.optim.Optimizer):
         self._hooked: set[nn.Module] = set()
         self._queue = Queue()
         self._warned: set[str] = set()
-        self._proofs: dict[Layer, list[Proof]] = {}
-        self._differentiated: set[Layer] = set()
+        self._proofs = Proofs()
         self._shapes: dict[Tensor, torch.Size] = {}
         self._makeup: Makeup | None = None
         self._given_scale: Given | None = None
@@ -147,7 +144,7 @@ class Watcher(torch.optim.Optimizer):
         for p in self._group_of:
             self._shapes.setdefault(p, p.shape)
         taken_out = before.keys() - self._group_of.keys()
-        left_out = None if self._makeup is None else self._makeup.left_out | taken_out
+        left_out = None if self._makeup is None else {*self._makeup.left_out, *taken_out}
         self._makeup = Makeup(self._model, self._group_of, left_out)
         owned = {p for layer in self._layers for p in layer.parameters}
         self._fallback = [p for p in self._group_of if p not in owned]
@@ -259,56 +256,21 @@ class Watcher(torch.optim.Optimizer):
         for part, own_x, own_g, kept in rows:
             part = source.part if part is None else part
             own = source if product is None else dataclasses.replace(source, part=part, kept=kept)
-            self._prove(layer, own, own_x, own_g)
+            if layer.wants_proof() and self._takes_rows():
+                self._proofs.add(layer, own, own_x, own_g)
             self._take_rows(layer, own, own_x, own_g)
         return self._takes_rows()
-
-    def _prove(self, layer: Layer, source: Source, x: Tensor, g: Tensor) -> None:
-        """Add a call to what tells whether the rows of this pass are all of the gradient."""
-        if not layer.wants_proof() or not self._takes_rows() or layer in self._differentiated:
-            return
-        proofs = self._proofs.setdefault(layer, [])
-        proof = next((one for one in proofs if one.is_of_this_pass()), None)
-        if proof is None:
-            if len(proofs) == _MOST_PROOFS or not can_be_proved(layer):
-                return
-            layer.proved_in = layer.group["steps"]
-            proofs.append(proof := Proof(layer))
-        if source.kept is None:
-            proof.add(source, x, g)
-        else:  # only some of the rows are there
-            self._differentiated.add(layer)
 
     def differentiate(self, source: Source) -> None:
         """Ask for no proof of a layer whose gradient has parts that its rows do not tell."""
         layer = self._by_weight.get(source.weight)
         if layer is not None:
-            self._differentiated.add(layer)
+            self._proofs.leave_out(layer)
 
     def _end_proofs(self) -> None:
-        """Take no rows of layers that are used in ways that are not seen, before a step.
-
-        The host waits for an accelerator only where there are proofs.
-        """
-        asked = []
-        for layer, proofs in self._proofs.items():
-            for proof in proofs if layer not in self._differentiated else ():
-                doubtful = proof.is_doubtful()
-                if doubtful is not None:
-                    asked.append((layer, proof, doubtful))
-        self._forget_proofs()
-        self._differentiated.clear()
-        if not asked:
-            return
-        found = torch.stack([doubtful.to(asked[0][2].device) for *_, doubtful in asked]).tolist()
-        for (layer, proof, _), is_doubtful in zip(asked, found, strict=True):
-            if is_doubtful and proof.fails():
-                layer.lose_rows("used where no call is seen, or in the loss by itself")
-
-    def _forget_proofs(self) -> None:
-        for proof in (one for proofs in self._proofs.values() for one in proofs):
-            proof.end()
-        self._proofs = {}
+        """Take no rows of layers that are used where no call is seen, before a step."""
+        for layer in self._proofs.failed():
+            layer.lose_rows("used where no call is seen, or in the loss by itself")
 
     def _takes_rows(self) -> bool:
         """Whether the backward pass that runs is one whose rows count."""
@@ -404,7 +366,7 @@ class Watcher(torch.optim.Optimizer):
 
     def _forget_rows(self) -> None:
         self._sampled = None
-        self._forget_proofs()
+        self._proofs.forget()
         self._queue.forget()
         for layer in self._layers:
             layer.pending, layer.last_pass = {}, (-1, Reach.NOT)

@@ -141,7 +141,7 @@ class Layer:
         return self.seen and self.has_rows
 
     def is_lost(self) -> bool:
-        """Whether its factors are to learn from gradients from now on: rows never came, or stopped."""
+        """Whether its factors are to learn from gradients from now on: no rows come, or no more."""
         unseen = not (self.seen or self.was_called) or self.missed >= MOST_MISSED
         lost = self.has_rows and unseen and self.weight.grad is not None
         return lost and learns_from_gradients(settings_of(self.group))
@@ -157,14 +157,14 @@ class Layer:
     @property
     def was_called(self) -> bool:
         """Whether a backward pass of this step went through a call that has rows."""
-        return self.called_in == self.group["steps"]
+        return bool(self.called_in == self.group["steps"])
 
     def misses_rows(self) -> bool:
         """Whether it has a gradient for a refresh, other than zeros, and no call that has rows."""
         grad = self.weight.grad
         if self.was_called or not self.rows_seen or grad is None:
             return False
-        return bool(getattr(grad, "_local_tensor", grad).any())
+        return bool(getattr(grad, "_local_tensor", grad).any())  # of a weight in parts, its own
 
     def count_missed(self, *, called: bool, missed: bool) -> None:
         """Count a refresh, of which some process may have had calls, or gradients without."""
