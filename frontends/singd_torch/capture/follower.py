@@ -38,7 +38,7 @@ class Follower(Watcher):
         found = [(layer, before.get(layer.weight)) for layer in self._layers]
         others = [one for one, old in found if old is not None and not old.is_found_as(one)]
         for layer in [*others, *(one for one, old in found if old is None)]:
-            layer.by_gradient = layer.is_lost()  # its rows are those of the next step
+            layer.by_gradient = layer.can_do_without()  # its rows are those of the next step
         self._stack_up()
         names = [one.name for one in others if not one.name.endswith(GONE)]
         if names:

@@ -57,7 +57,7 @@ class Proof:
 
     def add(self, source: Source, x: Tensor, g: Tensor) -> None:
         """Add the rows of a call."""
-        pieces = self._layer.pieces(source.kind, x, g)
+        pieces = self._layer.in_pieces(source.kind, x, g)
         samples = [len(piece) for piece in pieces]
         gradients = torch.split(g, samples) if len(pieces) > 1 else [g]
         for own, own_g in zip(pieces, gradients, strict=True):

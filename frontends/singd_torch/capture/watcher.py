@@ -239,12 +239,12 @@ class Watcher(torch.optim.Optimizer):
 
     def turn(self, layer: Layer) -> None:
         """Begin anew with a stack of matrices that its first call takes for transposed ones."""
-        if self._sharded is not None:  # where each has its place by now
-            layer.lose_rows("multiplied from the other side than its parts were placed for")
-            return
         layer.turn()
         self.state[layer.weight].clear()
-        self._stack_up()
+        if self._sharded is None:
+            self._stack_up()
+        else:  # all processes arrange it anew in the step, when they all know
+            self._sharded.turned(layer)
 
     def _take(
         self, layer: Layer, source: Source, x: Tensor, g: Tensor, product: Any, loss: int | None
@@ -409,7 +409,8 @@ class Watcher(torch.optim.Optimizer):
 
     def _warn_missed(self) -> None:
         """Warn of layers whose rows came before, when they have been missing for long enough."""
-        layers = [layer for layer in self._layers if layer.missed == MOST_MISSED]
+        missed = [layer for layer in self._layers if layer.missed == MOST_MISSED]
+        layers = [layer for layer in missed if layer.rows_seen]
         if layers:
             goes_on = all(layer.is_lost() for layer in layers)
             what = "gradients alone refresh the factors" if goes_on else "the factors stay"

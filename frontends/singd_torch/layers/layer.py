@@ -90,7 +90,7 @@ class Layer:
         proved_in: The last step that found out whether the rows tell the gradient.
         unused: Whether the last step had no gradient of the weight.
         called_in: The last step of which a backward pass went through a call that has rows.
-        missed: Refreshes in a row, after the last such call, for which there was a gradient.
+        missed: Refreshes in a row without rows, for which there was a gradient.
         autocast: Whether products are in bfloat16 and the weight is not, on an accelerator.
     """
 
@@ -142,9 +142,12 @@ class Layer:
 
     def is_lost(self) -> bool:
         """Whether its factors are to learn from gradients from now on: no rows come, or no more."""
-        unseen = not (self.seen or self.was_called) or self.missed >= MOST_MISSED
-        lost = self.has_rows and unseen and self.weight.grad is not None
-        return lost and learns_from_gradients(settings_of(self.group))
+        return self.missed >= (MOST_MISSED if self.seen else 1) and self.can_do_without()
+
+    def can_do_without(self) -> bool:
+        """Whether its gradient could refresh the factors in place of rows."""
+        learns = learns_from_gradients(settings_of(self.group))
+        return self.has_rows and self.weight.grad is not None and learns
 
     def go_on_by_gradients(self) -> None:
         """Have the same factors, whose averages begin with the next gradient."""
@@ -160,16 +163,21 @@ class Layer:
         return bool(self.called_in == self.group["steps"])
 
     def misses_rows(self) -> bool:
-        """Whether it has a gradient for a refresh, other than zeros, and no call that has rows."""
+        """Whether it has a gradient for a refresh, other than zeros, and no rows.
+
+        Calls whose rows are refused count as rows, once there are factors by rows.
+        """
         grad = self.weight.grad
-        if self.was_called or not self.rows_seen or grad is None:
+        if grad is None or not self.has_rows or self.pending or (self.seen and self.was_called):
             return False
         return bool(getattr(grad, "_local_tensor", grad).any())  # of a weight in parts, its own
 
     def count_missed(self, *, called: bool, missed: bool) -> None:
         """Count a refresh, of which some process may have had calls, or gradients without."""
         if called:
-            self.called_in, self.missed = self.group["steps"], 0
+            self.called_in = self.group["steps"]
+        if called and self.seen:
+            self.missed = 0
         elif missed:
             self.missed += 1
 
@@ -297,7 +305,7 @@ class Layer:
         )
         sample = self._sample(source)
         whole = diagonal or sample[0] is not None or group["kfac_approx"] != "expand"
-        first, *others = (x,) if whole else self.pieces(kind, x, g)
+        first, *others = (x,) if whole else self.in_pieces(kind, x, g)
         rows = Rows.of(
             kind,
             first,
@@ -336,7 +344,7 @@ class Layer:
         )
         return (C, K) if source.swapped else (K, C)
 
-    def pieces(self, kind: LayerKind, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+    def in_pieces(self, kind: LayerKind, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
         """The samples of an input in pieces, lest their patches be what sets the peak of memory."""
         positions = kind.unfolded(x, g)
         if not positions:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from singd_core.layers import LayerKind
 from singd_core.rounding import is_rounded
 from singd_torch import _diagnostics, _state
 from singd_torch._distributed import agree_on_rows
@@ -51,6 +52,7 @@ class Sharded:
         self.owners: dict[nn.Parameter, int] = {}
         self.share = Share(group)
         self._layers: list[Layer] = []
+        self._kinds: dict[Tensor, LayerKind] = {}
         self._fallback: list[nn.Parameter] = []
         self._places: dict[nn.Parameter, list[Box]] = {}
         self._own: dict[nn.Parameter, Layer] = {}
@@ -72,6 +74,7 @@ class Sharded:
         if self._resting is not None:
             self._resting.visit()
         self._layers, self._fallback, plain = list(layers), list(fallback), set(self._fallback)
+        self._kinds = {layer.weight: layer.kind for layer in layers}
         self._places = boxes([p for group in groups for p in group["params"]], self.group)
         found = self.shares(self._layers)
         self._arrange_own(found, plain)
@@ -97,6 +100,14 @@ class Sharded:
         """Who steps these layers; all processes find the same."""
         places = self._places if self._in_parts else None
         return Shares.of(layers, self.world, self.owners, places)
+
+    def turned(self, layer: Layer) -> None:
+        """Measure rows of a layer as this process alone has found it; `is_arranged` no more."""
+        layer.meter = Meter.of(layer)
+
+    def is_arranged(self) -> bool:
+        """Whether the layers are of the kinds of which they were when the work was parted."""
+        return all(self._kinds[layer.weight] == layer.kind for layer in self._layers)
 
     def _arrange_own(self, found: Shares, plain: set[nn.Parameter]) -> None:
         """Have stand-ins for the layers that this process steps, and for its parts of others.
@@ -203,6 +214,10 @@ class Sharded:
         """Take a step, of all processes at once; how many were skipped so far."""
         assert self._resting is not None
         self._resting.visit()
+        for layer in self._layers:
+            if layer.weight in self._own:
+                own = self._own[layer.weight]
+                own.called_in, own.missed = layer.called_in, layer.missed
         self.sums.give(self.share, self._own)
         for layer in self._layers:
             if layer.is_lost():  # as its owner finds

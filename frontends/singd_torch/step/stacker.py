@@ -76,7 +76,7 @@ class Stacker(Follower):
                     live.append(layer)
                     continue
                 if layer.weight.grad is not None:  # a frozen weight may have a trained bias
-                    if layer.was_called:  # with inputs that were empty so far: it waits for others
+                    if not layer.missed:  # all inputs were empty so far: it waits for others
                         continue
                     left.append(layer)
                 others += [p for p in layer.parameters if p.grad is not None]

@@ -141,6 +141,8 @@ class Stepper(Stacker):
                 return
             if self._sharded is not None:
                 self._sharded.agree(asked)
+                if not self._sharded.is_arranged():  # one has seen how a stack is used
+                    self._share_out()
             else:
                 kinds = [one.kind for one in asked]
                 agree_on_rows(asked, group)
