@@ -41,7 +41,7 @@ from tasks import BATCHES, HELD_OUT, SCALES, TASKS, TWELVE
 
 PAGE = ROOT / "docs" / "comparison.md"
 ROWS = ROOT / "docs" / "rows.md"
-PICTURE = ROOT / "docs" / "first-screen.svg"
+PICTURE = ROOT / "docs" / "comparison.svg"
 GROUPS = {
     "twelve": list(TWELVE),
     "batches": list(BATCHES),

@@ -1,4 +1,4 @@
-"""The picture of README.md: losses over steps of SINGD and of each rival at its best rate."""
+"""The picture of docs/comparison.md: losses over steps of SINGD and of each rival at its best rate."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ Entrant = tuple[str, int]
 TUNING = 0  # the seed that chooses the rates
 SEEDS = (1, 2, 3)
 AHEAD = 0.75  # of AdamW's time, after which it sets the target
+FURTHER = 3  # rates at most, beyond a grid whose best is at its edge
 ENTRANTS: tuple[Entrant, ...] = (
     *(("SGD", 1), ("AdamW", 1), ("Muon", 1)),
     *((name, T) for name in ("SINGD/default",) for T in ENTRIES[name].periods),
@@ -72,15 +73,32 @@ class Curve:
 Curves = dict[Run, Curve]
 
 
-def tuning(task: str, entrant: Entrant) -> list[Run]:
-    """The runs that choose a rate."""
+def tuning(curves: Curves, task: str, entrant: Entrant) -> list[Run]:
+    """The runs that choose a rate, by growing rates: a grid, and beyond it if its edge is best."""
     name, T = entrant
-    return [Run(task, name, T, rate, TUNING) for rate in ENTRIES[name].rates]
+    rates = list(ENTRIES[name].rates)
+    for _ in range(FURTHER if len(rates) > 1 else 0):
+        found = [curves.get(Run(task, name, T, rate, TUNING)) for rate in rates]
+        if None in found:
+            break
+        losses = [curve.losses[-1] for curve in found if curve is not None]
+        lowest = losses.index(min(losses))
+        if lowest == 0:
+            rates.insert(0, _beyond(rates[1] / 10.0))
+        elif lowest == len(rates) - 1:
+            rates.append(_beyond(10.0 * rates[-2]))
+        else:
+            break
+    return [Run(task, name, T, rate, TUNING) for rate in rates]
+
+
+def _beyond(rate: float) -> float:
+    return float(f"{rate:.3g}")
 
 
 def target(curves: Curves, task: str) -> float | None:
     """The loss to reach, or None before AdamW is tuned."""
-    found = [curves.get(run) for run in tuning(task, ("AdamW", 1))]
+    found = [curves.get(run) for run in tuning(curves, task, ("AdamW", 1))]
     ahead = [
         curve.losses[int(AHEAD * len(curve.losses)) - 1]
         for curve in found
@@ -91,7 +109,8 @@ def target(curves: Curves, task: str) -> float | None:
 
 def best(curves: Curves, task: str, entrant: Entrant) -> float | None:
     """The rate that reaches the target first, or else ends lowest; None before the tuning."""
-    to_reach, found = target(curves, task), [curves.get(run) for run in tuning(task, entrant)]
+    to_reach = target(curves, task)
+    found = [curves.get(run) for run in tuning(curves, task, entrant)]
     tuned = [curve for curve in found if curve is not None]
     if to_reach is None or len(tuned) < len(found):
         return None
@@ -108,8 +127,9 @@ def final(curves: Curves, task: str, entrant: Entrant) -> list[Run]:
 def pending(curves: Curves, task: str, entrants: Iterable[Entrant]) -> list[Run]:
     """What can run now: the tuning, then the runs that count."""
     entrants = list(entrants)
-    for stage in (tuning, lambda *which: final(curves, *which)):
-        runs = [run for entrant in entrants for run in stage(task, entrant) if run not in curves]
+    for stage in (tuning, final):
+        each = (stage(curves, task, entrant) for entrant in entrants)
+        runs = [run for own in each for run in own if run not in curves]
         if runs:
             return runs
     return []

@@ -1,10 +1,10 @@
 """Race optimizers to a training loss, in seconds: `make race`.
 
 Every training of a task gets the same seconds on one thread, and its rate falls linearly to zero
-over them. One seed tunes: each optimizer runs at four rates, SINGD as it is at its one. The target
-is the loss that AdamW, at the rate that is best for it, has after three quarters of its time; the
-rate of each optimizer is the one that reaches it first, or else ends lowest. With that rate it runs
-on three other seeds.
+over them. One seed tunes: each optimizer runs at four rates, and at up to three more beyond an edge
+that is best; SINGD as it is runs at its one. The target is the loss that AdamW, at the rate that is
+best for it, has after three quarters of its time; the rate of each optimizer is the one that
+reaches it first, or else ends lowest. With that rate it runs on three other seeds.
 
 Every curve is kept in benchmarks/results/ as soon as it is there, and a later call goes on where
 the last one stopped: `make race ARGS="--minutes 8"`. The table and the picture of

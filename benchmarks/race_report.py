@@ -7,7 +7,9 @@ import statistics
 from pathlib import Path
 
 import numpy as np
-from curves import ENTRANTS, Curve, Curves, Entrant, final, target
+from compare_picture import COLOURS
+from curves import ENTRANTS, Curve, Curves, Entrant, final, target, tuning
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from optimizers import ENTRIES
 from pages import digits, save_svg, table, write
@@ -34,7 +36,13 @@ def tables(curves: Curves, raced: dict[str, dict[Entrant, list[Curve]]]) -> list
         race, goal = RACES[task].task, target(curves, task)
         assert goal is not None
         title = f"**{race.title}**, training loss of {digits(goal)}"
-        rows = sorted((cells(e, mine, goal) for e, mine in found.items()), key=lambda row: row[0])
+        rows = sorted(
+            (
+                cells(e, mine, goal, [run.rate for run in tuning(curves, task, e)])
+                for e, mine in found.items()
+            ),
+            key=lambda row: row[0],
+        )
         header = [*HEADER, "of seeds", f"test {race.metric_name}"]
         parts += [title, table(header, [row for _, row in rows])]
     machines = {c.environment for found in raced.values() for mine in found.values() for c in mine}
@@ -57,8 +65,10 @@ def counted(curves: Curves, task: str) -> dict[Entrant, list[Curve]]:
     return found
 
 
-def cells(entrant: Entrant, mine: list[Curve], goal: float) -> tuple[float, list[str]]:
-    """A row of the table, with the time it is sorted by."""
+def cells(
+    entrant: Entrant, mine: list[Curve], goal: float, rates: list[float]
+) -> tuple[float, list[str]]:
+    """A row of the table, with the time it is sorted by; `rates` are those that were tried."""
     name, T = entrant
     arrivals = [curve.arrival(goal) for curve in mine]
     reached = [t for t in arrivals if math.isfinite(t)]
@@ -67,7 +77,6 @@ def cells(entrant: Entrant, mine: list[Curve], goal: float) -> tuple[float, list
     milliseconds = statistics.fmean(1e3 * c.seconds[-1] / c.steps[-1] for c in mine)
     all_there = len(reached) == len(mine)
     rate = f"{mine[0].run.rate:g}"
-    rates = ENTRIES[name].rates
     edge = len(rates) > 1 and mine[0].run.rate in (rates[0], rates[-1])
     return statistics.fmean(arrivals), [
         name,
@@ -88,25 +97,37 @@ def _spread(values: list[float]) -> str:
 
 
 def draw(curves: Curves, raced: dict[str, dict[Entrant, list[Curve]]]) -> Figure:
-    """The loss over seconds, one panel for each task: the mean, and the band of the seeds."""
-    figure = Figure(figsize=(11.0, 3.4 * math.ceil(len(raced) / 2)), layout="constrained")
-    panels = figure.subplots(math.ceil(len(raced) / 2), min(len(raced), 2), squeeze=False)
+    """The loss over seconds, a panel for each task: mean and range of the seeds, and the target."""
+    columns = min(len(raced), 3)
+    rows = math.ceil(len(raced) / columns)
+    figure = Figure(figsize=(3.6 * columns, 2.4 * rows + 0.5), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False)
     for panel, (task, found) in zip(panels.flat, raced.items(), strict=False):
-        for (name, T), mine in found.items():
-            i = ENTRANTS.index((name, T))
-            style = {"color": f"C{i % 10}", "linestyle": "-" if i < 10 else "--"}
-            label = f"{name}, T = {T}" if ENTRIES[name].refreshes else name
-            times = np.linspace(0.0, RACES[task].seconds, 80)[1:]
-            lines = [np.interp(times, c.seconds, c.losses, left=math.nan) for c in mine]
-            panel.plot(times, np.mean(lines, axis=0), label=label, **style)
-            low, high = np.min(lines, axis=0), np.max(lines, axis=0)
-            panel.fill_between(times, low, high, color=style["color"], alpha=0.1)
-        goal = target(curves, task)
-        panel.axhline(goal, color="black", linewidth=0.8, linestyle=":")
-        panel.set(yscale="log", title=RACES[task].task.title, xlabel="seconds of training")
-        panel.set_ylabel("training loss")
-    handles = {}
-    for panel in panels.flat:
-        handles |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside right center")
+        for entrant, mine in found.items():
+            _plot(panel, entrant, mine, RACES[task].seconds)
+        panel.axhline(target(curves, task), color="black", linewidth=0.8, linestyle=":")
+        panel.set_yscale("log")
+        panel.set_title(RACES[task].task.title, fontsize=9)
+        panel.tick_params(which="both", labelsize=7)
+    for panel in panels.flat[len(raced) :]:
+        panel.set_axis_off()
+    figure.supxlabel("seconds of training", fontsize=9)
+    figure.supylabel("training loss", fontsize=9)
+    lines = [panel.get_legend_handles_labels() for panel in panels.flat]
+    handles = {name: line for found in lines for line, name in zip(*found, strict=True)}
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside upper center", ncols=5, frameon=False
+    )
     return figure
+
+
+def _plot(panel: Axes, entrant: Entrant, mine: list[Curve], seconds: float) -> None:
+    name, _ = entrant
+    ours = name.startswith("SINGD/")
+    label = "SINGD" if name == "SINGD/default" else name.removesuffix("/pytorch-optimizer")
+    colour = COLOURS.get(label, f"C{ENTRANTS.index(entrant) % 10}")
+    times = np.linspace(0.0, seconds, 80)[1:]
+    losses = [np.interp(times, c.seconds, c.losses, left=math.nan) for c in mine]
+    panel.plot(times, np.mean(losses, axis=0), color=colour, label=label, zorder=3 if ours else 2)
+    low, high = np.min(losses, axis=0), np.max(losses, axis=0)
+    panel.fill_between(times, low, high, color=colour, alpha=0.15, linewidth=0)

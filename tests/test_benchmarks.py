@@ -109,7 +109,9 @@ def test_race_goes_on_where_it_stopped_and_writes_the_page(page, tmp_path, monke
     race.main(given)
     found = curves.load(tmp_path)
     entrants = ("SGD", 1), ("AdamW", 1), ("SINGD/default", 50)
-    assert len(found) == 7 + 7 + 4  # rates and seeds; SINGD as it is has one rate
+    tried = [len(curves.tuning(found, "digits", entrant)) for entrant in entrants]
+    assert len(found) == sum(tried) + 3 * 3
+    assert tried[2] == 1  # SINGD as it is
     assert not curves.pending(found, "digits", entrants)
     race.main(given)
     assert len(curves.load(tmp_path)) == len(found)
@@ -120,17 +122,22 @@ def test_race_goes_on_where_it_stopped_and_writes_the_page(page, tmp_path, monke
 def test_the_target_is_the_lowest_loss_of_adamw_after_three_quarters_of_its_time():
     curves = importlib.import_module("curves")
     found = {}
-    for run, ahead in zip(curves.tuning("digits", ("AdamW", 1)), (0.5, 0.2, 0.3, 9.0), strict=True):
+    for run, ahead in zip(
+        curves.tuning(found, "digits", ("AdamW", 1)), (0.5, 0.2, 0.3, 9.0), strict=True
+    ):
         assert curves.target(found, "digits") is None
-        found[run] = curve(curves, run, [1.0, 0.9, ahead, math.inf if ahead == 9.0 else 0.1])
+        found[run] = curve(curves, run, [1.0, 0.9, ahead, math.inf if ahead == 9.0 else ahead / 10.0])
     assert curves.target(found, "digits") == 0.2
 
 
 def test_the_rate_is_the_one_that_reaches_the_target_first_or_else_ends_lowest():
     curves = importlib.import_module("curves")
     entrant = ("SINGD/dense", 10)
-    adamw, ours = curves.tuning("digits", ("AdamW", 1)), curves.tuning("digits", entrant)
-    found = {run: curve(curves, run, [1.0, 0.9, 0.2, 0.1]) for run in adamw}
+    adamw, ours = (curves.tuning({}, "digits", own) for own in (("AdamW", 1), entrant))
+    ends = 0.3, 0.1, 0.2, 0.4
+    found = {
+        run: curve(curves, run, [1.0, 0.9, 0.2, end]) for run, end in zip(adamw, ends, strict=True)
+    }
     assert curves.pending(found, "digits", [entrant]) == ours
     ends = [0.9, 0.8, 0.7, math.inf]
     found |= {run: curve(curves, run, [1.0, end]) for run, end in zip(ours, ends, strict=True)}
@@ -139,6 +146,19 @@ def test_the_rate_is_the_one_that_reaches_the_target_first_or_else_ends_lowest()
     assert curves.best(found, "digits", entrant) == ours[0].rate
     pending = curves.pending(found, "digits", [entrant])
     assert [(run.rate, run.seed) for run in pending] == [(ours[0].rate, s) for s in curves.SEEDS]
+
+
+def test_rates_beyond_a_grid_whose_edge_is_best_are_tried():
+    curves = importlib.import_module("curves")
+    entrant, found = ("Muon", 1), {}
+    while new := [r for r in curves.tuning(found, "digits", entrant) if r not in found]:
+        found |= {run: curve(curves, run, [1.0 / run.rate]) for run in new}
+    rates = [run.rate for run in curves.tuning(found, "digits", entrant)]
+    assert rates == [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0]
+    found = {run: curve(curves, run, [run.rate]) for run in found}
+    rates = [run.rate for run in curves.tuning(found, "digits", entrant)]
+    assert rates == [0.003, 0.01, 0.03, 0.1, 0.3]  # one is missing
+    assert curves.pending(found, "digits", [entrant])[0].rate == 0.003
 
 
 def curve(curves, run, losses):
