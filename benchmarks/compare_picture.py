@@ -1,4 +1,4 @@
-"""The picture of docs/comparison.md: losses over steps of SINGD and of each rival at its best rate."""
+"""The picture of docs/comparison.md: losses over steps of SINGD and rivals at their best rates."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from optimizers import ENTRIES
@@ -79,43 +79,47 @@ def tuning(curves: Curves, task: str, entrant: Entrant) -> list[Run]:
     rates = list(ENTRIES[name].rates)
     for _ in range(FURTHER if len(rates) > 1 else 0):
         found = [curves.get(Run(task, name, T, rate, TUNING)) for rate in rates]
-        if None in found:
+        tuned = [curve for curve in found if curve is not None]
+        if len(tuned) < len(found):
             break
-        losses = [curve.losses[-1] for curve in found if curve is not None]
-        lowest = losses.index(min(losses))
-        if lowest == 0:
-            rates.insert(0, _beyond(rates[1] / 10.0))
-        elif lowest == len(rates) - 1:
-            rates.append(_beyond(10.0 * rates[-2]))
+        goal = _goal(tuned) if name == "AdamW" else target(curves, task)
+        at = tuned.index(_first(tuned, goal)) if goal is not None else None
+        if at == 0:
+            rates.insert(0, _rounded(rates[1] / 10.0))
+        elif at == len(rates) - 1:
+            rates.append(_rounded(10.0 * rates[-2]))
         else:
             break
     return [Run(task, name, T, rate, TUNING) for rate in rates]
 
 
-def _beyond(rate: float) -> float:
-    return float(f"{rate:.3g}")
-
-
 def target(curves: Curves, task: str) -> float | None:
     """The loss to reach, or None before AdamW is tuned."""
     found = [curves.get(run) for run in tuning(curves, task, ("AdamW", 1))]
-    ahead = [
-        curve.losses[int(AHEAD * len(curve.losses)) - 1]
-        for curve in found
-        if curve is not None and not curve.diverged
-    ]
-    return None if None in found else min(ahead)
+    return None if None in found else _goal([curve for curve in found if curve is not None])
 
 
 def best(curves: Curves, task: str, entrant: Entrant) -> float | None:
     """The rate that reaches the target first, or else ends lowest; None before the tuning."""
-    to_reach = target(curves, task)
+    goal = target(curves, task)
     found = [curves.get(run) for run in tuning(curves, task, entrant)]
     tuned = [curve for curve in found if curve is not None]
-    if to_reach is None or len(tuned) < len(found):
+    if goal is None or len(tuned) < len(found):
         return None
-    first = min(tuned, key=lambda curve: (curve.arrival(to_reach), curve.losses[-1]))
-    return first.run.rate
+    return _first(tuned, goal).run.rate
+
+
+def _goal(adamw: Sequence[Curve]) -> float:
+    sound = [curve.losses for curve in adamw if not curve.diverged]
+    return min(losses[int(AHEAD * len(losses)) - 1] for losses in sound)
+
+
+def _first(tuned: Sequence[Curve], goal: float) -> Curve:
+    return min(tuned, key=lambda curve: (curve.arrival(goal), curve.losses[-1]))
+
+
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.3g}")
 
 
 def final(curves: Curves, task: str, entrant: Entrant) -> list[Run]:

@@ -125,7 +125,7 @@ def _plot(panel: Axes, entrant: Entrant, mine: list[Curve], seconds: float) -> N
     name, _ = entrant
     ours = name.startswith("SINGD/")
     label = "SINGD" if name == "SINGD/default" else name.removesuffix("/pytorch-optimizer")
-    colour = COLOURS.get(label, f"C{ENTRANTS.index(entrant) % 10}")
+    colour = {"SGD": "#999999", **COLOURS}.get(label, f"C{ENTRANTS.index(entrant) % 10}")
     times = np.linspace(0.0, seconds, 80)[1:]
     losses = [np.interp(times, c.seconds, c.losses, left=math.nan) for c in mine]
     panel.plot(times, np.mean(losses, axis=0), color=colour, label=label, zorder=3 if ours else 2)

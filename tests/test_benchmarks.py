@@ -126,7 +126,9 @@ def test_the_target_is_the_lowest_loss_of_adamw_after_three_quarters_of_its_time
         curves.tuning(found, "digits", ("AdamW", 1)), (0.5, 0.2, 0.3, 9.0), strict=True
     ):
         assert curves.target(found, "digits") is None
-        found[run] = curve(curves, run, [1.0, 0.9, ahead, math.inf if ahead == 9.0 else ahead / 10.0])
+        found[run] = curve(
+            curves, run, [1.0, 0.9, ahead, math.inf if ahead == 9.0 else ahead / 10.0]
+        )
     assert curves.target(found, "digits") == 0.2
 
 
@@ -142,23 +144,36 @@ def test_the_rate_is_the_one_that_reaches_the_target_first_or_else_ends_lowest()
     ends = [0.9, 0.8, 0.7, math.inf]
     found |= {run: curve(curves, run, [1.0, end]) for run, end in zip(ours, ends, strict=True)}
     assert curves.best(found, "digits", entrant) == ours[2].rate
-    found[ours[0]] = curve(curves, ours[0], [1.0, 0.2, 5.0])
-    assert curves.best(found, "digits", entrant) == ours[0].rate
+    found[ours[1]] = curve(curves, ours[1], [1.0, 0.2, 5.0])
+    assert curves.best(found, "digits", entrant) == ours[1].rate
     pending = curves.pending(found, "digits", [entrant])
-    assert [(run.rate, run.seed) for run in pending] == [(ours[0].rate, s) for s in curves.SEEDS]
+    assert [(run.rate, run.seed) for run in pending] == [(ours[1].rate, s) for s in curves.SEEDS]
 
 
 def test_rates_beyond_a_grid_whose_edge_is_best_are_tried():
     curves = importlib.import_module("curves")
-    entrant, found = ("Muon", 1), {}
-    while new := [r for r in curves.tuning(found, "digits", entrant) if r not in found]:
-        found |= {run: curve(curves, run, [1.0 / run.rate]) for run in new}
-    rates = [run.rate for run in curves.tuning(found, "digits", entrant)]
-    assert rates == [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0]
-    found = {run: curve(curves, run, [run.rate]) for run in found}
-    rates = [run.rate for run in curves.tuning(found, "digits", entrant)]
-    assert rates == [0.003, 0.01, 0.03, 0.1, 0.3]  # one is missing
-    assert curves.pending(found, "digits", [entrant])[0].rate == 0.003
+    adamw, muon = ("AdamW", 1), ("Muon", 1)
+
+    def tried(entrant, loss):
+        found = {}
+        for _ in range(9):
+            new = [r for r in curves.tuning(found, "digits", entrant) if r not in found]
+            found |= {run: curve(curves, run, [1.0, loss(run.rate)]) for run in new}
+        return found
+
+    assert [run.rate for run in tried(adamw, lambda rate: rate)] == [
+        *(0.003, 0.01, 0.03, 0.1),
+        *(0.001, 0.0003, 0.0001),
+    ]
+    found = tried(adamw, lambda rate: abs(rate - 0.03))
+    assert len(found) == 4
+    assert curves.pending(found, "digits", [muon])[0].rate == 0.01
+    rates = [run.rate for run in curves.tuning(found, "digits", muon)]
+    found |= {
+        run: curve(curves, run, [1.0 / run.rate]) for run in curves.tuning(found, "digits", muon)
+    }
+    assert [run.rate for run in curves.tuning(found, "digits", muon)] == [*rates, 1.0]
+    assert curves.best(found, "digits", muon) is None  # a rate is missing
 
 
 def curve(curves, run, losses):
