@@ -45,10 +45,15 @@ Parts: TypeAlias = Sequence[Array]  # a weight, or a weight and its bias; or the
 SPECTRAL = 2.26
 OUTPUTS = 1.5
 # Where late gradients agree that much more than noise, steps are too short: each makes the next
-# ones longer by up to this, to at most 55 times. Where they agree less than noise, shorter again.
+# ones longer by up to this, to at most 55 times. Where they agree less than noise, they oppose each
+# other: shorter again. A training that ends soon is better off with long steps all the same, so the
+# steps become shorter than at the start only after gradients have opposed each other for long, at
+# least 80 steps, and down to a seventh.
 CLEARLY = 3.0
 GROWTH = 0.15
 LONGEST = 4.0
+PATIENCE = 12.0
+SHORTEST = 2.0
 # It begins when the sums have forgotten that they began with nothing.
 _FORGOTTEN = 0.88
 
@@ -60,7 +65,8 @@ class Late(Tree):
     Attributes:
         squares: Σⱼ αʲ ‖∇Wₜ₋ⱼ‖², of the batch axes' shape.
         weights: Σⱼ αʲ, of the batch axes' shape.
-        growth: The logarithm of how much longer steps have become, of the batch axes' shape.
+        growth: What `longer` is told by, h, of the batch axes' shape: it rises where gradients
+            agree and falls where they oppose each other.
     """
 
     squares: Array
@@ -91,13 +97,24 @@ class Late(Tree):
             multiply_add(self.weights, s.momentum, 1.0),
         )
 
-    def grown(self, agreement: Scalar, s: Settings) -> Self:
-        """With steps that are longer or shorter, after the agreement of this step."""
+    def grown(self, agreement: Scalar, moves: Array | bool, s: Settings) -> Self:
+        """With steps that are longer or shorter, after the agreement of this step.
+
+        Args:
+            agreement: What `agreement` returns.
+            moves: Whether the gradient of this step is not zero: one that is zero says nothing.
+            s: The settings.
+        """
         ratio = agreement * agreement / agreement_of_noise(s)
-        up, down = clip(ratio, CLEARLY, CLEARLY + 1.0) - CLEARLY, 1.0 - at_most(ratio, 1.0)
-        change = where(self.weights > _FORGOTTEN / (1.0 - s.momentum), up - down, 0.0)
-        growth = clip(multiply_add(change, GROWTH, self.growth), 0.0, LONGEST)
+        up, down = clip(ratio, CLEARLY, CLEARLY + 1.0), at_most(ratio, 1.0)
+        known = where(moves, self.weights, 0.0) > _FORGOTTEN / (1.0 - s.momentum)
+        change = where(known, up + down - (CLEARLY + 1.0), 0.0)
+        growth = clip(multiply_add(change, GROWTH, self.growth), -PATIENCE - SHORTEST, LONGEST)
         return type(self)(self.squares, self.weights, growth)
+
+    def longer(self) -> Scalar:
+        """How much longer steps are than at the start."""
+        return exp(self.growth - clip(self.growth, -PATIENCE, 0.0))
 
     def agreement(self, ahead: Scalar, squares: Scalar, s: Settings) -> Scalar:
         """‖Σ bⱼ Gⱼ‖ / √(Σ bⱼ · Σ bⱼ ‖Gⱼ‖²), in [0, 1]: 1 if all late gradients are equal.
@@ -235,13 +252,14 @@ def scaled(
     agreement: Scalar = 1.0
     longer: Scalar = 1.0
     ahead, natural = lengths
+    moves = squares > 0.0
     if late is not None:
         late = late.update(squares, s)
         agreement = late.agreement(ahead, squares, s)
-        late = late.grown(agreement, s)
-        longer = exp(late.growth)
+        late = late.grown(agreement, moves, s)
+        longer = late.longer()
     scale = longer * (agreement * size) / at_least(natural, TINY)
-    return where(squares > 0.0, scale, 0.0), late, agreement
+    return where(moves, scale, 0.0), late, agreement
 
 
 def sides(d_out: int, d_in: int, overlap: float) -> tuple[float, float]:
