@@ -19,7 +19,7 @@ RANKS: dict[str, list[str]] = {
     "singd_torch": [
         *("_warnings", "_pytree", "_fallback", "_groups", "sharding.guards", "sharding.switched"),
         *("sharding.__init__", "tensors", "layers", "_distributed", "_state", "_table"),
-        *("_loading", "capture", "step", "_diagnostics", "_saving"),
+        *("_loading", "capture", "step", "_diagnostics", "_training", "_saving"),
         *("sharding", "_estimate", "optimizer", "_check"),
     ],
 }

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from singd_core._array import widen
+from singd_torch.capture.watcher import Keeper, Watcher
 from singd_torch.layers.layer import Layer, Source
+from singd_torch.layers.roster import Roster
 from singd_torch.optimizer import SINGD
 
 
@@ -104,12 +105,24 @@ class _Sums:
         return float((product - gradient).norm()) / norm, 8 * self.eps * self._terms / norm
 
 
-class _Products(SINGD):
+class _Multiplier(Watcher):
     """Multiplies the rows in place of measuring them."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, roster: Roster, keeper: Keeper) -> None:
+        super().__init__(roster, keeper)
         self.sums: dict[str, _Sums] = {}
-        super().__init__(model)
 
-    def _take_rows(self, layer: Layer, source: Source, x: Tensor, g: Tensor) -> Any:
+    def take_rows(self, layer: Layer, source: Source, x: Tensor, g: Tensor) -> None:
         self.sums.setdefault(layer.name, _Sums()).add(layer, source, x, g)
+
+
+class _Products(SINGD):
+    """Has the products of the rows of a model."""
+
+    _watcher: _Multiplier
+    _watches = _Multiplier
+
+    @property
+    def sums(self) -> dict[str, _Sums]:
+        """What is summed up of each layer, by the name of its weight."""
+        return self._watcher.sums

@@ -83,13 +83,13 @@ def factors_of(layer: Layer, entries: Mapping[str, Any], s: Settings) -> Factors
     """
     if not any("." in name and not name.startswith(_state.LATE) for name in entries):
         return None
-    template = _state.initial(layer, s, torch.device("meta"))
+    template = layer.first_factors(torch.device("meta"))
     arrays = dict(template.named_arrays())
     _check(layer.name, arrays, entries)
     known, by_rows = (bool(entries[f"averages.{name}"].any()) for name in ("k", "t_U"))
     if learns_from_gradients(s) and known and not by_rows:
         own = dataclasses.replace(layer, by_gradient=True)
-        template = _state.initial(own, s, torch.device("meta"))
+        template = own.first_factors(torch.device("meta"))
     return template.rebuild(entries[name] for name in arrays)
 
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
+from singd_core.rules import Factors
 from singd_torch import _state
 from singd_torch._groups import settings_of
 from singd_torch._loading import Loaded, factors_of, loaded
+from singd_torch._training import Training
 from singd_torch.capture.copies import when_complete
-from singd_torch.capture.watcher import Watcher
+
+# What a copy has of what takes steps.
+_COPIED = "skipped", "compile", "capturable"
 
 
-class Saving(Watcher):
+class Saving(Training):
     """An optimizer whose state can be saved and loaded."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -23,10 +29,11 @@ class Saving(Watcher):
         model in parts, all processes have to call it, and its tensors are DTensors.
         """
         packed = super().state_dict()
-        if self._sharded is not None:
+        sharded = self._stepper.sharded
+        if sharded is not None:
             params = [p for group in self.param_groups for p in group["params"]]
             indices = [index for group in packed["param_groups"] for index in group["params"]]
-            found = self._sharded.saved()
+            found = sharded.saved()
             packed["state"] = {
                 index: found[p] for index, p in zip(indices, params, strict=True) if found[p]
             }
@@ -40,19 +47,20 @@ class Saving(Watcher):
             ValueError: Naming the first entry that does not fit; nothing is changed then.
         """
         found: list[Loaded] = []
+        sharded = self._stepper.sharded
 
         def check(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
-            given = self._model, self.param_groups, self._names, state_dict
-            found.append(loaded(*given) if self._sharded is None else self._sharded.loaded(*given))
+            given = self._roster.model, self.param_groups, self._roster.names, state_dict
+            found.append(loaded(*given) if sharded is None else sharded.loaded(*given))
             return {"param_groups": found[0].groups, "state": found[0].others}
 
         def go_on(_: Any) -> None:  # torch would cast every tensor to its parameter's dtype
-            if self._sharded is not None:
+            if sharded is not None:
                 for layer in self._layers:
                     layer.by_gradient = layer.weight in found[0].lost
                 self._route()
-                self._sharded.go_on_from(found[0])
-                self._sharded.show(self.state)
+                sharded.go_on_from(found[0])
+                sharded.show(self.state)
                 return
             self._route()
             self.state.update((p, own) for p, own in found[0].entries.items() if own)
@@ -74,25 +82,25 @@ class Saving(Watcher):
 
         The copy trains the copy of the model that is made along with it.
         """
-        if self._sharded is not None:
+        if self._stepper.sharded is not None:
             raise TypeError("an optimizer of a model in parts cannot be copied: build another")
-        names = ("_model", "_skipped", "_compile", "_capturable")
-        own = {name: getattr(self, name) for name in names}
-        return super().__getstate__() | own
+        own = {name: getattr(self._stepper, name) for name in _COPIED}
+        return super().__getstate__() | {"model": self._roster.model, "stepper": own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if "_model" not in state:  # a part of torch's load_state_dict
+        model, own = (state.get(key) for key in ("model", "stepper"))
+        super().__setstate__({k: v for k, v in state.items() if k not in ("model", "stepper")})
+        if model is None or own is None:  # a part of torch's load_state_dict
             return
-        self._processes = None
-        self._watch(state["_model"])
-        if "_modules" in vars(self._model):
+        self._begin(model)
+        vars(self._stepper).update(own)
+        if "_modules" in vars(model):
             self._go_on_as_copied()
         else:  # the model holds its optimizer, and is being copied around it
-            when_complete(self._model, self._go_on_as_copied)
+            when_complete(model, self._go_on_as_copied)
 
     def _go_on_as_copied(self) -> None:
-        self._names = {p: name for name, p in self._model.named_parameters()}
+        self._roster.names = {p: name for name, p in self._roster.model.named_parameters()}
         self._route()
         self._go_on_from(
             {
@@ -102,3 +110,11 @@ class Saving(Watcher):
                 for layer in self._layers
             }
         )
+
+    def _go_on_from(self, factors: Mapping[nn.Parameter, Factors | None]) -> None:
+        """Have layers with these factors, which the state has."""
+        for layer in self._layers:
+            known = factors[layer.weight]  # they are made when rows are first seen
+            layer.pending, layer.seen = {}, known is not None
+            layer.by_gradient = layer.kind.has_rows and known is not None and not known.has_rows
+        self._watcher.tell()

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from singd_core import rules
 from singd_core._array import is_half
 from singd_core._layer_state import LayerState, begun, no_cost
 from singd_core._settings import Settings
@@ -23,16 +22,6 @@ LATE = "late."
 COMPENSATION = "compensation"
 
 
-def initial(layer: Layer, s: Settings, device: torch.device | None = None) -> Factors:
-    """The factors of a layer before the first refresh, on the device of its weight or another."""
-    device = device or layer.weight.device
-    like_K, like_C = (torch.empty(0, dtype=dtype, device=device) for dtype in layer.dtypes[:2])
-    has_rows, one_hot = layer.has_rows, layer.one_hot
-    return rules.start(
-        layer.structures, layer.shape, s, like_K, like_C, has_rows=has_rows, one_hot=one_hot
-    )
-
-
 def before(
     layer: Layer, s: Settings, factors: Factors | None = None, device: torch.device | None = None
 ) -> LayerState:
@@ -44,8 +33,17 @@ def before(
     likes = [
         torch.empty((), dtype=p.dtype, device=device).expand(p.shape) for p in layer.parameters
     ]
-    factors, dtype = factors or initial(layer, s, device), layer.group["momentum_dtype"]
+    factors, dtype = factors or layer.first_factors(device), layer.group["momentum_dtype"]
     return begun(factors, likes, layer.shape[0], s, dtype)
+
+
+def factors_of(layer: Layer, state: Mapping[Any, Mapping[str, Any]]) -> Factors:
+    """The factors that the state has of a layer, else the first; on its device, in its dtypes."""
+    template, kept = layer.first_factors(torch.device("meta")), state.get(layer.weight, {})
+    arrays, device = dict(template.named_arrays()), layer.weight.device
+    if not all(name in kept for name in arrays):
+        return layer.first_factors()
+    return template.rebuild(kept[name].to(device, a.dtype) for name, a in arrays.items())
 
 
 def late_of(layer: Layer, state: Mapping[Any, Mapping[str, Any]]) -> Late:
@@ -89,9 +87,9 @@ def before_any_step(
     state: dict[Tensor, dict[str, Tensor]] = {}
     for layer in layers:
         s = settings_of(layer.group)
-        layer.factors = initial(layer, s).map(torch.clone)
-        state[layer.weight] = dict(layer.factors.named_arrays())
-        kept = moving(before(layer, s, layer.factors))
+        factors = layer.first_factors().map(torch.clone)
+        state[layer.weight] = dict(factors.named_arrays())
+        kept = moving(before(layer, s, factors))
         for p, own in zip(layer.parameters, kept, strict=bool(kept)):
             state.setdefault(p, {}).update(own)
         for p in layer.parameters:
@@ -100,14 +98,6 @@ def before_any_step(
         state[p] = _fallback.initial(p, on_device=p.device.type != "cpu")
         begin_cost(p, settings_of(group), state)
     return state
-
-
-def moved(layer: Layer, s: Settings) -> Factors:
-    """The factors of a layer on the device of its weight, in its dtypes, and of its rule."""
-    template = initial(layer, s)
-    assert layer.factors is not None
-    pairs = zip(layer.factors.named_arrays(), template.named_arrays(), strict=True)
-    return template.rebuild(own.to(new.device, new.dtype) for (_, own), (_, new) in pairs)
 
 
 def portable(state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,8 @@
-"""The names that a warning lists."""
+"""Warnings of one optimizer, each of which is given once."""
 
 from collections.abc import Sequence
+
+from singd_core._warnings import warn
 
 
 def listed(names: Sequence[str]) -> str:
@@ -9,3 +11,29 @@ def listed(names: Sequence[str]) -> str:
     if len(names) > 2:
         return f"{', '.join(few)} and {len(names) - 2} more"
     return " and ".join(few)
+
+
+class Warnings:
+    """What was warned of."""
+
+    def __init__(self) -> None:
+        self._known: set[str] = set()
+
+    def once(self, text: str, about: str = "") -> None:
+        """Warn, unless that was done with this text or `about` the same."""
+        if (about or text) not in self._known:
+            self._known.add(about or text)
+            warn(text)
+
+    def unseen(self, layers: Sequence[str], what: str) -> None:
+        """Warn once of each layer without rows, in one warning of all that are new."""
+        names = [name for name in layers if f"no rows of {name}" not in self._known]
+        if names:
+            self._known.update(f"no rows of {name}" for name in names)
+            warn(
+                f"no rows of {listed(names)} have been seen: backward ran before this optimizer "
+                "was built, or inputs were empty, or weights were used without calls of their "
+                "modules, or in a graph that was compiled before the optimizer was built (then "
+                "call torch.compiler.reset()) or by torch before 2.13. Until rows are seen, "
+                f"{what}"
+            )

@@ -33,10 +33,9 @@ from singd_torch._saving import Saving
 from singd_torch.layers.kinds import reasons
 from singd_torch.layers.matrices import without_model
 from singd_torch.sharding.guards import check_model
-from singd_torch.step.stepper import Stepper
 
 
-class SINGD(Stepper, Saving):
+class SINGD(Saving):
     """Structured inverse-free natural gradient descent (arXiv 2312.05705) for any model.
 
     The weights of linear layers, convolutions, embeddings and attention's projections, with their
@@ -148,19 +147,18 @@ class SINGD(Stepper, Saving):
         if not isinstance(model, nn.Module):
             model, params = without_model(model, params)
         check_model(model)
-        self._processes, model = None, _plain(model)
+        copies, model = None, _plain(model)
         if isinstance(model, nn.parallel.DistributedDataParallel):
-            self._processes, model = model.process_group, _plain(model.module)
+            copies, model = model.process_group, _plain(model.module)
         if processes is not None:
-            self._processes = group_of(processes)
-        if shard and self._processes is None:
+            copies = group_of(processes)
+        if shard and copies is None:
             raise ValueError(
                 "shard=True: give SINGD the model in its DistributedDataParallel wrapper, or "
                 "processes=, those among which the state is parted"
             )
         if gradients not in ("mean", "sum"):
             raise ValueError(f"gradients={gradients!r}: choose 'mean' or 'sum'")
-        self._shard, self._summed = shard, gradients == "sum"
         check_names(given, inspect.signature(SINGD).parameters)
         given |= {
             "lr": lr,
@@ -187,14 +185,16 @@ class SINGD(Stepper, Saving):
             "fallback_weight_decay": fallback_weight_decay,
         }
         defaults["base_lr"] = float(defaults["lr"]) or RECIPES[recipe].lr  # AdamW's share is of it
-        self._compile = {} if compile_step is True else compile_step or None
         if defaults["fallback_weight_decay"] is None:
             defaults["fallback_weight_decay"] = 0.0 if is_zero(weight_decay) else 0.01
-        if capturable and (self._compile is not None or shard):
+        if capturable and (compile_step is not False or shard):
             other = "shard" if shard else "compile_step"
             raise ValueError(f"capturable=True and {other} exclude each other: leave one out")
-        self._capturable = capturable
-        self._watch(model)
+        self._begin(model)
+        stepper = self._stepper
+        stepper.processes, stepper.shard, stepper.summed = copies, shard, gradients == "sum"
+        stepper.compile = {} if compile_step is True else compile_step or None
+        stepper.capturable = capturable
         if params is None:
             params = [p for p in model.parameters() if p.requires_grad]
             if not params:
@@ -214,8 +214,8 @@ class SINGD(Stepper, Saving):
                 if group["structures"] == "auto":
                     group["structures"] = chosen
         self._route()
-        if warn_unsupported and self._fallback:
-            names = ", ".join(self._names.get(p, "?") for p in self._fallback)
+        if warn_unsupported and self._roster.fallback:
+            names = ", ".join(self._roster.names.get(p, "?") for p in self._roster.fallback)
             warn(f"trained by AdamW, not preconditioned: {names}")
 
     # ---- parameters -----------------------------------------------------------------------------
@@ -233,9 +233,10 @@ class SINGD(Stepper, Saving):
         group["params"] = params = parameters_of(group["params"])
         if len({id(p) for p in params}) < len(params):
             raise ValueError("a parameter is given twice in one parameter group")
-        self._names |= {p: name for name, p in self._model.named_parameters()}
+        roster = self._roster
+        roster.names |= {p: name for name, p in roster.model.named_parameters()}
         for p in params:
-            name = self._names.get(p, "a parameter")
+            name = roster.names.get(p, "a parameter")
             if nn.parameter.is_lazy(p):
                 raise ValueError(f"{name!r} has no shape yet: call the model once before")
         if is_zero(group.get("weight_decay")):  # of the whole group, its norms and biases included
@@ -243,25 +244,21 @@ class SINGD(Stepper, Saving):
         check_keys(group, self.defaults)
         check_group(self.defaults | group)
         mode = (self.defaults | group)["rounding"]
-        if self._capturable and mode == "stochastic" and any(format_of(p.dtype) for p in params):
+        random = self._stepper.capturable and mode == "stochastic"
+        if random and any(format_of(p.dtype) for p in params):
             raise ValueError(
                 "capturable=True: a CUDA graph would repeat the random bits of one step, by which "
                 'weights of 16 bits are rounded: choose rounding="kahan"'
             )
-        if group.get("structures") == "auto" and self._layers:
+        if group.get("structures") == "auto" and roster.layers:
             raise ValueError('structures="auto": it is decided at construction; give "auto:b"')
         super().add_param_group(group)
         added = self.param_groups[-1]
         added.setdefault("steps", 0)
         if "base_lr" not in param_group:  # a schedule changes a tensor in place
             added["base_lr"] = float(added["lr"]) or self.defaults["base_lr"]
-        if self._layers or self._fallback:  # after construction
+        if roster.layers or roster.fallback:  # after construction
             self._route()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients, and with them the rows that were captured."""
-        super().zero_grad(set_to_none)
-        self._forget_rows()
 
     # ---- what a person sees ---------------------------------------------------------------------
 
@@ -282,18 +279,19 @@ class SINGD(Stepper, Saving):
 
         Of a model in parts all processes call it, and each has the layers that it steps.
         """
-        if self._sharded is not None:
-            return self._sharded.diagnostics()
-        self._reports = True
-        self._report()
-        return _diagnostics.read(self._stacks)
+        stepper = self._stepper
+        if stepper.sharded is not None:
+            return stepper.sharded.diagnostics()
+        stepper.report()
+        return _diagnostics.read(stepper.stacks)
 
     def __repr__(self) -> str:
         """Who owns each parameter, with which structures, and what state it costs."""
-        owners = None if self._sharded is None else self._sharded.owners
-        why = dict(reasons(self._model, self.param_groups))
-        others = {p: self._group_of[p] for p in self._fallback}
-        table = _table.table(self._layers, others, self._names, why, owners)
+        roster, sharded = self._roster, self._stepper.sharded
+        owners = None if sharded is None else sharded.owners
+        why = dict(reasons(roster.model, self.param_groups))
+        others = {p: roster.group_of[p] for p in roster.fallback}
+        table = _table.table(roster.layers, others, roster.names, why, owners)
         return f"{type(self).__name__}\n{table}"
 
 

@@ -180,7 +180,7 @@ def test_products_out_of_range_stop_their_matrix_alone(monkeypatch: pytest.Monke
     before = copy.deepcopy(model)
     factor = optimizer.state[model.wide.weight]["C.matrix"]
     factor.fill_(1e38)
-    optimizer._stack_up()  # as after loading: nothing is kept that was made of factors
+    optimizer._stepper.stack_up()  # as after loading: nothing is kept that was made of factors
     optimizer.zero_grad()
     backward(model)
     optimizer.step()
@@ -198,7 +198,7 @@ def test_bundles_are_of_a_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bundle, "_LARGEST", 100)
     found = trained({}, nothing, parts=True)
     same(found, expected)
-    assert len(found[1]._bundles) > 2
+    assert len(found[1]._stepper.bundles) > 2
 
 
 def test_weights_in_bfloat16_step_nearly_as_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:

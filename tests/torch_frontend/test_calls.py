@@ -472,7 +472,7 @@ def test_fast_weights_of_functional_calls_are_not_the_layers() -> None:
     with optimizer.no_rows():
         value = loss(model)
     value.backward()
-    optimizer._queue.flush()
+    optimizer._watcher.queue.flush()
     assert not any(layer.pending for layer in optimizer._layers)
 
 

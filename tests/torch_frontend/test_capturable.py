@@ -114,7 +114,7 @@ def test_a_step_between_refreshes_leaves_no_memory_behind(monkeypatch: pytest.Mo
     _, optimizer, _ = train({}, replays=False)
     where = [v.data_ptr() for own in optimizer.state.values() for v in own.values()]
     for _ in range(6):
-        (network := optimizer._model)(torch.randint(9, (6, 5))).square().mean().backward()
+        (network := optimizer._roster.model)(torch.randint(9, (6, 5))).square().mean().backward()
         optimizer.step()
     assert [v.data_ptr() for own in optimizer.state.values() for v in own.values()] == where
     assert all(p.grad is not None for p in network.parameters())

@@ -191,7 +191,7 @@ def train(optimizer: SINGD, call: Callable[[Tensor], Tensor], batches: list[Tens
 
 def check_equal(a: SINGD, b: SINGD, *, close: float = CLOSE) -> None:
     """Weights and all state of two optimizers are equal."""
-    for p, q in zip(a._group_of, b._group_of, strict=True):
+    for p, q in zip(a._roster.group_of, b._roster.group_of, strict=True):
         assert (p - q).norm() <= close * p.norm()
         assert list(a.state[p]) == list(b.state[q])
         for u, v in zip(a.state[p].values(), b.state[q].values(), strict=True):
@@ -396,7 +396,7 @@ def test_a_copy_of_the_model_is_not_watched() -> None:
     optimizer = SINGD(model)
     copied = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
     copied(sequences()).sum().backward()
-    optimizer._queue.flush()
+    optimizer._watcher.queue.flush()
     assert not any(layer.pending for layer in optimizer._layers)
 
 
@@ -413,7 +413,7 @@ def test_a_graph_of_the_same_model_without_singd_is_not_used(built: str) -> None
     for _ in range(2):
         for call in calls:
             call(x).sum().backward()
-        optimizer._queue.flush()
+        optimizer._watcher.queue.flush()
         assert all(layer.pending for layer in optimizer._layers)
         optimizer.step()
 
@@ -434,7 +434,7 @@ def test_nothing_stays_behind_an_optimizer() -> None:
     assert graphs.probes() == [3, 0]
     optimizer = SINGD(model)
     call(vectors()).sum().backward()
-    optimizer._queue.flush()
+    optimizer._watcher.queue.flush()
     assert all(layer.pending for layer in optimizer._layers)
 
 
@@ -460,10 +460,10 @@ def test_transformed_functions_give_no_rows(compiled: bool) -> None:
         gradient = torch.compile(gradient, backend="aot_eager", fullgraph=True)
     x, parameters = vectors(), dict(model.named_parameters())
     found = gradient(parameters, x)
-    optimizer._queue.flush()
+    optimizer._watcher.queue.flush()
     assert not any(layer.pending for layer in optimizer._layers)
     loss(parameters, x).backward()
-    optimizer._queue.flush()
+    optimizer._watcher.queue.flush()
     assert all(layer.pending for layer in optimizer._layers)
     for p, g in zip(parameters.values(), found.values(), strict=True):
         assert p.grad is not None
@@ -491,7 +491,7 @@ def test_a_compiled_step_equals_the_ordinary_one(structure: str) -> None:
 
     model, _ = trained(10)
     compiled, optimizer = trained(10, compile_step={"backend": "eager", "fullgraph": True})
-    assert all(len(stack._compiled) == 2 for stack in optimizer._stacks)
+    assert all(len(stack._compiled) == 2 for stack in optimizer._stepper.stacks)
     for p, q in zip(model.parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from singd_core import Fallback, Optimizer
 from singd_torch import SINGD
+from singd_torch.capture.watcher import Watcher
 
 # Relative to the largest entry, float64: ten steps that divide by small numbers here and there.
 CLOSE = 1e-11
@@ -44,12 +45,17 @@ class Network(nn.Module):
         return self.out(torch.tanh(self.hidden(x)) * self.scale).mean(1)
 
 
-class Recording(SINGD):
+class Recorder(Watcher):
     rows: dict[str, tuple[np.ndarray, np.ndarray]]
 
-    def _take_rows(self, layer: Any, source: Any, x: Tensor, g: Tensor) -> None:
+    def take_rows(self, layer: Any, source: Any, x: Tensor, g: Tensor) -> None:
         self.rows[layer.name] = (x.numpy().copy(), g.numpy().copy())
-        super()._take_rows(layer, source, x, g)
+        super().take_rows(layer, source, x, g)
+
+
+class Recording(SINGD):
+    _watches = Recorder
+    _watcher: Recorder
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -74,12 +80,12 @@ def test_ten_steps_are_those_of_the_pure_optimizer(case: str) -> None:
     state = core.init(params)
     for _ in range(10):
         ours.zero_grad()
-        ours.rows = {}
+        ours._watcher.rows = {}
         x, y = torch.randn(8, 4, 3, 4).double(), torch.randint(3, (8,))
         nn.functional.cross_entropy(model(x), y).backward()
-        assert core.due(state) == bool(ours.rows)
+        assert core.due(state) == bool(ours._watcher.rows)
         grads = tree(lambda p: p.grad.numpy().copy())
-        updates, state = core.update(grads, state, params, ours.rows or None)
+        updates, state = core.update(grads, state, params, ours._watcher.rows or None)
         params = core.apply(params, updates)
         ours.step()
     reached = tree(lambda p: p.detach().numpy())

@@ -95,7 +95,7 @@ def test_nothing_is_recorded_for_who_does_not_ask() -> None:
     assert optimizer.diagnostics() == {}  # before the first step there are no factors
     _, optimizer, step = model_and_step()
     step()
-    assert all(stack.report is None for stack in optimizer._stacks)
+    assert all(stack.report is None for stack in optimizer._stepper.stacks)
 
 
 def test_asking_changes_nothing() -> None:

@@ -103,7 +103,7 @@ def test_the_padding_of_bert_is_left_out_of_the_factors() -> None:
         x, mask = tokens()[:, :length], torch.arange(length).expand(4, length) < 7
         optimizer.mask_rows(mask)
         model(input_ids=x, attention_mask=mask.long(), labels=labels).loss.backward()
-        optimizer._queue.flush()
+        optimizer._watcher.queue.flush()
         return {
             f"{layer.name} {name}": array
             for layer in optimizer._layers

@@ -42,7 +42,7 @@ def test_masked_entries_of_a_table_are_not_counted() -> None:
     x, mask = torch.tensor([[0, 1, 3], [2, 1, 3]]), torch.tensor([[1, 1, 0], [1, 1, 0]]).bool()
     optimizer.mask_rows(mask)
     table(x).square().sum().backward()
-    optimizer._queue.flush()
+    optimizer._watcher.queue.flush()
     U = Stack([optimizer._layers[0]]).curvature(1.0).H_K.diag
     assert torch.allclose(U, torch.tensor([0.25, 0.5, 0.25, 0.0]))
 
@@ -69,7 +69,7 @@ def test_a_mask_concerns_one_step() -> None:
     model(torch.randn(4, 5, 3)).sum().backward()
     optimizer.step()
     model(torch.randn(4, 5, 3)).sum().backward()
-    optimizer._queue.flush()
+    optimizer._watcher.queue.flush()
     assert next(iter(optimizer._layers[0].pending.values())).N == 20
 
 
@@ -90,14 +90,14 @@ def test_sampled_labels_give_the_rows_and_no_gradient() -> None:
         assert p.grad is not None
         assert q.grad is not None
         assert torch.allclose(p.grad, q.grad)
-    optimizer._queue.flush()
+    optimizer._watcher.queue.flush()
     last = Stack([optimizer._layers[1]]).curvature(1.0)
     rows = logits.detach().softmax(-1) - nn.functional.one_hot(sampled, 3)
     assert torch.allclose(last.H_C.matrix, rows.T @ rows / 8)
 
     optimizer.step()
     nn.functional.cross_entropy(model(x), y).backward()  # the next step is an ordinary one
-    optimizer._queue.flush()
+    optimizer._watcher.queue.flush()
     assert all(layer.pending for layer in optimizer._layers)
 
 
@@ -172,7 +172,7 @@ def test_a_mask_of_the_batch_leaves_a_convolution_alone() -> None:
     optimizer = SINGD(model)
     optimizer.mask_rows(torch.zeros(4, 3, dtype=torch.bool))
     model(torch.randn(4, 3, 3)).sum().backward()
-    optimizer._queue.flush()
+    optimizer._watcher.queue.flush()
     assert next(iter(optimizer._layers[0].pending.values())).N == 12
 
 
@@ -183,7 +183,7 @@ def test_sampled_labels_of_micro_batches_add_up_and_keep_the_mask() -> None:
     for _ in range(2):
         with optimizer.sampled_labels():
             model(torch.randn(3, 3)).sum().backward()
-    optimizer._queue.flush()
+    optimizer._watcher.queue.flush()
     assert next(iter(optimizer._layers[0].pending.values())).N == 4
 
 
@@ -211,7 +211,7 @@ def test_frozen_output_projection_leaves_the_others_their_rows() -> None:
     optimizer = SINGD(model)
     x = torch.randn(2, 3, 4)
     model(x, x, x)[0].sum().backward()
-    optimizer._queue.flush()
+    optimizer._watcher.queue.flush()
     assert any(layer.pending for layer in optimizer._layers)
 
 

@@ -111,7 +111,7 @@ def test_a_frozen_layer_behind_the_loss_of_others() -> None:
     model = network()
     optimizer = SINGD(model)
     torch.autograd.grad(loss(model), model[2].weight)
-    optimizer._queue.flush()
+    optimizer._watcher.queue.flush()
     assert [bool(layer.pending) for layer in optimizer._layers] == [False, True]
 
 
@@ -123,7 +123,7 @@ def test_rows_outside_of_the_block_are_taken() -> None:
         value = loss(model)
         raise ZeroDivisionError
     value.backward()
-    optimizer._queue.flush()
+    optimizer._watcher.queue.flush()
     assert all(layer.pending for layer in optimizer._layers)
 
 

@@ -31,7 +31,7 @@ def sampled(model: nn.Module, rows: int | None, **given: Any) -> SINGD:
 
 
 def curvatures(optimizer: SINGD) -> dict[str, Tensor]:
-    optimizer._queue.flush()
+    optimizer._watcher.queue.flush()
     found = {}
     for layer in optimizer._layers:
         curvature = Stack([layer]).curvature(1.0)
@@ -104,13 +104,13 @@ def test_a_factor_gets_as_many_rows_as_it_is_wide() -> None:
     model = nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 2))
     optimizer = sampled(model, 8, structures=("dense", "diagonal"))
     seen = {}
-    original = optimizer._queue.take
+    original = optimizer._watcher.queue.take
 
     def take(call: Any, lent: Any) -> None:
         seen[call.layer.name] = call.rows.A.shape[-2], call.rows.B.shape[-2], call.rows.N
         original(call, lent)
 
-    optimizer._queue.take = take  # type: ignore[method-assign]
+    optimizer._watcher.queue.take = take  # type: ignore[method-assign]
     model(torch.randn(10, 9, 20)).sum().backward()
     assert seen == {"0.weight": (21, 8, 90), "1.weight": (31, 8, 90)}
 
@@ -241,7 +241,7 @@ def test_the_probe_of_a_view_copies_nothing() -> None:
         with Count(z.numel()) as count:
             z.backward(torch.ones_like(z))
         counts.append(count.found)
-        assert optimizer is None or optimizer._layers[0].pending or optimizer._queue._calls
+        assert optimizer is None or optimizer._layers[0].pending or optimizer._watcher.queue._calls
     kept = counts[1] - counts[0]
     assert set(kept) <= {"aten::clone"}  # of rows that wait
     assert sum(kept.values()) <= 1
@@ -265,7 +265,7 @@ def test_an_output_that_is_part_of_its_base_is_probed_itself() -> None:
         expected, model.weight.grad = model.weight.grad, None
         optimizer = SINGD(model, recipe="paper", structures=("dense", "dense"))
         seen: list[Tensor] = []
-        optimizer._take_rows = lambda layer, source, x, g, seen=seen: seen.append(g)  # type: ignore[method-assign]
+        optimizer._watcher.take_rows = lambda layer, source, x, g, seen=seen: seen.append(g)  # type: ignore[method-assign]
         model(x).square().sum().backward()
         torch.testing.assert_close(model.weight.grad, expected, **CLOSE)
         rows = torch.zeros_like(of_call)  # of the call that is handed the weight

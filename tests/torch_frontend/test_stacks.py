@@ -90,10 +90,10 @@ def test_equal_layers_step_as_they_do_alone(
 ) -> None:
     settings = {"structures": (structure, structure), "recipe": recipe, "weight_decay": 0.1, "T": 2}
     model, optimizer = trained(*MODELS[name], **settings)
-    assert max(len(stack.layers) for stack in optimizer._stacks) == 3
+    assert max(len(stack.layers) for stack in optimizer._stepper.stacks) == 3
     alone(monkeypatch)
     other, optimizer = trained(*MODELS[name], **settings)
-    assert max(len(stack.layers) for stack in optimizer._stacks) == 1
+    assert max(len(stack.layers) for stack in optimizer._stepper.stacks) == 1
     same(model, other)
 
 
@@ -157,8 +157,8 @@ def test_a_moved_model_is_stacked_anew() -> None:
             model.forward = lambda x: Parallel.forward(model, x.float())  # type: ignore[method-assign]
 
     _, optimizer = trained(*MODELS["linear"], change=cast)
-    assert [len(stack.layers) for stack in optimizer._stacks] == [3]
-    factors = optimizer._stacks[0].factors
+    assert [len(stack.layers) for stack in optimizer._stepper.stacks] == [3]
+    factors = optimizer._stepper.stacks[0].factors
     assert factors is not None
     assert {a.dtype for _, a in factors.named_arrays()} == {torch.float32}
 
@@ -245,7 +245,7 @@ def test_a_pass_without_a_step_leaves_no_entries_in_the_state() -> None:
     model = Parallel(MODELS["linear"][0])
     optimizer = SINGD(model)
     model(torch.randn(8, 5)).backward()
-    optimizer._queue.flush()
+    optimizer._watcher.queue.flush()
     optimizer.zero_grad()
     assert not optimizer.state
 

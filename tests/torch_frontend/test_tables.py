@@ -20,7 +20,7 @@ def test_the_input_factor_has_the_entries_frequencies() -> None:
     table(x).square().sum(-1).sum().div(2).backward()
     layer = optimizer._layers[0]
     assert layer.structures[0] is Diagonal
-    optimizer._queue.flush()
+    optimizer._watcher.queue.flush()
     curvature = Stack([layer]).curvature(1.0)
     # K = I at the start, so H_K is U: the mean of the one-hot rows' squares, without the padding
     assert torch.equal(curvature.H_K.diag, torch.tensor([1, 3, 0, 1, 0]) / 6)
@@ -69,7 +69,7 @@ def test_a_tied_weight_is_one_layer_with_the_rows_of_both_uses(bias: bool) -> No
     layers = {layer.name: layer for layer in optimizer._layers}
     assert set(layers) == {"table.weight", "middle.weight"}
     tied = layers["table.weight"]
-    optimizer._queue.flush()
+    optimizer._watcher.queue.flush()
     assert set(tied.pending) == {(None, False), (None, True)}
     pending = [tied.pending[None, swapped] for swapped in (False, True)]
     head, lookup = (Curvature.of(*rows.terms(1.0)) for rows in pending)

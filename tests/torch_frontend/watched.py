@@ -26,6 +26,7 @@ class Watched(SINGD):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.products: dict[tuple[str, int | None], Tensor] = {}
         super().__init__(*args, **kwargs)
+        self._take, self._watcher.take_rows = self._watcher.take_rows, self._take_rows  # type: ignore[method-assign]
 
     def _take_rows(self, layer: Any, source: Any, x: Tensor, g: Tensor) -> None:
         kind, bias = source.kind, layer.bias is not None and source.biased
@@ -42,7 +43,7 @@ class Watched(SINGD):
             product = pad(product.mT, (0, int(layer.bias is not None)))
         key = layer.name, source.part
         self.products[key] = self.products.get(key, 0.0) + product
-        super()._take_rows(layer, source, x, g)
+        self._take(layer, source, x, g)
 
 
 def check_rows(model: nn.Module, loss: Loss, **given: Any) -> None:

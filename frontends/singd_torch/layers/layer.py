@@ -79,7 +79,6 @@ class Layer:
         group: The parameter group of the weight.
         bias_group: That of the bias.
         structures: Of K and of C.
-        factors: The preconditioner, None until it is first needed.
         pending: The rows of the current step, summed up, by part and role.
         last_pass: The last backward pass that brought rows, and what it did with the gradient.
         loss: The loss whose rows come, by the first backward pass of a call.
@@ -102,7 +101,6 @@ class Layer:
     group: dict[str, Any]
     structures: tuple[type[Structure], type[Structure]]
     bias_group: dict[str, Any] | None = None
-    factors: Factors | None = None
     pending: dict[Key, Pending] = dataclasses.field(default_factory=dict)
     last_pass: tuple[int, Reach] = (-1, Reach.NOT)
     loss: int = -1
@@ -148,14 +146,6 @@ class Layer:
         """Whether its gradient could refresh the factors in place of rows."""
         learns = learns_from_gradients(settings_of(self.group))
         return self.has_rows and self.weight.grad is not None and learns
-
-    def go_on_by_gradients(self) -> None:
-        """Have the same factors, whose averages begin with the next gradient."""
-        self.by_gradient = True
-        own: Any = self.factors  # a dataclass, which its type does not say
-        if own is not None:
-            zeros = own.averages.map(torch.zeros_like)
-            self.factors = dataclasses.replace(own, averages=zeros)
 
     @property
     def was_called(self) -> bool:
@@ -237,7 +227,7 @@ class Layer:
         self.kind = turned
         rule, wanted = rules.get(self.group["rule"]), self.group["structures"]
         self.structures = rule.choose(wanted, self.shape, diagonal=(False, False))
-        self.factors, self.seen, self.by_gradient = None, False, False
+        self.seen = self.by_gradient = False
 
     @property
     def expects_rows(self) -> bool:
@@ -283,11 +273,16 @@ class Layer:
         K, C = self.group["preconditioner_dtype"]
         return K or own, C or own, self.group["momentum_dtype"] or own
 
-    def fits(self) -> bool:
-        """Whether the factors are on the weight's device, in its dtypes, and of its rule."""
-        K, C, _ = self.dtypes
-        factors, device = self.factors, self.weight.device
-        assert factors is not None
+    def first_factors(self, device: torch.device | None = None) -> Factors:
+        """The factors before the first refresh, on the device of the weight or another."""
+        device = device or self.weight.device
+        like_K, like_C = (torch.empty(0, dtype=dtype, device=device) for dtype in self.dtypes[:2])
+        given, how = settings_of(self.group), {"has_rows": self.has_rows, "one_hot": self.one_hot}
+        return rules.start(self.structures, self.shape, given, like_K, like_C, **how)
+
+    def fits(self, factors: Factors) -> bool:
+        """Whether factors are on the weight's device, in its dtypes, and of its rule."""
+        (K, C, _), device = self.dtypes, self.weight.device
         return factors.has_rows is self.has_rows and all(
             side.like.dtype == dtype and side.like.device == device
             for side, dtype in zip(factors.sides, (K, C), strict=True)
@@ -379,16 +374,15 @@ class Layer:
         dtype, device = self.weight.dtype, self.weight.device
         A, B = (torch.zeros(*groups, 1, d, dtype=dtype, device=device) for d in (d_in, d_out))
         rows = Rows(B, 0, A, 0) if swapped else Rows(A, 0, B, 0)
-        return Pending.measured([self.factors_of(part)], [rows], 0, swapped=swapped)[0]
-
-    def factors_of(self, part: int | None) -> Factors:
-        """The factors of the layer, or of one part of a stacked one; or what measures for them."""
-        if self.meter is not None:
-            return self.meter  # type: ignore[no-any-return]
-        assert self.factors is not None
-        return self.factors if part is None else self.factors.map(lambda a: a[part])
+        by = self.meter or part_of(self.first_factors(), part)
+        return Pending.measured([by], [rows], 0, swapped=swapped)[0]
 
     def split(self, matrix: Tensor) -> tuple[Tensor, ...]:
         """The parts of a matrix that belong to `parameters`."""
         parts = self.kind.split(matrix, tuple(self.weight.shape), self.bias is not None)
         return tuple(part for part in parts if part is not None)
+
+
+def part_of(factors: Factors, part: int | None) -> Factors:
+    """The factors of one part of a stacked layer, or those of all of a layer."""
+    return factors if part is None else factors.map(lambda a: a[part])

@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from singd_core._settings import is_due
-from singd_core.rules import Factors
 from singd_torch import _state
 from singd_torch._groups import settings_of
 from singd_torch.layers.layer import Layer
@@ -49,7 +48,7 @@ class Resting:
     def forget(self) -> None:
         """Have nothing that rests."""
         self._here: dict[Half, Tensor] = {}  # the parts of this process
-        self._absent: dict[nn.Parameter, Factors] = {}  # at owners: factors without memory
+        self._absent: set[nn.Parameter] = set()  # at owners: what has no memory here
         self._complete: set[nn.Parameter] = set()  # at owners: whose factors rest
         self._changing: set[nn.Parameter] = set()
 
@@ -60,15 +59,12 @@ class Resting:
             return
         exchange = Exchange(self._owner_of(self._here), self._boxes, self._share.processes)
         whole = dict(zip(self._here, exchange.to_owners(list(self._here.items())), strict=True))
-        for weight, absent in self._absent.items():
-            layer = self._own[weight]
+        for weight in self._absent:
             for half in ((weight, False), (weight, True)):
                 packed = whole[half]
                 assert packed is not None
                 self._unpack(half, packed)
-            entries = self._share.state[layer.weight]
-            layer.factors = absent.rebuild(entries[name] for name, _ in absent.named_arrays())
-        self._absent = {}
+        self._absent = set()
         self._here = {half: t for half, t in self._here.items() if not half[1]}
 
     def rest(self) -> None:
@@ -111,7 +107,7 @@ class Resting:
 
     def _fits(self, weight: nn.Parameter) -> bool:
         """Whether all is there that other processes expect."""
-        return self._own[weight].factors is not None and all(
+        return all(
             t is not None and t.shape == like.shape and t.dtype == like.dtype
             for moves in (False, True)
             for t, like in self._entries((weight, moves))
@@ -145,9 +141,7 @@ class Resting:
     def _leave(self, weight: nn.Parameter) -> None:
         """Keep nothing of a layer."""
         layer = self._own[weight]
-        assert layer.factors is not None
-        self._absent[weight] = layer.factors.map(lambda a: a.to("meta"))
-        layer.factors = None
+        self._absent.add(weight)
         for moves in (False, True):
             for k, name, _ in self._forms[weight, moves]:
                 del self._share.state[layer.parameters[k]][name]

@@ -171,15 +171,15 @@ class Sharded:
             if own:
                 share.state[part] = own
         for weight, layer in self._own.items():
-            layer.pending, layer.factors = {}, found.factors.get(weight)
-            layer.seen, layer.by_gradient = layer.factors is not None, weight in found.lost
-        share._stack_up()
+            layer.pending, layer.seen = {}, found.factors.get(weight) is not None
+            layer.by_gradient = weight in found.lost
+        share.stack_up()
 
     def begin(self) -> None:
         """Have the state that the first steps would make."""
         own = list(self._own.values())
         share = self.share
-        others = {p: share._group_of[p] for p in share._fallback}
+        others = {p: share.roster.group_of[p] for p in share.roster.fallback}
         share.state.update(_state.before_any_step(own, others))
 
     def show(self, state: dict[Any, dict[str, Tensor]]) -> None:
@@ -234,11 +234,11 @@ class Sharded:
             if p.grad is not None:
                 part.grad = local_gradient(p)
         share = self.share
-        share._take_step(*share._ready(), scales)
-        share._forget_rows()
+        share.take_step(*share.ready(), scales)
+        share.roster.forget_rows()
         self._resting.rest()
         self._return(trained, whole)
-        return share._skipped
+        return share.skipped
 
     def _send(self, trained: Sequence[nn.Parameter], whole: Sequence[nn.Parameter]) -> None:
         """Give the owners gradients, and of some parameters also what they are."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from singd_core.rounding import Place
 from singd_torch import _diagnostics
 from singd_torch.layers.layer import Layer
+from singd_torch.layers.roster import Roster
 from singd_torch.sharding.boxes import local, place_of
 from singd_torch.sharding.local import Blocks
 from singd_torch.sharding.slab import Slab
@@ -25,25 +26,24 @@ from singd_torch.tensors.pieces import placed, read
 
 
 class Share(Stepper):
-    """An optimizer of plain tensors that stand in for parameters, which are not those of a model.
+    """Steps plain tensors that stand in for parameters, which are not those of a model.
 
     Its steps are those of any other, but whether one is taken is decided by all processes.
 
     Attributes:
         state: Tensors by stand-in.
-        param_groups: Those of the optimizer it is a share of.
         processes: All that step together.
         device: That of the parameters.
         visitors: Layers whose state is elsewhere between steps.
     """
 
+    processes: dist.ProcessGroup
+
     def __init__(self, processes: dist.ProcessGroup) -> None:
-        self.processes, self._compile = processes, None
-        self.state = defaultdict(dict)
-        self.param_groups = []
+        super().__init__(Roster(nn.Module()), defaultdict(dict))
+        self.processes = processes
         self.device = torch.device("cpu")
         self.visitors: set[Layer] = set()
-        self._watch(nn.Module())
 
     def take_over(
         self,
@@ -56,39 +56,36 @@ class Share(Stepper):
         compile: dict[str, Any] | None,
     ) -> None:
         """Step these from now on, of these names; `places` says where others stand in the whole."""
-        self.param_groups, self._compile = groups, compile
-        self._layers, self._fallback = list(layers), list(fallback)
-        self._group_of = dict(group_of)
-        self._names, self._places = dict(names), places
+        roster, self.compile, self.places = self.roster, compile, places
+        roster.groups, roster.group_of, roster.names = groups, dict(group_of), dict(names)
+        roster.layers, roster.fallback = list(layers), list(fallback)
         self.device = next((p.device for p in group_of), torch.device("cpu"))
-        self._stack_up()
+        self.stack_up()
 
     def reported(self, sizes: Mapping[str, Tensor]) -> dict[str, float]:
         """The diagnostics of its layers, with the norms of weights by the names of layers."""
-        self._reports = True
-        self._report()
-        for stack in self._stacks:
-            if stack.visits and stack.layers[0].factors is not None:
+        self.report()
+        for stack in self.stacks:
+            if stack.visits and stack.is_known(self.state):
                 stack.tie(self.state)
-        return _diagnostics.read(self._stacks, sizes)
+        return _diagnostics.read(self.stacks, sizes)
 
     def let_go(self, layers: Iterable[Layer]) -> None:
         """Have no memory for the state of visitors, whose factors are gone."""
         for layer in layers:
-            self._stack_of[layer].let_go()
-        self._bundles = [
-            bundle for bundle in self._bundles if not any(stack.visits for stack in bundle.stacks)
+            self.stack_of[layer].let_go()
+        self.bundles = [
+            bundle for bundle in self.bundles if not any(stack.visits for stack in bundle.stacks)
         ]
 
-    def _stack_up(self, parted: list[Stack] | None = None) -> None:
-        if parted is None:
-            alone = {layer for layer in self._layers if isinstance(layer, Slab)} | self.visitors
-            parted = stacks(layer for layer in self._layers if layer not in alone)
-            for layer in self._layers:
-                if layer in alone:
-                    parted.append(Stack([layer], visits=layer in self.visitors))
-        super()._stack_up(parted)
-        for stack in self._stacks:
+    def stack_up(self) -> None:
+        """Let equal layers step together, but for those whose state is elsewhere between steps."""
+        layers = self.roster.layers
+        alone = {layer for layer in layers if isinstance(layer, Slab)} | self.visitors
+        parted = stacks(layer for layer in layers if layer not in alone)
+        visits = self.visitors
+        self._have(parted + [Stack([one], visits=one in visits) for one in layers if one in alone])
+        for stack in self.stacks:
             if isinstance(stack.layers[0], Slab):
                 stack.compile = None
 
@@ -127,7 +124,7 @@ def stand_ins(layers: Iterable[Layer], device: str | None = None) -> list[Layer]
     for layer in layers:
         weight, *bias = (stand_in(p, device) for p in layer.parameters)
         own: dict[str, Any] = {"weight": weight, "bias": bias[0] if bias else None}
-        found.append(dataclasses.replace(layer, **own, pending={}, factors=None, meter=None))
+        found.append(dataclasses.replace(layer, **own, pending={}, meter=None))
     return found
 
 
@@ -136,7 +133,7 @@ def slab_of(layer: Layer, blocks: Blocks) -> Slab:
     own = {field.name: getattr(layer, field.name) for field in dataclasses.fields(layer)}
     weight, *bias = map(alias, layer.parameters)
     own |= {"weight": weight, "bias": bias[0] if bias else None}
-    own |= {"pending": {}, "factors": None, "meter": None}
+    own |= {"pending": {}, "meter": None}
     places = tuple(map(place_of, layer.parameters))
     return Slab(**own, whole=tuple(layer.weight.shape), blocks=blocks, places=places)
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from singd_torch.capture.watcher import is_due, is_refresh
-from singd_torch.layers.layer import Key, Layer
+from singd_core.rules import Factors
+from singd_torch.layers.due import is_due, is_refresh
+from singd_torch.layers.layer import Key, Layer, part_of
 from singd_torch.layers.pending import Pending
 from singd_torch.sharding.meter import by_samples
 from singd_torch.sharding.share import Share
@@ -97,8 +98,8 @@ class Sums:
             if mine is not None and (seen or (layer, key) in known):
                 each = [s[layer.weight, key] for s in (sent, found) if s.get((layer.weight, key))]
                 total = [sum(tensors[1:], tensors[0]) for tensors in zip(*each, strict=True)]
-                share._factors(mine)
-                mine.pending[key] = self._of_all(mine, pending, key, total)
+                by = part_of(share.factors(mine), key[0])
+                mine.pending[key] = self._of_all(mine, pending, by, total)
         for layer, _ in known:
             layer.seen, layer.by_gradient = True, False
         self.stream.learn(due)
@@ -134,11 +135,11 @@ class Sums:
             return tensors
         return [torch.zeros_like(t) for t in tensors]
 
-    def _of_all(self, own: Layer, pending: Pending, key: Key, sums: Sequence[Tensor]) -> Pending:
+    def _of_all(self, own: Layer, pending: Pending, by: Factors, sums: Sequence[Tensor]) -> Pending:
         """The rows of all processes, as the factors of a layer measure them."""
         mean = own.group["loss_average"] is not None
         pending = pending.of_all(sums, self._averaged(), mean=mean)
-        inputs, outputs = own.factors_of(key[0]).seen(pending.inputs, pending.outputs)
+        inputs, outputs = by.seen(pending.inputs, pending.outputs)
         return dataclasses.replace(pending, inputs=inputs, outputs=outputs)
 
     def _rows_known(self, entries: Iterable[Entry]) -> set[tuple[Layer, Key]]:

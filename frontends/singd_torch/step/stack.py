@@ -39,8 +39,10 @@ _LARGEST = 1 << 17
 class Stack:
     """Layers of equal kind, shape and settings. A single one has no first axis.
 
+    It owns what they learn. The optimizer's state has views of that, which `_publish` gives it.
+
     Attributes:
-        layers: The layers. The state has views of the following three.
+        layers: The layers.
         factors: Their factors, joined. None until they are needed.
         momenta: The momenta of the weights and of the biases. None without or until needed.
         late: The sums over late gradients. None without or until needed.
@@ -61,6 +63,7 @@ class Stack:
     visits: bool = False
     capturable: bool = False
     _fixed: Preconditioner | None = None
+    _factors: Sequence[Factors] = ()
     _handed_out: Sequence[Tensor] = ()
     _owners: Tensor | None = None
     _compiled: dict[Callable[..., Any], Callable[..., Any]] = dataclasses.field(
@@ -98,13 +101,8 @@ class Stack:
         return self.factors.averages
 
     def tie(self, state: State) -> None:
-        """Join what the layers have, in the dtypes and on the device of their weights."""
-        for layer in self.layers:
-            if layer.factors is None:
-                layer.factors = _state.initial(layer, settings_of(layer.group))
-            elif not layer.fits():
-                layer.factors = _state.moved(layer, settings_of(layer.group))
-        factors = [layer.factors for layer in self.layers if layer.factors is not None]
+        """Join what the state has of the layers, in the dtypes and on the device of the weights."""
+        factors = [_state.factors_of(layer, state) for layer in self.layers]
         self.factors = self.momenta = self.late = None
         self.hold(join_trees(factors).map(partial(_owned, set())), state)
         first = self.layers[0]
@@ -132,7 +130,8 @@ class Stack:
 
     def begin(self, state: State, s: Settings) -> None:
         """Have momenta of nothing yet."""
-        new = [_state.before(layer, s, layer.factors) for layer in self.layers]
+        pairs = zip(self.layers, self._factors, strict=True)
+        new = [_state.before(layer, s, factors) for layer, factors in pairs]
         momenta = [join(place) for place in zip(*(own.momenta or () for own in new), strict=True)]
         late = [own.late for own in new if own.late is not None]
         self.hold_momenta(momenta, join_trees(late) if late else None, state)
@@ -174,17 +173,17 @@ class Stack:
 
         `preconditioner` is what preconditions with them, if that is known.
         """
+        fresh = [layer for layer in self.layers if seen and not layer.seen]
         if self.factors is None:
-            self.factors = factors
-            for layer, own in zip(self.layers, tree_parts(factors, len(self.layers)), strict=True):
-                layer.factors = own
-        elif factors is not self.factors:  # where they are: the layers' own are views
+            self.factors, self._factors = factors, tree_parts(factors, len(self.layers))
+            fresh = [layer for layer in self.layers if layer.seen or seen]
+        elif factors is not self.factors:  # where they are
             self.factors.map(Tensor.copy_, factors)
         self.preconditioner = preconditioner
-        for layer in self.layers:
-            layer.seen = layer.seen or seen
-            if layer.seen and layer.factors is not None:
-                state[layer.weight].update(layer.factors.named_arrays())
+        for layer in fresh:
+            layer.seen = True
+        if fresh:
+            self._publish(state)
 
     def uses(self, s: Settings) -> int:
         """How many steps a preconditioner that is made now is used for, as far as that matters.
@@ -205,7 +204,20 @@ class Stack:
     def let_go(self) -> None:
         """Have nothing of the state."""
         self.factors = self.momenta = self.late = self.preconditioner = None
-        self._handed_out = ()
+        self._factors = self._handed_out = ()
+
+    def factors_of(self, layer: Layer) -> Factors:
+        """The factors of one of the layers, views."""
+        return self._factors[self.layers.index(layer)]
+
+    def fits(self) -> bool:
+        """Whether the factors, if there are any, are as the weights and their rule want them."""
+        return all(map(Layer.fits, self.layers, self._factors))
+
+    def is_known(self, state: State) -> bool:
+        """Whether the state has anything of its layers, which `tie` would join."""
+        kept = (state.get(p, {}) for p in self._parameters())
+        return any(_state.MOMENTUM in own or "averages.k" in own for own in kept)
 
     @property
     def autocast(self) -> bool:
@@ -222,8 +234,14 @@ class Stack:
 
     def is_tied(self, state: State) -> bool:
         """Whether it has what the state has, which others may write to, in the weights' dtype."""
-        if self.momenta is None:
-            return self.factors is not None
+        if self.factors is None:
+            return False
+        shows_factors = all(
+            not layer.seen or state.get(layer.weight, {}).get("averages.k") is own.averages.k
+            for layer, own in zip(self.layers, self._factors, strict=True)
+        )
+        if self.momenta is None or not shows_factors:
+            return shows_factors
         return self.momenta[0].dtype == self.layers[0].dtypes[2] and all(
             state.get(p, {}).get(_state.MOMENTUM) is part
             for p, part in zip(self._parameters(), self._handed_out, strict=True)
@@ -239,18 +257,26 @@ class Stack:
         elif changed:
             self.momenta = momenta
             self._handed_out = [part for m in momenta for part in self.split(m)]
+        if late is not None and self.late is None:
+            self.late, changed = late, True
+        elif late is not None and self.late is not None:  # perhaps numbers of the host
+            write = Tensor.copy_ if isinstance(late.squares, Tensor) else Tensor.fill_
+            self.late.map(write, late)
+        if changed:
+            self._publish(state)
+
+    def _publish(self, state: State) -> None:
+        """Let the state have views of what is here. It shows factors that have been refreshed."""
+        for layer, own in zip(self.layers, self._factors, strict=True):
+            if layer.seen:
+                state[layer.weight].update(own.named_arrays())
+        if self.momenta is not None:
             for p, part in zip(self._parameters(), self._handed_out, strict=True):
                 state[p][_state.MOMENTUM] = part
-        if late is None:
-            return
-        if self.late is None:
-            self.late = late
-            for layer, own in zip(self.layers, tree_parts(late, len(self.layers)), strict=True):
-                state[layer.weight].update(own.named_arrays(_state.LATE))
-        elif isinstance(late.squares, Tensor):
-            self.late.map(Tensor.copy_, late)
-        else:  # numbers of the host
-            self.late.map(Tensor.fill_, late)
+        if self.late is not None:
+            sums = tree_parts(self.late, len(self.layers))
+            for layer, of_layer in zip(self.layers, sums, strict=True):
+                state[layer.weight].update(of_layer.named_arrays(_state.LATE))
 
     def joined(self, of: Callable[[nn.Parameter], Tensor]) -> list[Tensor]:
         """What the weights have, and what the biases have, such as their gradients."""

@@ -2,68 +2,132 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
 
 from singd_core.rules import Factors
-from singd_torch.capture.follower import Follower
 from singd_torch.layers.layer import Layer
+from singd_torch.layers.roster import Roster
+from singd_torch.sharding import parted
 from singd_torch.step.rounding import Rows
 from singd_torch.step.stack import Stack, stacks
 from singd_torch.tensors.scratch import Scratch
 
+if TYPE_CHECKING:  # it imports DTensor, for a second
+    from singd_torch.sharding.sharded import Sharded
 
-class Stacker(Follower):
-    """An optimizer whose equal layers step together.
+
+class Stacker:
+    """Has the stacks of equal layers, which own what is learned.
 
     Attributes:
-        state: Tensors by parameter.
-        param_groups: The groups of parameters and their settings.
+        roster: What is trained.
+        state: The state of the optimizer: tensors by parameter, of factors and momenta views.
+        stacks: The stacks.
+        sharded: What parts the work among several processes, if parameters are in parts there.
+        processes: Those that have copies of the model, if several have.
+        shard: Whether the work is parted among these.
+        summed: Whether their gradients are summed, or averaged.
+        compile: Arguments of torch.compile for stacks, None to run things as they are.
+        capturable: Whether what a step reads stays where it is, as a CUDA graph needs it.
     """
 
-    def _watch(self, model: nn.Module) -> None:
-        super()._watch(model)
+    state: dict[Any, dict[str, Any]]
+    stacks: Sequence[Stack] = ()
+    sharded: Sharded | None = None
+    processes: torch.distributed.ProcessGroup | None = None
+    shard: bool = False
+    summed: bool = False
+    compile: dict[str, Any] | None = None
+    capturable: bool = False
+
+    def __init__(self, roster: Roster, state: dict[Any, dict[str, Any]]) -> None:
+        self.roster, self.state = roster, state
         self._scratch = Scratch()
         self._reports = False
 
-    def _stack_up(self, parted: list[Stack] | None = None) -> None:
-        if parted is None:  # of a model in parts, what this process owns steps in a share
-            parted = [] if self._sharded is not None else stacks(self._layers)
-        self._stacks = parted
-        self._stack_of: dict[Layer, Stack] = {
-            layer: stack for stack in self._stacks for layer in stack.layers
+    def stack_up(self) -> None:
+        """Let equal layers step together, as they are now."""
+        # of a model in parts, what this process owns steps in a share
+        self._have([] if self.sharded is not None else stacks(self.roster.layers))
+
+    def _have(self, parted: Sequence[Stack]) -> None:
+        self.stacks = parted
+        self.stack_of: dict[Layer, Stack] = {
+            layer: stack for stack in self.stacks for layer in stack.layers
         }
-        for stack in self._stacks:
-            stack.compile, stack.capturable = self._compile, self._capturable
+        for stack in self.stacks:
+            stack.compile, stack.capturable = self.compile, self.capturable
         self._rows: Rows = {}
         self._report()
 
+    def report(self) -> None:
+        """Let steps tell what they know from now on."""
+        self._reports = True
+        self._report()
+
     def _report(self) -> None:
-        for stack in self._stacks:
+        for stack in self.stacks:
             if self._reports and stack.report is None:
                 stack.report = {}
 
-    def _factors(self, layer: Layer) -> Factors | None:
+    # ---- what the watcher asks for --------------------------------------------------------------
+
+    def factors(self, layer: Layer) -> Factors:
+        """What measures the rows of a layer: its factors, or what stands for them."""
         if layer.meter is not None:
-            return None
-        if layer.factors is not None and not layer.fits():  # the model was moved or cast
-            self._stack_up()
-        stack = self._stack_of[layer]
+            return layer.meter  # type: ignore[no-any-return]
+        if not self.stack_of[layer].fits():  # the model was moved or cast
+            self.stack_up()
+        stack = self.stack_of[layer]
         if stack.factors is None:
             stack.tie(self.state)
-        assert layer.factors is not None
-        return layer.factors
+        return stack.factors_of(layer)
 
-    def _ready(self) -> tuple[list[Stack], list[nn.Parameter]]:
+    def follow(self, new: dict[Tensor, nn.Parameter]) -> None:
+        """Keep of these parameters what is kept of those in whose places they are."""
+        for p, q in new.items():
+            if p in self.state:
+                self.state[q] = self.state.pop(p)
+        self.arrange()
+
+    def begin_anew(self, layer: Layer) -> None:
+        """Keep nothing of a layer."""
+        self.state[layer.weight].clear()
+        if self.sharded is None:
+            self.stack_up()
+        else:  # all processes arrange it anew in the step, when they all know
+            self.sharded.turned(layer)
+
+    def arrange(self) -> None:
+        """Let the layers that there are step together, in parts if the parameters are in parts."""
+        roster = self.roster
+        if self.sharded is None:
+            given = roster.group_of, self.processes
+            self.sharded = parted(*given, copies=self.shard, summed=self.summed)
+        if self.sharded is not None:
+            layers, others = roster.layers, roster.fallback
+            self.sharded.arrange(roster.groups, layers, others, roster.names, self.compile)
+        self.stack_up()
+
+    # ---- what steps now -------------------------------------------------------------------------
+
+    def ready(self) -> tuple[list[Stack], list[nn.Parameter]]:
         """The stacks that step now, and the other parameters that have a gradient."""
-        ready, left, others = [], [], [p for p in self._fallback if p.grad is not None]
-        lost = [layer for layer in self._layers if not layer.pending and layer.is_lost()]
+        layers, warnings = self.roster.layers, self.roster.warnings
+        ready, left = [], []
+        others = [p for p in self.roster.fallback if p.grad is not None]
+        lost = [layer for layer in layers if not layer.pending and layer.is_lost()]
         for layer in lost:
-            layer.go_on_by_gradients()
-        unseen = [layer for layer in lost if layer.has_modules and not layer.seen]
-        self._warn_unseen(unseen, "gradients alone refresh the factors")
-        if lost or any(one.factors is not None and not one.fits() for one in self._layers):
-            self._stack_up()  # or the model was moved or cast
-        for stack in list(self._stacks):
+            self._go_on_by_gradients(layer)
+        unseen = [layer.name for layer in lost if layer.has_modules and not layer.seen]
+        warnings.unseen(unseen, "gradients alone refresh the factors")
+        if lost or not all(stack.fits() for stack in self.stacks):
+            self.stack_up()  # or the model was moved or cast
+        for stack in list(self.stacks):
             live = []
             for layer in stack.layers:
                 if layer.pending and None not in layer.kind.row_parts:
@@ -78,22 +142,29 @@ class Stacker(Follower):
                 if layer.weight.grad is not None:  # a frozen weight may have a trained bias
                     if not layer.missed:  # all inputs were empty so far: it waits for others
                         continue
-                    left.append(layer)
+                    left.append(layer.name)
                 others += [p for p in layer.parameters if p.grad is not None]
             if live:
                 ready += self._tied(stack, live)
-        self._warn_unseen(left, "AdamW trains the weights")
+        warnings.unseen(left, "AdamW trains the weights")
         return ready, others
+
+    def _go_on_by_gradients(self, layer: Layer) -> None:
+        """Have the same factors, whose averages begin with the next gradient."""
+        layer.by_gradient = True
+        own = self.state.get(layer.weight, {})
+        for name in [name for name in own if name.startswith("averages.")]:
+            own[name] = torch.zeros_like(own[name])
 
     def _tied(self, stack: Stack, live: list[Layer]) -> list[Stack]:
         """The live layers of a stack as stacks that hold what the state has."""
         parts = stack.parted(live)
         if parts != [stack]:
-            self._stack_up([*(s for s in self._stacks if s is not stack), *parts])
+            self._have([*(s for s in self.stacks if s is not stack), *parts])
         moving = set(live)
         ready = [part for part in parts if part.layers[0] in moving]
         for part in parts:
-            wanted = part in ready or part.layers[0].factors is not None
+            wanted = part in ready or part.is_known(self.state)
             if wanted and not part.is_tied(self.state):
                 part.tie(self.state)
         return ready

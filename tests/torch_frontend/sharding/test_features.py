@@ -266,7 +266,7 @@ def half(rank: int, world: int) -> tuple[dict[str, Tensor], set[torch.dtype], li
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         models.train(run.model, run.build(), models.data(NAME), rank, world)
-    state = run.optimizer._sharded.share.state  # type: ignore[union-attr]
+    state = run.optimizer._stepper.sharded.share.state  # type: ignore[union-attr]
     dtypes = {t.dtype for own in state.values() for t in own.values()}
     return models.weights(run.model), dtypes, [str(w.message) for w in caught]
 

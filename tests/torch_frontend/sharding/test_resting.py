@@ -35,10 +35,10 @@ def build(rank: int, world: int, name: str, how: str, given: Any) -> tuple[Any, 
 
 def bytes_here(optimizer: SINGD) -> int:
     """Those of the tensors of state on this process, numbers of each matrix apart."""
-    sharded: Any = optimizer._sharded
+    sharded: Any = optimizer._stepper.sharded
     state = [t for own in sharded.share.state.values() for t in own.values() if t.ndim]
     state += sharded._resting._here.values()
-    visits = [stack for stack in sharded.share._stacks if stack.visits]
+    visits = [stack for stack in sharded.share.stacks if stack.visits]
     assert len(visits) == len(sharded.share.visitors)
     assert all(s.factors is s.momenta is s.late is s.preconditioner is None for s in visits)
     return sum({t.data_ptr(): t.numel() * t.element_size() for t in state}.values())

@@ -1,0 +1,273 @@
+"""What a training loop calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from singd_core import _settings
+from singd_torch._groups import settings_of
+from singd_torch._warnings import listed
+from singd_torch.capture import scaling
+from singd_torch.capture.scaling import Given
+from singd_torch.capture.watcher import Watcher
+from singd_torch.layers.due import is_due, is_refresh
+from singd_torch.layers.layer import MOST_MISSED, Layer
+from singd_torch.layers.roster import GONE, Roster
+from singd_torch.sharding.guards import refuse_stages
+from singd_torch.step.stepper import Stepper
+
+
+class Training(torch.optim.Optimizer):
+    """An optimizer that has a roster of what it trains, a watcher of rows, and what takes steps.
+
+    Attributes:
+        state: Tensors by parameter; those of layers are views of what stacks own.
+        param_groups: The groups of parameters and their settings.
+    """
+
+    _watches: ClassVar[type[Watcher]] = Watcher
+
+    def _begin(self, model: nn.Module) -> None:
+        """Begin with a model of which no layer is known yet."""
+        self._roster = Roster(model)
+        self._stepper = Stepper(self._roster, {})
+        self._watcher = self._watches(self._roster, self._stepper)
+        self._given_scale: Given | None = None
+        self._is_checked = False
+
+    @property
+    def _layers(self) -> list[Layer]:
+        return self._roster.layers
+
+    def _route(self) -> None:
+        """Decide which parameters form layers, keeping what is known of those that stay."""
+        self._place_rates()
+        self._roster.groups, self._stepper.state = self.param_groups, self.state
+        for layer in self._roster.find():
+            self.state[layer.weight].clear()
+        self._stepper.arrange()
+        self._watcher.watch()
+
+    def _place_rates(self) -> None:
+        """Have rates in the memory of devices, where a CUDA graph reads them as they are then."""
+        for group in self.param_groups if self._stepper.capturable else ():
+            rate, device = group["lr"], group["params"][0].device
+            if isinstance(rate, Tensor):
+                group["lr"] = rate.to(device)
+            else:
+                group["lr"] = torch.full((), rate, dtype=torch.float32, device=device)
+
+    # ---- what happened to the model -------------------------------------------------------------
+
+    def _follow_model(self) -> None:
+        """Notice what happened to the model after construction, at steps that may have rows."""
+        if not any(is_refresh(group) for group in self.param_groups):
+            return
+        if self._roster.is_other_model():
+            self._renew()
+        names = self._roster.untrained()
+        if names:
+            self._roster.check_parameters()
+            self._roster.warnings.once(
+                f"the model's parameter {names[0]!r} has a gradient and is in no parameter group, "
+                f"so that it is not trained ({len(names)} such in all): build the optimizer after "
+                "what adds, replaces or unfreezes parameters, or "
+                "optimizer.add_param_group({'params': ...})",
+                about="untrained",
+            )
+
+    def _renew(self) -> None:
+        """Find the layers of a model anew, which is made of other modules or parameters by now."""
+        before = {layer.weight: layer for layer in self._layers}
+        self._route()
+        found = [(layer, before.get(layer.weight)) for layer in self._layers]
+        others = [one for one, old in found if old is not None and not old.is_found_as(one)]
+        for layer in [*others, *(one for one, old in found if old is None)]:
+            layer.by_gradient = layer.can_do_without()  # its rows are those of the next step
+        self._stepper.stack_up()
+        names = [one.name for one in others if not one.name.endswith(GONE)]
+        if names:
+            self._roster.warnings.once(
+                f"the model was changed after the optimizer was built, and {names[0]!r} is used "
+                f"in another way ({len(names)} such in all): its factors and its momentum begin "
+                "anew, and print(optimizer) shows by which rule; build the optimizer after what "
+                "prunes, parametrizes, ties or patches modules"
+            )
+
+    def _part_with_rows(self) -> None:
+        """Train layers without rows from now on, whose rows would not tell the gradient.
+
+        That is kept in their groups, and so in checkpoints.
+        """
+        lost = [layer for layer in self._layers if layer.without_rows]
+        for layer in lost:
+            params = layer.group["params"]
+            index = next(i for i, p in enumerate(params) if p is layer.weight)
+            layer.group.setdefault("without_rows", {})[index] = layer.without_rows
+        expected = [layer for layer in lost if layer.has_modules or layer.was_called]
+        if expected:
+            first = expected[0]
+            self._roster.warnings.once(
+                f"no rows of {first.name!r} are taken, since it is {first.without_rows}: it is "
+                "trained without; print(optimizer) shows all that is, and why"
+            )
+        if lost:
+            self._route()
+
+    def _warn_missed(self) -> None:
+        """Warn of layers whose rows came before, when they have been missing for long enough."""
+        missed = [layer for layer in self._layers if layer.missed == MOST_MISSED]
+        layers = [layer for layer in missed if layer.rows_seen]
+        if layers:
+            goes_on = all(layer.is_lost() for layer in layers)
+            what = "gradients alone refresh the factors" if goes_on else "the factors stay"
+            names = [layer.name for layer in layers]
+            self._roster.warnings.once(
+                f"no rows of {listed(names)} have come for {MOST_MISSED} refreshes in a row, and "
+                "gradients have: the weights are used without calls of their modules by now, as "
+                f"in compiled functions. Until rows come again, {what}",
+                about=f"missed {names}",
+            )
+
+    # ---- steps ----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step. If a gradient or row is not finite, it changes nothing and is counted.
+
+        Args:
+            closure: Evaluates the model, calls `backward` and returns the loss.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            RuntimeError: If a gradient is sparse.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        roster, stepper, watcher = self._roster, self._stepper, self._watcher
+        if roster.is_switched:
+            watcher.follow()
+        elif roster.is_regrouped():
+            self._renew()
+        if not self._is_checked:
+            refuse_stages(roster.group_of)
+            self._is_checked = True
+        roster.check_shapes(roster.group_of)
+        roster.check_dense()
+        watcher.queue.flush()
+        if not self.state and stepper.is_no_step:
+            stepper.begin()
+            return loss
+        if stepper.sharded is None:  # else modules may have what was gathered for them
+            self._follow_model()
+        watcher.end_proofs()
+        stepper.agree_on_rows()
+        self._warn_missed()
+        self._part_with_rows()
+        stepper.step(scaling.scales(self, self._given_scale))
+        self._count()
+        watcher.mask = self._given_scale = None
+        return loss
+
+    def _count(self) -> None:
+        for group in self.param_groups:
+            group["steps"] += 1
+        self._watcher.forget()
+
+    @property
+    def replayable(self) -> bool:
+        """Whether a CUDA graph of an earlier step may take the place of the next one.
+
+        It may where the next step has neither to refresh factors nor to measure for that, nor warms
+        up: then nothing in it depends on the number of steps. Never without `capturable=True`.
+        """
+        if not self._stepper.capturable or self._stepper.sharded is not None:
+            return False
+        for group in self.param_groups:
+            steps, s = group["steps"], settings_of(group)
+            if steps < s.warmup or _settings.is_due(steps, s) or _settings.is_due(steps + 1, s):
+                return False
+        return not any(is_due(layer) for layer in self._layers if layer.weight.requires_grad)
+
+    def replayed(self) -> None:
+        """Count a step that a CUDA graph has taken, in place of `step`.
+
+        Raises:
+            RuntimeError: If it had to be one that is not `replayable`.
+        """
+        if not self.replayable:
+            raise RuntimeError(
+                "this step was to refresh the factors, to measure for that or to warm up: take it "
+                "with step(), and replay a graph only where optimizer.replayable"
+            )
+        self._count()
+
+    @property
+    def skipped(self) -> int:
+        """How many steps changed nothing, as a gradient or row was not finite (a host sync)."""
+        return self._stepper.count_skipped()
+
+    def set_current_grad_scale(self, scale: Any, *, unscaled: bool = False) -> None:
+        """Tell what the loss of the next step was multiplied by: it is divided out again.
+
+        torch.amp.GradScaler is asked by itself.
+
+        Args:
+            scale: The scale, a number or 0-d.
+            unscaled: Whether the gradients have been divided by it already, as for clipping.
+        """
+        self._given_scale = Given(scale, unscaled)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients, and with them the rows that were captured."""
+        super().zero_grad(set_to_none)
+        self._watcher.forget()
+
+    # ---- which rows count -----------------------------------------------------------------------
+
+    def sampled_labels(self) -> AbstractContextManager[None]:
+        """Take the rows of this step from backward passes inside the block, and only from them.
+
+        With the loss of labels sampled from the model's own predictions inside, the factors are
+        those of the Fisher matrix and not of the empirical one. Gradients come from outside alone:
+
+            with optimizer.sampled_labels():
+                F.cross_entropy(logits, sample(logits)).backward(retain_graph=True)
+        """
+        return self._watcher.sampled_labels()
+
+    def no_rows(self) -> AbstractContextManager[None]:
+        """Take no rows from backward passes inside the block.
+
+        For passes with respect to the weights whose gradients are not those of the training loss:
+        Hessian-vector products, norms of the gradients of single tasks, sharpness. (Passes that
+        reach no weight, such as derivatives with respect to inputs, bring no rows anyway.)
+
+            with optimizer.no_rows():
+                gradients = torch.autograd.grad(loss, parameters, create_graph=True)
+        """
+        return self._watcher.no_rows()
+
+    def mask_rows(self, mask: Tensor | None) -> None:
+        """Leave rows out of the factors until the next step, such as those of padding.
+
+        Args:
+            mask: Boolean, shape (batch, ...), False at positions that are left out. It concerns the
+                layers whose input has these first axes, and only their factors: the loss has to
+                leave the positions out by itself. None for no mask.
+
+        Raises:
+            TypeError: If the mask is not boolean.
+        """
+        if mask is not None and mask.dtype != torch.bool:
+            raise TypeError(f"mask_rows wants a boolean mask, not {mask.dtype}: give mask.bool()")
+        self._watcher.mask = mask

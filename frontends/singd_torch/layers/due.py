@@ -1,0 +1,31 @@
+"""Whether a step wants rows."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from singd_core import _settings
+from singd_core._settings import Settings
+from singd_torch.layers.layer import Layer
+
+
+def is_due(layer: Layer) -> bool:
+    """Whether rows of a layer are wanted in the current step."""
+    return not layer.without_rows and may_be_due(layer)
+
+
+def may_be_due(layer: Layer) -> bool:
+    """Whether a step wants rows of a layer, unless this process has lost them by now."""
+    return not layer.seen or is_refresh(layer.group)
+
+
+def is_refresh(group: dict[str, Any]) -> bool:
+    """Whether the next step of a group refreshes the factors that there are."""
+    return _is_due(group["steps"], group["T"], group["growing_T"])
+
+
+@lru_cache(maxsize=16)
+def _is_due(steps: int, T: int, growing_T: bool) -> bool:
+    """Of all layers alike, each of which is asked several times in a step."""
+    return bool(_settings.is_due(steps, Settings(T=T, growing_T=growing_T)))

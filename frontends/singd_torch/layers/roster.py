@@ -1,0 +1,171 @@
+"""What an optimizer trains: its parameters by group, by name and by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from singd_torch._warnings import Warnings
+from singd_torch.layers.changes import Makeup, check_shapes
+from singd_torch.layers.due import is_refresh
+from singd_torch.layers.layer import Layer
+from singd_torch.layers.matrices import find_all, parameter_names
+from singd_torch.layers.reach import Reach
+from singd_torch.sharding.switched import switched
+
+# What the names of parameters have behind them that are not in the model any more.
+GONE = " (replaced)"
+
+
+class Roster:
+    """Which parameters form layers, in which groups all are, and what they are called.
+
+    Attributes:
+        model: The model, an empty one where parameters were given alone.
+        groups: The parameter groups of the optimizer.
+        names: The names of parameters.
+        layers: The layers.
+        fallback: The parameters that belong to none: AdamW trains them.
+        group_of: The group of each parameter.
+        by_weight: The layer of each weight.
+        warnings: What was warned of.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.groups = model, list[dict[str, Any]]()
+        self.names: dict[Any, str] = {}
+        self.layers: list[Layer] = []
+        self.fallback: list[nn.Parameter] = []
+        self.group_of: dict[nn.Parameter, dict[str, Any]] = {}
+        self.by_weight: dict[Tensor, Layer] = {}
+        self.warnings = Warnings()
+        self._shapes: dict[Tensor, torch.Size] = {}
+        self._makeup: Makeup | None = None
+
+    def find(self) -> list[Layer]:
+        """Decide which parameters form layers, keeping what is known of those that stay.
+
+        Returns:
+            The layers that begin anew, as they are used in another way than before.
+        """
+        self._name()
+        self.layers, anew = find_all(self.model, self.groups), []
+        for layer in self.layers:
+            known = self.by_weight.get(layer.weight)
+            layer.name = self.names.get(layer.weight, layer.name)
+            if known is not None and known.is_found_as(layer):
+                layer.pending, layer.seen = known.pending, known.seen
+                layer.by_gradient, layer.proved_in = known.by_gradient, known.proved_in
+                for module, source in known.sources:
+                    if module is None:  # it was met in calls
+                        layer.know(source)
+            elif known is not None:
+                anew.append(layer)
+        self._index()
+        return anew
+
+    def _name(self) -> None:
+        """Name the parameters, those that the model has no more by what they were."""
+        now = parameter_names(self.model, self.groups)
+        trained = (p for group in self.groups for p in group["params"] if p not in now)
+        gone = ((p, self.names[p]) for p in trained if p in self.names)
+        self.names = now | {p: name.removesuffix(GONE) + GONE for p, name in gone}
+
+    def _index(self) -> None:
+        """Find layers and groups by parameters."""
+        self.by_weight = {layer.weight: layer for layer in self.layers}
+        before = self.group_of
+        self.group_of = {p: group for group in self.groups for p in group["params"]}
+        for p in self.group_of:
+            self._shapes.setdefault(p, p.shape)
+        taken_out = before.keys() - self.group_of.keys()
+        left_out = None if self._makeup is None else {*self._makeup.left_out, *taken_out}
+        self._makeup = Makeup(self.model, self.group_of, left_out)
+        owned = {p for layer in self.layers for p in layer.parameters}
+        self.fallback = [p for p in self.group_of if p not in owned]
+
+    # ---- what may have changed ------------------------------------------------------------------
+
+    @property
+    def is_switched(self) -> bool:
+        """Whether the groups have other parameters than they had, which all are in that case."""
+        return any(p not in self.group_of for group in self.groups for p in group["params"][:1])
+
+    def is_regrouped(self) -> bool:
+        """Whether parameters were put into lists of the groups, or taken out, by hand."""
+        if sum(len(group["params"]) for group in self.groups) != len(self.group_of):
+            return True
+        if not any(is_refresh(group) for group in self.groups):
+            return False
+        return any(self.group_of.get(p) is not one for one in self.groups for p in one["params"])
+
+    def follow(self) -> dict[Tensor, nn.Parameter]:
+        """Train the parameters that the groups have now.
+
+        Modules are not asked: in a forward pass they may have others still, gathered for it.
+
+        Returns:
+            The parameters by those in whose places they are.
+        """
+        new = switched(self.groups, list(self.group_of))
+        for layer in self.layers:
+            layer.weight = new[layer.weight]
+            layer.bias = None if layer.bias is None else new[layer.bias]
+            layer.sources = [(module, source.of(new)) for module, source in layer.sources]
+        self.names = {new.get(p, p): name for p, name in self.names.items()}
+        self._index()
+        return new
+
+    def is_other_model(self) -> bool:
+        """Whether the model is made of other modules or parameters than when layers were found."""
+        assert self._makeup is not None
+        return self._makeup.is_other()
+
+    def untrained(self) -> list[str]:
+        """The names of parameters that have a gradient and are in no group, if not by choice."""
+        assert self._makeup is not None
+        return self._makeup.untrained()
+
+    def check_shapes(self, params: Iterable[Tensor]) -> None:
+        """Refuse parameters whose data has another shape than when they were given.
+
+        Raises:
+            RuntimeError: Naming the first.
+        """
+        check_shapes(params, self._shapes, self.names)
+
+    def check_parameters(self) -> None:
+        """Refuse to train nothing, as the model has other parameters by now.
+
+        Raises:
+            RuntimeError: If none of the model's parameters is one of the optimizer's.
+        """
+        theirs = set(self.model.parameters())
+        if theirs and not theirs & set(self.group_of):
+            raise RuntimeError(
+                "the model has none of the optimizer's parameters any more: build the optimizer "
+                "after what replaces them, such as fully_shard(model), model.to(...) and "
+                "load_state_dict(..., assign=True)"
+            )
+
+    def check_dense(self) -> None:
+        """Refuse gradients that are sparse.
+
+        Raises:
+            RuntimeError: Naming the first.
+        """
+        for p in self.group_of:
+            if p.grad is not None and p.grad.is_sparse:
+                name = self.names.get(p, "a parameter")
+                raise RuntimeError(
+                    f"the gradient of {name!r} is sparse, which SINGD does not take: "
+                    "give its module sparse=False, or an optimizer of its own"
+                )
+
+    def forget_rows(self) -> None:
+        """Have no rows of any layer."""
+        for layer in self.layers:
+            layer.pending, layer.last_pass = {}, (-1, Reach.NOT)
