@@ -23,6 +23,7 @@ class Kernels:
         take: Entries along an axis.
         inverse: The inverse of a matrix.
         sums_of_squares: Sums of squares over rows.
+        norms: The norms of the matrices of a list.
         constant: An array of one number everywhere.
         number: A 0-d array as a number, where the host need not wait for it.
         empty: An array of any content, where arrays can be written to.
@@ -38,6 +39,7 @@ class Kernels:
     take: Callable[[Any, Any, int], Any] | None = None
     inverse: Callable[[Any], Any] | None = None
     sums_of_squares: Callable[[Any], Any] | None = None
+    norms: Callable[[Any], Any] | None = None
     constant: Callable[[float, Any], Any] | None = None
     number: Callable[[Any], Any] | None = None
     empty: Callable[[Sequence[int], Any], Any] | None = None

@@ -12,9 +12,10 @@ from singd_core._array import Array, device, is_half, namespace, ranged
 from singd_core._settings import Settings
 from singd_core._tree import Tree, tree
 from singd_core.adamw import Moments
+from singd_core.late import Late
 from singd_core.layers import LayerKind
 from singd_core.layers.base import Shape
-from singd_core.step import Late, has_momentum
+from singd_core.step import has_momentum
 
 _SCALARS = "factors.averages.", "late."
 
@@ -69,6 +70,23 @@ class LayerState(Tree):
     def compensations(self) -> tuple[Array | None, Array | None]:
         """What rounding has cost the weight and the bias, None where that is not kept."""
         return self.compensation, self.bias_compensation
+
+
+@tree
+class State(Tree):
+    """The state of the optimizer: arrays and one number.
+
+    Attributes:
+        step: Number of steps taken.
+        skipped: How many of them changed nothing, since a gradient or row was not finite; 0-d.
+        layers: The state of each layer.
+        fallback: The moments of each parameter that belongs to no layer.
+    """
+
+    step: int
+    skipped: Array
+    layers: dict[str, LayerState]
+    fallback: dict[str, Moments]
 
 
 def pair(parameter: Parameter) -> tuple[Array, Array | None]:

@@ -10,13 +10,14 @@ from typing import Any, TypeAlias
 from singd_core import _given, _parameter, rules
 from singd_core._array import Array
 from singd_core._layer_state import NAMES, Parameter, begun_moments, layer_state, parts
-from singd_core._layer_state import LayerState as LayerState  # with `State`, what others import
+from singd_core._layer_state import LayerState as LayerState  # what others import
+from singd_core._layer_state import State as State
 from singd_core._parameter import new_or_old
 from singd_core._recipes import DEFAULT, FALLBACK_RATES, STRUCTURES, settings, small_step
 from singd_core._settings import is_due, is_zero, rate_of_factors
-from singd_core._tree import T_Tree, Tree, tree
+from singd_core._tree import T_Tree
 from singd_core._warnings import warn
-from singd_core.adamw import Fallback, Moments
+from singd_core.adamw import Fallback
 from singd_core.curvature import Curvature
 from singd_core.layers import LayerKind
 from singd_core.layers.base import is_expand, loss_terms
@@ -26,23 +27,6 @@ from singd_core.step import warmed
 from singd_core.structures import choose
 
 Rows: TypeAlias = tuple[Array, Array]  # a layer's input, and the loss's gradient at its output
-
-
-@tree
-class State(Tree):
-    """The state of the optimizer: arrays and one number.
-
-    Attributes:
-        step: Number of steps taken.
-        skipped: How many of them changed nothing, since a gradient or row was not finite; 0-d.
-        layers: The state of each layer.
-        fallback: The moments of each parameter that belongs to no layer.
-    """
-
-    step: int
-    skipped: Array
-    layers: dict[str, LayerState]
-    fallback: dict[str, Moments]
 
 
 class Optimizer:

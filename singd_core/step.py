@@ -8,19 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Self, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from singd_core._array import (
     Array,
     Scalar,
-    as_array,
-    at_least,
     at_most,
     cast,
-    clip,
-    device,
     empty,
-    exp,
     expand,
     is_view,
     multiply_add,
@@ -29,113 +24,15 @@ from singd_core._array import (
     number,
     sum_of_squares,
     total,
-    where,
     widen,
 )
 from singd_core._settings import Settings, is_zero
-from singd_core._tree import Tree, tree
-from singd_core.curvature import TINY
+from singd_core.late import Late
 from singd_core.layers import LayerKind
+from singd_core.length import sides, size, sized
 from singd_core.rounding import WHOLE, Place, Rounding
 
 Parts: TypeAlias = Sequence[Array]  # a weight, or a weight and its bias; or their gradients
-
-# The size of a step is the geometric mean of two: a spectral norm of the layer of about
-# 2.26 lr √(d_out / d_in), and a root mean square of 1.5 lr by which the layer's outputs change.
-SPECTRAL = 2.26
-OUTPUTS = 1.5
-# Where late gradients agree that much more than noise, steps are too short: each makes the next
-# ones longer by up to this, to at most 55 times. Where they agree less than noise, they oppose each
-# other: shorter again. A training that ends soon is better off with long steps all the same, so the
-# steps become shorter than at the start only after gradients have opposed each other for long, at
-# least 80 steps, and down to a seventh.
-CLEARLY = 3.0
-GROWTH = 0.15
-LONGEST = 4.0
-PATIENCE = 12.0
-SHORTEST = 2.0
-# It begins when the sums have forgotten that they began with nothing.
-_FORGOTTEN = 0.88
-
-
-@tree
-class Late(Tree):
-    """Sums over the late gradients of each matrix, weighted as in the momentum.
-
-    Attributes:
-        squares: Σⱼ αʲ ‖∇Wₜ₋ⱼ‖², of the batch axes' shape.
-        weights: Σⱼ αʲ, of the batch axes' shape.
-        growth: What `longer` is told by, h, of the batch axes' shape: it rises where gradients
-            agree and falls where they oppose each other.
-    """
-
-    squares: Array
-    weights: Array
-    growth: Array
-
-    @classmethod
-    def zeros(cls, batch: Sequence[int], like: Array) -> Self:
-        """Before the first step, on the device of `like`."""
-        xp, dtype = namespace(like), widen(like[..., :0]).dtype
-        return cls(*(xp.zeros(tuple(batch), dtype=dtype, device=device(like)) for _ in range(3)))
-
-    def numbers(self) -> Self:
-        """With numbers in place of 0-d arrays, where the host need not wait for them."""
-        return type(self)(number(self.squares), number(self.weights), number(self.growth))
-
-    def written(self, sums: Self) -> Self:
-        """What came of `numbers`, as arrays like these."""
-        return self.map(lambda old, new: cast(as_array(new, old), old), sums)
-
-    def update(self, squares: Scalar, s: Settings) -> Self:
-        """One step later, with ‖∇W‖²."""
-        return type(self)(*self._added(squares, s), self.growth)
-
-    def _added(self, squares: Scalar, s: Settings) -> tuple[Scalar, Scalar]:
-        return (
-            multiply_add(self.squares, s.momentum, squares),
-            multiply_add(self.weights, s.momentum, 1.0),
-        )
-
-    def grown(self, agreement: Scalar, moves: Array | bool, s: Settings) -> Self:
-        """With steps that are longer or shorter, after the agreement of this step.
-
-        Args:
-            agreement: What `agreement` returns.
-            moves: Whether the gradient of this step is not zero: one that is zero says nothing.
-            s: The settings.
-        """
-        ratio = agreement * agreement / agreement_of_noise(s)
-        up, down = clip(ratio, CLEARLY, CLEARLY + 1.0), at_most(ratio, 1.0)
-        known = where(moves, self.weights, 0.0) > _FORGOTTEN / (1.0 - s.momentum)
-        change = where(known, up + down - (CLEARLY + 1.0), 0.0)
-        growth = clip(multiply_add(change, GROWTH, self.growth), -PATIENCE - SHORTEST, LONGEST)
-        return type(self)(self.squares, self.weights, growth)
-
-    def longer(self) -> Scalar:
-        """How much longer steps are than at the start."""
-        return exp(self.growth - clip(self.growth, -PATIENCE, 0.0))
-
-    def agreement(self, ahead: Scalar, squares: Scalar, s: Settings) -> Scalar:
-        """‖Σ bⱼ Gⱼ‖ / √(Σ bⱼ · Σ bⱼ ‖Gⱼ‖²), in [0, 1]: 1 if all late gradients are equal.
-
-        Args:
-            ahead: The norm of Σ bⱼ Gⱼ, which is what `averaged` returns of gradients.
-            squares: ‖∇W‖² of this step.
-            s: The settings.
-        """
-        squared, weights = self.squares, self.weights
-        if s.nesterov:
-            squared, weights = self._added(squares, s)
-        return at_most(ahead / at_least(squared * weights, TINY) ** 0.5, 1.0)
-
-
-def agreement_of_noise(s: Settings) -> Scalar:
-    """The squared agreement Σ bⱼ² / (Σ bⱼ)² of gradients that have nothing in common."""
-    alpha = s.momentum
-    if not s.nesterov:
-        return (1.0 - alpha) / (1.0 + alpha)
-    return (1.0 + 2.0 * alpha + alpha**2 / (1.0 - alpha**2)) * (1.0 - alpha) ** 2
 
 
 class Direction(NamedTuple):
@@ -213,73 +110,14 @@ def direction(
             room = outs = None
     ahead, momenta = _averaged(gradient, momenta, s, donate=donate, outs=outs)
     matrix = kind.matrix(*ahead) if room is None else room
-    length = number(norm(matrix))
-    natural = precondition(matrix)
-    lengths = length, number(norm(natural))
-    sums = None if late is None else late.numbers()
-    d_out, d_in = natural.shape[-2:]
+    groups, d_out, d_in = kind.shape(shape, bias)
     own = size(sides(d_out, d_in, kind.overlap), number(t_U)), number(squares)
-    scale, sums, agreement = scaled(s, *own, lengths, sums)
-    groups, _, _ = kind.shape(shape, bias)
+    sums = None if late is None else late.numbers()
+    natural, scale, length, sums, agreement = sized(s, matrix, precondition, *own, sums)
     if groups:  # a weight is several matrices
         natural, scale = times(scale, natural, in_place=donate), 1.0
     parts = [part for part in kind.split(natural, shape, bias) if part is not None]
-    finite = _finite(lengths[1])
-    return Direction(parts, scale, finite, momenta, sums, agreement, natural)
-
-
-def scaled(
-    s: Settings,
-    size: Scalar,
-    squares: Scalar,
-    lengths: tuple[Scalar, Scalar],
-    late: Late | None,
-) -> tuple[Scalar, Late | None, Scalar]:
-    """How much a step of rate 1 multiplies the natural gradient by: c of W ← W − lr c n.
-
-    All numbers are those of one matrix, or arrays of those of many.
-
-    Args:
-        s: The settings.
-        size: What `size` returns.
-        squares: ‖∇W‖².
-        lengths: The norms of the average of gradients and of its natural gradient n.
-        late: The sums over late gradients, or None without momentum.
-
-    Returns:
-        c, the new sums, and how much the late gradients agree.
-    """
-    agreement: Scalar = 1.0
-    longer: Scalar = 1.0
-    ahead, natural = lengths
-    moves = squares > 0.0
-    if late is not None:
-        late = late.update(squares, s)
-        agreement = late.agreement(ahead, squares, s)
-        late = late.grown(agreement, moves, s)
-        longer = late.longer()
-    scale = longer * (agreement * size) / at_least(natural, TINY)
-    return where(moves, scale, 0.0), late, agreement
-
-
-def sides(d_out: int, d_in: int, overlap: float) -> tuple[float, float]:
-    """The Frobenius norms of a step of rate 1 that is sized by its spectral norm, and by outputs.
-
-    These are R √(d_out d_in) with R_spectral = 2.26 / √(overlap max(d_out, d_in)), and with
-    R_outputs = 1.5 / √(d_in t_U) where the mean diagonal t_U of U is 1.
-    """
-    return SPECTRAL * math.sqrt(min(d_out, d_in) / overlap), OUTPUTS * math.sqrt(d_out)
-
-
-def size(sides: tuple[Scalar, Scalar], t_U: Scalar) -> Scalar:
-    """R √(d_out d_in), the Frobenius norm of a step of rate 1 if all late gradients are equal.
-
-    R = √(R_spectral R_outputs), the second of which counts only where the mean diagonal t_U of U is
-    known (docs/mathematics.md, section 5).
-    """
-    spectral, outputs = sides
-    outputs = where(t_U > TINY, outputs * at_least(t_U, TINY) ** -0.5, spectral)
-    return (spectral * outputs) ** 0.5
+    return Direction(parts, scale, _finite(length), momenta, sums, agreement, natural)
 
 
 def averaged(

@@ -13,7 +13,7 @@ RANKS: dict[str, list[str]] = {
     "singd_core": [
         *("_version", "_warnings", "_kernels", "_array", "_tree", "rounding", "_settings"),
         *("structures", "curvature", "levels", "preconditioner", "rules", "_recipes", "layers"),
-        *("adamw", "step"),
+        *("late", "length", "adamw", "step"),
         *("_layer_state", "_given", "_parameter", "optimizer", "_check", "state", "testing"),
     ],
     "singd_torch": [

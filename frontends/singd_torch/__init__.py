@@ -9,9 +9,10 @@ from singd_torch._estimate import Estimate, estimate
 from singd_torch._pytree import register_trees
 from singd_torch.layers.kinds import register_layer
 from singd_torch.optimizer import SINGD
-from singd_torch.tensors.kernels import KERNELS
+from singd_torch.tensors import kernels, matrices
 
 register_trees()
-register(KERNELS, Tensor, nn.Parameter)
+register(kernels.KERNELS, Tensor, nn.Parameter)
+register(matrices.KERNELS, matrices.Matrices)
 
 __all__ = ["SINGD", "Estimate", "__version__", "check", "estimate", "register_layer"]

@@ -11,8 +11,9 @@ from torch.nn.functional import pad
 
 from singd_core._array import widen
 from singd_torch.capture.watcher import Keeper, Watcher
-from singd_torch.layers.layer import Layer, Source
+from singd_torch.layers.layer import Layer
 from singd_torch.layers.roster import Roster
+from singd_torch.layers.source import Source
 from singd_torch.optimizer import SINGD
 
 

@@ -58,7 +58,7 @@ def _quantities(stack: Stack, sizes: Mapping[str, Tensor] | None) -> dict[str, T
         if name == "C" or factors.has_rows:  # else t_U is not known
             found[f"{name}_damping"] = damping / (damping + t_U)
         if f"{name}_step" in report and is_bound(s.factor_bound):
-            found[f"{name}_bounded"] = report[f"{name}_step"] > s.factor_bound
+            found[f"{name}_bounded"] = found[f"{name}_step"] > s.factor_bound
     if "update" in report:
         if sizes is None:
             size = norm(stack.layers[0], stack.joined(lambda p: p))

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
-from singd_torch.layers.layer import Layer, Source
+from singd_torch.layers.layer import Layer
+from singd_torch.layers.source import Source
 
 
 def processes_of_call() -> dist.ProcessGroup | None:

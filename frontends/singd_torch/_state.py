@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from singd_core._array import is_half
 from singd_core._layer_state import LayerState, begun, no_cost
 from singd_core._settings import Settings
+from singd_core.late import Late
 from singd_core.rules import Factors
-from singd_core.step import Late
 from singd_torch import _fallback
 from singd_torch._groups import settings_of
 from singd_torch.layers.layer import Layer

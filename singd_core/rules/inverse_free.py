@@ -81,7 +81,7 @@ class InverseFree(Rule):
     ) -> Preconditioner:
         """With K Kᵀ and C Cᵀ formed once where that multiplies less."""
         d_in, d_out = self.K.shape[-1], self.C.shape[-1]
-        both = _square(self.K, T * d_out), _square(self.C, T * d_in)
+        both = self.K.square_for(T, d_out), self.C.square_for(T, d_in)
         return Preconditioner.of(both, self.sides, self.scales(scales, balanced=balanced))
 
     def refresh(
@@ -101,11 +101,12 @@ class InverseFree(Rule):
         old, curvature = self.averages.read(curvature)
         rates = old.rates(curvature.t_U, curvature.t_G, lr_cov, s)
         m = self.directions(curvature, rates, s)
+        asked = report is not None or is_bound(s.factor_bound)
+        norms = [number(own.norm()) if asked else None for own in m]
         if report is not None:
-            report |= {
-                f"{name}_step": rates.beta * own.norm() for name, own in zip("KC", m, strict=True)
-            }
-        betas = [step_size(own, rates.beta, s) for own in m]
+            report |= {f"{name}_step": rates.beta * n for name, n in zip("KC", norms, strict=True)}
+        pairs = zip(m, norms, strict=True)
+        betas = [step_size(own, norm, rates.beta, s) for own, norm in pairs]
         return self.moved(m, betas, rates, s, rounding)
 
     def grams(self, curvature: Curvature) -> tuple[Structure, Structure]:
@@ -132,12 +133,22 @@ class InverseFree(Rule):
         """The factors one step later, in these directions and by these step sizes."""
         sides = zip("KC", self.sides, m, rates.start, betas, strict=True)
         K, C = (
-            kept(stepped(L, own, start, -1.0 * start * beta, s), L, name, rounding)
+            kept(self.side_moved(L, own, start, beta, s), L, name, rounding)
             for name, L, own, start, beta in sides
         )
         m_K, m_C = (stored(new, old) for new, old in zip(m, (self.m_K, self.m_C), strict=True))
-        averages = self.averages.written(rates.averages)
+        averages = self.averages.written(self.known(rates.averages))
         return type(self)(K, C, m_K, m_C, averages, self.levels)
+
+    def side_moved(
+        self, L: Structure, m: Structure, start: Scalar, beta: Scalar, s: Settings
+    ) -> Structure:
+        """K or C one step later: c L Expm(−β₁ m), with c the scale of the start."""
+        return stepped(L, m, start, -1.0 * start * beta, s)
+
+    def known(self, averages: Averages) -> Averages:
+        """What is known of the new averages."""
+        return averages
 
     def norms(self) -> dict[str, Array]:
         """The Frobenius norms of the factors."""
@@ -211,11 +222,6 @@ def plain_weights(rates: Rates) -> list[tuple[Scalar, Scalar]]:
     return [(own, own * damping) for own, damping in zip(of_H, rates.damping, strict=True)]
 
 
-def _square(L: Structure, columns: int) -> Structure | None:
-    """L Lᵀ, if it will be multiplied with so many columns that it is worth having."""
-    return L.square() if columns > L.shape[-1] else None  # d³, and d² a column; 2 d² with L and Lᵀ
-
-
 def direction(
     m_K: Structure | None,
     H_K: Structure,
@@ -243,16 +249,16 @@ def half(m: Structure | None, s: Settings) -> Scalar:
     return 0.5 * (1.0 - s.alpha1) if s.normalize_lr_cov and m is not None else 0.5
 
 
-def step_size(m: Structure, beta: Scalar, s: Settings) -> Scalar:
-    """β₁ of one factor, normalized or bounded as the settings ask for."""
+def step_size(m: Structure, norm: Scalar, beta: Scalar, s: Settings) -> Scalar:
+    """β₁ of one factor, normalized or bounded as the settings ask for.
+
+    The norm of m may be infinite or zero. It is not asked for where nothing bounds the step.
+    """
     if s.normalize_lr_cov:
         beta = beta / at_least(number(m.max_abs()), 1.0)
-    return bounded(beta, number(m.norm()), s) if is_bound(s.factor_bound) else beta
-
-
-def bounded(beta: Scalar, norm: Scalar, s: Settings) -> Scalar:
-    """β₁ with β₁ ‖m‖ within the bound; ‖m‖ may overflow or be zero."""
-    return at_most(s.factor_bound / at_least(norm, TINY), beta)
+    return (
+        at_most(s.factor_bound / at_least(norm, TINY), beta) if is_bound(s.factor_bound) else beta
+    )
 
 
 def stepped(K: Structure, m: Structure, start: Scalar, step: Scalar, s: Settings) -> Structure:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Self
 
 from singd_core._array import (
     Array,
@@ -19,10 +17,8 @@ from singd_core._array import (
 )
 from singd_core._settings import Settings
 from singd_core._tree import tree
-from singd_core.curvature import TINY, Curvature, Rates
-from singd_core.rounding import Rounding
-from singd_core.rules.base import kept
-from singd_core.rules.inverse_free import InverseFree, direction, half, stepped, stored
+from singd_core.curvature import TINY, Averages, Curvature, Rates
+from singd_core.rules.inverse_free import InverseFree, direction, half, stepped
 from singd_core.structures.base import Structure
 
 
@@ -59,20 +55,17 @@ class Shampoo(InverseFree):
         m_K, m_C = (_direction(*side, damping, s) for side in sides)
         return m_K, m_C
 
-    def moved(
-        self,
-        m: Sequence[Structure],
-        betas: Sequence[Scalar],
-        rates: Rates,
-        s: Settings,
-        rounding: Rounding | None = None,
-    ) -> Self:
-        """The factors one step later, in these directions and by these step sizes."""
-        sides = zip("KC", (self.K, self.C), m, betas, strict=True)
-        K, C = (kept(_moved(L, own, b, s), L, name, rounding) for name, L, own, b in sides)
-        m_K, m_C = (stored(new, old) for new, old in zip(m, (self.m_K, self.m_C), strict=True))
-        averages = dataclasses.replace(rates.averages, t_U=rates.averages.t_U * 0.0)
-        return type(self)(K, C, m_K, m_C, self.averages.written(averages), self.levels)
+    def side_moved(
+        self, L: Structure, m: Structure, start: Scalar, beta: Scalar, s: Settings
+    ) -> Structure:
+        """L Expm(−β₁ m), divided by its root mean square over the rows; L itself if β₁ is 0."""
+        moves, L = beta > 0.0, stepped(L, m, 1.0, -1.0 * beta, s)
+        size = math.sqrt(L.shape[-1]) / at_least(number(L.norm()), TINY)
+        return L.scale(where(moves, size, 1.0))
+
+    def known(self, averages: Averages) -> Averages:
+        """Without the mean diagonal of U."""
+        return dataclasses.replace(averages, t_U=averages.t_U * 0.0)
 
 
 def _direction(
@@ -82,10 +75,3 @@ def _direction(
     h = number(H.trace()) / H.shape[-1] + damping
     of_H = half(m, s) / at_least(h, TINY)
     return direction(m, H, K.astype(H.like).gram(), of_H, of_H * damping, s)
-
-
-def _moved(K: Structure, m: Structure, beta: Scalar, s: Settings) -> Structure:
-    """K Expm(−β₁ m), divided by its root mean square over the rows; K itself if β₁ is 0."""
-    moves, K = beta > 0.0, stepped(K, m, 1.0, -1.0 * beta, s)
-    size = math.sqrt(K.shape[-1]) / at_least(number(K.norm()), TINY)
-    return K.scale(where(moves, size, 1.0))

@@ -151,6 +151,13 @@ class Structure(Tree):
         """
         return None
 
+    def square_for(self, T: int, columns: int) -> Structure | None:
+        """`square`, if T products with so many columns are worth having it.
+
+        It costs d³, and d² a column; products with L and Lᵀ cost 2 d² a column.
+        """
+        return self.square() if T * columns > self.shape[-1] else None
+
     # ---- the linear space -----------------------------------------------------------------------
 
     @classmethod

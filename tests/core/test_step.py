@@ -10,15 +10,8 @@ import pytest
 from optimizer_cases import LAYERS, leaves, mapped, params, steps, train
 
 from singd_core import Convolution, LayerKind, Optimizer, TransposedConvolution, settings
-from singd_core.step import (
-    LONGEST,
-    OUTPUTS,
-    PATIENCE,
-    SHORTEST,
-    SPECTRAL,
-    Late,
-    agreement_of_noise,
-)
+from singd_core.late import LONGEST, PATIENCE, SHORTEST, Late, agreement_of_noise
+from singd_core.length import OUTPUTS, SPECTRAL
 
 STRUCTURES = ["dense", "diagonal", "blockdiagonal:2", "triltoeplitz", "hierarchical:1,1"]
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from watched import check_model, check_rows
 
 from singd_torch import SINGD
-from singd_torch.step.stack import Stack
+from singd_torch.step.curvatures import curvature as curvature_of
 
 transformers = pytest.importorskip("transformers")
 
@@ -109,7 +109,7 @@ def test_the_padding_of_bert_is_left_out_of_the_factors() -> None:
             for layer in optimizer._layers
             # one row of positions stands for all sequences: it has no batch that a mask could fit
             if "position_embeddings" not in layer.name
-            for name, array in Stack([layer]).curvature(1.0).named_arrays()
+            for name, array in curvature_of([layer], 1.0).named_arrays()
         }
 
     # frequencies of entries are counted in float32

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from singd_core import Linear
 from singd_torch import SINGD, register_layer
 from singd_torch.layers.kinds import _TABLE
-from singd_torch.step.stack import Stack
+from singd_torch.step.curvatures import curvature as curvature_of
 
 
 @pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
@@ -43,7 +43,7 @@ def test_masked_entries_of_a_table_are_not_counted() -> None:
     optimizer.mask_rows(mask)
     table(x).square().sum().backward()
     optimizer._watcher.queue.flush()
-    U = Stack([optimizer._layers[0]]).curvature(1.0).H_K.diag
+    U = curvature_of([optimizer._layers[0]], 1.0).H_K.diag
     assert torch.allclose(U, torch.tensor([0.25, 0.5, 0.25, 0.0]))
 
 
@@ -91,7 +91,7 @@ def test_sampled_labels_give_the_rows_and_no_gradient() -> None:
         assert q.grad is not None
         assert torch.allclose(p.grad, q.grad)
     optimizer._watcher.queue.flush()
-    last = Stack([optimizer._layers[1]]).curvature(1.0)
+    last = curvature_of([optimizer._layers[1]], 1.0)
     rows = logits.detach().softmax(-1) - nn.functional.one_hot(sampled, 3)
     assert torch.allclose(last.H_C.matrix, rows.T @ rows / 8)
 

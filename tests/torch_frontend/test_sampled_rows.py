@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from singd_torch import SINGD
 from singd_torch.capture import tap
-from singd_torch.step.stack import Stack
+from singd_torch.step.curvatures import curvature as curvature_of
 
 # Relative, float64: sums of some hundred numbers in another order.
 CLOSE = {"rtol": 1e-11, "atol": 1e-13}
@@ -34,7 +34,7 @@ def curvatures(optimizer: SINGD) -> dict[str, Tensor]:
     optimizer._watcher.queue.flush()
     found = {}
     for layer in optimizer._layers:
-        curvature = Stack([layer]).curvature(1.0)
+        curvature = curvature_of([layer], 1.0)
         found |= {
             f"{layer.name} U": curvature.H_K.dense(),
             f"{layer.name} G": curvature.H_C.dense(),

@@ -10,7 +10,7 @@ from torch.nn.functional import one_hot
 from singd_core.curvature import Curvature
 from singd_core.structures import Diagonal
 from singd_torch import SINGD
-from singd_torch.step.stack import Stack
+from singd_torch.step.curvatures import curvature as curvature_of
 
 
 def test_the_input_factor_has_the_entries_frequencies() -> None:
@@ -21,7 +21,7 @@ def test_the_input_factor_has_the_entries_frequencies() -> None:
     layer = optimizer._layers[0]
     assert layer.structures[0] is Diagonal
     optimizer._watcher.queue.flush()
-    curvature = Stack([layer]).curvature(1.0)
+    curvature = curvature_of([layer], 1.0)
     # K = I at the start, so H_K is U: the mean of the one-hot rows' squares, without the padding
     assert torch.equal(curvature.H_K.diag, torch.tensor([1, 3, 0, 1, 0]) / 6)
     rows = table.weight.detach()[x].reshape(-1, 3)  # of a mean over 2 terms: times 2 a row
@@ -78,7 +78,7 @@ def test_a_tied_weight_is_one_layer_with_the_rows_of_both_uses(bias: bool) -> No
         lookup.H_C.diag, torch.bincount(x.flatten(), minlength=7).double() / x.numel()
     )
     # one Kronecker product near the sum of two: exact in trace but for the two mixed terms
-    both = Stack([tied]).curvature(1.0)
+    both = curvature_of([tied], 1.0)
     s = ((both.t_U - head.t_U) / lookup.t_U).item()
     assert s > 0
     assert torch.allclose(both.t_G, head.t_G + lookup.t_G / s)

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from singd_core.layers import Linear
 from singd_torch.capture.tap import Tap
-from singd_torch.layers.layer import Source
+from singd_torch.layers.source import Source
 
 _FUSED = F.multi_head_attention_forward
 _PACKED: Callable[..., tuple[Tensor, ...]] = _FUSED.__globals__["_in_projection_packed"]

@@ -11,8 +11,9 @@ from torch.linalg import vector_norm
 from singd_core._array import widen
 from singd_core.layers import Embedding, LayerKind
 from singd_torch.capture.tap import backward_pass
-from singd_torch.layers.layer import Layer, Source
+from singd_torch.layers.layer import Layer
 from singd_torch.layers.reach import is_in_parts
+from singd_torch.layers.source import Source
 
 # Of the gradient, beyond which its other part is no rounding.
 _SHARE = 0.1

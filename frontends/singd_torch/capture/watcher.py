@@ -21,9 +21,10 @@ from singd_torch.capture.proof import Proofs
 from singd_torch.capture.queue import Call, Queue
 from singd_torch.capture.tap import TakeRows, Tap, after_pass, backward_pass, install
 from singd_torch.layers.due import is_due
-from singd_torch.layers.layer import Layer, Source, part_of
+from singd_torch.layers.layer import Layer, part_of
 from singd_torch.layers.reach import Reach
 from singd_torch.layers.roster import Roster
+from singd_torch.layers.source import Source
 
 if TYPE_CHECKING:  # it imports DTensor, for a second
     from singd_torch.sharding.sharded import Sharded

@@ -12,7 +12,8 @@ from torch import nn
 from singd_core import rules
 from singd_core.layers import LayerKind, Linear
 from singd_torch.layers.kinds import Use, uses
-from singd_torch.layers.layer import Layer, Source
+from singd_torch.layers.layer import Layer
+from singd_torch.layers.source import Source
 
 _BLOCKS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 

@@ -16,24 +16,17 @@ from torch import Tensor
 
 from singd_core._settings import Settings
 from singd_core.curvature import Curvature
+from singd_core.late import Late
+from singd_core.length import scaled, sides, size
 from singd_core.preconditioner import Preconditioner
 from singd_core.rules import Factors
-from singd_core.step import (
-    Direction,
-    Late,
-    averaged,
-    couples_decay,
-    has_momentum,
-    scaled,
-    sides,
-    size,
-)
+from singd_core.step import Direction, averaged, couples_decay, has_momentum
 from singd_torch.sharding.slab import Slab
 from singd_torch.sharding.slab_sums import Total, learned_of, level, slab_in, squares_of
+from singd_torch.step.solve import by_pieces
 from singd_torch.step.stack import Stack, State
 from singd_torch.step.stack_step import (
     Gradients,
-    by_pieces,
     coupled_decay,
     learns_now,
     masked,

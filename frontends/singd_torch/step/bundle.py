@@ -15,15 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from singd_core._array import is_half
 from singd_core._layer_state import NAMES
 from singd_core.curvature import Averages
+from singd_core.late import Late
+from singd_core.length import sides, size
 from singd_core.levels import EVEN, Levels
 from singd_core.rounding import WHOLE
-from singd_core.step import Late, has_momentum, sides, size
+from singd_core.rules import InverseFree
+from singd_core.step import has_momentum
 from singd_torch._groups import settings_of
+from singd_torch.step.joint import Joint
 from singd_torch.step.rounding import Row
 from singd_torch.step.stack import Stack, State
+from singd_torch.tensors.many import slices
 
 # Numbers of the parameters of a bundle, if it has several stacks: their gradients are copied.
 _LARGEST = 1 << 26
@@ -39,7 +43,8 @@ class Part:
         batch: The axes of its matrices: of its layers if there are several, and of their groups.
         places: Its weights, and its biases, in an array of all parameters.
         shapes: The shapes of these.
-        sides: The columns of its matrices, and their rows, in a vector of those of all matrices.
+        sides: The columns of its matrices, and their rows, in a vector of those of all matrices:
+            all columns come first.
     """
 
     stack: Stack
@@ -81,12 +86,13 @@ class Bundle:
             that are several matrices each.
         parameters: All weights, then all biases, in the order of the parts.
         sizes: The numbers of each.
-        size: What `singd_core.step.size` returns, for all matrices.
+        size: What `singd_core.length.size` returns, for all matrices.
         momentum: The momenta of all parameters, None without.
         late: The sums over late gradients of all matrices, None without.
-        averages: The mean diagonals of the curvature of all matrices.
-        levels: The levels of all matrices, of the columns and of the rows of each part in turn, as
-            its `sides` say; those that nobody measures are even. None if nobody measures any.
+        joint: How the factors of all are one.
+        factors: They, whose numbers are of all matrices.
+        levels: The levels of all matrices, as the `sides` of parts say; those that nobody measures
+            are even. None if nobody measures any.
         matrix_of: The number of the matrix of each of these.
         length_of: The number of columns of its matrix, or of rows.
     """
@@ -96,7 +102,8 @@ class Bundle:
     length_of: Tensor
     momentum: Tensor | None
     late: Late | None
-    averages: Averages
+    joint: Joint
+    factors: InverseFree
     size: Tensor
 
     def __init__(self, stacks: Iterable[Stack]) -> None:
@@ -112,17 +119,18 @@ class Bundle:
                     where[stack].append(slice(start, end))
                     self.parameters += own
                     start = end
-        start = place = 0
-        for stack in ordered:
-            n = len(stack.layers)
-            axis, first = ((n,) if n > 1 else ()), stack.layers[0]
-            end = start + n * math.prod(stack.groups)
-            shapes = [(*axis, *p.shape) for p in first.parameters]
-            batch, (_, d_out, d_in) = (*axis, *stack.groups), first.shape
-            middle, stop = place + (end - start) * d_in, place + (end - start) * (d_in + d_out)
-            both = slice(place, middle), slice(middle, stop)
-            self.parts.append(Part(stack, slice(start, end), batch, where[stack], shapes, both))
-            start, place = end, stop
+        axes = [(len(stack.layers),) if len(stack.layers) > 1 else () for stack in ordered]
+        batches = [(*axis, *stack.groups) for axis, stack in zip(axes, ordered, strict=True)]
+        counts = [math.prod(batch) for batch in batches]
+        shapes = [stack.layers[0].shape for stack in ordered]
+        in_levels = slices(
+            n * shape[k] for k in (2, 1) for n, shape in zip(counts, shapes, strict=True)
+        )
+        for i, (stack, numbers) in enumerate(zip(ordered, slices(counts), strict=True)):
+            of_parameters = [(*axes[i], *p.shape) for p in stack.layers[0].parameters]
+            both = in_levels[i], in_levels[len(ordered) + i]
+            part = Part(stack, numbers, batches[i], where[stack], of_parameters, both)
+            self.parts.append(part)
         self.sizes = [p.numel() for p in self.parameters]
         self._held: list[Any] = []
 
@@ -160,7 +168,7 @@ class Bundle:
         s = settings_of(self.stacks[0].layers[0].group)
         like = self.stacks[0].averages.k
         n = self.parts[-1].numbers.stop
-        self.averages = Averages(*(like.new_zeros(n) for _ in range(3)))
+        averages = Averages(*(like.new_zeros(n) for _ in range(3)))
         self.momentum = self.late = None
         if has_momentum(s):
             self.momentum = like.new_zeros(sum(self.sizes), dtype=self.dtype)
@@ -175,12 +183,19 @@ class Bundle:
                 vector[part.numbers].fill_(value)
         self._sides, self.size = (spectral, outputs), like.new_empty(n)
         self._hold_levels(like)
-        for part in self.parts:
+        self.joint = Joint(self.stacks, [part.batch for part in self.parts])
+        levels = None
+        if self.levels is not None:
+            columns, rows = torch.split(
+                self.levels, [self.joint.K.rows[-1].stop, self.joint.C.rows[-1].stop]
+            )
+            levels = Levels(rows, columns)
+        self.factors = self.joint.factors(averages, levels)
+        for i, part in enumerate(self.parts):
             part.stack.move(
                 part.joined(self.momentum) if self.momentum is not None else None,
                 self.late.map(part.of) if self.late is not None else None,
-                self.averages.map(part.of),
-                self._levels_of(part),
+                self.joint.part(i, self.factors),
                 state,
             )
         self._held = [(stack.momenta, stack.late, stack.averages) for stack in self.stacks]
@@ -194,22 +209,16 @@ class Bundle:
         self.levels = like.new_full((self.parts[-1].sides[1].stop,), EVEN)
         self.length_of = torch.empty_like(self.levels)
         numbers = torch.arange(self.parts[-1].numbers.stop, device=like.device)
-        each = []
+        each: tuple[list[Tensor], ...] = [], []
         for part in self.parts:
-            for side in part.of_sides(self.length_of):
+            for own, side in zip(each, part.of_sides(self.length_of), strict=True):
                 side.fill_(side.shape[-1])
-                each.append(numbers[part.numbers][:, None].expand(-1, side.shape[-1]).reshape(-1))
-        self.matrix_of = torch.cat(each)
-
-    def _levels_of(self, part: Part) -> Levels | None:
-        if self.levels is None or not part.measures:
-            return None
-        columns, rows = part.of_sides(self.levels)
-        return Levels(rows, columns)
+                own.append(numbers[part.numbers][:, None].expand(-1, side.shape[-1]).reshape(-1))
+        self.matrix_of = torch.cat([*each[0], *each[1]])
 
     def measured(self) -> None:
         """Have the sizes that follow from the averages."""
-        self.size.copy_(size(self._sides, self.averages.t_U))
+        self.size.copy_(size(self._sides, self.factors.averages.t_U))
 
 
 def bundled(
@@ -248,9 +257,3 @@ def _likeness(stack: Stack) -> Any:
     layer = stack.layers[0]
     dtypes = (layer.parameters[0].dtype, layer.parameters[-1].dtype, *layer.dtypes)
     return stack.visits, id(layer.group), layer.weight.device, dtypes
-
-
-def norms_of(tensors: Sequence[Tensor], order: int = 2) -> Tensor:
-    """The norm of each, in a row, in at least float32."""
-    dtype = torch.float32 if any(map(is_half, tensors)) else None
-    return torch.stack(torch._foreach_norm(list(tensors), order, dtype))

@@ -10,15 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from singd_core._settings import Settings, is_bound
+from singd_core.length import sized
 from singd_core.rounding import is_rounded
 from singd_core.rules import IKFAC
-from singd_core.step import averaged, couples_decay, decouples_decay, scaled, squares_of
-from singd_torch.step.bundle import Bundle, norms_of
-from singd_torch.step.bundle_levels import measure
+from singd_core.step import averaged, couples_decay, decouples_decay, squares_of
+from singd_torch.step.bundle import Bundle
 from singd_torch.step.bundle_refresh import precondition, refresh
+from singd_torch.step.levels import measure
 from singd_torch.step.rounding import compensations
+from singd_torch.step.solve import by_pieces
 from singd_torch.step.stack import Stack, State
-from singd_torch.step.stack_step import Gradients, by_pieces
+from singd_torch.step.stack_step import Gradients
+from singd_torch.tensors.matrices import Matrices
 from singd_torch.tensors.scratch import constant
 from singd_torch.tensors.select import spread
 
@@ -55,28 +58,30 @@ def advance(bundle: Bundle, state: State, given: Gradients) -> Tensor:
     ahead = gradient
     if bundle.momentum is not None:
         # zeros in place of gradients, and 1 in place of α, change nothing
-        like = bundle.averages.k
+        like = bundle.factors.averages.k
         alpha = s.momentum if isinstance(s.momentum, Tensor) else constant(s.momentum, like)
         masked = dataclasses.replace(s, momentum=torch.where(ok, alpha, constant(1.0, like)))
         ahead, _ = averaged(gradient, bundle.momentum, masked, donate=True, out=gradient)
     matrices = [part.stack.layers[0].kind.matrix(*part.joined(ahead)) for part in bundle.parts]
-    length = _norms(matrices)
-    natural = [
-        by_pieces(precondition(part.stack, s), ahead is gradient, matrix)
-        for part, matrix in zip(bundle.parts, matrices, strict=True)
-    ]
-    lengths = length, _norms(natural)
-    scale, late, agreement = scaled(s, bundle.size, squares, lengths, bundle.late)
-    moves = ok & (lengths[1] < math.inf)
+
+    def solve(matrices: Matrices) -> Matrices:
+        each = zip(bundle.parts, matrices, strict=True)
+        owned = ahead is gradient
+        return Matrices(by_pieces(precondition(part.stack, s), owned, own) for part, own in each)
+
+    natural, scale, length, late, agreement = sized(
+        s, Matrices(matrices), solve, bundle.size, squares, bundle.late
+    )
+    moves = ok & (length < math.inf)
     scale = scale * moves  # NaN stays until the weights are changed
     if late is not None and bundle.late is not None:
         bundle.late.map(lambda old, new: torch.where(moves, new, old, out=old), late)
     for part in bundle.parts:
         if part.stack.report is not None:
-            update = s.lr * (scale * lengths[1])
+            update = s.lr * (scale * length)
             part.stack.report |= {"agreement": part.of(agreement), "update": part.of(update)}
     measure(bundle, s, natural, moves)
-    everything = moves.all()
+    everything: Tensor = moves.all()
     room, dtype = gradient, bundle.parameters[0].dtype
     if room.element_size() < dtype.itemsize:  # of momenta that are kept in fewer bits than weights
         room = torch.empty_like(room, dtype=dtype)
@@ -94,7 +99,7 @@ def _gradients(bundle: Bundle, given: Gradients) -> tuple[Tensor, Tensor]:
         flat.div_(given.scales.grads)
     assert given.bad is not None
     flat.masked_fill_(given.bad, 0.0)
-    like = bundle.averages.k
+    like = bundle.factors.averages.k
     zero = constant(0.0, like)
     simple = [part.stack for part in bundle.parts if not part.stack.groups]
     weights, biases = (
@@ -113,12 +118,6 @@ def _gradients(bundle: Bundle, given: Gradients) -> tuple[Tensor, Tensor]:
         own[: len(biases)].add_(each[len(weights) :])
         squares.insert(0, own)
     return flat, torch.cat(squares) if len(squares) > 1 else squares[0]
-
-
-def _norms(matrices: Sequence[Tensor]) -> Tensor:
-    """The Frobenius norms of matrices, or of stacks of them, in a row."""
-    each = [m for own in matrices for m in own.reshape(-1, *own.shape[-2:]).unbind(0)]
-    return norms_of(each)
 
 
 def _move(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
@@ -12,27 +12,23 @@ from torch import Tensor, nn
 
 from singd_core._layer_state import NAMES
 from singd_core._settings import Settings, gap
-from singd_core.curvature import Averages, Curvature
-from singd_core.levels import Levels
+from singd_core.curvature import Averages
+from singd_core.late import Late
 from singd_core.preconditioner import Preconditioner
 from singd_core.rounding import Rounding, is_rounded
 from singd_core.rules import Factors, Shampoo, by_rows
-from singd_core.step import Late
 from singd_torch import _state
 from singd_torch._groups import settings_of
-from singd_torch.layers.layer import Key, Layer
-from singd_torch.layers.pending import Pending
+from singd_torch.layers.layer import Layer
 from singd_torch.step.rounding import owners
-from singd_torch.tensors.join import join, join_trees, parts, tree_parts
+from singd_torch.step.solve import written
+from singd_torch.tensors.join import join, join_trees, owned, parts, tree_parts
 
 T = TypeVar("T")
 State: TypeAlias = MutableMapping[Any, dict[str, Any]]
 
 # Stacks differ in shape: one of many must not use up the recompilations of the others.
 _ISOLATED: dict[str, Any] = {"dynamic": False, "isolate_recompiles": True, "recompile_limit": 64}
-
-# Weights of more numbers step alone: to join their gradients costs more than the calls saved.
-_LARGEST = 1 << 17
 
 
 @dataclasses.dataclass(eq=False)
@@ -104,14 +100,14 @@ class Stack:
         """Join what the state has of the layers, in the dtypes and on the device of the weights."""
         factors = [_state.factors_of(layer, state) for layer in self.layers]
         self.factors = self.momenta = self.late = None
-        self.hold(join_trees(factors).map(partial(_owned, set())), state)
+        self.hold(join_trees(factors).map(partial(owned, set())), state)
         first = self.layers[0]
         like = torch.empty(0, dtype=first.dtypes[2], device=first.weight.device)
         places = list(zip(*(layer.parameters for layer in self.layers), strict=True))
         kept = [[state.get(p, {}).get(_state.MOMENTUM) for p in place] for place in places]
         if any(m is not None for place in kept for m in place):
             momenta = [
-                _owned(
+                owned(
                     set(),
                     join(
                         [
@@ -125,7 +121,7 @@ class Stack:
             late = None
             if settings_of(self.layers[0].group).normalized:
                 each = [_state.late_of(layer, state) for layer in self.layers]
-                late = join_trees(each).map(partial(_owned, set()))
+                late = join_trees(each).map(partial(owned, set()))
             self.hold_momenta(momenta, late, state)
 
     def begin(self, state: State, s: Settings) -> None:
@@ -140,8 +136,7 @@ class Stack:
         self,
         momenta: Sequence[Tensor] | None,
         late: Late | None,
-        averages: Averages,
-        levels: Levels | None,
+        factors: Factors,
         state: State,
     ) -> None:
         """Have these in place of its own, in other memory that it writes its own to."""
@@ -153,11 +148,7 @@ class Stack:
             self.late = None
             self.hold_momenta(momenta, late, state)
         assert self.factors is not None
-        averages.map(Tensor.copy_, self.averages)
-        if levels is not None and self.factors.levels is not None:
-            levels.map(Tensor.copy_, self.factors.levels)
-        own: Any = self.factors  # a dataclass, which its type does not say
-        factors = dataclasses.replace(own, averages=averages, levels=levels)
+        factors.map(Tensor.copy_, self.factors)
         self.factors = None
         self.hold(factors, state, preconditioner=self.preconditioner)
 
@@ -197,7 +188,7 @@ class Stack:
     def precondition_with(self, made: Preconditioner) -> Preconditioner:
         """Have what preconditions from now on, in the memory of the last one if `capturable`."""
         if self.capturable:
-            made = self._fixed = made if self._fixed is None else _written(self._fixed, made)
+            made = self._fixed = made if self._fixed is None else written(self._fixed, made)
         self.preconditioner = made
         return made
 
@@ -292,15 +283,6 @@ class Stack:
         """The parts of the layers, views."""
         return parts(joined, len(self.layers))
 
-    def parted(self, live: Sequence[Layer]) -> list[Stack]:
-        """The stack, or smaller ones for good if only some layers are live or have other rows."""
-        if not all(_alike(layer, live[0]) for layer in live[1:]):
-            return [Stack([layer]) for layer in self.layers]
-        if len(live) == len(self.layers):
-            return [self]
-        moving = set(live)
-        return [Stack(live), *(Stack([layer]) for layer in self.layers if layer not in moving)]
-
     def run(self, function: Callable[..., T], *args: Any) -> T:
         """The function of these arguments, compiled for this stack alone if that was chosen."""
         if self.compile is None:
@@ -309,79 +291,3 @@ class Stack:
             options = _ISOLATED | self.compile
             self._compiled[function] = torch.compile(function, **options)
         return self._compiled[function](*args)  # type: ignore[no-any-return]
-
-    def pending(self) -> dict[Key, Pending]:
-        """The pending rows of all layers, by part and role."""
-        return {
-            key: Pending.joined([layer.pending[key] for layer in self.layers])
-            for key in sorted(self.layers[0].pending, key=_order)
-        }
-
-    def curvature(self, grad_scale: Any) -> Curvature:
-        """That of the pending rows, of gradients that were multiplied by `grad_scale`."""
-        found = self.pending()
-        first, *others = [Curvature.of(*rows.terms(grad_scale)) for rows in found.values()]
-        if next(iter(found))[0] is not None:  # the parts of a stacked linear layer
-            axis = int(len(self.layers) > 1)
-            return first.map(lambda *arrays: torch.stack(arrays, axis), *others)
-        return first.joined(others[0]) if others else first
-
-
-def stacks(layers: Iterable[Layer]) -> list[Stack]:
-    """The layers, the equal and small ones of them together."""
-    found: dict[Any, list[Layer]] = {}
-    for layer in layers:
-        found.setdefault(_likeness(layer), []).append(layer)
-    return [Stack(equal) for equal in found.values()]
-
-
-def _order(key: Key) -> tuple[int, bool]:
-    part, swapped = key
-    return -1 if part is None else part, swapped
-
-
-def _owned(taken: set[int], tensor: Tensor) -> Tensor:
-    """The tensor, in memory of its own where it was a part of more, or where that is taken.
-
-    It would keep the rest alive, and it will be written to.
-    """
-    memory = tensor.untyped_storage()
-    whole = memory.nbytes() // max(1, tensor.element_size())
-    if whole != tensor.numel() or (whole and memory.data_ptr() in taken):
-        tensor = tensor.clone()
-    taken.add(tensor.untyped_storage().data_ptr())
-    return tensor
-
-
-def _written(old: Preconditioner, new: Preconditioner) -> Preconditioner:
-    """The old one with the numbers of the new one, where both are of the same kind."""
-    pairs = (old.K, new.K), (old.C, new.C)
-    if any(
-        a.whole != b.whole or type(a.L) is not type(b.L) or (a.scale is None) != (b.scale is None)
-        for a, b in pairs
-    ):
-        return new
-    for a, b in pairs:
-        a.L.map(lambda x, y: x if x is y else x.copy_(y), b.L)
-        if a.scale is not None and b.scale is not None:
-            a.scale.copy_(b.scale)
-    return old
-
-
-def _likeness(layer: Layer) -> Any:
-    """What equal layers have in common."""
-    weight, bias = layer.weight, layer.bias
-    if weight.numel() > _LARGEST or not layer.kind.stacks:
-        return layer
-    return (
-        *(layer.kind, layer.has_rows, layer.structures, tuple(layer.roles())),
-        *(id(layer.group), None if bias is None else id(layer.bias_group)),
-        *(weight.shape, weight.dtype, weight.device, layer.dtypes),
-    )
-
-
-def _alike(layer: Layer, other: Layer) -> bool:
-    """Whether the layers have rows of the same kinds and numbers, if any."""
-    return layer.pending.keys() == other.pending.keys() and all(
-        pending.joins(other.pending[key]) for key, pending in layer.pending.items()
-    )

@@ -16,19 +16,18 @@ from singd_core._layer_state import NAMES
 from singd_core._settings import Settings, is_due, rate_of_factors
 from singd_core.curvature import Curvature
 from singd_core.layers import LayerKind
-from singd_core.levels import leveled
 from singd_core.preconditioner import Preconditioner
 from singd_core.rounding import WHOLE, Place, Rounding, identity
 from singd_core.rules import Factors, Shampoo, by_rows
 from singd_core.step import Direction, couples_decay, direction, has_momentum, weight_change
-from singd_core.structures import Diagonal
 from singd_torch.capture.scaling import Scales
+from singd_torch.step.curvatures import curvature as curvature_of
+from singd_torch.step.levels import level
 from singd_torch.step.rounding import compensations, round_to
+from singd_torch.step.solve import by_pieces
 from singd_torch.step.stack import Stack, State
-from singd_torch.tensors import scratch
 from singd_torch.tensors.join import join
-from singd_torch.tensors.pieces import cut, on_host, piece_size, placed, rows_of_pieces
-from singd_torch.tensors.scratch import PRODUCT
+from singd_torch.tensors.pieces import cut, on_host, placed
 from singd_torch.tensors.select import either
 
 # Weights of so many numbers, and stacks of smaller ones, are changed by one call.
@@ -118,20 +117,6 @@ def advance(stack: Stack, state: State, given: Gradients) -> Any:
     return moves
 
 
-def level(stack: Stack, s: Settings, natural: Tensor | None, moves: Any) -> None:
-    """Tell the factors of a natural gradient, if the next step makes anew what preconditions."""
-    steps, factors = stack.layers[0].group["steps"] + 1, stack.factors
-    if natural is None or factors is None or not is_due(steps, s):
-        return
-    old, new = factors.levels, leveled(factors, natural, rate_of_factors(steps, s)).levels
-    if old is None or new is None:
-        return
-    if isinstance(moves, Tensor):
-        new = new.map(partial(either, moves), old)
-    old.map(Tensor.copy_, new)
-    stack.preconditioner = None
-
-
 def refreshed(
     stack: Stack,
     s: Settings,
@@ -156,7 +141,7 @@ def refreshed(
         elif not layer.pending:
             curvature = stack.run(_curvature, factors, layer.kind, *gradient)
         else:
-            curvature = stack.curvature(scales.rows)
+            curvature = curvature_of(stack.layers, scales.rows)
             factors = by_rows(factors, s) if isinstance(factors, Shampoo) else factors
         for one in stack.layers:  # its rows are as large as its factors, and so is the curvature
             one.pending = {}
@@ -203,48 +188,6 @@ def _direction_anew(kind: Any, s: Settings, factors: Any, *arguments: Any) -> Di
     """`_direction` for compilers, which find out by themselves what can be overwritten."""
     precondition = partial(factors.precondition, balanced=s.normalized)
     return direction(kind, s, precondition, *arguments)
-
-
-def by_pieces(preconditioner: Preconditioner, owned: bool, gradient: Tensor) -> Tensor:
-    """The natural gradient, of a large matrix without temporaries of its size.
-
-    It overwrites the gradient if that is `owned` and fits.
-    """
-    K, C = preconditioner.K, preconditioner.C
-    most, block = piece_size(type(K.L), type(C.L)), C.L.blocks_of
-    dtype = C.L.like.dtype
-    fits = owned and gradient.dtype == dtype == K.L.like.dtype and K.whole and C.whole
-    pieces = [slice(None)] if block is None else rows_of_pieces(gradient, most, block)
-    if fits:
-        for j in pieces:
-            of_rows = preconditioner if len(pieces) == 1 else preconditioner.rows(j)
-            _in_place(of_rows, gradient if len(pieces) == 1 else gradient[j])
-        return gradient
-    if len(cut(gradient, most)) == 1:
-        small: Tensor = preconditioner(gradient)
-        return small
-    natural = gradient
-    if not (owned and gradient.dtype == dtype):
-        natural = torch.empty_like(gradient, dtype=dtype)
-    if block is not None:
-        for j in pieces:
-            natural[j] = preconditioner.rows(j)(gradient[j])
-        return natural
-    for own, place in zip(cut(gradient, most), cut(natural, most), strict=True):
-        place.copy_(preconditioner.right(own))
-    for place in cut(natural.mT, most):
-        place.mT.copy_(preconditioner.left(place.mT))
-    return natural
-
-
-def _in_place(preconditioner: Preconditioner, gradient: Tensor) -> None:
-    """Write the natural gradient over the gradient."""
-    room, sides = gradient, (preconditioner.K, preconditioner.C)
-    if not all(isinstance(side.L, Diagonal) for side in sides):  # not entry by entry
-        room = scratch.empty(gradient.shape, gradient, PRODUCT)
-    natural = preconditioner.left(preconditioner.right(gradient, room), gradient)
-    if natural is not gradient:
-        gradient.copy_(natural)
 
 
 def move(

@@ -12,8 +12,10 @@ from singd_core.rules import Factors
 from singd_torch.layers.layer import Layer
 from singd_torch.layers.roster import Roster
 from singd_torch.sharding import parted
+from singd_torch.step.equal import parted as parted_stack
+from singd_torch.step.equal import stacks
 from singd_torch.step.rounding import Rows
-from singd_torch.step.stack import Stack, stacks
+from singd_torch.step.stack import Stack
 from singd_torch.tensors.scratch import Scratch
 
 if TYPE_CHECKING:  # it imports DTensor, for a second
@@ -158,7 +160,7 @@ class Stacker:
 
     def _tied(self, stack: Stack, live: list[Layer]) -> list[Stack]:
         """The live layers of a stack as stacks that hold what the state has."""
-        parts = stack.parted(live)
+        parts = parted_stack(stack, live)
         if parts != [stack]:
             self._have([*(s for s in self.stacks if s is not stack), *parts])
         moving = set(live)

@@ -56,3 +56,16 @@ def tree_parts(joined: T, n: int) -> list[T]:
         return [joined]
     columns = zip(*(parts(tensor, n) for _, tensor in joined.named_arrays()), strict=True)
     return [joined.rebuild(column) for column in columns]
+
+
+def owned(taken: set[int], tensor: Tensor) -> Tensor:
+    """The tensor, in memory of its own where it was a part of more, or where that is taken.
+
+    It would keep the rest alive, and it will be written to.
+    """
+    memory = tensor.untyped_storage()
+    whole = memory.nbytes() // max(1, tensor.element_size())
+    if whole != tensor.numel() or (whole and memory.data_ptr() in taken):
+        tensor = tensor.clone()
+    taken.add(tensor.untyped_storage().data_ptr())
+    return tensor

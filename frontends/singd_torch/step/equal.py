@@ -1,0 +1,49 @@
+"""Which layers are equal, so that they step as one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from singd_torch.layers.layer import Layer
+from singd_torch.step.stack import Stack
+
+# Weights of more numbers step alone: to join their gradients costs more than the calls saved.
+_LARGEST = 1 << 17
+
+
+def stacks(layers: Iterable[Layer]) -> list[Stack]:
+    """The layers, the equal and small ones of them together."""
+    found: dict[Any, list[Layer]] = {}
+    for layer in layers:
+        found.setdefault(_likeness(layer), []).append(layer)
+    return [Stack(equal) for equal in found.values()]
+
+
+def parted(stack: Stack, live: Sequence[Layer]) -> list[Stack]:
+    """The stack, or smaller ones for good if only some layers are live or have other rows."""
+    if not all(_alike(layer, live[0]) for layer in live[1:]):
+        return [Stack([layer]) for layer in stack.layers]
+    if len(live) == len(stack.layers):
+        return [stack]
+    moving = set(live)
+    return [Stack(live), *(Stack([layer]) for layer in stack.layers if layer not in moving)]
+
+
+def _likeness(layer: Layer) -> Any:
+    """What equal layers have in common."""
+    weight, bias = layer.weight, layer.bias
+    if weight.numel() > _LARGEST or not layer.kind.stacks:
+        return layer
+    return (
+        *(layer.kind, layer.has_rows, layer.structures, tuple(layer.roles())),
+        *(id(layer.group), None if bias is None else id(layer.bias_group)),
+        *(weight.shape, weight.dtype, weight.device, layer.dtypes),
+    )
+
+
+def _alike(layer: Layer, other: Layer) -> bool:
+    """Whether the layers have rows of the same kinds and numbers, if any."""
+    return layer.pending.keys() == other.pending.keys() and all(
+        pending.joins(other.pending[key]) for key, pending in layer.pending.items()
+    )

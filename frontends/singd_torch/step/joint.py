@@ -1,0 +1,140 @@
+"""The factors of several stacks as those of one layer, with numbers for each matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from singd_core._settings import Settings
+from singd_core.curvature import Averages, Curvature
+from singd_core.levels import EVEN, Levels
+from singd_core.preconditioner import Preconditioner, Side
+from singd_core.rounding import Rounding
+from singd_core.rules import IKFAC, InverseFree
+from singd_torch.step.stack import Stack
+from singd_torch.tensors.many import Group, Layout, Many
+
+
+class Joint:
+    """Where the factors of stacks are in those of all.
+
+    Attributes:
+        stacks: The stacks.
+        batches: The axes of their matrices.
+        K: Where each K is.
+        C: Where each C is.
+    """
+
+    def __init__(self, stacks: Sequence[Stack], batches: Sequence[tuple[int, ...]]) -> None:
+        self.stacks, self.batches = stacks, batches
+        of_K, of_C = [], []
+        for stack, batch in zip(stacks, batches, strict=True):
+            (_, d_out, d_in), (K, C) = stack.layers[0].shape, inverse_free(stack).structures
+            of_K.append(Group(K, d_in, batch, d_out))
+            of_C.append(Group(C, d_out, batch, d_in))
+        device = stacks[0].layers[0].weight.device
+        self.K, self.C = Layout(of_K, device), Layout(of_C, device)
+
+    def factors(self, averages: Averages, levels: Levels | None) -> InverseFree:
+        """Those of all, in memory of their own, with these numbers and levels."""
+        each = [inverse_free(stack) for stack in self.stacks]
+        K: Any = self.K.joined([own.K for own in each], owned=True)
+        C: Any = self.C.joined([own.C for own in each], owned=True)
+        return IKFAC(K, C, None, None, averages, levels)
+
+    def copied(self) -> InverseFree:
+        """Those of all, in memory of their own, with the numbers and levels that stacks have."""
+        each = [inverse_free(stack) for stack in self.stacks]
+        first, *others = [own.averages for own in each]
+        averages = first.map(lambda *ts: torch.cat([t.reshape(-1) for t in ts]), *others)
+        if all(own.levels is None for own in each):
+            return self.factors(averages, None)
+        rows, columns = (first.k.new_full((side.rows[-1].stop,), EVEN) for side in (self.C, self.K))
+        levels = Levels(rows, columns)
+        for i, own in enumerate(each):
+            if own.levels is not None:
+                self.levels(i, levels).map(Tensor.copy_, own.levels)
+        return self.factors(averages, levels)
+
+    def curvature(self, each: Sequence[Curvature], like: Tensor) -> Curvature:
+        """That of all."""
+        H_K: Any = self.K.joined([own.H_K for own in each])
+        H_C: Any = self.C.joined([own.H_C for own in each])
+        t_U, t_G = (
+            torch.cat([t.reshape(-1) for t in ts]).to(like)
+            for ts in ([own.t_U for own in each], [own.t_G for own in each])
+        )
+        return Curvature(H_K, H_C, t_U, t_G)
+
+    def of(self, i: int, numbers: Any) -> Any:
+        """The numbers of the matrices of a stack, a view, where matrices have their own."""
+        several = isinstance(numbers, Tensor) and numbers.ndim
+        return numbers[self.K.numbers[i]].view(self.batches[i]) if several else numbers
+
+    def part(self, i: int, factors: InverseFree) -> InverseFree:
+        """The factors of a stack, views."""
+        K, C = many(factors)
+        averages, levels = factors.averages.map(lambda t: self.of(i, t)), None
+        if factors.levels is not None and inverse_free(self.stacks[i]).levels is not None:
+            levels = self.levels(i, factors.levels)
+        return IKFAC(K.part(i), C.part(i), None, None, averages, levels)
+
+    def levels(self, i: int, levels: Levels) -> Levels:
+        """The levels of a stack, views."""
+        return Levels(
+            levels.rows[self.C.rows[i]].view(*self.batches[i], -1),
+            levels.columns[self.K.rows[i]].view(*self.batches[i], -1),
+        )
+
+    def write(self, old: InverseFree, new: InverseFree, keep: Tensor) -> None:
+        """Take what is new of the matrices that are to be kept."""
+        for own, other in zip(many(old), many(new), strict=True):
+            own.write(other, keep)
+        old.averages.map(lambda a, b: torch.where(keep, b, a, out=a), new.averages)
+
+    def rounding(self, s: Settings) -> Any:
+        """How they are stored, None if to the nearest number."""
+        each = [stack.rounding(s) for stack in self.stacks]
+        return None if each[0] is None else _Rounding(each)
+
+    def preconditioners(self, factors: InverseFree, T: int) -> list[Preconditioner]:
+        """What preconditions T gradients of each stack."""
+        scales = [scale for scale in factors.scales(balanced=True) if scale is not None]
+        made = factors.preconditioner(T, balanced=True, scales=scales)
+        each = zip((made.K, made.C), many(factors), scales, (self.K, self.C), strict=True)
+        K, C = ([self._side(i, *own) for i in range(len(self.stacks))] for own in each)
+        return [Preconditioner(*sides) for sides in zip(K, C, strict=True)]
+
+    def _side(self, i: int, of_all: Side, L: Many, scale: Tensor, layout: Layout) -> Side:
+        known: Any = of_all.L
+        if of_all.whole and known.known[i]:
+            return Side(known.part(i), True)
+        return Side(L.part(i), False, scale[layout.rows[i]].view(*self.batches[i], -1))
+
+
+class _Rounding:
+    """How the arrays of each stack are stored."""
+
+    def __init__(self, each: Sequence[Any]) -> None:
+        self._each: Sequence[Rounding] = each
+
+    def tree(self, new: Many, name: str) -> Many:
+        """The matrices, rounded."""
+        pairs = zip(self._each, new.parts(), strict=True)
+        return new.layout.joined([rounding.tree(own, name) for rounding, own in pairs])
+
+
+def inverse_free(stack: Stack) -> InverseFree:
+    """The factors of a stack, which step together with others."""
+    assert isinstance(stack.factors, InverseFree)
+    return stack.factors
+
+
+def many(factors: InverseFree) -> tuple[Many, Many]:
+    """K and C of all."""
+    K: Any = factors.K
+    C: Any = factors.C
+    return K, C

@@ -1,0 +1,67 @@
+"""The levels of stacks and of bundles: how large rows and columns of natural gradients are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from singd_core._settings import Settings, is_due, rate_of_factors
+from singd_core.levels import FLOOR, leveled, shares, sums, weight_of
+from singd_torch.step.bundle import Bundle
+from singd_torch.step.stack import Stack
+from singd_torch.tensors.matrices import norms_of
+from singd_torch.tensors.scratch import constant
+from singd_torch.tensors.select import either
+
+# Natural gradients of more numbers are squared in parts.
+_WHOLE = 1 << 24
+
+
+def level(stack: Stack, s: Settings, natural: Tensor | None, moves: Any) -> None:
+    """Tell the factors of a natural gradient, if the next step makes anew what preconditions."""
+    steps, factors = stack.layers[0].group["steps"] + 1, stack.factors
+    if natural is None or factors is None or not is_due(steps, s):
+        return
+    old, new = factors.levels, leveled(factors, natural, rate_of_factors(steps, s)).levels
+    if old is None or new is None:
+        return
+    if isinstance(moves, Tensor):
+        new = new.map(partial(either, moves), old)
+    old.map(Tensor.copy_, new)
+    stack.preconditioner = None
+
+
+def measure(bundle: Bundle, s: Settings, natural: Sequence[Tensor], moves: Tensor) -> None:
+    """Tell the factors of natural gradients, if the next step makes anew what preconditions.
+
+    It is `singd_core.levels.leveled` of all matrices. `moves` tells which of them count.
+    """
+    steps = bundle.stacks[0].layers[0].group["steps"] + 1
+    if not is_due(steps, s) or bundle.levels is None:
+        return
+    of = bundle.levels + FLOOR
+    found: tuple[list[Tensor], list[Tensor]] = [], []  # of columns, and of rows
+    for part, n in zip(bundle.parts, natural, strict=True):
+        columns, rows = part.of_sides(of)
+        if part.measures:
+            of_rows, of_columns = sums(n, rows, columns, -(-n.numel() // _WHOLE))
+            part.stack.preconditioner = None
+        else:
+            of_rows, of_columns = (constant(0.0, of).expand(one.shape) for one in (rows, columns))
+        found[0].append(of_columns)
+        found[1].append(of_rows)
+    squares = (torch.cat([own.reshape(-1) for side in found for own in side]) * of).nan_to_num_(
+        0.0, 0.0, 0.0
+    )
+    each = [
+        matrix
+        for part in bundle.parts
+        for matrix in squares[part.sides[1]].view(part.count, -1).unbind()
+    ]
+    weight = weight_of(bundle.factors.averages.k, rate_of_factors(steps, s)) * moves
+    both = torch.stack(shares(norms_of(each, 1), weight)).index_select(1, bundle.matrix_of)
+    torch.addcmul(bundle.levels * both[1], squares * bundle.length_of, both[0], out=bundle.levels)

@@ -1,0 +1,122 @@
+"""How much late gradients agree, and what that says of the size of steps.
+
+The equations are those of docs/mathematics.md, section 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Self
+
+from singd_core._array import (
+    Array,
+    Scalar,
+    as_array,
+    at_least,
+    at_most,
+    cast,
+    clip,
+    device,
+    exp,
+    multiply_add,
+    namespace,
+    number,
+    where,
+    widen,
+)
+from singd_core._settings import Settings
+from singd_core._tree import Tree, tree
+from singd_core.curvature import TINY
+
+# Where late gradients agree that much more than noise, steps are too short: each makes the next
+# ones longer by up to this, to at most 55 times. Where they agree less than noise, they oppose each
+# other: shorter again. A training that ends soon is better off with long steps all the same, so the
+# steps become shorter than at the start only after gradients have opposed each other for long, at
+# least 80 steps, and down to a seventh.
+CLEARLY = 3.0
+GROWTH = 0.15
+LONGEST = 4.0
+PATIENCE = 12.0
+SHORTEST = 2.0
+# It begins when the sums have forgotten that they began with nothing.
+_FORGOTTEN = 0.88
+
+
+@tree
+class Late(Tree):
+    """Sums over the late gradients of each matrix, weighted as in the momentum.
+
+    Attributes:
+        squares: Σⱼ αʲ ‖∇Wₜ₋ⱼ‖², of the batch axes' shape.
+        weights: Σⱼ αʲ, of the batch axes' shape.
+        growth: What `longer` is told by, h, of the batch axes' shape: it rises where gradients
+            agree and falls where they oppose each other.
+    """
+
+    squares: Array
+    weights: Array
+    growth: Array
+
+    @classmethod
+    def zeros(cls, batch: Sequence[int], like: Array) -> Self:
+        """Before the first step, on the device of `like`."""
+        xp, dtype = namespace(like), widen(like[..., :0]).dtype
+        return cls(*(xp.zeros(tuple(batch), dtype=dtype, device=device(like)) for _ in range(3)))
+
+    def numbers(self) -> Self:
+        """With numbers in place of 0-d arrays, where the host need not wait for them."""
+        return type(self)(number(self.squares), number(self.weights), number(self.growth))
+
+    def written(self, sums: Self) -> Self:
+        """What came of `numbers`, as arrays like these."""
+        return self.map(lambda old, new: cast(as_array(new, old), old), sums)
+
+    def update(self, squares: Scalar, s: Settings) -> Self:
+        """One step later, with ‖∇W‖²."""
+        return type(self)(*self._added(squares, s), self.growth)
+
+    def _added(self, squares: Scalar, s: Settings) -> tuple[Scalar, Scalar]:
+        return (
+            multiply_add(self.squares, s.momentum, squares),
+            multiply_add(self.weights, s.momentum, 1.0),
+        )
+
+    def grown(self, agreement: Scalar, moves: Array | bool, s: Settings) -> Self:
+        """With steps that are longer or shorter, after the agreement of this step.
+
+        Args:
+            agreement: What `agreement` returns.
+            moves: Whether the gradient of this step is not zero: one that is zero says nothing.
+            s: The settings.
+        """
+        ratio = agreement * agreement / agreement_of_noise(s)
+        up, down = clip(ratio, CLEARLY, CLEARLY + 1.0), at_most(ratio, 1.0)
+        known = where(moves, self.weights, 0.0) > _FORGOTTEN / (1.0 - s.momentum)
+        change = where(known, up + down - (CLEARLY + 1.0), 0.0)
+        growth = clip(multiply_add(change, GROWTH, self.growth), -PATIENCE - SHORTEST, LONGEST)
+        return type(self)(self.squares, self.weights, growth)
+
+    def longer(self) -> Scalar:
+        """How much longer steps are than at the start."""
+        return exp(self.growth - clip(self.growth, -PATIENCE, 0.0))
+
+    def agreement(self, ahead: Scalar, squares: Scalar, s: Settings) -> Scalar:
+        """‖Σ bⱼ Gⱼ‖ / √(Σ bⱼ · Σ bⱼ ‖Gⱼ‖²), in [0, 1]: 1 if all late gradients are equal.
+
+        Args:
+            ahead: The norm of Σ bⱼ Gⱼ, which is what `averaged` returns of gradients.
+            squares: ‖∇W‖² of this step.
+            s: The settings.
+        """
+        squared, weights = self.squares, self.weights
+        if s.nesterov:
+            squared, weights = self._added(squares, s)
+        return at_most(ahead / at_least(squared * weights, TINY) ** 0.5, 1.0)
+
+
+def agreement_of_noise(s: Settings) -> Scalar:
+    """The squared agreement Σ bⱼ² / (Σ bⱼ)² of gradients that have nothing in common."""
+    alpha = s.momentum
+    if not s.nesterov:
+        return (1.0 - alpha) / (1.0 + alpha)
+    return (1.0 + 2.0 * alpha + alpha**2 / (1.0 - alpha**2)) * (1.0 - alpha) ** 2
