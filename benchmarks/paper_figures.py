@@ -227,26 +227,26 @@ def memory(found: dict[str, Any]) -> Figure:
 
 def search(plan: Plan, task: str) -> Figure:
     """Test metric and test loss over epochs and over processor seconds."""
-    figure = Figure(figsize=(9.6, 6.6), layout="constrained")
-    panels = figure.subplots(2, 2, sharex="col", sharey="row")
+    metric = PAPER_TASKS[task].metric_name
+    rows = [(3, "test loss")] if metric == "loss" else [(4, f"test {metric}"), (3, "test loss")]
+    figure = Figure(figsize=(9.6, 1.0 + 2.8 * len(rows)), layout="constrained")
+    panels = figure.subplots(len(rows), 2, sharex="col", sharey="row", squeeze=False)
     shown: list[float] = []
     for method in METHODS:
         results = of(plan, plan.confirmed(task, method, "float32"))
         results = [result for result in results if result.curve]
-        for i, column in ((0, 4), (1, 3)):
+        for i, (column, _) in enumerate(rows):
             for j in (0, 1):
                 lines = [([p[j] for p in r.curve], [p[column] for p in r.curve]) for r in results]
                 _band(panels[i][j], method, lines)  # type: ignore[arg-type]
         shown += [p[3] for r in results for p in r.curve if p[3] is not None]
-    metric = PAPER_TASKS[task].metric_name
-    for axes, what in zip(panels[:, 0], (f"test {metric}", "test loss"), strict=True):
+    for axes, (_, what) in zip(panels[:, 0], rows, strict=True):
         axes.set_ylabel(what)
     for axes, what in zip(panels[-1], ("epochs", "processor seconds"), strict=True):
         axes.set_xlabel(what)
     low, high = min(shown), float(np.quantile(shown, 0.85))
     scale = "log" if high > 10.0 * low else "linear"
-    for axes in [panels[1][0], *([panels[0][0]] if metric == "loss" else [])]:
-        axes.set(yscale=scale, ylim=(0.9 * low, max(1.2 * high, 1.5 * low)))
+    panels[-1][0].set(yscale=scale, ylim=(0.9 * low, max(1.2 * high, 1.5 * low)))
     for axes in panels.flat:
         axes.grid(alpha=0.25)
     figure.suptitle(PAPER_TASKS[task].title)
