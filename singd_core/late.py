@@ -17,7 +17,6 @@ from singd_core._array import (
     cast,
     clip,
     device,
-    exp,
     multiply_add,
     namespace,
     number,
@@ -29,15 +28,10 @@ from singd_core._tree import Tree, tree
 from singd_core.curvature import TINY
 
 # Where late gradients agree that much more than noise, steps are too short: each makes the next
-# ones longer by up to this, to at most 55 times. Where they agree less than noise, they oppose each
-# other: shorter again. A training that ends soon is better off with long steps all the same, so the
-# steps become shorter than at the start only after gradients have opposed each other for long, at
-# least 80 steps, and down to a seventh.
+# ones longer by up to this, to at most 55 times. Where they agree less than noise, shorter again.
 CLEARLY = 3.0
 GROWTH = 0.15
 LONGEST = 4.0
-PATIENCE = 12.0
-SHORTEST = 2.0
 # It begins when the sums have forgotten that they began with nothing.
 _FORGOTTEN = 0.88
 
@@ -49,8 +43,7 @@ class Late(Tree):
     Attributes:
         squares: Σⱼ αʲ ‖∇Wₜ₋ⱼ‖², of the batch axes' shape.
         weights: Σⱼ αʲ, of the batch axes' shape.
-        growth: What `longer` is told by, h, of the batch axes' shape: it rises where gradients
-            agree and falls where they oppose each other.
+        growth: The logarithm of how much longer steps have become, of the batch axes' shape.
     """
 
     squares: Array
@@ -81,24 +74,14 @@ class Late(Tree):
             multiply_add(self.weights, s.momentum, 1.0),
         )
 
-    def grown(self, agreement: Scalar, moves: Array | bool, s: Settings) -> Self:
-        """With steps that are longer or shorter, after the agreement of this step.
-
-        Args:
-            agreement: What `agreement` returns.
-            moves: Whether the gradient of this step is not zero: one that is zero says nothing.
-            s: The settings.
-        """
+    def grown(self, agreement: Scalar, s: Settings) -> Self:
+        """With steps that are longer or shorter, after the agreement of this step."""
         ratio = agreement * agreement / agreement_of_noise(s)
         up, down = clip(ratio, CLEARLY, CLEARLY + 1.0), at_most(ratio, 1.0)
-        known = where(moves, self.weights, 0.0) > _FORGOTTEN / (1.0 - s.momentum)
+        known = self.weights > _FORGOTTEN / (1.0 - s.momentum)
         change = where(known, up + down - (CLEARLY + 1.0), 0.0)
-        growth = clip(multiply_add(change, GROWTH, self.growth), -PATIENCE - SHORTEST, LONGEST)
+        growth = clip(multiply_add(change, GROWTH, self.growth), 0.0, LONGEST)
         return type(self)(self.squares, self.weights, growth)
-
-    def longer(self) -> Scalar:
-        """How much longer steps are than at the start."""
-        return exp(self.growth - clip(self.growth, -PATIENCE, 0.0))
 
     def agreement(self, ahead: Scalar, squares: Scalar, s: Settings) -> Scalar:
         """‖Σ bⱼ Gⱼ‖ / √(Σ bⱼ · Σ bⱼ ‖Gⱼ‖²), in [0, 1]: 1 if all late gradients are equal.

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from singd_core._array import Scalar, at_least, norm, number, where
+from singd_core._array import Scalar, at_least, exp, norm, number, where
 from singd_core._settings import Settings
 from singd_core.curvature import TINY
 from singd_core.late import Late
@@ -90,14 +90,13 @@ def scaled(
     agreement: Scalar = 1.0
     longer: Scalar = 1.0
     ahead, natural = lengths
-    moves = squares > 0.0
     if late is not None:
         late = late.update(squares, s)
         agreement = late.agreement(ahead, squares, s)
-        late = late.grown(agreement, moves, s)
-        longer = late.longer()
+        late = late.grown(agreement, s)
+        longer = exp(late.growth)
     scale = longer * (agreement * size) / at_least(natural, TINY)
-    return where(moves, scale, 0.0), late, agreement
+    return where(squares > 0.0, scale, 0.0), late, agreement
 
 
 def sides(d_out: int, d_in: int, overlap: float) -> tuple[float, float]:

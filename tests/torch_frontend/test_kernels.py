@@ -91,9 +91,9 @@ class Transformer(nn.Module):
 
 # The whole of a step: 4-layer transformer, 19 layers in 7 stacks, and the norms by AdamW.
 LIMITS: dict[str, tuple[dict[str, Any], int, int, int]] = {
-    "default": ({}, 111, 151, 470),
-    "diagonal": ({"structures": ("diagonal", "diagonal")}, 95, 135, 399),
-    "decay": ({"weight_decay": 0.01}, 115, 155, 474),
+    "default": ({}, 108, 148, 381),
+    "diagonal": ({"structures": ("diagonal", "diagonal")}, 92, 132, 293),
+    "decay": ({"weight_decay": 0.01}, 112, 152, 385),
 }
 
 
@@ -118,9 +118,10 @@ def test_a_step_launches_few_kernels(case: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(pieces, "on_host", lambda x: False)
     given, between, last, refresh = LIMITS[case]
     model = Transformer()
-    found = counts(SINGD(model, T=5, growing_T=False, **given), model, 6)
+    found = counts(SINGD(model, T=5, growing_T=False, **given), model, 11)
     limits = [between] * 3 + [last, refresh]
-    assert all(n <= limit for n, limit in zip(found[1:], limits, strict=True)), found
+    later = found[6:]  # from the second refresh on, factors stand together
+    assert all(n <= limit for n, limit in zip(later, limits, strict=True)), found
 
 
 def test_what_adamw_launches() -> None:

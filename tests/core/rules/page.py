@@ -89,13 +89,12 @@ class Page:
             weight, squares = max(1 / self.k, rate), balanced**2
             self.r = self.r + weight * (squares.mean(1) / squares.mean() - self.r)
             self.c = self.c + weight * (squares.mean(0) / squares.mean() - self.c)
-        if self.w * (1 - alpha) > 0.88 and square > 0:
+        if self.w * (1 - alpha) > 0.88:
             ratio = agreement**2 / NOISE[s["nesterov"]](alpha)
             change = np.clip(ratio - 3, 0, 1) - np.clip(1 - ratio, 0, 1)
-            self.growth = np.clip(self.growth + 0.15 * change, -14, 4)
+            self.growth = np.clip(self.growth + 0.15 * change, 0, 4)
         R = np.sqrt(2.26 / np.sqrt(max(d_o, d_i)) * 1.5 / np.sqrt(d_i * self.t_U))
-        longer = np.exp(max(self.growth, 0) + min(self.growth + 12, 0))
-        u = R * longer * agreement * n / np.sqrt(np.mean(n * n))
+        u = R * np.exp(self.growth) * agreement * n / np.sqrt(np.mean(n * n))
         lr = s["lr"] * min(1.0, self.t / s["warmup"])
         decay = s["weight_decay"] if s["decoupled_weight_decay"] else 0.0
         self.W = self.W - lr * u - lr * decay * self.W
