@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,7 +60,7 @@ def agree_on_rows(
         for layer, flag in zip(layers, flags or [0] * len(layers), strict=True)
     ]
     found = torch.tensor(own, dtype=torch.float32, device=device)
-    dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=apart(group))
     largest = []
     for layer, (is_lost, called, missed, flag, *uses) in zip(layers, found.tolist(), strict=True):
         largest.append(int(flag))
@@ -75,6 +76,28 @@ def agree_on_rows(
                 swapped = bool(swapped) and not layer.is_stack
                 layer.know(Source(layer.weight, layer.kind, swapped=swapped))
     return largest
+
+
+# By the group whose processes they have.
+_APART: weakref.WeakKeyDictionary[Any, dist.ProcessGroup] = weakref.WeakKeyDictionary()
+
+
+def apart(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A group of the same processes, the same each time, for what the host wants to know.
+
+    On the CPU calls of the group itself may meet those of other threads, as of an `async_save`.
+    """
+    if group not in _APART:
+        _APART[group] = another(group)
+    return _APART[group]
+
+
+def another(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A new group of the same processes, which all call this."""
+    ranks, backend = dist.get_process_group_ranks(group), str(dist.get_backend_config(group))
+    found = dist.new_group(ranks, backend=backend, use_local_synchronization=True)
+    assert isinstance(found, dist.ProcessGroup)
+    return found
 
 
 def device_of_flags(group: dist.ProcessGroup, device: torch.device) -> torch.device:

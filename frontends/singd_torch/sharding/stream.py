@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from singd_torch._distributed import device_of_flags
+from singd_torch._distributed import another, apart, device_of_flags
 from singd_torch.layers.layer import Key, Layer
 from singd_torch.layers.pending import Pending
 
@@ -207,12 +207,12 @@ class Stream:
         if likeness in self._plans or not layers:
             return
         if self._own_group is None:
-            ranks = dist.get_process_group_ranks(self._group)
-            self._own_group = dist.new_group(ranks, use_local_synchronization=True)
+            self._own_group = another(self._group)
         device = device_of_flags(self._group, layers[0].weight.device)
         last = self._calls.total() + 1
         when = torch.tensor([self._order.get(one.weight, last) for one in layers], device=device)
-        dist.broadcast(when, dist.get_global_rank(self._group, 0), group=self._group)
+        first = dist.get_global_rank(self._group, 0)
+        dist.broadcast(when, first, group=apart(self._group))
         self._plans[likeness] = [[]]
         size = 0
         for i in when.argsort(stable=True).tolist():

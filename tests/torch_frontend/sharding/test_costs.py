@@ -110,6 +110,37 @@ def test_a_step_sends_gradients_and_changes_once_and_the_backward_pass_sums(how:
         assert told.sent_by_refresh == 8 * sums * (world - 1) / world
 
 
+def asked(rank: int, world: int, how: str) -> list[bool]:
+    """Whether sums and changes are called for in the group of the training, and maxima are not."""
+    model: Any = models.new("characters")
+    if how == "parts":
+        shard(model, init_device_mesh("cpu", (world,)))
+    else:
+        model = DistributedDataParallel(model)
+    optimizer = SINGD(model, **models.settings("characters", T=1, growing_T=False))
+    training = dist.group.WORLD
+    found = []
+    all_reduce = dist.all_reduce
+
+    def seen(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, **given: Any) -> Any:
+        found.append((op == dist.ReduceOp.MAX) is (given["group"] is not training))
+        return all_reduce(tensor, op, **given)
+
+    for batch in models.data("characters", 2):
+        models.loss(model, *models.part_of(batch, rank, world)).backward()
+        with mock.patch.object(dist, "all_reduce", seen):
+            optimizer.step()
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["parts", "copies"])
+def test_what_the_host_asks_meets_no_calls_of_a_save_in_another_thread(how: str) -> None:
+    for found in gloo.run(2, asked, how):
+        assert len(found) >= 2
+        assert all(found)
+
+
 def sums_of(layers: list[Any]) -> int:
     """The numbers that a refresh sends: with the squares of both sides, N and M of each layer."""
     shapes = ((layer.shape, layer.structures) for layer in layers)

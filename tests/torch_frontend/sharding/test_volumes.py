@@ -6,8 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from singd_torch import estimate
+from singd_core.curvature import Curvature
+from singd_torch import SINGD, _state, estimate
+from singd_torch._groups import settings_of
+from singd_torch.layers.layer import Layer
+from singd_torch.sharding.box import rows
+from singd_torch.sharding.owners import Shares
 
 PAGE = Path(__file__).parents[3] / "docs" / "many_gpus.md"
 
@@ -73,6 +79,38 @@ def test_the_page_has_what_estimate_tells(name: str) -> None:
     for line, share in lines(name):
         assert line in page
         assert share <= 1.2
+
+
+TOKENS = 8192
+
+
+def work_of_refresh(layer: Layer) -> int:
+    """The operations of products that make new factors of sums, and what preconditions of them."""
+    s = settings_of(layer.group)
+    factors = _state.initial(layer, s, torch.device("meta"))
+    t = factors.averages.t_G
+    with FlopCounterMode(display=False) as counted:
+        new = factors.refresh(Curvature(*factors.sides, t, t), 0.05, s)
+        new.preconditioner(s.T, balanced=True)
+    return int(counted.get_total_flops())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "most"), [("GPT-2 small", 5e8), ("Llama-7B", 8e9)])
+def test_a_refresh_costs_an_owner_less_than_a_ten_thousandth_of_a_step(
+    name: str, most: float
+) -> None:
+    with torch.device("meta"):
+        model = MODELS[name]()
+    layers = SINGD(model)._layers
+    places = {p: rows(p.shape, 8) for p in model.parameters()}
+    shares = Shares.of(layers, 8, {}, places)
+    load = [0] * 8
+    for layer in shares.whole:
+        load[shares.owners[layer.weight]] += work_of_refresh(layer)
+    assert 0.95 * most < max(load) < 1.05 * most
+    numbers = sum(p.numel() for p in model.parameters())
+    assert max(load) < 1e-4 * 6 * numbers * TOKENS
 
 
 if __name__ == "__main__":
