@@ -22,7 +22,7 @@ from singd_torch.capture.queue import Call, Queue
 from singd_torch.capture.tap import TakeRows, Tap, after_pass, backward_pass, install
 from singd_torch.layers.due import is_due
 from singd_torch.layers.layer import Layer, part_of
-from singd_torch.layers.reach import Reach
+from singd_torch.layers.reach import Reach, part_again
 from singd_torch.layers.roster import Roster
 from singd_torch.layers.source import Source
 
@@ -235,6 +235,7 @@ class Watcher:
         """Take the rows of this step from backward passes inside the block, and only from them."""
         if self._sampled is None:  # else one more micro-batch
             self.forget()
+        part_again(self._roster.model)
         gradients = [(p, p.grad) for p in self._roster.model.parameters()]
         for p, _ in gradients:
             p.grad = None

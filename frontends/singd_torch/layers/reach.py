@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import sys
 
 import torch
 from torch import Tensor, nn
@@ -35,3 +36,16 @@ class Reach(enum.Enum):
 def is_in_parts(weight: Tensor) -> bool:
     """Whether several processes have parts of a weight: then it is a DTensor."""
     return type(weight) not in (Tensor, nn.Parameter)
+
+
+def part_again(model: nn.Module) -> None:
+    """Let modules have their parts of parameters, which `fully_shard` may have gathered for them.
+
+    A backward pass gathers them by itself.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    kind = None if fsdp is None else getattr(fsdp, "FSDPModule", None)
+    if kind is not None:
+        for module in model.modules():
+            if isinstance(module, kind):
+                module.reshard()

@@ -231,11 +231,26 @@ def summed(run: Run) -> None:
         optimizer.step()
 
 
+def sampled(run: Run) -> None:
+    """Rows from other labels than gradients, of one forward pass, and after a pass that adds up."""
+    optimizer = run.build(T=1)
+    for batch in models.data(NAME):
+        optimizer.zero_grad()
+        for i in range(2):
+            x, y = models.part_of(run.part(batch), i, 2)
+            logits = run.model(x).flatten(0, -2)
+            with optimizer.sampled_labels():
+                other = nn.functional.cross_entropy(logits, (7 * y.flatten()) % 20)
+                (other / 2).backward(retain_graph=True)
+            (nn.functional.cross_entropy(logits, y.flatten()) / 2).backward()
+        optimizer.step()
+
+
 FEATURES = {
     f.__name__: f
     for f in (
         *(accumulated, clipped, not_a_number, frozen, grouped, checkpointed, kept, masked),
-        *(compiled, switched, summed, dropped, dropped_and_accumulated, scaled, unscaled),
+        *(compiled, switched, summed, dropped, dropped_and_accumulated, scaled, unscaled, sampled),
     )
 }
 
@@ -247,7 +262,7 @@ def worker(rank: int, world: int, name: str) -> dict[str, Tensor]:
     return models.weights(run.model)
 
 
-SLOW = ("compiled",)
+SLOW = ("compiled", "sampled")
 
 
 @pytest.mark.parametrize(
