@@ -197,8 +197,8 @@ def _or_zero(ok: Array, change: Array) -> Array:
 
 def all_finite(sizes: Sequence[Array]) -> Array:
     """Whether the sum of all sizes is finite, 0-d."""
-    size = sum(sizes[1:], sizes[0])
-    return namespace(size).isfinite(size)
+    xp = namespace(sizes[0])
+    return xp.isfinite(total(xp.stack(list(sizes))))  # XLA would fuse a chain of sums into all uses
 
 
 def count_failed(count: Array, moved: Sequence[Array]) -> Array:

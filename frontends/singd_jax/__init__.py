@@ -6,7 +6,8 @@ from singd_jax._check import check
 from singd_jax._curvature import value_and_curvature
 from singd_jax._find import find_layers
 from singd_jax._gradients import Gradients, value_and_grad
-from singd_jax._layers import Layer, Layers
+from singd_jax._layer import Layer
+from singd_jax._layers import Layers
 from singd_jax._pytree import register_trees
 from singd_jax._state import SingdState, flatten, unflatten
 from singd_jax._torch import from_torch

@@ -14,7 +14,8 @@ from singd_core._array import Array
 from singd_core.curvature import Curvature
 from singd_jax._curvature import blank
 from singd_jax._gradients import MISSING, parted
-from singd_jax._layers import TRANSPOSED, Layers, Role, checked
+from singd_jax._layer import TRANSPOSED, Role
+from singd_jax._layers import Layers, checked
 from singd_jax._loss import Leaves, is_complex
 from singd_jax._state import Both, find_states
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,17 +11,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from singd_core._array import Array
+from singd_core._array import Array, sum_of_squares, widen
 from singd_core.curvature import Curvature, Measured
-from singd_core.layers import Sample
 from singd_core.rules import Factors
+from singd_core.structures import Structure
 from singd_jax import _compat, _nnx
 from singd_jax._calls import Call
 from singd_jax._find import leading
-from singd_jax._layers import TRANSPOSED, UPRIGHT, Layer, Layers, Role, checked
+from singd_jax._layer import TRANSPOSED, UPRIGHT, Layer, Role
+from singd_jax._layers import Layers, checked
 from singd_jax._loss import Leaves, size_of_batch
+from singd_jax._sample import Sample
 from singd_jax._state import SingdState, find_states, refuse_lost_curvature
 from singd_jax._tapped import Tapped, value_and_grad
+
+# The share of the operations of a gradient that every step may spend on curvature.
+_CHEAP = 1.0 / 16.0
 
 
 class Sums(NamedTuple):
@@ -29,34 +35,33 @@ class Sums(NamedTuple):
     Attributes:
         K: Of the rows of K, which are inputs unless the matrix is used transposed.
         C: Of those of C.
-        N: The number of rows.
-        terms: Their number if every position is one.
-        uses: The number of products, each counted once however often it runs.
+        counts: The number of rows, their number if every position is one, and the number of
+            products, each counted once however often it runs: shape (*stack, 3).
     """
 
     K: Measured
     C: Measured
-    N: Array
-    terms: Array
-    uses: Array
+    counts: Array
 
 
 def value_and_curvature(
-    loss: Callable[..., Any], layers: Layers, *, has_aux: bool = False, branch: str = "step"
+    loss: Callable[..., Any], layers: Layers, *, has_aux: bool = False, branch: str | None = None
 ) -> Callable[..., tuple[Any, Any, dict[str, Curvature]]]:
     """A function of `params, state, *batch` returning the loss, its gradient and the curvature.
 
-    It is `jax.value_and_grad` with one more result, for `tx.update(..., curvature=curvature)`. In
-    steps that do not refresh the factors (see `T`) the curvature is zeros, and is not computed.
+    It is `jax.value_and_grad` with one more result, for `tx.update(..., curvature=curvature)`.
+    Most structures measure U and G themselves, and `tx.update` sees them by K and C; others, such
+    as Toeplitz matrices, measure H_K and H_C.
 
     Args:
         loss: The loss that the layers were found in.
         layers: What `find_layers` returned.
         has_aux: Whether the loss returns a pair of which the second is auxiliary.
-        branch: What decides, where T > 1, whether the curvature is computed: "step", one
-            `lax.cond` between two backward passes, or "layer", one in every layer. The latter
-            compiles one backward pass instead of two; but each branch is a wait for an accelerator,
-            and devices add up the curvature of each layer by itself.
+        branch: What decides, where T > 1, whether the curvature is computed, or else is zeros:
+            "step", one `lax.cond` between two backward passes, or "layer", one in every layer. The
+            latter compiles one backward pass instead of two; but each branch is a wait for an
+            accelerator, and devices add up the curvature of each layer by itself. None is "step",
+            and nothing where measuring costs little beside the gradient: there every step measures.
 
     Returns:
         A function of the parameters, the optimizer's state and the batch. The value is that of
@@ -66,8 +71,8 @@ def value_and_curvature(
         ValueError: If `branch` is unknown, or the state has no state of singd in it, or one that
             optax would not pass the curvature on to; or if the parameters do not fit the layers.
     """
-    if branch not in ("step", "layer"):
-        raise ValueError(f'branch = {branch!r}: choose "step" or "layer"')
+    if branch not in (None, "step", "layer"):
+        raise ValueError(f'branch = {branch!r}: choose "step", "layer" or None')
     layers = checked(layers)
 
     def function(
@@ -77,9 +82,10 @@ def value_and_curvature(
         states = find_states(state)
         refuse_lost_curvature(state)
         trained = layers.of(states)
-        factors, slots = _ports(trained, states)
+        kept, slots = _ports(trained, states)
+        factors = {name: own.measuring() for name, own in kept.items() if not is_blind(own)}
         known = [k for own in states for k, layer in own.layers.items() if layer.has_rows]
-        if known and len(layers) and not factors:
+        if known and len(layers) and not kept:
             raise ValueError(
                 f"the state is that of {', '.join(known)}, and the layers are "
                 f"{', '.join(layers)}: give both the same layers"
@@ -91,20 +97,21 @@ def value_and_curvature(
         needed = layers.loss_average == "batch" or layers.kfac_approx == "reduce"
         first = functools.partial(leading, loss, leaves, batch, keywords)
         n = size_of_batch(layers.batch_size, batch, keywords, first) if needed else None
-        dues: list[Any] = [own.due for own in states]
-        whole = branch == "layer" or any(due is None for due in dues)
-        due = {name: own.due for own in states for name in own.rest.layers} if whole else {}
         rows = {name: own.fixed.rows for own in states for name in own.rest.layers}
+        always = branch is None and _is_cheap(trained, kept, rows)
+        dues: list[Any] = [None if always else own.due for own in states]
+        whole = branch == "layer" or any(due is None for due in dues)
+        due = {} if always or not whole else _of_layers(states, dues)
         sampled = [own for own in states if own.fixed.rows != math.inf]
         steps = {name: own.rest.step for own in sampled for name in own.rest.layers}
-        rule = functools.partial(_measure, rows)
-        tapped, seen = Tapped(loss, trained, n, rule, due, steps), set[str]()
+        rule = functools.partial(_measure, kept, rows)
+        tapped, used = Tapped(loss, trained, n, rule, due, steps), set[str]()
 
         def measured() -> tuple[Any, Any, Any, dict[str, Any]]:
             *found, sums, names = tapped.value_and_grad(
                 leaves, slots, factors, batch, keywords, has_aux
             )
-            seen.update(names)
+            used.update(names)
             return *found, sums
 
         def plain() -> tuple[Any, Any, Any, dict[str, Any]]:
@@ -114,9 +121,9 @@ def value_and_curvature(
             value, grads, changed, sums = measured()
         else:
             value, grads, changed, sums = jax.lax.cond(jnp.any(jnp.stack(dues)), measured, plain)
-        if factors and not seen:
+        if kept and not used:
             raise ValueError(
-                f"the loss uses none of {', '.join(factors)} as in the loss that the layers were "
+                f"the loss uses none of {', '.join(kept)} as in the loss that the layers were "
                 "found in: find the layers of this loss, or give that one"
             )
         leaves.keep(changed)
@@ -124,40 +131,64 @@ def value_and_curvature(
             name + role: _curvature(sums[name][role], layers, n, role)
             for name, layer in trained.items()
             for role in layer.roles
-            if name + role in seen
+            if name + role in used
         }
         return value, grads, curvature
 
     return function
 
 
+def _of_layers(states: Sequence[SingdState], values: Sequence[Any]) -> dict[str, Any]:
+    """The value of each state for its layers."""
+    pairs = zip(states, values, strict=True)
+    return {name: value for own, value in pairs for name in own.rest.layers}
+
+
+def _is_cheap(layers: Layers, factors: Mapping[str, Factors], rows: Mapping[str, float]) -> bool:
+    """Whether measuring all layers takes few operations beside their products.
+
+    It takes 2 n d w of n rows for a factor of side d with blocks of side w. The products take
+    6 N d_out d_in of N rows, forward and backward.
+    """
+    measuring = products = 0.0
+    for name, layer in layers.items():
+        _, d_out, d_in = layer.shape
+        products += 6.0 * layer.rows * d_out * d_in
+        for S, d in zip(factors[name].structures, (d_in, d_out), strict=True):
+            most = max(rows[name], S.width(d)) if _compat.is_local() else math.inf
+            measuring += 2.0 * min(layer.rows, layer.runs * most) * d * S.width(d)
+    return measuring <= _CHEAP * products
+
+
 def _measure(
-    rows: Mapping[str, float], call: Call, layer: Layer, kfac_approx: str
+    trained: Mapping[str, Factors],
+    rows: Mapping[str, float],
+    call: Call,
+    layer: Layer,
+    kfac_approx: str,
 ) -> Callable[..., Sums]:
-    """The rule that measures so many of the rows, or all, with the layer's factors."""
+    """The rule that measures so many of the rows, or all, for the layer's factors."""
     transposed, bias = layer.role(call) == TRANSPOSED, layer.bias is not None
     _, d_out, d_in = layer.shape
     most = rows[layer.name] if _compat.is_local() else math.inf
     N = call.examples if kfac_approx == "reduce" else call.rows
+    counted, structures = (N, call.rows, 1.0 / call.times), trained[layer.name].structures
 
-    def rule(x: Any, g: Any, factors: Factors, step: Array | None, factor: Any) -> Sums:
+    def rule(x: Any, g: Any, factors: Factors | None, step: Array | None, factor: Any) -> Sums:
         x, g = call.operands(x, g, factor)
         of_K, of_C = (
             Sample.of(most, structure, d, step)
-            for structure, d in zip(factors.structures, (d_in, d_out), strict=True)
+            for structure, d in zip(structures, (d_in, d_out), strict=True)
         )
         of_x, of_g = (of_C, of_K) if transposed else (of_K, of_C)
         A = call.inputs(x, bias and not transposed, kfac_approx, of_x)
         B = call.outputs(g, kfac_approx, of_g)
-        stack = B.shape[:-2]
-        counted = N if call.sizes is None else call.sizes(x)
-        numbers = counted, call.rows, 1.0 / call.times
+        counts = jnp.broadcast_to(jnp.asarray(counted, jnp.float32), (*B.shape[:-2], 3))
+        if call.sizes is not None:
+            counts = counts.at[..., 0].set(call.sizes(x))
         if transposed:
             A, B = padded(B) if bias else B, A
-        return Sums(
-            *factors.measure(A, B),
-            *(jnp.broadcast_to(jnp.asarray(n, jnp.float32), stack) for n in numbers),
-        )
+        return Sums(*_sums(structures, factors, A, B), counts)
 
     return rule
 
@@ -166,9 +197,9 @@ def _measure(
 def _ports(
     layers: Layers, states: Sequence[SingdState]
 ) -> tuple[dict[str, Factors], dict[str, Any]]:
-    """What each layer is measured with, and zeros for what its roles add up."""
+    """The factors of each layer, and zeros for what its roles add up."""
     known = {name: layer.factors for own in states for name, layer in own.rest.layers.items()}
-    factors = {name: known[name].measuring() for name in layers}
+    factors = {name: known[name] for name in layers}
     slots = {
         name: dict.fromkeys(layer.roles, _slot(layer, factors[name]))
         for name, layer in layers.items()
@@ -193,30 +224,63 @@ def _slot(layer: Layer, factors: Factors) -> Sums:
 
     def shaped(factors: Factors) -> Sums:
         A, B = (jnp.zeros((*stack, 1, d), jnp.float32) for d in (d_in, d_out))
-        number = jnp.zeros(stack, jnp.float32)
-        return Sums(*factors.measure(A, B), number, number, number)
+        counts = jnp.zeros((*stack, 3), jnp.float32)
+        return Sums(
+            *_sums(factors.structures, None if is_blind(factors) else factors, A, B), counts
+        )
 
     # as on one device: their products need no type that says how they are sharded
     make: Any = jax.ShapeDtypeStruct
-    plain = jax.tree.map(lambda a: make(a.shape, a.dtype), factors)
+    plain = jax.tree.map(lambda a: make(a.shape, a.dtype), factors.measuring())
     shapes = jax.eval_shape(shaped, plain)
     return jax.tree.map(  # type: ignore[no-any-return]
         lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes
     )
 
 
+def _sums(
+    structures: tuple[type[Structure], type[Structure]], factors: Factors | None, A: Array, B: Array
+) -> tuple[Measured, Measured]:
+    """The sums of rows A and B, blind if there are no factors."""
+    if factors is not None:
+        return factors.measure(A, B)
+    # in float32: what rounds the sums is large where a factor is
+    wide = zip(structures, (widen(A), widen(B)), strict=True)
+    of_K, of_C = (Measured(S.outer(X.mT), sum_of_squares(X, 2)) for S, X in wide)
+    return of_K, of_C
+
+
+def is_blind(factors: Factors) -> bool:
+    """Whether the curvature of a layer is that of K = C = I, which `seen` turns into its own.
+
+    Then it needs no factors, and is the same code for all layers of a loss. Some structures do not
+    keep enough of it.
+    """
+    return all(S.sums() is S for S in factors.structures)
+
+
+def seen(factors: Factors, curvature: Curvature) -> Curvature:
+    """What a refresh of the factors wants of the curvature of their layer."""
+    if not is_blind(factors):
+        return curvature
+    given = Measured(curvature.H_K, curvature.t_U), Measured(curvature.H_C, curvature.t_G)
+    K, C = factors.seen(*given)
+    return dataclasses.replace(curvature, H_K=K.S, H_C=C.S)
+
+
 @_compat.any_ranks
 def _curvature(sums: Sums, layers: Layers, batch_size: int | None, role: Role) -> Curvature:
+    N, terms, uses = (sums.counts[..., i] for i in range(3))
     M: Any = 1
     if layers.loss_average == "batch":
         M = batch_size
     elif layers.loss_average == "batch+sequence":
-        M = sums.terms / jnp.where(sums.uses > 0, sums.uses, 1)
+        M = terms / jnp.where(uses > 0, uses, 1)
     elif layers.loss_average is not None:
         M = layers.loss_average
     if role == UPRIGHT:
-        return Curvature.of(sums.K, sums.N, sums.C, M)
-    turned = Curvature.of(sums.C, sums.N, sums.K, M)
+        return Curvature.of(sums.K, N, sums.C, M)
+    turned = Curvature.of(sums.C, N, sums.K, M)
     return Curvature(turned.H_C, turned.H_K, turned.t_G, turned.t_U)
 
 

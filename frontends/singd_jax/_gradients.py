@@ -96,7 +96,7 @@ def parted(updates: Any, curvature: Any) -> tuple[Any, Any]:
 
 
 def value_and_grad(
-    loss: Callable[..., Any], *, has_aux: bool = False, branch: str = "step"
+    loss: Callable[..., Any], *, has_aux: bool = False, branch: str | None = None
 ) -> Callable[..., tuple[Any, Gradients]]:
     """`jax.value_and_grad` whose gradients carry the curvature to `tx.update`.
 

@@ -6,134 +6,17 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from singd_core import rules
 from singd_core._array import Array
-from singd_core._layer_state import Parameter, parts
 from singd_core._recipes import DEFAULT, STRUCTURES, settings
 from singd_core._settings import Settings
 from singd_core.layers import Tensor
-from singd_core.structures import Structure, choose
-from singd_jax._calls import Call
-from singd_jax._part import Laid, Part
+from singd_jax._layer import COMPLEX, Layer, Role, Wanted
 
 if TYPE_CHECKING:
     from singd_jax._state import SingdState
-
-# As what a product uses a matrix, which is what its curvature has after the name of the layer.
-Role: TypeAlias = str
-UPRIGHT, TRANSPOSED = "", " transposed"
-
-COMPLEX = "of complex numbers"  # why a parameter is no layer, and no matrix without rows either
-
-# Two names or classes, "auto:b", or None for what fits each weight; see choose.resolve.
-Wanted: TypeAlias = choose.Structures | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    """A weight, with its bias if it has one, that multiplies data.
-
-    Attributes:
-        name: The name of the weight in the parameters.
-        kind: What kind of product it is used in.
-        weight: Where the matrix W lies.
-        bias: Where its last column lies, or None.
-        uses: In how many products of the loss.
-        transposed: In how many as its transpose, like a table of embeddings tied to the last layer.
-        diagonal: Which of "K" and "C" are diagonal whatever is asked for, as one-hot rows want.
-        elsewhere: How its parameters are read besides, which its curvature does not see.
-        notes: What else is to be known of it.
-        has_rows: Whether products show its rows; else it learns from gradients alone.
-        overlap: In how many rows of a product an entry of its input takes part.
-    """
-
-    name: str
-    kind: str
-    weight: Part
-    bias: Part | None = None
-    uses: int = 1
-    transposed: int = 0
-    diagonal: str = ""
-    elsewhere: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    has_rows: bool = True
-    overlap: float = 1.0
-
-    @classmethod
-    def tensor(cls, name: str, shape: tuple[int, ...]) -> Self:
-        """A leaf that shows no rows, as a matrix or as a stack of matrices."""
-        kind = Tensor.of(shape)
-        axes = tuple((i, 1, n) for i, n in enumerate(shape))
-        last = kind.stack + kind.outs
-        stack = tuple((axis,) for axis in axes[: kind.stack])
-        region = tuple((0, n) for n in shape)
-        part = Part(name, shape, region, frozenset(), stack, axes[kind.stack : last], axes[last:])
-        return cls(name, "no rows", part, has_rows=False)
-
-    @property
-    def parts(self) -> tuple[Part, ...]:
-        """Where its weight lies, and where its bias."""
-        return (self.weight,) if self.bias is None else (self.weight, self.bias)
-
-    @property
-    def leaves(self) -> tuple[str, ...]:
-        """The names of the leaves that it is made of."""
-        return tuple(part.name for part in self.parts)
-
-    @property
-    def laid(self) -> Laid:
-        """How its parameter is a matrix."""
-        return Laid(self.weight, self.bias, self.overlap)
-
-    @property
-    def shape(self) -> tuple[tuple[int, ...], int, int]:
-        """The stack, d_out and d_in of the matrix, the bias counted in."""
-        return self.laid.shape(self.weight.shape, self.bias is not None)
-
-    @property
-    def roles(self) -> tuple[Role, ...]:
-        """As what it is used in products that show rows."""
-        if not self.has_rows:
-            return ()
-        return (UPRIGHT, TRANSPOSED) if self.transposed else (UPRIGHT,)
-
-    def role(self, call: Call) -> Role | None:
-        """As what a product uses it, None if as another matrix."""
-        layouts = {call.layout: UPRIGHT, call.transposed: TRANSPOSED}
-        role = layouts.get(self.weight.layout)
-        return role if role in self.roles else None
-
-    def without_bias(self) -> Layer:
-        """The layer of the weight alone, where the bias is trained by another transformation."""
-        return dataclasses.replace(self, bias=None)
-
-    def of(self, factors: rules.Factors) -> Layer:
-        """The layer that the factors are of: with its bias only if they have a column for it."""
-        K, _ = factors.sides
-        return self if K.shape[-1] == self.shape[-1] else self.without_bias()
-
-    def parameter(self, leaves: Mapping[str, Array]) -> Parameter:
-        """The regions of the leaves, or of their gradients, in their own axes: what is trained."""
-        found = tuple(part.take(leaves[part.name]) for part in self.parts)
-        return found[0] if self.bias is None else found
-
-    def matrix(self, leaves: Mapping[str, Array]) -> Array:
-        """The matrix (*stack, d_out, d_in) of the leaves, or of their gradients."""
-        return self.laid.matrix(*parts(self.parameter(leaves)))
-
-    def put(self, leaves: Mapping[str, Array], parameter: Parameter) -> dict[str, Array]:
-        """The leaves with the regions in them: the inverse of `parameter`."""
-        pairs = zip(self.parts, parts(parameter), strict=True)
-        return {part.name: part.put(leaves[part.name], region) for part, region in pairs}
-
-    def structures(
-        self, wanted: Wanted, rule: type[rules.Rule]
-    ) -> tuple[type[Structure], type[Structure]]:
-        """The structures of K and of C: what was asked for, or diagonal where it must be."""
-        diagonal = "K" in self.diagonal, "C" in self.diagonal
-        return rule.choose(wanted, self.shape, diagonal=diagonal)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,6 +104,24 @@ class Layers(Mapping[str, Layer]):
                 raise ValueError(
                     f"{name!r} has shape {tuple(array.shape)} among the {what}, and had {shape} "
                     "when the layers were found: find the layers of these parameters"
+                )
+
+    def refuse_further(self, arrays: Mapping[str, Array], known: Iterable[str]) -> None:
+        """Raise if there is an array that is none of those known.
+
+        Raises:
+            ValueError: Naming the first.
+        """
+        for name in arrays:
+            if name not in known and name in self.numbers:
+                raise ValueError(
+                    f"{name!r} was a Python number when the layers were found, which is not "
+                    "trained: make it jnp.asarray(...) there"
+                )
+            if name not in known:
+                raise ValueError(
+                    f"{name!r} is none of the parameters that the layers were found with and that "
+                    "tx.init was given: do both anew with these parameters"
                 )
 
     def __repr__(self) -> str:

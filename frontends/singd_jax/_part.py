@@ -56,6 +56,20 @@ class Part:
         """The shape (*stack, d_out, d_in)."""
         return (*map(size, self.stack), size(self.outs), size(self.ins))
 
+    def stacked(self, n: int) -> Part:
+        """The regions of n such parts of equal leaves, along a further first axis."""
+        first: Group = ((0, 1, n),)
+        region = ((0, n), *((0, m) for _, m in self.region))
+        return Part(
+            self.name,
+            tuple(m for _, m in region),
+            region,
+            frozenset(axis + 1 for axis in self.flips),
+            (first, *map(_further, self.stack)),
+            _further(self.outs),
+            _further(self.ins),
+        )
+
     def take(self, leaf: Array) -> Array:
         """The region, in the leaf's own axes."""
         return leaf if self.whole else leaf[self._slices()]
@@ -94,6 +108,11 @@ class Part:
         want = [*(atom for group in self.stack for atom in group), *self.outs, *self.ins]
         have = sorted(want, key=lambda atom: (atom[0], -atom[1]))
         return have, [have.index(atom) for atom in want]
+
+
+def _further(group: Group) -> Group:
+    """Atoms of axes that one more comes before."""
+    return tuple((axis + 1, stride, n) for axis, stride, n in group)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from singd_core._array import Array
-from singd_jax._layers import Layer
+from singd_jax._layer import Layer
 
 
 def shardings(

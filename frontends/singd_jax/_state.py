@@ -18,7 +18,8 @@ from singd_core._settings import Settings, is_due
 from singd_core.adamw import Moments
 from singd_core.curvature import Curvature
 from singd_core.optimizer import LayerState, State
-from singd_jax._layers import Layer, Layers
+from singd_jax._layer import Layer
+from singd_jax._layers import Layers
 from singd_jax._loss import Leaves
 from singd_jax._pytree import static
 

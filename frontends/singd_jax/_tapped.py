@@ -11,7 +11,8 @@ import jax
 from singd_core._array import Array
 from singd_jax._axes import Key
 from singd_jax._calls import Call
-from singd_jax._layers import Layer, Layers
+from singd_jax._layer import Layer
+from singd_jax._layers import Layers
 from singd_jax._loss import Leaves, evaluate
 from singd_jax._tap import Port, tap
 from singd_jax._trace import Ports, Tracer

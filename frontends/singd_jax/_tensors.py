@@ -11,7 +11,8 @@ from singd_core._array import Array
 from singd_core._settings import Settings
 from singd_core.layers import Tensor
 from singd_core.rules import learns_from_gradients
-from singd_jax._layers import Layer, Layers
+from singd_jax._layer import Layer
+from singd_jax._layers import Layers
 
 # Of whoever gives none: nothing is known of the parameters.
 NONE = Layers({}, {}, {}, {}, None, "expand", "batch")

@@ -19,6 +19,7 @@ from singd_jax._axes import Group, Key, View, axes_of, rearranged
 from singd_jax._calls import Call, Cut
 from singd_jax._enter import CALLS, reaches
 from singd_jax._joins import Join, cuts
+from singd_jax._lookups import gather
 from singd_jax._product import Bias, Origin, Path, Piece, Product
 from singd_jax._ragged import ragged_dot
 from singd_jax._reasons import reason
@@ -254,7 +255,7 @@ class Tracer:
             return _calls.convolution(eqn.params, view, y)
         if eqn.primitive.name == "ragged_dot_general":
             return ragged_dot(eqn.params, view, x, eqn.invars[2].aval.shape[0])
-        return _calls.gather(eqn.params, view, x, y)
+        return gather(eqn.params, view, x, y)
 
     def _add(self, origins: list[Origin], result: Any) -> Origin:
         """`y + b` finds a bias; `y + anything` is still y, as far as its gradient is concerned."""

@@ -13,10 +13,12 @@ from singd_core._recipes import DEFAULT, hint
 from singd_core.adamw import Fallback
 from singd_core.curvature import Curvature
 from singd_jax import _compat
+from singd_jax._begin import Start
 from singd_jax._gradients import MISSING, parted
 from singd_jax._layers import Layers
+from singd_jax._rates import Rate, Rates
 from singd_jax._state import SingdState
-from singd_jax._steps import Rate, Steps
+from singd_jax._steps import Steps
 
 P = ParamSpec("P")
 T_Result = TypeVar("T_Result")
@@ -134,8 +136,9 @@ def singd(
         ValueError: If a setting is out of range or a name unknown.
     """
     given = dict(locals())
-    steps = Steps(lr=given.pop("learning_rate"), **given)
-    return _transformation(steps.init, steps.update)
+    del given["layers"], given["loss"]
+    rates = Rates(lr=given.pop("learning_rate"), **given)
+    return _transformation(Start(rates, layers, loss, structures), Steps(rates).update)
 
 
 def scale_by_singd(
@@ -197,13 +200,15 @@ def scale_by_singd(
         ValueError: If a setting is out of range or a name unknown.
     """
     given = dict(locals())
+    del given["layers"]
     if rounding == "kahan":
         raise ValueError(
             'rounding="kahan" keeps what it costs weights, and scale_by_singd changes no weights: '
             'choose "stochastic" or "nearest"'
         )
-    steps = Steps(fallback=None, momentum=0.0, **given)
-    return _transformation(functools.partial(steps.start, others=False), steps.precondition)
+    rates = Rates(fallback=None, momentum=0.0, **given)
+    start = Start(rates, layers, None, structures, others=False)
+    return _transformation(start, Steps(rates).precondition)
 
 
 def _transformation(

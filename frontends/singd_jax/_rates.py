@@ -1,0 +1,155 @@
+"""The settings of a step: rates that may be schedules, and conditions that stay in the program."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from singd_core import rules
+from singd_core._array import Array
+from singd_core._settings import Settings
+from singd_core._tree import T_Tree
+from singd_core.adamw import Fallback
+from singd_core.optimizer import Optimizer, State
+from singd_core.rounding import Rounding, identity
+from singd_jax._groups import Groups
+from singd_jax._layer import Layer
+from singd_jax._layers import pair
+from singd_jax._state import SingdState
+
+Rate: TypeAlias = Any  # a number, a 0-d array, or a schedule: a function of the number of steps
+
+_RATES = ("lr", "momentum", "weight_decay", "damping", "alpha1")
+
+
+class Stepper(Optimizer):
+    """The core's optimizer on groups of equal layers."""
+
+    groups: Groups
+
+    def _if(
+        self, condition: Any, function: Callable[..., T_Tree], old: T_Tree, *arrays: Array
+    ) -> T_Tree:
+        if isinstance(condition, bool):
+            return super()._if(condition, function, old, *arrays)
+        found: T_Tree = jax.lax.cond(condition, function, lambda old, *_: old, old, *arrays)
+        return found
+
+    def _rounding(self, state: State, name: str, dtypes: Mapping[str, Any]) -> Rounding | None:
+        """The random bits of each layer are those that it has alone."""
+        found, members = super()._rounding(state, name, dtypes), self.groups.members[name]
+        if found is None or len(members) == 1:
+            return found
+        return found._replace(owner=jnp.asarray([*map(identity, members)], jnp.int32))
+
+
+class Rates:
+    """The settings of all steps.
+
+    Attributes:
+        optimizer: The core's optimizer with what the schedules start at.
+        schedules: The rates that are functions of the number of steps.
+        T: Steps between two refreshes, a number or an array.
+    """
+
+    def __init__(
+        self,
+        recipe: str,
+        structures: Any,
+        T: Any,
+        preconditioner_dtype: tuple[Any, Any],
+        fallback: Fallback | None,
+        momentum_dtype: Any = None,
+        **given: Any,
+    ) -> None:
+        self.schedules = {name: given[name] for name in _RATES if callable(given.get(name))}
+        started = {name: _start(name, schedule) for name, schedule in self.schedules.items()}
+        if callable(T):
+            raise ValueError(
+                f"T={T!r}: must be a number of steps; optax.inject_hyperparams takes a schedule"
+            )
+        rows = given.get("rows")
+        if rows is not None and not isinstance(rows, (int, float)):
+            raise ValueError(
+                f"rows={rows!r}: must be a number, which shapes depend on; name it in the "
+                "static_args of optax.inject_hyperparams"
+            )
+        # T may be an array (inject_hyperparams makes one), which the core need not know
+        counted = T if T is None or isinstance(T, (int, float)) else 1
+        self.optimizer = Stepper(
+            {},
+            recipe=recipe,
+            structures=pair(structures),
+            preconditioner_dtype=preconditioner_dtype,
+            momentum_dtype=momentum_dtype,
+            fallback=fallback,
+            **given | started | {"T": counted},
+        )
+        self._T = self.optimizer.settings.T if T is None or isinstance(T, int) else T
+
+    @property
+    def settings(self) -> Settings:
+        """The settings, with what the schedules start at."""
+        return self.optimizer.settings
+
+    @property
+    def rule(self) -> type[rules.Rule]:
+        """How the factors learn."""
+        return rules.get(self.settings.rule)
+
+    @property
+    def T(self) -> Array | None:
+        """Steps between two refreshes of the factors, or None if it is every step."""
+        always = isinstance(self._T, int) and self._T == 1
+        return None if always else jnp.asarray(self._T, jnp.int32)
+
+    def at(self, state: SingdState, layers: Mapping[str, Layer], groups: Groups) -> Stepper:
+        """The optimizer of groups of layers with the rates of this step."""
+        step, optimizer = state.rest.step, copy.copy(self.optimizer)
+        optimizer.groups = groups
+        optimizer.layers = {name: layer.laid for name, layer in groups.layers(layers).items()}
+        rates = {name: schedule(step) for name, schedule in self.schedules.items()}
+        if state.T is not None:  # maybe an array
+            rates["T"] = state.T
+        optimizer.settings = dataclasses.replace(optimizer.settings, **rates)
+        own = {
+            name: value(step) for name, value in vars(optimizer.fallback).items() if callable(value)
+        }
+        optimizer.fallback = dataclasses.replace(optimizer.fallback, **own)
+        return optimizer
+
+
+def _start(name: str, schedule: Callable[[Array], Any]) -> Any:
+    """What a schedule starts at: a number if it is constant, else an array.
+
+    What the optimizer keeps must not depend on a rate that happens to start at 0.
+
+    Raises:
+        TypeError: If it is no function of a number that returns one, as a model is none.
+    """
+    values: list[Any] = []
+    try:
+        jax.eval_shape(lambda count: values.append(schedule(count)), jnp.zeros((), jnp.int32))
+    except jax.errors.JAXTypeError:  # it reads the count: for steps that are not compiled
+        return jnp.zeros(())
+    except Exception as error:
+        raise TypeError(_no_schedule(name, schedule)) from error
+    # a count that nobody can read does not decide about a number
+    if isinstance(values[0], (int, float)):
+        return values[0]
+    if getattr(values[0], "ndim", None) != 0:
+        raise TypeError(_no_schedule(name, schedule))
+    return jnp.zeros(())
+
+
+def _no_schedule(name: str, given: Any) -> str:
+    name = "learning_rate" if name == "lr" else name
+    return (
+        f"{name} must be a number or a schedule, a function of the number of steps, and this "
+        f"{type(given).__name__} is neither"
+    )

@@ -1,0 +1,198 @@
+"""Which parameters form layers, decided from what was seen of them in a loss."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from singd_jax._axes import Key, merged
+from singd_jax._calls import Call
+from singd_jax._layer import COMPLEX, TRANSPOSED, Layer
+from singd_jax._loss import Leaves, is_followed
+from singd_jax._part import Part
+from singd_jax._product import Bias, Path
+from singd_jax._trace import Tracer
+
+
+class Search:
+    """Decides, from what a tracer saw, which parameters form layers."""
+
+    def __init__(self, tracer: Tracer, leaves: Leaves) -> None:
+        self.tracer, self.leaves = tracer, leaves
+        self.layers: dict[str, Layer] = {}
+        self.reasons: dict[str, str] = {}
+
+    def run(self, kfac_approx: str) -> None:
+        candidates = []
+        for key in sorted(self.tracer.calls):
+            layer = self._layer(key, self.tracer.calls[key], kfac_approx)
+            if layer is not None:
+                candidates.append(layer)
+        candidates = self._without_shared_biases(candidates)
+        while True:  # a bias that is let go may leave another leaf uncovered
+            kept = self._covered(candidates)
+            if kept == candidates:
+                break
+            candidates = kept
+        self.layers = {layer.name: self._with_other_reads(layer) for layer in candidates}
+        for name, layer in self.layers.items():
+            if layer.transposed and name + TRANSPOSED in self.layers:
+                raise ValueError(
+                    f"{name + TRANSPOSED!r} is the name of a parameter, and of the transposed use "
+                    f"of {name!r} in the curvature: rename one of them"
+                )
+
+    def others(self) -> dict[str, str]:
+        """Why the remaining parameters belong to no layer."""
+        owned = {name for layer in self.layers.values() for name in layer.leaves}
+        biases = {
+            bias.view.leaf: self.leaves.names[leaf]
+            for (leaf, _), found in self.tracer.biases.items()
+            for bias in found.values()
+        }
+        others = {}
+        for i, name in enumerate(self.leaves.names):
+            if name not in owned:
+                reason = self.reasons.get(name) or "; ".join(self.tracer.reads.get(i, ()))
+                if not reason and i in biases:
+                    reason = f"the bias of {biases[i]}, which forms no layer"
+                if not is_followed(self.leaves.arrays[i]):
+                    reason = COMPLEX if self.leaves.arrays[i].size else "has no entries"
+                others[name] = reason or "not read by the loss"
+        return others | dict.fromkeys(
+            self.leaves.numbers, "a Python number, not an array: not trained"
+        )
+
+    def _layer(self, key: Key, calls: dict[Path, Call], kfac_approx: str) -> Layer | None:
+        """The layer of a region of a leaf, or None with a reason."""
+        leaf, region = key
+        name = self.leaves.names[leaf]
+        embeddings = [call for call in calls.values() if call.kind == "embedding"]
+        main = next((c for c in calls.values() if c.kind != "embedding"), *embeddings[:1])
+        uses = {path: call for path, call in calls.items() if call.layout == main.layout}
+        rest = [call for path, call in calls.items() if path not in uses]
+        if any(call.layout != main.transposed for call in rest):
+            self.reasons[name] = "used as two different matrices"
+            return None
+        weight = self._part(leaf, main.view, main.stack, main.outs, main.ins)
+        if weight.numbers != math.prod(n for _, n in region):
+            self.reasons[name] = "used as a matrix only in part"
+            return None
+        notes, diagonal = [], ""
+        if embeddings:
+            diagonal = "K" if embeddings[0].layout == main.layout else "C"
+        if kfac_approx == "reduce" and not all(call.reduces for call in calls.values()):
+            notes.append('no axis of the batch: rows as in "expand"')
+        if kfac_approx == "reduce" and any(call.guesses for call in calls.values()):
+            notes.append("several axes are as long as the batch: the first was taken for it")
+        if kfac_approx == "reduce" and key in self.tracer.steps:
+            notes.append("the steps of a scan are not averaged over")
+        kind = main.kind if len(uses) == 1 else f"{main.kind}, {len(uses)} uses"
+        if embeddings and main.kind != "embedding":
+            kind += " and embedding"
+        elif rest:
+            kind += " and transposed"
+        own = "" if weight.whole else _region(weight)
+        return Layer(
+            name + own,
+            kind,
+            weight,
+            self._bias(key, uses),
+            len(uses),
+            len(rest),
+            diagonal,
+            notes=tuple(notes),
+            overlap=max(call.overlap for call in calls.values()),
+            rows=sum(call.rows * call.times for call in calls.values()),
+            runs=sum(call.times for call in calls.values()),
+        )
+
+    def _bias(self, key: Key, uses: dict[Path, Call]) -> Part | None:
+        """The bias that every use has."""
+        found = [self.tracer.biases[key].get(path) for path in uses]
+        parts = {None if bias is None else self._bias_part(bias) for bias in found}
+        if len(parts) == 1:
+            return parts.pop()
+        for part in parts:
+            if part is not None:
+                self.reasons[part.name] = "added to some uses of a weight and not to others"
+        return None
+
+    def _bias_part(self, bias: Bias) -> Part:
+        return self._part(bias.view.leaf, bias.view, bias.stack, bias.outs, ())
+
+    def _part(self, leaf: int, view: Any, stack: Any, outs: Any, ins: Any) -> Part:
+        return Part(
+            self.leaves.names[leaf],
+            tuple(self.leaves.arrays[leaf].shape),
+            view.region,
+            view.flips,
+            tuple(stack),
+            merged(outs),
+            merged(ins),
+        )
+
+    def _with_other_reads(self, layer: Layer) -> Layer:
+        indices = [self.leaves.names.index(name) for name in layer.leaves]
+        reads = {reason: None for i in indices for reason in self.tracer.reads.get(i, ())}
+        return dataclasses.replace(layer, elsewhere=tuple(reads))
+
+    def _without_shared_biases(self, layers: list[Layer]) -> list[Layer]:
+        counts: dict[Any, int] = {}
+        for layer in layers:
+            if layer.bias is not None:
+                where = layer.bias.name, layer.bias.region
+                counts[where] = counts.get(where, 0) + 1
+        kept = []
+        for layer in layers:
+            if layer.bias is not None and counts[layer.bias.name, layer.bias.region] > 1:
+                self.reasons[layer.bias.name] = "the bias of several layers"
+                layer = dataclasses.replace(layer, bias=None)
+            kept.append(layer)
+        return kept
+
+    def _covered(self, layers: list[Layer]) -> list[Layer]:
+        """Without the layers and biases that do not account for all of their leaf's gradient."""
+        of_leaf: dict[str, list[Part]] = {}
+        for layer in layers:
+            for part in layer.parts:
+                of_leaf.setdefault(part.name, []).append(part)
+        accounted = {name: self._accounts(name, parts) for name, parts in of_leaf.items()}
+        kept = []
+        for layer in layers:
+            if not accounted[layer.weight.name]:
+                self.reasons[layer.weight.name] = "used in parts that overlap or leave some out"
+                continue
+            if layer.bias is not None and not accounted[layer.bias.name]:
+                self.reasons[layer.bias.name] = "a bias only in part"
+                layer = dataclasses.replace(layer, bias=None)
+            kept.append(layer)
+        return kept
+
+    def _accounts(self, name: str, parts: Sequence[Part]) -> bool:
+        """Whether parts of a leaf do not overlap, and whether nothing reads what they leave out."""
+        leaf = self.leaves.names.index(name)
+        if any(_overlap(a, b) for a, b in itertools.combinations(parts, 2)):
+            return False
+        if sum(part.numbers for part in parts) == math.prod(self.leaves.arrays[leaf].shape):
+            return True
+        used = {region for i, region in self.tracer.calls if i == leaf}
+        biases = (b for found in self.tracer.biases.values() for b in found.values())
+        used |= {bias.view.region for bias in biases if bias.view.leaf == leaf}
+        return used == {part.region for part in parts} and not self.tracer.reads.get(leaf)
+
+
+def _overlap(a: Part, b: Part) -> bool:
+    spans = zip(a.region, b.region, strict=True)
+    return all(i < j + m and j < i + n for (i, n), (j, m) in spans)
+
+
+def _region(part: Part) -> str:
+    def along(axis: int, start: int, n: int) -> str:
+        whole = part.shape[axis]
+        return ":" if n == whole else str(start) if n == 1 else f"{start}:{start + n}"
+
+    return f"[{','.join(along(i, *span) for i, span in enumerate(part.region))}]"
