@@ -64,23 +64,30 @@ def compiled(function, *args):
 
 
 def report(name, function, args, base=None):
+    """Memory and processor time of a function, beside those of the gradient."""
     done, trace, compile_ = compiled(function, *args)
-    temp = done.memory_analysis().temp_size_in_bytes / 2**20
-    more = "" if base is None else f" {100 * (temp / base - 1):+6.1f} %"
-    print(f"{name:32} {temp:8.1f} MiB{more:10}  trace {trace:5.2f} s  compile {compile_:6.2f} s")
-    return temp
+    temp, total = done.memory_analysis().temp_size_in_bytes / 2**20, trace + compile_
+    more, times = "", ""
+    if base is not None:
+        more, times = f" {100 * (temp / base[0] - 1):+6.1f} %", f" = {total / base[1]:4.2f} x"
+    print(
+        f"{name:32} {temp:8.1f} MiB{more:10}  trace {trace:5.2f} s  compile {compile_:6.2f} s"
+        f"{times}",
+        flush=True,
+    )
+    return temp, total
 
 
 def memory(loss, params, x):
     base = report("gradient", jax.value_and_grad(loss), (params, x))
     for structures in (None, "diagonal", "dense"):
         layers = singd_jax.find_layers(loss, structures=structures)(params, x)
-        for T, branch in ((1, "step"), (10, "step"), (10, "layer")):
+        for T, branch in ((1, None), (10, None), (10, "step"), (10, "layer")):
             state = jax.eval_shape(
                 singd_jax.singd(layers=layers, T=T, growing_T=False).init, params
             )
             function = singd_jax.value_and_curvature(loss, layers, branch=branch)
-            name = f"{structures or 'default'}, T={T}" + (f', branch="{branch}"' if T > 1 else "")
+            name = f"{structures or 'default'}, T={T}" + (f', branch="{branch}"' if branch else "")
             report(name, function, (params, state, x), base)
 
 
@@ -115,7 +122,7 @@ def step_time(loss, params, x, steps):
             now, state = jax.block_until_ready(run(now, state, x))
             times.append(time.process_time() - start)
         mean = sum(times[1:]) / steps
-        print(f"{name:32} first step {times[0]:6.2f} s, then {1e3 * mean:8.1f} ms")
+        print(f"{name:32} first step {times[0]:6.2f} s, then {1e3 * mean:8.1f} ms", flush=True)
 
 
 def main():
