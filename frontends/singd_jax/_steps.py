@@ -83,8 +83,9 @@ class Steps:
         refreshed = _refreshed(optimizer, state, grouped, known)
         total = sum((jnp.sum(widen(a) ** 2) for a in others), jnp.zeros(()))
         new, kept = {}, {}
+        trained = groups.layers(layers)
         for name, gradient in groups.stacked(given).items():
-            kind, own = optimizer.layers[name], parts(gradient)
+            kind, own = trained[name].laid, parts(gradient)
             factors = refreshed.get(name, grouped.layers[name].factors)
             natural = factors.precondition(kind.matrix(*own))
             regions = kind.split(natural, own[0].shape, len(own) > 1)
