@@ -223,7 +223,8 @@ def _slot(layer: Layer, factors: Factors) -> Sums:
     stack, d_out, d_in = layer.shape
 
     def shaped(factors: Factors) -> Sums:
-        A, B = (jnp.zeros((*stack, 1, d), jnp.float32) for d in (d_in, d_out))
+        sides = zip((d_in, d_out), factors.sides, strict=True)
+        A, B = (jnp.zeros((*stack, 1, d), widen(L.like).dtype) for d, L in sides)
         counts = jnp.zeros((*stack, 3), jnp.float32)
         return Sums(
             *_sums(factors.structures, None if is_blind(factors) else factors, A, B), counts
