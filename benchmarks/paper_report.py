@@ -260,14 +260,17 @@ def _versus(plan: Plan, task: str, first: str, second: str, dtype: str) -> str:
 def cost(plan: Plan) -> str:
     """What the runs took, and what is missing."""
     made, (spent, whole) = len(plan.store.results), plan.seconds()
-    wanted, kinds = plan.total(), {result.versions.get("machine", "") for _, result in plan.store}
+    kinds = {result.versions.get("machine", "") for _, result in plan.store}
     torch = {result.versions.get("torch", "") for _, result in plan.store}
     codes = {result.code for run, result in plan.store if run.method in OURS}
+    if plan.pending():  # of which some may turn out to be the same
+        begin = f"{made} of at most {plan.total()} runs are made. Their"
+        end = f" At their mean the whole takes {whole / 60:.0f}."
+    else:
+        begin, end = f"All {made} runs are made. Their", ""
     said = [
-        f"{made} of {wanted} runs are made. Their steps took {spent / 60:.0f} minutes of one core, "
-        f"on {' and '.join(sorted(kinds))} with torch {' and '.join(sorted(torch))}. At their mean "
-        f"the whole takes {whole / 60:.0f}; the runs on Cora, with a refresh of dense factors at "
-        "every step, take longer.",
+        f"{begin} steps took {spent / 60:.0f} minutes of one core, on "
+        f"{' and '.join(sorted(kinds))} with torch {' and '.join(sorted(torch))}.{end}",
         f"Fingerprints of the library's code in these runs: {', '.join(sorted(codes))}.",
     ]
     return "\n\n".join(said)
