@@ -196,7 +196,7 @@ class Watcher:
         if sharded is not None:
             x, g = sharded.sums.rows(layer, x, g)
         if self._takes_rows():
-            factors = part_of(self._keeper.factors(layer), source.part)
+            factors = layer.meter or part_of(self._keeper.factors(layer), source.part)
             layer.tell_autocast(g)
             key, backward = (source.part, source.swapped), backward_pass()
             if backward != layer.last_pass[0]:
