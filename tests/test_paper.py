@@ -171,7 +171,8 @@ def test_the_page_says_what_the_runs_say(tmp_path):
 def test_the_pictures_of_the_page_are_there_and_small():
     pictures = re.findall(r"\]\((paper-[\w-]+\.(?:svg|png))\)", PAGE.read_text())
     assert {"paper-theorem.svg", "paper-precision.svg", "paper-structures.png"} <= set(pictures)
-    assert all((PAGE.parent / name).stat().st_size < 100_000 for name in pictures)
+    # Eleven methods with their bands in four panels take 110 kB.
+    assert all((PAGE.parent / name).stat().st_size < 120_000 for name in pictures)
 
 
 def test_the_structures_are_drawn(tmp_path, monkeypatch):
