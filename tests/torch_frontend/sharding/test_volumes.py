@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from singd_core.curvature import Curvature
-from singd_torch import SINGD, _state, estimate
+from singd_torch import SINGD, estimate
 from singd_torch._groups import settings_of
 from singd_torch.layers.layer import Layer
 from singd_torch.sharding.box import rows
@@ -87,7 +87,7 @@ TOKENS = 8192
 def work_of_refresh(layer: Layer) -> int:
     """The operations of products that make new factors of sums, and what preconditions of them."""
     s = settings_of(layer.group)
-    factors = _state.initial(layer, s, torch.device("meta"))
+    factors = layer.first_factors(torch.device("meta"))
     t = factors.averages.t_G
     with FlopCounterMode(display=False) as counted:
         new = factors.refresh(Curvature(*factors.sides, t, t), 0.05, s)
