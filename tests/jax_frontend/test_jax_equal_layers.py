@@ -42,14 +42,17 @@ def alone(make: Any, params: Any) -> Any:
     return optax.multi_transform({name: make() for name in set(jax.tree.leaves(labels))}, labels)
 
 
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("dtype", "given"),
     [
         ("float32", {}),
-        ("float32", {"structures": "hierarchical:1,1"}),
-        ("float32", {"recipe": "paper"}),
-        ("bfloat16", {}),
-        ("bfloat16", {"rounding": "kahan"}),
+        slow("float32", {"structures": "hierarchical:1,1"}),
+        slow("float32", {"recipe": "paper"}),
+        slow("bfloat16", {}),
+        slow("bfloat16", {"rounding": "kahan"}),
     ],
     ids=str,
 )
