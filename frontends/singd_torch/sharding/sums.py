@@ -94,8 +94,7 @@ class Sums:
                 found |= flat.read()
         for layer, key, pending in entries:
             mine = own.get(layer.weight)
-            seen = layer.rows_seen and layer.was_called
-            if mine is not None and (seen or (layer, key) in known):
+            if mine is not None and (layer.rows_seen or (layer, key) in known):
                 each = [s[layer.weight, key] for s in (sent, found) if s.get((layer.weight, key))]
                 total = [sum(tensors[1:], tensors[0]) for tensors in zip(*each, strict=True)]
                 by = part_of(share.factors(mine), key[0])
