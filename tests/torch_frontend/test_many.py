@@ -11,7 +11,8 @@ from torch import Tensor
 
 from singd_core import structures
 from singd_core.structures import Structure
-from singd_torch.tensors.many import Group, Layout, Many
+from singd_torch.tensors.layout import Group, Layout
+from singd_torch.tensors.many import Many
 
 # Structures, sides and axes of numbers; blocks of 3 stand with dense 3 × 3 matrices.
 POOLED = [
@@ -62,13 +63,13 @@ def test_an_operation_is_that_of_each(name: str) -> None:
     c = torch.randn(of.numbers[-1].stop, dtype=torch.float64)
     each = enumerate(zip(A, B, strict=True))
     expected = [operation(a, b, own(of, i, c)) for i, (a, b) in each]
-    check_same(operation(of.joined(A), of.joined(B), c), expected)
+    check_same(operation(Many.joined(of, A), Many.joined(of, B), c), expected)
 
 
 def test_norms_of_matrices_and_of_rows() -> None:
     of = layout(POOLED + APART)
     A = draw(of.groups)
-    both = of.joined(A)
+    both = Many.joined(of, A)
     torch.testing.assert_close(both.norm(), torch.cat([a.norm().reshape(-1) for a in A]))
     rows = torch.cat([a.row_norms().reshape(-1) for a in A])
     torch.testing.assert_close(both.row_norms(), rows)
@@ -78,21 +79,21 @@ def test_squares_with_scaled_rows() -> None:
     of = layout(POOLED)
     A = draw(of.groups)
     scales = torch.rand(of.rows[-1].stop, dtype=torch.float64)
-    squares = of.joined(A).square_for(10, 0)
+    squares = Many.joined(of, A).square_for(10, 0)
     assert squares is not None
     scaled = squares.scale_rows(scales)
     assert scaled is not None
     each = [scales[of.rows[i]].view(*group.batch, -1) for i, group in enumerate(of.groups)]
     expected = [a.square().scale_rows(c) for a, c in zip(A, each, strict=True)]  # type: ignore[union-attr]
     check_same(scaled, expected)
-    assert of.joined(A).square_for(0, 0) is None  # nothing is multiplied with them
+    assert Many.joined(of, A).square_for(0, 0) is None  # nothing is multiplied with them
 
 
 def test_only_what_is_kept_is_written() -> None:
     of = layout(POOLED + APART)
     A, B = draw(of.groups), draw(of.groups)
-    old, keep = of.joined(A, owned=True), torch.rand(of.numbers[-1].stop) > 0.5
-    old.write(of.joined(B), keep)
+    old, keep = Many.joined(of, A, owned=True), torch.rand(of.numbers[-1].stop) > 0.5
+    old.write(Many.joined(of, B), keep)
     pairs = enumerate(zip(old.parts(), A, B, strict=True))
     for i, (found, a, b) in pairs:
         use = own(of, i, keep)[..., None, None]

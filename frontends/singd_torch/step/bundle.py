@@ -27,7 +27,7 @@ from singd_torch._groups import settings_of
 from singd_torch.step.joint import Joint
 from singd_torch.step.rounding import Row
 from singd_torch.step.stack import Stack, State
-from singd_torch.tensors.many import slices
+from singd_torch.tensors.layout import slices
 
 # Numbers of the parameters of a bundle, if it has several stacks: their gradients are copied.
 _LARGEST = 1 << 26

@@ -15,7 +15,8 @@ from singd_core.preconditioner import Preconditioner, Side
 from singd_core.rounding import Rounding
 from singd_core.rules import IKFAC, InverseFree
 from singd_torch.step.stack import Stack
-from singd_torch.tensors.many import Group, Layout, Many
+from singd_torch.tensors.layout import Group, Layout
+from singd_torch.tensors.many import Many
 
 
 class Joint:
@@ -41,8 +42,8 @@ class Joint:
     def factors(self, averages: Averages, levels: Levels | None) -> InverseFree:
         """Those of all, in memory of their own, with these numbers and levels."""
         each = [inverse_free(stack) for stack in self.stacks]
-        K: Any = self.K.joined([own.K for own in each], owned=True)
-        C: Any = self.C.joined([own.C for own in each], owned=True)
+        K: Any = Many.joined(self.K, [own.K for own in each], owned=True)
+        C: Any = Many.joined(self.C, [own.C for own in each], owned=True)
         return IKFAC(K, C, None, None, averages, levels)
 
     def copied(self) -> InverseFree:
@@ -61,8 +62,8 @@ class Joint:
 
     def curvature(self, each: Sequence[Curvature], like: Tensor) -> Curvature:
         """That of all."""
-        H_K: Any = self.K.joined([own.H_K for own in each])
-        H_C: Any = self.C.joined([own.H_C for own in each])
+        H_K: Any = Many.joined(self.K, [own.H_K for own in each])
+        H_C: Any = Many.joined(self.C, [own.H_C for own in each])
         t_U, t_G = (
             torch.cat([t.reshape(-1) for t in ts]).to(like)
             for ts in ([own.t_U for own in each], [own.t_G for own in each])
@@ -124,7 +125,7 @@ class _Rounding:
     def tree(self, new: Many, name: str) -> Many:
         """The matrices, rounded."""
         pairs = zip(self._each, new.parts(), strict=True)
-        return new.layout.joined([rounding.tree(own, name) for rounding, own in pairs])
+        return Many.joined(new.layout, [rounding.tree(own, name) for rounding, own in pairs])
 
 
 def inverse_free(stack: Stack) -> InverseFree:
