@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from singd_core.layers import Convolution
 from singd_torch import SINGD
 from singd_torch.capture import queue
-from singd_torch.layers import layer
+from singd_torch.layers import rows
 from singd_torch.step import stack
 
 
@@ -258,7 +258,7 @@ def test_patches_taken_piece_by_piece_are_those_of_the_whole_batch(
 ) -> None:
     settings = {"T": 1, "rows": math.inf, "kfac_approx": kfac_approx, "loss_average": loss_average}
     model, _ = trained(*MODELS[name], **settings)
-    monkeypatch.setattr(layer, "_PATCHES", 0)
+    monkeypatch.setattr(rows, "_PATCHES", 0)
     taken: list[int] = []
     inputs = Convolution.inputs
 

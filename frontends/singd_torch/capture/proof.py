@@ -13,6 +13,7 @@ from singd_core.layers import Embedding, LayerKind
 from singd_torch.capture.tap import backward_pass
 from singd_torch.layers.layer import Layer
 from singd_torch.layers.reach import is_in_parts
+from singd_torch.layers.rows import in_pieces
 from singd_torch.layers.source import Source
 
 # Of the gradient, beyond which its other part is no rounding.
@@ -58,7 +59,7 @@ class Proof:
 
     def add(self, source: Source, x: Tensor, g: Tensor) -> None:
         """Add the rows of a call."""
-        pieces = self._layer.in_pieces(source.kind, x, g)
+        pieces = in_pieces(self._layer, source.kind, x, g)
         samples = [len(piece) for piece in pieces]
         gradients = torch.split(g, samples) if len(pieces) > 1 else [g]
         for own, own_g in zip(pieces, gradients, strict=True):

@@ -8,8 +8,9 @@ from collections.abc import Hashable, Sequence
 from torch import Tensor
 
 from singd_core.rules import Factors
-from singd_torch.layers.layer import SMALL, Key, Layer
+from singd_torch.layers.layer import Key, Layer
 from singd_torch.layers.pending import Pending, Rows
+from singd_torch.layers.rows import SMALL
 from singd_torch.tensors.pieces import on_host, piece_size, transforms
 
 # In numbers: what waits is held for a while.

@@ -24,6 +24,7 @@ from singd_torch.layers.due import is_due
 from singd_torch.layers.layer import Layer, part_of
 from singd_torch.layers.reach import Reach, part_again
 from singd_torch.layers.roster import Roster
+from singd_torch.layers.rows import rows_of
 from singd_torch.layers.source import Source
 
 if TYPE_CHECKING:  # it imports DTensor, for a second
@@ -201,7 +202,7 @@ class Watcher:
             key, backward = (source.part, source.swapped), backward_pass()
             if backward != layer.last_pass[0]:
                 self._begin_pass(layer, backward)
-            for rows in layer.rows(source, x, g, self.mask):
+            for rows in rows_of(layer, source, x, g, self.mask):
                 self.queue.take(Call(layer, key, rows, factors, layer.loss), lent=(x, g))
             if sharded is not None:
                 sharded.sums.took(layer, self.queue.flush)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 from singd_core import rules
 from singd_core.layers import (
     LayerKind,
-    Sample,
 )
 from singd_core.rules import Factors, learns_from_gradients
 from singd_core.structures import Diagonal, Structure
@@ -25,11 +23,6 @@ from singd_torch.tensors.pieces import on_host
 
 # Refreshes in a row without rows after which gradients refresh the factors of what has gradients.
 MOST_MISSED = 3
-# Calls of fewer numbers are measured together.
-SMALL = 1 << 16
-# Numbers that patches may always have; or else a quarter of what the input has.
-_PATCHES = 1 << 18
-
 Key: TypeAlias = tuple[int | None, bool]
 
 
@@ -254,66 +247,6 @@ class Layer:
             side.like.dtype == dtype and side.like.device == device
             for side, dtype in zip(factors.sides, (K, C), strict=True)
         )
-
-    def rows(self, source: Source, x: Tensor, g: Tensor, mask: Tensor | None) -> Iterator[Rows]:
-        """The rows of one call, from its input and the gradient at its output, piece by piece."""
-        group, kind = self.group, source.kind
-        if source.batch_second and x.ndim == 3:
-            x, g = x.transpose(0, 1), g.transpose(0, 1)
-        bias = self.bias is not None and not source.swapped and source.biased
-        # The rows of small calls wait for others as they are, to be squared together.
-        diagonal = issubclass(self.structures[source.swapped], Diagonal) and (
-            kind.unfolded(x, g) is not None or x.numel() > SMALL
-        )
-        sample = self._sample(source)
-        whole = diagonal or sample[0] is not None or group["kfac_approx"] != "expand"
-        first, *others = (x,) if whole else self.in_pieces(kind, x, g)
-        rows = Rows.of(
-            kind,
-            first,
-            g,
-            bias=bias,
-            diagonal=diagonal,
-            kfac_approx=group["kfac_approx"],
-            loss_average=group["loss_average"],
-            mask=mask if source.kept is None else source.kept,
-            sample=sample,
-        )
-        if rows.A.shape[-2] == 0 or rows.B.shape[-2] == 0:
-            return
-        if source.swapped and self.bias is not None:  # a look-up does not see the bias
-            rows = dataclasses.replace(rows, B=torch.nn.functional.pad(rows.B, (0, 1)))
-        if not source.biased and self.bias is not None:
-            rows = dataclasses.replace(rows, A=torch.nn.functional.pad(rows.A, (0, 1)))
-        if not others:
-            yield rows
-            return
-        B, *more = torch.tensor_split(rows.B, 1 + len(others), dim=-2)
-        yield dataclasses.replace(rows, B=B)
-        for piece, B in zip(others, more, strict=True):
-            A, N = kind.inputs(piece, bias=bias, kfac_approx=group["kfac_approx"])
-            if not source.biased and self.bias is not None:
-                A = torch.nn.functional.pad(A, (0, 1))
-            yield Rows(A, N, B, rows.M)
-
-    def _sample(self, source: Source) -> tuple[Sample | None, Sample | None]:
-        """Which rows of a call's inputs and of its gradients the factors want."""
-        _, d_out, d_in = self.shape
-        most, step = self.group["rows"], self.group["steps"]
-        K, C = (
-            Sample.of(most, structure, d, step)
-            for structure, d in zip(self.structures, (d_in, d_out), strict=True)
-        )
-        return (C, K) if source.swapped else (K, C)
-
-    def in_pieces(self, kind: LayerKind, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
-        """The samples of an input in pieces, lest their patches be what sets the peak of memory."""
-        positions = kind.unfolded(x, g)
-        if not positions:
-            return (x,)
-        groups, _, d_in = self.shape
-        each = math.prod(groups) * d_in * positions  # numbers a sample
-        return torch.split(x, max(1, max(x.numel() // 4, _PATCHES) // max(1, each)))
 
     def add(self, key: Key, new: Pending) -> None:
         """Add what was measured of one call."""
