@@ -8,6 +8,7 @@ from itertools import accumulate
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -126,9 +127,10 @@ class Layout:
         self._further = torch.tensor(further, dtype=torch.int64).to(device, non_blocking=True)
         order = self._rows_in_pools()
         self._order = self._back = None
-        if not torch.equal(order, torch.arange(len(order))):
-            self._order = order.to(device, non_blocking=True)
-            self._back = torch.argsort(order).to(device, non_blocking=True)
+        if not np.array_equal(order, np.arange(len(order))):
+            self._order, self._back = (
+                torch.from_numpy(o).to(device, non_blocking=True) for o in (order, order.argsort())
+            )
 
     def _placed(
         self, group: Group, template: Structure, numbers: range, known: dict[Any, int]
@@ -151,18 +153,18 @@ class Layout:
             found.append(_Place(k, self.pools[k].add(numbers, each), tuple(a.shape)))
         return found
 
-    def _rows_in_pools(self) -> Tensor:
+    def _rows_in_pools(self) -> Any:
         """Where the rows of all matrices are, among those of the pools."""
         starts = slices(len(pool.numbers) * pool.rows for pool in self.pools)
         every = [
-            torch.arange(start.start, start.stop).view(-1, pool.rows)
+            np.arange(start.start, start.stop).reshape(-1, pool.rows)
             for start, pool in zip(starts, self.pools, strict=True)
         ]
         each = (
-            torch.cat([every[p.pool][p.blocks].view(group.count, -1) for p in places], 1)
+            np.concatenate([every[p.pool][p.blocks].reshape(group.count, -1) for p in places], 1)
             for group, places in zip(self.groups, self._there(), strict=True)
         )
-        return torch.cat([rows.reshape(-1) for rows in each])
+        return np.concatenate([rows.reshape(-1) for rows in each])
 
     def _there(self) -> list[list[_Place]]:
         return [[place for place in places if place.pool >= 0] for places in self.places]
