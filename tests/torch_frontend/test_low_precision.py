@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from singd_core import Settings
 from singd_core.rounding import Place, Rounding
 from singd_torch import SINGD, estimate
-from singd_torch.step import rounding, stack
+from singd_torch.step import equal, rounding
 from singd_torch.tensors import pieces
 
 # Short steps are what is tested.
@@ -104,12 +104,12 @@ def test_bits_do_not_depend_on_how_layers_are_grouped(
     """But for what products in another order change."""
     expected = trained(steps=2, **SHORT)[0]
     if way == "alone":
-        monkeypatch.setattr(stack, "_LARGEST", 0)
+        monkeypatch.setattr(equal, "_LARGEST", 0)
     elif way == "accelerator":
         monkeypatch.setattr(pieces, "on_host", lambda x: False)
     else:
         monkeypatch.setattr(rounding, "_PIECE", 100)
-        monkeypatch.setattr(stack, "_LARGEST", 0)
+        monkeypatch.setattr(equal, "_LARGEST", 0)
     assert equal_share(trained(steps=2, **SHORT)[0], expected) > 0.98
     assert equal_share(trained(steps=2, seed=1, **SHORT)[0], expected) < 0.95
 

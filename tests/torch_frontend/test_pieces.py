@@ -14,7 +14,7 @@ from singd_core.preconditioner import Preconditioner, Side
 from singd_core.structures import Diagonal
 from singd_torch import SINGD
 from singd_torch.capture import queue
-from singd_torch.step import stack_step
+from singd_torch.step import solve, stack_step
 from singd_torch.tensors import pieces
 
 CASES: dict[str, dict[str, Any]] = {
@@ -79,7 +79,8 @@ def test_pieces_take_the_steps_of_the_whole(case: str, monkeypatch: pytest.Monke
         cuts.append(len(found))
         return found
 
-    monkeypatch.setattr(stack_step, "cut", counted)
+    for module in (stack_step, solve):
+        monkeypatch.setattr(module, "cut", counted)
     ours = run(CASES[case], twin)
     assert max(cuts) > 2
     assert ours.keys() == expected.keys()

@@ -14,7 +14,7 @@ from singd_core.layers import Convolution
 from singd_torch import SINGD
 from singd_torch.capture import queue
 from singd_torch.layers import rows
-from singd_torch.step import stack
+from singd_torch.step import equal
 
 
 class Parallel(nn.Module):
@@ -73,7 +73,7 @@ def trained(
 
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let each layer be measured and step for itself."""
-    monkeypatch.setattr(stack, "_LARGEST", 0)
+    monkeypatch.setattr(equal, "_LARGEST", 0)
     monkeypatch.setattr(queue, "SMALL", 0)
 
 
