@@ -179,7 +179,8 @@ def _can_be_proved(layer: Layer) -> bool:
     """Whether autograd tells the gradient of a weight, and rows are those that it is made of."""
     hooks = (layer.weight._backward_hooks or {}).values()
     changed = any(not isinstance(hook, Proof) for hook in hooks)
-    return not (changed or is_in_parts(layer.weight) or layer.group["average_groups"])
+    unknown = layer.weight.is_meta or is_in_parts(layer.weight)
+    return not (changed or unknown or layer.group["average_groups"])
 
 
 def _signs(layer: Layer) -> Tensor:
