@@ -64,6 +64,11 @@ class LayerKind(ABC):
         return None
 
     @property
+    def ignored(self) -> int | None:
+        """An index of an input that gives the weight no gradient, None where there is none."""
+        return None
+
+    @property
     def overlap(self) -> float:
         """In how many rows an entry of the layer's input takes part; 1 for most kinds.
 

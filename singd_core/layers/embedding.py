@@ -93,6 +93,11 @@ class Embedding(LayerKind):
         """Beyond the last entry nothing is counted."""
         return self.entries
 
+    @property
+    def ignored(self) -> int | None:
+        """The padding."""
+        return self.padding_idx
+
     def of_call(self, kind: LayerKind) -> LayerKind | None:
         """A look-up, or a linear map by the table."""
         return Linear().of_call(kind)

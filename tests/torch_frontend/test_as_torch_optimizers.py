@@ -243,11 +243,7 @@ def test_a_step_along_zero_gradients_moves_by_momentum_and_decay_alone(
     before = values(model)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    if layer:
-        with pytest.warns(UserWarning, match="no rows of 'layer.weight' have been seen"):
-            optimizer.step()
-    else:
-        optimizer.step()
+    optimizer.step()  # no warning either: a layer without inputs has such gradients and no rows
     assert same(values(model), before)
 
 

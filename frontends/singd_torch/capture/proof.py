@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from singd_core._array import widen
-from singd_core.layers import Embedding, LayerKind
+from singd_core.layers import LayerKind
 from singd_torch.capture.tap import backward_pass
 from singd_torch.layers.layer import Layer
 from singd_torch.layers.reach import is_in_parts
@@ -84,10 +84,13 @@ class Proof:
         """
         if self._gradient is None:
             return None
-        G, P = self._gradient, self._product()
-        scale = (G * P).sum() / (P * P).sum().clamp(min=torch.finfo(P.dtype).tiny)
-        norm = vector_norm(G)
-        doubtful: Tensor = vector_norm(G - scale * P) > _SHARE * norm + self._rounding(norm)
+        tiny = torch.finfo(self._gradient.dtype).tiny
+        size = self._gradient.abs().amax().clamp(min=tiny)
+        G, P = self._gradient / size, self._product()
+        P = P / P.abs().amax().clamp(min=tiny)  # squares of tiny gradients leave the range
+        G = G - (G * P).sum() / (P * P).sum().clamp(min=tiny) * P
+        norm = vector_norm(self._gradient / size)
+        doubtful: Tensor = vector_norm(G) > _SHARE * norm + self._rounding(norm * size) / size
         return doubtful
 
     def fails(self) -> bool:
@@ -199,7 +202,7 @@ def _norm(x: Tensor) -> Tensor:
 
 def _times(kind: LayerKind, x: Tensor, V: Tensor) -> Tensor:
     """A V."""
-    if isinstance(kind, Embedding):
+    if kind.diagonal_inputs:
         seen, at = _looked_up(kind, x)
         return V[at] * seen[:, None]
     A: Tensor = kind.inputs(x, bias=False, kfac_approx="expand")[0]
@@ -210,7 +213,7 @@ def _transposed_times(
     kind: LayerKind, x: Tensor, right: Tensor, entries: int
 ) -> tuple[Tensor, Tensor]:
     """Aᵀ of what is on its right, and A; of a table what has the norm of both together."""
-    if isinstance(kind, Embedding):
+    if kind.diagonal_inputs:
         seen, at = _looked_up(kind, x)
         right = widen(right) * seen[:, None]
         return right.new_zeros(entries, right.shape[-1]).index_add_(0, at, right), right.new_ones(1)
@@ -218,8 +221,7 @@ def _transposed_times(
     return A.mT @ right.to(A), A
 
 
-def _looked_up(kind: Embedding, x: Tensor) -> tuple[Tensor, Tensor]:
+def _looked_up(kind: LayerKind, x: Tensor) -> tuple[Tensor, Tensor]:
     """Which indices get a gradient, and the indices."""
     at = x.flatten().long()
-    padding = -1 if kind.padding_idx is None else kind.padding_idx
-    return at != padding, at
+    return at != (-1 if kind.ignored is None else kind.ignored), at

@@ -94,8 +94,8 @@ def test_a_step_sends_gradients_and_changes_once_and_the_backward_pass_sums(how:
             calls = {"all_to_all": 2, "all_reduce": 1 + len(local) + refresh}
             assert early.calls == +Counter(sums)
             assert now.calls == Counter(calls)
-            # whether all is finite, norms, and whether each layer has rows of both kinds
-            numbers = 1 + 3 * len(local) + 4 * len(layers) * refresh
+            # whether all is finite, norms, and what each layer has met: rows of both kinds or none
+            numbers = 1 + 3 * len(local) + 6 * len(layers) * refresh
             assert now.numbers["all_reduce"] == numbers
             assert early.numbers["all_reduce"] == sums_of(local) * refresh
             assert early.numbers["reduce"] == sums_of(owned) * refresh
