@@ -109,6 +109,12 @@ def full(shape: Sequence[int], value: float, *, like: Array) -> Array:
     return namespace(like).full(tuple(shape), value, dtype=like.dtype, device=device(like))
 
 
+def wide_full(shape: Sequence[int], value: float, *, like: Array) -> Array:
+    """`full` in at least float32."""
+    dtype = widen(like[..., :0]).dtype
+    return namespace(like).full(tuple(shape), value, dtype=dtype, device=device(like))
+
+
 def empty(shape: Sequence[int], *, like: Array) -> Array | None:
     """An array to be written to, or None where a frontend has not said that arrays can be."""
     make = kernels_of(like).empty

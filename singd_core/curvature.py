@@ -12,12 +12,12 @@ from singd_core._array import (
     as_array,
     at_least,
     cast,
-    device,
     namespace,
     number,
     ranged,
     sum_of_squares,
     where,
+    wide_full,
     widen,
 )
 from singd_core._settings import Rate, Settings
@@ -139,8 +139,7 @@ class Averages(Tree):
     @classmethod
     def zeros(cls, batch: Sequence[int], like: Array) -> Self:
         """Before the first refresh, on the device of `like`."""
-        xp, dtype = namespace(like), widen(like[..., :0]).dtype
-        return cls(*(xp.zeros(tuple(batch), dtype=dtype, device=device(like)) for _ in range(3)))
+        return cls(*(wide_full(batch, 0.0, like=like) for _ in range(3)))
 
     def read(self, curvature: Curvature) -> tuple[Self, Curvature]:
         """Both with numbers in place of 0-d arrays, where the host need not wait for them."""

@@ -16,12 +16,10 @@ from singd_core._array import (
     at_most,
     cast,
     clip,
-    device,
     multiply_add,
-    namespace,
     number,
     where,
-    widen,
+    wide_full,
 )
 from singd_core._settings import Settings
 from singd_core._tree import Tree, tree
@@ -53,8 +51,7 @@ class Late(Tree):
     @classmethod
     def zeros(cls, batch: Sequence[int], like: Array) -> Self:
         """Before the first step, on the device of `like`."""
-        xp, dtype = namespace(like), widen(like[..., :0]).dtype
-        return cls(*(xp.zeros(tuple(batch), dtype=dtype, device=device(like)) for _ in range(3)))
+        return cls(*(wide_full(batch, 0.0, like=like) for _ in range(3)))
 
     def numbers(self) -> Self:
         """With numbers in place of 0-d arrays, where the host need not wait for them."""
@@ -77,9 +74,9 @@ class Late(Tree):
     def grown(self, agreement: Scalar, s: Settings) -> Self:
         """With steps that are longer or shorter, after the agreement of this step."""
         ratio = agreement * agreement / agreement_of_noise(s)
-        up, down = clip(ratio, CLEARLY, CLEARLY + 1.0), at_most(ratio, 1.0)
-        known = self.weights > _FORGOTTEN / (1.0 - s.momentum)
-        change = where(known, up + down - (CLEARLY + 1.0), 0.0)
+        # above CLEARLY up by at most 1, below 1 down by at most 1
+        change = clip(ratio, CLEARLY, CLEARLY + 1.0) + at_most(ratio, 1.0) - (CLEARLY + 1.0)
+        change = where(self.weights > _FORGOTTEN / (1.0 - s.momentum), change, 0.0)
         growth = clip(multiply_add(change, GROWTH, self.growth), 0.0, LONGEST)
         return type(self)(self.squares, self.weights, growth)
 

@@ -11,12 +11,12 @@ from singd_core._array import (
     Scalar,
     at_least,
     cast,
-    device,
     expand,
     multiply_add,
     namespace,
     number,
     where,
+    wide_full,
     widen,
 )
 from singd_core._settings import Rate
@@ -53,9 +53,7 @@ class Levels(Tree):
     @classmethod
     def even(cls, batch: Sequence[int], d_out: int, d_in: int, like: Array) -> Self:
         """Before anything is measured, on the device of `like`."""
-        xp, dtype = namespace(like), widen(like[..., :0]).dtype
-        sides = ((*batch, d) for d in (d_out, d_in))
-        return cls(*(xp.ones(side, dtype=dtype, device=device(like)) for side in sides))
+        return cls(*(wide_full((*batch, d), 1.0, like=like) for d in (d_out, d_in)))
 
     @property
     def sides(self) -> tuple[Array, Array]:
