@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from watched import Product
 
 from singd_torch import SINGD
 
@@ -509,19 +510,6 @@ def test_second_optimizer_on_the_same_model() -> None:
     first.step()
     second.step()
     assert (first.skipped, second.skipped) == (0, 0)
-
-
-class Product(torch.autograd.Function):
-    """The product of a function that torch tells nobody about."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x @ weight.mT
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return None, grads[0].mT @ ctx.saved_tensors[0]
 
 
 def test_module_whose_call_was_never_seen_is_trained_and_named() -> None:

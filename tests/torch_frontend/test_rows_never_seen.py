@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from watched import Product
 
 import singd_torch.optimizer
 from singd_torch import SINGD
@@ -262,20 +263,6 @@ def test_weights_of_sixteen_bits(dtype: torch.dtype) -> None:
 
 
 # ---- rows that come no longer -------------------------------------------------------------------
-
-
-class Product(torch.autograd.Function):
-    """A kernel of one's own, which torch tells nobody of."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor) -> Tensor:
-        ctx.save_for_backward(x, W)
-        return x @ W.T
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        (x, W), (g,) = ctx.saved_tensors, grads
-        return g @ W, g.T @ x
 
 
 class Switched(nn.Module):

@@ -10,23 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from watched import table
+from watched import Product, table
 
 from singd_torch import SINGD
-
-
-class Product(torch.autograd.Function):
-    """A kernel of one's own: `x Wᵀ`, which torch tells nobody of."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor) -> Tensor:
-        ctx.save_for_backward(x, W)
-        return x @ W.T
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        (x, W), (g,) = ctx.saved_tensors, grads
-        return g @ W, g.flatten(0, -2).T @ x.flatten(0, -2)
 
 
 class Net(nn.Module):

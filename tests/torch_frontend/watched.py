@@ -20,6 +20,20 @@ CLOSE = 1e-12
 Loss = Callable[[nn.Module], Tensor]
 
 
+class Product(torch.autograd.Function):
+    """A kernel of one's own: `x Wᵀ`, which torch tells nobody of."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor) -> Tensor:
+        ctx.save_for_backward(x, W)
+        return x @ W.T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (x, W), (g,) = ctx.saved_tensors, grads
+        return g @ W, g.flatten(0, -2).T @ x.flatten(0, -2)
+
+
 class Watched(SINGD):
     """Keeps, beside what it does, the product BᵀA of all rows of each layer and part, as a sum."""
 
