@@ -78,9 +78,8 @@ def tuning(curves: Curves, task: str, entrant: Entrant) -> list[Run]:
     name, T = entrant
     rates = list(ENTRIES[name].rates)
     for _ in range(FURTHER if len(rates) > 1 else 0):
-        found = [curves.get(Run(task, name, T, rate, TUNING)) for rate in rates]
-        tuned = [curve for curve in found if curve is not None]
-        if len(tuned) < len(found):
+        tuned = _all(curves, [Run(task, name, T, rate, TUNING) for rate in rates])
+        if tuned is None:
             break
         goal = _goal(tuned) if name == "AdamW" else target(curves, task)
         at = tuned.index(_first(tuned, goal)) if goal is not None else None
@@ -95,18 +94,20 @@ def tuning(curves: Curves, task: str, entrant: Entrant) -> list[Run]:
 
 def target(curves: Curves, task: str) -> float | None:
     """The loss to reach, or None before AdamW is tuned."""
-    found = [curves.get(run) for run in tuning(curves, task, ("AdamW", 1))]
-    return None if None in found else _goal([curve for curve in found if curve is not None])
+    adamw = _all(curves, tuning(curves, task, ("AdamW", 1)))
+    return None if adamw is None else _goal(adamw)
 
 
 def best(curves: Curves, task: str, entrant: Entrant) -> float | None:
     """The rate that reaches the target first, or else ends lowest; None before the tuning."""
-    goal = target(curves, task)
-    found = [curves.get(run) for run in tuning(curves, task, entrant)]
-    tuned = [curve for curve in found if curve is not None]
-    if goal is None or len(tuned) < len(found):
-        return None
-    return _first(tuned, goal).run.rate
+    goal, tuned = target(curves, task), _all(curves, tuning(curves, task, entrant))
+    return None if goal is None or tuned is None else _first(tuned, goal).run.rate
+
+
+def _all(curves: Curves, runs: Sequence[Run]) -> list[Curve] | None:
+    """The curves of these runs, None if some are missing."""
+    found = [curves[run] for run in runs if run in curves]
+    return found if len(found) == len(runs) else None
 
 
 def _goal(adamw: Sequence[Curve]) -> float:

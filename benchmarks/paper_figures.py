@@ -227,21 +227,20 @@ def memory(found: dict[str, Any]) -> Figure:
 
 def search(plan: Plan, task: str) -> Figure:
     """Test metric and test loss over epochs and over processor seconds."""
-    metric = PAPER_TASKS[task].metric_name
-    rows = [(3, "test loss")] if metric == "loss" else [(4, f"test {metric}"), (3, "test loss")]
+    rows = PAPER_TASKS[task].tested
     figure = Figure(figsize=(9.6, 1.0 + 2.8 * len(rows)), layout="constrained")
     panels = figure.subplots(len(rows), 2, sharex="col", sharey="row", squeeze=False)
     shown: list[float] = []
     for method in METHODS:
         results = of(plan, plan.confirmed(task, method, "float32"))
         results = [result for result in results if result.curve]
-        for i, (column, _) in enumerate(rows):
+        for i, column in enumerate(rows.values()):
             for j in (0, 1):
                 lines = [([p[j] for p in r.curve], [p[column] for p in r.curve]) for r in results]
                 _band(panels[i][j], method, lines)  # type: ignore[arg-type]
         shown += [p[3] for r in results for p in r.curve if p[3] is not None]
-    for axes, (_, what) in zip(panels[:, 0], rows, strict=True):
-        axes.set_ylabel(what)
+    for axes, what in zip(panels[:, 0], rows, strict=True):
+        axes.set_ylabel(f"test {what}")
     for axes, what in zip(panels[-1], ("epochs", "processor seconds"), strict=True):
         axes.set_xlabel(what)
     low, high = min(shown), float(np.quantile(shown, 0.85))

@@ -176,8 +176,7 @@ def search(plan: Plan) -> str:
         shown = PAPER_TASKS[task]
         parts.append(f"### {shown.title}")
         if is_drawn(plan, task):
-            what = " and ".join(dict.fromkeys((shown.metric_name, "loss")))
-            parts.append(f"![Test {what}](paper-{task}.svg)")
+            parts.append(f"![Test {' and '.join(shown.tested)}](paper-{task}.svg)")
         begun = any(
             of(plan, plan.search(task, method)) for method in METHODS if method != "default"
         )
@@ -189,8 +188,7 @@ def search(plan: Plan) -> str:
 
 def searched(plan: Plan, task: str) -> str:
     """All methods on a task."""
-    lines, metric = [], PAPER_TASKS[task].metric_name
-    columns = (3,) if metric == "loss" else (4, 3)
+    lines, metric, shown = [], PAPER_TASKS[task].metric_name, PAPER_TASKS[task].tested
     for method in METHODS:
         runs = plan.search(task, method)
         made, best = len(of(plan, runs)), plan.best(runs)
@@ -201,14 +199,14 @@ def searched(plan: Plan, task: str) -> str:
                 label(method),
                 f"{made} of {len(runs)}",
                 NOT_RUN if best is None else _settings(best),
-                *(spread(tested(results, column), ".4g") for column in columns),
+                *(spread(tested(results, column), ".4g") for column in shown.values()),
                 spread(losses(results)),
                 spread(tested(half, 4), ".4g"),
                 digits(statistics.fmean(milliseconds)) if results else NOT_RUN,
             ]
         )
     header = ["method", "searched", "best settings"]
-    header += [f"test {of}" for of in dict.fromkeys((metric, "loss"))]
+    header += [f"test {what}" for what in shown]
     header += ["training loss", f"test {metric}, bfloat16", "ms a step"]
     return table(header, lines, words=3)
 

@@ -33,6 +33,11 @@ class PaperTask(Task):
 
     validation: Callable[[], Split]
 
+    @property
+    def tested(self) -> dict[str, int]:
+        """What is measured on test data, and its column in the points of a curve."""
+        return {self.metric_name: 4} | {"loss": 3}  # one column where the loss is the metric
+
 
 # ---- data ---------------------------------------------------------------------------------------
 
