@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from singd_core import rules
-from singd_core.layers import (
-    LayerKind,
-)
+from singd_core.layers import LayerKind
 from singd_core.rules import Factors, learns_from_gradients
 from singd_core.structures import Diagonal, Structure
 from singd_torch._groups import settings_of

@@ -19,9 +19,9 @@ from singd_torch.sharding.boxes import local, place_of
 from singd_torch.sharding.local import Blocks
 from singd_torch.sharding.slab import Slab
 from singd_torch.sharding.slabs import advance
+from singd_torch.step.begun import Gradients
 from singd_torch.step.equal import stacks
 from singd_torch.step.stack import Stack
-from singd_torch.step.stack_step import Gradients
 from singd_torch.step.stepper import Stepper
 from singd_torch.tensors.pieces import placed, read
 

@@ -17,8 +17,8 @@ from singd_core.levels import FLOOR, sums, weight_of
 from singd_core.rules import Shampoo
 from singd_core.structures import Structure
 from singd_torch.sharding.slab import Slab
+from singd_torch.step.begun import Gradients
 from singd_torch.step.stack import Stack
-from singd_torch.step.stack_step import Gradients
 from singd_torch.tensors.select import either
 
 Total: TypeAlias = Callable[[Tensor], Tensor]

@@ -20,19 +20,13 @@ from singd_core.late import Late
 from singd_core.length import scaled, sides, size
 from singd_core.preconditioner import Preconditioner
 from singd_core.rules import Factors
-from singd_core.step import Direction, averaged, couples_decay, has_momentum
+from singd_core.step import Direction, averaged
 from singd_torch.sharding.slab import Slab
 from singd_torch.sharding.slab_sums import Total, learned_of, level, slab_in, squares_of
+from singd_torch.step.begun import Gradients, begin, learns_now, masked, settled
 from singd_torch.step.solve import by_pieces
 from singd_torch.step.stack import Stack, State
-from singd_torch.step.stack_step import (
-    Gradients,
-    coupled_decay,
-    learns_now,
-    masked,
-    move,
-    refreshed,
-)
+from singd_torch.step.stack_step import move
 from singd_torch.tensors.pieces import placed
 from singd_torch.tensors.select import either
 
@@ -94,23 +88,9 @@ def _begin(
     stack: Stack, state: State, given: Gradients, learned: Curvature | None, wide: torch.dtype
 ) -> _Begun:
     """Its natural gradient; a momentum of gradients is written, as those are finite."""
-    slab, ok = slab_in(stack), given.ok
-    own = [given.settings(p) for p in slab.parameters]
-    s = own[0]
-    gradient = stack.joined(given.of)
-    factors, preconditioner = refreshed(
-        stack, s, given.scales, gradient, stack.rounding(s), learned
-    )
+    slab = slab_in(stack)
+    s, _, gradient, decay, factors, preconditioner = begin(stack, state, given, learned)
     assert preconditioner is not None  # nothing is compiled
-    decay = None
-    if any(map(couples_decay, own)):
-        decay = stack.joined(partial(coupled_decay, given.settings))
-    if stack.momenta is None and has_momentum(s):
-        stack.begin(state, s)
-    if ok is not None:
-        s = masked(s, ok, gradient[0])
-        gradient = [torch.where(ok, g, 0.0) for g in gradient]  # NaN times 0 is NaN
-        decay = decay and [torch.where(ok, w, 0.0) for w in decay]
     ahead = gradient
     if s.normalized:
         if decay is not None:
@@ -245,20 +225,14 @@ def _write(
     one: _Begun, scale: Tensor, late: Late | None, moves: Any, state: State, given: Gradients
 ) -> Direction:
     """Write what is new of a slab, unless an accelerator knows that it does not move."""
-    stack, slab, factors, natural, s = one.stack, one.slab, one.factors, one.natural, one.s
+    stack, slab, natural, s = one.stack, one.slab, one.natural, one.s
     on_host = given.ok is None
-    if type(factors) is not type(stack.factors):  # once, so the host may wait to know
-        if bool(moves):
-            stack.go_on_by_rows(state)
-        else:
-            factors = stack.factors  # type: ignore[assignment]
+    factors = settled(stack, one.factors, moves, state)
     batch, _, _ = slab.shape
     if not on_host:
         scale = torch.where(moves, scale, 0.0)
         natural = [torch.where(moves, n, 0.0) for n in natural]
         s = masked(s, moves, natural[0])
-        if factors is not stack.factors:
-            factors = factors.map(partial(either, moves), stack.factors)  # type: ignore[arg-type]
     momenta = stack.momenta
     if s.normalized and batch:  # a weight is several matrices
         for piece in slab.pieces:

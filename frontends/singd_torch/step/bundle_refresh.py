@@ -10,11 +10,11 @@ from torch import Tensor
 
 from singd_core._settings import Settings, rate_of_factors
 from singd_core.preconditioner import Preconditioner
+from singd_torch.step.begun import Gradients
 from singd_torch.step.bundle import Bundle
 from singd_torch.step.curvatures import curvatures
 from singd_torch.step.joint import Joint, inverse_free
 from singd_torch.step.stack import Stack, State
-from singd_torch.step.stack_step import Gradients
 from singd_torch.tensors.pieces import narrowed
 
 

@@ -14,13 +14,13 @@ from singd_core.length import sized
 from singd_core.rounding import is_rounded
 from singd_core.rules import IKFAC
 from singd_core.step import averaged, couples_decay, decouples_decay, squares_of
+from singd_torch.step.begun import Gradients
 from singd_torch.step.bundle import Bundle
 from singd_torch.step.bundle_refresh import precondition, refresh
 from singd_torch.step.levels import measure
 from singd_torch.step.rounding import compensations
 from singd_torch.step.solve import by_pieces
 from singd_torch.step.stack import Stack, State
-from singd_torch.step.stack_step import Gradients
 from singd_torch.tensors.matrices import Matrices
 from singd_torch.tensors.scratch import constant
 from singd_torch.tensors.select import spread

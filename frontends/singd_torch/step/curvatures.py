@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,12 +16,7 @@ from singd_torch.step.stack import Stack
 
 def curvature(layers: Sequence[Layer], grad_scale: Any) -> Curvature:
     """The one of the rows of equal layers, of gradients that were multiplied by `grad_scale`."""
-    found = _pending(layers)
-    first, *others = [Curvature.of(*rows.terms(grad_scale)) for rows in found.values()]
-    if next(iter(found))[0] is not None:  # the parts of a stacked linear layer
-        axis = int(len(layers) > 1)
-        return first.map(lambda *arrays: torch.stack(arrays, axis), *others)
-    return first.joined(others[0]) if others else first
+    return _curvature(_pending(layers), len(layers), grad_scale)
 
 
 def curvatures(stacks: Sequence[Stack], grad_scale: Any) -> list[Curvature]:
@@ -38,7 +33,7 @@ def curvatures(stacks: Sequence[Stack], grad_scale: Any) -> list[Curvature]:
             or isinstance(N, Tensor)
             or isinstance(M, Tensor)
         ):
-            found.append(curvature(stack.layers, grad_scale))
+            found.append(_curvature(pending, len(stack.layers), grad_scale))
             continue
         sums = Curvature(inputs.S, outputs.S, inputs.squares, outputs.squares)
         a, b, c, d = shares(N, M, inputs.S.shape[-1], outputs.S.shape[-1])
@@ -51,6 +46,14 @@ def curvatures(stacks: Sequence[Stack], grad_scale: Any) -> list[Curvature]:
         for i in known:
             found[i] = found[i].map(lambda _: next(divided))
     return found
+
+
+def _curvature(found: Mapping[Key, Pending], n: int, grad_scale: Any) -> Curvature:
+    """The one of the pending rows of n equal layers, by part and role."""
+    first, *others = [Curvature.of(*rows.terms(grad_scale)) for rows in found.values()]
+    if next(iter(found))[0] is not None:  # the parts of a stacked linear layer
+        return first.map(lambda *arrays: torch.stack(arrays, int(n > 1)), *others)
+    return first.joined(others[0]) if others else first
 
 
 def _pending(layers: Sequence[Layer]) -> dict[Key, Pending]:

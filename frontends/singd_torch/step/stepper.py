@@ -24,9 +24,10 @@ from singd_torch.layers.due import is_due, may_be_due
 from singd_torch.layers.layer import Layer
 from singd_torch.sharding.guards import ALONE, is_one_of_several
 from singd_torch.step import bundle_step, rounding
+from singd_torch.step.begun import Gradients
 from singd_torch.step.bundle import Bundle, bundled
 from singd_torch.step.stack import Stack
-from singd_torch.step.stack_step import Gradients, advance
+from singd_torch.step.stack_step import advance
 from singd_torch.step.stacker import Stacker
 from singd_torch.tensors import finite, scratch
 

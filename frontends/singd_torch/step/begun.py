@@ -1,0 +1,168 @@
+"""What a step has of a stack before it finds the direction, with the factors refreshed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from singd_core._array import widen
+from singd_core._settings import Settings, is_due, rate_of_factors
+from singd_core.curvature import Curvature
+from singd_core.layers import LayerKind
+from singd_core.preconditioner import Preconditioner
+from singd_core.rounding import Rounding
+from singd_core.rules import Factors, Shampoo, by_rows
+from singd_core.step import couples_decay, has_momentum
+from singd_torch.capture.scaling import Scales
+from singd_torch.step.curvatures import curvature as curvature_of
+from singd_torch.step.stack import Stack, State
+from singd_torch.tensors.pieces import placed
+from singd_torch.tensors.select import either
+
+
+@dataclasses.dataclass(frozen=True)
+class Gradients:
+    """The gradients of a step, and what is known of them before anything is changed.
+
+    Attributes:
+        of: The gradient of a parameter, without the scale of the loss.
+        raw: The gradient of a parameter, with it.
+        norms: The norm of each gradient: a number, or 0-d on an accelerator.
+        settings: The settings of a parameter's own group in this step; a bias may have its own.
+        scales: What the loss was multiplied by.
+        ok: On an accelerator, whether the step may change anything; None where it is known to.
+        bad: Where there is an `ok`, whether the step may change nothing.
+    """
+
+    of: Callable[[nn.Parameter], Tensor]
+    raw: Callable[[nn.Parameter], Tensor]
+    norms: Mapping[nn.Parameter, Any]
+    settings: Callable[[nn.Parameter], Settings]
+    scales: Scales
+    ok: Tensor | None
+    bad: Tensor | None
+
+
+class Begun(NamedTuple):
+    """What a step has of a stack before it finds the direction.
+
+    Attributes:
+        s: The settings of the weights, masked on an accelerator.
+        rounding: How arrays are stored, None if to the nearest number.
+        gradient: The gradients of weights and of biases, zeros unless ok.
+        decay: What a decay adds to them, None without.
+        factors: The new factors.
+        preconditioner: What preconditions with them, None if the factors do.
+    """
+
+    s: Settings
+    rounding: Rounding | None
+    gradient: Sequence[Tensor]
+    decay: Sequence[Tensor] | None
+    factors: Factors
+    preconditioner: Preconditioner | None
+
+
+def begin(stack: Stack, state: State, given: Gradients, learned: Curvature | None = None) -> Begun:
+    """Refresh the factors, and have what the direction is made of; `learned` as in `refreshed`."""
+    own, ok = [given.settings(p) for p in stack.layers[0].parameters], given.ok
+    s = own[0]
+    gradient, rounding = stack.joined(given.of), stack.rounding(s)
+    factors, preconditioner = refreshed(stack, s, given.scales, gradient, rounding, learned)
+    decay = None
+    if any(map(couples_decay, own)):
+        decay = stack.joined(partial(coupled_decay, given.settings))
+    if stack.momenta is None and has_momentum(s):
+        stack.begin(state, s)
+    if ok is not None:
+        s = masked(s, ok, gradient[0])
+        gradient = [torch.where(ok, g, 0.0) for g in gradient]  # NaN times 0 is NaN
+        if decay is not None:
+            decay = [torch.where(ok, w, 0.0) for w in decay]
+    return Begun(s, rounding, gradient, decay, factors, preconditioner)
+
+
+def settled(stack: Stack, factors: Factors, moves: Any, state: State) -> Factors:
+    """The new factors, or those that the stack has where it does not move."""
+    if type(factors) is not type(stack.factors):  # once, so the host may wait to know
+        if bool(moves):
+            stack.go_on_by_rows(state)
+        else:
+            factors = stack.factors  # type: ignore[assignment]
+    if isinstance(moves, Tensor) and factors is not stack.factors:
+        factors = factors.map(partial(either, moves), stack.factors)  # type: ignore[arg-type]
+    return factors
+
+
+def refreshed(
+    stack: Stack,
+    s: Settings,
+    scales: Scales,
+    gradient: Sequence[Tensor],
+    rounding: Rounding | None,
+    learned: Curvature | None = None,
+) -> tuple[Factors, Preconditioner | None]:
+    """The factors, refreshed by rows that are pending or by the gradient of what has none.
+
+    And what preconditions with them. What is `learned` of the gradient may be known.
+    """
+    layer, factors = stack.layers[0], stack.factors
+    assert factors is not None
+    steps = layer.group["steps"]
+    if layer.pending or learns_now(stack, s):
+        lr_cov = rate_of_factors(steps, s)
+        if stack.compile is not None:  # else each value of a schedule would be compiled anew
+            lr_cov = torch.zeros_like(factors.averages.k) + lr_cov
+        if learned is not None:
+            curvature = learned
+        elif not layer.pending:
+            curvature = stack.run(_curvature, factors, layer.kind, *gradient)
+        else:
+            curvature = curvature_of(stack.layers, scales.rows)
+            factors = by_rows(factors, s) if isinstance(factors, Shampoo) else factors
+        for one in stack.layers:  # its rows are as large as its factors, and so is the curvature
+            one.pending = {}
+        factors = stack.run(_refresh, factors, curvature, lr_cov, s, stack.report, rounding)
+        stack.preconditioner = None
+    elif stack.preconditioner is not None:
+        return factors, stack.preconditioner
+    if stack.compile is not None:
+        return factors, None
+    kept = factors.preconditioner(stack.uses(s), balanced=s.normalized)
+    return factors, stack.precondition_with(kept) if factors is stack.factors else kept
+
+
+def learns_now(stack: Stack, s: Settings) -> bool:
+    """Whether the gradient of this step refreshes the factors."""
+    layer, factors = stack.layers[0], stack.factors
+    if layer.pending or factors is None or factors.has_rows:
+        return False
+    return is_due(layer.group["steps"], s) or not layer.seen
+
+
+def _curvature(factors: Shampoo, kind: LayerKind, *gradient: Tensor) -> Curvature:
+    return factors.curvature(kind.matrix(*gradient))
+
+
+def _refresh(factors: Factors, curvature: Curvature, *given: Any) -> Factors:
+    return factors.refresh(curvature, *given)
+
+
+def masked(s: Settings, ok: Tensor, like: Tensor) -> Settings:
+    """The settings with which zeros in place of a gradient change nothing unless ok."""
+    dtype = widen(like[..., :0]).dtype
+    momentum, lr = (placed(v, dtype, ok.device) for v in (s.momentum, s.lr))
+    return dataclasses.replace(
+        s, momentum=torch.where(ok, momentum, 1.0), lr=torch.where(ok, lr, 0.0)
+    )
+
+
+def coupled_decay(settings_of: Callable[[nn.Parameter], Settings], p: nn.Parameter) -> Tensor:
+    """What a decay adds to what the momentum averages."""
+    s = settings_of(p)
+    return p * (s.weight_decay if couples_decay(s) else 0.0)
