@@ -23,7 +23,6 @@ import torch
 from compare_plan import CHOICE, CONFIRM, Plan
 from compare_runs import (
     BESIDES,
-    FOLDER,
     OURS,
     OWN,
     RIVALS,
@@ -123,7 +122,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dry", action="store_true", help="say what is missing and what it costs")
     parser.add_argument("--report-only", action="store_true", help="write the page, run nothing")
     parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 2))
-    parser.add_argument("--results", type=Path, default=FOLDER)
+    parser.add_argument("--results", type=Path, default=Store.FOLDER)
     parser.add_argument("--page", type=Path, default=PAGE)
     args = parser.parse_args(given)
     if args.seeds is None:

@@ -1,24 +1,20 @@
-"""The runs of `make compare`: what decides one, its training, and the file that keeps it."""
+"""The runs of `make compare`: what decides one, its training, and what is kept of it."""
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import hashlib
-import importlib.metadata
 import inspect
 import json
 import math
-import platform
-import statistics
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
+import run_store
 import torch
 from optimizers import ENTRIES
-from pages import RESULTS, ROOT
+from pages import RESULTS
+from run_store import CODE, key_of, thinned, versions
 from tasks import TASKS, Task
 from torch import nn
 
@@ -26,8 +22,6 @@ from singd_core import Settings
 from singd_core import settings as core_settings
 from singd_torch import SINGD
 
-FOLDER = RESULTS / "compare"
-SOURCES = (ROOT / "singd_core", ROOT / "frontends" / "singd_torch")
 RIVALS = {"AdamW": "AdamW", "Muon": "Muon", "SOAP": "SOAP/pytorch-optimizer"}  # entries by method
 OURS = "SINGD"
 GRADIENTS = "SINGD without rows"  # of the parameters alone
@@ -37,7 +31,6 @@ OWN = OURS, GRADIENTS, DIAGONAL  # whose rate is a setting
 BESIDES = {"PSGD": "PSGD/pytorch-optimizer", "Adafactor": "Adafactor"}
 LINEAR = GRADIENTS, DIAGONAL, *BESIDES
 WARM_UP = 20  # steps in which the rate of a rival grows
-POINTS = 30  # of a curve
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda share: 1.0 - share,
@@ -77,10 +70,9 @@ class Run:
         """The name of its file: the same for all that is the same."""
         named = dataclasses.asdict(self)
         del named["given"]
-        key = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:8]
         rate = "" if self.rate is None else f"-{self.rate:g}"
         method = self.method.replace(",", "").replace(" ", "_")
-        return f"{self.task}/{method}-{self.schedule}{rate}-seed{self.seed}-{key}.json"
+        return f"{self.task}/{method}-{self.schedule}{rate}-seed{self.seed}-{key_of(named)}.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -195,120 +187,41 @@ def train(run: Run) -> Result:
     )
 
 
-def thinned(losses: list[float]) -> list[tuple[int, float]]:
-    """At most 30 points: the last step of each stretch and the mean of its finite losses."""
-    finite = [loss for loss in losses if math.isfinite(loss)]
-    size = max(-(-len(finite) // POINTS), 1)
-    starts = range(0, len(finite), size)
-    stretches = [finite[i : i + size] for i in starts]
-    return [(i + len(s), statistics.fmean(s)) for i, s in zip(starts, stretches, strict=True)]
-
-
-def versions(method: str) -> dict[str, str]:
-    """What may change the numbers a little."""
-    found = {"torch": torch.__version__, "python": platform.python_version()}
-    found["machine"] = platform.machine()
-    if method in ("PSGD", "SOAP"):
-        found["pytorch-optimizer"] = importlib.metadata.version("pytorch-optimizer")
-    return found
-
-
-# ---- the code that made a run -------------------------------------------------------------------
-
-
-def fingerprint(sources: tuple[Path, ...] = SOURCES) -> str:
-    """Of SINGD's code: another one for other code, the same for other comments or docstrings."""
-    found = hashlib.sha256()
-    for source in sources:
-        for path in sorted(source.rglob("*.py")):
-            name = path.relative_to(source).as_posix()
-            if not name.startswith("testing/"):
-                found.update(f"{source.name}/{name}:{_said(ast.parse(path.read_text()))}".encode())
-    return found.hexdigest()[:12]
-
-
-def _said(node: Any) -> str:
-    """A syntax tree in letters that are the same in every version of Python."""
-    if isinstance(node, list):
-        return f"[{','.join(map(_said, node))}]"
-    if not isinstance(node, ast.AST):
-        return repr(node)
-    fields = dict(ast.iter_fields(node))
-    body = fields.get("body")
-    if isinstance(body, list) and body and _is_text(body[0]):
-        fields["body"] = body[1:]
-    said = (f"{name}={_said(value)}" for name, value in fields.items() if value not in (None, []))
-    return f"{type(node).__name__}({','.join(said)})"
-
-
-def _is_text(node: ast.AST) -> bool:
-    return (
-        isinstance(node, ast.Expr)
-        and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
-    )
-
-
-CODE = fingerprint()  # as it was imported, whatever becomes of the files
-
-
 # ---- the store ----------------------------------------------------------------------------------
 
 
-class Store:
-    """All runs that were made, one file each; the newest of those that differ by code alone."""
+class Store(run_store.Store[Run, Result]):
+    """All runs that were made; the newest of those that differ by code alone."""
 
-    def __init__(self, folder: Path = FOLDER) -> None:
-        self.folder = folder
-        self.results = dict(map(read, sorted(folder.glob("*/*.json"))))
-
-    def __iter__(self) -> Iterator[tuple[Run, Result]]:
-        return iter(self.results.items())
-
-    def get(self, run: Run) -> Result | None:
-        """What is kept of a run, of whatever code."""
-        return self.results.get(run)
+    FOLDER = RESULTS / "compare"
 
     def is_made(self, run: Run) -> bool:
         """Whether a run is kept that the present code would make again."""
-        found = self.results.get(run)
+        found = self.get(run)
         return found is not None and (run.method not in OWN or found.code == CODE)
 
     def loss(self, run: Run) -> float | None:
         """The final loss of a run, if it was made."""
-        found = self.results.get(run)
+        found = self.get(run)
         return None if found is None else found.loss
 
-    def add(self, run: Run, result: Result) -> None:
-        """Keep a run; its file is there as a whole or not at all."""
-        self.results.pop(run, None)  # the key that stays would be the old one
-        self.results[run] = result
-        path = self.folder / run.path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_suffix(".new")
-        new.write_text(write(run, result))
-        new.replace(path)
+    def write(self, run: Run, result: Result) -> dict[str, Any]:
+        """A run as JSON: null where it went astray."""
+        data = dataclasses.asdict(run) | dataclasses.asdict(result)
+        for name in ("settings", "given"):
+            data[name] = json.loads(data[name] or "{}")
+        for name in ("loss", "metric"):
+            data[name] = data[name] if math.isfinite(data[name]) else None
+        data["seconds"], data["cpu_ms"] = round(result.seconds, 2), round(result.cpu_ms, 3)
+        data["curve"] = [[step, float(f"{loss:.5g}")] for step, loss in result.curve]
+        return data
 
-
-def write(run: Run, result: Result) -> str:
-    """A run as JSON: null where it went astray."""
-    data = dataclasses.asdict(run) | dataclasses.asdict(result)
-    for name in ("settings", "given"):
-        data[name] = json.loads(data[name] or "{}")
-    for name in ("loss", "metric"):
-        data[name] = data[name] if math.isfinite(data[name]) else None
-    data["seconds"], data["cpu_ms"] = round(result.seconds, 2), round(result.cpu_ms, 3)
-    data["curve"] = [[step, float(f"{loss:.5g}")] for step, loss in result.curve]
-    return json.dumps(data) + "\n"
-
-
-def read(path: Path) -> tuple[Run, Result]:
-    """The run of a file."""
-    data = json.loads(path.read_text())
-    run = {field.name: data.pop(field.name) for field in dataclasses.fields(Run)}
-    run["settings"] = json.dumps(run["settings"], sort_keys=True) if run["settings"] else ""
-    run["given"] = json.dumps(run["given"], sort_keys=True)
-    data["loss"] = math.inf if data["loss"] is None else data["loss"]
-    data["metric"] = math.nan if data["metric"] is None else data["metric"]
-    data["curve"] = [(step, loss) for step, loss in data["curve"]]
-    return Run(**run), Result(**data)
+    def read(self, data: dict[str, Any]) -> tuple[Run, Result]:
+        """The inverse of `write`."""
+        run = {field.name: data.pop(field.name) for field in dataclasses.fields(Run)}
+        run["settings"] = json.dumps(run["settings"], sort_keys=True) if run["settings"] else ""
+        run["given"] = json.dumps(run["given"], sort_keys=True)
+        data["loss"] = math.inf if data["loss"] is None else data["loss"]
+        data["metric"] = math.nan if data["metric"] is None else data["metric"]
+        data["curve"] = [(step, loss) for step, loss in data["curve"]]
+        return Run(**run), Result(**data)

@@ -14,11 +14,11 @@ import curves
 import race_report
 import steps
 import torch
-from compare_runs import SOURCES, fingerprint
 from gpu import PAGE, RESULTS, ROOT, STEPS, Outcome, outcomes
 from optimizers import ENTRIES
 from pages import digits, environment, table, write
 from problems import PROBLEMS
+from run_store import SOURCES, fingerprint
 from steps import Row
 from steps_report import cells
 

@@ -18,7 +18,7 @@ from paper_measures import MEASURES, keep
 from paper_methods import METHODS
 from paper_plan import PRECISION, SEARCHED, Plan
 from paper_report import publish, searched
-from paper_runs import FOLDER, Store, train
+from paper_runs import Store, train
 from paper_tasks import LARGE, PAPER_TASKS, add_large
 
 
@@ -53,10 +53,10 @@ def main(given: Sequence[str] | None = None) -> None:
         help="of the vision transformer on --images",
     )
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--results", type=Path, default=FOLDER)
+    parser.add_argument("--results", type=Path, default=Store.FOLDER)
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "paper.md")
     args = parser.parse_args(given)
-    if args.results == FOLDER and (args.steps, args.images) != (None, None):
+    if args.results == Store.FOLDER and (args.steps, args.images) != (None, None):
         parser.error("--steps and --images need --results: their runs are kept apart")
     if args.images is not None:
         add_large(args.images, *args.vit)

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from compare_runs import CODE, versions
 from measure import Trainee, anatomy
 from paper_methods import FIRST_ORDER, METHODS, STRUCTURES, build
 from paper_runs import DTYPES
 from problems import PROBLEMS
+from run_store import CODE, versions
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 

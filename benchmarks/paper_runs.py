@@ -1,27 +1,24 @@
-"""The runs behind docs/paper.md: what decides one, its training, and the file that keeps it."""
+"""The runs behind docs/paper.md: what decides one, its training, and what is kept of it."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+import run_store
 import torch
-from compare_runs import CODE, thinned, versions
 from measure import Trainee, anatomy
 from pages import RESULTS
 from paper_methods import build
 from paper_tasks import PAPER_TASKS, PaperTask
+from run_store import CODE, key_of, thinned, versions
 from task_data import Split
 from torch import Tensor, nn
 
-FOLDER = RESULTS / "paper"
 CHECKS = 6  # evaluations over a training
 WATCHED = 10  # steps between two sets of eigenvalues
 
@@ -55,9 +52,9 @@ class Run:
     @property
     def path(self) -> str:
         """The name of its file: the same for all that is the same."""
-        key = hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode())
+        key = key_of(dataclasses.asdict(self))
         method = self.method.replace(" ", "_")
-        return f"{self.task}/{method}-{self.dtype}-seed{self.seed}-{key.hexdigest()[:8]}.json"
+        return f"{self.task}/{method}-{self.dtype}-seed{self.seed}-{key}.json"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -247,35 +244,18 @@ def look(result: Result, model: nn.Module, optimizer: torch.optim.Optimizer, ste
 # ---- the store ----------------------------------------------------------------------------------
 
 
-class Store:
-    """All runs that were made, one file each."""
+class Store(run_store.Store[Run, Result]):
+    """All runs that were made."""
 
-    def __init__(self, folder: Path = FOLDER) -> None:
-        self.folder = folder
-        self.results = dict(map(read, sorted(folder.glob("*/*.json"))))
+    FOLDER = RESULTS / "paper"
 
-    def __iter__(self) -> Iterator[tuple[Run, Result]]:
-        return iter(self.results.items())
-
-    def get(self, run: Run) -> Result | None:
-        """What is kept of a run."""
-        return self.results.get(run)
-
-    def add(self, run: Run, result: Result) -> None:
-        """Keep a run; its file is there as a whole or not at all."""
-        self.results[run] = result
-        path = self.folder / run.path
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def write(self, run: Run, result: Result) -> dict[str, Any]:
+        """A run as JSON."""
         data = dataclasses.asdict(run) | dataclasses.asdict(result)
-        data |= {"settings": json.loads(run.settings), "seconds": round(result.seconds, 3)}
-        new = path.with_suffix(".new")
-        new.write_text(json.dumps(data) + "\n")
-        new.replace(path)
+        return data | {"settings": json.loads(run.settings), "seconds": round(result.seconds, 3)}
 
-
-def read(path: Path) -> tuple[Run, Result]:
-    """The run of a file."""
-    data = json.loads(path.read_text())
-    run = {field.name: data.pop(field.name) for field in dataclasses.fields(Run)}
-    run["settings"] = json.dumps(run["settings"], sort_keys=True)
-    return Run(**run), Result(**data)
+    def read(self, data: dict[str, Any]) -> tuple[Run, Result]:
+        """The inverse of `write`."""
+        run = {field.name: data.pop(field.name) for field in dataclasses.fields(Run)}
+        run["settings"] = json.dumps(run["settings"], sort_keys=True)
+        return Run(**run), Result(**data)

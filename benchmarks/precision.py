@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare_runs import CODE
 from pages import RESULTS, ROOT, digits, table, write
+from run_store import CODE
 from tasks import TASKS, Task
 from torch import nn
 

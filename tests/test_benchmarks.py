@@ -261,7 +261,7 @@ def test_a_run_that_goes_astray_is_kept_as_infinitely_bad(compare, tmp_path):
 
 
 def test_a_fingerprint_is_of_code_alone(tmp_path):
-    fingerprint = importlib.import_module("compare_runs").fingerprint
+    fingerprint = importlib.import_module("run_store").fingerprint
     (tmp_path / "testing").mkdir()
 
     def of(text, name="a.py"):
