@@ -1,12 +1,12 @@
-"""How much late gradients agree, and what that says of the size of steps.
+"""How much late gradients agree, how small they are, and what both say of the size of steps.
 
 The equations are those of docs/mathematics.md, section 5.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Self
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 from singd_core._array import (
     Array,
@@ -16,7 +16,9 @@ from singd_core._array import (
     at_most,
     cast,
     clip,
+    exp,
     multiply_add,
+    namespace,
     number,
     where,
     wide_full,
@@ -33,29 +35,39 @@ LONGEST = 4.0
 # It begins when the sums have forgotten that they began with nothing.
 _FORGOTTEN = 0.88
 
+# Late gradients that are smaller than earlier ones make steps shorter by the same factor, to at
+# least this. It begins after that many steps.
+SHORTEST = 0.14
+BEGINNING = 200.0
+MEMORY = 1000.0  # how many steps back earlier gradients count
+
 
 @tree
 class Late(Tree):
-    """Sums over the late gradients of each matrix, weighted as in the momentum.
+    """Sums over the gradients of each matrix: late ones are weighted as in the momentum.
 
     Attributes:
         squares: Σⱼ αʲ ‖∇Wₜ₋ⱼ‖², of the batch axes' shape.
         weights: Σⱼ αʲ, of the batch axes' shape.
         growth: The logarithm of how much longer steps have become, of the batch axes' shape.
+        mean: The mean of ‖∇W‖² over about the last thousand steps, of the batch axes' shape.
+        steps: How many these are, of the batch axes' shape.
     """
 
     squares: Array
     weights: Array
     growth: Array
+    mean: Array
+    steps: Array
 
     @classmethod
     def zeros(cls, batch: Sequence[int], like: Array) -> Self:
         """Before the first step, on the device of `like`."""
-        return cls(*(wide_full(batch, 0.0, like=like) for _ in range(3)))
+        return cls(*(wide_full(batch, 0.0, like=like) for _ in cls.field_names()))
 
     def numbers(self) -> Self:
         """With numbers in place of 0-d arrays, where the host need not wait for them."""
-        return type(self)(number(self.squares), number(self.weights), number(self.growth))
+        return self.map(number)
 
     def written(self, sums: Self) -> Self:
         """What came of `numbers`, as arrays like these."""
@@ -63,7 +75,9 @@ class Late(Tree):
 
     def update(self, squares: Scalar, s: Settings) -> Self:
         """One step later, with ‖∇W‖²."""
-        return type(self)(*self._added(squares, s), self.growth)
+        steps = at_most(self.steps + 1.0, MEMORY)
+        mean = self.mean + (squares - self.mean) / steps
+        return type(self)(*self._added(squares, s), self.growth, mean, steps)
 
     def _added(self, squares: Scalar, s: Settings) -> tuple[Scalar, Scalar]:
         return (
@@ -78,7 +92,13 @@ class Late(Tree):
         change = clip(ratio, CLEARLY, CLEARLY + 1.0) + at_most(ratio, 1.0) - (CLEARLY + 1.0)
         change = where(self.weights > _FORGOTTEN / (1.0 - s.momentum), change, 0.0)
         growth = clip(multiply_add(change, GROWTH, self.growth), 0.0, LONGEST)
-        return type(self)(self.squares, self.weights, growth)
+        return type(self)(self.squares, self.weights, growth, self.mean, self.steps)
+
+    def longer(self) -> Scalar:
+        """How much longer steps are than R a, or shorter: e^h f."""
+        squared = self.squares / at_least(self.weights * self.mean, TINY)
+        smaller = clip(squared, SHORTEST**2, 1.0) ** 0.5
+        return exp(self.growth) * where(self.steps > BEGINNING, smaller, 1.0)
 
     def agreement(self, ahead: Scalar, squares: Scalar, s: Settings) -> Scalar:
         """‖Σ bⱼ Gⱼ‖ / √(Σ bⱼ · Σ bⱼ ‖Gⱼ‖²), in [0, 1]: 1 if all late gradients are equal.
@@ -92,6 +112,20 @@ class Late(Tree):
         if s.nesterov:
             squared, weights = self._added(squares, s)
         return at_most(ahead / at_least(squared * weights, TINY) ** 0.5, 1.0)
+
+
+def begun_anew(sums: Late, saved: Mapping[str, Any], prefix: str) -> dict[str, Array]:
+    """What `saved` lacks as it was saved before there was a mean over all steps: zeros.
+
+    Args:
+        sums: Sums of the same matrix.
+        saved: Arrays under the names that `sums.named_arrays(prefix)` has.
+        prefix: What these names begin with.
+    """
+    new = {prefix + "mean": sums.mean, prefix + "steps": sums.steps}
+    if prefix + "growth" not in saved or not new.keys().isdisjoint(saved):
+        return {}
+    return {name: namespace(a).zeros_like(a) for name, a in new.items()}
 
 
 def agreement_of_noise(s: Settings) -> Scalar:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from singd_core._array import Scalar, at_least, exp, norm, number, where
+from singd_core._array import Scalar, at_least, norm, number, where
 from singd_core._settings import Settings
 from singd_core.curvature import TINY
 from singd_core.late import Late
@@ -94,7 +94,7 @@ def scaled(
         late = late.update(squares, s)
         agreement = late.agreement(ahead, squares, s)
         late = late.grown(agreement, s)
-        longer = exp(late.growth)
+        longer = late.longer()
     scale = longer * (agreement * size) / at_least(natural, TINY)
     return where(squares > 0.0, scale, 0.0), late, agreement
 

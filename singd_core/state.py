@@ -4,7 +4,7 @@
     <layer>.averages.t_U, .t_G, .k            what the refreshes average, and their number
     <layer>.momentum_buffer                   the momentum of the weight, in its shape
     <layer>.bias_momentum_buffer              the momentum of the bias
-    <layer>.late.squares, .weights, .growth   sums over late gradients, and what they tell
+    <layer>.late.squares, .weights, ...       sums over gradients, and what they tell
     <layer>.compensation, .bias_compensation  what rounding has cost, if that is kept
     <parameter>.exp_avg, .exp_avg_sq, .step   of a parameter that AdamW trains
     step, skipped                             counts of the whole optimizer
@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from singd_core._array import Array, device, is_complex, is_inexact, namespace, widen
+from singd_core.late import begun_anew
 from singd_core.optimizer import State
 
 _FACTORS = "factors."
@@ -88,13 +89,16 @@ def _upgraded(template: State, flat: Mapping[str, Any]) -> dict[str, Any]:
     """With what is kept now of a state saved before 0.1.
 
     It had one momentum for a weight matrix and its bias, which averaged natural gradients: a rule
-    that averages gradients begins anew with it.
+    that averages gradients begins anew with it. Later ones had no mean over all steps, which begins
+    anew.
     """
     found = dict(flat)
     for name, layer in template.layers.items():
+        if layer.late is not None:
+            found |= begun_anew(layer.late, flat, f"{name}.late.")
         own = {k: a for k, a in layer.named_arrays() if not k.startswith(_FACTORS)}
         momentum = flat.get(f"{name}.momentum_buffer")
-        missing = {key for key in own if f"{name}.{key}" not in flat}
+        missing = {key for key in own if f"{name}.{key}" not in found}
         if momentum is None or not missing:
             continue
         if layer.late is not None:

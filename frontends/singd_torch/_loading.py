@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from singd_core._recipes import with_rule
 from singd_core._settings import Settings
+from singd_core.late import Late, begun_anew
 from singd_core.rules import Factors, learns_from_gradients
 from singd_torch import _fallback, _state
 from singd_torch._groups import check_counts, check_group, settings_of
@@ -65,6 +66,8 @@ def loaded(
         s = settings_of(layer.group)
         if older:
             upgrade(layer, entries, normalized=s.normalized)
+        sums = Late.zeros(layer.shape[0], layer.weight)
+        entries[layer.weight] |= begun_anew(sums, entries[layer.weight], _state.LATE)
         check_momenta(layer, entries, s)
         factors[layer.weight] = factors_of(layer, entries[layer.weight], s)
     for p, found in entries.items():

@@ -42,6 +42,23 @@ def test_a_rule_that_averages_gradients_begins_anew_with_it() -> None:
         assert all(np.array_equal(a, b) for (_, a), (_, b) in pairs)
 
 
+def test_the_mean_over_all_steps_begins_anew_where_it_was_not_kept() -> None:
+    optimizer = Optimizer(LAYERS)
+    _, state = train(optimizer, steps(3), params())
+    flat = flatten(state)
+    for name in state.layers:
+        del flat[f"{name}.late.mean"], flat[f"{name}.late.steps"]
+    new = unflatten(optimizer.init(params()), flat)
+    for name, layer in new.layers.items():
+        old = state.layers[name].late
+        assert not np.any(layer.late.mean)
+        assert not np.any(layer.late.steps)
+        np.testing.assert_array_equal(layer.late.squares, old.squares)
+    del flat["map.late.growth"]
+    with pytest.raises(ValueError, match=r"has no 'map\.late\.growth'"):
+        unflatten(optimizer.init(params()), flat)
+
+
 def test_what_is_missing_else_is_an_error() -> None:
     optimizer = Optimizer(LAYERS)
     flat = flatten(optimizer.init(params()))

@@ -8,7 +8,7 @@ import pytest
 from optimizer_cases import LAYERS, leaves, mapped, params, steps, train
 
 from singd_core import Convolution, LayerKind, Optimizer, TransposedConvolution, settings
-from singd_core.late import LONGEST, Late, agreement_of_noise
+from singd_core.late import BEGINNING, LONGEST, SHORTEST, Late, agreement_of_noise
 from singd_core.length import OUTPUTS, SPECTRAL
 
 STRUCTURES = ["dense", "diagonal", "blockdiagonal:2", "triltoeplitz", "hierarchical:1,1"]
@@ -16,6 +16,11 @@ STRUCTURES = ["dense", "diagonal", "blockdiagonal:2", "triltoeplitz", "hierarchi
 # Relative to the largest entry, float64: scales that are no powers of two round otherwise, and the
 # roots of sums of squares lose half of what leaves the range of neither.
 CLOSE = 1e-9
+
+
+def nothing_late() -> Late:
+    """Sums over gradients before the first, as numbers."""
+    return Late(*(0.0 for _ in Late.field_names()))
 
 
 def changes(scale: float, n: int = 4, **given: Any) -> list[np.ndarray]:
@@ -131,7 +136,7 @@ def test_a_dead_matrix_does_not_walk() -> None:
 def test_the_agreement_of_noise_is_what_random_gradients_have(nesterov: bool) -> None:
     s = dataclasses.replace(settings("normalized"), nesterov=nesterov)
     rng, m, found = np.random.default_rng(0), 0.0, []
-    late = Late(0.0, 0.0, 0.0)
+    late = nothing_late()
     for t in range(300):
         g = rng.standard_normal(10_000)
         m = s.momentum * m + g
@@ -143,7 +148,7 @@ def test_the_agreement_of_noise_is_what_random_gradients_have(nesterov: bool) ->
 
 def test_steps_grow_while_gradients_agree_and_shrink_where_they_oppose() -> None:
     s = settings("normalized")
-    late = Late(0.0, 0.0, 0.0)
+    late = nothing_late()
     growths = []
     for agreement in [1.0] * 60 + [0.0] * 60:
         late = late.update(1.0, s).grown(agreement, s)
@@ -154,7 +159,37 @@ def test_steps_grow_while_gradients_agree_and_shrink_where_they_oppose() -> None
 
 
 def test_noise_does_not_change_the_size() -> None:
-    s, late = settings("normalized"), Late(0.0, 0.0, 0.0)
+    s, late = settings("normalized"), nothing_late()
     for _ in range(60):
         late = late.update(1.0, s).grown(agreement_of_noise(s) ** 0.5, s)
     assert late.growth == 0.0
+
+
+def test_steps_shrink_with_the_gradient_after_the_beginning() -> None:
+    s, late, found = settings("normalized"), nothing_late(), []
+    for t in range(1, 1001):
+        late = late.update(10.0 ** (-2 * t / 200), s)  # ‖∇W‖ is a tenth after 200 steps
+        found.append(late.longer())
+        if t == BEGINNING + 1:
+            squares = 10.0 ** (-2 * np.arange(1, t + 1) / 200)
+            b = s.momentum ** np.arange(t)[::-1]
+            expected = np.sqrt((b @ squares) / b.sum() / squares.mean())
+            assert found[-1] == pytest.approx(expected, rel=1e-6)
+    assert found[: int(BEGINNING)] == [1.0] * int(BEGINNING)
+    assert found[-1] == SHORTEST
+
+
+def test_steps_do_not_shrink_while_gradients_keep_their_size_or_grow() -> None:
+    s, late = settings("normalized"), nothing_late()
+    for t in range(1000):
+        late = late.update(1.0 + t, s)
+        assert late.longer() == 1.0
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_how_much_they_shrink_does_not_depend_on_the_scale_of_the_loss(scale: float) -> None:
+    s, late, other = settings("normalized"), nothing_late(), nothing_late()
+    for t in range(int(BEGINNING) + 50):
+        late, other = late.update(0.97**t, s), other.update(scale * 0.97**t, s)
+    assert 0.0 < late.longer() < 1.0
+    assert other.longer() == pytest.approx(late.longer(), rel=1e-6)

@@ -119,6 +119,20 @@ def test_a_checkpoint_may_be_older_than_a_setting() -> None:
     assert optimizer.param_groups[0]["order"] == 3
 
 
+def test_the_mean_over_all_steps_begins_anew_where_it_was_not_kept() -> None:
+    state = saved_by({})
+    entries = [e for e in state["state"].values() if "late.mean" in e]
+    assert entries
+    for e in entries:
+        assert (e["late.steps"] > 0).all()
+        del e["late.mean"], e["late.steps"]
+    optimizer = SINGD(Network())
+    optimizer.load_state_dict(state)
+    loaded = [e for e in optimizer.state_dict()["state"].values() if "late.mean" in e]
+    assert len(loaded) == len(entries)
+    assert not any(e["late.steps"].any() or e["late.mean"].any() for e in loaded)
+
+
 def test_momentum_of_another_shape_is_named() -> None:
     state = saved_by({})
     for entries in state["state"].values():

@@ -36,7 +36,7 @@ class Page:
         self.S_C = self.C = np.eye(self.d_out)
         self.m_K, self.m_C, self.m_W = 0.0 * self.K, 0.0 * self.C, 0.0 * W
         self.r, self.c = np.ones(self.d_out), np.ones(self.d_in)
-        self.t_U = self.t_G = self.Q = self.w = self.growth = 0.0
+        self.t_U = self.t_G = self.Q = self.w = self.growth = self.mean = 0.0
         self.P_K, self.P_C = map(_projection, structures)
 
     def step(self, grad: np.ndarray, A: np.ndarray, B: np.ndarray) -> np.ndarray:
@@ -93,8 +93,10 @@ class Page:
             ratio = agreement**2 / NOISE[s["nesterov"]](alpha)
             change = np.clip(ratio - 3, 0, 1) - np.clip(1 - ratio, 0, 1)
             self.growth = np.clip(self.growth + 0.15 * change, 0, 4)
+        self.mean += (square - self.mean) / self.t
+        f = np.clip(np.sqrt(self.Q / self.w / self.mean), 0.14, 1) if self.t > 200 else 1.0
         R = np.sqrt(2.26 / np.sqrt(max(d_o, d_i)) * 1.5 / np.sqrt(d_i * self.t_U))
-        u = R * np.exp(self.growth) * agreement * n / np.sqrt(np.mean(n * n))
+        u = R * f * np.exp(self.growth) * agreement * n / np.sqrt(np.mean(n * n))
         lr = s["lr"] * min(1.0, self.t / s["warmup"])
         decay = s["weight_decay"] if s["decoupled_weight_decay"] else 0.0
         self.W = self.W - lr * u - lr * decay * self.W

@@ -37,24 +37,34 @@ RULES: dict[str, dict[str, Any]] = {
 CLOSE = 1e-12
 
 
-def rows(n: int) -> list[tuple[np.ndarray, ...]]:
-    """Inputs and output gradients of n steps, and the gradient Σ BᵀA that belongs to them."""
+def rows(n: int, shrink: float = 1.0) -> list[tuple[np.ndarray, ...]]:
+    """Inputs and output gradients of n steps, and the gradient Σ BᵀA that belongs to them.
+
+    Args:
+        n: How many steps.
+        shrink: By what output gradients are multiplied in each.
+    """
     rng = np.random.default_rng(0)
     found = []
-    for _ in range(n):
-        x, B = rng.standard_normal((12, 6)) * 1.5, rng.standard_normal((12, 5)) / 12
+    for t in range(n):
+        x, B = rng.standard_normal((12, 6)) * 1.5, rng.standard_normal((12, 5)) / 12 * shrink**t
         A = np.concatenate([x, np.ones((12, 1))], axis=1)
         found.append((x, A, B, B.T @ A))
     return found
 
 
 def compare(
-    given: dict[str, Any], page: Page, structures: tuple[str, str], recipe: str, steps: int = 8
+    given: dict[str, Any],
+    page: Page,
+    structures: tuple[str, str],
+    recipe: str,
+    steps: int = 8,
+    shrink: float = 1.0,
 ) -> None:
     optimizer = Optimizer(recipe=recipe, structures=structures, **given)
     params: dict[str, Any] = {"map": (page.W[:, :-1], page.W[:, -1])}
     state = optimizer.init(params)
-    for x, A, B, grad in rows(steps):
+    for x, A, B, grad in rows(steps, shrink):
         pair = {"map": (x, B)} if optimizer.due(state) else None
         grads = {"map": (grad[:, :-1], grad[:, -1])}
         updates, state = optimizer.update(grads, state, params, pair)
@@ -95,6 +105,12 @@ def test_normalized_recipe_is_the_page(structure: str, given: dict[str, Any]) ->
     both = structure, structure
     page = Page(weights(), both, **DEFAULTS | given | {"rule": "normalized"})
     compare(given, page, both, "normalized", steps=45 if not given else 8)
+
+
+def test_gradients_that_shrink_make_the_steps_of_the_page() -> None:
+    given: dict[str, Any] = {"momentum": 0.8}
+    both, page = ("dense", "dense"), Page(weights(), **DEFAULTS | given | {"rule": "normalized"})
+    compare(given, page, both, "normalized", steps=260, shrink=0.98)
 
 
 CHANGED: dict[str, Any] = {
