@@ -23,6 +23,7 @@ from singd_core.late import begun_anew
 from singd_core.optimizer import State
 
 _FACTORS = "factors."
+_LATE = "late."
 
 
 def flatten(state: State) -> dict[str, Any]:
@@ -95,13 +96,14 @@ def _upgraded(template: State, flat: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(flat)
     for name, layer in template.layers.items():
         if layer.late is not None:
-            found |= begun_anew(layer.late, flat, f"{name}.late.")
+            found |= begun_anew(layer.late, flat, f"{name}.{_LATE}")
         own = {k: a for k, a in layer.named_arrays() if not k.startswith(_FACTORS)}
         momentum = flat.get(f"{name}.momentum_buffer")
         missing = {key for key in own if f"{name}.{key}" not in found}
         if momentum is None or not missing:
             continue
-        if layer.late is not None:
+        sums = {key for key in own if key.startswith(_LATE)}
+        if sums and sums <= missing:
             found |= {f"{name}.{k}": namespace(a).zeros_like(a) for k, a in own.items()}
         elif missing == {"bias_momentum_buffer"}:
             parts = momentum[..., :-1], momentum[..., -1]
