@@ -35,7 +35,7 @@ from compare_runs import (
 from compare_tried import against_rivals
 from pages import ROOT, save_svg, write
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 from tasks import BATCHES, HELD_OUT, SCALES, TASKS, TWELVE
 
 PAGE = ROOT / "docs" / "comparison.md"
@@ -97,10 +97,6 @@ def cost(plan: Plan) -> str:
     todo = plan.pending(guess=True)
     minutes = plan.seconds(todo) / 60.0
     return f"{len(todo)} runs are missing: about {minutes:.0f} minutes of one core"
-
-
-def _show(progress: Progress, bar: TaskID, made: int, total: int) -> None:
-    progress.update(bar, completed=made, total=total)
 
 
 # ---- the command --------------------------------------------------------------------------------

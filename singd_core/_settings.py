@@ -110,10 +110,10 @@ def is_due(step: Any, s: Settings, T: Any = None) -> Any:
     return step % gap(step, s, T) == 0
 
 
-def rate_of_factors(step: Any, s: Settings, T: Any = None) -> Rate:
+def rate_of_factors(step: Any, s: Settings) -> Rate:
     """β₁ of a refresh: with `growing_T` for all steps since the last one."""
     once = rate(s.lr_cov, step)
-    return 1.0 - (1.0 - once) ** gap(step, s, T) if s.growing_T else once
+    return 1.0 - (1.0 - once) ** gap(step, s) if s.growing_T else once
 
 
 def is_bound(value: Rate) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ from singd_core._layer_state import NAMES
 from singd_core.curvature import Averages
 from singd_core.late import Late
 from singd_core.length import sides, size
-from singd_core.levels import EVEN, Levels
+from singd_core.levels import EVEN
 from singd_core.rounding import WHOLE
 from singd_core.rules import InverseFree
 from singd_core.step import has_momentum
@@ -27,7 +26,6 @@ from singd_torch._groups import settings_of
 from singd_torch.step.joint import Joint
 from singd_torch.step.rounding import Row
 from singd_torch.step.stack import Stack, State
-from singd_torch.tensors.layout import slices
 
 # Numbers of the parameters of a bundle, if it has several stacks: their gradients are copied.
 _LARGEST = 1 << 26
@@ -39,38 +37,13 @@ class Part:
 
     Attributes:
         stack: The stack.
-        numbers: Its matrices, in a vector with a number for each.
-        batch: The axes of its matrices: of its layers if there are several, and of their groups.
         places: Its weights, and its biases, in an array of all parameters.
         shapes: The shapes of these.
-        sides: The columns of its matrices, and their rows, in a vector of those of all matrices:
-            all columns come first.
     """
 
     stack: Stack
-    numbers: slice
-    batch: tuple[int, ...]
     places: list[slice]
     shapes: list[tuple[int, ...]]
-    sides: tuple[slice, slice]
-
-    @property
-    def count(self) -> int:
-        """The number of its matrices."""
-        return len(range(self.numbers.start, self.numbers.stop))
-
-    @property
-    def measures(self) -> bool:
-        """Whether its factors have levels."""
-        return self.stack.factors is not None and self.stack.factors.levels is not None
-
-    def of_sides(self, vector: Tensor) -> list[Tensor]:
-        """What the columns have, shape (*batch, d_in), and what the rows have, views."""
-        return [vector[side].view(*self.batch, -1) for side in self.sides]
-
-    def of(self, vector: Tensor) -> Tensor:
-        """The numbers of its matrices, a view."""
-        return vector[self.numbers].view(self.batch)
 
     def joined(self, flat: Tensor) -> list[Tensor]:
         """Its weights and its biases, views."""
@@ -91,8 +64,8 @@ class Bundle:
         late: The sums over late gradients of all matrices, None without.
         joint: How the factors of all are one.
         factors: They, whose numbers are of all matrices.
-        levels: The levels of all matrices, as the `sides` of parts say; those that nobody measures
-            are even. None if nobody measures any.
+        levels: The levels of the columns of all matrices, then of their rows; levels that nobody
+            measures are even. None if nobody measures any.
         matrix_of: The number of the matrix of each of these.
         length_of: The number of columns of its matrix, or of rows.
     """
@@ -119,18 +92,10 @@ class Bundle:
                     where[stack].append(slice(start, end))
                     self.parameters += own
                     start = end
-        axes = [(len(stack.layers),) if len(stack.layers) > 1 else () for stack in ordered]
-        batches = [(*axis, *stack.groups) for axis, stack in zip(axes, ordered, strict=True)]
-        counts = [math.prod(batch) for batch in batches]
-        shapes = [stack.layers[0].shape for stack in ordered]
-        in_levels = slices(
-            n * shape[k] for k in (2, 1) for n, shape in zip(counts, shapes, strict=True)
-        )
-        for i, (stack, numbers) in enumerate(zip(ordered, slices(counts), strict=True)):
-            of_parameters = [(*axes[i], *p.shape) for p in stack.layers[0].parameters]
-            both = in_levels[i], in_levels[len(ordered) + i]
-            part = Part(stack, numbers, batches[i], where[stack], of_parameters, both)
-            self.parts.append(part)
+        for stack in ordered:
+            axis = (len(stack.layers),) if len(stack.layers) > 1 else ()
+            shapes = [(*axis, *p.shape) for p in stack.layers[0].parameters]
+            self.parts.append(Part(stack, where[stack], shapes))
         self.sizes = [p.numel() for p in self.parameters]
         self._held: list[Any] = []
 
@@ -167,7 +132,9 @@ class Bundle:
             return
         s = settings_of(self.stacks[0].layers[0].group)
         like = self.stacks[0].averages.k
-        n = self.parts[-1].numbers.stop
+        self.joint = Joint(self.stacks)
+        numbers = self.joint.K.numbers
+        n = numbers[-1].stop
         averages = Averages(*(like.new_zeros(n) for _ in range(3)))
         self.momentum = self.late = None
         if has_momentum(s):
@@ -178,23 +145,19 @@ class Bundle:
             for layer in (part.stack.layers[0] for part in self.parts)
         ]
         spectral, outputs = like.new_empty(n), like.new_empty(n)
-        for part, own in zip(self.parts, of_sides, strict=True):
+        for place, own in zip(numbers, of_sides, strict=True):
             for vector, value in zip((spectral, outputs), own, strict=True):
-                vector[part.numbers].fill_(value)
+                vector[place].fill_(value)
         self._sides, self.size = (spectral, outputs), like.new_empty(n)
         self._hold_levels(like)
-        self.joint = Joint(self.stacks, [part.batch for part in self.parts])
-        levels = None
-        if self.levels is not None:
-            columns, rows = torch.split(
-                self.levels, [self.joint.K.rows[-1].stop, self.joint.C.rows[-1].stop]
-            )
-            levels = Levels(rows, columns)
+        levels = None if self.levels is None else self.joint.as_levels(self.levels)
         self.factors = self.joint.factors(averages, levels)
         for i, part in enumerate(self.parts):
             part.stack.move(
                 part.joined(self.momentum) if self.momentum is not None else None,
-                self.late.map(part.of) if self.late is not None else None,
+                self.late.map(functools.partial(self.joint.of, i))
+                if self.late is not None
+                else None,
                 self.joint.part(i, self.factors),
                 state,
             )
@@ -203,18 +166,19 @@ class Bundle:
 
     def _hold_levels(self, like: Tensor) -> None:
         """Make room for levels, where somebody measures them."""
-        self.levels = None
-        if not any(part.measures for part in self.parts):
+        joint, self.levels = self.joint, None
+        if not any(map(joint.measures, range(len(self.parts)))):
             return
-        self.levels = like.new_full((self.parts[-1].sides[1].stop,), EVEN)
+        self.levels = like.new_full((joint.K.rows[-1].stop + joint.C.rows[-1].stop,), EVEN)
         self.length_of = torch.empty_like(self.levels)
-        numbers = torch.arange(self.parts[-1].numbers.stop, device=like.device)
-        each: tuple[list[Tensor], ...] = [], []
-        for part in self.parts:
-            for own, side in zip(each, part.of_sides(self.length_of), strict=True):
+        self.matrix_of = torch.empty_like(self.levels, dtype=torch.int64)
+        lengths, matrices = map(joint.as_levels, (self.length_of, self.matrix_of))
+        for i, place in enumerate(joint.K.numbers):
+            numbers = torch.arange(place.start, place.stop, device=like.device)[:, None]
+            for side in joint.levels(i, lengths).sides:
                 side.fill_(side.shape[-1])
-                own.append(numbers[part.numbers][:, None].expand(-1, side.shape[-1]).reshape(-1))
-        self.matrix_of = torch.cat([*each[0], *each[1]])
+            for side in joint.levels(i, matrices).sides:
+                side.view(len(numbers), -1).copy_(numbers)
 
     def measured(self) -> None:
         """Have the sizes that follow from the averages."""

@@ -29,7 +29,7 @@ def refresh(bundle: Bundle, s: Settings, state: State, given: Gradients) -> None
             layer.pending = {}
     joint, factors = bundle.joint, bundle.factors
     if len(due) < len(bundle.parts):
-        joint = Joint([part.stack for part in due], [part.batch for part in due])
+        joint = Joint([part.stack for part in due])
         factors = joint.copied()
     curvature = joint.curvature(found, factors.averages.k)
     report: dict[str, Any] = {}

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from singd_core._array import widen
 from singd_core._settings import Settings, is_bound
 from singd_core.length import sized
 from singd_core.rounding import is_rounded
@@ -76,10 +77,10 @@ def advance(bundle: Bundle, state: State, given: Gradients) -> Tensor:
     scale = scale * moves  # NaN stays until the weights are changed
     if late is not None and bundle.late is not None:
         bundle.late.map(lambda old, new: torch.where(moves, new, old, out=old), late)
-    for part in bundle.parts:
-        if part.stack.report is not None:
-            update = s.lr * (scale * length)
-            part.stack.report |= {"agreement": part.of(agreement), "update": part.of(update)}
+    for i, stack in enumerate(bundle.stacks):
+        if stack.report is not None:
+            told = {"agreement": agreement, "update": s.lr * (scale * length)}
+            stack.report |= {name: bundle.joint.of(i, values) for name, values in told.items()}
     measure(bundle, s, natural, moves)
     everything: Tensor = moves.all()
     room, dtype = gradient, bundle.parameters[0].dtype
@@ -126,18 +127,18 @@ def _move(
     scale: Tensor,
     room: Tensor,
     given: Gradients,
-    everything: Tensor,
+    moves: Tensor,
     state: State,
 ) -> None:
     """Change the weights and biases; the changes are written to the `room` of gradients."""
     rates: dict[int, Tensor] = {}
-    for part, n in zip(bundle.parts, natural, strict=True):
+    for i, (part, n) in enumerate(zip(bundle.parts, natural, strict=True)):
         layer = part.stack.layers[0]
         for k, out in enumerate(part.joined(room)):
             own = given.settings(layer.parameters[k])
             if id(own) not in rates:
                 rates[id(own)] = scale * (-1.0 * own.lr)
-            c = part.of(rates[id(own)])
+            c = bundle.joint.of(i, rates[id(own)])
             if part.stack.groups:  # of which a weight has several
                 out.copy_(layer.split(n * spread(c, n))[k])
             else:
@@ -147,40 +148,39 @@ def _move(
     room = room.nan_to_num_(0.0, 0.0, 0.0)
     first = bundle.parameters[0]
     if is_rounded(given.settings(first).rounding, [first.dtype]):
-        _store(bundle, room, given, everything, state)
+        _store(bundle, room, given, moves, state)
         return
-    changes = torch.split(room.to(first.dtype), bundle.sizes)
-    moving: dict[int, tuple[Settings, list[Tensor], list[Tensor]]] = {}
-    for p, change in zip(bundle.parameters, changes, strict=True):
-        if p.grad is not None:  # it may have been frozen since
-            own = given.settings(p)
-            _, weights, their = moving.setdefault(id(own), (own, [], []))
-            weights.append(p)
-            their.append(change.view(p.shape))
-    for own, weights, their in moving.values():
-        if decouples_decay(own):
-            share = everything.to(scale) * (own.lr * own.weight_decay)
-            torch._foreach_mul_(weights, 1.0 - share)
-        torch._foreach_add_(weights, their)
+    each = zip(bundle.parameters, torch.split(room.to(first.dtype), bundle.sizes), strict=True)
+    # others may have been frozen since
+    moving = [(p, change.view(p.shape)) for p, change in each if p.grad is not None]
+    if moving:
+        weights, changes = map(list, zip(*moving, strict=True))
+        _decay(weights, weights, given, moves)
+        torch._foreach_add_(weights, changes)
 
 
-def _store(
-    bundle: Bundle, room: Tensor, given: Gradients, everything: Tensor, state: State
-) -> None:
+def _store(bundle: Bundle, room: Tensor, given: Gradients, moves: Tensor, state: State) -> None:
     """Change weights and biases of 16 bits, computed in float32."""
     wide = torch.cat([p.reshape(-1) for p in bundle.parameters]).float()
-    each = list(zip(bundle.parameters, torch.split(wide, bundle.sizes), strict=True))
-    decays: dict[int, tuple[Settings, list[Tensor]]] = {}
-    for p, own in each:
-        s = given.settings(p)
-        if decouples_decay(s):
-            decays.setdefault(id(s), (s, []))[1].append(own)
-    for s, weights in decays.values():
-        share = everything.to(wide) * (s.lr * s.weight_decay)
-        torch._foreach_mul_(weights, 1.0 - share)
+    each = torch.split(wide, bundle.sizes)
+    _decay(bundle.parameters, each, given, moves)
     wide += room
-    for p, own in each:
+    for p, own in zip(bundle.parameters, each, strict=True):
         if p.grad is None:  # it may have been frozen since
             own.copy_(p.reshape(-1))
     s, step = given.settings(bundle.parameters[0]), bundle.stacks[0].layers[0].group["steps"]
-    bundle.row.write(wide, s, step, compensations(bundle.parameters, s, state), everything)
+    bundle.row.write(wide, s, step, compensations(bundle.parameters, s, state), moves)
+
+
+def _decay(
+    parameters: Sequence[nn.Parameter], weights: Sequence[Tensor], given: Gradients, moves: Tensor
+) -> None:
+    """Shrink the weights of parameters that have a decay apart from the gradient."""
+    alike: dict[int, tuple[Settings, list[Tensor]]] = {}
+    for p, weight in zip(parameters, weights, strict=True):
+        s = given.settings(p)
+        if decouples_decay(s):
+            alike.setdefault(id(s), (s, []))[1].append(weight)
+    for s, some in alike.values():
+        share = moves.to(widen(some[0][:0]).dtype) * (s.lr * s.weight_decay)
+        torch._foreach_mul_(some, 1.0 - share)

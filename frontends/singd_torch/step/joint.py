@@ -24,18 +24,17 @@ class Joint:
 
     Attributes:
         stacks: The stacks.
-        batches: The axes of their matrices.
         K: Where each K is.
         C: Where each C is.
     """
 
-    def __init__(self, stacks: Sequence[Stack], batches: Sequence[tuple[int, ...]]) -> None:
-        self.stacks, self.batches = stacks, batches
+    def __init__(self, stacks: Sequence[Stack]) -> None:
+        self.stacks = stacks
         of_K, of_C = [], []
-        for stack, batch in zip(stacks, batches, strict=True):
+        for stack in stacks:
             (_, d_out, d_in), (K, C) = stack.layers[0].shape, inverse_free(stack).structures
-            of_K.append(Group(K, d_in, batch, d_out))
-            of_C.append(Group(C, d_out, batch, d_in))
+            of_K.append(Group(K, d_in, stack.batch, d_out))
+            of_C.append(Group(C, d_out, stack.batch, d_in))
         device = stacks[0].layers[0].weight.device
         self.K, self.C = Layout(of_K, device), Layout(of_C, device)
 
@@ -73,22 +72,32 @@ class Joint:
     def of(self, i: int, numbers: Any) -> Any:
         """The numbers of the matrices of a stack, a view, where matrices have their own."""
         several = isinstance(numbers, Tensor) and numbers.ndim
-        return numbers[self.K.numbers[i]].view(self.batches[i]) if several else numbers
+        return numbers[self.K.numbers[i]].view(self.stacks[i].batch) if several else numbers
 
     def part(self, i: int, factors: InverseFree) -> InverseFree:
         """The factors of a stack, views."""
         K, C = many(factors)
         averages, levels = factors.averages.map(lambda t: self.of(i, t)), None
-        if factors.levels is not None and inverse_free(self.stacks[i]).levels is not None:
+        if factors.levels is not None and self.measures(i):
             levels = self.levels(i, factors.levels)
         return IKFAC(K.part(i), C.part(i), None, None, averages, levels)
 
+    def measures(self, i: int) -> bool:
+        """Whether the factors of a stack have levels."""
+        return inverse_free(self.stacks[i]).levels is not None
+
     def levels(self, i: int, levels: Levels) -> Levels:
         """The levels of a stack, views."""
+        batch = self.stacks[i].batch
         return Levels(
-            levels.rows[self.C.rows[i]].view(*self.batches[i], -1),
-            levels.columns[self.K.rows[i]].view(*self.batches[i], -1),
+            levels.rows[self.C.rows[i]].view(*batch, -1),
+            levels.columns[self.K.rows[i]].view(*batch, -1),
         )
+
+    def as_levels(self, vector: Tensor) -> Levels:
+        """What all columns have, then all rows, as levels, views."""
+        columns, rows = torch.split(vector, [side.rows[-1].stop for side in (self.K, self.C)])
+        return Levels(rows, columns)
 
     def write(self, old: InverseFree, new: InverseFree, keep: Tensor) -> None:
         """Take what is new of the matrices that are to be kept."""
@@ -113,7 +122,7 @@ class Joint:
         known: Any = of_all.L
         if of_all.whole and known.known[i]:
             return Side(known.part(i), True)
-        return Side(L.part(i), False, scale[layout.rows[i]].view(*self.batches[i], -1))
+        return Side(L.part(i), False, scale[layout.rows[i]].view(*self.stacks[i].batch, -1))
 
 
 class _Rounding:

@@ -43,13 +43,14 @@ def measure(bundle: Bundle, s: Settings, natural: Sequence[Tensor], moves: Tenso
     steps = bundle.stacks[0].layers[0].group["steps"] + 1
     if not is_due(steps, s) or bundle.levels is None:
         return
-    of = bundle.levels + FLOOR
+    joint, of = bundle.joint, bundle.levels + FLOOR
+    weights = joint.as_levels(of)
     found: tuple[list[Tensor], list[Tensor]] = [], []  # of columns, and of rows
-    for part, n in zip(bundle.parts, natural, strict=True):
-        columns, rows = part.of_sides(of)
-        if part.measures:
+    for i, (stack, n) in enumerate(zip(bundle.stacks, natural, strict=True)):
+        columns, rows = joint.levels(i, weights).sides
+        if joint.measures(i):
             of_rows, of_columns = sums(n, rows, columns, -(-n.numel() // _WHOLE))
-            part.stack.preconditioner = None
+            stack.preconditioner = None
         else:
             of_rows, of_columns = (constant(0.0, of).expand(one.shape) for one in (rows, columns))
         found[0].append(of_columns)
@@ -57,10 +58,11 @@ def measure(bundle: Bundle, s: Settings, natural: Sequence[Tensor], moves: Tenso
     squares = (torch.cat([own.reshape(-1) for side in found for own in side]) * of).nan_to_num_(
         0.0, 0.0, 0.0
     )
+    of_rows = joint.as_levels(squares).rows
     each = [
         matrix
-        for part in bundle.parts
-        for matrix in squares[part.sides[1]].view(part.count, -1).unbind()
+        for group, place in zip(joint.C.groups, joint.C.rows, strict=True)
+        for matrix in of_rows[place].view(group.count, -1).unbind()
     ]
     weight = weight_of(bundle.factors.averages.k, rate_of_factors(steps, s)) * moves
     both = torch.stack(shares(norms_of(each, 1), weight)).index_select(1, bundle.matrix_of)

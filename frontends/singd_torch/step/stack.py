@@ -71,6 +71,12 @@ class Stack:
         """The axes of the matrices of one layer, () for one matrix."""
         return self.layers[0].shape[0]
 
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """The axes of all its matrices: of its layers if there are several, and of their groups."""
+        n = len(self.layers)
+        return (n, *self.groups) if n > 1 else self.groups
+
     def rounding(self, s: Settings) -> Rounding | None:
         """How its arrays are stored after this step, None if to the nearest number."""
         layer = self.layers[0]
