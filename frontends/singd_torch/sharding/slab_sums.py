@@ -11,15 +11,15 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from singd_core._settings import Settings, is_due, rate_of_factors
+from singd_core._settings import Settings
 from singd_core.curvature import Curvature
-from singd_core.levels import FLOOR, sums, weight_of
+from singd_core.levels import FLOOR, sums
 from singd_core.rules import Shampoo
 from singd_core.structures import Structure
 from singd_torch.sharding.slab import Slab
 from singd_torch.step.begun import Gradients
+from singd_torch.step.levels import due_levels, hold_levels
 from singd_torch.step.stack import Stack
-from singd_torch.tensors.select import either
 
 Total: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -46,31 +46,27 @@ def level(moved: Sequence[tuple[Stack, Settings, Sequence[Tensor], Any]], total:
 
     `moved` has stacks, their settings, the natural gradients of blocks, and whether they moved.
     """
-    asked, flats = [], []
+    found, flats = [], []
     for stack, s, natural, moves in moved:
-        slab, factors = slab_in(stack), stack.factors
-        levels, steps = None if factors is None else factors.levels, slab.group["steps"] + 1
-        if levels is None or not is_due(steps, s):
+        asked = due_levels(stack, s)
+        if asked is None:
             continue
+        slab, (levels, weight) = slab_in(stack), asked
         rows, columns = torch.zeros_like(levels.rows), torch.zeros_like(levels.columns)
         for piece in slab.pieces:
             weights = piece.at(levels.rows + FLOOR, levels.columns + FLOOR)
-            found = sums(piece.view(natural[piece.block]), *weights)
-            for place, own in zip(piece.at(rows, columns), found, strict=True):
+            both = sums(piece.view(natural[piece.block]), *weights)
+            for place, own in zip(piece.at(rows, columns), both, strict=True):
                 place += own / slab.blocks[piece.block].copies
         flats.append(torch.cat([rows.reshape(-1), columns.reshape(-1)]))
-        asked.append((stack, moves, levels, rate_of_factors(steps, s)))
-    if not asked:
+        found.append((stack, moves, levels, weight))
+    if not found:
         return
     parts = torch.split(total(torch.cat(flats)), [flat.numel() for flat in flats])
-    for (stack, moves, levels, rate), flat in zip(asked, parts, strict=True):
+    for (stack, moves, levels, weight), flat in zip(found, parts, strict=True):
         rows, columns = torch.split(flat, [levels.rows.numel(), levels.columns.numel()])
-        weight = weight_of(stack.averages.k, rate)
         new = levels.updated(rows.view_as(levels.rows), columns.view_as(levels.columns), weight)
-        if isinstance(moves, Tensor):
-            new = new.map(partial(either, moves), levels)
-        levels.map(Tensor.copy_, new)
-        stack.preconditioner = None
+        hold_levels(stack, levels, new, moves)
 
 
 def learned_of(stacks: Sequence[Stack], given: Gradients, total: Total) -> dict[Stack, Curvature]:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from singd_core._array import Scalar, number
 from singd_core._settings import Settings, is_due, rate_of_factors
-from singd_core.levels import FLOOR, leveled, shares, sums, weight_of
+from singd_core.levels import FLOOR, Levels, shares, sums, weight_of
 from singd_torch.step.bundle import Bundle
 from singd_torch.step.stack import Stack
 from singd_torch.tensors.matrices import norms_of
@@ -23,15 +24,25 @@ _WHOLE = 1 << 24
 
 def level(stack: Stack, s: Settings, natural: Tensor | None, moves: Any) -> None:
     """Tell the factors of a natural gradient, if the next step makes anew what preconditions."""
+    asked = due_levels(stack, s)
+    if natural is not None and asked is not None:
+        levels, weight = asked
+        hold_levels(stack, levels, levels.measured(natural, weight), moves)
+
+
+def due_levels(stack: Stack, s: Settings) -> tuple[Levels, Scalar] | None:
+    """The levels, and how much a measurement of this step counts; None if it measures none."""
     steps, factors = stack.layers[0].group["steps"] + 1, stack.factors
-    if natural is None or factors is None or not is_due(steps, s):
-        return
-    old, new = factors.levels, leveled(factors, natural, rate_of_factors(steps, s)).levels
-    if old is None or new is None:
-        return
+    if factors is None or factors.levels is None or not is_due(steps, s):
+        return None
+    return factors.levels, weight_of(number(factors.averages.k), rate_of_factors(steps, s))
+
+
+def hold_levels(stack: Stack, levels: Levels, new: Levels, moves: Any) -> None:
+    """Have new levels, in the place of those before, where the stack moves."""
     if isinstance(moves, Tensor):
-        new = new.map(partial(either, moves), old)
-    old.map(Tensor.copy_, new)
+        new = new.map(partial(either, moves), levels)
+    levels.map(Tensor.copy_, new)
     stack.preconditioner = None
 
 
