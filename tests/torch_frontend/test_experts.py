@@ -17,7 +17,7 @@ import singd_torch.tensors.pieces
 from singd_torch import SINGD, check
 
 E, D, O = 3, 5, 4
-GROUPED = hasattr(torch, "_grouped_mm")
+GROUPED = hasattr(F, "grouped_mm")
 
 
 def draw(*shape: int) -> Tensor:

@@ -163,11 +163,15 @@ def test_first_step_that_is_not_finite_leaves_a_fresh_state(masked: pytest.Monke
 
 
 META = [*((case, torch.float32) for case in CASES), ("normalized", BF16), ("paper", torch.float16)]
+# Norms along an axis of one number keep that axis in torch 2.8, on the meta device alone.
+NORMS_KEEP_AXES = torch.linalg.vector_norm(torch.empty(2, 1, device="meta"), dim=(-1,)).ndim > 1
 
 
 @pytest.mark.parametrize(("case", "dtype"), META, ids=str)
 def test_step_runs_on_the_meta_device(case: str, dtype: torch.dtype) -> None:
     """There are shapes, dtypes and a device, and no values that could be read."""
+    if case == "hierarchical" and NORMS_KEEP_AXES:
+        pytest.skip("this torch has wrong shapes on the meta device")
     model = network().to("meta", dtype)
     optimizer = SINGD(model, **CASES[case])
     for _ in range(3):
