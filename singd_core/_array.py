@@ -211,15 +211,15 @@ def inverse(A: Array) -> Array:
 def number(x: Array) -> Scalar:
     """A 0-d array as a number where a frontend has said that the host need not wait for it.
 
-    What follows is then no operation on arrays: those of torch take 5 µs on a CPU, and half of the
-    time of a refresh of a small layer went into some seventy of them.
+    What follows is then no operation on arrays. An operation of torch takes 5 µs on a CPU, and some
+    seventy of them took half of the time of a refresh of a small layer.
     """
     read = kernels_of(x).number
     return x if read is None else read(x)
 
 
 def as_array(x: Scalar, like: Array) -> Array:
-    """What was a `number` as an array like the one that it came from."""
+    """The inverse of `number`: an array like the one that it came from."""
     return full(like.shape, x, like=like) if isinstance(x, (int, float)) else x
 
 

@@ -57,7 +57,7 @@ class Levels(Tree):
 
     @property
     def sides(self) -> tuple[Array, Array]:
-        """Those of the columns and of the rows, the sides of K and of C."""
+        """The levels of the columns and of the rows: the sides of K and of C."""
         return self.columns, self.rows
 
     def scales(self) -> list[Array]:
@@ -74,11 +74,11 @@ class Levels(Tree):
         return self.updated(*sums(natural, self.rows + FLOOR, self.columns + FLOOR), weight)
 
     def updated(self, rows: Array, columns: Array, weight: Scalar) -> Self:
-        """With the levels of a natural gradient of which `sums` are known.
+        """With the levels of a natural gradient, from its `sums`.
 
         Args:
-            rows: Those of the rows, with the columns' levels + 0.1 as weights.
-            columns: Those of the columns, with the rows' levels + 0.1 as weights.
+            rows: The sums of the rows, with the columns' levels + 0.1 as weights.
+            columns: The sums of the columns, with the rows' levels + 0.1 as weights.
             weight: As for `measured`.
         """
         rows, columns = rows * (self.rows + FLOOR), columns * (self.columns + FLOOR)
@@ -97,7 +97,7 @@ def shares(total: Scalar, weight: Scalar) -> tuple[Scalar, Scalar]:
     """What new sums are multiplied by, of as many rows or columns, and what old levels are.
 
     Args:
-        total: The sum of all squares, of which one of zeros does not count.
+        total: The sum of all squares. A sum of zeros does not count.
         weight: How much the new ones count.
     """
     weight = where(total > TINY, weight + 0.0 * total, 0.0)

@@ -29,7 +29,7 @@ class Format(NamedTuple):
     Attributes:
         fewer: The bits of float32 that it has not.
         largest: Its largest number.
-        normal: The smallest number that has all of its bits, None if it is that of float32.
+        normal: The smallest number that has all of its bits, None if it is the same as in float32.
     """
 
     fewer: int
@@ -60,7 +60,7 @@ class Place(NamedTuple):
 
     @classmethod
     def of(cls, whole: Sequence[int], offset: Sequence[int]) -> Self:
-        """That of a part whose first entry has these indices."""
+        """The place of a part with these indices of its first entry."""
         strides = [math.prod(whole[i + 1 :]) for i in range(len(whole))]
         start = sum(n * stride for n, stride in zip(offset, strides, strict=False))
         return cls(start, strides)

@@ -1,6 +1,6 @@
 """How a weight moves: momentum, natural gradient, the size of the step, decay.
 
-The equations are those of docs/mathematics.md, section 5. Matrices have shape (..., d_out, d_in):
+The equations are in docs/mathematics.md, section 5. Matrices have shape (..., d_out, d_in):
 leading axes are matrices of their own. Parameters, gradients and momenta have their own shapes.
 """
 
@@ -40,7 +40,7 @@ class Direction(NamedTuple):
 
     Attributes:
         parts: u of the weight and of its bias.
-        scale: c, a number or of the shape of the first axes of u, those of a stack.
+        scale: c, a number, or an array with the first axes of u if it is a stack.
         finite: Whether all that made them is finite, a bool or 0-d.
         momenta: The new momenta, None without.
         late: The new sums over late gradients, arrays or `numbers`; None without.

@@ -42,7 +42,7 @@ def device_of(x: Array) -> Any:
         return x.device
     raise TypeError(
         f"singd_cupy takes CuPy arrays, not {type(x).__module__}.{type(x).__name__}: cupy.asarray "
-        "copies NumPy's, singd_cupy.from_dlpack takes those of torch and jax on a GPU as they are"
+        "copies NumPy's, singd_cupy.from_dlpack takes torch's and jax's on a GPU as they are"
     )
 
 

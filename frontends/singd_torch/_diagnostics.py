@@ -41,7 +41,7 @@ def _as(like: Tensor, value: Any) -> Tensor:
 
 
 def norm(layer: Layer, parameters: Iterable[Tensor]) -> Tensor:
-    """The norms of the matrices of a layer, whose parameters may be those of a stack."""
+    """The norms of the matrices of a layer. Its parameters may be a stack."""
     matrix: Tensor = widen(layer.kind.matrix(*parameters))
     found: Tensor = torch.linalg.vector_norm(matrix, dim=(-2, -1))
     return found

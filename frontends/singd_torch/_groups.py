@@ -22,7 +22,7 @@ _SETTINGS = tuple(f.name for f in dataclasses.fields(Settings))
 # What a group has beside its settings.
 _OWN = {"params", "param_names", "steps", "base_lr"}
 
-# Those of factors and momenta: nothing can be computed in the floating-point dtypes of 8 bits.
+# For factors and momenta: nothing can be computed in the floating-point dtypes of 8 bits.
 _DTYPES = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
 # Keys of torch's optimizers that only look like a setting.

@@ -28,7 +28,7 @@ class Loaded:
     Attributes:
         groups: The saved groups, with what was left out of them.
         entries: The state of each parameter.
-        factors: Those of each layer by its weight, None where none were saved.
+        factors: The factors of each layer by its weight, None where none were saved.
         others: Entries of the saved state that belong to no parameter.
         lost: Of a model in parts, weights of layers with rows that were never seen.
     """

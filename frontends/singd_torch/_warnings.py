@@ -1,4 +1,4 @@
-"""Warnings of one optimizer, each of which is given once."""
+"""Warnings of one optimizer, each given once."""
 
 from collections.abc import Sequence
 

@@ -77,7 +77,7 @@ class SINGD(Saving):
             arguments, such as {"mode": "max-autotune-no-cudagraphs"}. It needs torch 2.13.
         capturable: Let CUDA graphs be taken of steps between two refreshes, as torch's optimizers
             do (`replayable`). Rates are tensors then, which torch's schedules change in place.
-        fallback_lr: AdamW's rate, None for that of the recipe. It follows `lr`: a schedule that
+        fallback_lr: AdamW's rate, None for the recipe's. It follows `lr`: a schedule that
             halves one halves the other.
         fallback_betas: AdamW's betas.
         fallback_eps: AdamW's epsilon.
@@ -87,8 +87,8 @@ class SINGD(Saving):
             without a wrapper; a DistributedDataParallel wrapper tells them by itself.
         shard: Part the state and the work among processes that have copies of the model: each
             steps some of the layers and sends their changes to all. Models in parts do so anyway.
-        gradients: What those of several processes are of the gradients of each: their "mean", as
-            wrappers make it, or their "sum", as after `set_gradient_divide_factor(1.0)`.
+        gradients: How several processes join their gradients: the "mean", as wrappers make it, or
+            the "sum", as after `set_gradient_divide_factor(1.0)`.
         **given: Any further setting of `singd_core.Settings`, e.g. `rule="singd"`.
 
     Raises:
@@ -223,7 +223,7 @@ class SINGD(Saving):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters with settings of its own.
 
-        Keys that are no settings, such as those of a schedule, are carried along.
+        Keys that are no settings, such as the keys of a schedule, are carried along.
 
         Raises:
             TypeError: If the parameters are in a set, or are none.

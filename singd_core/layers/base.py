@@ -50,7 +50,7 @@ class LayerKind(ABC):
 
     @property
     def is_stack(self) -> bool:
-        """Whether the weight has a first axis of matrices, as that of experts."""
+        """Whether the weight has a first axis of matrices, as a stack of experts has."""
         return False
 
     @property
@@ -72,7 +72,7 @@ class LayerKind(ABC):
     def overlap(self) -> float:
         """In how many rows an entry of the layer's input takes part; 1 for most kinds.
 
-        The spectral norm of the layer is at most √overlap times that of its matrix.
+        The layer has at most √overlap times the spectral norm of its matrix.
         """
         return 1.0
 
@@ -170,7 +170,7 @@ class LayerKind(ABC):
     def has_rows_along(self, axis: int) -> bool | None:
         """Whether an axis of the weight has rows of the matrix, or columns; None if neither.
 
-        The rows of several matrices are those of one after the other. What has whole rows, or whole
+        The rows of several matrices come one matrix after the other. What has whole rows, or whole
         columns, can be stepped by itself.
         """
         return None

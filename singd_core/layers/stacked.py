@@ -98,7 +98,7 @@ class StackedLinear(LayerKind):
         return Linear().positions(x)
 
     def has_rows_along(self, axis: int) -> bool | None:
-        """Rows come first, those of all parts, unless these have an axis of their own."""
+        """The rows of all parts come first, unless the parts have an axis of their own."""
         return None if self.apart else axis == 0
 
     def of_call(self, kind: LayerKind) -> LayerKind | None:

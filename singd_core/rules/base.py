@@ -53,7 +53,7 @@ class Rule(Tree, ABC):
     ) -> tuple[type[Structure], type[Structure]]:
         """The structures of K and C of a layer under this rule.
 
-        Arguments and errors are those of `singd_core.structures.choose.resolve`.
+        It has the arguments and errors of `singd_core.structures.choose.resolve`.
         """
         dense_for = cls.title if cls.only_dense else None
         return resolve(structures, shape, dense_for=dense_for, diagonal=diagonal)

@@ -188,7 +188,7 @@ class IKFAC(InverseFree):
 
 @tree
 class SINGD(IKFAC):
-    """SINGD, and INGD with dense factors: each factor weighs its curvature by that of the other."""
+    """SINGD, and INGD with dense factors: the other side's curvature weighs a factor's own."""
 
     @classmethod
     def keeps_momentum(cls, s: Settings) -> bool:

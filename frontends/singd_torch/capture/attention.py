@@ -30,7 +30,7 @@ class _Projection:
     """Stands for a weight in the fused call, which only hands it on to the helpers below."""
 
     weight: Tensor
-    taps: Sequence[Sequence[Tap]]  # of each part, those of all optimizers
+    taps: Sequence[Sequence[Tap]]  # of each part, for all optimizers
     batch: int
 
 

@@ -46,7 +46,7 @@ def _reduced(module: nn.Module) -> Any:
 
 
 def _without_hooks(state: dict[str, Any]) -> dict[str, Any]:
-    """Those of the attributes of a module that have to be others without our hooks."""
+    """The attributes of a module that have to be others without our hooks."""
     ours = {key for name in _HOOKS for key, hook in state.get(name, {}).items() if _is_ours(hook)}
     return {
         name: OrderedDict((key, value) for key, value in state[name].items() if key not in ours)

@@ -107,7 +107,7 @@ class Tap:
     def probed(self, x: Tensor, output: Tensor, product: Any = None) -> Tensor | None:
         """The output with a probe on it, or None where no rows are wanted or can be had.
 
-        `product` tells the rows of each matrix, where the call is not simply that of a layer.
+        `product` tells the rows of each matrix, where the call is not simply a layer's.
         """
         if not output.requires_grad or not self.wanted():
             return None

@@ -1,4 +1,4 @@
-"""Which parameters of a model form layers, and of which kind."""
+"""Which parameters of a model form layers, and layers of what kind."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class Reading:
         view: What that shows of the weight.
         bias: The bias or None.
         kind: The kind of layer.
-        rows: The rows of each matrix, if input and output are not simply those of a layer.
+        rows: The rows of each matrix, if input and output are not simply a layer's.
     """
 
     x: Tensor

@@ -1,4 +1,4 @@
-"""The table of module kinds: which parameters of a module form layers, and of which kind."""
+"""The table of module kinds: which parameters of a module form layers, and layers of what kind."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class Layer:
         bias: Its bias, or None if it has none that is trained.
         sources: The modules whose calls give rows, and how.
         group: The parameter group of the weight.
-        bias_group: That of the bias.
+        bias_group: The parameter group of the bias.
         structures: Of K and of C.
         pending: The rows of the current step, summed up, by part and role.
         last_pass: The last backward pass that brought rows, and what it did with the gradient.
@@ -46,7 +46,7 @@ class Layer:
         without_rows: Why the rows do not tell the gradient, so that none are taken; or None.
         proved_in: The last step that found out whether the rows tell the gradient.
         unused: Whether the last step had no gradient of the weight.
-        called_in: The last step of which a backward pass went through a call that has rows.
+        called_in: The last step with a backward pass through a call that has rows.
         missed: Refreshes in a row without rows, for which there was a gradient.
         autocast: Whether products are in bfloat16 and the weight is not, on an accelerator.
     """
@@ -121,7 +121,7 @@ class Layer:
         return bool(getattr(grad, "_local_tensor", grad).any())  # of a weight in parts, its own
 
     def count_missed(self, *, called: bool, missed: bool) -> None:
-        """Count a refresh, of which some process may have had calls, or gradients without."""
+        """Count a refresh. Some process may have had calls for it, or gradients without calls."""
         if called:
             self.called_in = self.group["steps"]
         if called and self.seen:
@@ -136,12 +136,12 @@ class Layer:
 
     @property
     def is_unturned(self) -> bool:
-        """Whether it is a stack of which no call was seen: it may turn out to be transposed."""
+        """Whether it is a stack without a call so far: it may turn out to be transposed."""
         return self.is_stack and not self.sources and not self.kind.is_turned
 
     @property
     def is_stack(self) -> bool:
-        """Whether the weight has an axis of its own for matrices, as that of experts."""
+        """Whether the weight has an axis of its own for matrices, as a stack of experts has."""
         return self.kind.is_stack
 
     @property
@@ -150,7 +150,7 @@ class Layer:
         return any(module is not None for module, _ in self.sources)
 
     def most_rows(self, x: Tensor) -> int:
-        """How many rows of a call that its factors may want, at most those of its input."""
+        """How many rows of a call its factors may want, at most all rows of its input."""
         (_, *sides), n = self.shape, math.prod(x.shape[:-1])
         return int(min(n, max(self.group["rows"], *sides)))
 
@@ -189,7 +189,7 @@ class Layer:
 
     @property
     def expects_rows(self) -> bool:
-        """Whether rows are known to come: those of a stack are, once a call has been seen."""
+        """Whether rows are known to come: for a stack, once a call has been seen."""
         return self.has_rows and (self.seen or bool(self.sources) or not self.is_stack)
 
     def has_module(self, source: Source) -> bool:
@@ -261,7 +261,7 @@ class Layer:
         ]
 
     def roles(self) -> list[Key]:
-        """The parts and roles of which there can be rows."""
+        """The parts and roles that can have rows."""
         roles = {source.swapped for _, source in self.sources}
         return [(part, swapped) for part in self.kind.row_parts for swapped in sorted(roles)]
 
@@ -282,5 +282,5 @@ class Layer:
 
 
 def part_of(factors: Factors, part: int | None) -> Factors:
-    """The factors of one part of a stacked layer, or those of all of a layer."""
+    """The factors of one part of a stacked layer, or of the whole layer."""
     return factors if part is None else factors.map(lambda a: a[part])

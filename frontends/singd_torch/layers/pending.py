@@ -102,7 +102,7 @@ def _thinned(mask: Tensor, sample: Sample | None) -> Tensor:
 class Pending:
     """Sums over rows since the last step.
 
-    The rows of several backward passes are those of one large batch: their numbers N and their
+    The rows of several backward passes count as one large batch: their numbers N and their
     numbers of loss terms M add up. Several uses of a weight under one backward pass share one loss:
     their N add up, their M does not.
 
@@ -113,7 +113,7 @@ class Pending:
         M: Terms of the losses of earlier backward passes.
         M_now: Terms of the loss of the current one.
         backward: Which backward pass that is.
-        swapped: Whether the rows of K are those of output gradients.
+        swapped: Whether K has the rows of output gradients.
     """
 
     inputs: Measured
@@ -177,7 +177,7 @@ class Pending:
 
     @classmethod
     def joined(cls, several: Sequence[Pending]) -> Pending:
-        """Those of equal layers, along a first axis."""
+        """The rows of equal layers, along a first axis."""
         first, *others = several
         if not others:
             return first

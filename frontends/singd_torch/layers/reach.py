@@ -19,7 +19,7 @@ class Reach(enum.Enum):
 
     @classmethod
     def of(cls, weight: Tensor) -> Reach:
-        """That of a leaf, in the backward pass that runs."""
+        """How the backward pass that runs reaches a leaf."""
         if is_in_parts(weight):
             return cls.UNKNOWN
         with torch.enable_grad():

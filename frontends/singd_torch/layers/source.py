@@ -23,7 +23,7 @@ class Source:
         batch_second: Whether the batch is the second axis of three, not the first.
         biased: Whether the call adds the layer's bias, if it has one.
         name: The name of the weight in its module.
-        by_output: Whether the module's input and output are those of the layer.
+        by_output: Whether the module's input and output are the layer's.
         is_open: Whether calls of functions that are handed the weight give rows as well.
         kept: Which rows of a call are there, or None for all.
     """

@@ -1,4 +1,4 @@
-"""Which process keeps the factors of which layer."""
+"""Which process keeps a layer's factors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Shares:
         parts: The parts of layers that all processes step, by weight and process.
         whole: The other layers.
         owners: Which process steps each of these, by weight.
-        resting: Those of them whose state rests in parts.
+        resting: The layers that have their state in parts between steps.
     """
 
     parts: dict[nn.Parameter, list[Blocks]]

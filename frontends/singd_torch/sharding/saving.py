@@ -128,7 +128,7 @@ def loaded(
 ) -> Loaded:
     """What this process goes on from, of a state of any number of processes, or of one.
 
-    Its entries and factors are those of the layers that it owns, and parts of all others.
+    It has the entries and factors of the layers that it owns, and parts of all others.
 
     Raises:
         ValueError: On all processes, naming the first setting or entry that does not fit.

@@ -106,7 +106,7 @@ class Sharded:
         layer.meter = Meter.of(layer)
 
     def is_arranged(self) -> bool:
-        """Whether the layers are of the kinds of which they were when the work was parted."""
+        """Whether the layers have the kinds that they had when the work was parted."""
         return all(self._kinds[layer.weight] == layer.kind for layer in self._layers)
 
     def _arrange_own(self, found: Shares, plain: set[nn.Parameter]) -> None:
@@ -195,7 +195,7 @@ class Sharded:
 
     @torch.no_grad()
     def diagnostics(self) -> dict[str, float]:
-        """Those of the layers that this process steps; all of them call it."""
+        """The diagnostics of the layers that this process steps. All processes call it."""
         assert self._resting is not None
         self._resting.visit()
         sizes = {layer.name: _diagnostics.norm(layer, _whole(layer)) for layer in self._layers}

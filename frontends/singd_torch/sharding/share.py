@@ -27,14 +27,14 @@ from singd_torch.tensors.pieces import placed, read
 
 
 class Share(Stepper):
-    """Steps plain tensors that stand in for parameters, which are not those of a model.
+    """Steps plain tensors that stand in for parameters. They belong to no model.
 
     Its steps are those of any other, but whether one is taken is decided by all processes.
 
     Attributes:
         state: Tensors by stand-in.
         processes: All that step together.
-        device: That of the parameters.
+        device: The device of the parameters.
         visitors: Layers whose state is elsewhere between steps.
     """
 

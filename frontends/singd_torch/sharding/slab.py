@@ -1,4 +1,4 @@
-"""A layer of which a process has some rows or columns, and the factors of all of it."""
+"""A process's rows or columns of a layer, with the factors of the whole layer."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Slab(Layer):
 
     @property
     def shape(self) -> tuple[tuple[int, ...], int, int]:
-        """That of all matrices."""
+        """The shape of all matrices."""
         return self.kind.shape(self.whole, self.bias is not None)
 
     @cached_property

@@ -33,10 +33,10 @@ from singd_torch.tensors.select import either
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Begun:
-    """A slab in a step: its new factors, its natural gradient, and squares of which all are summed.
+    """A slab in a step: its new factors, its natural gradient, and squares that processes sum.
 
-    Those are the squares of the gradient, of the average of gradients, and of its natural gradient,
-    of each matrix. Natural gradients are of blocks.
+    Each matrix has the squares of the gradient, of the average of gradients, and of its natural
+    gradient. Natural gradients are of blocks.
     """
 
     slab: Slab
@@ -133,7 +133,7 @@ def _natural(
 def _squares_of_gradient(
     slab: Slab, given: Gradients, gradient: Sequence[Tensor] | None, wide: torch.dtype
 ) -> Tensor:
-    """Those of the gradient, from norms that are known where they tell them."""
+    """The squares of the gradient, from norms where these are known."""
     batch, _, _ = slab.shape
     if batch or gradient is not None:
         parts = gradient or [given.of(p) for p in slab.parameters]

@@ -53,7 +53,7 @@ class Sums:
         self.stream.forget()
 
     def rows(self, layer: Layer, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows of a call that are those of this process alone."""
+        """The rows of a call that this process alone has."""
         if isinstance(g, DTensor):
             self._tensor_parallel = g.device_mesh
             self._split.add(layer.weight)

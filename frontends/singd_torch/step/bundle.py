@@ -1,7 +1,7 @@
-"""Stacks whose numbers stand in vectors, so that an accelerator is called once for all of them.
+"""Stacks with their numbers in vectors, so that an accelerator is called once for all of them.
 
 A rule has a few numbers for each matrix, and as many kernels for one as for a thousand. A bundle
-has those of many stacks in vectors, and their momenta in one array. The state has views of them.
+has the numbers of many stacks in vectors, and the momenta in one array. The state has views.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class Bundle:
     """Stacks of one parameter group that share a device and dtypes.
 
     Attributes:
-        parts: The stacks: those of weights with a bias, those without, and last those of weights
-            that are several matrices each.
+        parts: The stacks: first weights with a bias, then weights without, and last weights that
+            are several matrices each.
         parameters: All weights, then all biases, in the order of the parts.
         sizes: The numbers of each.
         size: What `singd_core.length.size` returns, for all matrices.
@@ -106,7 +106,7 @@ class Bundle:
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the momenta."""
+        """The dtype of the momenta."""
         return self.parts[0].stack.layers[0].dtypes[2]
 
     @functools.cached_property
@@ -190,7 +190,7 @@ def bundled(
 ) -> tuple[list[Bundle], list[Bundle]]:
     """The stacks that step now in bundles, and further bundles that wait for their next step.
 
-    A bundle of which only some stacks step is parted for good.
+    If only some stacks of a bundle step, it is parted for good.
     """
     stepping, waiting, alive = set(ready), [], set(alive)
     found, fresh = [], dict.fromkeys(ready)

@@ -47,8 +47,8 @@ def advance(bundle: Bundle, state: State, given: Gradients) -> Tensor:
     """Write the new factors, momenta and weights of a bundle.
 
     Returns:
-        Whether all of it moved, 0-d. Matrices of which products left the range of their dtype do
-        not move, and nothing but their momenta has changed then.
+        Whether all of it moved, 0-d. If products left the range of their dtype, their matrices do
+        not move, and nothing but momenta has changed.
     """
     ok = given.ok
     assert ok is not None
@@ -139,7 +139,7 @@ def _move(
             if id(own) not in rates:
                 rates[id(own)] = scale * (-1.0 * own.lr)
             c = bundle.joint.of(i, rates[id(own)])
-            if part.stack.groups:  # of which a weight has several
+            if part.stack.groups:  # a weight has several
                 out.copy_(layer.split(n * spread(c, n))[k])
             else:
                 u = layer.split(n)[k]

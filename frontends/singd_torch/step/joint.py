@@ -1,4 +1,4 @@
-"""The factors of several stacks as those of one layer, with numbers for each matrix."""
+"""The factors of several stacks as the factors of one layer, with numbers for each matrix."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from singd_torch.tensors.many import Many
 
 
 class Joint:
-    """Where the factors of stacks are in those of all.
+    """Where the factors of each stack are among all.
 
     Attributes:
         stacks: The stacks.
@@ -39,14 +39,14 @@ class Joint:
         self.K, self.C = Layout(of_K, device), Layout(of_C, device)
 
     def factors(self, averages: Averages, levels: Levels | None) -> InverseFree:
-        """Those of all, in memory of their own, with these numbers and levels."""
+        """The factors of all, in memory of their own, with these numbers and levels."""
         each = [inverse_free(stack) for stack in self.stacks]
         K: Any = Many.joined(self.K, [own.K for own in each], owned=True)
         C: Any = Many.joined(self.C, [own.C for own in each], owned=True)
         return IKFAC(K, C, None, None, averages, levels)
 
     def copied(self) -> InverseFree:
-        """Those of all, in memory of their own, with the numbers and levels that stacks have."""
+        """The factors of all, in memory of their own, with the numbers and levels of the stacks."""
         each = [inverse_free(stack) for stack in self.stacks]
         first, *others = [own.averages for own in each]
         averages = first.map(lambda *ts: torch.cat([t.reshape(-1) for t in ts]), *others)
@@ -60,7 +60,7 @@ class Joint:
         return self.factors(averages, levels)
 
     def curvature(self, each: Sequence[Curvature], like: Tensor) -> Curvature:
-        """That of all."""
+        """The curvature of all."""
         H_K: Any = Many.joined(self.K, [own.H_K for own in each])
         H_C: Any = Many.joined(self.C, [own.H_C for own in each])
         t_U, t_G = (

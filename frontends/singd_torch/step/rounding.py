@@ -62,7 +62,7 @@ def round_to(
     """Change a weight of 16 bits, or several along a first axis.
 
     Args:
-        weight: The weight or bias, or those of a stack.
+        weight: The weight or bias, or all weights or biases of a stack.
         u: Its direction.
         c: The scale of that.
         s: The settings.
@@ -109,7 +109,7 @@ class Row:
 
         Args:
             params: The parameters.
-            names: Those of the layers that they belong to.
+            names: The names of the layers that they belong to.
             roles: Which of their arrays they are; equal ones are neighbours.
             places: Where they stand in the whole parameters.
         """

@@ -35,7 +35,7 @@ _ISOLATED: dict[str, Any] = {"dynamic": False, "isolate_recompiles": True, "reco
 class Stack:
     """Layers of equal kind, shape and settings. A single one has no first axis.
 
-    It owns what they learn. The optimizer's state has views of that, which `_publish` gives it.
+    It owns what they learn. `_publish` gives views of it to the optimizer's state.
 
     Attributes:
         layers: The layers.
@@ -45,7 +45,7 @@ class Stack:
         preconditioner: What preconditions until the next refresh.
         report: What a step tells the diagnostics, None if nobody asks for them.
         compile: Arguments of torch.compile, None to run things as they are.
-        visits: Whether its state is elsewhere between steps, and its memory is that of no other.
+        visits: Whether its state is elsewhere between steps, and it shares no memory.
         capturable: Whether what a step reads stays where it is, as a CUDA graph needs it.
     """
 

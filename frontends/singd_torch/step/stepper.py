@@ -182,7 +182,7 @@ class Stepper(Stacker):
     def _not_finite(
         self, norms: Mapping[nn.Parameter, Any], layers: Sequence[Layer]
     ) -> dict[str, list[str]]:
-        """What of gradients and rows is not finite, of which the host may have to wait to know."""
+        """What of gradients and rows is not finite. The host may have to wait to know."""
         return {
             "gradient": [
                 self.roster.names.get(p, "a parameter")

@@ -18,7 +18,7 @@ from singd_torch.tensors.matrices import norms_of
 
 
 def _pooled(structure: type[Structure]) -> type[Structure] | None:
-    """In what the blocks of a structure stand together with those of others, None if they do not.
+    """The structure of the array that has blocks of this and of other structures, or None.
 
     A subclass may do other things with its blocks.
     """
@@ -30,7 +30,7 @@ def _pooled(structure: type[Structure]) -> type[Structure] | None:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Equal matrices, such as those of a stack of layers.
+    """Equal matrices, such as the factors of a stack of layers.
 
     Attributes:
         structure: Their structure.
@@ -51,7 +51,7 @@ class Group:
 
     @property
     def is_apart(self) -> bool:
-        """Whether their arrays do not stand with those of others."""
+        """Whether their arrays do not stand with the arrays of others."""
         return _pooled(self.structure) is None
 
 
@@ -94,8 +94,8 @@ class Layout:
 
     Attributes:
         groups: The groups.
-        numbers: Where the numbers of each are, in a vector of those of all matrices.
-        rows: Where the rows of each are, in a vector of those of all.
+        numbers: Where the numbers of each are, in a vector for all matrices.
+        rows: Where the rows of each are, in a vector for all rows.
         pools: The pools.
     """
 
@@ -154,7 +154,7 @@ class Layout:
         return found
 
     def _rows_in_pools(self) -> Any:
-        """Where the rows of all matrices are, among those of the pools."""
+        """Where the rows of all matrices are among the rows of the pools."""
         starts = slices(len(pool.numbers) * pool.rows for pool in self.pools)
         every = [
             np.arange(start.start, start.stop).reshape(-1, pool.rows)
@@ -210,7 +210,7 @@ class Layout:
         return squares[:n].index_add_(0, self._further, squares[n:]).sqrt_()
 
     def in_rows(self, each: Sequence[Tensor]) -> Tensor:
-        """What the rows of the pools have, in a vector of those of all matrices."""
+        """What the rows of the pools have, in a vector for the rows of all matrices."""
         flat = torch.cat([own.reshape(-1) for own in each])
         return flat if self._order is None else flat.index_select(0, self._order)
 

@@ -58,7 +58,7 @@ class Many:
         return self.layout.part(i, self.pools)
 
     def parts(self) -> list[Structure]:
-        """Those of each group."""
+        """The matrices of each group."""
         return [self.part(i) for i in range(len(self.layout.groups))]
 
     def write(self, new: Many, keep: Tensor) -> None:
