@@ -13,6 +13,7 @@ from singd_core import _settings
 from singd_torch._groups import settings_of
 from singd_torch._warnings import listed
 from singd_torch.capture import scaling
+from singd_torch.capture.proof import IN_THE_LOSS
 from singd_torch.capture.scaling import Given
 from singd_torch.capture.watcher import Watcher
 from singd_torch.layers.due import is_due, is_refresh
@@ -109,7 +110,11 @@ class Training(torch.optim.Optimizer):
             params = layer.group["params"]
             index = next(i for i, p in enumerate(params) if p is layer.weight)
             layer.group.setdefault("without_rows", {})[index] = layer.without_rows
-        expected = [layer for layer in lost if layer.has_modules or layer.was_called]
+        expected = [
+            layer
+            for layer in lost
+            if (layer.has_modules or layer.was_called) and layer.without_rows != IN_THE_LOSS
+        ]
         if expected:
             first = expected[0]
             self._roster.warnings.once(

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -223,15 +224,6 @@ def accumulated(model: Net, optimizer: SINGD) -> None:
         (loss_of(model, tokens()) / 3).backward()
 
 
-def gradient_penalty(model: Net, optimizer: SINGD) -> None:
-    x = tokens()
-    h = hidden(x).requires_grad_()
-    (slope,) = torch.autograd.grad(model.head(h).sin().sum(), h, create_graph=True)
-    loss = loss_of(model, x) + slope.square().sum(-1).sub(1).square().mean()
-    optimizer.zero_grad()
-    loss.backward()
-
-
 def curvature_beside(model: Net, optimizer: SINGD) -> None:
     parameters = list(model.parameters())
     with optimizer.no_rows():
@@ -301,7 +293,7 @@ def of_no_gradient(model: Net, optimizer: SINGD) -> None:
 STEPS: list[Step] = [
     scaled_gradient, frozen_entries, scaled_before_it_is_added, changed_where_it_is_added,
     decay_in_the_loss, sparse_decay_in_the_loss, penalty_in_a_pass_of_its_own, clipped_and_noisy,
-    accumulated, gradient_penalty, curvature_beside, by_autograd_grad, two_losses, masked,
+    accumulated, curvature_beside, by_autograd_grad, two_losses, masked,
     of_sampled_labels, tied_head, with_another_optimizer, of_no_gradient,
 ]  # fmt: skip
 
@@ -309,6 +301,33 @@ STEPS: list[Step] = [
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.__name__)
 def test_what_is_done_to_gradients_is_no_fault(step: Step) -> None:
     check_no_fault(step)
+
+
+def penalized(weight: float, model: Net, optimizer: SINGD) -> None:
+    x = tokens()
+    h = hidden(x).requires_grad_()
+    (slope,) = torch.autograd.grad(model.head(h).sin().sum(), h, create_graph=True)
+    penalty = slope.square().sum(-1).sub(1).square().mean()
+    optimizer.zero_grad()
+    (loss_of(model, x) + weight * penalty).backward()
+
+
+def test_a_small_gradient_penalty_is_no_fault() -> None:
+    check_no_fault(partial(penalized, 1e-4))
+
+
+def test_where_derivatives_in_the_loss_make_the_gradient_the_factors_learn_from_it() -> None:
+    """Nobody is warned: that is a choice of the loss."""
+    torch.manual_seed(0)
+    model = Net().double()
+    optimizer = SINGD(model)
+    for _ in range(3):  # warnings are errors here
+        penalized(10.0, model, optimizer)
+        optimizer.step()
+    rules = table(optimizer)
+    assert rules.pop("head.weight") == "SINGD without rows"
+    assert set(rules.values()) == {"SINGD", "AdamW"}
+    assert "derivatives of it are in the loss" in str(optimizer)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -16,6 +16,10 @@ from singd_torch.layers.reach import is_in_parts
 from singd_torch.layers.rows import in_pieces
 from singd_torch.layers.source import Source
 
+# Why rows do not tell the gradient. The second is a choice of the loss: nobody is warned of it.
+NOT_SEEN = "used where no call is seen, or in the loss by itself"
+IN_THE_LOSS = "derivatives of it are in the loss, and give no rows"
+
 # Of the gradient, beyond which its other part is no rounding.
 _SHARE = 0.1
 # Numbers that are compared, if the matrix has so many.
@@ -124,9 +128,14 @@ class Proof:
 
 
 class Proofs:
-    """Those of the passes of one step, of all layers."""
+    """Those of the passes of one step, of all layers.
+
+    Attributes:
+        differentiated: The layers whose derivatives the loss of this step contains.
+    """
 
     def __init__(self) -> None:
+        self.differentiated: set[Layer] = set()
         self._of: dict[Layer, list[Proof]] = {}
         self._left_out: set[Layer] = set()
 
@@ -148,8 +157,8 @@ class Proofs:
         """Ask for no proof of a layer in this step."""
         self._left_out.add(layer)
 
-    def failed(self) -> list[Layer]:
-        """The layers whose rows do not tell the gradient; nothing is kept for the next step.
+    def failed(self) -> list[tuple[Layer, str]]:
+        """The layers whose rows do not tell the gradient, and why; nothing is kept for later steps.
 
         The host waits for an accelerator only where there are proofs.
         """
@@ -159,14 +168,15 @@ class Proofs:
                 doubtful = proof.is_doubtful()
                 if doubtful is not None:
                     asked.append((layer, proof, doubtful))
+        differentiated = self.differentiated
         self.forget()
-        self._left_out.clear()
+        self.differentiated, self._left_out = set(), set()
         if not asked:
             return []
         device = asked[0][2].device
         found = torch.stack([doubtful.to(device) for *_, doubtful in asked]).tolist()
         return [
-            layer
+            (layer, IN_THE_LOSS if layer in differentiated else NOT_SEEN)
             for (layer, proof, _), doubtful in zip(asked, found, strict=True)
             if doubtful and proof.fails()
         ]

@@ -159,10 +159,10 @@ class Watcher:
         self._keeper.begin_anew(layer)
 
     def differentiate(self, source: Source) -> None:
-        """Ask for no proof of a layer whose gradient has parts that its rows do not tell."""
+        """Know that the loss of this step contains a derivative of a layer."""
         layer = self._roster.by_weight.get(source.weight)
         if layer is not None:
-            self._proofs.leave_out(layer)
+            self._proofs.differentiated.add(layer)
 
     # ---- what is taken in backward passes -------------------------------------------------------
 
@@ -183,8 +183,8 @@ class Watcher:
 
     def end_proofs(self) -> None:
         """Take no rows of layers that are used where no call is seen, before a step."""
-        for layer in self._proofs.failed():
-            layer.lose_rows("used where no call is seen, or in the loss by itself")
+        for layer, why in self._proofs.failed():
+            layer.lose_rows(why)
 
     def _takes_rows(self) -> bool:
         """Whether the backward pass that runs is one whose rows count."""
