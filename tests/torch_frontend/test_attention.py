@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from watched import layers
 
 from singd_torch import SINGD
 from singd_torch.capture.attention import _Fused
@@ -66,8 +67,7 @@ def test_cross_attention_of_other_length() -> None:
     optimizer = Watched(model)
     model(q, k, k + 1.0)[0].sin().mean().backward()
     assert optimizer.explains()
-    optimizer._watcher.queue.flush()
-    assert {key: pending.N for key, pending in optimizer._layers[0].pending.items()} == {
+    assert {key: pending.N for key, pending in layers(optimizer)[0].pending.items()} == {
         (0, False): 12,
         (1, False): 21,
         (2, False): 21,
@@ -162,8 +162,7 @@ def test_a_copy_of_the_model_is_not_watched() -> None:
     optimizer = SINGD(model)
     x = torch.randn(2, 3, 6, dtype=torch.float64)
     copy.deepcopy(model)(x, x, x)[0].mean().backward()
-    optimizer._watcher.queue.flush()
-    assert not any(layer.pending for layer in optimizer._layers)
+    assert not any(layer.pending for layer in layers(optimizer))
 
 
 def test_it_trains_and_every_parameter_moves() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
-from watched import CLOSE, Watched, check_rows
+from watched import CLOSE, Watched, check_rows, layers
 
 from singd_torch import SINGD
 
@@ -472,8 +472,7 @@ def test_fast_weights_of_functional_calls_are_not_the_layers() -> None:
     with optimizer.no_rows():
         value = loss(model)
     value.backward()
-    optimizer._watcher.queue.flush()
-    assert not any(layer.pending for layer in optimizer._layers)
+    assert not any(layer.pending for layer in layers(optimizer))
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")

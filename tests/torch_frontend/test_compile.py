@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils.checkpoint import checkpoint
+from watched import layers
 
 from singd_torch import SINGD
 from singd_torch.capture import compiled
@@ -396,8 +397,7 @@ def test_a_copy_of_the_model_is_not_watched() -> None:
     optimizer = SINGD(model)
     copied = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
     copied(sequences()).sum().backward()
-    optimizer._watcher.queue.flush()
-    assert not any(layer.pending for layer in optimizer._layers)
+    assert not any(layer.pending for layer in layers(optimizer))
 
 
 @pytest.mark.parametrize("built", ["before", "after"])
@@ -413,8 +413,7 @@ def test_a_graph_of_the_same_model_without_singd_is_not_used(built: str) -> None
     for _ in range(2):
         for call in calls:
             call(x).sum().backward()
-        optimizer._watcher.queue.flush()
-        assert all(layer.pending for layer in optimizer._layers)
+        assert all(layer.pending for layer in layers(optimizer))
         optimizer.step()
 
 
@@ -434,8 +433,7 @@ def test_nothing_stays_behind_an_optimizer() -> None:
     assert graphs.probes() == [3, 0]
     optimizer = SINGD(model)
     call(vectors()).sum().backward()
-    optimizer._watcher.queue.flush()
-    assert all(layer.pending for layer in optimizer._layers)
+    assert all(layer.pending for layer in layers(optimizer))
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -460,11 +458,9 @@ def test_transformed_functions_give_no_rows(compiled: bool) -> None:
         gradient = torch.compile(gradient, backend="aot_eager", fullgraph=True)
     x, parameters = vectors(), dict(model.named_parameters())
     found = gradient(parameters, x)
-    optimizer._watcher.queue.flush()
-    assert not any(layer.pending for layer in optimizer._layers)
+    assert not any(layer.pending for layer in layers(optimizer))
     loss(parameters, x).backward()
-    optimizer._watcher.queue.flush()
-    assert all(layer.pending for layer in optimizer._layers)
+    assert all(layer.pending for layer in layers(optimizer))
     for p, g in zip(parameters.values(), found.values(), strict=True):
         assert p.grad is not None
         assert (p.grad - g).norm() <= CLOSE * g.norm()

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from watched import layers
 
 from singd_core import Linear
 from singd_torch import SINGD, register_layer
@@ -42,8 +43,7 @@ def test_masked_entries_of_a_table_are_not_counted() -> None:
     x, mask = torch.tensor([[0, 1, 3], [2, 1, 3]]), torch.tensor([[1, 1, 0], [1, 1, 0]]).bool()
     optimizer.mask_rows(mask)
     table(x).square().sum().backward()
-    optimizer._watcher.queue.flush()
-    U = curvature_of([optimizer._layers[0]], 1.0).H_K.diag
+    U = curvature_of([layers(optimizer)[0]], 1.0).H_K.diag
     assert torch.allclose(U, torch.tensor([0.25, 0.5, 0.25, 0.0]))
 
 
@@ -69,8 +69,7 @@ def test_a_mask_concerns_one_step() -> None:
     model(torch.randn(4, 5, 3)).sum().backward()
     optimizer.step()
     model(torch.randn(4, 5, 3)).sum().backward()
-    optimizer._watcher.queue.flush()
-    assert next(iter(optimizer._layers[0].pending.values())).N == 20
+    assert next(iter(layers(optimizer)[0].pending.values())).N == 20
 
 
 def test_sampled_labels_give_the_rows_and_no_gradient() -> None:
@@ -90,15 +89,13 @@ def test_sampled_labels_give_the_rows_and_no_gradient() -> None:
         assert p.grad is not None
         assert q.grad is not None
         assert torch.allclose(p.grad, q.grad)
-    optimizer._watcher.queue.flush()
-    last = curvature_of([optimizer._layers[1]], 1.0)
+    last = curvature_of([layers(optimizer)[1]], 1.0)
     rows = logits.detach().softmax(-1) - nn.functional.one_hot(sampled, 3)
     assert torch.allclose(last.H_C.matrix, rows.T @ rows / 8)
 
     optimizer.step()
     nn.functional.cross_entropy(model(x), y).backward()  # the next step is an ordinary one
-    optimizer._watcher.queue.flush()
-    assert all(layer.pending for layer in optimizer._layers)
+    assert all(layer.pending for layer in layers(optimizer))
 
 
 def test_sampled_labels_keep_what_was_accumulated() -> None:
@@ -172,8 +169,7 @@ def test_a_mask_of_the_batch_leaves_a_convolution_alone() -> None:
     optimizer = SINGD(model)
     optimizer.mask_rows(torch.zeros(4, 3, dtype=torch.bool))
     model(torch.randn(4, 3, 3)).sum().backward()
-    optimizer._watcher.queue.flush()
-    assert next(iter(optimizer._layers[0].pending.values())).N == 12
+    assert next(iter(layers(optimizer)[0].pending.values())).N == 12
 
 
 def test_sampled_labels_of_micro_batches_add_up_and_keep_the_mask() -> None:
@@ -183,8 +179,7 @@ def test_sampled_labels_of_micro_batches_add_up_and_keep_the_mask() -> None:
     for _ in range(2):
         with optimizer.sampled_labels():
             model(torch.randn(3, 3)).sum().backward()
-    optimizer._watcher.queue.flush()
-    assert next(iter(optimizer._layers[0].pending.values())).N == 4
+    assert next(iter(layers(optimizer)[0].pending.values())).N == 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -211,8 +206,7 @@ def test_frozen_output_projection_leaves_the_others_their_rows() -> None:
     optimizer = SINGD(model)
     x = torch.randn(2, 3, 4)
     model(x, x, x)[0].sum().backward()
-    optimizer._watcher.queue.flush()
-    assert any(layer.pending for layer in optimizer._layers)
+    assert any(layer.pending for layer in layers(optimizer))
 
 
 def test_auto_is_refused_where_it_cannot_be_decided() -> None:

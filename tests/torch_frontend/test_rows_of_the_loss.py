@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from watched import layers
 
 from singd_torch import SINGD
 
@@ -111,8 +112,7 @@ def test_a_frozen_layer_behind_the_loss_of_others() -> None:
     model = network()
     optimizer = SINGD(model)
     torch.autograd.grad(loss(model), model[2].weight)
-    optimizer._watcher.queue.flush()
-    assert [bool(layer.pending) for layer in optimizer._layers] == [False, True]
+    assert [bool(layer.pending) for layer in layers(optimizer)] == [False, True]
 
 
 def test_rows_outside_of_the_block_are_taken() -> None:
@@ -123,8 +123,7 @@ def test_rows_outside_of_the_block_are_taken() -> None:
         value = loss(model)
         raise ZeroDivisionError
     value.backward()
-    optimizer._watcher.queue.flush()
-    assert all(layer.pending for layer in optimizer._layers)
+    assert all(layer.pending for layer in layers(optimizer))
 
 
 def test_gradients_by_autograd_grad_accumulate() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from watched import layers
 
 from singd_torch import SINGD
 from singd_torch.capture import tap
@@ -31,9 +32,8 @@ def sampled(model: nn.Module, rows: int | None, **given: Any) -> SINGD:
 
 
 def curvatures(optimizer: SINGD) -> dict[str, Tensor]:
-    optimizer._watcher.queue.flush()
     found = {}
-    for layer in optimizer._layers:
+    for layer in layers(optimizer):
         curvature = curvature_of([layer], 1.0)
         found |= {
             f"{layer.name} U": curvature.H_K.dense(),

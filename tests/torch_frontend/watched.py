@@ -12,12 +12,19 @@ from torch.nn.functional import one_hot, pad
 
 from singd_core.layers import Embedding
 from singd_torch import SINGD
+from singd_torch.layers.layer import Layer
 
 STEPS = 20
 # Relative, in float64: sums over at most some thousand rows in another order than autograd's.
 CLOSE = 1e-12
 
 Loss = Callable[[nn.Module], Tensor]
+
+
+def layers(optimizer: SINGD) -> list[Layer]:
+    """The layers of an optimizer, with the rows of all calls so far in `pending`."""
+    optimizer._watcher.queue.flush()
+    return optimizer._layers
 
 
 class Product(torch.autograd.Function):
