@@ -83,7 +83,7 @@ class MultiSteps(optax.MultiSteps):  # type: ignore[misc]
         """The state before the first micro-batch.
 
         Raises:
-            ValueError: If a parameter is complex, of which optax drops the imaginary part.
+            ValueError: If a parameter is complex: optax drops the imaginary part.
         """
         leaves = Leaves.of(params)
         for name, array in zip(leaves.names, leaves.arrays, strict=True):

@@ -109,7 +109,7 @@ class View:
         scans: Which scans those are.
         flips: Axes of the leaf that are reversed.
         factor: A number that it is multiplied by, or None.
-        picks: For each axis of which one index was taken at run time, the index and the length.
+        picks: The index and the length of each axis from which one index was taken at run time.
     """
 
     leaf: int

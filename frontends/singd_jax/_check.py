@@ -40,7 +40,7 @@ def check(
         tolerance: Of the difference, relative to the norm of ∇W, or to a hundredth of that of
             `|B|ᵀ |A|` where the rows cancel. None is 1e-4, or 8 times the rounding of the coarsest
             numbers that are multiplied.
-        has_aux: Whether the loss returns a pair of which the second is auxiliary.
+        has_aux: Whether the loss returns a pair (value, auxiliary output).
 
     Returns:
         A function of `params, *batch` that returns the relative difference of each layer.

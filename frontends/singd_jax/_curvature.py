@@ -56,7 +56,7 @@ def value_and_curvature(
     Args:
         loss: The loss that the layers were found in.
         layers: What `find_layers` returned.
-        has_aux: Whether the loss returns a pair of which the second is auxiliary.
+        has_aux: Whether the loss returns a pair (value, auxiliary output).
         branch: What decides, where T > 1, whether the curvature is computed, or else is zeros:
             "step", one `lax.cond` between two backward passes, or "layer", one in every layer. The
             latter compiles one backward pass instead of two; but each branch is a wait for an
@@ -286,7 +286,7 @@ def _curvature(sums: Sums, layers: Layers, batch_size: int | None, role: Role) -
 
 
 def joined(curvature: Mapping[str, Curvature], layers: Layers) -> dict[str, Curvature]:
-    """The curvature of each layer, from those of its roles."""
+    """The curvature of each layer, from the curvatures of its roles."""
     found: dict[str, Curvature] = {}
     for key, (name, _) in layers.curvatures.items():
         if key in curvature:

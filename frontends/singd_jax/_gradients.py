@@ -37,7 +37,7 @@ class Gradients:
     that is clipped by its norm or unscaled, all leave the mean curvature. A gradient that is
     clipped by value leaves it, too, since the bound is far above what is carried. Any other map,
     such as a sign or added noise, makes the curvature NaN, and `tx.update` then skips the step and
-    counts it: apply such a map to `tree` alone. Norms of it are those of the gradients.
+    counts it: apply such a map to `tree` alone. It has the norms of the gradients.
 
     Attributes:
         tree: The gradients, like the parameters.
@@ -107,7 +107,7 @@ def value_and_grad(
     Args:
         loss: The loss `loss(params, *batch)`. It may be another function than the one that the
             layers were found in, e.g. a closure made in a training step, if it uses them alike.
-        has_aux: Whether the loss returns a pair of which the second is auxiliary.
+        has_aux: Whether the loss returns a pair (value, auxiliary output).
         branch: As of `value_and_curvature`.
 
     Returns:

@@ -131,9 +131,9 @@ class Layers(Mapping[str, Layer]):
     __str__ = __repr__
 
     def table(self, structures: Any = None, *, recipe: str = DEFAULT) -> str:
-        """Which parameters form layers, of which kind and structures, or why they do not.
+        """Which parameters form layers, with their kinds and structures, or why they do not.
 
-        The bytes are those of K and C, and of m_K and m_C if the recipe keeps them.
+        The bytes count K and C, and m_K and m_C if the recipe keeps them.
 
         Args:
             structures: Of K and C, in place of those that the layers know.

@@ -85,7 +85,7 @@ _APART: weakref.WeakKeyDictionary[Any, dist.ProcessGroup] = weakref.WeakKeyDicti
 def apart(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """A group of the same processes, the same each time, for what the host wants to know.
 
-    On the CPU calls of the group itself may meet those of other threads, as of an `async_save`.
+    On the CPU calls of the group itself may meet calls of other threads, as of an `async_save`.
     """
     if group not in _APART:
         _APART[group] = another(group)

@@ -27,14 +27,14 @@ class Training(torch.optim.Optimizer):
     """An optimizer that has a roster of what it trains, a watcher of rows, and what takes steps.
 
     Attributes:
-        state: Tensors by parameter; those of layers are views of what stacks own.
+        state: Tensors by parameter. The tensors of layers are views of what stacks own.
         param_groups: The groups of parameters and their settings.
     """
 
     _watches: ClassVar[type[Watcher]] = Watcher
 
     def _begin(self, model: nn.Module) -> None:
-        """Begin with a model of which no layer is known yet."""
+        """Begin with a model, before any layer is known."""
         self._roster = Roster(model)
         self._stepper = Stepper(self._roster, {})
         self._watcher = self._watches(self._roster, self._stepper)
@@ -89,7 +89,7 @@ class Training(torch.optim.Optimizer):
         found = [(layer, before.get(layer.weight)) for layer in self._layers]
         others = [one for one, old in found if old is not None and not old.is_found_as(one)]
         for layer in [*others, *(one for one, old in found if old is None)]:
-            layer.by_gradient = layer.can_do_without()  # its rows are those of the next step
+            layer.by_gradient = layer.can_do_without()  # its rows come with the next step
         self._stepper.stack_up()
         names = [one.name for one in others if not one.name.endswith(GONE)]
         if names:
@@ -253,7 +253,7 @@ class Training(torch.optim.Optimizer):
     def no_rows(self) -> AbstractContextManager[None]:
         """Take no rows from backward passes inside the block.
 
-        For passes with respect to the weights whose gradients are not those of the training loss:
+        For passes with respect to the weights that do not differentiate the training loss:
         Hessian-vector products, norms of the gradients of single tasks, sharpness. (Passes that
         reach no weight, such as derivatives with respect to inputs, bring no rows anyway.)
 
@@ -263,7 +263,7 @@ class Training(torch.optim.Optimizer):
         return self._watcher.no_rows()
 
     def mask_rows(self, mask: Tensor | None) -> None:
-        """Leave rows out of the factors until the next step, such as those of padding.
+        """Leave rows out of the factors until the next step, such as rows of padding.
 
         Args:
             mask: Boolean, shape (batch, ...), False at positions that are left out. It concerns the

@@ -242,7 +242,7 @@ class Hooks:
 def modules(model: nn.Module, layers: Iterable[Layer]) -> Iterator[nn.Module]:
     """The modules whose calls may hand a weight to a function by themselves.
 
-    Those of torch do not use the weights of others, so a `Sequential` needs no hooks.
+    torch's own modules do not use the weights of others, so a `Sequential` needs no hooks.
     """
     weights = {layer.weight for layer in layers if layer.is_open}
     by_path = dict(model.named_modules(remove_duplicate=False))

@@ -90,7 +90,7 @@ class Watcher:
         self.tell()
 
     def _tap(self, layers: list[Layer]) -> None:
-        """Tap the modules whose inputs and outputs are those of layers, and no others."""
+        """Tap the modules that have the inputs and outputs of layers, and no others."""
         sources = {m: one for layer in layers for m, one in layer.sources if one.by_output}
         for module, source in sources.items():
             if module is None:
@@ -169,7 +169,7 @@ class Watcher:
     def _take(
         self, layer: Layer, source: Source, x: Tensor, g: Tensor, product: Any, loss: int | None
     ) -> bool:
-        """Take the rows of a call, of a product those of each matrix, for one of the losses."""
+        """Take the rows of a call, or of each matrix of a product, for one of the losses."""
         layer.loss = backward_pass() if loss is None else loss
         layer.called_in = layer.group["steps"]
         rows = [(None, x, g, None)] if product is None else product(x, g, layer.most_rows(x))
@@ -220,7 +220,7 @@ class Watcher:
             after_pass(partial(_end_pass, layer))
 
     def forget(self) -> None:
-        """Have no rows, and begin with those of the next step."""
+        """Have no rows, and begin with the rows of the next step."""
         self._sampled = None
         self._proofs.forget()
         self.queue.forget()

@@ -75,7 +75,7 @@ class Layer:
     def tell_autocast(self, g: Tensor) -> None:
         """Find out from the gradient at an output whether the model's products are in bfloat16.
 
-        Those of factors are then too, where nobody has said in what they are to be.
+        Products with factors are then in bfloat16 too, unless `preconditioner_dtype` is given.
         """
         narrower = g.dtype == torch.bfloat16 and self.weight.dtype == torch.float32
         free = tuple(self.group["preconditioner_dtype"]) == (None, None)

@@ -212,7 +212,7 @@ class Pending:
     def of_all(self, sums: Sequence[Tensor], processes: int, *, mean: bool) -> Pending:
         """The pending rows of all processes, from the sums of their `tensors`.
 
-        The averaged gradients are those of a loss divided by the number of processes.
+        The averaged gradients belong to a loss divided by the number of processes.
         """
         *arrays, N, M = sums
         split = len(list(self.inputs.named_arrays()))

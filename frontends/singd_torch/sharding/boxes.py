@@ -61,7 +61,7 @@ def group_of_parts(params: Iterable[Tensor]) -> dist.ProcessGroup:
     """The group of all processes that have parts of the parameters.
 
     Raises:
-        ValueError: If the parameters are spread over meshes of which none has all processes.
+        ValueError: If the parameters are spread over meshes and no mesh has all processes.
     """
     meshes = {p.device_mesh for p in params if isinstance(p, DTensor)}
     ranks = [set(mesh.mesh.flatten().tolist()) for mesh in meshes]

@@ -48,7 +48,7 @@ def local(
 
     Those are layers with a diagonal factor along the axis that is parted, as long as all processes
     can have their factors: small ones, and those whose bytes are a tenth of a process's share.
-    `sizes` are the bytes of the state of each layer, of which `factors` are those of its factors.
+    `sizes` are the bytes of each layer's state, and `factors` the bytes of its factors.
     """
     found: dict[nn.Parameter, list[Blocks]] = {}
     processes = max((len(boxes) for boxes in places.values()), default=1)

@@ -74,7 +74,7 @@ class Stream:
         """`flats` is what this process adds to the sums of entries."""
         self._group, self._flats = group, flats
         self._rank = dist.get_rank(group)
-        self._own_group: Any = None  # lest its calls wait behind those of `fully_shard`
+        self._own_group: Any = None  # lest its calls wait behind the calls of `fully_shard`
         self._known: dict[nn.Parameter, list[Key]] = {}  # of which all have known before the step
         self._plans: dict[Hashable, list[list[Layer]]] = {}
         self._wanted: dict[nn.Parameter, int] = {}
