@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from singd_torch import SINGD
 
 STEPS = 4
+WAYS = ["plain", "wrapped later", "accumulate", "uneven"]
 
 
 class Branches(nn.Module):
@@ -92,15 +93,29 @@ def train(rank: int, world: int, folder: str, how: str) -> None:
     assert all(torch.equal(gathered[0], other) for other in gathered)
     if rank == 0:
         torch.save(weights, f"{folder}/weights.pt")
+    dist.all_reduce = original
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("how", ["plain", "wrapped later", "accumulate", "uneven"])
-def test_processes_train_like_one_with_the_whole_batch(
-    world: int, how: str, tmp_path: Path
-) -> None:
-    mp.spawn(train, args=(world, str(tmp_path), how), nprocs=world)
+def train_in_all_ways(rank: int, world: int, folder: str) -> None:
+    """One process for all: its start takes longer than what it does."""
+    for how in WAYS:
+        train(rank, world, f"{folder}/{how}", how)
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """How many processes have trained, and the folder with what came out of each way."""
+    folder = tmp_path_factory.mktemp("trained")
+    for how in WAYS:
+        (folder / how).mkdir()
+    mp.spawn(train_in_all_ways, args=(request.param, str(folder)), nprocs=request.param)
+    return request.param, folder
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_processes_train_like_one_with_the_whole_batch(trained: tuple[int, Path], how: str) -> None:
+    world, folder = trained
     model = new_model()
     optimizer = SINGD(model, T=2, growing_T=False)
     X, Y = data()
@@ -118,5 +133,5 @@ def test_processes_train_like_one_with_the_whole_batch(
         optimizer.step()
     if how == "uneven":
         return  # calls of one pass with parts of the batch: only agreement of the processes counts
-    for p, q in zip(model.parameters(), torch.load(tmp_path / "weights.pt"), strict=True):
+    for p, q in zip(model.parameters(), torch.load(folder / how / "weights.pt"), strict=True):
         assert torch.allclose(p, q, rtol=1e-9, atol=1e-12)
