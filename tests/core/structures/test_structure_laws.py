@@ -22,6 +22,7 @@ from singd_core.structures import (
     triutopleftdiag,
 )
 from singd_core.testing import laws
+from singd_core.testing.law import label
 from singd_core.testing.laws_storage import dense_operations
 from singd_core.testing.report import cases
 from singd_core.testing.run import run
@@ -79,7 +80,7 @@ def parameters() -> Iterator[Any]:
             law, backend, dtype = case
             yield pytest.param(
                 functools.partial(run, law, S, backend, dtype),
-                id=f"{S.name}-{law.name}-{backend.name}-{dtype}",
+                id=f"{label(S)}-{law.name}-{backend.name}-{dtype}",
                 marks=[pytest.mark.slow] if is_slow(S, *case) else [],
             )
 
