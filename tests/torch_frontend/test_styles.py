@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 import torch.autograd.forward_ad as forward
 import torch.nn.functional as F
@@ -124,18 +125,20 @@ def test_jagged_indices() -> None:
     assert set(table(optimizer).values()) == {"SINGD"}
 
 
-def test_forward_derivatives_in_the_loss() -> None:
-    """The rows are those of the calls, as with derivatives that are taken backward."""
+@pytest.mark.parametrize(("weight", "expected"), [(1e-6, "SINGD"), (10.0, "SINGD without rows")])
+def test_forward_derivatives_in_the_loss(weight: float, expected: str) -> None:
+    """Rows are those of the calls, until a tenth of the gradient is of derivatives."""
     model, (x, y) = network(), data()
     optimizer = SINGD(model)
-    for _ in range(3):
+    for _ in range(3):  # warnings are errors here
         optimizer.zero_grad()
         with forward.dual_level():
             dual = model(forward.make_dual(x, torch.ones_like(x)))
             logits, slope = forward.unpack_dual(dual)
-            (F.cross_entropy(logits, y) + slope.square().mean()).backward()
+            (F.cross_entropy(logits, y) + weight * slope.square().mean()).backward()
         optimizer.step()
-    assert set(table(optimizer).values()) == {"SINGD"}
+    rules = table(optimizer)
+    assert {rules[name] for name, p in model.named_parameters() if p.ndim > 1} == {expected}
 
 
 def test_attention_that_two_optimizers_watch() -> None:
