@@ -115,7 +115,7 @@ class Late(Tree):
 
 
 def begun_anew(sums: Late, saved: Mapping[str, Any], prefix: str) -> dict[str, Array]:
-    """What `saved` lacks as it was saved before there was a mean over all steps: zeros.
+    """What `saved` lacks if it was saved before there was a mean: zeros.
 
     Args:
         sums: Sums of the same matrix.

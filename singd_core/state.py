@@ -90,8 +90,8 @@ def _upgraded(template: State, flat: Mapping[str, Any]) -> dict[str, Any]:
     """With what is kept now of a state saved before 0.1.
 
     It had one momentum for a weight matrix and its bias, which averaged natural gradients: a rule
-    that averages gradients begins anew with it. Later ones had no mean over all steps, which begins
-    anew.
+    that averages gradients begins anew with it. Later ones had no mean of
+    squared gradients, which begins anew.
     """
     found = dict(flat)
     for name, layer in template.layers.items():

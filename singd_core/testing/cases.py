@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 from singd_core.structures.base import Structure
 from singd_core.structures.registry import get
-from singd_core.testing.law import LAWS, label
+from singd_core.testing.backends import Backend
+from singd_core.testing.law import LAWS, Law, label
 from singd_core.testing.report import cases
 from singd_core.testing.run import run
+
+# The marks of pytest that a law has for a structure, on an array library and in a dtype.
+Marks: TypeAlias = Callable[[type[Structure], Law, Backend, str], Sequence[Any]]
 
 
 def laws(
@@ -43,17 +47,26 @@ def laws(
         if name not in LAWS:
             raise ValueError(f"xfail: there is no law {name!r}; there are {', '.join(LAWS)}")
 
-    def parameters() -> Iterator[Any]:
-        for S in map(get, structures):
-            for law, backend, dtype in cases():
-                why = reasons.get((S, law.name), reasons.get(law.name))
-                marks = [pytest.mark.xfail(reason=why, strict=True)] if why else []
-                check = functools.partial(run, law, S, backend, dtype, None if law.sizes else sizes)
-                name = f"{label(S)}-{law.name}-{backend.name}-{dtype}"
-                yield pytest.param(check, id=name, marks=marks)
+    def marks(S: type[Structure], law: Law, backend: Backend, dtype: str) -> list[Any]:
+        why = reasons.get((S, law.name), reasons.get(law.name))
+        return [pytest.mark.xfail(reason=why, strict=True)] if why else []
 
     def decorate(test: Callable[..., None]) -> Any:
         argument = test.__code__.co_varnames[0]
-        return pytest.mark.parametrize(argument, list(parameters()))(test)
+        return pytest.mark.parametrize(argument, list(parameters(structures, marks, sizes)))(test)
 
     return decorate
+
+
+def parameters(
+    structures: Iterable[type[Structure] | str], marks: Marks, sizes: Sequence[int] | None = None
+) -> Iterator[Any]:
+    """One pytest parameter for each law, structure, array library and dtype, with these marks."""
+    pytest: Any = importlib.import_module("pytest")
+    for S in map(get, structures):
+        for law, backend, dtype in cases():
+            yield pytest.param(
+                functools.partial(run, law, S, backend, dtype, None if law.sizes else sizes),
+                id=f"{label(S)}-{law.name}-{backend.name}-{dtype}",
+                marks=marks(S, law, backend, dtype),
+            )

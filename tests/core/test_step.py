@@ -8,7 +8,7 @@ import pytest
 from optimizer_cases import LAYERS, leaves, mapped, params, steps, train
 
 from singd_core import Convolution, LayerKind, Optimizer, TransposedConvolution, settings
-from singd_core.late import BEGINNING, LONGEST, SHORTEST, Late, agreement_of_noise
+from singd_core.late import BEGINNING, LONGEST, MEMORY, SHORTEST, Late, agreement_of_noise
 from singd_core.length import OUTPUTS, SPECTRAL
 
 STRUCTURES = ["dense", "diagonal", "blockdiagonal:2", "triltoeplitz", "hierarchical:1,1"]
@@ -177,6 +177,14 @@ def test_steps_shrink_with_the_gradient_after_the_beginning() -> None:
             assert found[-1] == pytest.approx(expected, rel=1e-6)
     assert found[: int(BEGINNING)] == [1.0] * int(BEGINNING)
     assert found[-1] == SHORTEST
+
+
+def test_gradients_of_long_ago_are_forgotten() -> None:
+    s, late = settings("normalized"), nothing_late()
+    for t in range(3 * int(MEMORY)):
+        late = late.update(100.0 if t < MEMORY else 1.0, s)
+    mean = 1.0 + 99.0 * (1.0 - 1.0 / MEMORY) ** (2 * MEMORY)
+    assert late.longer() == pytest.approx(mean**-0.5, rel=1e-6)
 
 
 def test_steps_do_not_shrink_while_gradients_keep_their_size_or_grow() -> None:

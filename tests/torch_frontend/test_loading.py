@@ -119,7 +119,7 @@ def test_a_checkpoint_may_be_older_than_a_setting() -> None:
     assert optimizer.param_groups[0]["order"] == 3
 
 
-def test_the_mean_over_all_steps_begins_anew_where_it_was_not_kept() -> None:
+def test_the_mean_of_squares_begins_anew_where_it_was_not_kept() -> None:
     state = saved_by({})
     entries = [e for e in state["state"].values() if "late.mean" in e]
     assert entries

@@ -182,7 +182,7 @@ class Watcher:
         return self._takes_rows()
 
     def end_proofs(self) -> None:
-        """Take no rows of layers that are used where no call is seen, before a step."""
+        """Take no rows of layers if rows do not tell the gradient, before a step."""
         for layer, why in self._proofs.failed():
             layer.lose_rows(why)
 

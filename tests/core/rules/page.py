@@ -93,7 +93,7 @@ class Page:
             ratio = agreement**2 / NOISE[s["nesterov"]](alpha)
             change = np.clip(ratio - 3, 0, 1) - np.clip(1 - ratio, 0, 1)
             self.growth = np.clip(self.growth + 0.15 * change, 0, 4)
-        self.mean += (square - self.mean) / self.t
+        self.mean += max(1 / self.t, 1 / 1000) * (square - self.mean)
         f = np.clip(np.sqrt(self.Q / self.w / self.mean), 0.14, 1) if self.t > 200 else 1.0
         R = np.sqrt(2.26 / np.sqrt(max(d_o, d_i)) * 1.5 / np.sqrt(d_i * self.t_U))
         u = R * f * np.exp(self.growth) * agreement * n / np.sqrt(np.mean(n * n))

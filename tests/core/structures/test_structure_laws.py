@@ -1,9 +1,5 @@
 """The built-in structures under all laws, with parameters smaller and larger than the matrix."""
 
-import functools
-from collections.abc import Iterator
-from typing import Any
-
 import pytest
 
 from singd_core.structures import (
@@ -22,10 +18,8 @@ from singd_core.structures import (
     triutopleftdiag,
 )
 from singd_core.testing import laws
-from singd_core.testing.law import label
+from singd_core.testing.cases import parameters
 from singd_core.testing.laws_storage import dense_operations
-from singd_core.testing.report import cases
-from singd_core.testing.run import run
 
 STRUCTURES = [
     Dense,
@@ -52,7 +46,7 @@ MORE = [
 ]
 
 
-# The same code as another of STRUCTURES, with the triangle or the corner on the other side.
+# Mirror images of others of STRUCTURES: most of their code is in a class that both derive from.
 MIRRORED = {
     Triu,
     TriuToeplitz,
@@ -62,30 +56,21 @@ MIRRORED = {
 }
 
 
-def is_slow(S, law, backend, dtype):
-    """Whether other cases show nearly the same.
+def slow(S, law, backend, dtype):
+    """Marks a case as slow if others show nearly the same.
 
     That every operation of every structure compiles is a law of its own, so two structures show
     that a whole step does. A mirrored structure goes through all dtypes in NumPy, and through
     float32 elsewhere.
     """
     if law.name == "torch_step_compiles":
-        return S not in (Dense, hierarchical(2, 3))
-    return S in MIRRORED and backend.name != "numpy" and dtype != "float32"
+        shown = S not in (Dense, hierarchical(2, 3))
+    else:
+        shown = S in MIRRORED and backend.name != "numpy" and dtype != "float32"
+    return [pytest.mark.slow] if shown else []
 
 
-def parameters() -> Iterator[Any]:
-    for S in STRUCTURES:
-        for case in cases():
-            law, backend, dtype = case
-            yield pytest.param(
-                functools.partial(run, law, S, backend, dtype),
-                id=f"{label(S)}-{law.name}-{backend.name}-{dtype}",
-                marks=[pytest.mark.slow] if is_slow(S, *case) else [],
-            )
-
-
-@pytest.mark.parametrize("law", list(parameters()))
+@pytest.mark.parametrize("law", list(parameters(STRUCTURES, slow)))
 def test_a_built_in_structure_keeps_the_law(law):
     law()
 
