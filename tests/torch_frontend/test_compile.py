@@ -267,20 +267,38 @@ def test_compiled_before_or_after_the_optimizer_is_built(
     assert all(layer.seen for layer in optimizer._layers)
 
 
-def test_a_function_that_calls_backward_is_compiled_up_to_there() -> None:
+@pytest.mark.parametrize("what", ["gradients", "step", "all"])
+def test_only_forward_passes_of_a_compiled_script_become_graphs(what: str) -> None:
+    """Neither a step nor a hook of a backward pass that runs in a compiled function does."""
     eager, model, compiled, other = pair("mlp", T=2, growing_T=False)
     batches = [vectors() for _ in range(4)]
+    graphs = Graphs()
 
-    @torch.compile(backend="aot_eager")
     def gradients(x: Tensor) -> None:
         loss_of(other(x)).backward()
 
-    train(eager, model, batches)
-    for x in batches:
+    def everything(x: Tensor) -> None:
         compiled.zero_grad()
         gradients(x)
-        compiled.step()
+        step()
+
+    compiles = partial(torch.compile, backend=graphs)
+    step = compiles(compiled.step) if what == "step" else compiled.step
+    if what == "gradients":
+        gradients = compiles(gradients)
+    elif what == "all":
+        everything = compiles(everything)
+    train(eager, model, batches)
+    for x in batches:
+        everything(x)
     check_equal(eager, compiled)
+    assert len(graphs.whole) == (0 if what == "step" else 2)
+
+
+def test_a_graph_that_has_to_hold_a_step_is_refused() -> None:
+    optimizer = SINGD(mlp())
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="compile_step=True"):
+        torch.compile(optimizer.step, backend="eager", fullgraph=True)()
 
 
 # Two backward passes through one graph: torch wants it to be said.

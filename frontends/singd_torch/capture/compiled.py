@@ -28,6 +28,7 @@ _TAGS = [tag for tag in [getattr(torch.Tag, "cudagraph_unsafe", None)] if tag is
 torch.library.define(_ROWS, "(Tensor handle, Tensor x, Tensor g) -> ()", tags=_TAGS)
 
 
+@torch.compiler.disable
 def _rows(handle: Tensor, x: Tensor, g: Tensor) -> None:
     tap = _TAPS.get(int(handle))  # on the host: nothing is waited for
     if tap is not None:

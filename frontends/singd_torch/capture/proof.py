@@ -46,6 +46,7 @@ class Proof:
         self._gradient: Tensor | None = None
         self._handle: Any = layer.weight.register_hook(self)  # type: ignore[no-untyped-call]
 
+    @torch.compiler.disable  # of a backward pass inside a compiled function
     def __call__(self, gradient: Tensor) -> None:
         """What autograd calls with all that the pass adds to the gradient."""
         if self.is_of_this_pass():  # else it is one inside that

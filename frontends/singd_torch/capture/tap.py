@@ -126,6 +126,7 @@ class Tap:
         probed = _Probe.apply(base, x, self, output.shape, product)  # type: ignore[no-untyped-call]
         return probed.view(output.shape)  # type: ignore[no-any-return]
 
+    @torch.compiler.disable  # hooks of a backward pass inside a compiled function
     @torch.no_grad()
     def take(self, x: Tensor, g: Tensor, product: Any = None, first: int | None = None) -> bool:
         """Hand rows to the owner, if it wants them and the backward pass is one of the loss.
@@ -140,6 +141,7 @@ class Tap:
             return False
         return rows(_plain(x), _plain(g), product, first)
 
+    @torch.compiler.disable
     def differentiate(self) -> None:
         """Tell the owner that a derivative of the layer is differentiated again."""
         owner = None if self._owner is None else self._owner()
@@ -225,6 +227,7 @@ def install(owner: Any, source: Any, module: nn.Module) -> list[Tap]:
     return [tap]
 
 
+@torch.compiler.disable
 def backward_pass() -> int:
     """A number that is the same for all calls from one backward pass."""
     return torch._C._current_graph_task_id()
