@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
-from singd_torch.layers.layer import Layer
+from singd_torch.layers.layer import IN_THE_LOSS, Layer
 from singd_torch.layers.source import Source
 
 
@@ -51,7 +51,7 @@ def agree_on_rows(
     device = device_of_flags(group, layers[0].weight.device)
     own = [
         [
-            bool(layer.without_rows),
+            _lost(layer),
             layer.was_called,
             layer.misses_rows(),
             flag,
@@ -62,11 +62,12 @@ def agree_on_rows(
     found = torch.tensor(own, dtype=torch.float32, device=device)
     dist.all_reduce(found, dist.ReduceOp.MAX, group=apart(group))
     largest = []
-    for layer, (is_lost, called, missed, flag, *uses) in zip(layers, found.tolist(), strict=True):
+    for layer, (lost, called, missed, flag, *uses) in zip(layers, found.tolist(), strict=True):
         largest.append(int(flag))
         layer.count_missed(called=bool(called), missed=bool(missed))
-        if is_lost and not layer.without_rows:
-            layer.lose_rows("used on another process in a way that no rows tell")
+        if lost and not layer.without_rows:
+            elsewhere = "used on another process in a way that no rows tell"
+            layer.lose_rows(IN_THE_LOSS if lost == _BY_CHOICE else elsewhere)
         elif layer.is_stack and sum(uses) > 1:
             layer.lose_rows("multiplied from both sides")
         elif layer.is_unturned and uses[1]:
@@ -106,6 +107,17 @@ def device_of_flags(group: dist.ProcessGroup, device: torch.device) -> torch.dev
     It is the CPU where their group can, lest the host wait for an accelerator.
     """
     return torch.device("cpu") if "cpu:" in str(dist.get_backend_config(group)) else device
+
+
+# That a process takes no rows of a layer, as derivatives of it are in the loss.
+_BY_CHOICE = 1
+
+
+def _lost(layer: Layer) -> int:
+    """Whether the rows of a layer are lost here; what somebody is warned of counts more."""
+    if not layer.without_rows:
+        return 0
+    return _BY_CHOICE if layer.without_rows == IN_THE_LOSS else 2
 
 
 def _uses(layer: Layer) -> tuple[bool, bool]:

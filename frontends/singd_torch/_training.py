@@ -13,11 +13,10 @@ from singd_core import _settings
 from singd_torch._groups import settings_of
 from singd_torch._warnings import listed
 from singd_torch.capture import scaling
-from singd_torch.capture.proof import IN_THE_LOSS
 from singd_torch.capture.scaling import Given
 from singd_torch.capture.watcher import Watcher
 from singd_torch.layers.due import is_due, is_refresh
-from singd_torch.layers.layer import MOST_MISSED, Layer
+from singd_torch.layers.layer import IN_THE_LOSS, MOST_MISSED, Layer
 from singd_torch.layers.roster import GONE, Roster
 from singd_torch.sharding.guards import refuse_stages
 from singd_torch.step.stepper import Stepper

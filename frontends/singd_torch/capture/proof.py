@@ -11,14 +11,13 @@ from torch.linalg import vector_norm
 from singd_core._array import widen
 from singd_core.layers import LayerKind
 from singd_torch.capture.tap import backward_pass
-from singd_torch.layers.layer import Layer
+from singd_torch.layers.layer import IN_THE_LOSS, Layer
 from singd_torch.layers.reach import is_in_parts
 from singd_torch.layers.rows import in_pieces
 from singd_torch.layers.source import Source
 
-# Why rows do not tell the gradient. The second is a choice of the loss: nobody is warned of it.
+# Why rows do not tell the gradient.
 NOT_SEEN = "used where no call is seen, or in the loss by itself"
-IN_THE_LOSS = "derivatives of it are in the loss, and give no rows"
 
 # Of the gradient, beyond which its other part is no rounding.
 _SHARE = 0.1

@@ -21,6 +21,8 @@ from singd_torch.tensors.pieces import on_host
 
 # Refreshes in a row without rows after which gradients refresh the factors of what has gradients.
 MOST_MISSED = 3
+# Why a layer is trained without rows by a choice of the loss, of which nobody is warned.
+IN_THE_LOSS = "derivatives of it are in the loss, and give no rows"
 Key: TypeAlias = tuple[int | None, bool]
 
 

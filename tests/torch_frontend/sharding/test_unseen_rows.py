@@ -2,15 +2,21 @@
 
 import copy
 import warnings
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import gloo
 import models
 import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from test_fully_shard import check, shard
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
+from watched import Product, table
 
 from singd_torch import SINGD
 
@@ -66,3 +72,54 @@ def test_two_processes_do_as_one(how: str) -> None:
     found = gloo.run(2, run, how)
     assert [own[1:] for own in found] == [(3, 0), (3, 0)]
     check([weights for weights, *_ in found], wanted)
+
+
+
+# What a process warns of, the rule of each parameter, and the weights.
+Ended = tuple[list[str], dict[str, str], dict[str, Tensor]]
+
+
+def end(rank: int, world: int, part: Callable[[Any, Tensor], Tensor]) -> Ended:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    optimizer = SINGD(model, processes=dist.group.WORLD)
+    torch.manual_seed(1 + rank)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            x = torch.randn(16, 4).double().requires_grad_()
+            loss = F.cross_entropy(model(x), x.argmax(1) % 3)
+            if rank == 1:
+                loss = loss + part(model, x)
+            optimizer.zero_grad()
+            loss.backward()
+            for p in model.parameters():
+                assert p.grad is not None
+                dist.all_reduce(p.grad.div_(world))
+            optimizer.step()
+    return [str(warning.message) for warning in found], table(optimizer), models.weights(model)
+
+
+def used_where_no_call_is_seen(model: Any, x: Tensor) -> Tensor:
+    return Product.apply(x, model[0].weight).cos().mean()
+
+
+def derivative(model: Any, x: Tensor) -> Tensor:
+    (slope,) = torch.autograd.grad(model[0](x).sin().sum(), x, create_graph=True)
+    return slope.square().sum()
+
+
+def ends(rank: int, world: int) -> list[Ended]:
+    return [end(rank, world, part) for part in (used_where_no_call_is_seen, derivative)]
+
+
+def test_what_one_process_alone_finds_out_holds_for_all() -> None:
+    """All warn of a use that is not seen, and nobody of derivatives in the loss."""
+    (unseen, by_choice), (unseen_there, by_choice_there) = gloo.run(2, ends)
+    for one, other in ((unseen, unseen_there), (by_choice, by_choice_there)):
+        assert one[1] == other[1]
+        assert Counter(one[1].values()) == {"SINGD": 2, "SINGD without rows": 1, "AdamW": 1}
+        check([other[2]], one[2])
+    assert [len(unseen[0]), len(unseen_there[0]), by_choice[0], by_choice_there[0]] == [1, 1, [], []]
+    assert "'0.weight' are taken, since it is used on another process" in unseen[0][0]
+    assert "'0.weight' are taken, since it is used where no call is seen" in unseen_there[0][0]
