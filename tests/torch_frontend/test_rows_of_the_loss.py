@@ -146,6 +146,25 @@ def test_gradients_by_autograd_grad_accumulate() -> None:
         torch.testing.assert_close(p, q)
 
 
+def test_a_product_with_second_derivatives_of_the_loss_brings_no_rows() -> None:
+    """The pass before it, which only makes gradients, is one more pass through the same batch."""
+    models, twice = (network().double(), network().double()), (False, True)
+    x = INPUTS.double()
+    for model, also in zip(models, twice, strict=True):
+        optimizer, parameters = SINGD(model), list(model.parameters())
+        for _ in range(3):
+            optimizer.zero_grad()
+            value = cross_entropy(model(x), LABELS)
+            if also:
+                gradients = torch.autograd.grad(value, parameters, create_graph=True)
+                products = sum(g.sin().sum() for g in gradients)
+                torch.autograd.grad(products, parameters, retain_graph=True)
+            value.backward()
+            optimizer.step()
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=0.0)
+
+
 def test_discriminator_whose_gradients_the_model_drops() -> None:
     """As in torch's example of a DCGAN, where the generator's loss passes through it as well."""
 

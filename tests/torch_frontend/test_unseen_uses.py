@@ -233,6 +233,22 @@ def curvature_beside(model: Net, optimizer: SINGD) -> None:
     loss_of(model, tokens()).backward()
 
 
+def curvature_without_a_block(model: Net, optimizer: SINGD) -> None:
+    parameters = list(model.parameters())
+    loss = loss_of(model, tokens())
+    gradients = torch.autograd.grad(loss, parameters, create_graph=True)
+    torch.autograd.grad(sum(g.sin().sum() for g in gradients), parameters, retain_graph=True)
+    loss.backward()
+
+
+def curvature_that_the_model_drops(model: Net, optimizer: SINGD) -> None:
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(loss_of(model, tokens()), parameters, create_graph=True)
+    sum(g.sin().sum() for g in gradients).backward()  # type: ignore[union-attr]
+    model.zero_grad()
+    loss_of(model, tokens()).backward()
+
+
 def checkpointed(reentrant: bool) -> Step:
     def step(model: Net, optimizer: SINGD) -> None:
         def inner(h: Tensor) -> Tensor:
@@ -293,8 +309,8 @@ def of_no_gradient(model: Net, optimizer: SINGD) -> None:
 STEPS: list[Step] = [
     scaled_gradient, frozen_entries, scaled_before_it_is_added, changed_where_it_is_added,
     decay_in_the_loss, sparse_decay_in_the_loss, penalty_in_a_pass_of_its_own, clipped_and_noisy,
-    accumulated, curvature_beside, by_autograd_grad, two_losses, masked,
-    of_sampled_labels, tied_head, with_another_optimizer, of_no_gradient,
+    accumulated, curvature_beside, curvature_without_a_block, curvature_that_the_model_drops,
+    by_autograd_grad, two_losses, masked, of_sampled_labels, tied_head, with_another_optimizer, of_no_gradient,
 ]  # fmt: skip
 
 

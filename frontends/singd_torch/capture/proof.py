@@ -181,6 +181,13 @@ class Proofs:
             if doubtful and proof.fails()
         ]
 
+    def forget_earlier(self, layer: Layer) -> None:
+        """Drop what is known of a layer from passes before the one that runs."""
+        for proof in self._of.get(layer, [])[:]:
+            if not proof.is_of_this_pass():
+                proof.end()
+                self._of[layer].remove(proof)
+
     def forget(self) -> None:
         """Drop all, as of gradients that are dropped."""
         for proof in (one for proofs in self._of.values() for one in proofs):

@@ -41,7 +41,7 @@ class _Probe(torch.autograd.Function):
         # Later passes through the same call are of other terms of one loss.
         first = backward_pass() if ctx.first_pass is None else ctx.first_pass
         if torch.is_grad_enabled():  # the gradient will have parts that come from this derivative
-            ctx.tap.differentiate()
+            ctx.tap.differentiate(g)
         if ctx.tap.take(x, seen, ctx.product, first):
             ctx.first_pass = first
         return g, None, None, None, None
@@ -142,11 +142,22 @@ class Tap:
         return rows(_plain(x), _plain(g), product, first)
 
     @torch.compiler.disable
-    def differentiate(self) -> None:
-        """Tell the owner that a derivative of the layer is differentiated again."""
+    def differentiate(self, g: Tensor | None = None) -> None:
+        """Tell the owner of a derivative of the layer, which may be differentiated again.
+
+        A backward pass that does so meets `g`, the gradient at an output.
+        """
         owner = None if self._owner is None else self._owner()
         if owner is not None and self.source is not None:
             owner.differentiate(self.source)
+            if g is not None and g.requires_grad:
+                g.register_hook(self._meet_derivative)  # type: ignore[no-untyped-call]
+
+    @torch.compiler.disable
+    def _meet_derivative(self, _: Tensor) -> None:
+        owner = None if self._owner is None else self._owner()
+        if owner is not None:
+            owner.pass_of_derivatives = backward_pass()
 
     def update(self) -> None:
         """Ask the owner whether rows are wanted."""

@@ -60,12 +60,14 @@ class Watcher:
     Attributes:
         mask: The mask of rows, or None.
         queue: The rows that wait to be measured.
+        pass_of_derivatives: The last backward pass that differentiated a gradient again.
         weight_calls: The calls that are handed a weight itself.
     """
 
     def __init__(self, roster: Roster, keeper: Keeper) -> None:
         self.mask: Tensor | None = None
         self.queue = Queue()
+        self.pass_of_derivatives = -1
         self._roster, self._keeper = roster, keeper
         self._taps: dict[nn.Module, list[Tap]] = {}
         self._now = Now()
@@ -170,6 +172,8 @@ class Watcher:
         self, layer: Layer, source: Source, x: Tensor, g: Tensor, product: Any, loss: int | None
     ) -> bool:
         """Take the rows of a call, or of each matrix of a product, for one of the losses."""
+        if self._is_of_curvature(layer):
+            return False
         layer.loss = backward_pass() if loss is None else loss
         layer.called_in = layer.group["steps"]
         rows = [(None, x, g, None)] if product is None else product(x, g, layer.most_rows(x))
@@ -180,6 +184,15 @@ class Watcher:
                 self._proofs.add(layer, own, own_x, own_g)
             self.take_rows(layer, own, own_x, own_g)
         return self._takes_rows()
+
+    def _is_of_curvature(self, layer: Layer) -> bool:
+        """Whether the backward pass that runs is a product with second derivatives of a loss.
+
+        It is one of `torch.autograd.grad`: where `backward` adds it to the gradient, the
+        derivatives are in the loss.
+        """
+        again = self.pass_of_derivatives == backward_pass()
+        return again and Reach.of(layer.weight) is Reach.RETURNED
 
     def end_proofs(self) -> None:
         """Take no rows of layers if rows do not tell the gradient, before a step."""
@@ -212,6 +225,7 @@ class Watcher:
         gone = layer.last_pass[1] is Reach.ADDED and layer.weight.grad is None
         if gone and self._sampled is None:  # `sampled_labels` takes gradients away itself
             self.queue.forget(layer)
+            self._proofs.forget_earlier(layer)
             layer.pending = {}
             if self._keeper.sharded is not None:
                 self._keeper.sharded.sums.dropped(layer)
