@@ -310,7 +310,8 @@ STEPS: list[Step] = [
     scaled_gradient, frozen_entries, scaled_before_it_is_added, changed_where_it_is_added,
     decay_in_the_loss, sparse_decay_in_the_loss, penalty_in_a_pass_of_its_own, clipped_and_noisy,
     accumulated, curvature_beside, curvature_without_a_block, curvature_that_the_model_drops,
-    by_autograd_grad, two_losses, masked, of_sampled_labels, tied_head, with_another_optimizer, of_no_gradient,
+    by_autograd_grad, two_losses, masked, of_sampled_labels, tied_head, with_another_optimizer,
+    of_no_gradient,
 ]  # fmt: skip
 
 
