@@ -134,6 +134,21 @@ def test_forward_replaced_in_a_module() -> None:
     check_rows(module.double(), lambda m: loss_of(m(draw(9, 5))))
 
 
+HOOKS: dict[str, Callable[[nn.Module], Any]] = {
+    "output": lambda m: m.register_forward_hook(lambda m, args, z: 2.0 * torch.relu(z)),
+    "input": lambda m: m.register_forward_pre_hook(lambda m, args: (torch.tanh(args[0]),)),
+    "gradient of the input": lambda m: m.register_full_backward_hook(lambda m, g, _: (0.5 * g[0],)),
+    "gradient": lambda m: m.register_full_backward_pre_hook(lambda m, g: (torch.tanh(g[0]),)),
+}
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_hooks_of_a_module_that_change_what_it_does(hook: str) -> None:
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 4), nn.Linear(4, 3)).double()
+    HOOKS[hook](model[1])
+    check_rows(model, lambda m: loss_of(m(draw(9, 5))))
+
+
 # ---- weights that are used by function -----------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from singd_torch.capture import compiled
-from singd_torch.layers.reach import Reach, is_in_parts
+from singd_torch.layers.reach import Reach
 
 # Takes the input of a call, the gradient of the loss at its output, which product it was, and the
 # first backward pass that brought rows of it, None in compiled code. Returns whether it took them.
@@ -231,9 +231,8 @@ def _base(output: Tensor) -> Tensor:
 def install(owner: Any, source: Any, module: nn.Module) -> list[Tap]:
     """Tap a module until the end of the owner."""
     tap = Tap(owner, source)
-    # Tensor parallelism has a hook that makes the output another tensor.
-    first = is_in_parts(source.weight)
-    handle = module.register_forward_hook(tap, with_kwargs=True, prepend=first)
+    # Other hooks may make the output another one, as tensor parallelism has.
+    handle = module.register_forward_hook(tap, with_kwargs=True, prepend=True)
     weakref.finalize(owner, handle.remove)
     return [tap]
 
