@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from singd_core import _settings
 from singd_torch._groups import settings_of
+from singd_torch._uncompiled import uncompiled
 from singd_torch._warnings import listed
 from singd_torch.capture import scaling
 from singd_torch.capture.scaling import Given
@@ -140,7 +141,7 @@ class Training(torch.optim.Optimizer):
 
     # ---- steps ----------------------------------------------------------------------------------
 
-    @torch.compiler.disable(reason="SINGD steps outside of graphs; see SINGD(compile_step=True)")
+    @uncompiled("SINGD steps outside of graphs; see SINGD(compile_step=True)")
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step. If a gradient or row is not finite, it changes nothing and is counted.
@@ -232,7 +233,7 @@ class Training(torch.optim.Optimizer):
         """
         self._given_scale = Given(scale, unscaled)
 
-    @torch.compiler.disable
+    @uncompiled("it forgets rows")
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, and with them the rows that were captured."""
         super().zero_grad(set_to_none)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 
+from singd_torch._uncompiled import uncompiled
+
 
 class _Takes(Protocol):
     def take(self, x: Tensor, g: Tensor) -> Any: ...
@@ -28,7 +30,7 @@ _TAGS = [tag for tag in [getattr(torch.Tag, "cudagraph_unsafe", None)] if tag is
 torch.library.define(_ROWS, "(Tensor handle, Tensor x, Tensor g) -> ()", tags=_TAGS)
 
 
-@torch.compiler.disable
+@uncompiled("a hook of backward passes")
 def _rows(handle: Tensor, x: Tensor, g: Tensor) -> None:
     tap = _TAPS.get(int(handle))  # on the host: nothing is waited for
     if tap is not None:

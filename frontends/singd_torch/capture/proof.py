@@ -10,6 +10,7 @@ from torch.linalg import vector_norm
 
 from singd_core._array import widen
 from singd_core.layers import LayerKind
+from singd_torch._uncompiled import uncompiled
 from singd_torch.capture.tap import backward_pass
 from singd_torch.layers.layer import IN_THE_LOSS, Layer
 from singd_torch.layers.reach import is_in_parts
@@ -45,7 +46,7 @@ class Proof:
         self._gradient: Tensor | None = None
         self._handle: Any = layer.weight.register_hook(self)  # type: ignore[no-untyped-call]
 
-    @torch.compiler.disable  # of a backward pass inside a compiled function
+    @uncompiled("a hook of backward passes")
     def __call__(self, gradient: Tensor) -> None:
         """What autograd calls with all that the pass adds to the gradient."""
         if self.is_of_this_pass():  # else it is one inside that

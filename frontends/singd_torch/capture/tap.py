@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from singd_torch._uncompiled import uncompiled
 from singd_torch.capture import compiled
 from singd_torch.layers.reach import Reach
 
@@ -126,7 +127,7 @@ class Tap:
         probed = _Probe.apply(base, x, self, output.shape, product)  # type: ignore[no-untyped-call]
         return probed.view(output.shape)  # type: ignore[no-any-return]
 
-    @torch.compiler.disable  # hooks of a backward pass inside a compiled function
+    @uncompiled("a hook of backward passes")
     @torch.no_grad()
     def take(self, x: Tensor, g: Tensor, product: Any = None, first: int | None = None) -> bool:
         """Hand rows to the owner, if it wants them and the backward pass is one of the loss.
@@ -141,7 +142,7 @@ class Tap:
             return False
         return rows(_plain(x), _plain(g), product, first)
 
-    @torch.compiler.disable
+    @uncompiled("a hook of backward passes")
     def differentiate(self, g: Tensor | None = None) -> None:
         """Tell the owner of a derivative of the layer, which may be differentiated again.
 
@@ -153,7 +154,7 @@ class Tap:
             if g is not None and g.requires_grad:
                 g.register_hook(self._meet_derivative)  # type: ignore[no-untyped-call]
 
-    @torch.compiler.disable
+    @uncompiled("a hook of backward passes")
     def _meet_derivative(self, _: Tensor) -> None:
         owner = None if self._owner is None else self._owner()
         if owner is not None:
@@ -237,7 +238,7 @@ def install(owner: Any, source: Any, module: nn.Module) -> list[Tap]:
     return [tap]
 
 
-@torch.compiler.disable
+@uncompiled("a hook of backward passes")
 def backward_pass() -> int:
     """A number that is the same for all calls from one backward pass."""
     return torch._C._current_graph_task_id()
