@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from singd_core.layers import LayerKind, Linear
+from singd_torch.capture.handed import Handed, Homes, tensors_of
 from singd_torch.capture.tap import Tap
 from singd_torch.layers.functions import Reading, View, reading, views
 from singd_torch.layers.layer import Layer
@@ -39,17 +40,21 @@ class Now(threading.local):
 
 
 class Calls:
-    """The calls that are handed the weights of an optimizer: probed where they are its layers'."""
+    """The calls that are handed the weights of an optimizer: probed where they are its layers'.
 
-    def __init__(self, owner: Any, layers: Iterable[Layer], now: Now) -> None:
+    Attributes:
+        now: What is so at this moment.
+        handed: Which parameters of layers tensors are.
+    """
+
+    def __init__(self, owner: Any, layers: Iterable[Layer], homes: Homes, now: Now) -> None:
         """`owner.rows_wanted` is asked for each call; layers learn what else uses them."""
         self._owner, self.now = weakref.ref(owner), now
         parameters = {p: layer for layer in layers if layer.is_open for p in layer.parameters}
         self._layers = {id(p): layer for p, layer in parameters.items()}
-        self._kept = list(parameters)  # a call may go on after others took their places
         self._taps: dict[tuple[Layer, LayerKind, bool, int | None], Tap | None] = {}
-        self._known: dict[int, tuple[Layer, Tap]] = {}
-        self.ids = frozenset(self._layers)
+        self._known: dict[int, tuple[Layer, Tap, Tensor | None]] = {}
+        self.handed = Handed(parameters, homes)
 
     def has_probed(self, weight: Tensor) -> bool:
         """Whether the last call that was handed a weight was handed this one, and probed."""
@@ -80,16 +85,19 @@ class Calls:
         if found is None or layer is None:
             self._lose(function, args, kwargs, output, mode, ())
             return output
-        tap = self._tap(layer, found)
+        bias = self.handed.is_of(found.bias)
+        tap = self._tap(layer, found, biased=layer.bias is None or bias is layer.bias)
         both = tap is None and layer.is_stack and found.kind.is_plain
-        explained = (found.handed, layer.bias) if tap is not None or both else ()
+        own_bias = found.bias if bias is layer.bias else None
+        explained = (found.handed, own_bias) if tap is not None or both else ()
         self._lose(function, args, kwargs, output, mode, explained)
         if both and _needs_gradient(output, found.handed):
             layer.lose_rows("used both plain and transposed")
         if tap is None:
             return output
-        if function is F.linear and found.handed is layer.weight and found.bias is layer.bias:
-            self._known[id(layer.weight)] = layer, tap
+        is_weight = self.handed.is_of(found.handed) is layer.weight
+        if function is F.linear and is_weight and bias is layer.bias:
+            self._known[id(found.handed)] = layer, tap, found.bias
         return self._probed(layer, tap, found.x, output, found.rows, function, mode)
 
     def _known_tap(
@@ -99,10 +107,11 @@ class Calls:
         if function is not F.linear or kwargs or len(args) < 2:
             return None
         known = self._known.get(id(args[1]))
-        bias = args[2] if len(args) > 2 else None
-        if known is None or bias is not known[0].bias or mode.view_of(args[0]) is not None:
+        given = args[2] if len(args) > 2 else None
+        if known is None or mode.view_of(args[0]) is not None:
             return None
-        return known
+        layer, tap, bias = known
+        return (layer, tap) if given is bias else None
 
     def _probed(
         self,
@@ -135,9 +144,8 @@ class Calls:
             return None
         return view if view.weight.ndim == 2 or layer.is_stack else None
 
-    def _tap(self, layer: Layer, found: Reading) -> Tap | None:
+    def _tap(self, layer: Layer, found: Reading, *, biased: bool) -> Tap | None:
         """What probes calls of this kind, or None if they give no rows of the layer."""
-        biased = layer.bias is None or found.bias is layer.bias
         key = layer, found.kind, biased, found.view.part
         if key not in self._taps:
             if layer.is_unturned and found.kind == Linear(transposed=True):
@@ -158,7 +166,7 @@ class Calls:
         explained: Sequence[Tensor | None],
     ) -> None:
         """Take no rows of layers that a call uses in another way than rows would explain."""
-        for tensor in _tensors(args, kwargs):
+        for tensor in tensors_of(args, kwargs):
             view = mode.view_of(tensor)
             layer = None if view is None else self._layers.get(id(view.weight))
             if layer is None or any(tensor is other for other in explained):
@@ -172,7 +180,7 @@ class _Mode(TorchFunctionMode):
 
     def __init__(self, calls: Calls) -> None:
         super().__init__()
-        self._calls, self._ids = calls, set(calls.ids)
+        self._calls, self._handed, self._ids = calls, calls.handed, set(calls.handed.of)
         self._views: dict[int, tuple[View, Tensor]] = {}
         self._home = _saved_tensors_hooks()
 
@@ -181,6 +189,8 @@ class _Mode(TorchFunctionMode):
     ) -> Any:
         kwargs, ids = kwargs or {}, self._ids
         if not torch.compiler.is_compiling():
+            if self._handed.is_gathered:
+                self._handed.gather(args, kwargs, ids)
             for a in chain(args, kwargs.values()) if kwargs else args:
                 if id(a) in ids or (type(a) in (list, tuple) and not ids.isdisjoint(map(id, a))):
                     return self._calls.run(func, args, kwargs, self)
@@ -195,7 +205,8 @@ class _Mode(TorchFunctionMode):
         """What a tensor shows of a weight, None of other tensors."""
         if id(tensor) in self._views:
             return self._views[id(tensor)][0]
-        return View(tensor) if id(tensor) in self._calls.ids else None
+        weight = self._handed.of.get(id(tensor))
+        return None if weight is None else View(weight)
 
     def is_at_home(self) -> bool:
         """Whether what is saved for the backward pass goes where it went when this was entered."""
@@ -263,13 +274,6 @@ def _saved_tensors_hooks() -> Any:
     """What is done with tensors that are saved for the backward pass, as by a checkpoint."""
     hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks and hooks[0]
-
-
-def _tensors(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
-    for a in chain(args, kwargs.values()):
-        for tensor in a if isinstance(a, (list, tuple)) else (a,):
-            if isinstance(tensor, Tensor):
-                yield tensor
 
 
 def _needs_gradient(output: Any, tensor: Tensor) -> bool:

@@ -36,15 +36,19 @@ class Proof:
     A factor between the two is no fault, so that hooks may scale a gradient.
     """
 
-    def __init__(self, layer: Layer) -> None:
-        """Begin in the backward pass that runs, which tells the gradient of the weight at last."""
-        self._layer, self._pass = layer, backward_pass()
+    def __init__(self, layer: Layer, leaf: Tensor) -> None:
+        """Begin in the backward pass that runs, which tells the gradient of the weight at last.
+
+        The `leaf` is the weight, or what was gathered from its parts, which is gone after the pass.
+        """
+        self._layer, self._leaf, self._pass = layer, leaf, backward_pass()
         self._V = _signs(layer)
         self._products: dict[int | None, Tensor] = {}
         self._terms: Tensor | float = 0.0
         self._eps = torch.finfo(layer.weight.dtype).eps
         self._gradient: Tensor | None = None
-        self._handle: Any = layer.weight.register_hook(self)  # type: ignore[no-untyped-call]
+        self._of_decay: list[Tensor] = []
+        self._handle: Any = leaf.register_hook(self)  # type: ignore[no-untyped-call]
 
     @uncompiled("a hook of backward passes")
     def __call__(self, gradient: Tensor) -> None:
@@ -53,6 +57,8 @@ class Proof:
             self.end()
             matrix = self._layer.kind.matrix(gradient.detach())
             self._gradient = widen(matrix @ self._V.to(matrix.dtype))
+            if self._leaf is not self._layer.weight:
+                self._of_decay = self._decays()
 
     def is_of_this_pass(self) -> bool:
         """Whether the backward pass that runs is its own."""
@@ -104,14 +110,17 @@ class Proof:
         That is along the weight, or its signs. The weight is still what it was.
         """
         assert self._gradient is not None
-        weight = self._layer.kind.matrix(self._layer.weight.detach())
-        V = self._V.to(weight.dtype)
-        known = torch.stack([self._product(), widen(weight @ V), widen(weight.sign() @ V)])
+        known = torch.stack([self._product(), *(self._of_decay or self._decays())])
         columns, G = known.double().flatten(1).mT.cpu(), self._gradient.double().flatten().cpu()
         found = torch.linalg.lstsq(columns, G[:, None], driver="gelsd").solution
         norm = vector_norm(G)
         rest = vector_norm(G - (columns @ found)[:, 0])
         return bool(rest > _SHARE * norm + float(self._rounding(norm)))
+
+    def _decays(self) -> list[Tensor]:
+        weight = self._layer.kind.matrix(self._leaf.detach())
+        V = self._V.to(weight.dtype)
+        return [widen(weight @ V), widen(weight.sign() @ V)]
 
     def _rounding(self, norm: Tensor) -> Any:
         """How far both may be apart by rounding, also of what is below the smallest number."""
@@ -140,15 +149,17 @@ class Proofs:
         self._of: dict[Layer, list[Proof]] = {}
         self._left_out: set[Layer] = set()
 
-    def add(self, layer: Layer, source: Source, x: Tensor, g: Tensor) -> None:
-        """Add a call of the backward pass that runs."""
+    def add(self, layer: Layer, source: Source, x: Tensor, g: Tensor, leaf: Tensor | None) -> None:
+        """Add a call of the backward pass that runs, in which the `leaf` is the weight."""
         proofs = self._of.setdefault(layer, [])
         proof = next((one for one in proofs if one.is_of_this_pass()), None)
         if proof is None:
-            if len(proofs) == _PASSES or layer in self._left_out or not _can_be_proved(layer):
+            if len(proofs) == _PASSES or layer in self._left_out:
+                return
+            if leaf is None or not _can_be_proved(layer, leaf):
                 return
             layer.proved_in = layer.group["steps"]
-            proofs.append(proof := Proof(layer))
+            proofs.append(proof := Proof(layer, leaf))
         if source.kept is None:
             proof.add(source, x, g)
         else:  # only some of the rows are there
@@ -196,11 +207,11 @@ class Proofs:
         self._of = {}
 
 
-def _can_be_proved(layer: Layer) -> bool:
+def _can_be_proved(layer: Layer, leaf: Tensor) -> bool:
     """Whether autograd tells the gradient of a weight, and rows are those that it is made of."""
-    hooks = (layer.weight._backward_hooks or {}).values()
+    hooks = (leaf._backward_hooks or {}).values()
     changed = any(not isinstance(hook, Proof) for hook in hooks)
-    unknown = layer.weight.is_meta or is_in_parts(layer.weight)
+    unknown = leaf.is_meta or is_in_parts(leaf)
     return not (changed or unknown or layer.group["average_groups"])
 
 

@@ -67,7 +67,10 @@ class Tap:
     """
 
     def __init__(self, owner: Any, source: Any) -> None:
-        """`owner.rows_wanted(source)` returns what takes the rows, or None."""
+        """`owner.rows_wanted(source)` returns what takes the rows, or None.
+
+        `owner.reach(weight)` is what the backward pass that runs does with a gradient.
+        """
         self._owner = None if owner is None else weakref.ref(owner)
         self.source = source
         self.due = False
@@ -137,8 +140,8 @@ class Tap:
         Returns:
             Whether the owner took them.
         """
-        rows = self._rows()
-        if rows is None or Reach.of(self.source.weight) is Reach.NOT:
+        rows, owner = self._rows(), None if self._owner is None else self._owner()
+        if rows is None or owner is None or owner.reach(self.source.weight) is Reach.NOT:
             return False
         return rows(_plain(x), _plain(g), product, first)
 

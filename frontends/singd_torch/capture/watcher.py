@@ -17,12 +17,13 @@ from singd_torch.capture import attention
 from singd_torch.capture.calls import Calls, Hooks, Now
 from singd_torch.capture.calls import modules as modules_that_call
 from singd_torch.capture.copies import leave_hooks_behind
+from singd_torch.capture.handed import Homes
 from singd_torch.capture.proof import Proofs
 from singd_torch.capture.queue import Call, Queue
 from singd_torch.capture.tap import TakeRows, Tap, after_pass, backward_pass, install
 from singd_torch.layers.due import is_due
 from singd_torch.layers.layer import Layer, part_of
-from singd_torch.layers.reach import Reach, part_again
+from singd_torch.layers.reach import Reach, is_in_parts, part_again
 from singd_torch.layers.roster import Roster
 from singd_torch.layers.rows import rows_of
 from singd_torch.layers.source import Source
@@ -77,7 +78,8 @@ class Watcher:
         self._sampled: str | None = None
         self._refused = False
         self._calls_are_due = False
-        self.weight_calls = Calls(self, (), self._now)
+        self._homes = Homes()
+        self.weight_calls = Calls(self, (), self._homes, self._now)
 
     def watch(self) -> None:
         """Watch the layers that there are now."""
@@ -88,7 +90,8 @@ class Watcher:
                 self._hooks.install(module, self)
                 self._hooked.add(module)
         leave_hooks_behind(model)
-        self.weight_calls = Calls(self, layers, self._now)
+        self._homes.learn(model)
+        self.weight_calls = Calls(self, layers, self._homes, self._now)
         self.tell()
 
     def _tap(self, layers: list[Layer]) -> None:
@@ -114,7 +117,8 @@ class Watcher:
         for tap in self._all_taps():
             tap.follow(new)
         self._keeper.follow(new)
-        self.weight_calls = Calls(self, self._roster.layers, self._now)
+        self._homes.follow(new, self._roster.model)
+        self.weight_calls = Calls(self, self._roster.layers, self._homes, self._now)
         self.tell()
         return new
 
@@ -168,6 +172,10 @@ class Watcher:
 
     # ---- what is taken in backward passes -------------------------------------------------------
 
+    def reach(self, weight: Tensor) -> Reach:
+        """What the backward pass that runs does with the gradient of a weight."""
+        return Reach.of(self._homes.leaf(weight))
+
     def _take(
         self, layer: Layer, source: Source, x: Tensor, g: Tensor, product: Any, loss: int | None
     ) -> bool:
@@ -181,7 +189,7 @@ class Watcher:
             part = source.part if part is None else part
             own = source if product is None else dataclasses.replace(source, part=part, kept=kept)
             if layer.wants_proof() and self._takes_rows():
-                self._proofs.add(layer, own, own_x, own_g)
+                self._proofs.add(layer, own, own_x, own_g, self._homes.leaf(layer.weight))
             self.take_rows(layer, own, own_x, own_g)
         return self._takes_rows()
 
@@ -229,9 +237,11 @@ class Watcher:
             layer.pending = {}
             if self._keeper.sharded is not None:
                 self._keeper.sharded.sums.dropped(layer)
-        layer.last_pass = backward, Reach.of(layer.weight)
-        if layer.last_pass[1] is Reach.UNKNOWN:
+        reach = self.reach(layer.weight)
+        if reach in (Reach.ADDED, Reach.UNKNOWN) and is_in_parts(layer.weight):
+            reach = Reach.UNKNOWN  # the parts may have no gradient before a later pass
             after_pass(partial(_end_pass, layer))
+        layer.last_pass = backward, reach
 
     def forget(self) -> None:
         """Have no rows, and begin with the rows of the next step."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import enum
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +17,15 @@ class Reach(enum.Enum):
     NOT = enum.auto()  # it is a derivative with respect to something else
     ADDED = enum.auto()  # to `weight.grad`, by `backward`
     RETURNED = enum.auto()  # by `torch.autograd.grad`
-    UNKNOWN = enum.auto()  # the weight is in parts, and what was gathered from them is the leaf
+    UNKNOWN = enum.auto()  # the weight is in parts, and nobody has what was gathered from them
 
     @classmethod
-    def of(cls, weight: Tensor) -> Reach:
+    def of(cls, leaf: Tensor | None) -> Reach:
         """How the backward pass that runs reaches a leaf."""
-        if is_in_parts(weight):
+        if leaf is None:
             return cls.UNKNOWN
         with torch.enable_grad():
-            view = weight.view_as(weight).grad_fn
+            view = leaf.view_as(leaf).grad_fn
         node = None if view is None else view.next_functions[0][0]
         assert node is not None
         try:
@@ -43,9 +45,16 @@ def part_again(model: nn.Module) -> None:
 
     A backward pass gathers them by itself.
     """
+    for module in _gathering(model):
+        module.reshard()
+
+
+def gathers(model: nn.Module) -> bool:
+    """Whether there are modules for which `fully_shard` gathers parameters."""
+    return any(True for _ in _gathering(model))
+
+
+def _gathering(model: nn.Module) -> Iterator[Any]:
     fsdp = sys.modules.get("torch.distributed.fsdp")
     kind = None if fsdp is None else getattr(fsdp, "FSDPModule", None)
-    if kind is not None:
-        for module in model.modules():
-            if isinstance(module, kind):
-                module.reshard()
+    return (module for module in model.modules() if kind is not None and isinstance(module, kind))
