@@ -14,11 +14,26 @@ from torch.nn.parallel import DistributedDataParallel
 from singd_torch.layers.layer import IN_THE_LOSS, Layer
 from singd_torch.layers.source import Source
 
+_JOIN = (
+    "SINGD sums rows over all processes in its steps, and would wait for ever for a process whose "
+    "data ends before others' do: give all as many batches, as DistributedSampler does, and call "
+    "join(throw_on_early_termination=True), or leave join() out"
+)
+
 
 def processes_of_call() -> dist.ProcessGroup | None:
-    """The processes of the DistributedDataParallel wrapper whose forward pass this is part of."""
+    """The processes of the DistributedDataParallel wrapper whose forward pass this is part of.
+
+    Raises:
+        RuntimeError: If some of them may take fewer steps than others.
+    """
     wrapper = DistributedDataParallel._active_ddp_module
-    return None if wrapper is None else wrapper.process_group
+    if wrapper is None:
+        return None
+    join = wrapper._join_config
+    if join.enable and not join.throw_on_early_termination:
+        raise RuntimeError(_JOIN)
+    return wrapper.process_group
 
 
 def group_of(processes: Any) -> dist.ProcessGroup:

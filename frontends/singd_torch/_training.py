@@ -18,8 +18,9 @@ from singd_torch.capture.scaling import Given
 from singd_torch.capture.watcher import Watcher
 from singd_torch.layers.due import is_due, is_refresh
 from singd_torch.layers.layer import IN_THE_LOSS, MOST_MISSED, Layer
+from singd_torch.layers.reach import part_again
 from singd_torch.layers.roster import GONE, Roster
-from singd_torch.sharding.guards import refuse_stages
+from singd_torch.sharding.guards import refuse_gathered, refuse_stages
 from singd_torch.step.stepper import Stepper
 
 
@@ -35,6 +36,7 @@ class Training(torch.optim.Optimizer):
 
     def _begin(self, model: nn.Module) -> None:
         """Begin with a model, before any layer is known."""
+        part_again(model)
         self._roster = Roster(model)
         self._stepper = Stepper(self._roster, {})
         self._watcher = self._watches(self._roster, self._stepper)
@@ -48,6 +50,8 @@ class Training(torch.optim.Optimizer):
     def _route(self) -> None:
         """Decide which parameters form layers, keeping what is known of those that stay."""
         self._place_rates()
+        part_again(self._roster.model)
+        refuse_gathered(p for group in self.param_groups for p in group["params"])
         self._roster.groups, self._stepper.state = self.param_groups, self.state
         for layer in self._roster.find():
             self.state[layer.weight].clear()

@@ -155,8 +155,9 @@ class Watcher:
             return None
         if not layer.weight.requires_grad:
             return None
+        processes = processes_of_call()
         if self._keeper.processes is None:  # the model may have been wrapped after it was given
-            self._keeper.processes = processes_of_call()
+            self._keeper.processes = processes
         return partial(self._take, layer, source) if is_due(layer) else None
 
     def turn(self, layer: Layer) -> None:
@@ -200,7 +201,7 @@ class Watcher:
         derivatives are in the loss.
         """
         again = self.pass_of_derivatives == backward_pass()
-        return again and Reach.of(layer.weight) is Reach.RETURNED
+        return again and self.reach(layer.weight) is Reach.RETURNED
 
     def end_proofs(self) -> None:
         """Take no rows of layers if rows do not tell the gradient, before a step."""

@@ -25,6 +25,11 @@ _FLAT = (
     "torch.distributed.fsdp.fully_shard(model), then SINGD(model)"
 )
 
+_GATHERED = (
+    "a parameter was given that `fully_shard` had gathered for the time of a pass, and not its "
+    "part: call model.reshard() before model.parameters()"
+)
+
 
 def check_model(model: nn.Module) -> None:
     """Refuse wrappers whose parameters are no parameters of layers.
@@ -46,6 +51,17 @@ def check_model(model: nn.Module) -> None:
 def is_one_of_several() -> bool:
     """Whether other processes run beside this one."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def refuse_gathered(params: Iterable[Tensor]) -> None:
+    """Refuse parameters without memory, which is how `fully_shard` leaves what it had gathered.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    plain = (p for p in params if type(p) is nn.Parameter and p.numel())
+    if any(p.untyped_storage().nbytes() == 0 for p in plain):
+        raise ValueError(_GATHERED)
 
 
 def refuse_stages(params: Iterable[Tensor]) -> None:

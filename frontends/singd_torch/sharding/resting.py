@@ -123,7 +123,8 @@ class Resting:
         if half[0] in leaving:
             for (t, _), place in zip(self._entries(half), self._places(half, flat), strict=True):
                 assert t is not None
-                place.copy_(t.contiguous().reshape(-1).view(torch.uint8))
+                numbers = t.contiguous().as_strided((t.numel(),), (1,))  # one may have any stride
+                place.copy_(numbers.view(torch.uint8))
         return flat
 
     def _unpack(self, half: Half, packed: Tensor) -> None:

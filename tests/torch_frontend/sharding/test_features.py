@@ -150,8 +150,9 @@ def grouped(run: Run) -> None:
     """Groups with settings of their own, a schedule, a closure, and a group that joins later."""
     if run.world > 1:
         shard(run.model, init_device_mesh("cpu", (run.world,)))
+    head = run.model.head.weight
     biases = [p for name, p in run.model.named_parameters() if "bias" in name]
-    kept = {*biases, run.model.head.weight}
+    kept = {*biases, head}
     groups = [
         {"params": [p for p in run.model.parameters() if p not in kept], "weight_decay": 0.2},
         {"params": biases, "lr": 0.03},
@@ -161,7 +162,12 @@ def grouped(run: Run) -> None:
     with models.exact_counts():
         for i, batch in enumerate(models.data(NAME)):
             if i == 2:
-                optimizer.add_param_group({"params": [run.model.head.weight], "T": 1})
+                with torch.no_grad():
+                    run.model(batch[0])  # modules have what was gathered for it
+                if run.world > 1:
+                    with pytest.raises(ValueError, match="reshard"):
+                        SINGD(run.model, [run.model.head.weight])
+                optimizer.add_param_group({"params": [head], "T": 1})
 
             def closure(batch: models.Data = batch) -> float:
                 run.model.zero_grad()

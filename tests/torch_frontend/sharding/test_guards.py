@@ -16,6 +16,7 @@ from torch.distributed.pipelining import (
     ScheduleGPipe,
     ScheduleInterleavedZeroBubble,
 )
+from torch.nn.parallel import DistributedDataParallel
 
 from singd_torch import SINGD
 
@@ -93,6 +94,27 @@ def wrapped_flat(rank: int, world: int, original: bool) -> str:
 @pytest.mark.parametrize("original", [False, True])
 def test_flat_parameters_are_refused(original: bool) -> None:
     gloo.run(1, wrapped_flat, original)
+
+
+def joined(rank: int, world: int) -> None:
+    """The first process has more data than others."""
+    wrapped = DistributedDataParallel(network())
+    optimizer = SINGD(wrapped, T=1, growing_T=False)
+
+    def run() -> None:
+        with wrapped.join():
+            for step in range(2 + world - rank):
+                optimizer.zero_grad()
+                backward(wrapped, step, rank, world)
+                optimizer.step()
+
+    with pytest.raises(RuntimeError, match=r"join\(throw_on_early_termination=True\)"):
+        run()
+
+
+@pytest.mark.slow
+def test_processes_that_may_stop_before_others_are_refused_at_once() -> None:
+    gloo.run(2, joined)
 
 
 SCHEDULES = {

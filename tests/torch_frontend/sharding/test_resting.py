@@ -1,15 +1,18 @@
 """The state of layers that are more than the share of a process rests in parts on all of them."""
 
 import copy
+import math
 from typing import Any
 from unittest import mock
 
 import gloo
 import models
 import pytest
+import torch
 from test_fully_shard import STRUCTURES, check, shard, whole
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from singd_torch import SINGD, estimate
@@ -80,6 +83,29 @@ def test_two_processes_train_like_one_with_other_settings(case: str) -> None:
 @pytest.mark.parametrize("name", ["images", "convolutions"])
 def test_four_processes_train_like_one(name: str, how: str) -> None:
     check_parts(4, name, how, {})
+
+
+def single(rank: int, world: int) -> dict[str, Tensor]:
+    """Of a layer with one output, whose factors are single numbers."""
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 1)).double()
+    if world > 1:
+        fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+    optimizer = SINGD(model, T=1, growing_T=False, rows=math.inf)
+    if world > 1:
+        assert optimizer._stepper.sharded.share.visitors or rank == 1  # type: ignore[union-attr]
+    draw = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        x = torch.randn(8, 6, dtype=torch.float64, generator=draw).chunk(world)[rank]
+        optimizer.zero_grad()
+        (model(x) - 1.0).square().mean().backward()
+        optimizer.step()
+    return models.weights(model)
+
+
+@pytest.mark.slow
+def test_single_numbers_rest_too() -> None:
+    check(gloo.run(2, single), single(0, 1))
 
 
 def on_accelerators(rank: int, world: int, how: str, given: dict[str, Any]) -> Any:
