@@ -19,6 +19,10 @@ from singd_core.late import Late
 SPECTRAL = 2.26
 OUTPUTS = 1.5
 
+# A natural gradient whose norm is smaller has lost its digits, and is none: what multiplies it to a
+# step stays in the range of float32.
+LEAST = 2.0**-100
+
 
 class Sized(NamedTuple):
     """A natural gradient n, and how far it moves the weights: W ← W − lr c n.
@@ -95,8 +99,8 @@ def scaled(
         agreement = late.agreement(ahead, squares, s)
         late = late.grown(agreement, s)
         longer = late.longer()
-    scale = longer * (agreement * size) / at_least(natural, TINY)
-    return where(squares > 0.0, scale, 0.0), late, agreement
+    scale = longer * (agreement * size) / at_least(natural, LEAST)
+    return where((squares > 0.0) & (natural > LEAST), scale, 0.0), late, agreement
 
 
 def sides(d_out: int, d_in: int, overlap: float) -> tuple[float, float]:

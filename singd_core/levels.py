@@ -87,7 +87,7 @@ class Levels(Tree):
         pairs = (self.rows, rows), (self.columns, columns)
         return type(self)(
             *(
-                multiply_add(new, expand(of_new * new.shape[-1], new), old * expand(of_old, old))
+                multiply_add(new * expand(of_new, new), old.shape[-1], old * expand(of_old, old))
                 for old, new in pairs
             )
         )
@@ -99,6 +99,8 @@ def shares(total: Scalar, weight: Scalar) -> tuple[Scalar, Scalar]:
     Args:
         total: The sum of all squares. A sum of zeros does not count.
         weight: How much the new ones count.
+
+    The share of new sums may be near the end of the range: it multiplies them first.
     """
     weight = where(total > TINY, weight + 0.0 * total, 0.0)
     return weight / at_least(total, TINY), 1.0 - weight

@@ -10,6 +10,7 @@ from optimizer_cases import LAYERS, leaves, mapped, params, steps, train
 from singd_core import Convolution, LayerKind, Optimizer, TransposedConvolution, settings
 from singd_core.late import BEGINNING, LONGEST, MEMORY, SHORTEST, Late, agreement_of_noise
 from singd_core.length import OUTPUTS, SPECTRAL
+from singd_core.levels import Levels
 
 STRUCTURES = ["dense", "diagonal", "blockdiagonal:2", "triltoeplitz", "hierarchical:1,1"]
 
@@ -201,3 +202,13 @@ def test_how_much_they_shrink_does_not_depend_on_the_scale_of_the_loss(scale: fl
         late, other = late.update(0.97**t, s), other.update(scale * 0.97**t, s)
     assert 0.0 < late.longer() < 1.0
     assert other.longer() == pytest.approx(late.longer(), rel=1e-6)
+
+
+@pytest.mark.parametrize("scale", [2e-20, 1e-3, 1e16])
+def test_levels_do_not_depend_on_the_scale_of_the_natural_gradient(scale: float) -> None:
+    """The shares of its squares stay in the range of float32."""
+    n = np.random.default_rng(0).standard_normal((2, 1500)).astype(np.float32)
+    even = Levels.even((), *n.shape, like=n)
+    found, expected = (even.measured(np.float32(c) * n, 1.0) for c in (scale, 1.0))
+    for a, b in zip(found.sides, expected.sides, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3)  # squares below the smallest normal number

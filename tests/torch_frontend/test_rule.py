@@ -91,3 +91,19 @@ def test_gradients_that_vanish_and_come_back_are_followed() -> None:
         optimizer.step()
     assert optimizer.skipped == 0
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_gradients_may_fade_to_nothing() -> None:
+    """What divides by their norms stays in the range of float32."""
+    torch.manual_seed(0)
+    model = nn.Linear(6, 700)
+    optimizer = SINGD(model, T=1, momentum=0.0)
+    for step in range(100):
+        optimizer.zero_grad()
+        model(torch.randn(16, 6)).square().mean().backward()
+        for p in model.parameters():
+            assert p.grad is not None
+            p.grad *= 10.0 ** -max(0, step // 2 - 5)
+        optimizer.step()
+    assert optimizer.skipped == 0
+    assert all(p.isfinite().all() for p in model.parameters())

@@ -77,4 +77,4 @@ def measure(bundle: Bundle, s: Settings, natural: Sequence[Tensor], moves: Tenso
     ]
     weight = weight_of(bundle.factors.averages.k, rate_of_factors(steps, s)) * moves
     both = torch.stack(shares(norms_of(each, 1), weight)).index_select(1, bundle.matrix_of)
-    torch.addcmul(bundle.levels * both[1], squares * bundle.length_of, both[0], out=bundle.levels)
+    torch.addcmul(bundle.levels * both[1], squares * both[0], bundle.length_of, out=bundle.levels)
