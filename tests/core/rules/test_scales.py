@@ -23,6 +23,13 @@ def test_sums_of_bfloat16_rows_do_not_stop_growing(structure: type[Structure]) -
     assert total.S.trace() == total.squares == 2048.0
 
 
+@pytest.mark.parametrize("structure", [Dense, Diagonal])
+def test_squares_of_bfloat16_rows_are_summed_in_float32(structure: type[Structure]) -> None:
+    rows = torch.linspace(0.0, 1.0, 3000).reshape(1000, 3).to(torch.bfloat16)
+    found = measure(structure.identity(3, like=rows), rows).squares
+    assert found.item() == pytest.approx(rows.double().square().sum().item(), rel=1e-6)
+
+
 def test_huge_inputs_without_output_gradients_leave_the_factors_as_they_are() -> None:
     """The squared norm of m leaves float32 there, and β₁ is 0: their product was no number."""
     s, like = settings("normalized"), np.zeros(1, dtype=np.float32)
