@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from watched import CLOSE, Watched, check_rows, layers
 
-from singd_torch import SINGD
+from singd_torch import SINGD, check
 
 
 def draw(*shape: int) -> Tensor:
@@ -147,6 +147,62 @@ def test_hooks_of_a_module_that_change_what_it_does(hook: str) -> None:
     model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 4), nn.Linear(4, 3)).double()
     HOOKS[hook](model[1])
     check_rows(model, lambda m: loss_of(m(draw(9, 5))))
+
+
+class Cast(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.bias is not None
+        return F.linear(x.bfloat16(), self.weight.to(torch.bfloat16), self.bias.bfloat16()).float()
+
+
+class CastConvolution(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(torch.bfloat16)
+        return self._conv_forward(x, self.weight.to(dtype=x.dtype), self.bias.type_as(x))  # type: ignore[union-attr]
+
+
+class CastTable(nn.Embedding):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.embedding(x, self.weight.bfloat16())
+
+
+class CastTransposed(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.bfloat16() @ self.weight.to(torch.bfloat16).t().contiguous()
+
+
+CAST = {
+    "linear": (Cast(5, 4), (9, 5)),
+    "convolution": (CastConvolution(3, 4, 2), (5, 3, 4, 4)),
+    "table": (CastTable(9, 4), None),
+    "transposed": (CastTransposed(5, 4, bias=False), (9, 5)),
+}
+
+
+@pytest.mark.parametrize("case", CAST)
+def test_layers_that_compute_in_another_dtype_than_their_weight(case: str) -> None:
+    module, shape = CAST[case]
+    model = nn.Sequential(copy.deepcopy(module))
+    x = torch.randn(shape) if shape else torch.randint(9, (6, 3))
+    assert check(model, lambda m: loss_of(m(x).float())).keys() == {"0.weight"}
+    optimizer = SINGD(model)
+    for _ in range(2):  # warnings are errors here
+        optimizer.zero_grad()
+        loss_of(model(x).float()).backward()
+        optimizer.step()
+    assert "without rows" not in repr(optimizer)
+    assert optimizer.state[model[0].weight]["momentum_buffer"].dtype == torch.float32
+
+
+def test_a_weight_that_tells_an_input_its_dtype_is_not_used() -> None:
+    def call(m: Any, x: Tensor) -> Tensor:
+        h = m.first(x).to(m.layer.weight).type_as(m.layer.weight)
+        return m.layer(h)
+
+    check_rows(
+        Does(call, first=nn.Linear(5, 4), layer=nn.Linear(4, 4)).double(),
+        lambda m: loss_of(m(draw(9, 5))),
+    )
 
 
 # ---- weights that are used by function -----------------------------------------------------------

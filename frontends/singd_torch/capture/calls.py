@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from singd_core.layers import LayerKind, Linear
 from singd_torch.capture.handed import Handed, Homes, tensors_of
 from singd_torch.capture.tap import Tap
-from singd_torch.layers.functions import Reading, View, reading, views
+from singd_torch.layers.functions import Reading, View, asks_no_numbers, reading, views
 from singd_torch.layers.layer import Layer
 
 
@@ -74,7 +74,9 @@ class Calls:
         if known is not None:
             self.now.probed = None
             return self._probed(*known, args[0], output, None, function, mode)
-        shown = views(function, args, kwargs, output, self._view(args, mode))
+        view = mode.view_of(args[0]) if args else None
+        whole = view is not None and self._is_whole(view.weight)
+        shown = views(function, args, kwargs, output, view, whole=whole)
         if shown is not None:
             for tensor, view in shown:
                 mode.know_view(tensor, view)
@@ -85,7 +87,8 @@ class Calls:
         if found is None or layer is None:
             self._lose(function, args, kwargs, output, mode, ())
             return output
-        bias = self.handed.is_of(found.bias)
+        bias_view = None if found.bias is None else mode.view_of(found.bias)
+        bias = found.bias if bias_view is None else bias_view.weight
         tap = self._tap(layer, found, biased=layer.bias is None or bias is layer.bias)
         both = tap is None and layer.is_stack and found.kind.is_plain
         own_bias = found.bias if bias is layer.bias else None
@@ -95,8 +98,9 @@ class Calls:
             layer.lose_rows("used both plain and transposed")
         if tap is None:
             return output
-        is_weight = self.handed.is_of(found.handed) is layer.weight
-        if function is F.linear and is_weight and bias is layer.bias:
+        is_plain = self.handed.is_of(found.handed) is layer.weight
+        is_plain = is_plain and self.handed.is_of(found.bias) is layer.bias
+        if function is F.linear and is_plain:
             self._known[id(found.handed)] = layer, tap, found.bias
         return self._probed(layer, tap, found.x, output, found.rows, function, mode)
 
@@ -136,13 +140,12 @@ class Calls:
         self.now.probed = layer.weight
         return probed
 
-    def _view(self, args: Sequence[Any], mode: _Mode) -> View | None:
-        """What the first argument shows of a weight that may be seen in parts or transposed."""
-        view = mode.view_of(args[0]) if args else None
-        layer = None if view is None else self._layers.get(id(view.weight))
-        if view is None or layer is None or view.weight is layer.bias:
-            return None
-        return view if view.weight.ndim == 2 or layer.is_stack else None
+    def _is_whole(self, parameter: Tensor) -> bool:
+        """Whether a parameter may not be seen in parts or transposed."""
+        layer = self._layers.get(id(parameter))
+        if layer is None or parameter is layer.bias:
+            return True
+        return not (parameter.ndim == 2 or layer.is_stack)
 
     def _tap(self, layer: Layer, found: Reading, *, biased: bool) -> Tap | None:
         """What probes calls of this kind, or None if they give no rows of the layer."""
@@ -170,6 +173,8 @@ class Calls:
             view = mode.view_of(tensor)
             layer = None if view is None else self._layers.get(id(view.weight))
             if layer is None or any(tensor is other for other in explained):
+                continue
+            if asks_no_numbers(function, args[0] if args else None, tensor):
                 continue
             if _needs_gradient(output, tensor):
                 layer.lose_rows(f"used by {_name(function)}")

@@ -44,6 +44,12 @@ _NAMES |= dict.fromkeys(_PRODUCTS, ("input", "weight"))
 _MATRIX_TRANSPOSES = torch.t, Tensor.t, Tensor.T.__get__  # type: ignore[attr-defined]
 _TRANSPOSES = torch.transpose, Tensor.transpose, torch.swapaxes, Tensor.swapaxes
 _PERMUTES = torch.permute, Tensor.permute
+_COPIES = (
+    *(Tensor.to, Tensor.type, Tensor.type_as, Tensor.double, Tensor.float, Tensor.bfloat16),
+    *(Tensor.half, Tensor.contiguous, Tensor.clone, torch.clone),
+)
+# Of what these are handed behind their first argument they ask the dtype or the shape alone.
+_LIKE = Tensor.to, Tensor.type_as, Tensor.view_as, Tensor.reshape_as, Tensor.expand_as
 _UNBINDS = torch.unbind, Tensor.unbind, Tensor.__iter__
 
 
@@ -84,15 +90,26 @@ class Reading:
 
 
 def views(
-    function: Callable[..., Any], args: Sequence[Any], kwargs: Any, output: Any, seen: View | None
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Any,
+    output: Any,
+    seen: View | None,
+    *,
+    whole: bool,
 ) -> list[tuple[Tensor, View]] | None:
     """What a call returns that shows a weight as well, as its first argument does, or None.
 
-    That of a stack `(parts, ...)` may be one of its matrices.
+    A copy in another dtype does, which is how layers compute in one that is not the weight's.
+    That of a stack `(parts, ...)` may be one of its matrices. If `whole`, nothing else does.
     """
-    if seen is None or kwargs:
+    if seen is None:
         return None
     shown, *others = args
+    if function in _COPIES and _is_copy(output, shown):
+        return [(output, seen)]
+    if whole or kwargs:
+        return None
     if _turns(function, shown.ndim, others):
         return [(output, dataclasses.replace(seen, turned=not seen.turned))]
     if shown.ndim != 3:
@@ -107,6 +124,17 @@ def views(
         output = list(output)
         return [(one, dataclasses.replace(seen, part=i)) for i, one in enumerate(output)]
     return None
+
+
+def asks_no_numbers(function: Callable[..., Any], of: Any, tensor: Tensor) -> bool:
+    """Whether a call whose first argument is `of` does not depend on the numbers of a tensor."""
+    return function in _LIKE and tensor is not of
+
+
+def _is_copy(output: Any, shown: Tensor) -> bool:
+    """Whether a tensor has the numbers of another, rounded, where its rows will be measured."""
+    real = isinstance(output, Tensor) and output.is_floating_point()
+    return real and output.device == shown.device and output.shape == shown.shape
 
 
 def _turns(function: Callable[..., Any], ndim: int, others: Sequence[Any]) -> bool:
