@@ -19,8 +19,8 @@ from singd_core.late import Late
 SPECTRAL = 2.26
 OUTPUTS = 1.5
 
-# A natural gradient whose norm is smaller has lost its digits, and is none: what multiplies it to a
-# step stays in the range of float32.
+# A natural gradient whose norm is smaller has lost its digits, and makes a smaller step: what
+# multiplies it stays in the range of float32.
 LEAST = 2.0**-100
 
 
@@ -100,7 +100,7 @@ def scaled(
         late = late.grown(agreement, s)
         longer = late.longer()
     scale = longer * (agreement * size) / at_least(natural, LEAST)
-    return where((squares > 0.0) & (natural > LEAST), scale, 0.0), late, agreement
+    return where(squares > 0.0, scale, 0.0), late, agreement
 
 
 def sides(d_out: int, d_in: int, overlap: float) -> tuple[float, float]:

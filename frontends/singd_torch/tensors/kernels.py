@@ -10,7 +10,7 @@ from torch import Tensor
 from singd_core._array import expand
 from singd_core._kernels import Kernels
 from singd_torch.tensors import scratch
-from singd_torch.tensors.pieces import cut, read
+from singd_torch.tensors.pieces import cut, on_host, read
 
 # In numbers: a piece of the rows whose squares are summed up.
 _SQUARED = 1 << 16
@@ -45,6 +45,18 @@ def _sums_of_squares(X: Tensor) -> Tensor:
     return found
 
 
+def _product(A: Tensor, B: Tensor, out: Tensor) -> Tensor:
+    # Of two first axes that are no single one `matmul` makes copies: 0.9 ms on a CPU for blocks of
+    # 64 with the columns of four 512 × 129 matrices, and 0.35 with one product for each.
+    whole = B.is_contiguous() and out.is_contiguous()
+    if out.ndim <= 3 or whole or not on_host(out):
+        return torch.matmul(A, B, out=out)
+    axis = 0 if len(out) <= out.shape[1] else 1
+    for own in zip(*(x.unbind(axis) for x in (A, B, out)), strict=True):
+        _product(*own)
+    return out
+
+
 def _take(x: Tensor, indices: Tensor, axis: int) -> Tensor:
     """Along the last axis, `index_select` copies entry by entry: 1.9 ms on a CPU, `gather` 0.24."""
     if axis < x.ndim - 1:
@@ -67,7 +79,7 @@ KERNELS = Kernels(
     multiply_add=_multiply_add,
     add_product=_add_product,
     add_diagonal=_add_diagonal,
-    product=lambda A, B, out: torch.matmul(A, B, out=out),
+    product=_product,
     times=lambda A, B, out: torch.mul(A, B, out=out),
     take=_take,
     inverse=_inverse,
