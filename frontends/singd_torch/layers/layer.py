@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from singd_core import rules
 from singd_core.layers import LayerKind
 from singd_core.rules import Factors, learns_from_gradients
+from singd_core.rules.inverse_free import InverseFree
 from singd_core.structures import Diagonal, Structure
 from singd_torch._groups import settings_of
 from singd_torch.layers.pending import Pending, Rows
@@ -77,10 +78,12 @@ class Layer:
     def tell_autocast(self, g: Tensor) -> None:
         """Find out from the gradient at an output whether the model's products are in bfloat16.
 
-        Products with factors are then in bfloat16 too, unless `preconditioner_dtype` is given.
+        Products with factors are then in bfloat16 too, unless `preconditioner_dtype` is given, or
+        the rule wants inverses.
         """
         narrower = g.dtype == torch.bfloat16 and self.weight.dtype == torch.float32
         free = tuple(self.group["preconditioner_dtype"]) == (None, None)
+        free = free and issubclass(rules.get(self.group["rule"]), InverseFree)
         self.autocast = narrower and free and not on_host(g)
 
     def wants_proof(self) -> bool:

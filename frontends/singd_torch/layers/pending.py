@@ -12,7 +12,6 @@ from torch import Tensor
 from singd_core.curvature import Measured
 from singd_core.layers import LayerKind, Sample
 from singd_core.rules import Factors
-from singd_core.rules.inverse_free import InverseFree
 from singd_torch.tensors.join import join, join_trees, tree_parts
 from singd_torch.tensors.pieces import narrowed, placed
 
@@ -139,9 +138,9 @@ class Pending:
         With `autocast`, products are in bfloat16, and the sums in the dtype of the factors.
         """
         A, B = join([call.A for call in rows]), join([call.B for call in rows])
-        joined = join_trees([own.measuring() for own in factors])
+        joined: Any = join_trees([own.measuring() for own in factors])
         by = joined
-        if autocast and isinstance(joined, InverseFree):
+        if autocast:
             by = dataclasses.replace(joined, K=narrowed(joined.K), C=narrowed(joined.C))
         inputs, outputs = by.measure(*((B, A) if swapped else (A, B)))
         if by is not joined:

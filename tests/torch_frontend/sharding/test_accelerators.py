@@ -1,18 +1,23 @@
 """Processes with an accelerator each take the steps of those with a CPU: here they pretend to."""
 
 import warnings
+from collections import Counter
 from typing import Any
 from unittest import mock
 
 import gloo
 import models
 import pytest
+import torch
 from test_fully_shard import check, shard
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from singd_torch import SINGD
+from singd_torch.layers import layer
 from singd_torch.step import bundle_step
 from singd_torch.tensors import pieces
 
@@ -94,3 +99,50 @@ def disturbed_on_accelerators(rank: int, world: int) -> dict[str, Tensor]:
 
 def test_a_row_that_is_not_finite_stops_all_and_a_frozen_weight_stays() -> None:
     check(gloo.run(2, disturbed_on_accelerators), disturbed(0, 1))
+
+
+class Products(TorchDispatchMode):
+    """The dtypes of the products of matrices within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: Counter[torch.dtype] = Counter()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function.overloadpacket.__name__ in ("mm", "bmm", "addmm", "baddbmm"):
+            self.dtypes[result.dtype] += 1
+        return result
+
+
+def half(rank: int, world: int) -> list[tuple[Any, Any]]:
+    """The dtypes of products in backward passes and in steps, of which every other refreshes."""
+    model: Any = models.new("characters").float()
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    shard(model, init_device_mesh("cpu", (world,)), mp_policy=policy)
+    found = []
+    with (
+        mock.patch.object(pieces, "on_host", return_value=False),
+        mock.patch.object(layer, "on_host", return_value=False),
+    ):
+        optimizer = SINGD(model, **models.settings("characters", T=2, growing_T=False))
+        for batch in models.data("characters"):
+            optimizer.zero_grad()
+            loss = models.loss(model, *models.part_of(batch, rank, world))
+            with Products() as early:
+                loss.backward()
+            with Products() as now:
+                optimizer.step()
+            found.append((early.dtypes, now.dtypes))
+    return found
+
+
+@pytest.mark.slow
+def test_products_are_in_bfloat16_where_those_of_the_model_are() -> None:
+    for found in gloo.run(2, half):
+        for early, now in found:
+            assert early[torch.bfloat16] > 0
+            assert early[torch.float32] == 0  # rows are multiplied as they are
+            assert now[torch.bfloat16] > 0  # gradients with factors
