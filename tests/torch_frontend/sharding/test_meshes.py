@@ -107,8 +107,10 @@ def test_rows_of_passes_whose_gradients_the_model_forgets_are_dropped(how: str) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["default", "diagonal", "dense", "toeplitz"])
-@pytest.mark.parametrize("how", ["hybrid", "data and tensor", "data and sequence", "tensor"])
+@pytest.mark.parametrize("case", STRUCTURES)
+@pytest.mark.parametrize(
+    "how", ["replicate", "hybrid", "data and tensor", "data and sequence", "tensor"]
+)
 def test_four_processes(how: str, case: str) -> None:
     found = gloo.run(4, trained, "characters", how, case)
     check(found, whole("characters", STRUCTURES[case]))

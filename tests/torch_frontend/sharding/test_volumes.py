@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -95,22 +96,43 @@ def work_of_refresh(layer: Layer) -> int:
     return int(counted.get_total_flops())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "most"), [("GPT-2 small", 5e8), ("Llama-7B", 8e9)])
-def test_a_refresh_costs_an_owner_less_than_a_ten_thousandth_of_a_step(
-    name: str, most: float
-) -> None:
+def loads(name: str, structures: str | None, processes: int) -> list[int]:
+    """The operations of a refresh by process."""
     with torch.device("meta"):
         model = MODELS[name]()
-    layers = SINGD(model)._layers
-    places = {p: rows(p.shape, 8) for p in model.parameters()}
-    shares = Shares.of(layers, 8, {}, places)
-    load = [0] * 8
+    layers = SINGD(model, structures=structures)._layers
+    places = {p: rows(p.shape, processes) for p in model.parameters()}
+    shares = Shares.of(layers, processes, {}, places)
+    load, known = [0] * processes, dict[Any, int]()
     for layer in shares.whole:
-        load[shares.owners[layer.weight]] += work_of_refresh(layer)
+        key = layer.shape, layer.structures
+        if key not in known:
+            known[key] = work_of_refresh(layer)
+        load[shares.owners[layer.weight]] += known[key]
+    return load
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "most", "share"), [("GPT-2 small", 5e8, 1.02), ("Llama-7B", 8e9, 1.01)]
+)
+def test_a_refresh_costs_an_owner_less_than_a_ten_thousandth_of_a_step(
+    name: str, most: float, share: float
+) -> None:
+    load = loads(name, None, 8)
     assert 0.95 * most < max(load) < 1.05 * most
-    numbers = sum(p.numel() for p in model.parameters())
+    assert round(max(load) / (sum(load) / 8), 2) == share
+    with torch.device("meta"):
+        numbers = sum(p.numel() for p in MODELS[name]().parameters())
     assert max(load) < 1e-4 * 6 * numbers * TOKENS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4, 8])
+def test_no_process_waits_long_for_the_refreshes_of_others(processes: int) -> None:
+    for name, structures in (("GPT-2 small", "dense"), ("GPT-2 medium", None)):
+        load = loads(name, structures, processes)
+        assert max(load) <= 1.06 * sum(load) / processes
 
 
 if __name__ == "__main__":
