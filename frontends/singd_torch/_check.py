@@ -25,7 +25,7 @@ def check(
     The loss is evaluated on a copy of the model, and differentiated once: the model, its gradients
     and an optimizer that watches it are left alone. Layers that are trained without rows, of which
     `print(optimizer)` says why, are not part of the answer; nor are those that the loss
-    does not use.
+    does not use, or whose derivatives it contains (`create_graph=True`), which bring no rows.
 
     Args:
         model: The model, on any device.
@@ -54,6 +54,8 @@ def check(
     for layer in optimizer._layers:
         sums = optimizer.sums.get(layer.name)
         if sums is None or layer.without_rows or layer.weight.grad is None:
+            continue
+        if layer in optimizer.differentiated:
             continue
         gap, error = sums.compare(layer)
         limit = max(1e-4, 8 * sums.eps) if tolerance is None else tolerance
@@ -116,6 +118,11 @@ class _Multiplier(Watcher):
     def take_rows(self, layer: Layer, source: Source, x: Tensor, g: Tensor) -> None:
         self.sums.setdefault(layer.name, _Sums()).add(layer, source, x, g)
 
+    @property
+    def differentiated(self) -> set[Layer]:
+        """The layers whose derivatives the loss contains."""
+        return self._proofs.differentiated
+
 
 class _Products(SINGD):
     """Has the products of the rows of a model."""
@@ -127,3 +134,8 @@ class _Products(SINGD):
     def sums(self) -> dict[str, _Sums]:
         """What is summed up of each layer, by the name of its weight."""
         return self._watcher.sums
+
+    @property
+    def differentiated(self) -> set[Layer]:
+        """The layers whose derivatives the loss contains."""
+        return self._watcher.differentiated

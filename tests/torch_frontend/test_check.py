@@ -63,6 +63,17 @@ def test_layers_without_rows_or_gradients_are_left_out() -> None:
     assert list(gaps) == ["head.weight"]
 
 
+def test_layers_whose_derivatives_are_in_the_loss_are_left_out() -> None:
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3), nn.Linear(3, 2))
+
+    def slope(model: nn.Module) -> Tensor:
+        x = torch.randn(9, 5, requires_grad=True)
+        (found,) = torch.autograd.grad(model[:3](x).sum(), x, create_graph=True)
+        return found.square().mean() + model(x).square().mean()
+
+    assert check(model, slope).keys() == {"3.weight"}
+
+
 def test_a_penalty_is_told_from_a_bug_by_the_error() -> None:
     model = nn.Linear(5, 4)
     with pytest.raises(AssertionError, match="as a penalty does"):

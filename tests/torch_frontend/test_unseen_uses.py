@@ -347,6 +347,23 @@ def test_where_derivatives_in_the_loss_make_the_gradient_the_factors_learn_from_
     assert "derivatives of it are in the loss" in str(optimizer)
 
 
+def test_a_loss_of_derivatives_alone() -> None:
+    """As of forces, which are the gradients of an energy."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    optimizer, start = SINGD(model), [model[0].weight.clone(), model[2].weight.clone()]
+    for _ in range(4):  # warnings are errors here
+        x = torch.randn(16, 4).double().requires_grad_()
+        (force,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        optimizer.zero_grad()
+        (force + x.detach().sin()).square().mean().backward()
+        optimizer.step()
+    assert {table(optimizer)[name] for name in ("0.weight", "2.weight")} == {"SINGD without rows"}
+    assert str(optimizer).count("derivatives of it are in the loss") == 2
+    for p, q in zip((model[0].weight, model[2].weight), start, strict=True):
+        assert not torch.equal(p, q)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpoints_are_no_fault(reentrant: bool) -> None:
     check_no_fault(checkpointed(reentrant))

@@ -22,7 +22,7 @@ from singd_torch.capture.proof import Proofs
 from singd_torch.capture.queue import Call, Queue
 from singd_torch.capture.tap import TakeRows, Tap, after_pass, backward_pass, install
 from singd_torch.layers.due import is_due
-from singd_torch.layers.layer import Layer, part_of
+from singd_torch.layers.layer import IN_THE_LOSS, Layer, part_of
 from singd_torch.layers.reach import Reach, is_in_parts, part_again
 from singd_torch.layers.roster import Roster
 from singd_torch.layers.rows import rows_of
@@ -205,8 +205,12 @@ class Watcher:
 
     def end_proofs(self) -> None:
         """Take no rows of layers if rows do not tell the gradient, before a step."""
+        differentiated = self._proofs.differentiated
         for layer, why in self._proofs.failed():
             layer.lose_rows(why)
+        for layer in differentiated:
+            if layer.misses_rows():  # all that is in the loss is a derivative
+                layer.lose_rows(IN_THE_LOSS)
 
     def _takes_rows(self) -> bool:
         """Whether the backward pass that runs is one whose rows count."""
