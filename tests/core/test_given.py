@@ -137,6 +137,7 @@ def test_gradients_whose_squares_leave_float16_move_the_weight(case: str, backen
             optimizer = Optimizer(**GIVEN[case], rounding="nearest")
             updates, state = optimizer.update(grads, optimizer.init(params), params, rows)
             assert float(backend.back(state.skipped)) == 0
+            assert all(str(m.dtype).endswith("float32") for m in state.layers["w"].momenta or ())
             found.append(backend.back(updates["w"]))
     # the change is stored with 11 bits
     np.testing.assert_allclose(*found, rtol=2.0**-9, atol=2.0**-9 * np.max(np.abs(found[1])))
