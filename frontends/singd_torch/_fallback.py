@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -108,7 +109,7 @@ def check(group: dict[str, Any]) -> None:
         ValueError: Naming the setting, its value and its range.
     """
     for name in ("fallback_lr", "fallback_eps", "fallback_weight_decay"):
-        check_rate(name, group[name], lambda v: v >= 0.0, "at least 0")
+        check_rate(name, group[name], lambda v: 0.0 <= v < math.inf, "at least 0 and finite")
     betas = group["fallback_betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"fallback_betas={betas!r}: give two numbers in [0, 1)")

@@ -23,7 +23,7 @@ _SETTINGS = tuple(f.name for f in dataclasses.fields(Settings))
 _OWN = {"params", "param_names", "steps", "base_lr"}
 
 # For factors and momenta: nothing can be computed in the floating-point dtypes of 8 bits.
-_DTYPES = torch.float64, torch.float32, torch.bfloat16, torch.float16
+DTYPES = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
 # Keys of torch's optimizers that only look like a setting.
 _OTHERS = {"alpha", "dampening"}
@@ -51,13 +51,15 @@ def check_group(group: dict[str, Any]) -> None:
         raise ValueError(f"preconditioner_dtype={dtypes!r}: give two, one for K and one for C")
     _check_dtypes("preconditioner_dtype", dtypes, dtypes)
     _check_dtypes("momentum_dtype", group["momentum_dtype"], [group["momentum_dtype"]])
+    if not isinstance(group["average_groups"], bool):
+        raise ValueError(f"average_groups={group['average_groups']!r}: must be True or False")
     _fallback.check(group)
 
 
 def _check_dtypes(name: str, given: Any, dtypes: Iterable[Any]) -> None:
     for dtype in dtypes:
-        if dtype is not None and dtype not in _DTYPES:
-            raise ValueError(f"{name}={given!r}: give {', '.join(map(str, _DTYPES))}, or None")
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"{name}={given!r}: give {', '.join(map(str, DTYPES))}, or None")
 
 
 def check_counts(group: dict[str, Any]) -> None:
@@ -67,7 +69,7 @@ def check_counts(group: dict[str, Any]) -> None:
         ValueError: Naming the count and what it may be.
     """
     steps, base = group["steps"], group["base_lr"]
-    if not isinstance(steps, int) or steps < 0:
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
         raise ValueError(f"steps={steps!r}: must be an integer of at least 0")
     if not isinstance(base, float) or not 0.0 < base < math.inf:
         raise ValueError(f"base_lr={base!r}: must be positive and finite")

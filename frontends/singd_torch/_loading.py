@@ -14,11 +14,15 @@ from singd_core._settings import Settings
 from singd_core.late import Late, begun_anew
 from singd_core.rules import Factors, learns_from_gradients
 from singd_torch import _fallback, _state
-from singd_torch._groups import check_counts, check_group, settings_of
+from singd_torch._form import check_form
+from singd_torch._groups import DTYPES, check_counts, check_group, settings_of
 from singd_torch.layers.layer import Layer
 from singd_torch.layers.matrices import find_all
 
 Entries = dict[str, Any]
+
+# How entries begin that count, or that squares are summed up in.
+_SQUARES = "exp_avg_sq", "step", "averages.", _state.LATE, "levels."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +55,7 @@ def loaded(
     Raises:
         ValueError: Naming the first setting or entry that is wrong, is missing or does not fit.
     """
-    for key in ("state", "param_groups"):
-        if key not in state_dict:
-            raise ValueError(
-                f"the checkpoint has no {key!r}: is it what `optimizer.state_dict()` returned?"
-            )
+    check_form(state_dict)
     groups = completed(state_dict["param_groups"], live)
     entries = _by_parameter(state_dict["state"], groups, live)
     known = {index for group in groups for index in group["params"]}
@@ -145,13 +145,19 @@ def _check(name: str, template: Mapping[str, Tensor], entries: Mapping[str, Any]
                 f"{key!r} of {name!r} has shape {tuple(saved.shape)} in the checkpoint, "
                 f"but {tuple(like.shape)} is needed"
             )
-        if not (saved.is_complex() if like.is_complex() else saved.is_floating_point()):
+        if not (saved.is_complex() if like.is_complex() else saved.dtype in DTYPES):
             raise ValueError(
                 f"{key!r} of {name!r} is of {saved.dtype} in the checkpoint, "
                 f"but {like.dtype} or another of its kind is needed"
             )
         if not torch.isfinite(saved).all():
             raise ValueError(f"{key!r} of {name!r} is not finite in the checkpoint")
+        if key.startswith(_SQUARES) and (_real(saved) < 0.0).any():
+            raise ValueError(f"{key!r} of {name!r} is below 0 in the checkpoint")
+
+
+def _real(x: Tensor) -> Tensor:
+    return torch.view_as_real(x) if x.is_complex() else x
 
 
 # ---- the groups --------------------------------------------------------------------------------
@@ -179,7 +185,7 @@ def completed(
             )
         if group.get("lr_cov") is None:
             group["lr_cov"] = own["lr_cov"]
-        if group.get("base_lr") == 0.0:  # as saved before 0.1
+        if isinstance(group.get("base_lr"), float) and not group["base_lr"]:  # as before 0.1
             del group["base_lr"]
         for name, value in own.items():  # settings that are younger than the checkpoint
             if name not in ("without_rows", "turned"):  # what was found out is no setting

@@ -36,7 +36,6 @@ class Training(torch.optim.Optimizer):
 
     def _begin(self, model: nn.Module) -> None:
         """Begin with a model, before any layer is known."""
-        part_again(model)
         self._roster = Roster(model)
         self._stepper = Stepper(self._roster, {})
         self._watcher = self._watches(self._roster, self._stepper)

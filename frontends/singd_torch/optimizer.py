@@ -32,6 +32,7 @@ from singd_torch._groups import check_group, check_keys, parameters_of
 from singd_torch._saving import Saving
 from singd_torch.layers.kinds import reasons
 from singd_torch.layers.matrices import without_model
+from singd_torch.layers.reach import part_again
 from singd_torch.sharding.guards import check_model
 
 
@@ -190,6 +191,7 @@ class SINGD(Saving):
         if capturable and (compile_step is not False or shard):
             other = "shard" if shard else "compile_step"
             raise ValueError(f"capturable=True and {other} exclude each other: leave one out")
+        part_again(model)
         self._begin(model)
         stepper = self._stepper
         stepper.processes, stepper.shard, stepper.summed = copies, shard, gradients == "sum"

@@ -215,6 +215,49 @@ HOLES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "steps": (lambda s: group_of(s).update(steps=None), "steps=None: must be an integer of at"),
     "steps below 0": (lambda s: group_of(s).update(steps=-1), "steps=-1: must be an integer of at"),
     "base_lr": (lambda s: group_of(s).update(base_lr=NAN), "base_lr=nan: must be positive"),
+    "a wrong switch": (lambda s: group_of(s).update(average_groups=1), "average_groups=1: must be"),
+    "a rate that is no number": (
+        lambda s: group_of(s).update(lr=torch.tensor(NAN)),
+        "'lr' of parameter group 0 is not finite",
+    ),
+    "no parameters": (lambda s: group_of(s).pop("params"), "'params' of parameter group 0 is None"),
+    "reasons of no parameter": (
+        lambda s: group_of(s).update(without_rows={99: "used elsewhere"}),
+        "'without_rows' of parameter group 0 has 99: 'used elsewhere'",
+    ),
+    "no reasons": (
+        lambda s: group_of(s).update(without_rows=None),
+        "'without_rows' of parameter group 0 is None in the checkpoint, not a mapping",
+    ),
+    "a square below 0": (
+        lambda s: entries_of(s, "norm.bias")["exp_avg_sq"].neg_(),
+        r"'exp_avg_sq' of 'norm\.bias' is below 0",
+    ),
+    "a mean below 0": (
+        lambda s: entries_of(s, "out.weight")["averages.t_U"].neg_(),
+        r"'averages\.t_U' of 'out\.weight' is below 0",
+    ),
+    "a factor of eight bits": (
+        lambda s: entries_of(s, "out.weight").update(
+            {"K.matrix": torch.eye(8).to(torch.float8_e4m3fn)}
+        ),
+        r"'K\.matrix' of 'out\.weight' is of torch\.float8_e4m3fn",
+    ),
+    "a sparse momentum": (
+        lambda s: entries_of(s, "out.weight").update(momentum_buffer=torch.eye(3, 8).to_sparse()),
+        "'momentum_buffer' of parameter . is sparse",
+    ),
+    "a momentum without memory": (
+        lambda s: entries_of(s, "out.weight").update(momentum_buffer=torch.eye(3, 8).to("meta")),
+        "'momentum_buffer' of parameter . is without memory",
+    ),
+    "no entries": (
+        lambda s: s["state"].update({0: None}),
+        "the state of parameter 0 is None in the checkpoint, not a mapping",
+    ),
+    "a state that is a list": (lambda s: s.update(state=[]), r"'state' is \[\] in the checkpoint"),
+    "groups that are none": (lambda s: s.update(param_groups=None), "'param_groups' is None"),
+    "a group that is none": (lambda s: s.update(param_groups=[None]), "parameter group 0 is None"),
     "no state": (lambda s: s.pop("state"), "the checkpoint has no 'state': is it what"),
     "no groups": (lambda s: s.pop("param_groups"), "the checkpoint has no 'param_groups'"),
 }

@@ -68,7 +68,7 @@ class Watcher:
     def __init__(self, roster: Roster, keeper: Keeper) -> None:
         self.mask: Tensor | None = None
         self.queue = Queue()
-        self.pass_of_derivatives = -1
+        self.pass_of_derivatives: int | None = None
         self._roster, self._keeper = roster, keeper
         self._taps: dict[nn.Module, list[Tap]] = {}
         self._now = Now()

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from singd_core.rules import Factors, learns_from_gradients
 from singd_torch import _state
+from singd_torch._form import check_form
 from singd_torch._groups import settings_of
 from singd_torch._loading import (
     Entries,
@@ -133,11 +134,7 @@ def loaded(
     Raises:
         ValueError: On all processes, naming the first setting or entry that does not fit.
     """
-    for key in ("state", "param_groups"):
-        if key not in state_dict:
-            raise ValueError(
-                f"the checkpoint has no {key!r}: is it what `optimizer.state_dict()` returned?"
-            )
+    check_form(state_dict)
     groups = completed(state_dict["param_groups"], live)
     layers = find_all(
         model, [g | {"params": mine["params"]} for g, mine in zip(groups, live, strict=True)]
