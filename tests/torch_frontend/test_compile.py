@@ -484,7 +484,15 @@ def test_transformed_functions_give_no_rows(compiled: bool) -> None:
         assert (p.grad - g).norm() <= CLOSE * g.norm()
 
 
-@pytest.mark.parametrize("structure", ["dense", "diagonal", "hierarchical:1,1", "triltoeplitz"])
+@pytest.mark.parametrize(
+    "structure",
+    [
+        "dense",
+        "triltoeplitz",
+        pytest.param("diagonal", marks=pytest.mark.slow),
+        pytest.param("hierarchical:1,1", marks=pytest.mark.slow),
+    ],
+)
 def test_a_compiled_step_equals_the_ordinary_one(structure: str) -> None:
     def trained(steps: int, **given: Any) -> tuple[nn.Module, SINGD]:
         torch.manual_seed(0)

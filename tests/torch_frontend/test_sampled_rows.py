@@ -56,9 +56,16 @@ def mean_over_steps(
     return {name: value / steps for name, value in total.items()}
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("loss_average", ["batch", "batch+sequence"])
-def test_the_mean_over_steps_is_the_curvature_of_all_rows(masked: bool, loss_average: str) -> None:
+@pytest.mark.parametrize(
+    ("loss_average", "masked"),
+    [
+        ("batch", False),
+        ("batch+sequence", True),
+        pytest.param("batch", True, marks=pytest.mark.slow),
+        pytest.param("batch+sequence", False, marks=pytest.mark.slow),
+    ],
+)
+def test_the_mean_over_steps_is_the_curvature_of_all_rows(loss_average: str, masked: bool) -> None:
     """Of two micro-batches of different size too, with masks of different shares."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
