@@ -6,7 +6,6 @@ without its module, as a table of embeddings is by `F.linear(h, embedding.weight
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
@@ -19,24 +18,10 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from singd_core.layers import LayerKind, Linear
 from singd_torch.capture.handed import Handed, Homes, tensors_of
+from singd_torch.capture.now import Now
 from singd_torch.capture.tap import Tap
 from singd_torch.layers.functions import Reading, View, asks_no_numbers, reading, views
 from singd_torch.layers.layer import Layer
-
-
-class Now(threading.local):
-    """What is so at a moment in one thread.
-
-    Attributes:
-        mode: The mode that is active, or None.
-        outer: For each hooked module that is being called, what was active before it.
-        probed: The weight that was handed to the last call, if that was probed.
-    """
-
-    def __init__(self) -> None:
-        self.mode: _Mode | None = None
-        self.outer: list[_Mode | None] = []
-        self.probed: Tensor | None = None
 
 
 class Calls:
@@ -57,8 +42,9 @@ class Calls:
         self.handed = Handed(parameters, homes)
 
     def has_probed(self, weight: Tensor) -> bool:
-        """Whether the last call that was handed a weight was handed this one, and probed."""
-        probed, self.now.probed = self.now.probed, None
+        """Whether the last call, which a module has made, was handed a weight and probed."""
+        probed = self.now.probed
+        self.now.settle(weight)
         return probed is weight
 
     def run(
@@ -72,7 +58,7 @@ class Calls:
             return output
         known = self._known_tap(function, args, kwargs, mode)
         if known is not None:
-            self.now.probed = None
+            self.now.settle()
             return self._probed(*known, args[0], output, None, function, mode)
         view = mode.view_of(args[0]) if args else None
         whole = view is not None and self._is_whole(view.weight)
@@ -81,10 +67,10 @@ class Calls:
             for tensor, view in shown:
                 mode.know_view(tensor, view)
             return output
-        self.now.probed = None
+        self.now.settle()
         found = reading(function, args, kwargs, mode.view_of)
         layer = None if found is None else self._layers.get(id(found.view.weight))
-        if found is None or layer is None:
+        if found is None or layer is None or found.x is found.handed:  # as of W @ W
             self._lose(function, args, kwargs, output, mode, ())
             return output
         bias_view = None if found.bias is None else mode.view_of(found.bias)
@@ -128,11 +114,13 @@ class Calls:
         mode: _Mode,
     ) -> Any:
         """The output of a call of a layer, probed if rows can be had."""
-        if layer.without_rows or not isinstance(output, Tensor):
+        if not isinstance(output, Tensor):
             return output
         if not mode.is_at_home():  # what is checkpointed here will be called again without a mode
+            reason = f"used by {_name(function)} in a function that is checkpointed"
+            self.now.doubtful = layer, reason
             if not layer.has_module(tap.source):
-                layer.lose_rows(f"used by {_name(function)} in a function that is checkpointed")
+                self.now.settle()
             return output
         probed = tap.probed(x, output, rows)
         if probed is None:
@@ -234,7 +222,7 @@ class Hooks:
         if not owner.calls_wanted() or (now.mode is not None and now.mode.is_at_home()):
             return
         now.mode = _Mode(owner.weight_calls)
-        now.mode.__enter__()  # type: ignore[no-untyped-call]
+        now.mode.__enter__()
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         """Leave the mode that was entered for this call, if one was."""
@@ -243,8 +231,9 @@ class Hooks:
             return
         outer = now.outer.pop()
         if now.mode is not None and now.mode is not outer:
-            now.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            now.mode.__exit__(None, None, None)
             now.mode = outer
+            now.settle()
 
     def install(self, module: nn.Module, owner: Any) -> None:
         """Hook a module until the end of the owner."""

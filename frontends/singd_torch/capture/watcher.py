@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from singd_core.rules import Factors
 from singd_torch._distributed import processes_of_call
 from singd_torch.capture import attention
-from singd_torch.capture.calls import Calls, Hooks, Now
+from singd_torch.capture.calls import Calls, Hooks
 from singd_torch.capture.calls import modules as modules_that_call
 from singd_torch.capture.copies import leave_hooks_behind
 from singd_torch.capture.handed import Homes
+from singd_torch.capture.now import Now
 from singd_torch.capture.proof import Proofs
 from singd_torch.capture.queue import Call, Queue
 from singd_torch.capture.tap import TakeRows, Tap, after_pass, backward_pass, install
-from singd_torch.layers.due import is_due
+from singd_torch.layers.due import is_due, may_be_due
 from singd_torch.layers.layer import IN_THE_LOSS, Layer, part_of
 from singd_torch.layers.reach import Reach, is_in_parts, part_again
 from singd_torch.layers.roster import Roster
@@ -143,22 +144,26 @@ class Watcher:
         return self._calls_are_due and torch.is_grad_enabled() and not torch._C._is_tracing()
 
     def rows_wanted(self, source: Source) -> TakeRows | None:
-        """What takes the rows of a layer in the current step, or None when it is not due."""
+        """What takes the rows of a layer in the current step, or None when it is not due.
+
+        Until the step is taken, calls of layers that have lost their rows are probed as well: what
+        is checkpointed is called again in the backward pass, and has to save as much as before.
+        """
         roster = self._roster
         layer = roster.by_weight.get(source.weight)
-        if layer is not None and not is_due(layer):
+        if layer is not None and not may_be_due(layer):
             return None
         if roster.is_switched:
             source = source.of(self.follow())
         layer = roster.by_weight.get(source.weight)
-        if layer is None or layer.without_rows or not layer.kind.has_rows:
+        if layer is None or not layer.kind.has_rows:
             return None
         if not layer.weight.requires_grad:
             return None
         processes = processes_of_call()
         if self._keeper.processes is None:  # the model may have been wrapped after it was given
             self._keeper.processes = processes
-        return partial(self._take, layer, source) if is_due(layer) else None
+        return partial(self._take, layer, source) if may_be_due(layer) else None
 
     def turn(self, layer: Layer) -> None:
         """Begin anew with a stack of matrices that its first call takes for transposed ones."""
@@ -181,7 +186,7 @@ class Watcher:
         self, layer: Layer, source: Source, x: Tensor, g: Tensor, product: Any, loss: int | None
     ) -> bool:
         """Take the rows of a call, or of each matrix of a product, for one of the losses."""
-        if self._is_of_curvature(layer):
+        if layer.without_rows or self._is_of_curvature(layer):
             return False
         layer.loss = backward_pass() if loss is None else loss
         layer.called_in = layer.group["steps"]
