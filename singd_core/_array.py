@@ -38,7 +38,12 @@ def device(x: Array) -> Any:
 
     `array_api_compat.device` does the same, and makes torch.compile warn.
     """
-    return None if isinstance(x, TRACED) else getattr(x, "device", None)
+    return None if is_traced(x) else getattr(x, "device", None)
+
+
+def is_traced(x: Array) -> bool:
+    """Whether `x` stands for an array of a program that a compiler makes kernels of."""
+    return isinstance(x, TRACED)
 
 
 def is_half(x: Array) -> bool:

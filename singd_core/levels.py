@@ -12,6 +12,7 @@ from singd_core._array import (
     at_least,
     cast,
     expand,
+    is_traced,
     multiply_add,
     namespace,
     number,
@@ -134,6 +135,12 @@ def sums(
 ) -> tuple[Array, Array]:
     """The sums over columns of n² times their weights, and over rows, in `parts` of the rows."""
     xp, d_out = namespace(n), n.shape[-2]
+    if is_traced(n):  # a compiler makes the squares where it adds them
+        squares = widen(n) * widen(n)
+        return (
+            xp.sum(squares * of_columns[..., None, :], axis=-1),
+            xp.sum(squares * of_rows[..., None], axis=-2),
+        )
     if parts is None:
         parts = 1 if n.shape[-1] * d_out <= _WHOLE else _PARTS
     step = -(-d_out // parts)

@@ -46,6 +46,7 @@ class Call:
         sizes: How many rows each matrix of the stack has, where x tells.
         seen: What `outputs` takes in the place of g, where x tells which of it reaches the weight.
         overlap: In how many rows an entry of the other operand takes part.
+        code: Equal for calls that make rows by the same code, or None.
     """
 
     kind: str
@@ -67,6 +68,7 @@ class Call:
     sizes: Callable[[Any], Array] | None = None
     seen: Callable[[Any, Array], Any] | None = None
     overlap: float = 1.0
+    code: Any = None
 
     def operands(self, x: Any, g: Array, factor: Any) -> tuple[Any, Any]:
         """What `inputs` and `outputs` take, of a weight that is multiplied by a number or None."""
@@ -91,6 +93,7 @@ class Call:
         inputs, outputs = self.inputs, self.outputs
         return dataclasses.replace(
             self,
+            code=None,
             inputs=lambda a, bias, how, sample: inputs(_cut(a, x), bias, how, sample),
             outputs=lambda b, how, sample: outputs(_cut(b, g), how, sample),
         )
@@ -148,6 +151,7 @@ def dot_general(
         reduces=bool(of_batch) or nf == 0,
         leading=x[xf[0]] if xf else None,
         guesses=len(as_long) > 1,
+        code=(params["dimension_numbers"], side, view.dims, tuple(x), batch_size),
     )
 
 

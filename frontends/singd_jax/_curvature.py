@@ -15,6 +15,7 @@ from singd_core._array import Array, sum_of_squares, widen
 from singd_core.curvature import Curvature, Measured
 from singd_core.rules import Factors
 from singd_core.structures import Structure
+from singd_core.structures.choose import MatrixShape
 from singd_jax import _compat, _nnx
 from singd_jax._calls import Call
 from singd_jax._find import leading
@@ -104,7 +105,7 @@ def value_and_curvature(
         due = {} if always or not whole else _of_layers(states, dues)
         sampled = [own for own in states if own.fixed.rows != math.inf]
         steps = {name: own.rest.step for own in sampled for name in own.rest.layers}
-        rule = functools.partial(_measure, kept, rows)
+        rule = functools.partial(_measure, kept, rows, {})
         tapped, used = Tapped(loss, trained, n, rule, due, steps), set[str]()
 
         def measured() -> tuple[Any, Any, Any, dict[str, Any]]:
@@ -163,11 +164,15 @@ def _is_cheap(layers: Layers, factors: Mapping[str, Factors], rows: Mapping[str,
 def _measure(
     trained: Mapping[str, Factors],
     rows: Mapping[str, float],
+    known: dict[Any, Callable[..., Sums]],
     call: Call,
     layer: Layer,
     kfac_approx: str,
 ) -> Callable[..., Sums]:
-    """The rule that measures so many of the rows, or all, for the layer's factors."""
+    """The rule that measures so many of the rows, or all, for the layer's factors.
+
+    It is one function for equal products of equal layers, `known` by what they have in common.
+    """
     transposed, bias = layer.role(call) == TRANSPOSED, layer.bias is not None
     _, d_out, d_in = layer.shape
     most = rows[layer.name] if _compat.is_local() else math.inf
@@ -190,7 +195,10 @@ def _measure(
             A, B = padded(B) if bias else B, A
         return Sums(*_sums(structures, factors, A, B), counts)
 
-    return rule
+    if call.code is None:
+        return rule
+    same = call.code, layer.shape, transposed, bias, structures, most, counted, kfac_approx
+    return known.setdefault(same, jax.jit(rule))
 
 
 @_compat.any_ranks
@@ -220,7 +228,17 @@ def blank(layers: Layers, states: Sequence[SingdState]) -> dict[str, Curvature]:
 
 def _slot(layer: Layer, factors: Factors) -> Sums:
     """Zeros of the shapes that `measure` returns, to add many up in: in at least float32."""
-    stack, d_out, d_in = layer.shape
+    arrays, tree = jax.tree.flatten(factors.measuring())
+    shapes = _shapes(layer.shape, tree, tuple((a.shape, a.dtype) for a in arrays))
+    return jax.tree.map(  # type: ignore[no-any-return]
+        lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes
+    )
+
+
+@functools.cache
+def _shapes(shape: MatrixShape, tree: Any, arrays: tuple[Any, ...]) -> Sums:
+    """What a layer's taps add up, from what its factors measure with."""
+    stack, d_out, d_in = shape
 
     def shaped(factors: Factors) -> Sums:
         sides = zip((d_in, d_out), factors.sides, strict=True)
@@ -232,11 +250,8 @@ def _slot(layer: Layer, factors: Factors) -> Sums:
 
     # as on one device: their products need no type that says how they are sharded
     make: Any = jax.ShapeDtypeStruct
-    plain = jax.tree.map(lambda a: make(a.shape, a.dtype), factors.measuring())
-    shapes = jax.eval_shape(shaped, plain)
-    return jax.tree.map(  # type: ignore[no-any-return]
-        lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes
-    )
+    plain = tree.unflatten([make(*a) for a in arrays])
+    return jax.eval_shape(shaped, plain)  # type: ignore[no-any-return]
 
 
 def _sums(
@@ -271,14 +286,19 @@ def seen(factors: Factors, curvature: Curvature) -> Curvature:
 
 @_compat.any_ranks
 def _curvature(sums: Sums, layers: Layers, batch_size: int | None, role: Role) -> Curvature:
+    average = batch_size if layers.loss_average == "batch" else layers.loss_average
+    return _of_sums(sums, average, role)  # type: ignore[no-any-return]
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _of_sums(sums: Sums, average: str | int | None, role: Role) -> Curvature:
+    """The curvature of a loss that is a mean of so many terms; compiled once for equal layers."""
     N, terms, uses = (sums.counts[..., i] for i in range(3))
     M: Any = 1
-    if layers.loss_average == "batch":
-        M = batch_size
-    elif layers.loss_average == "batch+sequence":
+    if average == "batch+sequence":
         M = terms / jnp.where(uses > 0, uses, 1)
-    elif layers.loss_average is not None:
-        M = layers.loss_average
+    elif average is not None:
+        M = average
     if role == UPRIGHT:
         return Curvature.of(sums.K, N, sums.C, M)
     turned = Curvature.of(sums.C, N, sums.K, M)

@@ -82,8 +82,9 @@ class Layer:
 
     @property
     def laid(self) -> Laid:
-        """How its parameter is a matrix."""
-        return Laid(self.weight, self.bias, self.overlap)
+        """How its parameter is a matrix; the same for equal layers."""
+        bias = None if self.bias is None else dataclasses.replace(self.bias, name="")
+        return Laid(dataclasses.replace(self.weight, name=""), bias, self.overlap)
 
     @property
     def shape(self) -> tuple[tuple[int, ...], int, int]:
@@ -102,11 +103,6 @@ class Layer:
         layouts = {call.layout: UPRIGHT, call.transposed: TRANSPOSED}
         role = layouts.get(self.weight.layout)
         return role if role in self.roles else None
-
-    def stacked(self, n: int) -> Layer:
-        """The layer of n equal ones, along a further first axis of their parameters."""
-        bias = None if self.bias is None else self.bias.stacked(n)
-        return dataclasses.replace(self, weight=self.weight.stacked(n), bias=bias)
 
     def without_bias(self) -> Layer:
         """The layer of the weight alone, where the bias is trained by another transformation."""

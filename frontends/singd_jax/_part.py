@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from singd_core._array import Array
 from singd_core.layers import LayerKind, Sample
-from singd_core.layers.base import append_bias
 from singd_jax._axes import Group, Region, size
 
 
@@ -56,20 +55,6 @@ class Part:
         """The shape (*stack, d_out, d_in)."""
         return (*map(size, self.stack), size(self.outs), size(self.ins))
 
-    def stacked(self, n: int) -> Part:
-        """The regions of n such parts of equal leaves, along a further first axis."""
-        first: Group = ((0, 1, n),)
-        region = ((0, n), *((0, m) for _, m in self.region))
-        return Part(
-            self.name,
-            tuple(m for _, m in region),
-            region,
-            frozenset(axis + 1 for axis in self.flips),
-            (first, *map(_further, self.stack)),
-            _further(self.outs),
-            _further(self.ins),
-        )
-
     def take(self, leaf: Array) -> Array:
         """The region, in the leaf's own axes."""
         return leaf if self.whole else leaf[self._slices()]
@@ -110,11 +95,6 @@ class Part:
         return have, [have.index(atom) for atom in want]
 
 
-def _further(group: Group) -> Group:
-    """Atoms of axes that one more comes before."""
-    return tuple((axis + 1, stride, n) for axis, stride, n in group)
-
-
 @dataclasses.dataclass(frozen=True)
 class Laid(LayerKind):
     """How the regions of a weight and of its bias, in their leaves' own axes, are a matrix.
@@ -153,7 +133,9 @@ class Laid(LayerKind):
         matrix = self.weight.matrix(weight)
         if bias is None or self.bias is None:
             return matrix
-        return append_bias(matrix, self.bias.matrix(bias)[..., 0])
+        # written into one array: XLA would compile a concatenation again for each equal layer
+        wide = jnp.pad(matrix, [(0, 0)] * (matrix.ndim - 1) + [(0, 1)])
+        return wide.at[..., -1:].set(self.bias.matrix(bias).astype(wide.dtype))
 
     def split(
         self, matrix: Array, weight_shape: Sequence[int], bias: bool

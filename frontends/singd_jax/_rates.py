@@ -10,16 +10,16 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from singd_core import rules
+from singd_core import _parameter, rules
 from singd_core._array import Array
 from singd_core._settings import Settings
 from singd_core._tree import T_Tree
 from singd_core.adamw import Fallback
-from singd_core.optimizer import Optimizer, State
-from singd_core.rounding import Rounding, identity
-from singd_jax._groups import Groups
+from singd_core.optimizer import Optimizer
+from singd_jax import _compat
 from singd_jax._layer import Layer
 from singd_jax._layers import pair
+from singd_jax._shared import Shared
 from singd_jax._state import SingdState
 
 Rate: TypeAlias = Any  # a number, a 0-d array, or a schedule: a function of the number of steps
@@ -28,9 +28,15 @@ _RATES = ("lr", "momentum", "weight_decay", "damping", "alpha1")
 
 
 class Stepper(Optimizer):
-    """The core's optimizer on groups of equal layers."""
+    """The core's optimizer, whose conditions stay in the program, and whose layers share code.
 
-    groups: Groups
+    Attributes:
+        shared: Runs what equal layers have in common.
+        step: The number of steps taken.
+    """
+
+    shared: Shared
+    step: Array
 
     def _if(
         self, condition: Any, function: Callable[..., T_Tree], old: T_Tree, *arrays: Array
@@ -40,12 +46,12 @@ class Stepper(Optimizer):
         found: T_Tree = jax.lax.cond(condition, function, lambda old, *_: old, old, *arrays)
         return found
 
-    def _rounding(self, state: State, name: str, dtypes: Mapping[str, Any]) -> Rounding | None:
-        """The random bits of each layer are those that it has alone."""
-        found, members = super()._rounding(state, name, dtypes), self.groups.members[name]
-        if found is None or len(members) == 1:
-            return found
-        return found._replace(owner=jnp.asarray([*map(identity, members)], jnp.int32))
+    def _run(
+        self, function: Callable[..., Any], owner: Any, *arguments: Any, like: Any = None
+    ) -> Any:
+        found = self.shared(function, *arguments)
+        # all that changes depends on it
+        return _compat.kept(found, self.step) if function is _parameter.all_finite else found
 
 
 class Rates:
@@ -108,11 +114,11 @@ class Rates:
         always = isinstance(self._T, int) and self._T == 1
         return None if always else jnp.asarray(self._T, jnp.int32)
 
-    def at(self, state: SingdState, layers: Mapping[str, Layer], groups: Groups) -> Stepper:
-        """The optimizer of groups of layers with the rates of this step."""
+    def at(self, state: SingdState, layers: Mapping[str, Layer]) -> Stepper:
+        """The optimizer of layers with the rates of this step."""
         step, optimizer = state.rest.step, copy.copy(self.optimizer)
-        optimizer.groups = groups
-        optimizer.layers = {name: layer.laid for name, layer in groups.layers(layers).items()}
+        optimizer.shared, optimizer.step = Shared(), step
+        optimizer.layers = {name: layer.laid for name, layer in layers.items()}
         rates = {name: schedule(step) for name, schedule in self.schedules.items()}
         if state.T is not None:  # maybe an array
             rates["T"] = state.T

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -16,7 +17,6 @@ from singd_core.optimizer import LayerState, State
 from singd_core.rules import Factors
 from singd_jax import _compat
 from singd_jax._curvature import joined, seen
-from singd_jax._groups import Groups
 from singd_jax._layer import Layer
 from singd_jax._loss import Leaves
 from singd_jax._rates import Rates, Stepper
@@ -54,14 +54,11 @@ class Steps:
             return grads, self._counted(state, core)
         given, old = (_parameters(layers, a, core.fallback) for a in (gradients, weights))
         known = _known(curvature, state)
-        groups = Groups.of(layers, core, given, old, known)
-        optimizer, core = self.rates.at(state, layers, groups), groups.of_state(core)
-        given, old = groups.stacked(given), groups.stacked(old)
+        optimizer = self.rates.at(state, layers)
         refreshed = _refreshed(optimizer, state, core, known)
         refreshed |= _learned(optimizer, state, core, given, old)
         new, stepped = optimizer.update(given, core, old, refreshed=refreshed)
-        changes = _leaves(layers, gradients, groups.apart(new))
-        return tree(changes), self._counted(state, groups.to_state(stepped))
+        return tree(_leaves(layers, gradients, new)), self._counted(state, stepped)
 
     @_compat.any_ranks
     def precondition(
@@ -78,15 +75,12 @@ class Steps:
         known = _known(curvature, state)
         given = _parameters(layers, gradients)
         others = [a for name, a in gradients.items() if name not in _owned(layers)]
-        groups = Groups.of(layers, core, given, known)
-        optimizer, grouped = self.rates.at(state, layers, groups), groups.of_state(core)
-        refreshed = _refreshed(optimizer, state, grouped, known)
+        refreshed = _refreshed(self.rates.at(state, layers), state, core, known)
         total = sum((jnp.sum(widen(a) ** 2) for a in others), jnp.zeros(()))
         new, kept = {}, {}
-        trained = groups.layers(layers)
-        for name, gradient in groups.stacked(given).items():
-            kind, own = trained[name].laid, parts(gradient)
-            factors = refreshed.get(name, grouped.layers[name].factors)
+        for name, gradient in given.items():
+            kind, own = layers[name].laid, parts(gradient)
+            factors = refreshed.get(name, core.layers[name].factors)
             natural = factors.precondition(kind.matrix(*own))
             regions = kind.split(natural, own[0].shape, len(own) > 1)
             new[name] = like(gradient, [part for part in regions if part is not None])
@@ -94,11 +88,11 @@ class Steps:
             for g, n in zip(own, parts(new[name]), strict=True):
                 total = total + jnp.sum(widen(g) * widen(n))
         ok = jnp.isfinite(total)
-        stepped = groups.to_state(State(core.step, core.skipped, kept, {})).map(
+        stepped = State(core.step, core.skipped, kept, {}).map(
             lambda new, old: new if new is old else jnp.where(ok, new, old), core
         )
         skipped = core.skipped + (~ok).astype(core.skipped.dtype)
-        changes = _leaves(layers, gradients, groups.apart(new))
+        changes = _leaves(layers, gradients, new)
         changes = {name: jnp.where(ok, a, jnp.zeros_like(a)) for name, a in changes.items()}
         return tree(changes), self._counted(state, dataclasses.replace(stepped, skipped=skipped))
 
@@ -128,11 +122,11 @@ def _known(curvature: Known | None, state: SingdState) -> dict[str, Curvature]:
 def _refreshed(
     optimizer: Stepper, state: SingdState, core: State, known: Known
 ) -> dict[str, Factors]:
-    """The factors of the groups of which there is curvature, refreshed if that is due."""
+    """The factors of the layers of which there is curvature, refreshed if that is due."""
 
     def refreshed() -> dict[str, Factors]:
-        given = optimizer.groups.stacked(known)
-        return optimizer.refresh(core, {name: seen(old[name], own) for name, own in given.items()})
+        look = functools.partial(optimizer.shared, functools.partial(seen))
+        return optimizer.refresh(core, {name: look(old[name], own) for name, own in known.items()})
 
     old = {name: own.factors for name, own in core.layers.items() if name in known}
     return _if_due(state, refreshed, old)
@@ -145,7 +139,7 @@ def _learned(
     gradients: Mapping[str, Parameter],
     weights: Mapping[str, Parameter],
 ) -> dict[str, Factors]:
-    """The factors of the groups that show no rows, refreshed by gradients if that is due."""
+    """The factors of the layers that show no rows, refreshed by gradients if that is due."""
 
     def refreshed() -> dict[str, Factors]:
         return optimizer.refresh_by_gradients(core, gradients, weights)

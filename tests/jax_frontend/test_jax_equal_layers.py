@@ -1,4 +1,4 @@
-"""Equal layers step as one, and XLA is given the code of one; what that must not change."""
+"""XLA is given the code of one of many equal layers; what that must not change."""
 
 import functools
 from typing import Any
@@ -68,14 +68,15 @@ def test_they_step_as_each_of_them_alone(dtype: str, given: Any) -> None:
             updates, state = update(grads, state, now, curvature=curvature)
             now = optax.apply_updates(now, updates)
         found.append(jax.tree.map(lambda a: np.asarray(a, np.float32), now))
-    # the same random bits; a product of a stack may round its last digit in another way
+    # the same random bits; a kernel of another step may round its last digit in another way
     tolerance = 1e-5 if dtype == "float32" else 2.0**-7
     for a, b, old in zip(*map(jax.tree.leaves, (*found, params)), strict=True):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
         assert np.any(a != np.asarray(old, np.float32))
 
 
-def operations(n: int) -> int:
+def lowered(n: int) -> Any:
+    """The step of n equal layers."""
     params, layers = start(n), layers_of(n)
     tx = singd_jax.singd(layers=layers)
     state = tx.init(params)
@@ -86,12 +87,27 @@ def operations(n: int) -> int:
     def update(grads: Any, state: Any, params: Any, curvature: Any) -> Any:
         return tx.update(grads, state, params, curvature=curvature)
 
-    text = jax.jit(update).lower(grads, state, params, curvature).as_text()
-    return text.count("stablehlo.dot_general") + text.count("stablehlo.power")
+    return jax.jit(update).lower(grads, state, params, curvature)
 
 
 def test_a_step_of_many_has_the_products_of_two() -> None:
+    def operations(n: int) -> int:
+        text = lowered(n).as_text()
+        return text.count("stablehlo.dot_general") + text.count("stablehlo.power")
+
     assert operations(6) == operations(2)
+
+
+@pytest.mark.slow
+def test_a_step_of_many_compiles_to_so_many_times_the_code_of_one() -> None:
+    """Its kernels do not compute again whether all layers are finite, nor copy equal layers."""
+    two, four, six = (lowered(n).compile() for n in (2, 4, 6))
+    more = [
+        a.as_text().count(" = ") - b.as_text().count(" = ") for a, b in ((four, two), (six, four))
+    ]
+    assert more[1] < 1.1 * more[0]
+    temporary = [a.memory_analysis().temp_size_in_bytes for a in (two, six)]
+    assert temporary[1] < 3.1 * temporary[0]
 
 
 @pytest.mark.parametrize(
