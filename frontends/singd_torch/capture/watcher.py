@@ -141,7 +141,11 @@ class Watcher:
 
     def calls_wanted(self) -> bool:
         """Whether calls that are handed a weight itself should be seen now."""
-        return self._calls_are_due and torch.is_grad_enabled() and not torch._C._is_tracing()
+        if not self._calls_are_due or not torch.is_grad_enabled() or torch._C._is_tracing():
+            return False
+        if self._roster.is_switched:  # no call of this pass may be missed
+            self.follow()
+        return True
 
     def rows_wanted(self, source: Source) -> TakeRows | None:
         """What takes the rows of a layer in the current step, or None when it is not due.

@@ -79,15 +79,25 @@ class Model(models.Characters):
         return self.end(self, self.norm(x))
 
 
-def trained(rank: int, world: int, ends: Sequence[Callable[..., Tensor]]) -> Any:
-    """For each way to end, the weights, and the table of the optimizer."""
+def trained(
+    rank: int, world: int, ends: Sequence[Callable[..., Tensor]], later: bool = False
+) -> Any:
+    """For each way to end, the weights, and the table of the optimizer.
+
+    Weights may be parted `later`, when there is an optimizer, as by Accelerate.
+    """
     found = []
     for end in ends:
         torch.manual_seed(0)
         model: Any = Model(end).double()
+        old = list(model.parameters())
+        built = SINGD(model, **models.settings("characters", **GIVEN)) if later else None
         if world > 1:
             shard(model, init_device_mesh("cpu", (world,)))
-        optimizer = SINGD(model, **models.settings("characters", **GIVEN))
+        optimizer = built or SINGD(model, **models.settings("characters", **GIVEN))
+        new = dict(zip(old, model.parameters(), strict=True))
+        for group in optimizer.param_groups if later else ():
+            group["params"] = [new[p] for p in group["params"]]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "no rows of 'head.weight' are taken")
             models.train(model, optimizer, models.data("characters", 3), rank, world)
@@ -95,9 +105,9 @@ def trained(rank: int, world: int, ends: Sequence[Callable[..., Tensor]]) -> Any
     return found
 
 
-def check_uses(ends: Sequence[Callable[..., Tensor]]) -> None:
+def check_uses(ends: Sequence[Callable[..., Tensor]], later: bool = False) -> None:
     wanted = trained(0, 1, ends)
-    for found in gloo.run(2, trained, ends):
+    for found in gloo.run(2, trained, ends, later):
         for end, (weights, table), (expected, of_one) in zip(ends, found, wanted, strict=True):
             check([weights], expected)
             for text in (table, of_one):
@@ -111,8 +121,9 @@ def test_uses_without_their_modules_are_seen_or_said() -> None:
 
 
 @pytest.mark.slow
-def test_all_uses_without_their_modules_are_seen_or_said() -> None:
-    check_uses(list(USES))
+@pytest.mark.parametrize("later", [False, True])
+def test_all_uses_without_their_modules_are_seen_or_said(later: bool) -> None:
+    check_uses(list(USES), later)
 
 
 def perturbed(rank: int, world: int) -> dict[str, Tensor]:
