@@ -36,7 +36,7 @@ def read(stacks: Iterable[Stack], sizes: Mapping[str, Tensor] | None = None) -> 
 
 def _as(like: Tensor, value: Any) -> Tensor:
     """A value of each matrix, or a number for all of them, in the shape of `like`."""
-    found = torch.as_tensor(value).to(like)
+    found = torch.as_tensor(value, device=like.device).to(like)
     return found.expand(like.shape) if found.ndim == 0 else found
 
 

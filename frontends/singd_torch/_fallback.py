@@ -98,7 +98,7 @@ def real(x: Tensor) -> Tensor:
 def initial(p: nn.Parameter, *, on_device: bool) -> dict[str, Tensor]:
     """The state of a parameter before its first step; the count is a number of the host, or not."""
     exp_avg = torch.zeros_like(widen(p), memory_format=torch.preserve_format)
-    step = torch.zeros((), dtype=torch.float32, device=p.device if on_device else None)
+    step = torch.zeros((), dtype=torch.float32, device=p.device if on_device else "cpu")
     return {"step": step, "exp_avg": exp_avg, "exp_avg_sq": torch.zeros_like(exp_avg)}
 
 

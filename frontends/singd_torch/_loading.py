@@ -121,7 +121,7 @@ def check_moments(name: str, p: nn.Parameter, entries: Entries) -> None:
     if not entries.keys() & template.keys():
         return
     if isinstance(entries.get("step"), (int, float)):
-        entries["step"] = torch.tensor(float(entries["step"]))
+        entries["step"] = torch.tensor(float(entries["step"]), device="cpu")
     _check(name, template, entries)
 
 

@@ -36,6 +36,25 @@ def test_a_step_leaves_gradients_as_backward_made_them(
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_default_device_that_is_not_the_models_changes_nothing(dtype: torch.dtype) -> None:
+    def trained(device: str) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 200), nn.LayerNorm(200), nn.Linear(200, 100)).to(dtype)
+        x = torch.randn(16, 6).to(dtype)
+        with torch.device(device):
+            optimizer = SINGD(model)
+            for _ in range(3):
+                optimizer.zero_grad()
+                model(x).float().square().mean().backward()
+                optimizer.step()
+                optimizer.load_state_dict(optimizer.state_dict())
+                optimizer.diagnostics()
+        return [p.detach() for p in model.parameters()]
+
+    assert all(map(torch.equal, trained("meta"), trained("cpu")))
+
+
 def test_a_layer_that_is_used_late_is_preconditioned_at_once() -> None:
     torch.manual_seed(0)
     first, late = nn.Linear(4, 3), nn.Linear(4, 3)

@@ -36,7 +36,7 @@ _PIECES = 1 << 22
 
 def owners(names: Sequence[str], like: Tensor) -> Tensor:
     """The numbers of names, on a device, which the host does not wait for."""
-    numbers = torch.tensor([identity(name) for name in names], dtype=torch.int32)
+    numbers = torch.tensor([identity(name) for name in names], dtype=torch.int32, device="cpu")
     return numbers.to(like.device, non_blocking=True)
 
 
@@ -194,7 +194,7 @@ class Row:
             of_each = zip(self._places[run], ends, sizes, strict=True)
             shifts = [place.start - end + n for place, end, n in of_each]
             known = self._shifts[run.start] = [
-                torch.tensor(each, dtype=dtype).to(keys.device, non_blocking=True)
+                torch.tensor(each, dtype=dtype, device="cpu").to(keys.device, non_blocking=True)
                 for each, dtype in ((sizes, torch.int64), (shifts, torch.int32))
             ]
         key, shift = (

@@ -35,7 +35,7 @@ class Scratch:
         n, key = math.prod(shape), (slot, like.dtype)
         kept = self._kept.get(key)
         if kept is None or kept.numel() < n:
-            kept = self._kept[key] = torch.empty(n, dtype=like.dtype)
+            kept = self._kept[key] = torch.empty(n, dtype=like.dtype, device=like.device)
         return kept[:n].view(tuple(shape))
 
     def constant(self, value: float, like: Tensor) -> Tensor:
