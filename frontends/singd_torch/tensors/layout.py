@@ -117,14 +117,15 @@ class Layout:
             n = pool.numbers
             pool.of = slice(n[0], n[-1] + 1)
             if n != list(range(n[0], n[-1] + 1)):
-                pool.of = torch.tensor(n).to(device, non_blocking=True)
+                pool.of = torch.tensor(n, device="cpu").to(device, non_blocking=True)
         further = [
             n
             for own, places in zip(self.numbers, self._there(), strict=True)
             for _ in places[1:]
             for n in range(own.start, own.stop)
         ]
-        self._further = torch.tensor(further, dtype=torch.int64).to(device, non_blocking=True)
+        numbers = torch.tensor(further, dtype=torch.int64, device="cpu")
+        self._further = numbers.to(device, non_blocking=True)
         order = self._rows_in_pools()
         self._order = self._back = None
         if not np.array_equal(order, np.arange(len(order))):
