@@ -21,7 +21,7 @@ from singd_jax._layers import Layers, checked
 from singd_jax._loss import Leaves
 from singd_jax._pytree import register_with_flax
 from singd_jax._rates import Rates
-from singd_jax._sharding import shardings
+from singd_jax._sharding import lengthened, numbers_everywhere, placed
 from singd_jax._state import Fixed, SingdState
 from singd_jax._tensors import NONE, extended, tensors
 
@@ -96,13 +96,16 @@ class Start:
         def made() -> dict[str, LayerState]:
             return {name: self._layer_state(layer, dtypes) for name, layer in found.items()}
 
-        where = shardings(found, arrays, jax.eval_shape(made))
-        states = jax.jit(made, out_shardings=where)()
+        shapes = jax.eval_shape(made)
+        where = placed(found, arrays, shapes)
+        shardings = jax.tree.map(lambda a: a.sharding, where)
+        states = jax.jit(lambda: lengthened(made(), where), out_shardings=shardings)()
         rest = {k: _moments(a, s) for k, a in arrays.items() if self.others and k not in owned}
         count, skipped = (jnp.zeros((), jnp.int32) for _ in range(2))
         core = State(count, skipped, states, rest)  # type: ignore[arg-type]
-        fixed = Fixed(extended(self.layers, others_found), s.growing_T, s.rows)
-        state = SingdState.of(core, params, self.rates.T, fixed)
+        hold = {k: [a.shape for a in jax.tree.leaves(own.factors)] for k, own in shapes.items()}
+        fixed = Fixed(extended(self.layers, others_found), s.growing_T, s.rows, hold)
+        state = numbers_everywhere(SingdState.of(core, params, self.rates.T, fixed), arrays)
         self.known |= {"rest": jax.tree.map(lambda _: 0, state.rest), "fixed": fixed}
         return state
 

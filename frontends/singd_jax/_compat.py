@@ -171,6 +171,15 @@ def is_local() -> bool:
     return jax.device_count() == 1 or (len(names) > 0 and set(names) == set(manual))
 
 
+def whole(x: Any) -> Any:
+    """`x`, on every device if its type says that it is divided: then it can be cut anywhere."""
+    typed, partition = getattr(jax.typeof(x), "sharding", None), jax.sharding.PartitionSpec
+    if typed is None or all(names is None for names in typed.spec):
+        return x
+    everywhere = jax.sharding.NamedSharding(typed.mesh, partition())
+    return jax.sharding.reshard(x, everywhere)
+
+
 def auto_sharded(f: Callable[..., Any], like: Any) -> Callable[..., Any]:
     """`f` with its shardings left to XLA, the result sharded like `like`, on explicit meshes."""
     mesh = getattr(jax.sharding, "get_abstract_mesh", lambda: None)()

@@ -206,7 +206,7 @@ def _ports(
     layers: Layers, states: Sequence[SingdState]
 ) -> tuple[dict[str, Factors], dict[str, Any]]:
     """The factors of each layer, and zeros for what its roles add up."""
-    known = {name: layer.factors for own in states for name, layer in own.rest.layers.items()}
+    known = {name: factors for own in states for name, factors in own.factors.items()}
     factors = {name: known[name] for name in layers}
     slots = {
         name: dict.fromkeys(layer.roles, _slot(layer, factors[name]))

@@ -72,9 +72,9 @@ class Layers(Mapping[str, Layer]):
     def of(self, states: Iterable[SingdState]) -> Layers:
         """Those that states train and that show rows, as they train them."""
         trained = {
-            name: self[name].of(layer.factors)
+            name: self[name].of(factors)
             for own in states
-            for name, layer in own.rest.layers.items()
+            for name, factors in own.factors.items()
             if name in self and self[name].has_rows
         }
         return dataclasses.replace(self, found=trained)

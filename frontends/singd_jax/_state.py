@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,10 +17,12 @@ from singd_core._settings import Settings, is_due
 from singd_core.adamw import Moments
 from singd_core.curvature import Curvature
 from singd_core.optimizer import LayerState, State
+from singd_core.rules import Factors
 from singd_jax._layer import Layer
 from singd_jax._layers import Layers
 from singd_jax._loss import Leaves
 from singd_jax._pytree import static
+from singd_jax._sharding import lengthened, shortened
 
 
 @static
@@ -33,11 +34,17 @@ class Fixed:
         layers: The layers that it was made with.
         growing_T: Whether refreshes are more frequent at first.
         rows: Rows that a factor is measured with.
+        shapes: What the arrays of each layer's factors hold. On a mesh zeros follow.
     """
 
     layers: Layers
-    growing_T: bool = False
-    rows: float = math.inf
+    growing_T: bool
+    rows: float
+    shapes: Mapping[str, Sequence[tuple[int, ...]]]
+
+    def __hash__(self) -> int:
+        """That of the layers, which is known."""
+        return hash((self.layers, self.growing_T, self.rows))
 
 
 class SingdState(NamedTuple):
@@ -80,20 +87,28 @@ class SingdState(NamedTuple):
     def layers(self) -> dict[str, Layer]:
         """The layers that are trained."""
         found = self.fixed.layers
-        return {name: found[name].of(own.factors) for name, own in self.rest.layers.items()}
+        return {name: found[name].of(factors) for name, factors in self.factors.items()}
+
+    @property
+    def factors(self) -> dict[str, Factors]:
+        """The factors of the layers, without the zeros for a mesh."""
+        shapes = self.fixed.shapes
+        return {
+            name: shortened(own.factors, shapes[name]) for name, own in self.rest.layers.items()
+        }
 
     @property
     def core(self) -> State:
         """The state as every frontend has it; see `singd_core.optimizer.State`."""
         mu, nu, layers, rest = Leaves.of(self.mu).named, Leaves.of(self.nu).named, {}, self.rest
         lost: Mapping[str, Array] = {} if self.lost is None else Leaves.of(self.lost).named
-        trained = self.layers
+        factors, trained = self.factors, self.layers
         for name, own in rest.layers.items():
             parts, momenta = trained[name].parts, None
             if all(part.name in mu for part in parts):
                 momenta = [part.take(mu[part.name]) for part in parts]
             costs = [part.take(lost[part.name]) if part.name in lost else None for part in parts]
-            layers[name] = LayerState.of(own.factors, momenta, own.late, costs)
+            layers[name] = LayerState.of(factors[name], momenta, own.late, costs)
         others = {
             k: Moments(mu[k], nu[k], own.step, lost.get(k)) for k, own in rest.fallback.items()
         }
@@ -105,6 +120,9 @@ class SingdState(NamedTuple):
         lost = None if self.lost is None else Leaves.of(self.lost)
         known = None if lost is None else lost.named
         mu, nu, costs, rest = _apart(core, self.fixed.layers, leaves.named, known)
+        for name, own in self.rest.layers.items():
+            factors = lengthened(rest.layers[name].factors, own.factors)
+            rest.layers[name] = dataclasses.replace(rest.layers[name], factors=factors)
         return self._replace(
             mu=leaves.tree(mu),
             nu=Leaves.of(self.nu).tree(nu),
