@@ -173,11 +173,11 @@ def is_local() -> bool:
 
 def whole(x: Any) -> Any:
     """`x`, on every device if its type says that it is divided: then it can be cut anywhere."""
-    typed, partition = getattr(jax.typeof(x), "sharding", None), jax.sharding.PartitionSpec
+    sharding: Any = jax.sharding
+    typed = getattr(jax.typeof(x), "sharding", None)
     if typed is None or all(names is None for names in typed.spec):
         return x
-    everywhere = jax.sharding.NamedSharding(typed.mesh, partition())
-    return jax.sharding.reshard(x, everywhere)
+    return sharding.reshard(x, sharding.NamedSharding(typed.mesh, sharding.PartitionSpec()))
 
 
 def auto_sharded(f: Callable[..., Any], like: Any) -> Callable[..., Any]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from singd_core._array import Array
-from singd_core._tree import T_Tree
 from singd_jax import _compat
 from singd_jax._layer import Layer
+
+T = TypeVar("T")
 
 
 def placed(
@@ -39,7 +40,7 @@ def placed(
     return found
 
 
-def numbers_everywhere(tree: T_Tree, arrays: Mapping[str, Array]) -> T_Tree:
+def numbers_everywhere(tree: T, arrays: Mapping[str, Array]) -> T:
     """The tree with its numbers on every device of the mesh that the parameters lie on.
 
     A number on one device would move in the first step, and the second be compiled again.
@@ -47,7 +48,9 @@ def numbers_everywhere(tree: T_Tree, arrays: Mapping[str, Array]) -> T_Tree:
     meshes = {own.mesh for own in map(_sharding, arrays.values()) if own is not None}
     if len(meshes) != 1:
         return tree
-    here = jax.sharding.NamedSharding(*meshes, jax.sharding.PartitionSpec())
+    partition: Any = jax.sharding.PartitionSpec
+    here = jax.sharding.NamedSharding(meshes.pop(), partition())
+    structure: Any
     leaves, structure = jax.tree.flatten(tree)
     where = [i for i, a in enumerate(leaves) if jnp.ndim(a) == 0]
     moved = jax.jit(lambda numbers: numbers, out_shardings=here)([leaves[i] for i in where])
@@ -56,7 +59,7 @@ def numbers_everywhere(tree: T_Tree, arrays: Mapping[str, Array]) -> T_Tree:
     return structure.unflatten(leaves)  # type: ignore[no-any-return]
 
 
-def lengthened(tree: T_Tree, like: T_Tree) -> T_Tree:
+def lengthened(tree: T, like: T) -> T:
     """The arrays with zeros at the end of each axis, to the shapes of others."""
 
     def one(a: Array, b: Array) -> Array:
@@ -66,7 +69,7 @@ def lengthened(tree: T_Tree, like: T_Tree) -> T_Tree:
     return jax.tree.map(one, tree, like)  # type: ignore[no-any-return]
 
 
-def shortened(tree: T_Tree, shapes: Sequence[tuple[int, ...]]) -> T_Tree:
+def shortened(tree: T, shapes: Sequence[tuple[int, ...]]) -> T:
     """The first entries along each of the last axes: the inverse of `lengthened`."""
 
     def one(a: Array, shape: tuple[int, ...]) -> Array:
@@ -74,6 +77,7 @@ def shortened(tree: T_Tree, shapes: Sequence[tuple[int, ...]]) -> T_Tree:
             return a
         return _compat.whole(a)[(..., *map(slice, shape))]
 
+    structure: Any
     leaves, structure = jax.tree.flatten(tree)
     return structure.unflatten(map(one, leaves, shapes))  # type: ignore[no-any-return]
 
@@ -127,7 +131,8 @@ def _divided(array: Any, like: Any, stack: int) -> Any:
     partition: Any = jax.sharding.PartitionSpec
     spec = partition(*(tuple(own) or None for own in names))
     sharding = jax.sharding.NamedSharding(like.mesh, spec)
-    return jax.ShapeDtypeStruct(shape, array.dtype, sharding=sharding)
+    struct: Any = jax.ShapeDtypeStruct
+    return struct(shape, array.dtype, sharding=sharding)
 
 
 def _names(names: Any) -> tuple[Any, ...]:
