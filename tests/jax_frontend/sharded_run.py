@@ -281,7 +281,7 @@ def shares(state):
     """The share of its entries that one device has of each array that is to be divided."""
     found = {}
     for path, a in jax.tree_util.tree_leaves_with_path(state.rest.layers):
-        if (any(n % 8 == 0 for n in a.shape) or a.size > 100) and a.size:
+        if (any(n % 8 == 0 for n in a.shape) or a.size > 1000) and a.size:
             parts = [shard.data.size for shard in a.addressable_shards]
             found[jax.tree_util.keystr(path)] = max(parts) / a.size
     return found
