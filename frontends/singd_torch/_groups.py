@@ -51,6 +51,8 @@ def check_group(group: dict[str, Any]) -> None:
         raise ValueError(f"preconditioner_dtype={dtypes!r}: give two, one for K and one for C")
     _check_dtypes("preconditioner_dtype", dtypes, dtypes)
     _check_dtypes("momentum_dtype", group["momentum_dtype"], [group["momentum_dtype"]])
+    if not isinstance(group["rows"], (int, float)):  # the host cuts arrays by it
+        raise ValueError(f"rows={group['rows']!r}: must be a number, infinite for all")
     if not isinstance(group["average_groups"], bool):
         raise ValueError(f"average_groups={group['average_groups']!r}: must be True or False")
     _fallback.check(group)

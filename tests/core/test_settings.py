@@ -91,7 +91,7 @@ def test_settings_cannot_be_changed_behind_the_optimizers_back() -> None:
         ("lr", [-0.1, math.nan, math.inf], "must be at least 0 and finite"),
         ("weight_decay", [-1e-9, math.nan], "must be at least 0 and finite"),
         ("lr_cov", [-0.1, 1.5, math.inf], r"must be in \[0, 1\], or a function"),
-        ("rows", [0, 1.5, math.nan], "must be an integer of at least 1 .infinite for all"),
+        ("rows", [0, 1.5, math.nan], "must be at least 1 and whole"),
         ("damping", [-0.1, math.nan], "must be at least 0 and finite"),
         ("momentum", [-0.1, 1.0, 2, math.nan], r"must be in \[0, 1\)"),
         ("alpha1", [-0.1, 1.0, math.nan], r"must be in \[0, 1\)"),

@@ -65,8 +65,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "weight_decay": ({"weight_decay": -0.1}, r"weight_decay=-0\.1"),
     "lr_cov": ({"lr_cov": -0.1}, r"lr_cov=-0\.1"),
     "lr_cov beyond 1": ({"lr_cov": 1.5}, r"lr_cov=1\.5: must be in \[0, 1\], or a function"),
-    "rows, a fraction": ({"rows": 1.5}, r"rows=1\.5: must be an integer of at least 1"),
-    "rows, an array": ({"rows": torch.tensor(4.0)}, r"rows=tensor\(4\.\): must be an integer"),
+    "rows, a fraction": ({"rows": 1.5}, r"rows=1\.5: must be at least 1 and whole"),
+    "rows, an array": ({"rows": torch.tensor(4.0)}, r"rows=tensor\(4\.\): must be a number"),
     "average_groups": ({"average_groups": "yes"}, "average_groups='yes': must be True or False"),
     "an infinite rate of AdamW": (
         {"fallback_lr": INF},
