@@ -134,6 +134,15 @@ def test_forward_replaced_in_a_module() -> None:
     check_rows(module.double(), lambda m: loss_of(m(draw(9, 5))))
 
 
+def test_forward_replaced_in_a_class_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(module: nn.Linear, x: Tensor) -> Tensor:
+        return torch.relu(F.linear(x, module.weight, module.bias)) - 0.1
+
+    monkeypatch.setattr(nn.Linear, "forward", forward)
+    check_rows(nn.Linear(5, 4).double(), lambda m: loss_of(m(draw(9, 5))))
+    check_rows(nn.Sequential(nn.Linear(5, 4)).double(), lambda m: loss_of(m(draw(9, 5))))
+
+
 HOOKS: dict[str, Callable[[nn.Module], Any]] = {
     "output": lambda m: m.register_forward_hook(lambda m, args, z: 2.0 * torch.relu(z)),
     "input": lambda m: m.register_forward_pre_hook(lambda m, args: (torch.tanh(args[0]),)),

@@ -210,8 +210,13 @@ def methods(cls: type[nn.Module]) -> dict[str, Any]:
 
 
 def _has_forward_of(module: nn.Module, cls: type[nn.Module]) -> bool:
-    """Whether a module does what its class in the table does, and not what a subclass adds."""
-    return methods(type(module)) == methods(cls) and "forward" not in vars(module)
+    """Whether a module does what its class in the table does, and not what others add to that.
+
+    Of a class of torch that may be a subclass, the module itself, or who patched the class.
+    """
+    same = methods(type(module)) == methods(cls) and "forward" not in vars(module)
+    of_torch = cls.__module__.startswith("torch.nn.")
+    return same and not (of_torch and cls.forward.__module__ != cls.__module__)
 
 
 def _attention(module: nn.MultiheadAttention) -> Iterator[Use]:
