@@ -112,6 +112,7 @@ def ends(rank: int, world: int) -> list[Ended]:
     return [end(rank, world, part) for part in (used_where_no_call_is_seen, derivative)]
 
 
+@pytest.mark.slow
 def test_what_one_process_alone_finds_out_holds_for_all() -> None:
     """All warn of a use that is not seen, and nobody of derivatives in the loss."""
     (unseen, by_choice), (unseen_there, by_choice_there) = gloo.run(2, ends)
