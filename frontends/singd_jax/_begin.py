@@ -76,7 +76,7 @@ class Start:
                 "layers=singd_jax.find_layers(loss)(params, *batch)"
             ) from error
 
-    @_compat.any_ranks
+    @_compat.promoting
     def _state(self, params: Any) -> SingdState:
         leaves = Leaves.of(params)
         arrays = leaves.named

@@ -133,7 +133,7 @@ def _slots(layer: Layer, arrays: Mapping[str, Array]) -> dict[str, Any]:
     return dict.fromkeys(layer.roles, (zeros, zeros))
 
 
-@_compat.any_ranks
+@_compat.promoting
 def _gap(products: Sequence[tuple[Array, Array]], expected: Array) -> Array:
     got, size = (sum(parts) for parts in zip(*products, strict=True))
     norm = jnp.maximum(

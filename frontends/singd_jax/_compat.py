@@ -67,12 +67,18 @@ def without_dead_equations(closed: Any) -> Any:
     return core.ClosedJaxpr(jaxpr, closed.consts)
 
 
+# What has no derivative anywhere.
+_FLAT = {"ceil", "floor", "round", "sign", "stop_gradient"}
+
+
 def trained(jaxpr: Jaxpr, results: Sequence[Variable] | None = None) -> set[Variable]:
     """The variables of a jaxpr through which a gradient goes back from results, or from all."""
     found = {v for v in (jaxpr.outvars if results is None else results) if not is_literal(v)}
     for eqn in reversed(jaxpr.eqns):
         smooth = any(jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in eqn.outvars if v in found)
-        if smooth and eqn.primitive.name != "stop_gradient":
+        if eqn.primitive.name in _FLAT:
+            found -= set(eqn.outvars)
+        elif smooth:
             found |= {v for v in eqn.invars if not is_literal(v)}
     return found
 
@@ -137,12 +143,12 @@ def vary(x: Any, axes: frozenset[Any]) -> Any:
     return lax.pcast(x, new, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, new)
 
 
-def any_ranks(f: Callable[..., T]) -> Callable[..., T]:
-    """`f`, which may promote ranks whatever `jax_numpy_rank_promotion` says of a user's code."""
+def promoting(f: Callable[..., T]) -> Callable[..., T]:
+    """`f`, which may promote ranks and dtypes whatever jax is told of a user's code."""
 
     @functools.wraps(f)
     def function(*args: Any, **keywords: Any) -> T:
-        with jax.numpy_rank_promotion("allow"):
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
             return f(*args, **keywords)
 
     return function

@@ -201,7 +201,7 @@ def _measure(
     return known.setdefault(same, jax.jit(rule))
 
 
-@_compat.any_ranks
+@_compat.promoting
 def _ports(
     layers: Layers, states: Sequence[SingdState]
 ) -> tuple[dict[str, Factors], dict[str, Any]]:
@@ -284,7 +284,7 @@ def seen(factors: Factors, curvature: Curvature) -> Curvature:
     return dataclasses.replace(curvature, H_K=K.S, H_C=C.S)
 
 
-@_compat.any_ranks
+@_compat.promoting
 def _curvature(sums: Sums, layers: Layers, batch_size: int | None, role: Role) -> Curvature:
     average = batch_size if layers.loss_average == "batch" else layers.loss_average
     return _of_sums(sums, average, role)  # type: ignore[no-any-return]

@@ -102,7 +102,8 @@ def value_and_grad(
 
     They are a pytree: average them over devices or micro-batches, clip them by their norm, hand
     them to `TrainState.apply_gradients(grads=grads)`; `grads.tree` are the gradients alone. What
-    maps gradients and parameters together, e.g. `optax.masked`, wants `value_and_curvature`.
+    maps gradients and parameters together, e.g. `optax.masked`, or `optax.add_decayed_weights`
+    before singd in a chain, wants `value_and_curvature`.
 
     Args:
         loss: The loss `loss(params, *batch)`. It may be another function than the one that the
@@ -128,7 +129,7 @@ def value_and_grad(
 
     def function(params: Any, state: Any, *batch: Any, **keywords: Any) -> tuple[Any, Gradients]:
         layers = find_state(state).fixed.layers
-        _refuse_masks(state)
+        _refuse_pairing(state)
         both = value_and_curvature(loss, layers, has_aux=has_aux, branch=branch)
         value, grads, curvature = both(params, state, *batch, **keywords)
         return value, Gradients.of(grads, curvature)
@@ -136,13 +137,24 @@ def value_and_grad(
     return function
 
 
-def _refuse_masks(state: Any) -> None:
-    """Raise if optax would map the gradients together with a mask or with what it accumulates."""
-    kinds = (optax.MaskedState, optax.MultiStepsState)
+# What optax wraps around singd to map gradients together with a mask, with what it accumulates, or
+# with the updates.
+_PAIRING = (
+    optax.MaskedState,
+    optax.MultiStepsState,
+    optax.ApplyIfFiniteState,
+    optax.ConditionallyMaskState,
+    optax.ConditionallyTransformState,
+    optax.contrib.MechanicState,
+)
+
+
+def _refuse_pairing(state: Any) -> None:
+    """Raise if optax would map the gradients together with other trees."""
 
     def is_in_the_way(node: Any) -> bool:
         ours = isinstance(node, optax.MultiStepsState) and isinstance(node.acc_grads, Both)
-        return isinstance(node, kinds) and not ours and holds_state(node)
+        return isinstance(node, _PAIRING) and not ours and holds_state(node)
 
     for node in jax.tree.leaves(state, is_leaf=is_in_the_way):
         if is_in_the_way(node):

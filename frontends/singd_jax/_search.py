@@ -61,7 +61,7 @@ class Search:
                     reason = f"the bias of {biases[i]}, which forms no layer"
                 if not is_followed(self.leaves.arrays[i]):
                     reason = COMPLEX if self.leaves.arrays[i].size else "has no entries"
-                others[name] = reason or "not read by the loss"
+                others[name] = reason or "no gradient of the loss reaches it"
         return others | dict.fromkeys(
             self.leaves.numbers, "a Python number, not an array: not trained"
         )

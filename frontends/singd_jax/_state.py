@@ -18,6 +18,7 @@ from singd_core.adamw import Moments
 from singd_core.curvature import Curvature
 from singd_core.optimizer import LayerState, State
 from singd_core.rules import Factors
+from singd_jax import _compat
 from singd_jax._layer import Layer
 from singd_jax._layers import Layers
 from singd_jax._loss import Leaves
@@ -131,6 +132,7 @@ class SingdState(NamedTuple):
         )
 
     @property
+    @_compat.promoting
     def due(self) -> Array | None:
         """Whether the next step refreshes the factors; None if every step does."""
         if self.T is None:

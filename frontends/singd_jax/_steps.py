@@ -32,7 +32,7 @@ class Steps:
     def __init__(self, rates: Rates) -> None:
         self.rates = rates
 
-    @_compat.any_ranks
+    @_compat.promoting
     def update(
         self, grads: Any, state: SingdState, params: Any, curvature: Known | None
     ) -> tuple[Any, SingdState]:
@@ -60,7 +60,7 @@ class Steps:
         new, stepped = optimizer.update(given, core, old, refreshed=refreshed)
         return tree(_leaves(layers, gradients, new)), self._counted(state, stepped)
 
-    @_compat.any_ranks
+    @_compat.promoting
     def precondition(
         self, grads: Any, state: SingdState, params: Any, curvature: Known | None
     ) -> tuple[Any, SingdState]:

@@ -100,7 +100,7 @@ def _backward(rule: Rule, residuals: Any, g: Array) -> tuple[Any, ...]:
             return measured(x, g, port)
         return jax.lax.cond(due, measured, nothing, x, g, port)
 
-    found = _compat.any_ranks(_compat.auto_sharded(curvature, slot))(x, g, port, due)
+    found = _compat.promoting(_compat.auto_sharded(curvature, slot))(x, g, port, due)
     return g, None, found, None, None
 
 

@@ -192,6 +192,8 @@ def test_what_cannot_carry_them_is_an_error_that_names_the_other_way():
     plain = singd_jax.singd(layers=LAYERS)
     for tx, instead in (
         (optax.masked(plain, {k: k != "scale" for k in start()}), "give tx.update"),
+        (optax.apply_if_finite(plain, 3), "give tx.update"),
+        (optax.conditionally_transform(plain, lambda step: step < 3), "give tx.update"),
         (optax.MultiSteps(plain, 2), r"take singd_jax\.MultiSteps\(\.\.\., layers=layers\) in"),
     ):
         message = rf"they cannot carry the curvature: {instead}.*value_and_curvature"

@@ -20,7 +20,7 @@ def test_layers_are_found_and_their_rows_multiply_to_their_gradients(name):
     layers = singd_jax.find_layers(case.loss, **case.options)(case.params, *case.batch)
     assert set(layers) == case.layers, layers
     assert set(layers.others) == case.others, layers
-    assert "not read by the loss" not in layers.others.values(), layers
+    assert "no gradient of the loss reaches it" not in layers.others.values(), layers
     # float32; None in one case of bfloat16
     tolerance = None if name == "mixed_precision" else 2e-5
     check = singd_jax.check(case.loss, layers, tolerance=tolerance, has_aux=has_aux)

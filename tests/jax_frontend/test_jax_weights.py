@@ -182,9 +182,9 @@ def test_gradients_that_cancel_are_not_taken_for_a_fault():
 
 
 @pytest.mark.parametrize("name", ["transposed_storage", "ragged_experts", "indexed_inside_a_loop"])
-def test_no_rank_is_promoted(name):
+def test_no_rank_and_no_dtype_of_a_user_is_promoted(name):
     case = CASES[name]()
-    with jax.numpy_rank_promotion("raise"):
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
         layers = singd_jax.find_layers(case.loss, **case.options)(case.params, *case.batch)
         singd_jax.check(case.loss, layers)(case.params, *case.batch)
         tx = singd_jax.singd(layers=layers)
@@ -260,3 +260,35 @@ def test_the_table_says_why_there_are_no_rows_and_what_to_do(loss, said, remedy)
     assert trained.kind == "no rows"
     np.testing.assert_allclose(remedy(params, X), loss(params, X), rtol=1e-6)
     assert set(singd_jax.find_layers(remedy)(params, X)) == {"w"}
+
+
+def test_a_target_of_the_weight_itself_is_no_further_use():
+    def loss(p, x):
+        target = jnp.tanh(x @ lax.stop_gradient(p["w"]))
+        return jnp.mean((x @ p["w"] - target) ** 2) + lax.stop_gradient(p["t"]).sum()
+
+    params = {"w": array(4, 3), "t": array(3)}
+    layers = singd_jax.find_layers(loss)(params, X)
+    assert layers["w"].elsewhere == ()
+    assert layers.others == {"t": "no gradient of the loss reaches it"}
+    assert max(singd_jax.check(loss, layers)(params, X).values()) < 1e-5
+
+
+def test_the_gradient_that_makes_an_adversarial_input_is_no_use():
+    def plain(p, x):
+        return mean_square(jnp.tanh(x @ p["w"]) @ p["v"])
+
+    def moved(p, x):
+        return x + 0.1 * jnp.sign(jax.grad(plain, 1)(p, x))
+
+    def loss(p, x):
+        return plain(p, moved(p, x))
+
+    params = {"w": array(4, 3), "v": array(3, 2)}
+    found = []
+    for function, data in ((loss, X), (plain, moved(params, X))):
+        layers = singd_jax.find_layers(function)(params, data)
+        state = singd_jax.singd(layers=layers).init(params)
+        found.append(singd_jax.value_and_curvature(function, layers)(params, state, data))
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
