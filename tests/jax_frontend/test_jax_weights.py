@@ -188,11 +188,13 @@ def test_no_rank_and_no_dtype_of_a_user_is_promoted(name):
         layers = singd_jax.find_layers(case.loss, **case.options)(case.params, *case.batch)
         singd_jax.check(case.loss, layers)(case.params, *case.batch)
         tx = singd_jax.singd(layers=layers)
-        state = tx.init(case.params)
-        _, grads, curvature = singd_jax.value_and_curvature(case.loss, layers)(
-            case.params, state, *case.batch
-        )
-        tx.update(grads, state, case.params, curvature=curvature)
+
+        def step(params, *batch):
+            state, function = tx.init(params), singd_jax.value_and_curvature(case.loss, layers)
+            _, grads, curvature = function(params, state, *batch)
+            return tx.update(grads, state, params, curvature=curvature)
+
+        jax.eval_shape(step, case.params, *case.batch)
 
 
 def chunk(w, i):
