@@ -8,6 +8,7 @@ import pytest
 import torch.distributed as dist
 from test_fully_shard import STRUCTURES, check, shard, whole
 from torch import Tensor, nn
+from torch.distributed._composable import replicate as copied
 from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
@@ -54,6 +55,8 @@ def parted(name: str, how: str, world: int) -> tuple[nn.Module, int, int]:
         shard(model, init_device_mesh("cpu", (world,)))
     elif how == "replicate":
         replicate(model, mesh=init_device_mesh("cpu", (world,)))
+    elif how == "copies":
+        copied(model)
     elif how == "columns":
         shard(
             model,
@@ -83,7 +86,10 @@ def trained(rank: int, world: int, name: str, how: str, case: str) -> dict[str, 
     return models.weights(model)
 
 
-@pytest.mark.parametrize("how", ["replicate", "columns", "tensor", "sequence"])
+@pytest.mark.parametrize(
+    "how",
+    ["replicate", "columns", "tensor", "sequence", pytest.param("copies", marks=pytest.mark.slow)],
+)
 def test_two_processes(how: str) -> None:
     found = gloo.run(2, trained, "characters", how, "default")
     check(found, whole("characters", STRUCTURES["default"]))
