@@ -72,7 +72,7 @@ def find_layers(
         return result[0] if isinstance(result, tuple) else result
 
     def find(params: Any, *batch: Any, **keywords: Any) -> Layers:
-        with _refusing_filtered(params):
+        with _explaining(params):
             return found(params, *batch, **keywords)
 
     def found(params: Any, *batch: Any, **keywords: Any) -> Layers:
@@ -102,14 +102,23 @@ def find_layers(
 
 
 @contextlib.contextmanager
-def _refusing_filtered(params: Any) -> Iterator[None]:
+def _explaining(params: Any) -> Iterator[None]:
     """Say what is wrong where a loss meets None in the place of what belongs to a model.
 
     Raises:
         TypeError: If it does.
+        NameError: If it names an axis of devices that is not there.
     """
     try:
         yield
+    except NameError as error:
+        if "axis name" not in str(error):
+            raise
+        raise NameError(
+            f"{error}. Layers are found without it: give find_layers the loss without its "
+            "lax.pmean or lax.psum, and value_and_grad the loss with them, inside of jax.pmap, "
+            "jax.vmap or jax.shard_map"
+        ) from error
     except (TypeError, AttributeError) as error:
         has_none = any(leaf is None for leaf in jax.tree.leaves(params, is_leaf=_is_none))
         if "NoneType" not in str(error) or not has_none:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax import lax
 from jax_cases import SEQUENCE, N, X, array, mean_square
 
 import singd_jax
@@ -132,3 +133,24 @@ def test_a_view_of_a_weight_has_its_rows_or_none(name: str) -> None:
     assert set(layers) == {"last"} | expected
     close((value, grads), jax.value_and_grad(loss)(params, x))
     singd_jax.check(loss, layers)(params, x)
+
+
+def test_a_loss_that_names_an_axis_has_the_curvature_of_the_whole_batch():
+    params = {"w": array(4, 3)}
+
+    def loss(p, x):
+        return mean_square(jnp.tanh(x @ p["w"]))
+
+    def mean(p, x):
+        return lax.pmean(loss(p, x), "devices")
+
+    with pytest.raises(NameError, match=r"give find_layers the loss without its lax\.pmean"):
+        singd_jax.find_layers(mean)(params, X)
+    layers, (_, *expected) = curvature_of(loss, params, X)
+    state = singd_jax.singd(layers=layers, **PAPER).init(params)
+
+    def part(x):
+        return lax.pmean(singd_jax.value_and_grad(mean)(params, state, x)[1], "devices")
+
+    grads = jax.vmap(part, axis_name="devices", out_axes=None)(X.reshape(2, -1, *X.shape[1:]))
+    close((grads.tree, grads.curvature), expected)
