@@ -24,7 +24,7 @@ def worker(rank: int, world: int, name: str) -> dict[str, Tensor]:
     return models.weights(run.model)
 
 
-SLOW = "compiled", "sampled", "offloaded", "ignored", "unequal", "nothing", "two_losses"
+SLOW = "compiled", "kept", "sampled", "offloaded", "ignored", "unequal", "nothing", "two_losses"
 
 
 @pytest.mark.parametrize(
