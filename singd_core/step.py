@@ -109,7 +109,8 @@ def direction(
         if not all(is_view(r, room) for r in outs):  # of a kind that splits into copies
             room = outs = None
     ahead, momenta = _averaged(gradient, momenta, s, donate=donate, outs=outs)
-    matrix = kind.matrix(*ahead) if room is None else room
+    written = outs is not None and all(a is out for a, out in zip(ahead, outs, strict=True))
+    matrix = room if written else kind.matrix(*ahead)  # a rate may make arrays of another type
     groups, d_out, d_in = kind.shape(shape, bias)
     own = size(sides(d_out, d_in, kind.overlap), number(t_U)), number(squares)
     sums = None if late is None else late.numbers()
