@@ -58,5 +58,8 @@ def register(kernels: Kernels, *types: type) -> None:
 
 
 def kernels_of(x: Any) -> Kernels:
-    """The kernels of an array's type."""
-    return _KERNELS.get(type(x), _STANDARD)
+    """The kernels of an array's type, or of the first that it inherits from."""
+    kind = type(x)
+    if kind in _KERNELS:
+        return _KERNELS[kind]
+    return next((_KERNELS[base] for base in kind.__mro__ if base in _KERNELS), _STANDARD)
