@@ -1,15 +1,18 @@
-"""What the curvature costs in JAX: peak temporary memory, and processor time to compile and step.
+"""What a step costs in JAX: temporary memory, and processor time to compile and to run.
 
 A transformer of equal blocks in a scan, with `jax.checkpoint` and without, in float32; with
 `--first` behind a linear layer, so that the scan does not begin with the batch itself; with
 `--unrolled` each block has parameters of its own. Steps are timed beside those of optax.
 
     python benchmarks/jax_cost.py [--blocks 8] [--width 256] [--batch 8] [--length 256] [--steps 0]
-        [--first] [--unrolled]
+        [--repeats 3] [--first] [--unrolled]
+
+Times to compile are medians of the repeats, in which all are compiled in turn.
 """
 
 import argparse
 import functools
+import statistics
 import time
 
 import jax
@@ -55,31 +58,38 @@ def make_loss(remat, heads=4):
 
 
 def compiled(function, *args):
-    """The compiled function, and the seconds of processor time that tracing and compiling took."""
+    """MiB of temporary memory, and the seconds of processor time to trace and to compile."""
+    jax.clear_caches()
     start = time.process_time()
-    lowered = jax.jit(function).lower(*args)
+    lowered = jax.jit(lambda *args: function(*args)).lower(*args)
     traced = time.process_time()
     done = lowered.compile()
-    return done, traced - start, time.process_time() - traced
+    times = traced - start, time.process_time() - traced
+    return done.memory_analysis().temp_size_in_bytes / 2**20, *times
 
 
-def report(name, function, args, base=None):
-    """Memory and processor time of a function, beside those of the gradient."""
-    done, trace, compile_ = compiled(function, *args)
-    temp, total = done.memory_analysis().temp_size_in_bytes / 2**20, trace + compile_
-    more, times = "", ""
-    if base is not None:
-        more, times = f" {100 * (temp / base[0] - 1):+6.1f} %", f" = {total / base[1]:4.2f} x"
-    print(
-        f"{name:32} {temp:8.1f} MiB{more:10}  trace {trace:5.2f} s  compile {compile_:6.2f} s"
-        f"{times}",
-        flush=True,
-    )
-    return temp, total
+def report(cases, repeats):
+    """A line for each function with its arguments, beside the first."""
+    found = {name: [] for name in cases}
+    for _ in range(repeats):
+        for name, (function, *args) in cases.items():
+            found[name].append(compiled(function, *args))
+    base = None
+    for name, runs in found.items():
+        temp, trace, compile_ = (statistics.median(column) for column in zip(*runs, strict=True))
+        total = statistics.median(run[1] + run[2] for run in runs)
+        base = base or (temp, total)
+        more = f"{100 * (temp / base[0] - 1):+6.1f} %" if base[0] >= 1 else ""  # of the gradient
+        print(
+            f"{name:32} {temp:8.1f} MiB {more:8}  trace {trace:5.2f} s  compile {compile_:6.2f} s"
+            f" = {total / base[1]:5.2f} x",
+            flush=True,
+        )
 
 
-def memory(loss, params, x):
-    base = report("gradient", jax.value_and_grad(loss), (params, x))
+def gradients(loss, params, x):
+    """The gradient, and the gradient with the curvature."""
+    cases = {"gradient": (jax.value_and_grad(loss), params, x)}
     for structures in (None, "diagonal", "dense"):
         layers = singd_jax.find_layers(loss, structures=structures)(params, x)
         for T, branch in ((1, None), (10, None), (10, "step"), (10, "layer")):
@@ -88,16 +98,43 @@ def memory(loss, params, x):
             )
             function = singd_jax.value_and_curvature(loss, layers, branch=branch)
             name = f"{structures or 'default'}, T={T}" + (f', branch="{branch}"' if branch else "")
-            report(name, function, (params, state, x), base)
+            cases[name] = function, params, state, x
+    return cases
+
+
+def updates(loss, params, x):
+    """The update of each optimizer without the gradient."""
+    cases = {}
+    for name, tx in of_optax().items():
+        cases[f"update of {name}"] = tx.update, params, jax.eval_shape(tx.init, params), params
+    for structures in (None, "diagonal", "dense"):
+        layers = singd_jax.find_layers(loss, structures=structures)(params, x)
+        tx = singd_jax.singd(layers=layers)
+        state = jax.eval_shape(tx.init, params)
+        both = singd_jax.value_and_curvature(loss, layers)
+        _, grads, curvature = jax.eval_shape(both, params, state, x)
+
+        def update(grads, state, params, curvature, tx=tx):
+            return tx.update(grads, state, params, curvature=curvature)
+
+        name = f"update, {structures or 'default'}"
+        cases[name] = update, grads, state, params, curvature
+    return cases
+
+
+def of_optax():
+    """Optimizers of optax, those that this version has."""
+    found = {"adamw": optax.adamw(1e-3)}
+    for name in ("muon", "soap"):
+        if hasattr(optax.contrib, name):
+            found[name] = getattr(optax.contrib, name)(1e-3)
+    return found
 
 
 def step_time(loss, params, x, steps):
     layers = singd_jax.find_layers(loss)(params, x)
-    optimizers = {"adamw": optax.adamw(1e-3)}
-    for name in ("muon", "soap"):  # where this optax has it
-        if hasattr(optax.contrib, name):
-            optimizers[name] = getattr(optax.contrib, name)(1e-3)
-    of_optax = list(optimizers)
+    optimizers = of_optax()
+    plain = list(optimizers)
     for structures in (None, "diagonal", "dense"):
         for T in (1, 10):
             optimizers[f"{structures or 'default'}, T={T}"] = singd_jax.singd(
@@ -106,7 +143,7 @@ def step_time(loss, params, x, steps):
     for name, tx in optimizers.items():
 
         def step(params, state, x, tx=tx, name=name):
-            if name in of_optax:
+            if name in plain:
                 _, grads = jax.value_and_grad(loss)(params, x)
                 updates, state = tx.update(grads, state, params)
             else:
@@ -127,7 +164,8 @@ def step_time(loss, params, x, steps):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in {"blocks": 8, "width": 256, "batch": 8, "length": 256, "steps": 0}.items():
+    sizes = {"blocks": 8, "width": 256, "batch": 8, "length": 256, "steps": 0, "repeats": 3}
+    for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--first", action="store_true")
     parser.add_argument("--unrolled", action="store_true")
@@ -139,7 +177,9 @@ def main():
     x = jax.random.normal(jax.random.key(1), (given.batch, given.length, given.width))
     for remat in (True, False):
         print(f"{'with' if remat else 'without'} jax.checkpoint")
-        memory(make_loss(remat), params, x)
+        report(gradients(make_loss(remat), params, x), given.repeats)
+    print("without the gradient")
+    report(updates(make_loss(remat=False), params, x), given.repeats)
     if given.steps:
         step_time(make_loss(remat=False), params, x, given.steps)
 

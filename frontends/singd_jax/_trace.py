@@ -79,8 +79,10 @@ class Tracer:
         differentiated: Sequence[Any] | None = None,
     ) -> tuple[list[Any], list[Origin]]:
         """The results of a jaxpr, and where they come from; `differentiated` are all or some."""
-        # a constant of NumPy has no gradient, and functions with rules of their own want one
-        arrays = [jnp.asarray(c) if isinstance(c, np.ndarray) else c for c in consts]
+        # a constant of NumPy, which jax 0.8 has a class for, has no gradient, and functions with
+        # rules of their own want one
+        own = [hasattr(c, "__array__") and not isinstance(c, jax.Array) for c in consts]
+        arrays = [jnp.asarray(c) if numpy else c for c, numpy in zip(consts, own, strict=True)]
         env: dict[Any, Any] = dict(zip(jaxpr.constvars, arrays, strict=True))
         env |= zip(jaxpr.invars, args, strict=True)
         known: dict[Any, Origin] = {}
