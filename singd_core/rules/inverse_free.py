@@ -7,7 +7,16 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Self
 
-from singd_core._array import Array, Scalar, at_least, at_most, namespace, number, widen
+from singd_core._array import (
+    Array,
+    Scalar,
+    at_least,
+    at_most,
+    clip,
+    namespace,
+    number,
+    widen,
+)
 from singd_core._settings import Rate, Settings, is_bound
 from singd_core._tree import tree
 from singd_core.curvature import TINY, Averages, Curvature, Measured, Rates, measure, seen
@@ -16,6 +25,10 @@ from singd_core.preconditioner import Preconditioner
 from singd_core.rounding import Rounding
 from singd_core.rules.base import Rule, kept
 from singd_core.structures.base import Structure
+
+# Of β₁ ‖m‖_F, which is at most about √d for a factor that is as large as its curvature wants it.
+OUTGROWN = 1e6
+MOST = 1e15  # of the entries of m: squares of more may leave the range of float32
 
 
 @tree
@@ -101,13 +114,18 @@ class InverseFree(Rule):
         old, curvature = self.averages.read(curvature)
         rates = old.rates(curvature.t_U, curvature.t_G, lr_cov, s)
         m = self.directions(curvature, rates, s)
-        asked = report is not None or is_bound(s.factor_bound)
+        bound = is_bound(s.factor_bound)
+        if bound:
+            m = m[0].map(in_range), m[1].map(in_range)
+        asked = report is not None or bound
         norms = [number(own.norm()) if asked else None for own in m]
+        steps = [rates.beta * norm if asked else None for norm in norms]
         if report is not None:
-            report |= {f"{name}_step": rates.beta * n for name, n in zip("KC", norms, strict=True)}
+            report |= {f"{name}_step": step for name, step in zip("KC", steps, strict=True)}
         pairs = zip(m, norms, strict=True)
         betas = [step_size(own, norm, rates.beta, s) for own, norm in pairs]
-        return self.moved(m, betas, rates, s, rounding)
+        outgrown = [shrunk(step) if bound else 1.0 for step in steps]
+        return self.moved(m, betas, rates, s, outgrown, rounding)
 
     def grams(self, curvature: Curvature) -> tuple[Structure, Structure]:
         """Π̂(KᵀK) and Π̂(CᵀC), in the dtypes of the curvature."""
@@ -128,15 +146,18 @@ class InverseFree(Rule):
         betas: Sequence[Scalar],
         rates: Rates,
         s: Settings,
+        outgrown: Sequence[Scalar],
         rounding: Rounding | None = None,
     ) -> Self:
-        """The factors one step later, in these directions and by these step sizes."""
-        sides = zip("KC", self.sides, m, rates.start, betas, strict=True)
+        """The factors one step later, in these directions, by these step sizes, and `shrunk`."""
+        starts = [start * c for start, c in zip(rates.start, outgrown, strict=True)]
+        sides = zip("KC", self.sides, m, starts, betas, strict=True)
         K, C = (
             kept(self.side_moved(L, own, start, beta, s), L, name, rounding)
             for name, L, own, start, beta in sides
         )
-        m_K, m_C = (stored(new, old) for new, old in zip(m, (self.m_K, self.m_C), strict=True))
+        momenta = zip(m, (self.m_K, self.m_C), outgrown, strict=True)
+        m_K, m_C = (stored(new, old, c * c) for new, old, c in momenta)
         averages = self.averages.written(self.known(rates.averages))
         return type(self)(K, C, m_K, m_C, averages, self.levels)
 
@@ -261,6 +282,20 @@ def step_size(m: Structure, norm: Scalar, beta: Scalar, s: Settings) -> Scalar:
     )
 
 
+def in_range(m: Array) -> Array:
+    """A direction without what has left the range of float32, or nearly."""
+    return clip(m, -MOST, MOST)
+
+
+def shrunk(step: Scalar) -> Scalar:
+    """What a factor is multiplied by whose curvature has outgrown it, from β₁ ‖m‖_F; else 1 (5.5b).
+
+    A bounded step changes its scale by little, and products with it would leave the range of
+    float32 for long. A balanced natural gradient does not depend on the scale of a factor.
+    """
+    return OUTGROWN / at_least(step, OUTGROWN)
+
+
 def stepped(K: Structure, m: Structure, start: Scalar, step: Scalar, s: Settings) -> Structure:
     """K ← c K Expm(−β₁ m), in the dtype of m, or in float32 if that has 16 bits.
 
@@ -280,6 +315,6 @@ def stepped(K: Structure, m: Structure, start: Scalar, step: Scalar, s: Settings
     return K_new
 
 
-def stored(m: Structure, like: Structure | None) -> Structure | None:
-    """A direction in the dtype of the momentum that is kept, None if none is."""
-    return None if like is None else m.astype(like.like)
+def stored(m: Structure, like: Structure | None, c: Scalar) -> Structure | None:
+    """C times a direction in the dtype of the momentum that is kept, None if none is."""
+    return None if like is None else m.scale(c).astype(like.like)
