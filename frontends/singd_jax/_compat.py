@@ -158,7 +158,7 @@ def kept(x: Any, count: Any) -> Any:
     """A small array in memory, where every kernel reads it.
 
     XLA computes numbers anew in each kernel that wants them: compiling the step of 49 layers took
-    half as long again with all sums of squares in each. On a CPU it drops `optimization_barrier`,
+    twice as long with all sums of squares in each. On a CPU it drops `optimization_barrier`,
     but it keeps what is written to a place that it does not know.
 
     Args:
