@@ -18,8 +18,8 @@ FREE = {
     *("conditional", "while", "call", "iota"),
 }
 
-# Of 17 weights, which step one by one: to stack equal ones takes fewer kernels (563 and 723), and a
-# copy of each gradient and twice the time to compile. XLA for a CPU, which fuses less than for a GPU.
+# Of 17 weights, which step one by one: to stack equal ones takes fewer kernels (563 and 723), but
+# copies of all gradients, and twice the time to compile. XLA for a CPU fuses less than for a GPU.
 OTHER, REFRESH, ADAMW = 992, 1471, 111
 
 
