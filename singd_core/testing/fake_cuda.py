@@ -12,9 +12,9 @@ from typing import Any
 def fake_cuda() -> Iterator[None]:
     """Within it tensors can be made on `cuda`, with no GPU and no CUDA build of torch.
 
-    A build without CUDA refuses to index a fake tensor (`x[..., 1:]` asks for a device guard) and
-    `~x`, so indexing with slices, integers, None and an ellipsis is taken apart into functions
-    that it allows.
+    A build without CUDA refuses to index a fake tensor (`x[..., 1:]` asks for a device guard),
+    `~x` and `x.contiguous()`, so indexing with slices, integers, None and an ellipsis is taken
+    apart into functions that it allows.
     """
     torch: Any = importlib.import_module("torch")
     fake: Any = importlib.import_module("torch._subclasses").FakeTensorMode
@@ -28,6 +28,8 @@ def fake_cuda() -> Iterator[None]:
                 return _index(*args)
             if function is torch.Tensor.__invert__ and args[0].device.type == "cuda":
                 return torch.bitwise_not(*args)
+            if function is torch.Tensor.contiguous and args[0].device.type == "cuda":
+                return torch.clone(*args, memory_format=torch.contiguous_format)
             return function(*args, **(kwargs or {}))
 
     with fake(allow_non_fake_inputs=True), Indexing():
