@@ -48,6 +48,7 @@ class Kernels:
 
 
 _KERNELS: dict[type, Kernels] = {}
+_FOUND: dict[type, Kernels] = {}  # of these types, and of others that were asked for
 _STANDARD = Kernels()
 
 
@@ -55,11 +56,14 @@ def register(kernels: Kernels, *types: type) -> None:
     """Let arrays of these types use these kernels."""
     for kind in types:
         _KERNELS[kind] = kernels
+    _FOUND.clear()
+    _FOUND.update(_KERNELS)
 
 
 def kernels_of(x: Any) -> Kernels:
     """The kernels of an array's type, or of the first that it inherits from."""
     kind = type(x)
-    if kind in _KERNELS:
-        return _KERNELS[kind]
-    return next((_KERNELS[base] for base in kind.__mro__ if base in _KERNELS), _STANDARD)
+    if kind not in _FOUND:
+        known = (_KERNELS[base] for base in kind.__mro__ if base in _KERNELS)
+        _FOUND[kind] = next(known, _STANDARD)
+    return _FOUND[kind]

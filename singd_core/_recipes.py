@@ -126,11 +126,9 @@ def validate(s: Settings) -> None:
     for name in ("lr", "weight_decay", "damping"):
         check(name, lambda v: 0.0 <= v < math.inf, "at least 0 and finite")
     if not callable(s.lr_cov):
-        most = 1.0 if s.normalized else math.inf  # it is also the weight of running means
-        expected = (
-            "in [0, 1], or a function" if s.normalized else "at least 0 and finite, or a function"
-        )
-        check("lr_cov", lambda v: 0.0 <= v <= most and v < math.inf, expected)
+        if s.normalized:  # it is also the weight of running means
+            check("lr_cov", lambda v: 0.0 <= v <= 1.0, "in [0, 1], or a function")
+        check("lr_cov", lambda v: 0.0 <= v < math.inf, "at least 0 and finite, or a function")
     for name in ("momentum", "alpha1"):
         check(name, lambda v: 0.0 <= v < 1.0, "in [0, 1)")
     whole = "at least 1 and whole (infinite for all)"

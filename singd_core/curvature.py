@@ -33,7 +33,8 @@ class Rates(NamedTuple):
     Attributes:
         averages: The new averages.
         damping: λ_K and λ_C.
-        start: What K and C are multiplied by before they step: 1 from the second refresh on.
+        start: What K and C are multiplied by before they step: 1 from the second refresh on, unless
+            their curvature has outgrown them.
         beta: β₁.
     """
 

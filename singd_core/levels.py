@@ -97,11 +97,11 @@ class Levels(Tree):
 def shares(total: Scalar, weight: Scalar) -> tuple[Scalar, Scalar]:
     """What new sums are multiplied by, of as many rows or columns, and what old levels are.
 
+    The share of new sums may be near the end of the range: it multiplies them first.
+
     Args:
         total: The sum of all squares. A sum of zeros does not count.
         weight: How much the new ones count.
-
-    The share of new sums may be near the end of the range: it multiplies them first.
     """
     weight = where(total > TINY, weight + 0.0 * total, 0.0)
     return weight / at_least(total, TINY), 1.0 - weight

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from singd_core import layers
 from singd_core._array import Array
-from singd_jax import _compat
 
 
 @dataclass(frozen=True)
@@ -22,6 +21,5 @@ class Sample(layers.Sample):
         n = x.shape[axis]
         if m >= n:
             return x, 1.0
-        # the same for all layers with as many rows
-        indices = _compat.kept(self.indices(n, m, x, axis=number, shared=shared), self.step)
+        indices = self.indices(n, m, x, axis=number, shared=shared)
         return jnp.take(x, indices, axis, mode="clip"), (n / m) ** 0.5

@@ -124,8 +124,13 @@ class InverseFree(Rule):
             report |= {f"{name}_step": step for name, step in zip("KC", steps, strict=True)}
         pairs = zip(m, norms, strict=True)
         betas = [step_size(own, norm, rates.beta, s) for own, norm in pairs]
-        outgrown = [shrunk(step) if bound else 1.0 for step in steps]
-        return self.moved(m, betas, rates, s, outgrown, rounding)
+        momenta = m
+        if bound:
+            of_K, of_C = (shrunk(step) for step in steps)
+            rates = rates._replace(start=(rates.start[0] * of_K, rates.start[1] * of_C))
+            if self.m_K is not None:
+                momenta = m[0].scale(of_K * of_K), m[1].scale(of_C * of_C)
+        return self.moved(m, betas, rates, momenta, s, rounding)
 
     def grams(self, curvature: Curvature) -> tuple[Structure, Structure]:
         """Π̂(KᵀK) and Π̂(CᵀC), in the dtypes of the curvature."""
@@ -145,19 +150,21 @@ class InverseFree(Rule):
         m: Sequence[Structure],
         betas: Sequence[Scalar],
         rates: Rates,
+        momenta: Sequence[Structure],
         s: Settings,
-        outgrown: Sequence[Scalar],
         rounding: Rounding | None = None,
     ) -> Self:
-        """The factors one step later, in these directions, by these step sizes, and `shrunk`."""
-        starts = [start * c for start, c in zip(rates.start, outgrown, strict=True)]
-        sides = zip("KC", self.sides, m, starts, betas, strict=True)
+        """The factors one step later, in these directions and by these step sizes.
+
+        Of `momenta` are those that are kept.
+        """
+        sides = zip("KC", self.sides, m, rates.start, betas, strict=True)
         K, C = (
             kept(self.side_moved(L, own, start, beta, s), L, name, rounding)
             for name, L, own, start, beta in sides
         )
-        momenta = zip(m, (self.m_K, self.m_C), outgrown, strict=True)
-        m_K, m_C = (stored(new, old, c * c) for new, old, c in momenta)
+        pairs = zip(momenta, (self.m_K, self.m_C), strict=True)
+        m_K, m_C = (stored(new, old) for new, old in pairs)
         averages = self.averages.written(self.known(rates.averages))
         return type(self)(K, C, m_K, m_C, averages, self.levels)
 
@@ -315,6 +322,6 @@ def stepped(K: Structure, m: Structure, start: Scalar, step: Scalar, s: Settings
     return K_new
 
 
-def stored(m: Structure, like: Structure | None, c: Scalar) -> Structure | None:
-    """C times a direction in the dtype of the momentum that is kept, None if none is."""
-    return None if like is None else m.scale(c).astype(like.like)
+def stored(m: Structure, like: Structure | None) -> Structure | None:
+    """A direction in the dtype of the momentum that is kept, None if none is."""
+    return None if like is None else m.astype(like.like)

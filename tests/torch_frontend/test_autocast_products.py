@@ -2,34 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from watched import Products
 
 from singd_torch import SINGD
 from singd_torch.tensors import pieces
-
-PRODUCTS = {"mm", "bmm", "addmm", "baddbmm"}
-
-
-class Products(TorchDispatchMode):
-    """The dtypes of the products of matrices within it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.dtypes: Counter[torch.dtype] = Counter()
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        result = function(*args, **(kwargs or {}))
-        if function.overloadpacket.__name__ in PRODUCTS and result.numel():
-            self.dtypes[result.dtype] += 1
-        return result
 
 
 def train(*, autocast: bool, **given: Any) -> tuple[SINGD, list[Any], list[Products]]:
@@ -46,7 +27,7 @@ def train(*, autocast: bool, **given: Any) -> tuple[SINGD, list[Any], list[Produ
             loss = (model(x).float() - x[:, :4].sin()).square().mean()
         loss.backward()
         before = [p.detach().clone() for p in model.parameters()]
-        with Products() as own:
+        with Products(least=1) as own:
             optimizer.step()
         products.append(own)
         moved = [p.detach() - q for p, q in zip(model.parameters(), before, strict=True)]

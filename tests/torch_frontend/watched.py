@@ -3,12 +3,14 @@
 import copy
 import math
 import re
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot, pad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from singd_core.layers import Embedding
 from singd_torch import SINGD
@@ -25,6 +27,28 @@ def layers(optimizer: SINGD) -> list[Layer]:
     """The layers of an optimizer, with the rows of all calls so far in `pending`."""
     optimizer._watcher.queue.flush()
     return optimizer._layers
+
+
+class Products(TorchDispatchMode):
+    """The dtypes of the products of matrices within it.
+
+    Attributes:
+        dtypes: How many products there were of each.
+    """
+
+    def __init__(self, least: int = 0) -> None:
+        """Products of fewer numbers than `least` do not count."""
+        super().__init__()
+        self.least, self.dtypes = least, Counter[torch.dtype]()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        is_product = function.overloadpacket.__name__ in ("mm", "bmm", "addmm", "baddbmm")
+        if is_product and result.numel() >= self.least:
+            self.dtypes[result.dtype] += 1
+        return result
 
 
 class Product(torch.autograd.Function):

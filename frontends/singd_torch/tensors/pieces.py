@@ -72,8 +72,8 @@ def rows_of_pieces(x: Tensor, most: int, block: int) -> Sequence[slice]:
     """The rows of such pieces, all but the last of whole blocks of so many rows."""
     if x.ndim != 2 or x.numel() <= most or not on_host(x):
         return (slice(None),)
-    step = math.lcm(block, _ALIGNED)
-    n = max(most // x.shape[1] // step * step, block)
+    n, step = most // x.shape[1], math.lcm(block, _ALIGNED)
+    n = n // step * step or max(n // block, 1) * block
     return [slice(i, min(i + n, len(x))) for i in range(0, len(x), n)]
 
 

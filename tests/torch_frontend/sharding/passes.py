@@ -6,12 +6,17 @@ from torch import nn
 
 
 def accumulated(run: Run) -> None:
+    _in_two(run, "set_requires_gradient_sync")
+
+
+def _in_two(run: Run, tell: str) -> None:
+    """Two backward passes a step; a method of the model is told whether it is the last one."""
     optimizer = run.build()
     for batch in models.data(NAME):
         optimizer.zero_grad()
         for i in range(2):
             if run.world > 1:
-                run.model.set_requires_gradient_sync(i == 1)
+                getattr(run.model, tell)(i == 1)
             run.backward(models.part_of(run.part(batch), i, 2), 0.5)
         optimizer.step()
 
@@ -113,11 +118,4 @@ def two_losses(run: Run) -> None:
 
 def all_reduced_late(run: Run) -> None:
     """Copies of parts add up their gradients in the last pass alone."""
-    optimizer = run.build()
-    for batch in models.data(NAME):
-        optimizer.zero_grad()
-        for i in range(2):
-            if run.world > 1:
-                run.model.set_requires_all_reduce(i == 1)
-            run.backward(models.part_of(run.part(batch), i, 2), 0.5)
-        optimizer.step()
+    _in_two(run, "set_requires_all_reduce")

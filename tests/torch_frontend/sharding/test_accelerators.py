@@ -1,7 +1,6 @@
 """Processes with an accelerator each take the steps of those with a CPU: here they pretend to."""
 
 import warnings
-from collections import Counter
 from typing import Any
 from unittest import mock
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
+from watched import Products
 
 from singd_torch import SINGD
 from singd_torch.layers import layer
@@ -99,22 +98,6 @@ def disturbed_on_accelerators(rank: int, world: int) -> dict[str, Tensor]:
 
 def test_a_row_that_is_not_finite_stops_all_and_a_frozen_weight_stays() -> None:
     check(gloo.run(2, disturbed_on_accelerators), disturbed(0, 1))
-
-
-class Products(TorchDispatchMode):
-    """The dtypes of the products of matrices within it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.dtypes: Counter[torch.dtype] = Counter()
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        result = function(*args, **(kwargs or {}))
-        if function.overloadpacket.__name__ in ("mm", "bmm", "addmm", "baddbmm"):
-            self.dtypes[result.dtype] += 1
-        return result
 
 
 def half(rank: int, world: int) -> list[tuple[Any, Any]]:
