@@ -82,9 +82,10 @@ class Stacker:
         """What measures the rows of a layer: its factors, or what stands for them."""
         if layer.meter is not None:
             return layer.meter  # type: ignore[no-any-return]
-        if not self.stack_of[layer].fits():  # the model was moved or cast
-            self.stack_up()
         stack = self.stack_of[layer]
+        if stack.factors is not None and not layer.fits(stack.factors_of(layer)):
+            self.stack_up()  # the model was moved or cast
+            stack = self.stack_of[layer]
         if stack.factors is None:
             stack.tie(self.state)
         return stack.factors_of(layer)
