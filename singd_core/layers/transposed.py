@@ -18,16 +18,19 @@ class TransposedConvolution(LayerKind):
     """A transposed convolution as the linear map from each input position to a patch of the output.
 
     Input `(batch, C_in, *spatial)`, or without the batch axis for a batch of one; weight
-    `(C_in, C_out, *kernel_size)`, without channel groups. Patches are added up where they overlap
-    in the output, so `d_in = C_in` and `d_out = C_out · K1 · K2 ...`, and the rows `B` are patches
-    of the output's gradient: what the convolution that this one transposes sees of its input.
-    A bias, which is added once to each output pixel, is no column of the matrix.
+    `(C_in, C_out / groups, *kernel_size)`. Patches are added up where they overlap in the output,
+    so `d_in = C_in / groups` and `d_out = C_out / groups · K1 · K2 ...`, and the rows `B` are
+    patches of the output's gradient: what the convolution that this one transposes sees of its
+    input. A bias, which is added once to each output pixel, is no column of the matrix.
+
+    Channel groups are layers of their own: with `groups > 1` rows and matrix have a leading axis.
 
     Args:
         kernel_size: One entry for each spatial axis.
         stride: A number, or one for each spatial axis.
         padding: A number, or one for each spatial axis.
         dilation: A number, or one for each spatial axis.
+        groups: The number of channel groups.
 
     Raises:
         ValueError: If an argument is outside of what is said here.
@@ -47,11 +50,12 @@ class TransposedConvolution(LayerKind):
     stride: Size = field(default=1, compare=False)
     padding: Size = field(default=0, compare=False)
     dilation: Size = field(default=1, compare=False)
+    groups: int = field(default=1, compare=False)
     convolution: Convolution = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         padding = self.padding if isinstance(self.padding, int) else tuple(self.padding)
-        of = Convolution(self.kernel_size, self.stride, padding, self.dilation)
+        of = Convolution(self.kernel_size, self.stride, padding, self.dilation, self.groups)
         object.__setattr__(self, "convolution", of)
 
     @property
@@ -62,7 +66,7 @@ class TransposedConvolution(LayerKind):
     def inputs(
         self, x: Array, *, bias: bool, kfac_approx: str, sample: Sample | None = None
     ) -> tuple[Array, int]:
-        """The rows `A`, shape `(N, d_in)`, of `(batch, C_in, *spatial)`; and `N`.
+        """The rows `A`, shape `([groups,] N, d_in)`, of `(batch, C_in, *spatial)`; and `N`.
 
         Raises:
             ValueError: If there is to be a bias, or as for every kind.
@@ -84,7 +88,7 @@ class TransposedConvolution(LayerKind):
         loss_average: str | int | None,
         sample: Sample | None = None,
     ) -> tuple[Array, int]:
-        """The rows `B`, shape `(N, d_out)`, of `(batch, C_out, *pixels)`; and `M`.
+        """The rows `B`, shape `([groups,] N, d_out)`, of `(batch, C_out, *pixels)`; and `M`.
 
         The shared positions of the loss are the positions of the input.
         """
@@ -97,7 +101,7 @@ class TransposedConvolution(LayerKind):
         return (B if is_expand(kfac_approx) else B * prod(shared)), M
 
     def matrix(self, weight: Array, bias: Array | None = None) -> Array:
-        """The weight `(C_in, C_out, *kernel_size)` as a matrix; it takes no bias."""
+        """The weight `(C_in, C_out / groups, *kernel_size)` as a matrix; it takes no bias."""
         _refuse(bias is not None)
         return self.convolution.matrix(weight).mT
 
@@ -108,7 +112,7 @@ class TransposedConvolution(LayerKind):
         return self.convolution.split(matrix.mT, weight_shape, False)
 
     def shape(self, weight_shape: Sequence[int], bias: bool) -> tuple[Shape, int, int]:
-        """`((), d_out, C_in)`."""
+        """`((groups,), d_out, C_in / groups)`, `((), d_out, C_in)` without."""
         _refuse(bias)
         groups, d_in, d_out = self.convolution.shape(weight_shape, False)
         return groups, d_out, d_in
@@ -118,8 +122,8 @@ class TransposedConvolution(LayerKind):
         return kind if self == kind else None
 
     def has_rows_along(self, axis: int) -> bool | None:
-        """Input channels, along the first axis, are columns."""
-        return {0: False, 1: True}.get(axis)
+        """Input channels, along the first axis, are columns; with groups no axis has either alone."""
+        return {0: False, 1: True}.get(axis) if self.groups == 1 else None
 
     def _lengths(self, x: Array) -> tuple[int, int]:
         """The batch and the number of entries of the spatial axes."""

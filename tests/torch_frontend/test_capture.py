@@ -143,6 +143,8 @@ TRANSPOSED = {
         (5, 4, 6, 7),
     ),
     "one image, no batch": (nn.ConvTranspose2d(4, 6, 3), (4, 6, 7)),
+    "groups": (nn.ConvTranspose2d(4, 6, 3, 2, groups=2), (5, 4, 6, 7)),
+    "depthwise": (nn.ConvTranspose1d(4, 8, 4, 2, 1, groups=4), (5, 4, 6)),
 }
 
 

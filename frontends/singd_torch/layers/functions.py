@@ -234,9 +234,9 @@ def _convolution(size: Any, stride: Any, padding: Any, dilation: Any, groups: in
 def transposed(
     size: Any, stride: Any, padding: Any, output_padding: Any, groups: int, dilation: Any
 ) -> TransposedConvolution | None:
-    """The kind of a transposed convolution, None with groups or where windows fit more often."""
-    kind = TransposedConvolution(size, stride, padding, dilation)
+    """The kind of a transposed convolution, None where windows fit more often."""
+    kind = TransposedConvolution(size, stride, padding, dilation, groups)
     more = (output_padding,) * len(size) if isinstance(output_padding, int) else output_padding
     windows = kind.convolution.windows
     fits = all(n < window.stride for n, window in zip(more, windows, strict=True))
-    return kind if fits and groups == 1 else None
+    return kind if fits else None

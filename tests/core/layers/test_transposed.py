@@ -12,14 +12,15 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "2d, stride": ({"kernel_size": (3, 2), "stride": (2, 3)}, (4, 3, 4)),
     "3d": ({"kernel_size": (2, 1, 3), "padding": (1, 0, 1)}, (2, 3, 2, 4)),
     "dilation": ({"kernel_size": (3, 3), "stride": 2, "padding": 1, "dilation": 2}, (4, 3, 4)),
+    "groups": ({"kernel_size": (3, 2), "stride": (2, 1), "groups": 2}, (4, 3, 4)),
+    "depthwise": ({"kernel_size": (3,), "stride": 2, "padding": 1, "groups": 4}, (4, 5)),
 }
 
 
 def gradient(arguments: dict[str, Any], x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
     """∂⟨g, z⟩ / ∂W as torch computes it."""
-    W = torch.randn(x.shape[1], g.shape[1], *arguments["kernel_size"], dtype=x.dtype)
     layer = getattr(torch.nn, f"ConvTranspose{x.ndim - 2}d")(
-        *W.shape[:2], bias=False, dtype=x.dtype, **arguments
+        x.shape[1], g.shape[1], bias=False, dtype=x.dtype, **arguments
     )
     (layer(x) * g).sum().backward()
     found: torch.Tensor = layer.weight.grad
@@ -29,7 +30,8 @@ def gradient(arguments: dict[str, Any], x: torch.Tensor, g: torch.Tensor) -> tor
 def drawn(arguments: dict[str, Any], shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     x = torch.randn(5, *shape, dtype=torch.float64)
-    layer = getattr(torch.nn, f"ConvTranspose{len(shape) - 1}d")(shape[0], 3, **arguments).double()
+    kind = getattr(torch.nn, f"ConvTranspose{len(shape) - 1}d")
+    layer = kind(shape[0], 3 * arguments.get("groups", 1), **arguments).double()
     return x, torch.randn_like(layer(x))
 
 
@@ -47,7 +49,8 @@ def test_rows_multiply_to_the_gradient(case: str, backend: Any) -> None:
     weight, bias = kind.split(kind.matrix(W), tuple(W.shape), bias=False)
     assert bias is None
     assert torch.equal(weight, W)
-    assert kind.shape(tuple(W.shape), bias=False) == ((), *kind.matrix(W).shape)
+    groups, *sides = kind.shape(tuple(W.shape), bias=False)
+    assert (*groups, *sides) == tuple(kind.matrix(W).shape)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -60,8 +63,8 @@ def test_reduced_rows_are_the_mean_input_and_the_sum_of_gradients(case: str) -> 
     all_A, all_N = kind.inputs(x, bias=False, kfac_approx="expand")
     all_B, _ = kind.outputs(g, kfac_approx="expand", loss_average=None)
     assert (5, all_N) == (N, M)
-    torch.testing.assert_close(A, all_A.reshape(5, -1, A.shape[1]).mean(1))
-    torch.testing.assert_close(B, all_B.reshape(5, -1, B.shape[1]).sum(1))
+    torch.testing.assert_close(A, all_A.unflatten(-2, (5, -1)).mean(-2))
+    torch.testing.assert_close(B, all_B.unflatten(-2, (5, -1)).sum(-2))
 
 
 def test_a_bias_is_refused() -> None:
