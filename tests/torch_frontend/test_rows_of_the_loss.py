@@ -74,21 +74,53 @@ def hessian_vector_product(model: nn.Module, optimizer: SINGD) -> None:
         torch.autograd.grad(sum(g.sum() for g in gradients), parameters)
 
 
+def gradients_of_another_loss(model: nn.Module, optimizer: SINGD) -> None:
+    """Which are looked at, and not stepped along."""
+    torch.autograd.grad(model(INPUTS).square().sum(), list(model.parameters()))
+
+
+def gradients_of_another_loss_beside_zeros(model: nn.Module, optimizer: SINGD) -> None:
+    loss(model).backward()
+    optimizer.zero_grad(set_to_none=False)
+    gradients_of_another_loss(model, optimizer)
+
+
 def gradients_dropped_by_the_model(model: nn.Module, optimizer: SINGD) -> None:
     for _ in range(2):
         loss(model).backward()
     model.zero_grad()
 
 
+def gradients_filled_with_zeros(model: nn.Module, optimizer: SINGD) -> None:
+    for _ in range(2):
+        (3 * loss(model)).backward()
+        for p in model.parameters():
+            assert p.grad is not None
+            p.grad.zero_()
+
+
 OTHERS = [
     saliency, attack, second_derivatives, jacobian, gradient_of_another_layer,
-    hessian_vector_product, gradients_dropped_by_the_model,
+    hessian_vector_product, gradients_of_another_loss, gradients_of_another_loss_beside_zeros,
+    gradients_dropped_by_the_model, gradients_filled_with_zeros,
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("other", OTHERS, ids=lambda other: other.__name__)
 def test_the_step_is_that_of_the_loss_alone(other: Before) -> None:
     alone, beside = step_after(lambda model, optimizer: None), step_after(other)
+    for p, q in zip(alone.parameters(), beside.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_gradients_that_are_looked_at_after_those_of_the_loss() -> None:
+    models = alone, beside = network(), network()
+    for model in models:
+        optimizer = SINGD(model, recipe="paper", lr=0.01)
+        loss(model).backward()
+        if model is beside:
+            gradients_of_another_loss(model, optimizer)
+        optimizer.step()
     for p, q in zip(alone.parameters(), beside.parameters(), strict=True):
         assert torch.equal(p, q)
 
@@ -186,13 +218,17 @@ def test_discriminator_whose_gradients_the_model_drops() -> None:
 # ---- several backward passes ---------------------------------------------------------------------
 
 
+def batches() -> tuple[Tensor, ...]:
+    torch.manual_seed(3)
+    return torch.randn(2, 16, 4, dtype=torch.float64).unbind()
+
+
 def averages(passes: Callable[[nn.Module, Tensor, Tensor], None], **given: Any) -> dict[str, float]:
     """The mean diagonals of the curvature of a layer after a step with these passes."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)).double()
     optimizer = SINGD(model, **given)
-    x, y = torch.randn(2, 16, 4, dtype=torch.float64).unbind()
-    passes(model, x, y)
+    passes(model, *batches())
     optimizer.step()
     state = optimizer.state[model[0].weight]
     return {key: state[f"averages.{key}"].item() for key in ("t_U", "t_G")}
@@ -228,6 +264,36 @@ def test_passes_of_calls_of_their_own_are_micro_batches() -> None:
     def two(model: nn.Module, x: Tensor, y: Tensor) -> None:
         for batch in (x, y):
             (model(batch).square().sum(1).mean() / 2).backward()
+
+    assert averages(two) == pytest.approx(averages(one), rel=1e-12)
+
+
+def test_a_gradient_of_zeros_is_no_sign_that_it_was_dropped() -> None:
+    """Its inputs are among those of all passes."""
+
+    def one(model: nn.Module, x: Tensor, y: Tensor) -> None:
+        weight = torch.tensor([0.0, 1.0], dtype=x.dtype).repeat_interleave(len(x))
+        (weight * model(torch.cat([x, y])).square().sum(1)).mean().backward()
+
+    def two(model: nn.Module, x: Tensor, y: Tensor) -> None:
+        for weight, batch in ((0.0, x), (1.0, y)):
+            (weight * model(batch).square().sum(1).mean() / 2).backward()
+
+    assert averages(two) == pytest.approx(averages(one), rel=1e-12)
+
+
+def test_gradients_of_both_ways_are_of_one_batch() -> None:
+    """What `torch.autograd.grad` has returned counts where it was written to the gradients."""
+
+    def one(model: nn.Module, x: Tensor, y: Tensor) -> None:
+        model(torch.cat([x, y])).square().sum(1).mean().backward()
+
+    def two(model: nn.Module, x: Tensor, y: Tensor) -> None:
+        parameters = list(model.parameters())
+        gradients = torch.autograd.grad(model(x).square().sum(1).mean() / 2, parameters)
+        for p, gradient in zip(parameters, gradients, strict=True):
+            p.grad = gradient
+        (model(y).square().sum(1).mean() / 2).backward()
 
     assert averages(two) == pytest.approx(averages(one), rel=1e-12)
 

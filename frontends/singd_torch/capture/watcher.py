@@ -24,7 +24,7 @@ from singd_torch.capture.queue import Call, Queue
 from singd_torch.capture.tap import TakeRows, Tap, after_pass, backward_pass, install
 from singd_torch.layers.due import is_due, may_be_due
 from singd_torch.layers.layer import IN_THE_LOSS, Layer, part_of
-from singd_torch.layers.reach import Reach, is_in_parts, part_again
+from singd_torch.layers.reach import Pass, Reach, is_in_parts, part_again
 from singd_torch.layers.roster import Roster
 from singd_torch.layers.rows import rows_of
 from singd_torch.layers.source import Source
@@ -190,7 +190,7 @@ class Watcher:
         self, layer: Layer, source: Source, x: Tensor, g: Tensor, product: Any, loss: int | None
     ) -> bool:
         """Take the rows of a call, or of each matrix of a product, for one of the losses."""
-        if layer.without_rows or self._is_of_curvature(layer):
+        if layer.without_rows or self._is_for_another_purpose(layer):
             return False
         layer.loss = backward_pass() if loss is None else loss
         layer.called_in = layer.group["steps"]
@@ -203,14 +203,15 @@ class Watcher:
             self.take_rows(layer, own, own_x, own_g)
         return self._takes_rows()
 
-    def _is_of_curvature(self, layer: Layer) -> bool:
-        """Whether the backward pass that runs is a product with second derivatives of a loss.
+    def _is_for_another_purpose(self, layer: Layer) -> bool:
+        """Whether the gradient of the backward pass that runs is not stepped along.
 
-        It is one of `torch.autograd.grad`: where `backward` adds it to the gradient, the
-        derivatives are in the loss.
+        It is one of `torch.autograd.grad`, and a product with second derivatives of a loss, or
+        beside one of `backward`. Where `backward` adds it to the gradient, it is of the loss.
         """
         again = self.pass_of_derivatives == backward_pass()
-        return again and self.reach(layer.weight) is Reach.RETURNED
+        beside = self._sampled is None and layer.last_pass.reach is Reach.ADDED
+        return (again or beside) and self.reach(layer.weight) is Reach.RETURNED
 
     def end_proofs(self) -> None:
         """Take no rows of layers if rows do not tell the gradient, before a step."""
@@ -235,7 +236,7 @@ class Watcher:
             factors = layer.meter or part_of(self._keeper.factors(layer), source.part)
             layer.tell_autocast(g)
             key, backward = (source.part, source.swapped), backward_pass()
-            if backward != layer.last_pass[0]:
+            if backward != layer.last_pass.number:
                 self._begin_pass(layer, backward)
             for rows in rows_of(layer, source, x, g, self.mask):
                 self.queue.take(Call(layer, key, rows, factors, layer.loss), lent=(x, g))
@@ -243,19 +244,19 @@ class Watcher:
                 sharded.sums.took(layer, self.queue.flush)
 
     def _begin_pass(self, layer: Layer, backward: int) -> None:
-        """Drop the rows of an earlier pass whose gradient is gone, as by `model.zero_grad()`."""
-        gone = layer.last_pass[1] is Reach.ADDED and layer.weight.grad is None
-        if gone and self._sampled is None:  # `sampled_labels` takes gradients away itself
+        """Drop the rows of an earlier pass whose gradient is not stepped along."""
+        reach = self.reach(layer.weight)
+        gone = self._sampled is None and layer.last_pass.is_dropped(layer.weight, reach)
+        if gone:  # `sampled_labels` takes gradients away itself
             self.queue.forget(layer)
             self._proofs.forget_earlier(layer)
             layer.pending = {}
             if self._keeper.sharded is not None:
                 self._keeper.sharded.sums.dropped(layer)
-        reach = self.reach(layer.weight)
         if reach in (Reach.ADDED, Reach.UNKNOWN) and is_in_parts(layer.weight):
             reach = Reach.UNKNOWN  # the parts may have no gradient before a later pass
-            after_pass(partial(_end_pass, layer))
-        layer.last_pass = backward, reach
+        layer.last_pass = Pass(backward, reach)
+        after_pass(partial(layer.last_pass.end, layer.weight))
 
     def forget(self) -> None:
         """Have no rows, and begin with the rows of the next step."""
@@ -294,9 +295,3 @@ class Watcher:
             yield
         finally:
             self._refused = before
-
-
-def _end_pass(layer: Layer) -> None:
-    """Find out whether a weight in parts has a gradient: `fully_shard` may gather it first."""
-    if layer.weight.grad is not None:
-        layer.last_pass = layer.last_pass[0], Reach.ADDED

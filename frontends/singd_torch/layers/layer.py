@@ -16,7 +16,7 @@ from singd_core.rules.inverse_free import InverseFree
 from singd_core.structures import Diagonal, Structure
 from singd_torch._groups import settings_of
 from singd_torch.layers.pending import Pending, Rows
-from singd_torch.layers.reach import Reach
+from singd_torch.layers.reach import Pass
 from singd_torch.layers.source import Source
 from singd_torch.tensors.pieces import on_host
 
@@ -41,7 +41,7 @@ class Layer:
         bias_group: The parameter group of the bias.
         structures: Of K and of C.
         pending: The rows of the current step, summed up, by part and role.
-        last_pass: The last backward pass that brought rows, and what it did with the gradient.
+        last_pass: The last backward pass that brought rows.
         loss: The loss whose rows come, by the first backward pass of a call.
         seen: Whether the factors have ever been refreshed.
         by_gradient: Whether gradients refresh them, as no rows have been seen so far.
@@ -63,7 +63,7 @@ class Layer:
     structures: tuple[type[Structure], type[Structure]]
     bias_group: dict[str, Any] | None = None
     pending: dict[Key, Pending] = dataclasses.field(default_factory=dict)
-    last_pass: tuple[int, Reach] = (-1, Reach.NOT)
+    last_pass: Pass = dataclasses.field(default_factory=Pass)
     loss: int = -1
     seen: bool = False
     by_gradient: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import sys
 from collections.abc import Iterator
@@ -33,6 +34,46 @@ class Reach(enum.Enum):
         except RuntimeError:  # torch says so of a leaf that torch.autograd.grad was asked for
             return cls.RETURNED
         return cls.ADDED if reached else cls.NOT
+
+
+@dataclasses.dataclass
+class Pass:
+    """A backward pass that brought rows of a weight.
+
+    Attributes:
+        number: Its number, which all calls from one pass have in common.
+        reach: What it did with the gradient.
+        left: The gradient that was there when it was over, by identity and version, if one was.
+    """
+
+    number: int = -1
+    reach: Reach = Reach.NOT
+    left: tuple[int, int] | None = None
+
+    def end(self, weight: Tensor) -> None:
+        """Know the gradient that is there now."""
+        if self.reach is Reach.UNKNOWN and weight.grad is not None:
+            self.reach = Reach.ADDED  # `fully_shard` has gathered the weight in this pass
+        self.left = _version(weight)
+
+    def is_dropped(self, weight: Tensor, reach: Reach) -> bool:
+        """Whether nobody steps along its gradient, as the pass that runs now, and its reach, tell.
+
+        What it added may have been taken away since, as by `model.zero_grad()`: only a gradient
+        that somebody has changed is asked for its numbers. Or `backward` adds now, and nobody has
+        written to the gradient what `torch.autograd.grad` had returned.
+        """
+        if self.reach is Reach.RETURNED:
+            return reach is Reach.ADDED and self.left == _version(weight)
+        if self.reach is not Reach.ADDED or weight.grad is None:
+            return self.reach is Reach.ADDED
+        return self.left != _version(weight) and not bool(weight.grad.any())
+
+
+def _version(weight: Tensor) -> tuple[int, int] | None:
+    """The gradient of a weight and how often it was changed; None of none, and of one in parts."""
+    grad = weight.grad
+    return None if grad is None or is_in_parts(weight) else (id(grad), grad._version)
 
 
 def is_in_parts(weight: Tensor) -> bool:

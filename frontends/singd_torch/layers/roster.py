@@ -13,7 +13,7 @@ from singd_torch.layers.changes import Makeup, check_shapes
 from singd_torch.layers.due import is_refresh
 from singd_torch.layers.layer import Layer
 from singd_torch.layers.matrices import find_all, parameter_names
-from singd_torch.layers.reach import Reach
+from singd_torch.layers.reach import Pass
 from singd_torch.sharding.switched import switched
 
 # What the names of parameters have behind them that are not in the model any more.
@@ -168,4 +168,4 @@ class Roster:
     def forget_rows(self) -> None:
         """Have no rows of any layer."""
         for layer in self.layers:
-            layer.pending, layer.last_pass = {}, (-1, Reach.NOT)
+            layer.pending, layer.last_pass = {}, Pass()
