@@ -10,10 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, prune
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
-from watched import CLOSE, Watched, check_rows, layers
+from watched import CLOSE, Watched, check_products, check_rows, layers
 
 from singd_torch import SINGD, check
 
@@ -156,6 +157,23 @@ def test_hooks_of_a_module_that_change_what_it_does(hook: str) -> None:
     model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 4), nn.Linear(4, 3)).double()
     HOOKS[hook](model[1])
     check_rows(model, lambda m: loss_of(m(draw(9, 5))))
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["before", "after the optimizer was built"])
+def test_hooks_of_all_modules_that_change_what_they_do(*, later: bool) -> None:
+    """Those that come later are noticed in a step."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Flatten(), nn.Linear(8, 4)).double()
+    x, optimizer = draw(9, 1, 3, 3), Watched(model) if later else None
+    with register_module_forward_hook(lambda module, args, z: 2.0 * z):
+        optimizer = optimizer or Watched(model)
+        for _ in range(2):
+            optimizer.zero_grad()
+            optimizer.products = {}
+            loss_of(model(x)).backward()
+            if not later:
+                check_products(optimizer)
+            optimizer.step()
+    check_products(optimizer)
 
 
 class Cast(nn.Linear):
@@ -432,7 +450,7 @@ WITHOUT_ROWS = {
     ),
     "pruned": (pruned, "Linear is a layer of its 'weight', and not of 'weight_orig'"),
     "adapted": (Adapted, "Adapted is a layer of its 'weight', and not of 'down'"),
-    "groups": (lambda: nn.ConvTranspose2d(4, 4, 2, groups=2), "gives none with its arguments"),
+    "bounded": (lambda: nn.Embedding(4, 4, max_norm=1.0), "gives none with its arguments"),
     "bags": (lambda: nn.EmbeddingBag(4, 4), "EmbeddingBag is not in the table of layers"),
     "added": (Positions, "a parameter of Positions itself; a product with it wants a module"),
 }

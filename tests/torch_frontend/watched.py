@@ -95,6 +95,11 @@ def check_rows(model: nn.Module, loss: Loss, **given: Any) -> None:
     """The rows of every layer explain its gradient: BᵀA of the rows is what autograd found."""
     optimizer = Watched(model, **given)
     loss(model).backward()
+    check_products(optimizer)
+
+
+def check_products(optimizer: Watched) -> None:
+    """The same of what an optimizer has watched."""
     assert optimizer._layers
     for layer in (own for own in optimizer._layers if own.has_rows):
         gradient = layer.kind.matrix(*(p.grad for p in layer.parameters))

@@ -21,6 +21,7 @@ from singd_torch.capture.handed import Handed, Homes, tensors_of
 from singd_torch.capture.now import Now
 from singd_torch.capture.tap import Tap
 from singd_torch.layers.functions import Reading, View, asks_no_numbers, reading, views
+from singd_torch.layers.kinds import hooks_of_all
 from singd_torch.layers.layer import Layer
 
 
@@ -260,7 +261,7 @@ def modules(model: nn.Module, layers: Iterable[Layer]) -> Iterator[nn.Module]:
     for module in {id(m): m for path, m in by_path.items() if path in paths}.values():
         of_torch = type(module).__module__.startswith("torch.nn.modules.")
         is_torchs = of_torch and "forward" not in vars(module)
-        if not by_output.get(module, is_torchs):
+        if hooks_of_all() or not by_output.get(module, is_torchs):
             yield module
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from singd_torch.layers.kinds import is_known, methods
+from singd_torch.layers.kinds import hooks_of_all, is_known, methods
 from singd_torch.layers.reach import is_in_parts
 
 
@@ -25,13 +25,17 @@ class Makeup:
         """`left_out` is None at construction."""
         modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
         self._of = [(m, is_known(m), _made_of(m, is_known(m))) for m in modules]
+        self._hooks = hooks_of_all()
         names = {p: name for name, p in model.named_parameters() if p not in trained}
         self.left_out = {p for p in names if p.requires_grad} if left_out is None else left_out
         self._others = {p: name for p, name in names.items() if p not in self.left_out}
 
     def is_other(self) -> bool:
-        """Whether a module has others now: pruned, parametrized, replaced, added or patched."""
-        return any(not _same(_made_of(m, known), made) for m, known, made in self._of)
+        """Whether a module has others now: pruned, parametrized, replaced, added or patched.
+
+        Or whether all modules have other hooks.
+        """
+        return self._hooks != hooks_of_all() or any(not _same(_made_of(m, known), made) for m, known, made in self._of)
 
     def untrained(self) -> list[str]:
         """The names of parameters that have a gradient and are in no group, if not by choice."""

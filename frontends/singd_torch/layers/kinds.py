@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
+import torch
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
@@ -207,6 +208,11 @@ def is_known(module: nn.Module) -> bool:
 def methods(cls: type[nn.Module]) -> dict[str, Any]:
     """The methods that decide what a module of a class does when it is called, by name."""
     return {name: getattr(cls, name, None) for name in ("__call__", "forward", "_conv_forward")}
+
+
+def hooks_of_all() -> tuple[int, ...]:
+    """Hooks of all modules there are: their own hooks see outputs that these may have changed."""
+    return tuple(torch.nn.modules.module._global_forward_hooks)
 
 
 def _has_forward_of(module: nn.Module, cls: type[nn.Module]) -> bool:

@@ -62,6 +62,7 @@ def test_whole_rows_can_be_told_from_columns() -> None:
         assert [kind.has_rows_along(axis) for axis in range(4)] == [True, False, None, None]
     turned = TransposedConvolution((3, 3))
     assert [turned.has_rows_along(axis) for axis in range(4)] == [False, True, None, None]
+    assert TransposedConvolution((3, 3), groups=2).has_rows_along(0) is None
     assert [StackedLinear(3).has_rows_along(axis) for axis in (0, 1)] == [True, False]
     assert [Tensor.of((3, 8, 9)).has_rows_along(axis) for axis in range(3)] == [True, None, None]
     assert StackedLinear(3, apart=True).has_rows_along(0) is None
