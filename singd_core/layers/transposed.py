@@ -122,7 +122,7 @@ class TransposedConvolution(LayerKind):
         return kind if self == kind else None
 
     def has_rows_along(self, axis: int) -> bool | None:
-        """Input channels, along the first axis, are columns; with groups no axis has either alone."""
+        """Input channels, along the first axis, are columns; with groups no axis has either."""
         return {0: False, 1: True}.get(axis) if self.groups == 1 else None
 
     def _lengths(self, x: Array) -> tuple[int, int]:

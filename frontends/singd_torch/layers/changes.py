@@ -35,7 +35,9 @@ class Makeup:
 
         Or whether all modules have other hooks.
         """
-        return self._hooks != hooks_of_all() or any(not _same(_made_of(m, known), made) for m, known, made in self._of)
+        if self._hooks != hooks_of_all():
+            return True
+        return any(not _same(_made_of(m, known), made) for m, known, made in self._of)
 
     def untrained(self) -> list[str]:
         """The names of parameters that have a gradient and are in no group, if not by choice."""
