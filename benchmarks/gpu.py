@@ -78,7 +78,10 @@ def parts() -> Iterator[Part]:
     own = "--optimizers", *STEPS, "--steps", "30", "--limit"
     for model in ("gpt2-small", "vit-s"):
         yield _bench(f"steps-{model}", [model], "cuda", *own, "12", minutes=4.0)
-    for model in ("gpt", "mlp", "cnn", "stack", "wide"):
+    # of the first steps of a kind one is recorded, and one compiled
+    compiled = "--optimizers", *STEPS, "SINGD/compiled", "--steps", "100", "--limit", "60"
+    yield _bench("steps-gpt", ["gpt"], "cuda", *compiled, minutes=5.0)
+    for model in ("mlp", "cnn", "stack", "wide"):
         yield _bench(f"steps-{model}", [model], "cuda", *own, "4", minutes=2.0)
     together = ("-n", "6") if importlib.util.find_spec("xdist") else ()
     for library in ("torch", "cupy", "jax"):

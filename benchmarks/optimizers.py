@@ -99,10 +99,10 @@ def _singd(
     return SINGD(model, lr=lr, T=T, structures=both, loss_average=loss_average, **given)
 
 
-def _default(model: nn.Module, lr: float, T: int, loss_average: str) -> Optimizer:
+def _default(model: nn.Module, lr: float, T: int, loss_average: str, **given: Any) -> Optimizer:
     """SINGD as it is, whose gaps grow to 50; with another T it has that gap from the start."""
     growing = settings().T == T
-    return _singd(None, model, lr, T, loss_average, growing_T=growing)
+    return _singd(None, model, lr, T, loss_average, growing_T=growing, **given)
 
 
 def _authors_singd(
@@ -226,6 +226,13 @@ ENTRIES: dict[str, Entry] = {
         periods=(settings().T,),
         measured=(10,),
         share=_SHARE,
+    ),
+    "SINGD/compiled": Entry(
+        build=partial(_default, compile_step=True),
+        rates=(settings().lr,),
+        refreshes=True,
+        measured=(10,),
+        devices=("cuda",),
     ),
     "SINGD/dense": _ours(build=partial(_singd, "dense")),
     "SINGD/diagonal": _ours(build=partial(_singd, "diagonal")),

@@ -106,6 +106,28 @@ def test_a_cuda_graph_replays_torch_steps(of):
     np.testing.assert_allclose(train(True), train(False), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(SUBSTITUTE, reason="compiling for a GPU needs one")
+def test_compiled_torch_steps_are_the_steps(of):
+    of("torch")
+    import torch
+    from torch import nn
+
+    from singd_torch import SINGD
+
+    def train(**given):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(20, 30), nn.LayerNorm(30), nn.ReLU(), nn.Linear(30, 5)).cuda()
+        optimizer = SINGD(net, T=5, growing_T=False, warmup=2, **given)
+        for _ in range(25):
+            x = torch.randn(64, 20).cuda()
+            optimizer.zero_grad()
+            (net(x) - x[:, :5].sin()).square().mean().backward()
+            optimizer.step()
+        return torch.cat([p.detach().flatten() for p in net.parameters()]).cpu().numpy()
+
+    np.testing.assert_allclose(train(compile_step=True), train(), rtol=1e-3, atol=1e-4)
+
+
 def test_torch_trains_in_bfloat16(of):
     of("torch")
     import torch

@@ -8,14 +8,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from singd_core.rounding import is_rounded
 from singd_core.rules import Factors
+from singd_torch._groups import settings_of
 from singd_torch.layers.layer import Layer
 from singd_torch.layers.roster import Roster
 from singd_torch.sharding import parted
 from singd_torch.step.equal import parted as parted_stack
 from singd_torch.step.equal import stacks
+from singd_torch.step.graphs import Graphs
 from singd_torch.step.rounding import Rows
 from singd_torch.step.stack import Stack
+from singd_torch.tensors import pieces
 from singd_torch.tensors.scratch import Scratch
 
 if TYPE_CHECKING:  # it imports DTensor, for a second
@@ -33,8 +37,9 @@ class Stacker:
         processes: Those that have copies of the model, if several have.
         shard: Whether the work is parted among these.
         summed: Whether their gradients are summed, or averaged.
-        compile: Arguments of torch.compile for stacks, None to run things as they are.
+        compile: Arguments of torch.compile, None to run things as they are.
         capturable: Whether what a step reads stays where it is, as a CUDA graph needs it.
+        graphs: The graphs of whole steps, where these are compiled.
     """
 
     state: dict[Any, dict[str, Any]]
@@ -45,6 +50,7 @@ class Stacker:
     summed: bool = False
     compile: dict[str, Any] | None = None
     capturable: bool = False
+    graphs: Graphs | None = None
 
     def __init__(self, roster: Roster, state: dict[Any, dict[str, Any]]) -> None:
         self.roster, self.state = roster, state
@@ -61,10 +67,21 @@ class Stacker:
         self.stack_of: dict[Layer, Stack] = {
             layer: stack for stack in self.stacks for layer in stack.layers
         }
+        self.graphs = None
         for stack in self.stacks:
             stack.compile, stack.capturable = self.compile, self.capturable
+            if self.compile is not None and self.is_recorded(stack):
+                stack.compile, stack.capturable = None, True
+                self.graphs = self.graphs or Graphs(self.compile, self.roster.warnings)
         self._rows: Rows = {}
         self._report()
+
+    def is_recorded(self, stack: Stack) -> bool:
+        """Whether whole steps are compiled in which a stack steps, and not the stack alone."""
+        layer = stack.layers[0]
+        s, dtypes = settings_of(layer.group), [*layer.dtypes, layer.weight.dtype]
+        random = s.rounding == "stochastic" and is_rounded(s.rounding, dtypes)
+        return self.sharded is None and not random and not pieces.on_host(layer.weight)
 
     def report(self) -> None:
         """Let steps tell what they know from now on."""

@@ -26,10 +26,12 @@ from singd_torch.sharding.guards import ALONE, is_one_of_several
 from singd_torch.step import bundle_step, rounding
 from singd_torch.step.begun import Gradients
 from singd_torch.step.bundle import Bundle, bundled
+from singd_torch.step.graphs import kind_of
 from singd_torch.step.stack import Stack
 from singd_torch.step.stack_step import advance
 from singd_torch.step.stacker import Stacker
 from singd_torch.tensors import finite, scratch
+from singd_torch.tensors.pieces import placed
 
 
 class Stepper(Stacker):
@@ -102,10 +104,49 @@ class Stepper(Stacker):
 
     def take_step(self, ready: list[Stack], others: list[nn.Parameter], scales: Scales) -> None:
         """Change the parameters of these stacks, and these others."""
-        shares = {id(g): warmed(settings_of(g), g["steps"]) for g in self.roster.groups}
+        groups = self.roster.groups
+        shares = {id(g): warmed(settings_of(g), g["steps"]) for g in groups}
+        rates = {id(g): g["lr"] * shares[id(g)] for g in groups}
+        kind, graphs = None, self.graphs
+        if graphs is not None and ready:
+            rates = {id(g): _on_device(rates[id(g)], g["params"][0]) for g in groups}
+            own = [p for stack in ready for layer in stack.layers for p in layer.parameters]
+            kind = kind_of(ready, own + others, groups, [*rates.values()], scales)
+        change = partial(self._change, ready, others, scales, rates)
+        found = change() if graphs is None or kind is None else graphs.take(kind, ready, change)
+        if found is None:
+            return
+        skip, moved = found or (None, None)
+        grads = [_unscaled(scales.grads, p) for p in others]
+        known: dict[str, Any] = {
+            "names": self.roster.names,
+            "places": self.places,
+            "rows": self._rows,
+        }
+        store = partial(rounding.store, **known, state=self.state, skip=skip)
+        _fallback.step_all(self.roster.group_of, others, grads, self.state, skip, shares, store)
+        if moved is not None:
+            if not isinstance(self.skipped, Tensor):
+                self.skipped = torch.full(
+                    (), self.skipped, dtype=torch.float32, device=moved.device
+                )
+            self.skipped.add_(~moved)
+
+    def _change(
+        self,
+        ready: list[Stack],
+        others: list[nn.Parameter],
+        scales: Scales,
+        rates: Mapping[int, Any],
+    ) -> list[Tensor] | None:
+        """Change the parameters of these stacks, at these rates by the `id` of a group.
+
+        Returns:
+            Of an accelerator, 1 where nothing may change, else 0, and whether everything moved.
+            None if the host knows that nothing may change, and nothing if it knows that all may.
+        """
         chosen = {
-            id(g): dataclasses.replace(settings_of(g), lr=g["lr"] * shares[id(g)])
-            for g in self.roster.groups
+            id(g): dataclasses.replace(settings_of(g), lr=rates[id(g)]) for g in self.roster.groups
         }
         layers = [layer for stack in ready for layer in stack.layers]
         moving = [p for layer in layers for p in layer.parameters if p.grad is not None]
@@ -115,39 +156,28 @@ class Stepper(Stacker):
         norms, rows = finite.norms({p: raw(p) for p in moving}, scales.grads)
         sizes = [x for layer in layers for x in layer.sizes()]
         size = self._of_all(finite.total([*rows, *sizes]))
-        ok = bad = skip = None
-        if not isinstance(size, Tensor):  # then nothing is masked
-            if not math.isfinite(size):
-                self._skip(self._not_finite(norms, layers))
-                return
-        else:
+        ok = bad = None
+        if isinstance(size, Tensor):
             ok = size < math.inf
             bad = ~ok
-            skip = bad.to(torch.float32)
+        elif not math.isfinite(size):
+            self._skip(self._not_finite(norms, layers))
+            return None
 
         given = Gradients(
             of, raw, norms, lambda p: chosen[id(self.roster.group_of[p])], scales, ok, bad
         )
         with scratch.lent(self._scratch):
             moved = self._advance(ready, given)
-        grads = [of(p) for p in others]
-        known: dict[str, Any] = {
-            "names": self.roster.names,
-            "places": self.places,
-            "rows": self._rows,
-        }
-        store = partial(rounding.store, **known, state=self.state, skip=skip)
-        _fallback.step_all(self.roster.group_of, others, grads, self.state, skip, shares, store)
-        if ok is None and not all(moved):
-            still = [stack for stack, m in zip(ready, moved, strict=True) if not m]
-            names = [layer.name for stack in still for layer in stack.layers]
-            self._skip({"natural gradient": names})
-        elif ok is not None:
-            all_moved = [m.to(ok.device) for m in moved] or [ok]  # only if ok
-            found = torch.stack(all_moved).all() if len(all_moved) > 1 else all_moved[0]
-            if not isinstance(self.skipped, Tensor):
-                self.skipped = torch.full((), self.skipped, dtype=torch.float32, device=ok.device)
-            self.skipped.add_(~found)
+        if ok is None or bad is None:  # then nothing was masked
+            if not all(moved):
+                still = [stack for stack, m in zip(ready, moved, strict=True) if not m]
+                names = [layer.name for stack in still for layer in stack.layers]
+                self._skip({"natural gradient": names})
+            return []
+        all_moved = [m.to(ok.device) for m in moved] or [ok]  # only if ok
+        found = torch.stack(all_moved).all() if len(all_moved) > 1 else all_moved[0]
+        return [bad.to(torch.float32), found]
 
     def _advance(self, ready: list[Stack], given: Gradients) -> list[Any]:
         """Change what belongs to layers, and return what moved."""
@@ -207,6 +237,11 @@ class Stepper(Stacker):
             "`optimizer.skipped` counts such steps",
             about="skipped",
         )
+
+
+def _on_device(rate: Any, p: Tensor) -> Tensor:
+    """A rate as a tensor, which the graph of a step takes."""
+    return placed(rate, torch.float64 if p.dtype == torch.float64 else torch.float32, p.device)
 
 
 def _unscaled(scale: Any, p: nn.Parameter) -> Tensor:
