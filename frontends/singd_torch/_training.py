@@ -72,7 +72,9 @@ class Training(torch.optim.Optimizer):
         """Notice what happened to the model after construction, at steps that may have rows."""
         if not any(is_refresh(group) for group in self.param_groups):
             return
-        if self._roster.is_other_model():
+        if self._stepper.sharded is not None:  # lest one process alone find layers anew
+            self._roster.check_parameters()
+        elif self._roster.is_other_model():
             self._renew()
         names = self._roster.untrained()
         if names:
@@ -176,8 +178,9 @@ class Training(torch.optim.Optimizer):
         if not self.state and stepper.is_no_step:
             stepper.begin()
             return loss
-        if stepper.sharded is None:  # else modules may have what was gathered for them
-            self._follow_model()
+        if stepper.sharded is not None:
+            part_again(roster.model)  # lest modules keep weights that are old then
+        self._follow_model()
         watcher.end_proofs()
         stepper.agree_on_rows()
         self._warn_missed()

@@ -24,13 +24,18 @@ def parted(
 
     With `copies`, also if all of the `processes` have them whole. Else those of the parts are
     found, unless `processes` are given. Gradients are `summed` over them, or averaged.
+
+    Raises:
+        ValueError: If some that have parts are none of the processes.
     """
     tensor = sys.modules.get("torch.distributed.tensor")  # else there are no parts
     parts = [] if tensor is None else [p for p in params if isinstance(p, tensor.DTensor)]
     if not parts and not copies:
         return None
-    from singd_torch.sharding.boxes import group_of_parts
+    from singd_torch.sharding.boxes import check_has_parts, group_of_parts
     from singd_torch.sharding.sharded import Sharded
 
+    if processes is not None:
+        check_has_parts(processes, parts)
     group = group_of_parts(parts) if processes is None else processes
     return Sharded(group, summed=summed, in_parts=bool(parts))

@@ -57,6 +57,22 @@ def local_gradient(p: nn.Parameter) -> Tensor:
     return gradient
 
 
+def check_has_parts(group: dist.ProcessGroup, params: Iterable[Tensor]) -> None:
+    """Check that all processes that have parts of the parameters are in a group.
+
+    Raises:
+        ValueError: If one is not.
+    """
+    ranks = set(dist.get_process_group_ranks(group))
+    meshes = {p.device_mesh for p in params if isinstance(p, DTensor)}
+    if not all(ranks.issuperset(mesh.mesh.flatten().tolist()) for mesh in meshes):
+        raise ValueError(
+            "the parameters have parts on processes that are none of those that were given: give "
+            "SINGD(model, processes=mesh) the whole mesh, with the axes along which the model is "
+            "in parts and those along which its gradients are averaged"
+        )
+
+
 def group_of_parts(params: Iterable[Tensor]) -> dist.ProcessGroup:
     """The group of all processes that have parts of the parameters.
 

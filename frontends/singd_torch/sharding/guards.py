@@ -15,6 +15,11 @@ ALONE = (
     "DistributedDataParallel wrapper, or the group of processes whose gradients you average: "
     "SINGD(model, processes=torch.distributed.group.WORLD)"
 )
+APART = (
+    "the model is in parts on some of the processes, and nothing tells whether others train copies "
+    "of these parts, which then drift apart. Give SINGD(model, processes=mesh) the whole mesh, "
+    "with the axes along which gradients are averaged; or that of the parts, if there are no copies"
+)
 _PIPELINE = (
     "SINGD does not train the stages of a pipeline: a schedule scales gradients after the rows of "
     "its micro-batches were taken, and one stage does not know that another skips a step. Take "
@@ -24,7 +29,11 @@ _FLAT = (
     "FullyShardedDataParallel keeps parts of flattened parameters, which are no matrices: call "
     "torch.distributed.fsdp.fully_shard(model), then SINGD(model)"
 )
-
+_PLAIN_PARTS = (
+    "DistributedDataParallel has made plain parameters of the parts that tensor parallelism has: "
+    "nothing tells that they belong together. Call torch.distributed._composable."
+    'replicate_with_fsdp.replicate(model, mesh=mesh["data"]) in its place, or fully_shard'
+)
 _GATHERED = (
     "a parameter was given that `fully_shard` had gathered for the time of a pass, and not its "
     "part: call model.reshard() before model.parameters()"
@@ -39,6 +48,8 @@ def check_model(model: nn.Module) -> None:
         RuntimeError: If it is a stage of a pipeline, or a part of one.
     """
     refuse_stages(model.parameters())
+    if any(hasattr(p, "_st_info") for p in model.parameters()):
+        raise TypeError(_PLAIN_PARTS)
     if isinstance(model, nn.DataParallel):
         raise TypeError("nn.DataParallel is not supported: use DistributedDataParallel")
     fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported for this: it takes a second

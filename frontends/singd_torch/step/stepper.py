@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from singd_core._array import ranged
@@ -22,7 +23,7 @@ from singd_torch._warnings import listed
 from singd_torch.capture.scaling import Scales
 from singd_torch.layers.due import is_due, may_be_due
 from singd_torch.layers.layer import Layer
-from singd_torch.sharding.guards import ALONE, is_one_of_several
+from singd_torch.sharding.guards import ALONE, APART, is_one_of_several
 from singd_torch.step import bundle_step, rounding
 from singd_torch.step.begun import Gradients
 from singd_torch.step.bundle import Bundle, bundled
@@ -86,6 +87,8 @@ class Stepper(Stacker):
     def step(self, scales: Scales) -> None:
         """Take one step, with the rows of all processes."""
         if self.sharded is not None:
+            if self.processes is None and self.sharded.world < dist.get_world_size():
+                self.roster.warnings.once(APART)
             self.skipped = self.sharded.step(scales)
             if not self.state:
                 self.sharded.show(self.state)

@@ -122,8 +122,15 @@ def checkpointed(run: Run) -> None:
 
 
 def kept(run: Run) -> None:
+    """Modules keep what was gathered for them, also for an evaluation before a step."""
     run.policy = {"reshard_after_forward": False}
-    models.train(run.model, run.build(), models.data(NAME), run.rank, run.world)
+    optimizer = run.build()
+    for i, batch in enumerate(models.data(NAME)):
+        optimizer.zero_grad()
+        run.backward(run.part(batch))
+        with torch.set_grad_enabled(i % 2 == 0):
+            run.model(batch[0])
+        optimizer.step()
 
 
 def masked(run: Run) -> None:

@@ -9,13 +9,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.pipelining import (
     PipelineStage,
     Schedule1F1B,
     ScheduleGPipe,
     ScheduleInterleavedZeroBubble,
 )
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from singd_torch import SINGD
@@ -80,6 +82,64 @@ def test_processes_of_which_nothing_is_told_are_warned_once_what_to_tell() -> No
     for _, said in gloo.run(2, own_loop, "nothing"):
         (text,) = said
         assert "SINGD(model, processes=torch.distributed.group.WORLD)" in text
+
+
+def in_parts(rank: int, world: int) -> Any:
+    """Parts on one axis of a mesh, and copies of them on the other, by hand.
+
+    The weights where all of the mesh is told; and what is said of less.
+    """
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("data", "parts"))
+    plan = {"0": ColwiseParallel(output_layouts=Replicate())}
+
+    def parted() -> Any:
+        return parallelize_module(network(), mesh["parts"], plan)
+
+    def trained(**given: Any) -> SINGD:
+        optimizer = SINGD(model, **given)
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            backward(model, step, mesh["data"].get_local_rank(), 2)
+            for p in model.parameters():
+                gradient = p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
+                dist.all_reduce(gradient, group=mesh["data"].get_group())
+                gradient /= 2
+            optimizer.step()
+        return optimizer
+
+    model = parted()
+    with pytest.raises(ValueError, match="the whole mesh"):
+        SINGD(model, processes=mesh["data"])
+    with pytest.warns(UserWarning, match="the whole mesh"):
+        trained()
+    model = parted()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trained(processes=mesh["parts"])  # as if there were no copies
+        model = parted()
+        optimizer = trained(processes=mesh)
+    found = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
+    fully_shard(model, mesh=mesh["data"])  # and the optimizer has what was there before
+    backward(model, 0)
+    optimizer.param_groups[0]["T"] = 1
+    with pytest.raises(RuntimeError, match="fully_shard"):
+        optimizer.step()
+    with pytest.raises(TypeError, match="replicate_with_fsdp"):
+        SINGD(DistributedDataParallel(parted(), device_mesh=mesh["data"]))
+    return [p.detach().clone() for p in found]
+
+
+@pytest.mark.slow
+def test_copies_of_parts_are_told_or_asked_for() -> None:
+    model = network()
+    optimizer = SINGD(model)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        backward(model, step)
+        optimizer.step()
+    for weights in gloo.run(4, in_parts):
+        for p, q in zip(model.parameters(), weights, strict=True):
+            torch.testing.assert_close(p.detach(), q, rtol=0.0, atol=1e-12)
 
 
 def wrapped_flat(rank: int, world: int, original: bool) -> str:
