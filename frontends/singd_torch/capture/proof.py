@@ -55,9 +55,9 @@ class Proof:
         """What autograd calls with all that the pass adds to the gradient."""
         if self.is_of_this_pass():  # else it is one inside that
             self.end()
-            matrix = self._layer.kind.matrix(gradient.detach())
+            matrix = self._layer.kind.matrix(_whole(gradient.detach()))
             self._gradient = widen(matrix @ self._V.to(matrix.dtype))
-            if self._leaf is not self._layer.weight:
+            if self._leaf is not self._layer.weight or is_in_parts(self._leaf):
                 self._of_decay = self._decays()
 
     def is_of_this_pass(self) -> bool:
@@ -70,6 +70,7 @@ class Proof:
 
     def add(self, source: Source, x: Tensor, g: Tensor) -> None:
         """Add the rows of a call."""
+        x, g = _whole(x), _whole(g)
         pieces = in_pieces(self._layer, source.kind, x, g)
         samples = [len(piece) for piece in pieces]
         gradients = torch.split(g, samples) if len(pieces) > 1 else [g]
@@ -118,7 +119,7 @@ class Proof:
         return bool(rest > _SHARE * norm + float(self._rounding(norm)))
 
     def _decays(self) -> list[Tensor]:
-        weight = self._layer.kind.matrix(self._leaf.detach())
+        weight = self._layer.kind.matrix(_whole(self._leaf.detach()))
         V = self._V.to(weight.dtype)
         return [widen(weight @ V), widen(weight.sign() @ V)]
 
@@ -211,7 +212,7 @@ def _can_be_proved(layer: Layer, leaf: Tensor) -> bool:
     """Whether autograd tells the gradient of a weight, and rows are those that it is made of."""
     hooks = (leaf._backward_hooks or {}).values()
     changed = any(not isinstance(hook, Proof) for hook in hooks)
-    unknown = leaf.is_meta or is_in_parts(leaf)
+    unknown = leaf.is_meta or (is_in_parts(leaf) and not hasattr(leaf, "full_tensor"))
     return not (changed or unknown or layer.group["average_groups"])
 
 
@@ -222,6 +223,12 @@ def _signs(layer: Layer) -> Tensor:
     draw = torch.Generator(weight.device).manual_seed(0)
     signs = torch.randint(2, (d_in, k), device=weight.device, generator=draw)
     return (2.0 * signs - 1.0) * 2.0 ** -(d_in.bit_length() // 2)
+
+
+def _whole(t: Any) -> Tensor:
+    """What tensor parallelism has in parts, which all processes ask for at once."""
+    whole: Tensor = t.full_tensor() if hasattr(t, "full_tensor") else t
+    return whole
 
 
 def _norm(x: Tensor) -> Tensor:

@@ -230,15 +230,16 @@ class Watcher:
         """Take the rows of one product, of its input and the gradient at its output."""
         self._roster.check_shapes(layer.parameters)
         sharded = self._keeper.sharded
+        mask = self.mask if source.kept is None else source.kept
         if sharded is not None:
-            x, g = sharded.sums.rows(layer, x, g)
+            x, g, mask = sharded.sums.rows(layer, source, x, g, mask)
         if self._takes_rows():
             factors = layer.meter or part_of(self._keeper.factors(layer), source.part)
             layer.tell_autocast(g)
             key, backward = (source.part, source.swapped), backward_pass()
             if backward != layer.last_pass.number:
                 self._begin_pass(layer, backward)
-            for rows in rows_of(layer, source, x, g, self.mask):
+            for rows in rows_of(layer, source, x, g, mask):
                 self.queue.take(Call(layer, key, rows, factors, layer.loss), lent=(x, g))
             if sharded is not None:
                 sharded.sums.took(layer, self.queue.flush)

@@ -62,7 +62,7 @@ class Rows:
             return cls(A, N, B, M)
         mask = mask.reshape(*mask.shape, *(1,) * (len(positions) - mask.ndim)).expand(positions)
         used = mask.reshape(len(mask), -1).any(1)  # samples with a position that is kept
-        kept, samples = mask.sum().clamp(min=1), used.sum().clamp(min=1)
+        kept, samples = mask.sum(), used.sum()
         each = no_row is not None or kfac_approx == "expand"  # a row for each position
         if no_row is not None:
             x = x.where(mask, no_row)
@@ -194,7 +194,8 @@ class Pending:
         """What `Curvature.of` takes, of gradients that were multiplied by `grad_scale`."""
         dtype = self.inputs.squares.dtype  # else integers on the device are divided in float32
         N, M, grad_scale = (  # of no rows all sums are 0
-            n.to(dtype) if isinstance(n, Tensor) else n or 1 for n in (*self._counts(), grad_scale)
+            n.to(dtype).masked_fill(n == 0, 1.0) if isinstance(n, Tensor) else n or 1
+            for n in (*self._counts(), grad_scale)
         )
         M = M / grad_scale / grad_scale  # its square may leave float32
         if self.swapped:

@@ -44,7 +44,7 @@ def rows_of(
         diagonal=diagonal,
         kfac_approx=group["kfac_approx"],
         loss_average=group["loss_average"],
-        mask=mask if source.kept is None else source.kept,
+        mask=mask,
         sample=sample,
     )
     if rows.A.shape[-2] == 0 or rows.B.shape[-2] == 0:

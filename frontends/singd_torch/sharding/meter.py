@@ -46,11 +46,11 @@ class Meter(Tree):
         return measure(self.K, A, identity=True), measure(self.C, B, identity=True)
 
 
-def by_samples(t: Tensor) -> Any:
-    """The rows of some samples, others on each process.
+def by_samples(t: Tensor, axis: int) -> Any:
+    """The rows of some samples along an axis, others on each process.
 
     Tensor parallelism has them in parts of their features, or all of them on each process.
     """
     if not isinstance(t, DTensor):
         return t
-    return t.redistribute(placements=[Shard(0)] * t.device_mesh.ndim).to_local()
+    return t.redistribute(placements=[Shard(axis)] * t.device_mesh.ndim).to_local()

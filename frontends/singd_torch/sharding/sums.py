@@ -9,12 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from singd_core.rules import Factors
 from singd_torch.layers.due import is_due, is_refresh
 from singd_torch.layers.layer import Key, Layer, part_of
 from singd_torch.layers.pending import Pending
+from singd_torch.layers.source import Source
 from singd_torch.sharding.meter import by_samples
 from singd_torch.sharding.share import Share
 from singd_torch.sharding.stream import Entry, Flat, Place, Stream
@@ -52,13 +53,22 @@ class Sums:
         self.flags = {}
         self.stream.forget()
 
-    def rows(self, layer: Layer, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows of a call that this process alone has."""
-        if isinstance(g, DTensor):
-            self._tensor_parallel = g.device_mesh
-            self._split.add(layer.weight)
-            return by_samples(x), by_samples(g)
-        return x, g
+    def rows(
+        self, layer: Layer, source: Source, x: Tensor, g: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The samples of a call that this process alone measures, and their mask."""
+        if not isinstance(g, DTensor):
+            return x, g, mask
+        mesh = self._tensor_parallel = g.device_mesh
+        self._split.add(layer.weight)
+        if g.ndim < layer.weight.ndim - layer.is_stack:  # a sample without a batch
+            x, g = x[None], g[None]
+        axis = 1 if source.batch_second and x.ndim == 3 else 0
+        if mask is not None and len(mask) == x.shape[axis]:
+            mask = by_samples(DTensor.from_local(mask, mesh, [Replicate()] * mesh.ndim), 0)
+        else:
+            mask = None  # which is of other layers
+        return by_samples(x, axis), by_samples(g, axis), mask
 
     def took(self, layer: Layer, measure: Callable[[], None]) -> None:
         """A call has brought rows of a layer; `measure` makes sums of those that wait."""
@@ -128,11 +138,15 @@ class Sums:
         return found
 
     def _contribution(self, layer: Layer, pending: Pending) -> list[Tensor]:
-        """What this process adds to the sums. Rows that several have are added by one of them."""
+        """What this process adds to the sums. What several have is added by one of them."""
         tensors, mesh = pending.tensors(), self._tensor_parallel
-        if mesh is None or layer.weight in self._split or mesh.get_local_rank() == 0:
+        if mesh is None or not any(mesh.get_coordinate() or ()):
             return tensors
-        return [torch.zeros_like(t) for t in tensors]
+        if layer.weight not in self._split:
+            return [torch.zeros_like(t) for t in tensors]
+        if isinstance(layer.group["loss_average"], int):  # as many terms, whatever the samples
+            tensors[-1] = torch.zeros_like(tensors[-1])
+        return tensors
 
     def _of_all(self, own: Layer, pending: Pending, by: Factors, sums: Sequence[Tensor]) -> Pending:
         """The rows of all processes, as the factors of a layer measure them."""
