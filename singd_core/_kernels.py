@@ -11,8 +11,8 @@ from typing import Any
 class Kernels:
     """Operations that one type of arrays does in place, as one kernel, or without a wait.
 
-    Each stands for the function of `singd_core._array` that has its name, and takes the same
-    arguments. What is None is done by operations of the standard.
+    Each stands for the function of its name in `singd_core._array` or `singd_core._scalars`, and
+    takes the same arguments. What is None is done by operations of the standard.
 
     Attributes:
         multiply_add: x c + y; `out` may be written to.

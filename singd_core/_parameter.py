@@ -8,17 +8,9 @@ from functools import partial
 from typing import Any
 
 from singd_core import rules
-from singd_core._array import (
-    Array,
-    as_array,
-    cast,
-    device,
-    expand,
-    namespace,
-    total,
-    widen,
-)
+from singd_core._array import Array, cast, device, expand, namespace, total, widen
 from singd_core._layer_state import NAMES, LayerState, Parameter, like, pair, parts
+from singd_core._scalars import as_array
 from singd_core._settings import Rate, Settings
 from singd_core._tree import T_Tree
 from singd_core.adamw import Fallback, Moments

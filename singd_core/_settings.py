@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from singd_core._array import at_most
+from singd_core._scalars import at_most
 
 # With `growing_T`, a gap of n steps begins after so many times n steps.
 _PACE = 10

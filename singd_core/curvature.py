@@ -9,17 +9,14 @@ from typing import NamedTuple, Self
 from singd_core._array import (
     Array,
     Scalar,
-    as_array,
-    at_least,
     cast,
     namespace,
-    number,
     ranged,
     sum_of_squares,
-    where,
     wide_full,
     widen,
 )
+from singd_core._scalars import as_array, at_least, number, where
 from singd_core._settings import Rate, Settings
 from singd_core._tree import Tree, tree
 from singd_core.structures.base import Structure

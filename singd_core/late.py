@@ -8,21 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-from singd_core._array import (
-    Array,
-    Scalar,
-    as_array,
-    at_least,
-    at_most,
-    cast,
-    clip,
-    exp,
-    multiply_add,
-    namespace,
-    number,
-    where,
-    wide_full,
-)
+from singd_core._array import Array, Scalar, cast, multiply_add, namespace, wide_full
+from singd_core._scalars import as_array, at_least, at_most, clip, exp, number, where
 from singd_core._settings import Settings
 from singd_core._tree import Tree, tree
 from singd_core.curvature import TINY

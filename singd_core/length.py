@@ -9,7 +9,8 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from singd_core._array import Scalar, at_least, norm, number, where
+from singd_core._array import Scalar, norm
+from singd_core._scalars import at_least, number, where
 from singd_core._settings import Settings
 from singd_core.curvature import TINY
 from singd_core.late import Late

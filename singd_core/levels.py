@@ -9,17 +9,15 @@ from typing import Any, Self, TypeVar
 from singd_core._array import (
     Array,
     Scalar,
-    at_least,
     cast,
     expand,
     is_traced,
     multiply_add,
     namespace,
-    number,
-    where,
     wide_full,
     widen,
 )
+from singd_core._scalars import at_least, number, where
 from singd_core._settings import Rate
 from singd_core._tree import Tree, tree
 from singd_core.curvature import TINY

@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Self
 
-from singd_core._array import Array, at_least, cast
+from singd_core._array import Array, cast
+from singd_core._scalars import at_least
 from singd_core.curvature import TINY
 from singd_core.structures.base import Structure
 

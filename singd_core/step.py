@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, TypeAlias
 from singd_core._array import (
     Array,
     Scalar,
-    at_most,
     cast,
     empty,
     expand,
@@ -21,11 +20,11 @@ from singd_core._array import (
     multiply_add,
     namespace,
     norm,
-    number,
     sum_of_squares,
     total,
     widen,
 )
+from singd_core._scalars import at_most, number
 from singd_core._settings import Settings, is_zero
 from singd_core.late import Late
 from singd_core.layers import LayerKind

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from singd_core._array import Array, namespace
+from singd_core._array import Array, device, namespace
 
 Size: TypeAlias = "int | Sequence[int]"
 Padding: TypeAlias = "int | str | Sequence[int | tuple[int, int]]"
@@ -48,8 +48,7 @@ class Window(NamedTuple):
         The index pattern of arXiv 2307.02275 averaged over the output positions `o`: entry (k, i)
         is 1/positions where `i + before = k dilation + o stride` for one of them, else 0.
         """
-        # array_api_compat.device warns under torch.compile. Traced JAX arrays have no device.
-        xp, where = namespace(like), getattr(like, "device", None)
+        xp, where = namespace(like), device(like)
         positions = self.positions(length)
         k = xp.arange(self.size, device=where)[:, None]
         i = xp.arange(length, device=where)[None, :]

@@ -7,16 +7,8 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Self
 
-from singd_core._array import (
-    Array,
-    Scalar,
-    at_least,
-    at_most,
-    clip,
-    namespace,
-    number,
-    widen,
-)
+from singd_core._array import Array, Scalar, namespace, widen
+from singd_core._scalars import at_least, at_most, clip, number
 from singd_core._settings import Rate, Settings, is_bound
 from singd_core._tree import tree
 from singd_core.curvature import TINY, Averages, Curvature, Measured, Rates, measure, seen

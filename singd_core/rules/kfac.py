@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Self
 
-from singd_core._array import Array, Scalar, at_least, cast, inverse, namespace, widen
+from singd_core._array import Array, Scalar, cast, inverse, namespace, widen
+from singd_core._scalars import at_least
 from singd_core._settings import Rate, Settings
 from singd_core._tree import tree
 from singd_core.curvature import TINY, Averages, Curvature, Measured, measure

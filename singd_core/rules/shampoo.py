@@ -5,16 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from singd_core._array import (
-    Array,
-    Scalar,
-    at_least,
-    cast,
-    number,
-    ranged,
-    sum_of_squares,
-    where,
-)
+from singd_core._array import Array, Scalar, cast, ranged, sum_of_squares
+from singd_core._scalars import at_least, number, where
 from singd_core._settings import Settings
 from singd_core._tree import tree
 from singd_core.curvature import TINY, Averages, Curvature, Rates

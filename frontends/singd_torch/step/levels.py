@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from singd_core._array import Scalar, number
+from singd_core._array import Scalar
+from singd_core._scalars import number
 from singd_core._settings import Settings, is_due, rate_of_factors
 from singd_core.levels import FLOOR, Levels, shares, sums, weight_of
 from singd_torch.step.bundle import Bundle
