@@ -6,7 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from singd_jax import find_layers
 
 FLAGS = "--xla_force_host_platform_device_count=8"
 
@@ -86,3 +91,30 @@ def test_products_of_data_that_devices_share_are_rejected_and_it_is_said_why(fou
     for said in found["refusals"]:
         assert "the same on all devices along the axis 'model'" in said
         assert "shard_map(check_vma=True)" in said
+
+
+@pytest.mark.parametrize("differs", [True, False], ids=["on each device", "equal"])
+def test_what_a_loop_carries_differs_between_devices_where_its_end_does(differs):
+    def local(p, x):
+        turns = (x[0, 0] > 0).astype(int) if differs else 3
+        start = 0, jnp.zeros((4, 6))
+        _, h = jax.lax.while_loop(
+            lambda carry: carry[0] < turns,
+            lambda carry: (carry[0] + 1, 0.5 * carry[1] + 1.0),
+            start,
+        )
+        return jax.lax.pmean(jnp.mean((h @ p["w"]) ** 2), "data")
+
+    loss = jax.shard_map(
+        local,
+        mesh=AbstractMesh((8,), ("data",)),
+        in_specs=(PartitionSpec(), PartitionSpec("data")),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
+    given = {"w": jnp.ones((6, 3))}, jnp.ones((32, 6))
+    if differs:
+        assert list(find_layers(loss, batch_size=32)(*given)) == ["w"]
+    else:
+        with pytest.raises(ValueError, match="the same on all devices along the axis 'data'"):
+            find_layers(loss, batch_size=32)(*given)
