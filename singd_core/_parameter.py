@@ -15,6 +15,7 @@ from singd_core._settings import Rate, Settings
 from singd_core._tree import T_Tree
 from singd_core.adamw import Fallback, Moments
 from singd_core.curvature import Curvature
+from singd_core.late import ROOM
 from singd_core.layers import LayerKind, Sample
 from singd_core.rounding import Rounding
 from singd_core.rules.shampoo import Shampoo
@@ -94,10 +95,13 @@ def refreshed_by_gradient(
 def layer_squares(
     kind: LayerKind, factors: rules.Factors, gradient: Parameter
 ) -> tuple[Array, Array]:
-    """‖∇W‖², of the batch axes' shape, and a number that is finite if it and the factors are."""
+    """‖∇W‖², of the batch axes' shape, and a number that is finite if it and the factors are.
+
+    And if sums over such squares are.
+    """
     squares = squares_of(kind, parts(gradient))
     known = factors.averages
-    return squares, total(squares) + total(known.t_U) + total(known.t_G)
+    return squares, ROOM * total(squares) + total(known.t_U) + total(known.t_G)
 
 
 def squares(gradient: Array) -> Array:

@@ -28,6 +28,10 @@ SHORTEST = 0.14
 BEGINNING = 200.0
 MEMORY = 1000.0  # how many steps back earlier gradients count
 
+# So many times ‖∇W‖² has to be in range, or the step is skipped: the sum over late gradients is
+# larger by up to 1 / (1 − α), and as much once more where it is multiplied by that of the weights.
+ROOM = 2.0**20
+
 
 @tree
 class Late(Tree):

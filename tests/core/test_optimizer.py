@@ -29,6 +29,26 @@ def assert_alike(ours: Any, expected: Any) -> None:
         np.testing.assert_allclose(a, b, rtol=0, atol=CLOSE * max(1.0, np.max(np.abs(b))))
 
 
+@pytest.mark.parametrize("size", [1e15, 1e17, 1e19, 1e25])
+def test_gradients_whose_squares_leave_the_range_change_nothing(size: float) -> None:
+    """Sums of squares of late gradients leave float32 before a square does."""
+
+    def scaled(g: Any, size: float) -> Any:
+        return mapped(lambda x: np.float32(size) * x.astype(np.float32), g)
+
+    optimizer, large = Optimizer(LAYERS), 6
+    data = [(scaled(g, size), scaled(rows, 1.0)) for g, rows in steps(large)]
+    start = mapped(lambda x: x.astype(np.float32), params())
+    with np.errstate(all="ignore"):
+        p, state = train(optimizer, data, start)
+    unchanged = all(np.array_equal(a, b) for a, b in zip(leaves(p), leaves(start), strict=True))
+    assert (unchanged, int(state.skipped)) == ((False, 0) if size < 1e16 else (True, large))
+    g, _ = steps(1, seed=2)[0]
+    updates, new = optimizer.update(scaled(g, 1.0), state, p)
+    assert all(np.isfinite(leaf).all() and leaf.any() for leaf in leaves(updates))
+    assert new.skipped == state.skipped
+
+
 @pytest.mark.parametrize("case", GIVEN)
 def test_the_order_of_rows_does_not_matter(case: str) -> None:
     data, order = steps(4), np.random.default_rng(2).permutation(7)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from singd_torch import SINGD, estimate
+from singd_torch.tensors import pieces
 
 INF, NAN = float("inf"), float("nan")
 
@@ -354,14 +355,18 @@ def poison_row(index: int, of_output: bool) -> Callable[[nn.Module, float], None
     """Gradients stay finite: the row alone is not."""
 
     def poison(model: nn.Module, value: float) -> None:
-        loss_of(model, torch.randn(9, 6)).backward()
         (hook,) = model[index]._forward_hooks.values()
         rows = hook._owner().rows_wanted(hook.source)
         x, z = {0: ((9, 6), (9, 8)), 4: ((9, 2, 4), (9, 3, 3)), 6: ((9, 9), (9, 3))}[index]
         x, z = torch.randn(x), torch.randn(z)
         (z if of_output else x).view(-1)[5] = value
-        with torch.no_grad():
+
+        def one_more(_: Tensor) -> None:
             rows(x, z, None, None)
+
+        handle = model[index].weight.register_hook(one_more)
+        loss_of(model, torch.randn(9, 6)).backward()
+        handle.remove()
 
     return poison
 
@@ -457,6 +462,31 @@ def test_rows_that_overflow_are_not_finite() -> None:
     with pytest.warns(UserWarning, match="NaN or infinite"):
         optimizer.step()
     assert_same(before, everything(model, optimizer))
+
+
+@pytest.mark.filterwarnings("ignore:the squared gradients of '0.weight'")
+@pytest.mark.parametrize("size", [1e15, 1e17, 1e19])
+@pytest.mark.parametrize("host", [True, False], ids=["host", "accelerator"])
+def test_gradients_whose_squares_leave_the_range_change_nothing(
+    size: float, host: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums of squares of late gradients leave it before a square does."""
+    monkeypatch.setattr(pieces, "on_host", lambda x: host)
+    model = network()
+    optimizer, large = SINGD(model), 6
+    step(model, optimizer)
+    before = copy.deepcopy(model.state_dict())
+    for _ in range(large):
+        optimizer.zero_grad()
+        loss_of(model, torch.randn(9, 6)).backward()
+        for p in model.parameters():
+            p.grad *= size / p.grad.norm()  # type: ignore[operator]
+        optimizer.step()
+    unchanged = all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    assert (unchanged, int(optimizer.skipped)) == ((False, 0) if size < 1e16 else (True, large))
+    step(model, optimizer)
+    assert not torch.equal(model.state_dict()["0.weight"], before["0.weight"])
+    assert all(value.isfinite().all() for value in everything(model, optimizer).values())
 
 
 @pytest.mark.parametrize("case", CASES)

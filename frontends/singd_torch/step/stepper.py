@@ -222,6 +222,11 @@ class Stepper(Stacker):
                 for p, norm in norms.items()
                 if not math.isfinite(norm)
             ],
+            "squared gradient": [
+                self.roster.names.get(p, "a parameter")
+                for p, norm in norms.items()
+                if not finite.has_room(norm, p.dtype)
+            ],
             "curvature": [
                 layer.name
                 for layer in layers

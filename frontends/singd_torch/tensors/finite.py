@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from singd_core.late import ROOM
 from singd_torch.tensors import pieces
 
 
 def norms(
     gradients: Mapping[nn.Parameter, Tensor], scale: Any = None
 ) -> tuple[dict[nn.Parameter, Any], list[Any]]:
-    """The norm of each gradient, over the scale that is in all of them; and the same in rows.
+    """The norm of each gradient, over the scale that is in all of them; and rows of all norms.
 
-    It is a number if the host need not wait for it, else 0-d.
+    The rows are multiplied until they are infinite where sums of squares would be. A norm is a
+    number if the host need not wait for it, else 0-d.
     """
     alike: dict[Any, list[nn.Parameter]] = {}
     for p, g in gradients.items():
@@ -29,8 +32,9 @@ def norms(
         each = torch._foreach_norm(given, 2, wide)
         row = torch.stack(each)
         row = row if scale is None else row / _on(row.device, scale)
+        known = row * _room(row.dtype)
         own = row.tolist() if pieces.on_host(row) else row.unbind()
-        rows += own if pieces.on_host(row) else [row]
+        rows += known.tolist() if pieces.on_host(row) else [known]
         found |= zip(params, own, strict=True)
     return found, rows
 
@@ -52,6 +56,17 @@ def total(sizes: Sequence[Any]) -> Any:
     for x in others:
         found = found + x.to(found.device)
     return found if known == 0.0 else found + known
+
+
+def has_room(norm: Any, dtype: torch.dtype) -> bool:
+    """Whether sums of squares of a gradient of this norm stay in the range of its numbers."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return math.isfinite(norm) and float(norm) * _room(wide) <= torch.finfo(wide).max
+
+
+def _room(dtype: torch.dtype) -> float:
+    room: float = ROOM**0.5 * torch.finfo(dtype).max ** 0.5
+    return room
 
 
 def _on(device: torch.device, scale: Any) -> Any:
