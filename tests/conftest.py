@@ -3,16 +3,32 @@
 import gc
 import itertools
 import os
+import tempfile
 from importlib import metadata
 
 from hypothesis import settings
 
 # XLA's CPU compiler dominates the tests that use jax: without its optimizer a step compiles
-# in 0.4 s in place of 3. The flags are those of the pinned jaxlib; another may not know them. They
+# in 0.3 s in place of 3. The flags are those of the pinned jaxlib; another may not know them. They
 # only act before jax is imported.
 if metadata.version("jaxlib").startswith("0.10."):
-    _FAST = "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0"
+    _FAST = (
+        "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0"
+        " --xla_cpu_parallel_codegen_split_count=1"
+    )
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FAST}"
+
+# What one test has compiled the next one loads. Every process has a folder of its own: jax may read
+# a file while another process still writes it.
+_compiled = tempfile.TemporaryDirectory(prefix="jax-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
+def pytest_unconfigure() -> None:
+    _compiled.cleanup()
+
 
 # No time limit an example: the first call of a library, and a busy machine, are slow.
 # The same examples in every run, so that a failure is that of the change at hand.
