@@ -117,6 +117,7 @@ def test_without_rows_the_size_is_the_spectral_one() -> None:
     np.testing.assert_allclose(updates["W"], -size * g / np.sqrt(np.mean(g**2)), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_dead_matrix_does_not_walk() -> None:
     """Its momentum goes on for ever, and would at full size."""
     optimizer, p = Optimizer(LAYERS), params()

@@ -12,8 +12,30 @@ from jax_cases import CASES, N, X, array, mean_square
 
 import singd_jax
 
+# They compile longest, and show nearly what other cases show.
+SLOW = {
+    "linen_transformer_block",  # its products: head_split_kernels, residual_before_bias
+    "linen_lstm",  # scan_over_time
+    "haiku_cnn",  # linen_cnn
+    "nnx_mlp",  # equinox_mlp
+    "remat_inside_scan",  # custom_jvp_inside_remat_and_scan
+    "scan_of_scan",  # scan_over_layers, scan_over_time
+    "packed_qkv_split",  # packed_qkv_sliced
+    "one_expert_of_each_layer",  # indexed_inside_a_loop
+    "ragged_experts_of_each_layer",  # ragged_experts
+    "factor_of_a_table_and_of_joined_weights",  # factors_of_a_weight
+    "convolution_1d_depthwise",  # convolution_depthwise
+    "convolution_1d_grouped_and_dilated",  # convolution_grouped, convolution_2d_dilated
+    "convolution_3d_depthwise",
+    "convolution_3d_grouped_and_dilated",
+    "convolution_3d_transposed",  # convolution_transposed
+    "convolution_transposed_kernel_reversed",
+}
 
-@pytest.mark.parametrize("name", CASES)
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(c, marks=pytest.mark.slow) if c in SLOW else c for c in CASES]
+)
 def test_layers_are_found_and_their_rows_multiply_to_their_gradients(name):
     case = CASES[name]()
     has_aux = case.options.pop("has_aux", False)

@@ -116,8 +116,20 @@ def test_a_learning_rate_is_got_and_set():
     assert_close(params["w"], start()["w"], 0.0)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-@made
+# All dtypes with the default, and one with everything else.
+@pytest.mark.parametrize(
+    ("make", "dtype"),
+    [
+        pytest.param(
+            make,
+            dtype,
+            id=f"{name}-{dtype}",
+            marks=[] if name == "normalized" or dtype == "bfloat16" else pytest.mark.slow,
+        )
+        for name, make in MAKE.items()
+        for dtype in ("float16", "bfloat16", "float32")
+    ],
+)
 def test_shapes_and_dtypes_are_kept(make, dtype):
     tx = make()
     params = jax.tree.map(lambda a: a.astype(dtype), start())

@@ -1,5 +1,7 @@
 """A model in jax and the same in torch, with copied weights, take the same steps."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -258,7 +260,14 @@ def fresh_seed():
         yield
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+# Mirror images of others.
+MIRRORED = {"triu", "triutoeplitz", "triubottomrightdiag:2", "triutopleftdiag:2"}
+
+
+@pytest.mark.parametrize(
+    "structure",
+    [pytest.param(s, marks=pytest.mark.slow) if s in MIRRORED else s for s in STRUCTURES],
+)
 def test_an_mlp_takes_the_steps_of_torch(structure):
     compare(mlp(), **PAPER, T=1, structures=(structure, structure))
 
@@ -303,8 +312,20 @@ def test_every_structure_takes_the_steps_of_torch(make, structure):
     compare(make(), **PAPER, T=2, structures=(structure, structure))
 
 
-@pytest.mark.parametrize("make", [transformer, attention, cnn, tied, table])
-@pytest.mark.parametrize("recipe", ["normalized", "paper"])
+# Each kind of model once, with one of the recipes.
+FAST = {("normalized", cnn), ("normalized", tied), ("paper", transformer), ("paper", attention)}
+FAST |= {("paper", table)}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "make"),
+    [
+        pytest.param(*pair, marks=[] if pair in FAST else pytest.mark.slow)
+        for pair in itertools.product(
+            ["normalized", "paper"], [transformer, attention, cnn, tied, table]
+        )
+    ],
+)
 def test_a_run_saved_by_torch_goes_on_in_jax(recipe, make):
     twin = make()
     x, torch_x = batches(twin)

@@ -54,9 +54,23 @@ PRODUCTS = {
 }
 
 
-@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
-@pytest.mark.parametrize("structures", ["dense", "blockdiagonal:2"])
-@pytest.mark.parametrize("name", PRODUCTS)
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
+# Among the fast ones each product has each structure, and each way to count positions, once.
+@pytest.mark.parametrize(
+    ("name", "structures", "kfac_approx"),
+    [
+        ("dense", "dense", "expand"),
+        ("dense", "blockdiagonal:2", "reduce"),
+        ("convolution", "dense", "reduce"),
+        ("convolution", "blockdiagonal:2", "expand"),
+        slow("dense", "dense", "reduce"),
+        slow("dense", "blockdiagonal:2", "expand"),
+        slow("convolution", "dense", "expand"),
+        slow("convolution", "blockdiagonal:2", "reduce"),
+    ],
+)
 def test_the_rows_are_those_of_the_core(name, structures, kfac_approx):
     kind, product, x, w = PRODUCTS[name]
     rows = 2 if structures != "dense" or kfac_approx == "reduce" else 9
@@ -80,26 +94,35 @@ def test_the_rows_are_those_of_the_core(name, structures, kfac_approx):
     assert any(not np.allclose(seen[0], other, rtol=1e-3) for other in seen[1:])
 
 
+SAMPLED = [
+    "raw_mlp",
+    "linen_cnn",
+    "linen_transformer_block",
+    "scan_over_layers",
+    "remat_inside_scan",
+    "scan_over_time",
+    "accumulation_inside_the_loss",
+    "experts",
+    "tied_embedding",
+    "inside_custom_jvp",
+    "custom_jvp_inside_remat_and_scan",
+    "vmap_over_examples",
+    "inner_gradient",
+]
+
+
+# Positions are averaged over in a convolution and a scan, the other cases of it are slow.
 @pytest.mark.parametrize(
-    "name",
+    ("kfac_approx", "name"),
     [
-        "raw_mlp",
-        "linen_cnn",
-        "linen_transformer_block",
-        "scan_over_layers",
-        "remat_inside_scan",
-        "scan_over_time",
-        "accumulation_inside_the_loss",
-        "experts",
-        "tied_embedding",
-        "inside_custom_jvp",
-        "custom_jvp_inside_remat_and_scan",
-        "vmap_over_examples",
-        "inner_gradient",
+        *(slow("expand", c) if c == "remat_inside_scan" else ("expand", c) for c in SAMPLED),
+        *(
+            ("reduce", c) if c in ("linen_cnn", "scan_over_time") else slow("reduce", c)
+            for c in SAMPLED
+        ),
     ],
 )
-@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
-def test_few_rows_have_the_mean_of_all(name, kfac_approx):
+def test_few_rows_have_the_mean_of_all(kfac_approx, name):
     case = CASES[name]()
     options = {"of_layers": {"kfac_approx": kfac_approx, **case.options}}
     options["has_aux"] = options["of_layers"].pop("has_aux", False)

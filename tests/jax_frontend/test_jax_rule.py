@@ -72,7 +72,15 @@ def test_the_momentum_is_that_of_the_gradients():
         assert_close(own.momenta, [expected[weight], expected[bias]])
 
 
-@pytest.mark.parametrize("c", [1e-6, 2.0**-10, 3.0, 1e6])
+@pytest.mark.parametrize(
+    "c",
+    [
+        1e-6,
+        pytest.param(2.0**-10, marks=pytest.mark.slow),
+        3.0,
+        pytest.param(1e6, marks=pytest.mark.slow),
+    ],
+)
 def test_a_step_does_not_depend_on_the_scale_of_the_loss(c):
     ends = []
     for scale in (1.0, c):
@@ -127,10 +135,11 @@ def test_the_rates_grow_in_the_warm_up():
     cold = singd_jax.singd(0.1, warmup=0, **given)
     params, state = start(), warm.init(start())
     assert jax.tree.structure(state) == jax.tree.structure(cold.init(start()))
+    warm, cold = (jax.jit(functools.partial(tx.update, curvature=None)) for tx in (warm, cold))
     for t in range(6):
         grads = jax.grad(loss)(params, X)
-        updates, new = jax.jit(functools.partial(warm.update, curvature=None))(grads, state, params)
-        expected, _ = jax.jit(functools.partial(cold.update, curvature=None))(grads, state, params)
+        updates, new = warm(grads, state, params)
+        expected, _ = cold(grads, state, params)
         share = min((t + 1) / 4, 1.0)
         assert_close(updates, jax.tree.map(lambda u, share=share: share * u, expected))
         params, state = optax.apply_updates(params, updates), new
@@ -144,8 +153,17 @@ def dues(T, steps):
     return [bool(is_due(t, settings(T=T))) for t in range(steps)]
 
 
-@pytest.mark.parametrize("T", [2, 6, 50])
-@pytest.mark.parametrize("branch", ["step", "layer"])
+@pytest.mark.parametrize(
+    ("branch", "T"),
+    [
+        ("step", 2),
+        ("step", 6),
+        ("step", 50),
+        ("layer", 6),
+        pytest.param("layer", 2, marks=pytest.mark.slow),
+        pytest.param("layer", 50, marks=pytest.mark.slow),
+    ],
+)
 def test_the_factors_are_refreshed_in_growing_gaps_inside_jit_and_scan(T, branch):
     tx = singd_jax.singd(layers=LAYERS, T=T)
     function = singd_jax.value_and_curvature(loss, LAYERS, branch=branch)

@@ -42,8 +42,15 @@ def test_the_state_is_arrays_alone():
     )
 
 
-@pytest.mark.parametrize("recipe", ["normalized", "paper"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "recipe"),
+    [
+        ("float32", "normalized"),
+        ("bfloat16", "paper"),
+        pytest.param("float32", "paper", marks=pytest.mark.slow),
+        pytest.param("bfloat16", "normalized", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_goes_on_from_a_flat_file(tmp_path, dtype, recipe):
     own = optimizer(recipe, preconditioner_dtype=(dtype, dtype))
     tx = optax.chain(optax.clip_by_global_norm(1e9), own)

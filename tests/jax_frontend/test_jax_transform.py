@@ -260,8 +260,15 @@ def test_masked_leaves_parameters_out():
     assert_close(updates["v"], grads["v"], 0.0)  # what masked does with the rest
 
 
-@pytest.mark.parametrize("branch", ["step", "layer"])
-@pytest.mark.parametrize("T", [1, 2])
+@pytest.mark.parametrize(
+    ("T", "branch"),
+    [
+        (1, "step"),
+        (2, "layer"),
+        pytest.param(1, "layer", marks=pytest.mark.slow),
+        pytest.param(2, "step", marks=pytest.mark.slow),
+    ],
+)
 def test_groups_with_settings_of_their_own(T, branch):
     groups = {
         "first": singd_jax.singd(0.02, layers=LAYERS, T=T, growing_T=False, structures="diagonal"),
@@ -358,10 +365,18 @@ def tied_loss(p, x):
     return mean_square(y @ p["v"] @ p["v"].T)
 
 
+IN_GAPS, KFAC = {"T": 2, "growing_T": False}, {"recipe": "paper", "T": 1, "kfac": True}
+
+
 @pytest.mark.parametrize(
-    "given", [{"T": 2, "growing_T": False}, {"recipe": "paper", "T": 1, "kfac": True}]
+    ("loss_average", "given"),
+    [
+        ("batch", IN_GAPS),
+        (None, KFAC),
+        pytest.param("batch", KFAC, marks=pytest.mark.slow),
+        pytest.param(None, IN_GAPS, marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("loss_average", ["batch", None])
 def test_micro_batches_are_one_large_batch(loss_average, given):
     params = {"v": array(4, 5), "a": array(5), "w": array(5, 4)}
     scale = 1.0 if loss_average else float(N)

@@ -488,7 +488,7 @@ def test_transformed_functions_give_no_rows(compiled: bool) -> None:
     "structure",
     [
         "dense",
-        "triltoeplitz",
+        pytest.param("triltoeplitz", marks=pytest.mark.slow),
         pytest.param("diagonal", marks=pytest.mark.slow),
         pytest.param("hierarchical:1,1", marks=pytest.mark.slow),
     ],

@@ -59,8 +59,8 @@ def mean_over_steps(
 @pytest.mark.parametrize(
     ("loss_average", "masked"),
     [
-        ("batch", False),
         ("batch+sequence", True),
+        pytest.param("batch", False, marks=pytest.mark.slow),
         pytest.param("batch", True, marks=pytest.mark.slow),
         pytest.param("batch+sequence", False, marks=pytest.mark.slow),
     ],
@@ -165,6 +165,7 @@ def work(rank: int, world: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_processes_add_up_their_samples(tmp_path: Path) -> None:
     """As the micro-batches of one process do, which are sampled alike."""
     mp.spawn(work, (2, str(tmp_path)), nprocs=2)

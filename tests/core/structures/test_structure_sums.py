@@ -36,7 +36,16 @@ def test_sums_without_a_factor_are_seen_by_it(S: type[Structure], d: int, seed: 
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(("backend", "dtype"), WIDE, ids=str)
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        pytest.param(
+            b, dtype, marks=pytest.mark.slow if (b.name, dtype) == ("jax", "float64") else []
+        )
+        for b, dtype in WIDE
+    ],
+    ids=str,
+)
 def test_sums_of_a_stack_are_seen_on_all_arrays(backend: Backend, dtype: str, name: str) -> None:
     rng = np.random.default_rng(0)
     with backend.active():

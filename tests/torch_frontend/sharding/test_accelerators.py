@@ -1,5 +1,6 @@
 """Processes with an accelerator each take the steps of those with a CPU: here they pretend to."""
 
+import itertools
 import warnings
 from typing import Any
 from unittest import mock
@@ -55,8 +56,24 @@ def on_accelerators(rank: int, world: int, how: str, given: Any) -> Any:
         return trained(model, how, rank, world, given)
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("how", ["parts", "copies"])
+# Each kind of factors and each rule once; all settings are in test_fully_shard.py, too.
+FAST = {
+    ("parts", "default"),
+    ("parts", "diagonal"),
+    ("parts", "kfac"),
+    ("copies", "default"),
+    ("copies", "toeplitz"),
+    ("copies", "paper"),
+}
+
+
+@pytest.mark.parametrize(
+    ("how", "case"),
+    [
+        pytest.param(*pair, marks=[] if pair in FAST else pytest.mark.slow)
+        for pair in itertools.product(["parts", "copies"], CASES)
+    ],
+)
 def test_two_processes_step_bundles_as_one_steps_layers(how: str, case: str) -> None:
     # AdamW has powers of its betas in float32 there
     given = CASES[case] | {"fallback_lr": 0.0}

@@ -24,7 +24,8 @@ def worker(rank: int, world: int, name: str) -> dict[str, Tensor]:
     return models.weights(run.model)
 
 
-SLOW = "compiled", "kept", "sampled", "offloaded", "ignored", "unequal", "nothing", "two_losses"
+SLOW = {"compiled", "kept", "sampled", "offloaded", "ignored", "unequal", "nothing", "two_losses"}
+SLOW |= {"dropped", "unscaled"}  # nearly as "dropped_and_accumulated" and "scaled"
 
 
 @pytest.mark.parametrize(

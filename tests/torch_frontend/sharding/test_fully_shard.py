@@ -1,5 +1,6 @@
 """fully_shard: processes that have parts of the weights train like one that has them whole."""
 
+import itertools
 from typing import Any
 
 import gloo
@@ -60,8 +61,25 @@ def check(found: list[dict[str, Tensor]], wanted: dict[str, Tensor]) -> None:
             assert (each[key] - p).abs().max() <= CLOSE, key
 
 
-@pytest.mark.parametrize("case", STRUCTURES)
-@pytest.mark.parametrize("name", ["characters", "images"])
+# Each kind of structures once, with one of the models.
+FAST = {
+    ("characters", "default"),
+    ("characters", "hierarchical"),
+    ("characters", "blocks"),
+    ("images", "default"),
+    ("images", "diagonal"),
+    ("images", "dense"),
+    ("images", "toeplitz"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        pytest.param(*pair, marks=[] if pair in FAST else pytest.mark.slow)
+        for pair in itertools.product(["characters", "images"], STRUCTURES)
+    ],
+)
 def test_two_processes_train_like_one(name: str, case: str) -> None:
     check(gloo.run(2, sharded, name, STRUCTURES[case]), whole(name, STRUCTURES[case]))
 

@@ -82,8 +82,19 @@ def run(world: int, function: Any, *args: Any) -> list[Any]:
     return gloo.run(world, function, *args)
 
 
-@pytest.mark.parametrize("how", ["", "full", "flat"])
-@pytest.mark.parametrize(("processes", "then"), [(2, 2), (2, 1), (1, 2)])
+# Each change of the number of processes, and each way to save, once.
+FAST = {(2, 2, ""), (2, 1, "full"), (1, 2, "flat")}
+
+
+@pytest.mark.parametrize(
+    ("processes", "then", "how"),
+    [
+        pytest.param(*case, marks=[] if case in FAST else pytest.mark.slow)
+        for numbers in ((2, 2), (2, 1), (1, 2))
+        for how in ("", "full", "flat")
+        for case in [(*numbers, how)]
+    ],
+)
 def test_a_resumed_run_is_the_uninterrupted_one(
     processes: int, then: int, how: str, tmp_path: Path
 ) -> None:
@@ -102,7 +113,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(c, marks=pytest.mark.slow) if c == "diagonal" else c for c in SETTINGS],
+    [
+        # the recipe "paper" resumes in test_parts_go_on_from_a_state_as_it_was_before, too
+        pytest.param(c, marks=pytest.mark.slow) if c in ("diagonal", "paper") else c
+        for c in SETTINGS
+    ],
 )
 def test_a_resumed_run_with_other_settings(case: str, tmp_path: Path) -> None:
     args = str(tmp_path), "", HALF, SETTINGS[case]
