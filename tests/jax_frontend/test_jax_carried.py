@@ -278,6 +278,7 @@ def test_what_a_model_of_nnx_changes_is_kept(T):
     assert float(jnp.abs(model.norm.mean[...]).max()) > 0.0
 
 
+@pytest.mark.slow
 def test_variables_of_nnx_are_those_that_are_trained():
     def loss(model, x, y):
         return optax.softmax_cross_entropy_with_integer_labels(model(x), y).mean()

@@ -58,6 +58,7 @@ def test_a_group_without_parameters_takes_steps(make, T):
     run(optax.multi_transform({"all": optax.sgd(0.1), "none": own}, "all"), 2)
 
 
+@pytest.mark.slow
 def test_a_group_accumulates_on_its_own():
     plain = singd_jax.singd(0.02, **GIVEN)
     labels = {"v": "first", "a": "first", "scale": "last", "w": "last", "b": "last"}

@@ -141,6 +141,7 @@ def test_few_rows_have_the_mean_of_all(kfac_approx, name):
     assert any(np.std(a, axis=0).max() > 1e-3 * np.abs(a).max() for a in jax.tree.leaves(some))
 
 
+@pytest.mark.slow
 def test_as_many_rows_as_there_are_change_nothing():
     given = {"learning_rate": 0.05, "layers": LAYERS, "T": 1}
     expected = run(singd_jax.singd(**given, rows=math.inf))[0]

@@ -215,6 +215,7 @@ def test_a_schedule_that_reads_its_count_is_for_steps_that_are_not_compiled():
     assert_close(params, run(traced, 2)[0], 1e-5)
 
 
+@pytest.mark.slow
 def test_inject_hyperparams():
     tx = optax.inject_hyperparams(singd_jax.singd)(
         learning_rate=lambda count: 0.02 / (1 + count),
@@ -344,6 +345,7 @@ def test_multi_steps_of_optax_accumulate_gradients():
     assert_close(params, run(plain, steps=2)[0])
 
 
+@pytest.mark.slow
 def test_multi_steps_in_a_chain():
     plain = singd_jax.singd(0.02, layers=LAYERS, T=1)
     clip, own = optax.clip_by_global_norm(1e9), singd_jax.MultiSteps(plain, 2, layers=LAYERS)

@@ -211,7 +211,16 @@ def pair(name: str, **settings: Any) -> tuple[SINGD, nn.Module, SINGD, nn.Module
 
 
 @pytest.mark.parametrize(
-    ("name", "T"), [*((name, 3) for name in CASES), ("mlp", 1), ("transformer, tied table", 1)]
+    ("name", "T"),
+    [
+        *(
+            # nearly as "encoder"
+            pytest.param(name, 3, marks=pytest.mark.slow if name == "decoder" else [])
+            for name in CASES
+        ),
+        ("mlp", 1),
+        ("transformer, tied table", 1),
+    ],
 )
 def test_training_equals_eager_training_in_two_graphs(name: str, T: int) -> None:
     eager, model, compiled, other = pair(name, T=T, growing_T=False)
@@ -484,15 +493,8 @@ def test_transformed_functions_give_no_rows(compiled: bool) -> None:
         assert (p.grad - g).norm() <= CLOSE * g.norm()
 
 
-@pytest.mark.parametrize(
-    "structure",
-    [
-        "dense",
-        pytest.param("triltoeplitz", marks=pytest.mark.slow),
-        pytest.param("diagonal", marks=pytest.mark.slow),
-        pytest.param("hierarchical:1,1", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("structure", ["dense", "triltoeplitz", "diagonal", "hierarchical:1,1"])
 def test_a_compiled_step_equals_the_ordinary_one(structure: str) -> None:
     def trained(steps: int, **given: Any) -> tuple[nn.Module, SINGD]:
         torch.manual_seed(0)

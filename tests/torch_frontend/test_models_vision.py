@@ -41,7 +41,13 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+# Each architecture is fast from one library.
+SLOW = {"timm ConvNeXt", "torchvision ResNet", "timm ViT"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(m, marks=pytest.mark.slow) if m in SLOW else m for m in MODELS]
+)
 def test_an_image_model_trains(name: str) -> None:
     make, preconditioned, given = MODELS[name]
     images, labels = torch.randn(8, 3, SIZE, SIZE), torch.randint(CLASSES, (8,))

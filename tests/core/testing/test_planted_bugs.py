@@ -39,7 +39,26 @@ def _first_error(structure, chosen):
     return None
 
 
-@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.structure.__name__)
+# They take a second or two each: all other laws of torch or jax are checked before theirs.
+SLOW = {
+    "AntisymmetricInTorch",
+    "Detached",
+    "FieldsForAGradient",
+    "ListsAGradient",
+    "OtherInTorch",
+    "ShortcutWhenMapped",
+    "WidensForGood",
+}
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [
+        pytest.param(bug, marks=pytest.mark.slow if bug.structure.__name__ in SLOW else [])
+        for bug in BUGS
+    ],
+    ids=lambda bug: bug.structure.__name__,
+)
 def test_a_planted_bug_is_found_under_the_expected_name(bug):
     """It breaks no law that is checked before, in the order of `check_structure`."""
     law = LAWS[bug.law]

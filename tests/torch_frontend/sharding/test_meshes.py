@@ -107,7 +107,7 @@ def forgetful(rank: int, world: int, how: str) -> dict[str, Tensor]:
     return models.weights(model)
 
 
-@pytest.mark.parametrize("how", ["replicate", "tensor"])
+@pytest.mark.parametrize("how", ["replicate", pytest.param("tensor", marks=pytest.mark.slow)])
 def test_rows_of_passes_whose_gradients_the_model_forgets_are_dropped(how: str) -> None:
     check(gloo.run(2, forgetful, how), whole("characters", {}))
 

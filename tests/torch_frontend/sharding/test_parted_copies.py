@@ -25,7 +25,9 @@ def copies(rank: int, world: int, name: str, given: dict[str, Any]) -> tuple[Any
     return models.weights(model.module), here, sum(t.numel() for t in state)
 
 
-@pytest.mark.parametrize("case", ["default", "diagonal", "toeplitz"])
+@pytest.mark.parametrize(
+    "case", ["default", "diagonal", pytest.param("toeplitz", marks=pytest.mark.slow)]
+)
 def test_two_processes_part_the_state_and_train_like_one(case: str) -> None:
     found = gloo.run(2, copies, "tied", STRUCTURES[case])
     check([weights for weights, *_ in found], whole("tied", STRUCTURES[case]))

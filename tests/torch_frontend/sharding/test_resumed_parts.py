@@ -115,7 +115,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "case",
     [
         # the recipe "paper" resumes in test_parts_go_on_from_a_state_as_it_was_before, too
-        pytest.param(c, marks=pytest.mark.slow) if c in ("diagonal", "paper") else c
+        c if c == "kfac without momentum" else pytest.param(c, marks=pytest.mark.slow)
         for c in SETTINGS
     ],
 )
@@ -174,9 +174,10 @@ def killed(rank: int, world: int, folder: str, point: str) -> None:
             dcp.save(state, checkpoint_id=f"{folder}/{step}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "point",
-    [pytest.param(p, marks=[] if p == "writes" else pytest.mark.slow) for p in POINTS],
+    POINTS,
 )
 def test_a_run_that_was_killed_goes_on_from_the_last_complete_checkpoint(
     point: str, tmp_path: Path

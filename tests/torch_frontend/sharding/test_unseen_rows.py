@@ -65,7 +65,14 @@ def run(rank: int, world: int, how: str) -> tuple[dict[str, Tensor], int, int]:
     return models.weights(getattr(model, "module", model)), between, end
 
 
-@pytest.mark.parametrize("how", ["fully_shard", "copies", "copies that part the state"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "fully_shard",
+        pytest.param("copies", marks=pytest.mark.slow),
+        "copies that part the state",
+    ],
+)
 def test_two_processes_do_as_one(how: str) -> None:
     wanted, *counts = run(0, 1, "alone")
     assert counts == [3, 0]
