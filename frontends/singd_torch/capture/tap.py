@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -249,4 +250,9 @@ def backward_pass() -> int:
 
 def after_pass(call: Callable[[], None]) -> None:
     """Make a call when the backward pass that runs is over, after those that were asked for."""
-    torch.autograd.Variable._execution_engine.queue_callback(call)
+    torch.autograd.Variable._execution_engine.queue_callback(partial(_make, call))
+
+
+@uncompiled("the end of a backward pass")
+def _make(call: Callable[[], None]) -> None:
+    call()
