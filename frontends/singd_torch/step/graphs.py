@@ -71,8 +71,8 @@ class Graphs:
             else:
                 self.warnings.once(
                     f"compile_step: steps are of more than {_MOST} kinds, and further ones run "
-                    "uncompiled. If a schedule changes another setting than lr, such as momentum, "
-                    "let that be a tensor which it changes in place"
+                    "uncompiled: batches have many sizes, or a schedule changes another setting "
+                    "than lr, such as momentum, which can be a tensor that it changes in place"
                 )
             return change()
         graph = self._known[kind.key]
