@@ -61,14 +61,15 @@ def slow(S, law, backend, dtype):
 
     That every operation of every structure compiles is a law of its own, so one structure shows
     that a whole step does. A mirrored structure goes through all dtypes in NumPy, and through
-    float32 in array-api-strict. The others go through float64 in NumPy and JAX, where it is a mode.
+    float32 in array-api-strict. The others go through float64 and float16 in NumPy
+    alone, and in torch and JAX through float32 and bfloat16.
     """
     if law.name == "torch_step_compiles":
         shown = hierarchical(2, 3) != S
     elif S in MIRRORED and backend.name != "numpy":
         shown = backend.name in ("jax", "torch") or dtype != "float32"
     else:
-        shown = dtype == "float64" and backend.name not in ("numpy", "jax")
+        shown = dtype in ("float16", "float64") and backend.name != "numpy"
     return [pytest.mark.slow] if shown else []
 
 
