@@ -7,7 +7,7 @@ from math import prod
 from typing import Any
 
 from singd_core._array import Array, is_complex, is_inexact
-from singd_core._layer_state import Parameter, pair, parts
+from singd_core._layer_state import Parameter, State, pair, parts
 from singd_core.layers import LayerKind, Linear, Tensor
 
 
@@ -91,6 +91,20 @@ def shapes_of(name: str, parameter: Parameter, what: str = "") -> list[tuple[int
             f"not {_described(parameter)}"
         )
     return [tuple(shape) for shape in found if shape is not None]
+
+
+def check_rows(names: Iterable[str], kinds: Mapping[str, LayerKind], state: State) -> None:
+    """Refuse rows of what has none.
+
+    Raises:
+        ValueError: Naming the first.
+    """
+    for name in names:
+        if name not in state.layers:
+            why = "AdamW trains it" if name in state.fallback else "no such layer"
+            raise ValueError(f"rows of {name!r}: {why}; the layers are {list(state.layers)}")
+        if not kinds[name].has_rows:
+            raise ValueError(f"rows of {name!r}: it learns from its gradient alone")
 
 
 def row_pair(name: str, rows: Any) -> tuple[Array, Array]:

@@ -104,6 +104,11 @@ def like(parameter: Parameter, arrays: Sequence[Array]) -> Parameter:
     return tuple(arrays) if isinstance(parameter, tuple) else arrays[0]
 
 
+def dtypes_of(parameter: Parameter) -> dict[str, Any]:
+    """The dtypes of the weight and, if there is one, of the bias."""
+    return {name: a.dtype for name, a in zip(NAMES, parts(parameter), strict=False)}
+
+
 def layer_state(
     kind: LayerKind,
     parameter: Parameter,

@@ -8,7 +8,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from singd_core._settings import Settings, plain
+from singd_core._settings import Settings, is_zero, plain
+from singd_core.adamw import Fallback
 from singd_core.rounding import ROUNDINGS
 from singd_core.rules import get as get_rule
 
@@ -42,7 +43,7 @@ DEFAULT = "normalized"
 ALIASES = "kfac_like", "kfac"
 
 # The rate of AdamW for all other parameters, where none is given.
-FALLBACK_RATES = {"paper": 1e-3, DEFAULT: 1e-2}
+_FALLBACK_RATES = {"paper": 1e-3, DEFAULT: 1e-2}
 
 # Below it are AdamW's rates; the recipe "normalized" hardly trains with one of them.
 _LEAST_STEP = 0.003
@@ -66,6 +67,12 @@ def settings(recipe: str = DEFAULT, **given: Any) -> Settings:
     )
     validate(chosen)
     return chosen
+
+
+def fallback_of(recipe: str, weight_decay: Any) -> Fallback:
+    """AdamW's settings where none are given; a decay of 0 that is given holds for all."""
+    decay = 0.0 if is_zero(weight_decay) else Fallback.weight_decay
+    return Fallback(lr=_FALLBACK_RATES[recipe], weight_decay=decay)
 
 
 def with_rule(given: Mapping[str, Any]) -> dict[str, Any]:

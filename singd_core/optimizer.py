@@ -9,12 +9,10 @@ from typing import Any, TypeAlias
 
 from singd_core import _given, _parameter, rules
 from singd_core._array import Array
-from singd_core._layer_state import NAMES, Parameter, begun_moments, layer_state, parts
-from singd_core._layer_state import LayerState as LayerState  # what others import
-from singd_core._layer_state import State as State
+from singd_core._layer_state import Parameter, State, begun_moments, dtypes_of, layer_state
 from singd_core._parameter import new_or_old
-from singd_core._recipes import DEFAULT, FALLBACK_RATES, STRUCTURES, settings, small_step
-from singd_core._settings import is_due, is_zero, rate_of_factors
+from singd_core._recipes import DEFAULT, STRUCTURES, fallback_of, settings, small_step
+from singd_core._settings import is_due, rate_of_factors
 from singd_core._tree import T_Tree
 from singd_core._warnings import warn
 from singd_core.adamw import Fallback
@@ -91,7 +89,7 @@ class Optimizer:
         loss_terms(loss_average, 1, ())
         self.kfac_approx, self.loss_average = kfac_approx, loss_average
         self.preconditioner_dtype, self.momentum_dtype = preconditioner_dtype, momentum_dtype
-        self.fallback = fallback or _fallback_of(recipe, given.get("weight_decay"))
+        self.fallback = fallback or fallback_of(recipe, given.get("weight_decay"))
         small = small_step([self.settings.lr]) if self.settings.normalized else ""
         if small:
             warn(small)
@@ -112,8 +110,7 @@ class Optimizer:
         if not params:
             raise ValueError("params is empty: there is nothing to train")
         kinds, first = self._kinds(params), next(iter(params.values()))
-        dtypes = self.preconditioner_dtype, self.momentum_dtype
-        given = self.structures, *dtypes, self.settings
+        given = self.structures, self.preconditioner_dtype, self.momentum_dtype, self.settings
         layers, fallback = {}, {}
         for name, parameter in params.items():
             _given.check_parameter(name, parameter, kinds.get(name))
@@ -146,13 +143,9 @@ class Optimizer:
             ValueError: If a name is no layer, or rows do not fit it.
         """
         kinds, found = self._kinds(params), {}
+        _given.check_rows(rows, kinds, state)
         how = self.kfac_approx, self.loss_average, self.settings.rows, state.step
         for name, given in rows.items():
-            if name not in state.layers:
-                why = "AdamW trains it" if name in state.fallback else "no such layer"
-                raise ValueError(f"rows of {name!r}: {why}; the layers are {list(state.layers)}")
-            if not kinds[name].has_rows:
-                raise ValueError(f"rows of {name!r}: it learns from its gradient alone")
             x, g = _given.row_pair(name, given)
             measure = partial(_parameter.layer_curvature, kinds[name], params[name], *how)
             try:
@@ -163,14 +156,8 @@ class Optimizer:
 
     def refresh(self, state: State, curvature: Mapping[str, Curvature]) -> dict[str, rules.Factors]:
         """The factors of the layers whose curvature is given, one refresh later."""
-        lr_cov = rate_of_factors(state.step, self.settings)
-        new = {}
-        for name, measured in curvature.items():
-            old = state.layers[name].factors
-            rounding = self._rounding(state, name, old.dtypes)
-            refresh = partial(_parameter.refreshed, lr_cov, self.settings, rounding)
-            new[name] = self._run(refresh, old, old, measured, like=old)
-        return new
+        refresh = partial(_parameter.refreshed, rate_of_factors(state.step, self.settings))
+        return {n: self._refreshed(state, n, refresh, own) for n, own in curvature.items()}
 
     def refresh_by_gradients(
         self, state: State, grads: Mapping[str, Parameter], params: Mapping[str, Parameter]
@@ -178,13 +165,31 @@ class Optimizer:
         """The factors of the parameters that show no rows, one refresh later."""
         lr_cov, kinds, new = rate_of_factors(state.step, self.settings), self._kinds(params), {}
         for name, layer in state.layers.items():
-            old = layer.factors
-            if not old.has_rows:
-                rounding = self._rounding(state, name, old.dtypes)
-                given = kinds[name], lr_cov, self.settings, rounding
-                refresh = partial(_parameter.refreshed_by_gradient, *given)
-                new[name] = self._run(refresh, old, old, grads[name], like=old)
+            if not layer.factors.has_rows:
+                refresh = partial(_parameter.refreshed_by_gradient, kinds[name], lr_cov)
+                new[name] = self._refreshed(state, name, refresh, grads[name])
         return new
+
+    def _refreshed(
+        self, state: State, name: str, refresh: Callable[..., rules.Factors], given: Any
+    ) -> rules.Factors:
+        """The factors of a layer after `refresh(settings, rounding, factors, given)`."""
+        old = state.layers[name].factors
+        how = partial(refresh, self.settings, self._rounding(state, name, old.dtypes))
+        found: rules.Factors = self._run(how, old, old, given, like=old)
+        return found
+
+    def _learned(
+        self, state: State, grads: Mapping[str, Parameter], params: Mapping[str, Parameter]
+    ) -> dict[str, rules.Factors]:
+        """What `refresh_by_gradients` returns, if this step refreshes factors."""
+        due = is_due(state.step, self.settings)
+        if due is False:  # it may be an array
+            return {}
+        learned = self.refresh_by_gradients(state, grads, params)
+        if due is True:
+            return learned
+        return {n: new_or_old(due, new, state.layers[n].factors) for n, new in learned.items()}
 
     def update(
         self,
@@ -223,14 +228,7 @@ class Optimizer:
         if curvature is None:
             curvature = {} if rows is None else self.curvature(rows, state, params)
         if refreshed is None:
-            refreshed = self.refresh(state, curvature)
-            due = is_due(state.step, self.settings)
-            if due is not False:  # it may be an array
-                learned = self.refresh_by_gradients(state, grads, params)
-                refreshed |= {
-                    n: new if due is True else new_or_old(due, new, state.layers[n].factors)
-                    for n, new in learned.items()
-                }
+            refreshed = self.refresh(state, curvature) | self._learned(state, grads, params)
         factors = {n: refreshed.get(n, layer.factors) for n, layer in state.layers.items()}
         squares, sizes = {}, []
         for name in state.layers:
@@ -248,7 +246,7 @@ class Optimizer:
         layers, fallback, moved = {}, {}, [ok]
         for name, layer in state.layers.items():
             p, new = params[name], factors[name]
-            rounding = self._rounding(state, name, _dtypes(p))
+            rounding = self._rounding(state, name, dtypes_of(p))
             change = partial(_parameter.layer_change, kinds[name], s, level, rounding)
             arguments = p, grads[name], squares[name], layer, new, ok
             found = self._run(change, p, *arguments, like=(p, layer, ok))
@@ -256,7 +254,7 @@ class Optimizer:
             moved.append(finite)
         for name, moments in state.fallback.items():
             p, g = params[name], grads[name]
-            rounding = self._rounding(state, name, _dtypes(p))
+            rounding = self._rounding(state, name, dtypes_of(p))
             adamw = partial(_parameter.other_change, others, rounding)
             found = self._run(adamw, p, moments, g, p, ok, like=(p, moments))
             updates[name], fallback[name] = found
@@ -306,13 +304,3 @@ class Optimizer:
         if not rules.learns_from_gradients(self.settings):
             return layers
         return dict(layers) | _given.tensors_of(layers, params)
-
-
-def _dtypes(parameter: Parameter) -> dict[str, Any]:
-    return {name: a.dtype for name, a in zip(NAMES, parts(parameter), strict=False)}
-
-
-def _fallback_of(recipe: str, weight_decay: Any) -> Fallback:
-    """AdamW's settings where none are given; a decay of 0 that is given holds for all."""
-    found = Fallback(lr=FALLBACK_RATES[recipe])
-    return dataclasses.replace(found, weight_decay=0.0) if is_zero(weight_decay) else found

@@ -19,8 +19,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from singd_core._array import Array, device, is_complex, is_inexact, namespace, widen
+from singd_core._layer_state import State
 from singd_core.late import begun_anew
-from singd_core.optimizer import State
 
 _FACTORS = "factors."
 _LATE = "late."

@@ -11,7 +11,7 @@ import cupy
 import cupyx
 
 from singd_core import state as core
-from singd_core.optimizer import State
+from singd_core._layer_state import State
 from singd_core.state import unflatten as unflatten
 
 

@@ -10,10 +10,9 @@ import jax.numpy as jnp
 
 from singd_core import rules
 from singd_core._array import Array, ranged, widen
-from singd_core._layer_state import begun, no_cost
+from singd_core._layer_state import LayerState, State, begun, no_cost
 from singd_core._settings import Settings
 from singd_core.adamw import Moments
-from singd_core.optimizer import LayerState, State
 from singd_jax import _compat
 from singd_jax._find import find_layers
 from singd_jax._layer import Layer, Wanted

@@ -13,10 +13,10 @@ import optax  # type: ignore[import-untyped]
 
 from singd_core import state as flat_state
 from singd_core._array import Array
+from singd_core._layer_state import LayerState, State
 from singd_core._settings import Settings, is_due
 from singd_core.adamw import Moments
 from singd_core.curvature import Curvature
-from singd_core.optimizer import LayerState, State
 from singd_core.rules import Factors
 from singd_jax import _compat
 from singd_jax._layer import Layer

@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from singd_core._array import Array, widen
-from singd_core._layer_state import Parameter, like, parts
+from singd_core._layer_state import LayerState, Parameter, State, like, parts
 from singd_core.curvature import Curvature
-from singd_core.optimizer import LayerState, State
 from singd_core.rules import Factors
 from singd_jax import _compat
 from singd_jax._curvature import joined, seen

@@ -13,10 +13,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from singd_core._recipes import (
     DEFAULT,
-    FALLBACK_RATES,
     RECIPES,
     STRUCTURES,
     check_names,
+    fallback_of,
     settings,
     small_step,
     with_rule,
@@ -173,21 +173,23 @@ class SINGD(Saving):
             "normalize_lr_cov": normalize_lr_cov,
             "kfac": kfac,
         }
-        defaults = vars(settings(recipe, **given)) | {
+        chosen = settings(recipe, **given)
+        others = fallback_of(recipe, weight_decay)
+        if fallback_weight_decay is None:
+            fallback_weight_decay = others.weight_decay
+        defaults = vars(chosen) | {
             "loss_average": loss_average,
             "structures": STRUCTURES[recipe] if structures is None else structures,
             "kfac_approx": kfac_approx,
             "preconditioner_dtype": preconditioner_dtype,
             "momentum_dtype": momentum_dtype,
             "average_groups": average_groups,
-            "fallback_lr": FALLBACK_RATES[recipe] if fallback_lr is None else fallback_lr,
+            "fallback_lr": others.lr if fallback_lr is None else fallback_lr,
             "fallback_betas": fallback_betas,
             "fallback_eps": fallback_eps,
             "fallback_weight_decay": fallback_weight_decay,
         }
         defaults["base_lr"] = float(defaults["lr"]) or RECIPES[recipe].lr  # AdamW's share is of it
-        if defaults["fallback_weight_decay"] is None:
-            defaults["fallback_weight_decay"] = 0.0 if is_zero(weight_decay) else 0.01
         if capturable and (compile_step is not False or shard):
             other = "shard" if shard else "compile_step"
             raise ValueError(f"capturable=True and {other} exclude each other: leave one out")
@@ -209,12 +211,10 @@ class SINGD(Saving):
         if small:
             warn(small)
         if memory_budget is not None or any(g["structures"] == "auto" for g in self.param_groups):
-            chosen = automatic(model, self.param_groups, memory_budget)
-            if self.defaults["structures"] == "auto":
-                self.defaults["structures"] = chosen
-            for group in self.param_groups:
+            richest = automatic(model, self.param_groups, memory_budget)
+            for group in (self.defaults, *self.param_groups):
                 if group["structures"] == "auto":
-                    group["structures"] = chosen
+                    group["structures"] = richest
         self._route()
         if warn_unsupported and self._roster.fallback:
             names = ", ".join(self._roster.names.get(p, "?") for p in self._roster.fallback)

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Self
 
-from singd_core._array import Array, Scalar, namespace, widen
-from singd_core._scalars import at_least, at_most, clip, number
-from singd_core._settings import Rate, Settings, is_bound
+from singd_core._array import Array, Scalar, namespace
+from singd_core._scalars import number
+from singd_core._settings import Rate, Settings, is_bound, is_zero
 from singd_core._tree import tree
-from singd_core.curvature import TINY, Averages, Curvature, Measured, Rates, measure, seen
+from singd_core.curvature import Averages, Curvature, Measured, Rates, measure, seen
 from singd_core.levels import Levels
 from singd_core.preconditioner import Preconditioner
 from singd_core.rounding import Rounding
 from singd_core.rules.base import Rule, kept
+from singd_core.rules.factor_step import (
+    direction,
+    half,
+    in_range,
+    shrunk,
+    step_size,
+    stepped,
+    stored,
+)
 from singd_core.structures.base import Structure
-
-# Of β₁ ‖m‖_F, which is at most about √d for a factor that is as large as its curvature wants it.
-OUTGROWN = 1e6
-MOST = 1e15  # of the entries of m: squares of more may leave the range of float32
 
 
 @tree
@@ -203,7 +207,8 @@ class IKFAC(InverseFree):
         Here c is the scale of the start: scaling a factor by c multiplies what was measured with
         it, and its Gram matrix, by c².
         """
-        return plain_weights(rates)
+        of_H = [0.5 * (start * start) for start in rates.start]
+        return [(own, own * damping) for own, damping in zip(of_H, rates.damping, strict=True)]
 
 
 @tree
@@ -213,7 +218,7 @@ class SINGD(IKFAC):
     @classmethod
     def keeps_momentum(cls, s: Settings) -> bool:
         """Unless α₁ is a number that is 0."""
-        return not (isinstance(s.alpha1, (int, float)) and s.alpha1 == 0.0)
+        return not is_zero(s.alpha1)
 
     def weights(
         self,
@@ -225,95 +230,12 @@ class SINGD(IKFAC):
         """With the adaptive curvature, the mean diagonal of the other side's."""
         of = curvature.H_K, curvature.H_C, *grams
         h_C, h_K, from_C, from_K = (number(S.trace()) / S.shape[-1] for S in of)
-        of_K, of_C = (half(self.m_K, s) * (start * start) for start in rates.start)
+        s_K, s_C = (start * start for start in rates.start)
+        of_K, of_C = (half(self.m_K, s) * own for own in (s_K, s_C))
         lambda_K, lambda_C = rates.damping
         if s.relative_damping:
             lambda_K = lambda_C = s.damping * rates.averages.t_U * rates.averages.t_G
-        s_K, s_C = (start * start for start in rates.start)
         return [
             (of_K * (s_C * h_K), of_K * (lambda_K * s_C * from_K)),
             (of_C * (s_K * h_C), of_C * (lambda_C * s_K * from_C)),
         ]
-
-
-def plain_weights(rates: Rates) -> list[tuple[Scalar, Scalar]]:
-    """The weights of IKFAC, ½ c² and ½ λ c² of K and of C: they ask for no curvature."""
-    of_H = [0.5 * (start * start) for start in rates.start]
-    return [(own, own * damping) for own, damping in zip(of_H, rates.damping, strict=True)]
-
-
-def direction(
-    m_K: Structure | None,
-    H_K: Structure,
-    KtK: Structure,
-    of_H: Scalar,
-    of_gram: Scalar,
-    s: Settings,
-) -> Structure:
-    """M ← α₁ m + ½ (h H_K + λ Π̂(KᵀK) − I), in the dtype of H_K.
-
-    Args:
-        m_K: m, or None.
-        H_K: Π̂(Kᵀ U K).
-        KtK: Π̂(Kᵀ K).
-        of_H: ½ h, with the adaptive curvature h (1 for IKFAC).
-        of_gram: ½ λ, with the adaptive damping (λ for IKFAC).
-        s: The settings.
-    """
-    m = H_K.scale(of_H).add_scaled(of_gram, KtK).shifted(-half(m_K, s))
-    return m if m_K is None else m.add_scaled(s.alpha1, m_K.astype(m.like))
-
-
-def half(m: Structure | None, s: Settings) -> Scalar:
-    """The ½ in front of the bracket of m, or ½ (1 − α₁) with the authors' normalization."""
-    return 0.5 * (1.0 - s.alpha1) if s.normalize_lr_cov and m is not None else 0.5
-
-
-def step_size(m: Structure, norm: Scalar, beta: Scalar, s: Settings) -> Scalar:
-    """β₁ of one factor, normalized or bounded as the settings ask for.
-
-    The norm of m may be infinite or zero. It is not asked for where nothing bounds the step.
-    """
-    if s.normalize_lr_cov:
-        beta = beta / at_least(number(m.max_abs()), 1.0)
-    return (
-        at_most(s.factor_bound / at_least(norm, TINY), beta) if is_bound(s.factor_bound) else beta
-    )
-
-
-def in_range(m: Array) -> Array:
-    """A direction without what has left the range of float32, or nearly."""
-    return clip(m, -MOST, MOST)
-
-
-def shrunk(step: Scalar) -> Scalar:
-    """What a factor is multiplied by whose curvature has outgrown it, from β₁ ‖m‖_F; else 1 (5.5b).
-
-    A bounded step changes its scale by little, and products with it would leave the range of
-    float32 for long. A balanced natural gradient does not depend on the scale of a factor.
-    """
-    return OUTGROWN / at_least(step, OUTGROWN)
-
-
-def stepped(K: Structure, m: Structure, start: Scalar, step: Scalar, s: Settings) -> Structure:
-    """K ← c K Expm(−β₁ m), in the dtype of m, or in float32 if that has 16 bits.
-
-    Args:
-        K: The factor.
-        m: Its direction.
-        start: c, the scale of the start: 1 from the second refresh on.
-        step: −c β₁.
-        s: The settings.
-    """
-    wide, by = K.astype(m.like), m.scale(step)  # first, since a product with m may overflow
-    term = wide.matmul(by)  # torch.compile cannot trace `@`
-    K_new = term.map(widen).add_scaled(start, wide.map(widen))
-    for j in range(2, s.order + 1):
-        term = term.matmul(by)
-        K_new = K_new.add_scaled(start ** (1 - j) / math.factorial(j), term.map(widen))
-    return K_new
-
-
-def stored(m: Structure, like: Structure | None) -> Structure | None:
-    """A direction in the dtype of the momentum that is kept, None if none is."""
-    return None if like is None else m.astype(like.like)

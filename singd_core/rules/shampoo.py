@@ -10,7 +10,8 @@ from singd_core._scalars import at_least, number, where
 from singd_core._settings import Settings
 from singd_core._tree import tree
 from singd_core.curvature import TINY, Averages, Curvature, Rates
-from singd_core.rules.inverse_free import InverseFree, direction, half, stepped
+from singd_core.rules.factor_step import direction, half, stepped
+from singd_core.rules.inverse_free import InverseFree
 from singd_core.structures.base import Structure
 
 
