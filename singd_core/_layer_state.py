@@ -117,7 +117,9 @@ def layer_state(
     momentum_dtype: Any,
     s: Settings,
 ) -> LayerState:
-    """The state before the first step; `dtypes` of K and of C and that of the momentum, or None.
+    """The state before the first step.
+
+    `dtypes` are the dtypes of K and of C. None is the dtype of the weight, float32 for float16.
 
     Raises:
         ValueError: If a rule whose factors are dense is asked for a table of embeddings.

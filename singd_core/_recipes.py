@@ -150,7 +150,8 @@ def validate(s: Settings) -> None:
 def small_step(rates: Iterable[Any]) -> str:
     """What is to be said if the largest of the rates that are given is one of AdamW, else "".
 
-    They are those of the recipe "normalized". Only plain numbers are looked into, and 0 is meant.
+    The rates are rates of the recipe "normalized". Only plain numbers are looked into. A rate of 0
+    is taken for intended.
     """
     largest = max((v for v in rates if isinstance(v, (int, float)) and v > 0.0), default=0.0)
     if not 0.0 < largest < _LEAST_STEP:

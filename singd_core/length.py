@@ -15,8 +15,9 @@ from singd_core._settings import Settings
 from singd_core.curvature import TINY
 from singd_core.late import Late
 
-# The size of a step is the geometric mean of two: a spectral norm of the layer of about
-# 2.26 lr √(d_out / d_in), and a root mean square of 1.5 lr by which the layer's outputs change.
+# The size of a step is the geometric mean of two sizes. With the first, the spectral norm of the
+# layer's step is about 2.26 lr √(d_out / d_in). With the second, the layer's outputs change by a
+# root mean square of 1.5 lr.
 SPECTRAL = 2.26
 OUTPUTS = 1.5
 
@@ -53,8 +54,8 @@ def sized(
 ) -> Sized:
     """The natural gradient of an average of gradients, and how far it moves the weights.
 
-    Both may be lists of matrices, of a type that has a kernel for norms. Numbers are those of one
-    matrix, or in vectors of those of many.
+    `ahead` and n may be lists of matrices, of a type that has a kernel for norms. Each number is
+    of one matrix, or a vector has the numbers of many.
 
     Args:
         s: The settings.
@@ -80,7 +81,7 @@ def scaled(
 ) -> tuple[Scalar, Late | None, Scalar]:
     """How much a step of rate 1 multiplies the natural gradient by: c of W ← W − lr c n.
 
-    All numbers are those of one matrix, or arrays of those of many.
+    Each number is of one matrix, or an array has the numbers of many.
 
     Args:
         s: The settings.
@@ -116,8 +117,8 @@ def sides(d_out: int, d_in: int, overlap: float) -> tuple[float, float]:
 def size(sides: tuple[Scalar, Scalar], t_U: Scalar) -> Scalar:
     """R √(d_out d_in), the Frobenius norm of a step of rate 1 if all late gradients are equal.
 
-    R = √(R_spectral R_outputs), the second of which counts only where the mean diagonal t_U of U is
-    known (docs/mathematics.md, section 5).
+    R = √(R_spectral R_outputs) (5.10). Where the mean diagonal t_U of U is not known, which is 0
+    then, R = R_spectral.
     """
     spectral, outputs = sides
     outputs = where(t_U > TINY, outputs * at_least(t_U, TINY) ** -0.5, spectral)

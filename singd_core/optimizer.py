@@ -40,10 +40,11 @@ class Optimizer:
             no parameter: then gradients are all that is wanted.
         recipe: "normalized" or "paper": the settings not given. See `singd_core.Settings`.
         structures: Of K and of C, or one for both, by name or class; None is dense for the recipe
-            "paper", and else the richest that hold no more numbers than the weight.
+            "paper", and else "cost:512": the richest that cost little beside a step with 512 rows
+            and hold no more numbers than the weight (docs/mathematics.md, section 5).
         kfac_approx: "expand" or "reduce": how positions that share the weight are treated.
         loss_average: What the loss is a mean of: "batch", "batch+sequence", so many terms, or None
-            for a sum.
+            for a sum (M of equation 1.1).
         preconditioner_dtype: Of K and of C; None is the weight's, float32 for float16.
         momentum_dtype: Of the momenta of layers; None is the weight's, float32 for float16.
         fallback: Settings of AdamW; None is its own defaults with the rate of the recipe, and

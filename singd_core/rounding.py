@@ -87,7 +87,7 @@ class Rounding(NamedTuple):
     def of(
         cls, mode: str, seed: int, step: Scalar, owner: str | Scalar, dtypes: Mapping[str, Any]
     ) -> Self | None:
-        """That of a step, None if all is rounded to the nearest number or has 32 bits.
+        """The rounding of a step; None if all is rounded to the nearest number or has 32 bits.
 
         Args:
             mode: One of `ROUNDINGS`.

@@ -23,9 +23,9 @@ def check(
     """Whether `Bᵀ A = ∇W` holds for the rows of every layer that gives rows.
 
     The loss is evaluated on a copy of the model, and differentiated once: the model, its gradients
-    and an optimizer that watches it are left alone. Layers that are trained without rows, of which
-    `print(optimizer)` says why, are not part of the answer; nor are those that the loss
-    does not use, or whose derivatives it contains (`create_graph=True`), which bring no rows.
+    and an optimizer that watches it are left alone. The answer leaves out layers that are trained
+    without rows (`print(optimizer)` says why), layers that the loss does not use, and layers whose
+    derivatives the loss contains (`create_graph=True`).
 
     Args:
         model: The model, on any device.

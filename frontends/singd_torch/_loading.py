@@ -217,8 +217,8 @@ def _by_parameter(
 def upgrade(layer: Layer, entries: dict[nn.Parameter, dict[str, Any]], *, normalized: bool) -> None:
     """Turn what versions before 0.1 saved of a layer into what is kept now.
 
-    The momentum was that of the matrix with its bias, and of natural gradients: a rule that
-    averages gradients begins anew with it.
+    There was one momentum for the matrix with its bias, of natural gradients. A rule that averages
+    gradients begins with a new one.
     """
     own = entries[layer.weight]
     momentum, (batch, d_out, d_in) = own.get(_state.MOMENTUM), layer.shape

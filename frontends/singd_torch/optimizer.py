@@ -43,8 +43,8 @@ class SINGD(Saving):
     biases, are preconditioned by structured factors of the inverse Fisher matrix. Other matrices,
     such as recurrent weights, learn their factors from gradients alone (for the recipe "paper" they
     do not). AdamW trains the rest.
-    `print(optimizer)` shows which is which. The arguments up to `normalize_lr_cov` are those of the
-    authors' package `singd` 0.0.5; those left at None are filled by the recipe.
+    `print(optimizer)` shows which is which. The arguments up to `normalize_lr_cov` have the names
+    of the authors' package, `singd` 0.0.5. The recipe fills what is left at None.
 
     Args:
         model: The model; its layers are watched to learn their inputs and output gradients. Or
@@ -60,8 +60,9 @@ class SINGD(Saving):
             for a sum.
         lr_cov: Step size of the factors (β₁), or a function of the number of steps taken.
         structures: Of the factors K (inputs) and C (outputs), or one for both, by name or class.
-            None is dense for the recipe "paper", else the richest that hold no more numbers than
-            the layer's weight; "auto" is the richest that fit the memory budget.
+            None is dense for the recipe "paper", else "cost:512": the richest that cost little
+            beside a step with 512 rows, with no more numbers than the weight. "auto" is the richest
+            that fit the memory budget.
         kfac_approx: "expand" or "reduce": how positions that share the weight are treated.
         warn_unsupported: Warn with the names of parameters that AdamW trains.
         kfac_like: The authors' name for `rule="ikfac"` (True) and `rule="singd"` (False).

@@ -17,8 +17,8 @@ class StackedLinear(LayerKind):
 
     Each part has factors of its own, on a batch axis. `inputs` and `outputs` speak of one part:
     the parts may see different rows, of different number. With `apart` the weight has an axis of
-    its own for them, `(parts, d_out, d_in)`, as that of experts, and there is no bias; with
-    `transposed`, too, it is `(parts, d_in, d_out)`.
+    its own for the parts, `(parts, d_out, d_in)`, as a stack of experts has, and there is no bias.
+    With `transposed`, too, it is `(parts, d_in, d_out)`.
     """
 
     parts: int

@@ -100,8 +100,8 @@ def views(
 ) -> list[tuple[Tensor, View]] | None:
     """What a call returns that shows a weight as well, as its first argument does, or None.
 
-    A copy in another dtype does, which is how layers compute in one that is not the weight's.
-    That of a stack `(parts, ...)` may be one of its matrices. If `whole`, nothing else does.
+    A copy in another dtype shows it: so layers compute in a dtype that is not the weight's. A
+    transpose shows it, and one matrix of a stack `(parts, ...)`. If `whole`, copies alone do.
     """
     if seen is None:
         return None

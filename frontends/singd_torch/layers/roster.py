@@ -91,7 +91,7 @@ class Roster:
 
     @property
     def is_switched(self) -> bool:
-        """Whether the groups have other parameters than they had, which all are in that case."""
+        """Whether the groups have other parameters than they had: then all are others."""
         return any(p not in self.group_of for group in self.groups for p in group["params"][:1])
 
     def is_regrouped(self) -> bool:

@@ -19,7 +19,7 @@ class Source:
         kind: What turns input and output gradient into rows.
         part: Which part of a stack of layers they are rows of, or None.
         swapped: Whether inputs are rows of C and output gradients rows of K, as for a table of
-            embeddings whose weight is that of the linear map tied to it.
+            embeddings that shares its weight with a linear map.
         batch_second: Whether the batch is the second axis of three, not the first.
         biased: Whether the call adds the layer's bias, if it has one.
         name: The name of the weight in its module.
