@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What was found out of parameters, by their places in a group.
-_FOUND = {"without_rows": str, "turned": bool}
+from singd_torch._groups import NOTES
 
 
 def check_form(state_dict: Any) -> None:
@@ -37,7 +36,7 @@ def check_form(state_dict: Any) -> None:
 
 def _check_group(title: str, group: Mapping[str, Any]) -> None:
     _check_kind(title.format("params"), group.get("params"), Sequence)
-    for name, kind in _FOUND.items():
+    for name, kind in NOTES.items():
         found = group.get(name, {})
         _check_kind(title.format(name), found, Mapping)
         for place, value in found.items():

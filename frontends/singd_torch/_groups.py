@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,9 @@ from singd_torch import _fallback
 
 _SETTINGS = tuple(f.name for f in dataclasses.fields(Settings))
 
+# What training finds out about parameters. A group has it by their places, and so has a checkpoint.
+NOTES: dict[str, type] = {"without_rows": str, "turned": bool}
+
 # What a group has beside its settings.
 _OWN = {"params", "param_names", "steps", "base_lr"}
 
@@ -32,6 +35,17 @@ _OTHERS = {"alpha", "dampening"}
 def settings_of(group: dict[str, Any]) -> Settings:
     """The settings of a parameter group."""
     return Settings(**{name: group[name] for name in _SETTINGS})
+
+
+def note(group: dict[str, Any], p: Tensor, name: str, value: Any) -> None:
+    """Keep what was found out about a parameter of a group."""
+    place = next(i for i, one in enumerate(group["params"]) if one is p)
+    group.setdefault(name, {})[place] = value
+
+
+def noted(groups: Iterable[Mapping[str, Any]], name: str) -> dict[nn.Parameter, Any]:
+    """What was found out about parameters under this name."""
+    return {g["params"][i]: value for g in groups for i, value in g.get(name, {}).items()}
 
 
 def check_group(group: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from singd_core.late import Late, begun_anew
 from singd_core.rules import Factors, learns_from_gradients
 from singd_torch import _fallback, _state
 from singd_torch._form import check_form
-from singd_torch._groups import DTYPES, check_counts, check_group, settings_of
+from singd_torch._groups import DTYPES, NOTES, check_counts, check_group, settings_of
 from singd_torch.layers.layer import Layer
 from singd_torch.layers.matrices import find_all
 
@@ -152,12 +152,8 @@ def _check(name: str, template: Mapping[str, Tensor], entries: Mapping[str, Any]
             )
         if not torch.isfinite(saved).all():
             raise ValueError(f"{key!r} of {name!r} is not finite in the checkpoint")
-        if key.startswith(_SQUARES) and (_real(saved) < 0.0).any():
+        if key.startswith(_SQUARES) and (_fallback.real(saved) < 0.0).any():
             raise ValueError(f"{key!r} of {name!r} is below 0 in the checkpoint")
-
-
-def _real(x: Tensor) -> Tensor:
-    return torch.view_as_real(x) if x.is_complex() else x
 
 
 # ---- the groups --------------------------------------------------------------------------------
@@ -188,7 +184,7 @@ def completed(
         if isinstance(group.get("base_lr"), float) and not group["base_lr"]:  # as before 0.1
             del group["base_lr"]
         for name, value in own.items():  # settings that are younger than the checkpoint
-            if name not in ("without_rows", "turned"):  # what was found out is no setting
+            if name not in NOTES:
                 group.setdefault(name, value)
         if group["structures"] == _state.structure_names(own["structures"]):
             group["structures"] = own["structures"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from singd_core import _settings
-from singd_torch._groups import settings_of
+from singd_torch._groups import note, settings_of
 from singd_torch._uncompiled import uncompiled
 from singd_torch._warnings import listed
 from singd_torch.capture import scaling
@@ -112,9 +112,7 @@ class Training(torch.optim.Optimizer):
         """
         lost = [layer for layer in self._layers if layer.without_rows]
         for layer in lost:
-            params = layer.group["params"]
-            index = next(i for i, p in enumerate(params) if p is layer.weight)
-            layer.group.setdefault("without_rows", {})[index] = layer.without_rows
+            note(layer.group, layer.weight, "without_rows", layer.without_rows)
         expected = [
             layer
             for layer in lost

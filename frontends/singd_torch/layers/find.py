@@ -11,6 +11,7 @@ from torch import nn
 
 from singd_core import rules
 from singd_core.layers import LayerKind, Linear
+from singd_torch._groups import noted
 from singd_torch.layers.kinds import Use, uses
 from singd_torch.layers.layer import Layer
 from singd_torch.layers.source import Source
@@ -36,11 +37,11 @@ def find(model: nn.Module, groups: Sequence[dict[str, Any]]) -> list[Layer]:
 
     A weight that several modules use is one layer if they are of one kind, or a table of embeddings
     and the linear map tied to it. Its bias belongs to the layer if all of them have the same one.
-    All other parameters are left to the fallback, a bias of several weights among them, and so are
-    weights whose use rows do not tell, which their group's "without_rows" has by index.
+    All other parameters are left out, a bias of several weights among them, and so are weights
+    that their groups note as "without_rows".
     """
     group_of = {p: group for group in groups for p in group["params"]}
-    lost = {group["params"][i] for group in groups for i in group.get("without_rows", ())}
+    lost = noted(groups, "without_rows")
     found: dict[nn.Parameter, _Shared] = {}
     for path, module in model.named_modules():
         for use in uses(module):

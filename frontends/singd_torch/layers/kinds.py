@@ -18,6 +18,7 @@ from singd_core.layers import (
     StackedLinear,
     Tensor,
 )
+from singd_torch._groups import noted
 from singd_torch.layers.functions import transposed
 
 # The kind of a module, or None for one that cannot be treated as a layer after all.
@@ -179,9 +180,7 @@ def reasons(
             if Tensor.fits(p.shape) and name not in known:
                 computes = module in computing
                 yield p, "a parametrization computes with it" if computes else _why(module, name)
-    for group in groups:
-        for i, reason in group.get("without_rows", {}).items():
-            yield group["params"][i], reason
+    yield from noted(groups, "without_rows").items()
 
 
 def _why(module: nn.Module, name: str) -> str:

@@ -14,7 +14,7 @@ from singd_core.layers import LayerKind
 from singd_core.rules import Factors, learns_from_gradients
 from singd_core.rules.inverse_free import InverseFree
 from singd_core.structures import Diagonal, Structure
-from singd_torch._groups import settings_of
+from singd_torch._groups import note, settings_of
 from singd_torch.layers.pending import Pending, Rows
 from singd_torch.layers.reach import Pass
 from singd_torch.layers.source import Source
@@ -183,8 +183,7 @@ class Layer:
 
         That is kept in its group, and so in checkpoints.
         """
-        index = next(i for i, p in enumerate(self.group["params"]) if p is self.weight)
-        self.group.setdefault("turned", {})[index] = True
+        note(self.group, self.weight, "turned", True)
         turned = self.kind.of_transpose()
         assert turned is not None
         self.kind = turned

@@ -10,7 +10,7 @@ from torch import nn
 from singd_core import rules
 from singd_core.layers import LayerKind, StackedLinear, Tensor
 from singd_core.rules import learns_from_gradients
-from singd_torch._groups import parameters_of, settings_of
+from singd_torch._groups import noted, parameters_of, settings_of
 from singd_torch.layers.find import find
 from singd_torch.layers.layer import Layer
 from singd_torch.layers.reach import is_in_parts
@@ -34,8 +34,7 @@ def _tensors(
     factor.
     """
     names = parameter_names(model, groups)
-    turned = {group["params"][i] for group in groups for i in group.get("turned", ())}
-    lost = {group["params"][i] for group in groups for i in group.get("without_rows", ())}
+    turned, lost = noted(groups, "turned"), noted(groups, "without_rows")
     tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     for group in groups:
         if not learns_from_gradients(settings_of(group)):

@@ -204,17 +204,17 @@ def bundled(
             waiting.append(bundle)
         for stack in own:
             del fresh[stack]
-    alike: dict[Any, list[list[Stack]]] = {}
+    alike: dict[Any, tuple[int, list[Stack]]] = {}  # the last of each likeness, and its numbers
+    several: list[list[Stack]] = []
     for stack in fresh:
-        lists = alike.setdefault(_likeness(stack), [[]])
-        if lists[-1] and _numbers([*lists[-1], stack]) > _LARGEST:
-            lists.append([])
-        lists[-1].append(stack)
-    return found + [Bundle(stacks) for lists in alike.values() for stacks in lists], waiting
-
-
-def _numbers(stacks: Iterable[Stack]) -> int:
-    return sum(p.numel() for stack in stacks for layer in stack.layers for p in layer.parameters)
+        n = sum(p.numel() for layer in stack.layers for p in layer.parameters)
+        total, stacks = alike.get(likeness := _likeness(stack), (0, []))
+        if not stacks or total + n > _LARGEST:
+            total, stacks = 0, []
+            several.append(stacks)
+        stacks.append(stack)
+        alike[likeness] = total + n, stacks
+    return found + list(map(Bundle, several)), waiting
 
 
 def _likeness(stack: Stack) -> Any:
