@@ -66,11 +66,8 @@ def _asked(
                 f'structures="{structures}": {dense_for} takes dense factors alone; choose "dense"'
             )
         if not count.isdecimal() or int(count) < 1:
-            wanted = {
-                "auto": '"auto:b" wants b >= 1 numbers a row',
-                "cost": '"cost:n" wants n >= 1',
-            }
-            raise ValueError(f'structures="{structures}": {wanted[kind]}')
+            n, of = ("b", "numbers a row") if kind == "auto" else ("n", "rows a step")
+            raise ValueError(f'structures="{structures}": "{kind}:{n}" wants {n} >= 1 {of}')
         if kind == "cost":
             return by_cost(d_out, d_in, int(count), math.prod(batch))
         return within(d_in, int(count)), within(d_out, int(count))

@@ -18,7 +18,7 @@ from singd_core.layers import (
     Linear,
     TransposedConvolution,
 )
-from singd_torch.layers.products import PRODUCTS, Rows, product
+from singd_torch.layers.products import PRODUCTS, MatrixRows, product
 
 # The names of arguments, in order.
 _NAMES: dict[Callable[..., Any], tuple[str, ...]] = {
@@ -86,7 +86,7 @@ class Reading:
     view: View
     bias: Tensor | None
     kind: LayerKind
-    rows: Callable[[Tensor, Tensor, int], Iterator[Rows]] | None = None
+    rows: Callable[[Tensor, Tensor, int], Iterator[MatrixRows]] | None = None
 
 
 def views(

@@ -66,12 +66,11 @@ def _embedding(module: nn.Module) -> LayerKind | None:
 # By class, or by the name of a class in a library that is not imported for it.
 _TABLE: dict[type[nn.Module] | str, Entry] = {
     nn.Linear: Entry(lambda module: Linear()),
-    nn.Conv1d: Entry(_convolution),
-    nn.Conv2d: Entry(_convolution),
-    nn.Conv3d: Entry(_convolution),
-    nn.ConvTranspose1d: Entry(_transposed, bias=None),
-    nn.ConvTranspose2d: Entry(_transposed, bias=None),
-    nn.ConvTranspose3d: Entry(_transposed, bias=None),
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), Entry(_convolution)),
+    **dict.fromkeys(
+        (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+        Entry(_transposed, bias=None),
+    ),
     nn.Embedding: Entry(_embedding),
     # It flattens its input for torch.addmm, and with that loses what is the batch.
     "transformers.pytorch_utils.Conv1D": Entry(
@@ -115,13 +114,10 @@ def register_layer(
     """
     if not issubclass(module, nn.Module):
         raise TypeError(f"{module!r} is not a subclass of torch.nn.Module")
-    if isinstance(rows, LayerKind):
-        kind = rows
-        _TABLE[module] = Entry(lambda _: kind, weight, bias, is_open=False)
-    elif callable(rows):
-        _TABLE[module] = Entry(rows, weight, bias, is_open=False)
-    else:
+    if not (isinstance(rows, LayerKind) or callable(rows)):
         raise TypeError(f"rows={rows!r}: give a LayerKind or a function from modules to one")
+    describe = (lambda _: rows) if isinstance(rows, LayerKind) else rows
+    _TABLE[module] = Entry(describe, weight, bias, is_open=False)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from singd_torch.tensors import pieces
 
 # The number of the matrix (None of the only one), its inputs, the gradients at its outputs, and
 # which of these rows are there, None for all.
-Rows: TypeAlias = tuple[int | None, Tensor, Tensor, Tensor | None]
+MatrixRows: TypeAlias = tuple[int | None, Tensor, Tensor, Tensor | None]
 
 _MATMUL = torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm
 _GROUPED = [f for f in (getattr(torch, "_grouped_mm", None), getattr(F, "grouped_mm", None)) if f]
@@ -40,7 +40,7 @@ class Product:
     x: Tensor
     handed: Tensor
     contracts_last: bool
-    rows: Callable[[Tensor, Tensor, int], Iterator[Rows]]
+    rows: Callable[[Tensor, Tensor, int], Iterator[MatrixRows]]
 
 
 def product(
@@ -72,7 +72,7 @@ def product(
     return None
 
 
-def _of_each(x: Tensor, g: Tensor, most: int) -> Iterator[Rows]:
+def _of_each(x: Tensor, g: Tensor, most: int) -> Iterator[MatrixRows]:
     """Of `(..., parts, n, d_in)`, or `(n, d_in)` that all see, and `(..., parts, n, d_out)`."""
     parts = g.shape[-3]
     for part in range(parts):
@@ -83,7 +83,7 @@ def _of_each(x: Tensor, g: Tensor, most: int) -> Iterator[Rows]:
         yield part, own, g[..., part, :, :], None
 
 
-def _of_each_column(x: Tensor, g: Tensor, most: int) -> Iterator[Rows]:
+def _of_each_column(x: Tensor, g: Tensor, most: int) -> Iterator[MatrixRows]:
     """Of `(..., parts, d_in, n)`, or `(d_in, n)` that all see, and `(..., parts, d_out, n)`."""
     return _of_each(x.mT, g.mT, most)
 
@@ -94,7 +94,7 @@ class _Grouped:
 
     ends: Tensor
 
-    def __call__(self, x: Tensor, g: Tensor, most: int) -> Iterator[Rows]:
+    def __call__(self, x: Tensor, g: Tensor, most: int) -> Iterator[MatrixRows]:
         if pieces.on_host(x):
             ends = [0, *self.ends.tolist()]
             for part, (start, end) in enumerate(itertools.pairwise(ends)):
@@ -135,7 +135,7 @@ def _einsum(equation: Any, operands: Any, is_weight: Callable[[Any], bool]) -> P
     if not fits or set(output) != {*rest, outs, *part}:
         return None
 
-    def rows(x: Tensor, g: Tensor, most: int) -> Iterator[Rows]:
+    def rows(x: Tensor, g: Tensor, most: int) -> Iterator[MatrixRows]:
         shared = part not in of_x
         x = x.permute([of_x.index(a) for a in [*(() if shared else part), *rest, ins]])
         g = g.permute([output.index(a) for a in [*part, *rest, outs]])

@@ -1,4 +1,4 @@
-"""One step of a bundle: as `_step` has it for one stack, with operations for all of them."""
+"""One step of a bundle: as in `stack_step` for one stack, with one operation for all stacks."""
 
 from __future__ import annotations
 

@@ -21,7 +21,10 @@ def stacks(layers: Iterable[Layer]) -> list[Stack]:
 
 
 def parted(stack: Stack, live: Sequence[Layer]) -> list[Stack]:
-    """The stack, or smaller ones for good if only some layers are live or have other rows."""
+    """The stack; or smaller stacks in its place from now on, if some layers do not step or differ.
+
+    `live` are the layers that step. Layers differ if their rows are of other kinds or numbers.
+    """
     if not all(_alike(layer, live[0]) for layer in live[1:]):
         return [Stack([layer]) for layer in stack.layers]
     if len(live) == len(stack.layers):

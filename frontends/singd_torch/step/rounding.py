@@ -205,9 +205,6 @@ class Row:
         return bits
 
 
-Rows = MutableMapping[Any, Row]
-
-
 def store(
     params: Sequence[nn.Parameter],
     wide: Sequence[Tensor],
@@ -215,7 +212,7 @@ def store(
     *,
     names: Mapping[nn.Parameter, str],
     places: Mapping[nn.Parameter, Place],
-    rows: Rows,
+    rows: MutableMapping[Any, Row],
     state: MutableMapping[Any, dict[str, Any]],
     skip: Tensor | None,
 ) -> None:
@@ -227,7 +224,7 @@ def store(
         group: The group.
         names: The names of parameters.
         places: Where those stand that are parts.
-        rows: What is kept from step to step.
+        rows: The parameters that are stored together, kept from step to step.
         state: The state.
         skip: On an accelerator, 1 where nothing may change, else 0.
     """

@@ -17,7 +17,7 @@ from singd_torch.sharding import parted
 from singd_torch.step.equal import parted as parted_stack
 from singd_torch.step.equal import stacks
 from singd_torch.step.graphs import Graphs
-from singd_torch.step.rounding import Rows
+from singd_torch.step.rounding import Row
 from singd_torch.step.stack import Stack
 from singd_torch.tensors import pieces
 from singd_torch.tensors.scratch import Scratch
@@ -73,7 +73,7 @@ class Stacker:
             if self.compile is not None and self.is_recorded(stack):
                 stack.compile, stack.capturable = None, True
                 self.graphs = self.graphs or Graphs(self.compile, self.roster.warnings)
-        self._rows: Rows = {}
+        self._rows: dict[Any, Row] = {}
         self._report()
 
     def is_recorded(self, stack: Stack) -> bool:
