@@ -32,22 +32,19 @@ compare: $(VENV)/.stamp-bench ## Compare optimizers on small problems (benchmark
 paper: $(VENV)/.stamp-bench ## Show the paper's claims again, from the runs that are kept (benchmarks/paper.py)
 	$(BIN)/python benchmarks/paper.py $(ARGS)
 
-# Tests that share a costly fixture run in one process (the mark xdist_group).
-SPREAD := -n $(WORKERS) --dist loadgroup
-
 # One thread for each test process: more would fight over the same cores.
 test test-slow: export OMP_NUM_THREADS ?= 1
 
 test: $(VENV)/.stamp-test ## Run the fast tests, the examples in README.md and docs/ among them
-	$(BIN)/python -m pytest $(SPREAD) -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
 
 test-slow: $(VENV)/.stamp-test ## Run the slow tests
-	$(BIN)/python -m pytest $(SPREAD) -m slow $(ARGS) || [ $$? -eq 5 ] # 5: no test is slow
+	$(BIN)/python -m pytest -n $(WORKERS) -m slow $(ARGS) || [ $$? -eq 5 ] # 5: no test is slow
 
 test-laws: export OMP_NUM_THREADS ?= 1
 test-laws: export SINGD_LAWS := nightly
 test-laws: $(VENV)/.stamp-test ## Check the laws of all structures on many more and larger cases: for a night
-	$(BIN)/python -m pytest $(SPREAD) tests/core/structures/test_structure_laws.py $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) tests/core/structures/test_structure_laws.py $(ARGS)
 
 # Other versions than those of constraints.txt, each in an environment of its own.
 OLDEST := .venv-oldest
@@ -64,14 +61,14 @@ test-oldest: ## Run the tests of core, torch and jax with the oldest versions (P
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt \
 		-e '.[jax,testing,torch]' $(WITH)
-	$(OLDEST)/bin/python -m pytest $(SPREAD) -m "not slow" $(WARN_OF_THEMSELVES) $(FRAMEWORK_TESTS) $(ARGS)
+	$(OLDEST)/bin/python -m pytest -n $(WORKERS) -m "not slow" $(WARN_OF_THEMSELVES) $(FRAMEWORK_TESTS) $(ARGS)
 
 test-newest: ## Run the same with the newest versions (PYTHON=python3.12 or newer); may install torch for CUDA
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and "jax 0.11 and later need Python 3.12: make test-newest PYTHON=...")'
 	$(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade \
 		-e '.[jax,testing,torch]' $(WITH)
-	$(NEWEST)/bin/python -m pytest $(SPREAD) -m "not slow" $(FRAMEWORK_TESTS) $(ARGS)
+	$(NEWEST)/bin/python -m pytest -n $(WORKERS) -m "not slow" $(FRAMEWORK_TESTS) $(ARGS)
 
 test-jax-oldest test-jax-newest: FRAMEWORK_TESTS := tests/jax_frontend
 test-jax-oldest: test-oldest ## The same as test-oldest, of jax alone

@@ -5,7 +5,9 @@ import itertools
 import os
 import tempfile
 from importlib import metadata
+from typing import Any
 
+import pytest
 from hypothesis import settings
 
 # XLA's CPU compiler dominates the tests that use jax: without its optimizer a step compiles
@@ -34,6 +36,22 @@ def pytest_unconfigure() -> None:
 # The same examples in every run, so that a failure is that of the change at hand.
 settings.register_profile("default", deadline=None, derandomize=True)
 settings.load_profile("default")
+
+# The tests of these files share a fixture that takes 10 s or more: one process runs them all.
+_TOGETHER = "test_distributed.py", "test_jax_sharding.py"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if file.endswith(_TOGETHER) else nodeid
+
+    return Scheduling(config, log)
+
 
 # A full collection walks through all that libraries keep, compiled functions above all: late in the
 # run 2 s each time. Every so often what is left after one is set aside.

@@ -13,7 +13,6 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from singd_jax import find_layers
 
-pytestmark = pytest.mark.xdist_group("jax_sharding")
 FLAGS = "--xla_force_host_platform_device_count=8"
 
 

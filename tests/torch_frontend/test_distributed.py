@@ -13,7 +13,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from singd_torch import SINGD
 
-pytestmark = pytest.mark.xdist_group("distributed")
 STEPS = 4
 WAYS = ["plain", "wrapped later", "accumulate", "uneven"]
 
