@@ -171,19 +171,24 @@ def test_refreshes_have_a_graph_when_the_gaps_between_them_have_grown() -> None:
     assert counted.graphs == 2  # each second step is one before a refresh
 
 
-def test_a_schedule_of_another_setting_wants_a_tensor() -> None:
-    def cycled(step: int, model: nn.Module, optimizer: SINGD) -> None:
-        group, value = optimizer.param_groups[0], 0.9 - 0.01 * step
-        if isinstance(group["momentum"], Tensor):
-            group["momentum"].fill_(value)
-        else:
-            group["momentum"] = value
+def cycled(step: int, model: nn.Module, optimizer: SINGD) -> None:
+    group, value = optimizer.param_groups[0], 0.9 - 0.01 * step
+    if isinstance(group["momentum"], Tensor):
+        group["momentum"].fill_(value)
+    else:
+        group["momentum"] = value
 
+
+def test_a_schedule_of_another_setting_is_warned_of() -> None:
     counted = Counted()
     with pytest.warns(UserWarning, match="more than 16 kinds, and further ones run uncompiled"):
         train(small, {"compile_step": {"backend": counted}}, 20, cycled)
     assert counted.graphs == 0
-    momentum = torch.full((), 0.9, dtype=torch.float64)
+
+
+@pytest.mark.slow
+def test_a_tensor_that_a_schedule_changes_in_place_compiles_nothing_again() -> None:
+    counted, momentum = Counted(), torch.full((), 0.9, dtype=torch.float64)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(small, {"compile_step": {"backend": counted}, "momentum": momentum}, 20, cycled)

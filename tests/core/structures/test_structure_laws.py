@@ -60,16 +60,13 @@ def slow(S, law, backend, dtype):
     """Marks a case as slow if others show nearly the same.
 
     That every operation of every structure compiles is a law of its own, so one structure shows
-    that a whole step does. A mirrored structure goes through all dtypes in NumPy, and through
-    float32 in array-api-strict. The others go through float64 and float16 in NumPy
-    alone, and in torch and JAX through float32 and bfloat16.
+    that a whole step does. A mirrored structure goes through all dtypes in NumPy alone. The others
+    go through float64 and float16 in NumPy, and elsewhere through float32 and bfloat16.
     """
     if law.name == "torch_step_compiles":
         shown = hierarchical(2, 3) != S
-    elif S in MIRRORED and backend.name != "numpy":
-        shown = backend.name in ("jax", "torch") or dtype != "float32"
     else:
-        shown = dtype in ("float16", "float64") and backend.name != "numpy"
+        shown = backend.name != "numpy" and (S in MIRRORED or dtype in ("float16", "float64"))
     return [pytest.mark.slow] if shown else []
 
 

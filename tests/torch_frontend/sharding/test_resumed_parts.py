@@ -174,10 +174,9 @@ def killed(rank: int, world: int, folder: str, point: str) -> None:
             dcp.save(state, checkpoint_id=f"{folder}/{step}")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "point",
-    POINTS,
+    [pytest.param(p, marks=[] if p == "writes" else pytest.mark.slow) for p in POINTS],
 )
 def test_a_run_that_was_killed_goes_on_from_the_last_complete_checkpoint(
     point: str, tmp_path: Path
