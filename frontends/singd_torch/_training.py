@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from singd_core import _settings
+from singd_torch._changed import Known
 from singd_torch._groups import note, settings_of
 from singd_torch._uncompiled import uncompiled
 from singd_torch._warnings import listed
@@ -40,7 +41,7 @@ class Training(torch.optim.Optimizer):
         self._stepper = Stepper(self._roster, {})
         self._watcher = self._watches(self._roster, self._stepper)
         self._given_scale: Given | None = None
-        self._is_checked = False
+        self._is_checked, self._known = False, Known()
 
     @property
     def _layers(self) -> list[Layer]:
@@ -56,6 +57,7 @@ class Training(torch.optim.Optimizer):
             self.state[layer.weight].clear()
         self._stepper.arrange()
         self._watcher.watch()
+        self._known = Known(self.param_groups)
 
     def _place_rates(self) -> None:
         """Have rates in the memory of devices, where a CUDA graph reads them as they are then."""
@@ -157,7 +159,9 @@ class Training(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: If a gradient is sparse.
+            ValueError: If a setting of a group was changed to what it may not be.
         """
+        self._known.check(self.param_groups)
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -1,6 +1,7 @@
 """Wrong arguments are named at once, and wrong numbers do no harm."""
 
 import copy
+import math
 import re
 import warnings
 from collections.abc import Callable
@@ -161,6 +162,33 @@ def test_a_wrong_setting_of_a_group_is_named(case: str) -> None:
     with pytest.raises(ValueError, match=message):
         optimizer.add_param_group({"params": model[4].parameters()} | given)
     assert len(optimizer.param_groups) == 1
+
+
+CHANGES = {
+    "lr": (-0.1, r"lr=-0\.1: must be at least 0 and finite"),
+    "momentum": ("0.9", "momentum='0.9': must be a number or a 0-d array"),
+    "T": (0, "T=0: must be an integer of at least 1"),
+    "fallback_lr": (math.nan, "fallback_lr=nan: must be at least 0 and finite"),
+    "loss_average": ("mean", "loss_average = 'mean': choose"),
+    "structures": ("dense", r"structures='dense' was \('diagonal', 'dense'\) when the layers"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_wrong_setting_that_a_script_changes_is_named_and_changes_nothing(name: str) -> None:
+    (value, error), model = CHANGES[name], network()
+    head = {"params": model[6].parameters()}
+    optimizer = SINGD(
+        model, [{"params": model[:6].parameters()}, head], structures=("diagonal", "dense")
+    )
+    step(model, optimizer)
+    before, group = everything(model, optimizer), optimizer.param_groups[1]
+    right, group[name] = group[name], value
+    with pytest.raises(ValueError, match=f"^(parameter group 1: |){error}"):
+        step(model, optimizer)
+    assert_same(before, everything(model, optimizer))
+    group[name] = right
+    step(model, optimizer)
 
 
 @pytest.mark.parametrize(

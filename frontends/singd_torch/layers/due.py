@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 from singd_core import _settings
+from singd_core._recipes import validate
 from singd_core._settings import Settings
 from singd_torch.layers.layer import Layer
 
@@ -28,4 +29,7 @@ def is_refresh(group: dict[str, Any]) -> bool:
 @lru_cache(maxsize=16)
 def _is_due(steps: int, T: int, growing_T: bool) -> bool:
     """Of all layers alike, each of which is asked several times in a step."""
-    return bool(_settings.is_due(steps, Settings(T=T, growing_T=growing_T)))
+    s = Settings(T=T, growing_T=growing_T)
+    if type(T) is not int or T < 1:  # a script has changed it, and it is asked for before a step
+        validate(s)
+    return bool(_settings.is_due(steps, s))
