@@ -17,7 +17,7 @@ RANKS: dict[str, list[str]] = {
         *("_layer_state", "_given", "_parameter", "optimizer", "_check", "state", "testing"),
     ],
     "singd_torch": [
-        *("_warnings", "_pytree", "_uncompiled", "_fallback", "_groups", "_form"),
+        *("_warnings", "_pytree", "_uncompiled", "_fallback", "_groups", "_form", "_changed"),
         *("sharding.guards", "sharding.switched", "sharding.__init__", "tensors", "layers"),
         *("_distributed", "_state", "_table", "_loading", "capture", "step", "_diagnostics"),
         *("_training", "_saving", "sharding", "_estimate", "optimizer", "_check"),
