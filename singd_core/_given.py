@@ -34,12 +34,11 @@ def tensors_of(
 ) -> dict[str, LayerKind]:
     """The kinds of the other parameters whose gradients are all that their factors want."""
     others: dict[str, Any] = {n: p for n, p in params.items() if n not in layers}
-    return {n: Tensor.of(p.shape) for n, p in others.items() if _is_tensor(p)}
-
-
-def _is_tensor(p: Any) -> bool:
-    """Whether it is matrices of real numbers."""
-    return Tensor.fits(getattr(p, "shape", ())) and is_inexact(p) and not is_complex(p)
+    return {
+        n: Tensor.of(p.shape)
+        for n, p in others.items()
+        if Tensor.fits(getattr(p, "shape", ())) and is_inexact(p) and not is_complex(p)
+    }
 
 
 def _is_matrix(weight: Array) -> bool:

@@ -10,10 +10,6 @@ _INSIDE = {"singd_core", "singd_cupy", "singd_jax", "singd_torch", "jax", "optax
 def warn(text: str) -> None:
     """Warn at the innermost line outside of this project and of the frameworks."""
     frame, level = sys._getframe(1), 2
-    while _package(frame.f_globals) in _INSIDE and frame.f_back is not None:
+    while str(frame.f_globals.get("__name__")).partition(".")[0] in _INSIDE and frame.f_back:
         frame, level = frame.f_back, level + 1
     warnings.warn(text, stacklevel=level)
-
-
-def _package(names: dict[str, object]) -> str:
-    return str(names.get("__name__", "")).partition(".")[0]

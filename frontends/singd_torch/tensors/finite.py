@@ -31,7 +31,8 @@ def norms(
         wide = torch.float32 if given[0].dtype.itemsize < 4 else None
         each = torch._foreach_norm(given, 2, wide)
         row = torch.stack(each)
-        row = row if scale is None else row / _on(row.device, scale)
+        if scale is not None:
+            row = row / (scale.to(row.device) if isinstance(scale, Tensor) else scale)
         known = row * _room(row.dtype)
         own = row.tolist() if pieces.on_host(row) else row.unbind()
         rows += known.tolist() if pieces.on_host(row) else [known]
@@ -67,7 +68,3 @@ def has_room(norm: Any, dtype: torch.dtype) -> bool:
 def _room(dtype: torch.dtype) -> float:
     room: float = ROOM**0.5 * torch.finfo(dtype).max ** 0.5
     return room
-
-
-def _on(device: torch.device, scale: Any) -> Any:
-    return scale.to(device) if isinstance(scale, Tensor) else scale
