@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from singd_core._array import Array, sum_of_squares, widen
+from singd_core._array import Array, widen
 from singd_core.curvature import Curvature, Measured
 from singd_core.rules import Factors
 from singd_core.structures import Structure
@@ -33,11 +33,15 @@ _CHEAP = 1.0 / 16.0
 class Sums(NamedTuple):
     """What the taps of a layer add up, the stack's axes first.
 
+    The inputs are counted in the rows that the layer was found with, so their number is 1 where
+    XLA knows it, and scaling by it later costs nothing.
+
     Attributes:
-        K: Of the rows of K, which are inputs unless the matrix is used transposed.
-        C: Of those of C.
-        counts: The number of rows, their number if every position is one, and the number of
-            products, each counted once however often it runs: shape (*stack, 3).
+        K: The mean over the rows of K, which are inputs unless the matrix is used transposed.
+        C: The sum over those of C, times the number of terms of the loss where it is a number.
+        counts: The number of rows in units of those found, the number of rows if every position
+            is one, and the number of products, each counted once however often it runs: shape
+            (*stack, 3).
     """
 
     K: Measured
@@ -104,9 +108,11 @@ def value_and_curvature(
         whole = branch == "layer" or any(due is None for due in dues)
         due = {} if always or not whole else _of_layers(states, dues)
         sampled = [own for own in states if own.fixed.rows != math.inf]
-        steps = {name: own.rest.step for own in sampled for name in own.rest.layers}
-        rule = functools.partial(_measure, kept, rows, {})
-        tapped, used = Tapped(loss, trained, n, rule, due, steps), set[str]()
+        shares = [Sample.shares(own.rest.step) for own in sampled]
+        starts = _of_layers(sampled, shares)
+        average = n if layers.loss_average == "batch" else layers.loss_average
+        rule = functools.partial(_measure, kept, rows, average, {})
+        tapped, used = Tapped(loss, trained, n, rule, due, starts), set[str]()
 
         def measured() -> tuple[Any, Any, Any, dict[str, Any]]:
             *found, sums, names = tapped.value_and_grad(
@@ -129,7 +135,7 @@ def value_and_curvature(
             )
         leaves.keep(changed)
         curvature = {
-            name + role: _curvature(sums[name][role], layers, n, role)
+            name + role: _curvature(sums[name][role], average, role)
             for name, layer in trained.items()
             for role in layer.roles
             if name + role in used
@@ -164,6 +170,7 @@ def _is_cheap(layers: Layers, factors: Mapping[str, Factors], rows: Mapping[str,
 def _measure(
     trained: Mapping[str, Factors],
     rows: Mapping[str, float],
+    average: str | int | None,
     known: dict[Any, Callable[..., Sums]],
     call: Call,
     layer: Layer,
@@ -177,12 +184,14 @@ def _measure(
     _, d_out, d_in = layer.shape
     most = rows[layer.name] if _compat.is_local() else math.inf
     N = call.examples if kfac_approx == "reduce" else call.rows
-    counted, structures = (N, call.rows, 1.0 / call.times), trained[layer.name].structures
+    unit = max(layer.rows, 1)
+    counted, structures = (N / unit, call.rows, 1.0 / call.times), trained[layer.name].structures
+    M = average if isinstance(average, int) else 1
 
-    def rule(x: Any, g: Any, factors: Factors | None, step: Array | None, factor: Any) -> Sums:
+    def rule(x: Any, g: Any, factors: Factors | None, starts: Array | None, factor: Any) -> Sums:
         x, g = call.operands(x, g, factor)
         of_K, of_C = (
-            Sample.of(most, structure, d, step)
+            Sample.of(most, structure, d, starts)
             for structure, d in zip(structures, (d_in, d_out), strict=True)
         )
         of_x, of_g = (of_C, of_K) if transposed else (of_K, of_C)
@@ -190,14 +199,15 @@ def _measure(
         B = call.outputs(g, kfac_approx, of_g)
         counts = jnp.broadcast_to(jnp.asarray(counted, jnp.float32), (*B.shape[:-2], 3))
         if call.sizes is not None:
-            counts = counts.at[..., 0].set(call.sizes(x))
+            counts = counts.at[..., 0].set(call.sizes(x) / unit)
+        scales = 1.0 / unit, float(M)
         if transposed:
-            A, B = padded(B) if bias else B, A
-        return Sums(*_sums(structures, factors, A, B), counts)
+            A, B, scales = padded(B) if bias else B, A, scales[::-1]
+        return Sums(*_sums(structures, factors, A, B, scales), counts)
 
     if call.code is None:
         return rule
-    same = call.code, layer.shape, transposed, bias, structures, most, counted, kfac_approx
+    same = call.code, layer.shape, transposed, bias, structures, most, counted, M, kfac_approx
     return known.setdefault(same, jax.jit(rule))
 
 
@@ -220,7 +230,7 @@ def blank(layers: Layers, states: Sequence[SingdState]) -> dict[str, Curvature]:
     trained = layers.of(states)
     _, slots = _ports(trained, states)
     return {
-        name + role: _curvature(slots[name][role], layers, 1, role)
+        name + role: _curvature(slots[name][role], layers.loss_average, role)
         for name, layer in trained.items()
         for role in layer.roles
     }
@@ -255,15 +265,20 @@ def _shapes(shape: MatrixShape, tree: Any, arrays: tuple[Any, ...]) -> Sums:
 
 
 def _sums(
-    structures: tuple[type[Structure], type[Structure]], factors: Factors | None, A: Array, B: Array
+    structures: tuple[type[Structure], type[Structure]],
+    factors: Factors | None,
+    A: Array,
+    B: Array,
+    scales: tuple[float, float] = (1.0, 1.0),
 ) -> tuple[Measured, Measured]:
-    """The sums of rows A and B, blind if there are no factors."""
+    """The sums of rows A and B times the scales, blind if there are no factors."""
+    of_A, of_B = scales
     if factors is not None:
-        return factors.measure(A, B)
+        K, C = factors.measure(A, B)
+        return K.map(lambda a: a * of_A), C.map(lambda a: a * of_B)
     # in float32: what rounds the sums is large where a factor is
-    wide = zip(structures, (widen(A), widen(B)), strict=True)
-    of_K, of_C = (Measured(S.outer(X.mT), sum_of_squares(X, 2)) for S, X in wide)
-    return of_K, of_C
+    S_K, S_C = structures
+    return Measured(*S_K.summed(widen(A), of_A)), Measured(*S_C.summed(widen(B), of_B))
 
 
 def is_blind(factors: Factors) -> bool:
@@ -285,20 +300,13 @@ def seen(factors: Factors, curvature: Curvature) -> Curvature:
 
 
 @_compat.promoting
-def _curvature(sums: Sums, layers: Layers, batch_size: int | None, role: Role) -> Curvature:
-    average = batch_size if layers.loss_average == "batch" else layers.loss_average
-    return _of_sums(sums, average, role)  # type: ignore[no-any-return]
-
-
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _of_sums(sums: Sums, average: str | int | None, role: Role) -> Curvature:
+def _curvature(sums: Sums, average: str | int | None, role: Role) -> Curvature:
     """The curvature of a loss that is a mean of so many terms; compiled once for equal layers."""
     N, terms, uses = (sums.counts[..., i] for i in range(3))
     M: Any = 1
     if average == "batch+sequence":
         M = terms / jnp.where(uses > 0, uses, 1)
-    elif average is not None:
-        M = average
     if role == UPRIGHT:
         return Curvature.of(sums.K, N, sums.C, M)
     turned = Curvature.of(sums.C, N, sums.K, M)

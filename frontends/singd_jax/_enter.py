@@ -101,7 +101,9 @@ def scan(
 
     def step(carry: Any, xs: Any) -> Any:
         xs, slots, i = xs
-        mine = {k: Port(slots[k], Slice(port.factors, i), port.step) for k, port in sliced.items()}
+        mine = {
+            k: Port(slots[k], Slice(port.factors, i), port.starts) for k, port in sliced.items()
+        }
         args = [*values[:n_consts], *carry, *xs]
         results, found = tracer.run(body.jaxpr, body.consts, args, inside, {**whole, **mine})
         _note_returned(tracer, found, "scan")

@@ -13,8 +13,8 @@ from singd_core._array import Array
 from singd_jax import _compat
 from singd_jax._axes import View
 
-# Takes the layer's input, the gradient at its output, the factors, the step and the number that
-# multiplies the weight; returns a tree like `slot`.
+# Takes the layer's input, the gradient at its output, the factors, where sampling starts and the
+# number that multiplies the weight; returns a tree like `slot`.
 Rule: TypeAlias = Callable[[Any, Array, Any, Any, Any], Any]
 
 
@@ -24,13 +24,13 @@ class Port(NamedTuple):
     Attributes:
         slot: Zeros. The gradient with respect to it is the sum of what the rule returns.
         factors: What the rule measures with, or a `Slice`.
-        step: The number of steps taken, where the rule wants it, or None.
+        starts: Where the sampling of rows starts in this step, where the rule wants it, or None.
         factor: A number that the weight is multiplied by, or None.
     """
 
     slot: Any
     factors: Any
-    step: Any = None
+    starts: Any = None
     factor: Any = None
 
     def of(self, view: View) -> Port:
@@ -39,7 +39,7 @@ class Port(NamedTuple):
         for i, n in view.picks:
             i = jnp.clip(i, 0, n - 1)  # as dynamic_slice does
             slot = jax.tree.map(functools.partial(_entry, i=i), port.slot)
-            port = Port(slot, Slice(port.factors, i), port.step)
+            port = Port(slot, Slice(port.factors, i), port.starts)
         return port._replace(factor=view.factor)
 
 
@@ -90,7 +90,7 @@ def _backward(rule: Rule, residuals: Any, g: Array) -> tuple[Any, ...]:
 
     def measured(x: Any, g: Array, port: Port) -> Any:
         factors = port.factors.cut(g) if isinstance(port.factors, Slice) else port.factors
-        return jax.tree.map(_like, rule(x, g, factors, port.step, port.factor), slot)
+        return jax.tree.map(_like, rule(x, g, factors, port.starts, port.factor), slot)
 
     def nothing(x: Any, g: Array, port: Port) -> Any:
         return jax.tree.map(lambda s: _like(jnp.zeros(s.shape, s.dtype), s), slot)

@@ -28,7 +28,7 @@ class Tapped:
         batch_size: The number of examples.
         rule: Makes what is returned from the product, the layer and `kfac_approx`.
         due: For a layer, whether it is to be returned; None, and one that is not named, is always.
-        steps: The number of steps taken, for the layers whose rule wants it.
+        starts: Where the sampling of rows starts, for the layers whose rule wants it.
     """
 
     loss: Callable[..., Any]
@@ -36,7 +36,7 @@ class Tapped:
     batch_size: int | None
     rule: Callable[[Call, Layer, str], Callable[..., Any]]
     due: Mapping[str, Array | None]
-    steps: Mapping[str, Array]
+    starts: Mapping[str, Array]
 
     def value_and_grad(
         self,
@@ -80,7 +80,7 @@ class Tapped:
 
         def function(arrays: list[Array], slots: Mapping[str, Any]) -> Any:
             ports = {
-                key: Port(slots[name], factors.get(name), self.steps.get(name))
+                key: Port(slots[name], factors.get(name), self.starts.get(name))
                 for key, name in keys.items()
             }
             stacks = {key: self.layers[name].weight.stack for key, name in keys.items()}

@@ -17,6 +17,7 @@ from singd_core.structures.base import Structure
 _BITS = 15
 _LAST = (1 << _BITS) - 1
 _SHARES = (20251, 13573, 23987, 7735)  # (√5 − 1)/2, √2 − 1, √3 − 1, √5 − 2
+AXES = len(_SHARES)  # further axes start with the first ones again
 
 
 @dataclass(frozen=True)
@@ -72,14 +73,17 @@ class Sample:
             shared: The number of positions of an example, where the axis has them all. The stride
                 has no factor in common with it, else only some positions would be seen.
         """
-        strides = _stride(n, m, shared) * namespace(like).arange(m, device=device(like))
+        strides = stride(n, m, shared) * namespace(like).arange(m, device=device(like))
         return (self.start(n, axis) + strides) % n
 
     def start(self, n: int, axis: int = 0) -> Any:
         """Which of `n` indices is the first one, along the axis of this number."""
-        whole, rest = n >> _BITS, n & _LAST
-        share = ((self.step & _LAST) * _SHARES[axis % len(_SHARES)]) & _LAST
+        share, whole, rest = self.share(axis), n >> _BITS, n & _LAST
         return share * whole + ((share * rest) >> _BITS)  # share · n / 2¹⁵ in 32 bits
+
+    def share(self, axis: int) -> Any:
+        """The share of its length that the axis of this number starts at, in 2⁻¹⁵."""
+        return ((self.step & _LAST) * _SHARES[axis % AXES]) & _LAST
 
     def take(
         self, x: Array, m: int, axis: int = 0, *, number: int = 0, shared: int = 1
@@ -96,7 +100,7 @@ class Sample:
             return take(x, self.indices(n, m, x, axis=number, shared=shared), axis), factor
         # The same with one kernel in place of five.
         index = (slice(None),) * axis
-        slices = _slices(n, m, start, _stride(n, m, shared))
+        slices = _slices(n, m, start, stride(n, m, shared))
         return concat([x[(*index, part, ...)] for part in slices], axis=axis), factor
 
     def rows(self, x: Array) -> tuple[Array, float]:
@@ -106,7 +110,7 @@ class Sample:
         return self.take(x, self.most, shared=shared)
 
 
-def _stride(n: int, m: int, shared: int) -> int:
+def stride(n: int, m: int, shared: int) -> int:
     """Near n/m, so that m strides go round about once, never to the same number twice."""
     if m >= n:
         return 1

@@ -87,6 +87,11 @@ class Structure(Tree):
         return self.congruence(A.mT), sum_of_squares(A, 2)
 
     @classmethod
+    def summed(cls, A: Array, c: float) -> tuple[Self, Array]:
+        """Π̂(AᵀA) of rows `A`, shape (..., n, d), and ‖A‖² in at least float32, times c > 0."""
+        return cls.outer(A.mT).scale(c), sum_of_squares(A, 2) * c
+
+    @classmethod
     def sums(cls) -> type[Structure]:
         """The structure in which XᵀX is summed up where L is not known: see `seen`."""
         from singd_core.structures.dense import Dense

@@ -9,6 +9,7 @@ from singd_core._array import (
     Array,
     Scalar,
     add_diagonal,
+    cast,
     concat,
     expand,
     eye,
@@ -16,6 +17,8 @@ from singd_core._array import (
     namespace,
     norm,
     product,
+    sum_of_squares,
+    sums_of_squares,
     widen,
 )
 from singd_core.structures.base import Structure, structure
@@ -95,6 +98,20 @@ class BlockDiagonal(Pattern):
             blocks, last = self._apply_t(X)
             return type(self)(blocks @ blocks.mT, last @ last.mT)
         return self.map(lambda L, U: L.mT @ U @ L, self.outer(X))
+
+    @classmethod
+    def summed(cls, A: Array, c: float) -> tuple[Self, Array]:
+        # The rows are written by blocks in any case, and scaled while they are. The ones of a bias
+        # are cut off first: so XLA writes rows that it has just chosen once, and no column of ones.
+        *batch, n, d = A.shape
+        q, r = divmod(d, cls.b)
+        blocks = namespace(A).reshape(A[..., : d - r].mT * c**0.5, (*batch, q, cls.b, n))
+        squares, last = sum_of_squares(blocks, 3), full((*batch, r, r), 0.0, like=A)
+        if r:
+            X = A[..., d - r :] * c**0.5
+            last = cast(sums_of_squares(X)[..., None], A) if r == 1 else X.mT @ X
+            squares = squares + sum_of_squares(X, 2)
+        return cls(blocks @ blocks.mT, last), squares
 
     @classmethod
     def sums(cls) -> type[Structure]:

@@ -66,12 +66,13 @@ class Diagonal(Pattern):
         return type(self)(self.diag * self.diag * self.outer(X).diag)
 
     def measured(self, A: Array) -> tuple[Self, Array]:
-        # Both from one pass, along the axis that the rows have: for two XLA would write A ∘ A to
-        # memory, and along that of Aᵀ a copy of it, 8 and 2 % at the peak. The 1-norm is their sum:
-        # XLA makes of a sum of sums a second pass over A ∘ A, which it then keeps (2 %).
-        squares = sums_of_squares(A)
-        H = type(self)(self.diag * self.diag * cast(squares, A))
-        return H, namespace(A).linalg.vector_norm(squares, ord=1, axis=-1)
+        squares, total = _sums_and_total(A)
+        return type(self)(self.diag * self.diag * cast(squares, A)), total
+
+    @classmethod
+    def summed(cls, A: Array, c: float) -> tuple[Self, Array]:
+        squares, total = _sums_and_total(A)
+        return cls(cast(squares * c, A)), total * c
 
     @classmethod
     def sums(cls) -> type[Structure]:
@@ -118,3 +119,14 @@ class Diagonal(Pattern):
 
     def trace(self) -> Array:
         return namespace(self.diag).sum(widen(self.diag), axis=-1)
+
+
+def _sums_and_total(A: Array) -> tuple[Array, Array]:
+    """The sums of squares over rows, shape (..., d), and over all, in at least float32.
+
+    Both from one pass, along the axis that the rows have: for two XLA would write A ∘ A to memory,
+    and along the axis of Aᵀ a copy of it, 8 and 2 % at the peak. The 1-norm is their sum: XLA makes
+    of a sum of sums a second pass over A ∘ A, which it then keeps (2 %).
+    """
+    squares = sums_of_squares(A)
+    return squares, namespace(A).linalg.vector_norm(squares, ord=1, axis=-1)

@@ -125,11 +125,14 @@ def congruence(case: Case) -> None:
 
 @law()
 def measured(case: Case) -> None:
-    """`L.measured(A)` of rows A is Π̂(Lᵀ AᵀA L) and ‖A‖²."""
+    """`L.measured(A)` of rows A is Π̂(Lᵀ AᵀA L) and ‖A‖², `summed(A, c)` c times it with L = I."""
     L, A = case.member(), case.array("A", 3, case.d)
     projected, squares = L.measured(A)
     case.same(projected, lambda L, A: case.S.project(L.T @ A.T @ A @ L).dense(), L, A)
     case.same(squares, lambda A: np.sum(A * A), A, exact=False)
+    projected, squares = case.S.summed(A, 4.0)
+    case.same(projected, lambda A: case.S.project(4.0 * A.T @ A).dense(), A)
+    case.same(squares, lambda A: 4.0 * np.sum(A * A), A, exact=False)
 
 
 @law()
