@@ -114,33 +114,28 @@ def value_and_curvature(
         rule = functools.partial(_measure, kept, rows, average, {})
         tapped, used = Tapped(loss, trained, n, rule, due, starts), set[str]()
 
-        def measured() -> tuple[Any, Any, Any, dict[str, Any]]:
+        def measured() -> tuple[Any, Any, Any, dict[str, Curvature]]:
             *found, sums, names = tapped.value_and_grad(
                 leaves, slots, factors, batch, keywords, has_aux
             )
             used.update(names)
-            return *found, sums
+            return *found, _curvatures(sums, trained, average)
 
-        def plain() -> tuple[Any, Any, Any, dict[str, Any]]:
-            return *value_and_grad(loss, leaves, batch, keywords, has_aux), slots
+        def plain() -> tuple[Any, Any, Any, dict[str, Curvature]]:
+            zeros = _curvatures(slots, trained, average)
+            return *value_and_grad(loss, leaves, batch, keywords, has_aux), zeros
 
         if whole:
-            value, grads, changed, sums = measured()
+            value, grads, changed, found = measured()
         else:
-            value, grads, changed, sums = jax.lax.cond(jnp.any(jnp.stack(dues)), measured, plain)
+            value, grads, changed, found = jax.lax.cond(jnp.any(jnp.stack(dues)), measured, plain)
         if kept and not used:
             raise ValueError(
                 f"the loss uses none of {', '.join(kept)} as in the loss that the layers were "
                 "found in: find the layers of this loss, or give that one"
             )
         leaves.keep(changed)
-        curvature = {
-            name + role: _curvature(sums[name][role], average, role)
-            for name, layer in trained.items()
-            for role in layer.roles
-            if name + role in used
-        }
-        return value, grads, curvature
+        return value, grads, {name: own for name, own in found.items() if name in used}
 
     return function
 
@@ -229,11 +224,7 @@ def blank(layers: Layers, states: Sequence[SingdState]) -> dict[str, Curvature]:
     """Zeros like the curvature of all layers."""
     trained = layers.of(states)
     _, slots = _ports(trained, states)
-    return {
-        name + role: _curvature(slots[name][role], layers.loss_average, role)
-        for name, layer in trained.items()
-        for role in layer.roles
-    }
+    return _curvatures(slots, trained, layers.loss_average)
 
 
 def _slot(layer: Layer, factors: Factors) -> Sums:
@@ -300,6 +291,17 @@ def seen(factors: Factors, curvature: Curvature) -> Curvature:
 
 
 @_compat.promoting
+def _curvatures(
+    sums: Mapping[str, Mapping[Role, Sums]], layers: Layers, average: str | int | None
+) -> dict[str, Curvature]:
+    """The curvature of each layer, for each of its roles."""
+    return {
+        name + role: _curvature(sums[name][role], average, role)
+        for name, layer in layers.items()
+        for role in layer.roles
+    }
+
+
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _curvature(sums: Sums, average: str | int | None, role: Role) -> Curvature:
     """The curvature of a loss that is a mean of so many terms; compiled once for equal layers."""

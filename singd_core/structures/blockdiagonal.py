@@ -101,17 +101,19 @@ class BlockDiagonal(Pattern):
 
     @classmethod
     def summed(cls, A: Array, c: float) -> tuple[Self, Array]:
-        # The rows are written by blocks in any case, and scaled while they are. The ones of a bias
-        # are cut off first: so XLA writes rows that it has just chosen once, and no column of ones.
+        # Rows of several blocks are written anew in any case, and scaled while they are. The ones
+        # of a bias are cut off first: so XLA writes rows that it has just chosen once.
         *batch, n, d = A.shape
         q, r = divmod(d, cls.b)
-        blocks = namespace(A).reshape(A[..., : d - r].mT * c**0.5, (*batch, q, cls.b, n))
-        squares, last = sum_of_squares(blocks, 3), full((*batch, r, r), 0.0, like=A)
+        head, rest, of_sums = A[..., : d - r], A[..., d - r :], c
+        if q > 1:
+            head, of_sums = head * c**0.5, 1.0
+        blocks = namespace(A).reshape(head.mT, (*batch, q, cls.b, n))
+        squares, last = sum_of_squares(blocks, 3) * of_sums, full((*batch, r, r), 0.0, like=A)
         if r:
-            X = A[..., d - r :] * c**0.5
-            last = cast(sums_of_squares(X)[..., None], A) if r == 1 else X.mT @ X
-            squares = squares + sum_of_squares(X, 2)
-        return cls(blocks @ blocks.mT, last), squares
+            squares = squares + sum_of_squares(rest, 2) * c
+            last = cast(sums_of_squares(rest)[..., None], A) if r == 1 else rest.mT @ rest
+        return cls(blocks @ blocks.mT * of_sums, last * c), squares
 
     @classmethod
     def sums(cls) -> type[Structure]:

@@ -111,3 +111,43 @@ def test_xla_makes_few_kernels_of_a_step():
     assert kernels(text, 0) == ADAMW
     assert other <= OTHER
     assert refresh <= REFRESH
+
+
+def two_layers(d, rows):
+    """The parameters and the loss of two layers with biases, their sides a multiple of a block."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = [{"w": jax.random.normal(key, (d, d)) / d**0.5, "b": jnp.ones(d)} for key in keys[:2]]
+
+    def loss(params, x):
+        for p in params:
+            x = jnp.tanh(x @ p["w"] + p["b"])
+        return jnp.mean(x**2)
+
+    return params, loss, jax.random.normal(keys[2], (rows, d))
+
+
+@pytest.mark.slow
+def test_each_factor_costs_a_gradient_four_kernels():
+    """Choosing the rows, the product of them, their squares and the mean of these."""
+    params, loss, x = two_layers(128, 1024)
+    layers = singd_jax.find_layers(loss)(params, x)
+    state = singd_jax.singd(layers=layers, T=1).init(params)
+    both = jax.jit(singd_jax.value_and_curvature(loss, layers)).lower(params, state, x).compile()
+    alone = jax.jit(jax.value_and_grad(loss)).lower(params, x).compile()
+    constants = len(re.findall(r" copy\(%?constant", both.as_text()))
+    more = kernels(both.as_text(), 0) - constants - kernels(alone.as_text(), 0)
+    assert more <= 2 * 2 * 4
+
+
+@pytest.mark.slow
+def test_a_condition_around_the_curvature_copies_none_of_it():
+    """What its branches return is the result: scaled behind it, it was there twice."""
+    params, loss, x = two_layers(64, 128)
+    layers = singd_jax.find_layers(loss)(params, x)
+    function, temporary = singd_jax.value_and_curvature(loss, layers), []
+    for T in (1, 50):
+        state = singd_jax.singd(layers=layers, T=T).init(params)
+        lowered = jax.jit(function).lower(params, state, x)
+        assert ("stablehlo.case" in lowered.as_text()) == (T == 50)
+        temporary.append(lowered.compile().memory_analysis().temp_size_in_bytes)
+    assert temporary[1] <= 1.01 * temporary[0]
