@@ -52,7 +52,8 @@ NEWEST := .venv-newest
 WITH := array-api-strict curvlinops-for-pytorch dm-haiku equinox flax orbax-checkpoint pytest pytest-xdist \
 	scikit-learn scipy singd==0.0.5
 # What old versions warn of in code of their own.
-WARN_OF_THEMSELVES := -W ignore::DeprecationWarning -W ignore:TypedStorage -W "ignore:The epoch parameter"
+WARN_OF_THEMSELVES := -W ignore::DeprecationWarning -W ignore:TypedStorage -W "ignore:The epoch parameter" \
+	-W "ignore:Casting complex values"
 FRAMEWORK_TESTS := tests/core tests/torch_frontend tests/jax_frontend
 
 test-oldest test-newest: export OMP_NUM_THREADS ?= 1
