@@ -16,6 +16,8 @@ from singd_torch._uncompiled import uncompiled
 class _Takes(Protocol):
     def take(self, x: Tensor, g: Tensor) -> Any: ...
 
+    def take_some(self, x: Tensor, g: Tensor, samples: int) -> Any: ...
+
 
 # Before, torch cannot compile operators with effects in the backward pass of a function.
 SUPPORTED = torch.__version__ >= "2.13"  # compares versions, not text
@@ -27,18 +29,18 @@ _NUMBERS = itertools.count()
 # The handle is a tensor and no number, so that one graph serves all modules of a kind.
 _ROWS = "singd_torch::rows"
 _TAGS = [tag for tag in [getattr(torch.Tag, "cudagraph_unsafe", None)] if tag is not None]
-torch.library.define(_ROWS, "(Tensor handle, Tensor x, Tensor g) -> ()", tags=_TAGS)
+torch.library.define(_ROWS, "(Tensor handle, Tensor x, Tensor g, SymInt samples) -> ()", tags=_TAGS)
 
 
 @uncompiled("a hook of backward passes")
-def _rows(handle: Tensor, x: Tensor, g: Tensor) -> None:
+def _rows(handle: Tensor, x: Tensor, g: Tensor, samples: int) -> None:
     tap = _TAPS.get(int(handle))  # on the host: nothing is waited for
     if tap is not None:
-        tap.take(x, g)
+        tap.take(x, g) if samples < 0 else tap.take_some(x, g, samples)
 
 
 torch.library.impl(_ROWS, "default", _rows)
-torch.library.register_fake(_ROWS, lambda handle, x, g: None)
+torch.library.register_fake(_ROWS, lambda handle, x, g, samples: None)
 # A compiler must neither drop calls of it nor merge equal ones.
 _register_effectful_op(torch.ops.singd_torch.rows.default, _EffectType.ORDERED)
 
@@ -46,19 +48,27 @@ _register_effectful_op(torch.ops.singd_torch.rows.default, _EffectType.ORDERED)
 class _Probe(torch.autograd.Function):
     """The identity on a layer's output; its backward passes input and gradient to the operator.
 
-    A compiler removes the copy, which an in-place activation behind it needs before that.
+    A compiler removes the copy, which an in-place activation behind it needs before that. Where
+    tensor parallelism has parts of both, each process hands on some of the samples along an axis.
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, handle: Tensor) -> Tensor:
+    def forward(ctx: Any, output: Tensor, x: Tensor, handle: Tensor, axis: int | None) -> Tensor:
         ctx.save_for_backward(x, handle)
+        ctx.axis = axis
         return output.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (x, handle), (g,) = ctx.saved_tensors, grads
-        torch.ops.singd_torch.rows(handle, x, g)
-        return g, None, None
+        if ctx.axis is None:
+            torch.ops.singd_torch.rows(handle, x, g, -1)
+        else:
+            from singd_torch.sharding.meter import by_samples
+
+            own = by_samples(x, ctx.axis), by_samples(g, ctx.axis)
+            torch.ops.singd_torch.rows(handle, *own, x.shape[ctx.axis])
+        return g, None, None, None
 
 
 def handle(tap: _Takes) -> Tensor:
@@ -80,6 +90,6 @@ def tell_apart(owner: Any, weight: Tensor) -> None:
         weakref.finalize(owner, vars(weight).pop, name, None)
 
 
-def probed(x: Tensor, output: Tensor, handle: Tensor) -> Tensor:
-    """The output with a probe on it."""
-    return _Probe.apply(output, x.detach(), handle)  # type: ignore[no-untyped-call,no-any-return]
+def probed(x: Tensor, output: Tensor, handle: Tensor, axis: int | None) -> Tensor:
+    """The output with a probe on it; `axis` is that of samples, if it is in parts."""
+    return _Probe.apply(output, x.detach(), handle, axis)  # type: ignore[no-untyped-call,no-any-return]

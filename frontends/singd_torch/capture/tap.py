@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from singd_torch._uncompiled import uncompiled
 from singd_torch.capture import compiled
-from singd_torch.layers.reach import Reach
+from singd_torch.layers.reach import Reach, is_in_parts
 
 # Takes the input of a call, the gradient of the loss at its output, which product it was, and the
 # first backward pass that brought rows of it, None in compiled code. Returns whether it took them.
@@ -117,7 +117,8 @@ class Tap:
         if not output.requires_grad or not self.wanted():
             return None
         if torch.compiler.is_compiling():
-            return compiled.probed(x, output, self._handle)
+            axis = self.source.samples_axis(x) if is_in_parts(output) else None
+            return compiled.probed(x, output, self._handle, axis)
         if isinstance(output, FakeTensor):
             return None
         if output.is_leaf or (output.is_nested and output.layout is torch.strided):
@@ -145,6 +146,16 @@ class Tap:
         if rows is None or owner is None or owner.reach(self.source.weight) is Reach.NOT:
             return False
         return rows(_plain(x), _plain(g), product, first)
+
+    def take_some(self, x: Tensor, g: Tensor, samples: int) -> None:
+        """Hand on rows of some of the samples of a call, of which other processes have others."""
+        from singd_torch.sharding.meter import of_call
+
+        owner = None if self._owner is None or self.source is None else self._owner()
+        if owner is not None:
+            weight, axis = owner.leaf(self.source.weight), self.source.samples_axis(x)
+            mesh = (self.source.weight if weight is None else weight).device_mesh
+            self.take(of_call(x, mesh, axis, samples), of_call(g, mesh, axis, samples))
 
     @uncompiled("a hook of backward passes")
     def differentiate(self, g: Tensor | None = None) -> None:

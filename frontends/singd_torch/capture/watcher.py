@@ -160,9 +160,7 @@ class Watcher:
         if roster.is_switched:
             source = source.of(self.follow())
         layer = roster.by_weight.get(source.weight)
-        if layer is None or not layer.kind.has_rows:
-            return None
-        if not layer.weight.requires_grad:
+        if layer is None or not (layer.kind.has_rows and layer.weight.requires_grad):
             return None
         processes = processes_of_call()
         if self._keeper.processes is None:  # the model may have been wrapped after it was given
@@ -182,9 +180,13 @@ class Watcher:
 
     # ---- what is taken in backward passes -------------------------------------------------------
 
+    def leaf(self, weight: Tensor) -> Tensor | None:
+        """What autograd has in the place of a weight, None where nobody can tell."""
+        return self._homes.leaf(weight)
+
     def reach(self, weight: Tensor) -> Reach:
         """What the backward pass that runs does with the gradient of a weight."""
-        return Reach.of(self._homes.leaf(weight))
+        return Reach.of(self.leaf(weight))
 
     def _take(
         self, layer: Layer, source: Source, x: Tensor, g: Tensor, product: Any, loss: int | None
@@ -199,7 +201,7 @@ class Watcher:
             part = source.part if part is None else part
             own = source if product is None else dataclasses.replace(source, part=part, kept=kept)
             if layer.wants_proof() and self._takes_rows():
-                self._proofs.add(layer, own, own_x, own_g, self._homes.leaf(layer.weight))
+                self._proofs.add(layer, own, own_x, own_g, self.leaf(layer.weight))
             self.take_rows(layer, own, own_x, own_g)
         return self._takes_rows()
 

@@ -26,7 +26,7 @@ def rows_of(
 ) -> Iterator[Rows]:
     """The rows of one call, from its input and the gradient at its output, piece by piece."""
     group, kind = layer.group, source.kind
-    if source.batch_second and x.ndim == 3:
+    if source.samples_axis(x) == 1:
         x, g = x.transpose(0, 1), g.transpose(0, 1)
     bias = layer.bias is not None and not source.swapped and source.biased
     # The rows of small calls wait for others as they are, to be squared together.

@@ -42,3 +42,7 @@ class Source:
     def of(self, new: Mapping[Tensor, Tensor]) -> Source:
         """The same of the weight that is in the place of its own now."""
         return dataclasses.replace(self, weight=new.get(self.weight, self.weight))
+
+    def samples_axis(self, x: Tensor) -> int:
+        """Which axis of an input, and of its output, has the samples."""
+        return 1 if self.batch_second and x.ndim == 3 else 0

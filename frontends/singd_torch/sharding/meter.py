@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from singd_core._array import Array, widen
@@ -54,3 +55,11 @@ def by_samples(t: Tensor, axis: int) -> Any:
     if not isinstance(t, DTensor):
         return t
     return t.redistribute(placements=[Shard(axis)] * t.device_mesh.ndim).to_local()
+
+
+def of_call(t: Tensor, mesh: DeviceMesh, axis: int, samples: int) -> DTensor:
+    """What a call has, from the samples along an axis that `by_samples` has left here."""
+    shape = torch.Size((*t.shape[:axis], samples, *t.shape[axis + 1 :]))
+    stride = torch.empty(shape, device="meta").stride()
+    places = [Shard(axis)] * mesh.ndim
+    return DTensor.from_local(t, mesh, places, run_check=False, shape=shape, stride=stride)

@@ -63,7 +63,7 @@ class Sums:
         self._split.add(layer.weight)
         if g.ndim < layer.weight.ndim - layer.is_stack:  # a sample without a batch
             x, g = x[None], g[None]
-        axis = 1 if source.batch_second and x.ndim == 3 else 0
+        axis = source.samples_axis(x)
         if mask is not None and len(mask) == x.shape[axis]:
             mask = by_samples(DTensor.from_local(mask, mesh, [Replicate()] * mesh.ndim), 0)
         else:

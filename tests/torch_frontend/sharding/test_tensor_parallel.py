@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from test_fully_shard import CLOSE
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -138,7 +139,13 @@ def unseen(world: int) -> dict[str, Tensor]:
         return trained(network(world), {}, loss)
 
 
-CASES = terms, masked, mask_of_others, without_a_batch, batch_second, unseen
+def compiled(world: int) -> dict[str, Tensor]:
+    model, mask = network(world), torch.tensor([True, True, False])
+    model.compile(backend="aot_eager")
+    return trained(model, PAPER, mean, lambda optimizer: optimizer.mask_rows(mask))
+
+
+CASES = terms, masked, mask_of_others, without_a_batch, batch_second, unseen, compiled
 
 
 def run(rank: int, world: int) -> dict[str, dict[str, Tensor]]:
@@ -156,3 +163,35 @@ def test_two_processes_do_as_one() -> None:
         for case, weights in wanted.items():
             for key, p in weights.items():
                 assert (found[case][key] - p).abs().max() <= CLOSE, (case, key)
+
+
+def compiled_in_parts(rank: int, world: int) -> dict[str, Tensor]:
+    """Compiled blocks, as trainers have them: parts of their weights along two axes of a mesh."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Net(), nn.Tanh(), nn.Linear(5, 5)).double()
+    mesh = None
+    if world > 1:
+        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("data", "tensor"))
+        plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+        parallelize_module(model[0], mesh["tensor"], plan)
+    model[0].compile(backend="aot_eager")
+    if mesh is not None:
+        fully_shard(model[0], mesh=mesh["data"])
+        fully_shard(model, mesh=mesh["data"])
+
+    def loss(model: Any, x: Tensor, y: Tensor) -> Tensor:
+        x, y = x.repeat(2, 1), y.repeat(2)
+        x[3:] *= 0.5
+        if mesh is not None:
+            x, y = (t.chunk(2)[mesh["data"].get_local_rank()] for t in (x, y))
+        return mean(model, x, y)
+
+    return trained(model, PAPER, loss)
+
+
+@pytest.mark.slow
+def test_four_processes_do_as_one_in_compiled_blocks() -> None:
+    wanted = compiled_in_parts(0, 1)
+    for found in gloo.run(4, compiled_in_parts):
+        for key, p in wanted.items():
+            assert (found[key] - p).abs().max() <= CLOSE, key
