@@ -14,6 +14,7 @@ from singd_torch._groups import settings_of
 from singd_torch._loading import Loaded, factors_of, loaded
 from singd_torch._training import Training
 from singd_torch.capture.copies import when_complete
+from singd_torch.layers.reach import part_again
 
 # What a copy has of what takes steps.
 _COPIED = "skipped", "compile", "capturable"
@@ -46,6 +47,7 @@ class Saving(Training):
         Raises:
             ValueError: Naming the first entry that does not fit; nothing is changed then.
         """
+        part_again(self._roster.model)
         found: list[Loaded] = []
         sharded = self._stepper.sharded
 

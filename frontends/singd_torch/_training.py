@@ -50,7 +50,6 @@ class Training(torch.optim.Optimizer):
     def _route(self) -> None:
         """Decide which parameters form layers, keeping what is known of those that stay."""
         self._place_rates()
-        part_again(self._roster.model)
         refuse_gathered(p for group in self.param_groups for p in group["params"])
         self._roster.groups, self._stepper.state = self.param_groups, self.state
         for layer in self._roster.find():

@@ -237,6 +237,8 @@ class SINGD(Saving):
         if len({id(p) for p in params}) < len(params):
             raise ValueError("a parameter is given twice in one parameter group")
         roster = self._roster
+        if roster.group_of:  # after construction
+            part_again(roster.model)
         roster.names |= {p: name for name, p in roster.model.named_parameters()}
         for p in params:
             name = roster.names.get(p, "a parameter")
@@ -260,7 +262,7 @@ class SINGD(Saving):
         added.setdefault("steps", 0)
         if "base_lr" not in param_group:  # a schedule changes a tensor in place
             added["base_lr"] = float(added["lr"]) or self.defaults["base_lr"]
-        if roster.layers or roster.fallback:  # after construction
+        if roster.group_of:
             self._route()
 
     # ---- what a person sees ---------------------------------------------------------------------

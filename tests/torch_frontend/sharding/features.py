@@ -1,6 +1,7 @@
 """What trainers do beside plain steps: each as several processes do it, and as one does."""
 
 import contextlib
+import copy
 import math
 from typing import Any
 
@@ -122,7 +123,7 @@ def checkpointed(run: Run) -> None:
 
 
 def kept(run: Run) -> None:
-    """Modules keep what was gathered for them, also for an evaluation before a step."""
+    """Modules keep what was gathered for them, also for an evaluation before a step or a load."""
     run.policy = {"reshard_after_forward": False}
     optimizer = run.build()
     for i, batch in enumerate(models.data(NAME)):
@@ -131,6 +132,10 @@ def kept(run: Run) -> None:
         with torch.set_grad_enabled(i % 2 == 0):
             run.model(batch[0])
         optimizer.step()
+        if i == 1:
+            with torch.no_grad():
+                run.model(batch[0])
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
 
 
 def masked(run: Run) -> None:
