@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from singd_torch._uncompiled import uncompiled
-
 
 class Reach(enum.Enum):
     """What the backward pass that runs does with the gradient of a weight."""
@@ -52,7 +50,6 @@ class Pass:
     reach: Reach = Reach.NOT
     left: tuple[int, int] | None = None
 
-    @uncompiled("a hook of backward passes")
     def end(self, weight: Tensor) -> None:
         """Know the gradient that is there now."""
         if self.reach is Reach.UNKNOWN and weight.grad is not None:
