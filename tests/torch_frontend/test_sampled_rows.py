@@ -1,6 +1,7 @@
 """A group may say how many rows a factor gets; the probe is on what an output is a view of."""
 
 import copy
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,8 @@ CLOSE = {"rtol": 1e-11, "atol": 1e-13}
 DENSE = {"recipe": "paper", "structures": ("dense", "dense")}
 
 
-def sampled(model: nn.Module, rows: int | None, **given: Any) -> SINGD:
-    optimizer = SINGD(model, **given)
-    for group in optimizer.param_groups:
-        group["rows"] = rows
-    return optimizer
+def sampled(model: nn.Module, rows: float, **given: Any) -> SINGD:
+    return SINGD(model, rows=rows, **given)
 
 
 def curvatures(optimizer: SINGD) -> dict[str, Tensor]:
@@ -92,7 +90,7 @@ def test_as_many_rows_as_there_are_change_nothing(kfac_approx: str) -> None:
     models = [nn.Sequential(*copy.deepcopy(layers)).double() for _ in range(3)]
     optimizers = [
         sampled(model, rows, kfac_approx=kfac_approx)
-        for model, rows in zip(models, (None, 96, 2), strict=True)
+        for model, rows in zip(models, (math.inf, 96, 2), strict=True)
     ]
     for _ in range(3):
         x = torch.randn(6, 2, 6, 6, dtype=torch.float64)
