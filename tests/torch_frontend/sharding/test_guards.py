@@ -63,15 +63,21 @@ def own_loop(rank: int, world: int, how: str) -> Any:
     return [p.detach() for p in model.parameters()], said
 
 
-@pytest.mark.parametrize("how", ["a group", "a mesh"])
-def test_processes_that_average_gradients_by_themselves_train_like_one(how: str) -> None:
-    found = gloo.run(2, own_loop, how)
+def alone() -> nn.Module:
+    """What one process has trained with the whole batches."""
     model = network()
     optimizer = SINGD(model)
     for step in range(STEPS):
         optimizer.zero_grad()
         backward(model, step)
         optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize("how", ["a group", "a mesh"])
+def test_processes_that_average_gradients_by_themselves_train_like_one(how: str) -> None:
+    found = gloo.run(2, own_loop, how)
+    model = alone()
     for weights, said in found:
         assert not said
         for p, q in zip(model.parameters(), weights, strict=True):
@@ -131,12 +137,7 @@ def in_parts(rank: int, world: int) -> Any:
 
 @pytest.mark.slow
 def test_copies_of_parts_are_told_or_asked_for() -> None:
-    model = network()
-    optimizer = SINGD(model)
-    for step in range(STEPS):
-        optimizer.zero_grad()
-        backward(model, step)
-        optimizer.step()
+    model = alone()
     for weights in gloo.run(4, in_parts):
         for p, q in zip(model.parameters(), weights, strict=True):
             torch.testing.assert_close(p.detach(), q, rtol=0.0, atol=1e-12)
