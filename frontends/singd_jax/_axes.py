@@ -35,6 +35,10 @@ KEEPS = {
 }
 
 
+# Equations whose result has the entries of their operand, and no others.
+REARRANGES = {*KEEPS, "broadcast_in_dim", "reshape", "squeeze", "transpose"}
+
+
 def size(group: Group) -> int:
     """The length of an axis."""
     return math.prod(n for *_, n in group)
@@ -94,6 +98,22 @@ def rearranged(name: str, p: Mapping[str, Any], dims: tuple[Group, ...]) -> Any:
     if name == "broadcast_in_dim":
         source = dict(zip(p["broadcast_dimensions"], dims, strict=True))
         return tuple(source.get(i, ()) for i in range(len(p["shape"])))
+    return None
+
+
+def restored(name: str, p: Mapping[str, Any], dims: Sequence[Group], shape: Sequence[int]) -> Any:
+    """The axes of an operand of that shape from those that `rearranged` makes of them, or None."""
+    if name in KEEPS:
+        return tuple(dims)
+    if name == "transpose":
+        return tuple(dims[p["permutation"].index(i)] for i in range(len(dims)))
+    if name == "broadcast_in_dim":
+        kept = p["broadcast_dimensions"]
+        rest = [n for i, n in enumerate(p["shape"]) if i not in kept]
+        same = [p["shape"][i] for i in kept] == list(shape)
+        return tuple(dims[i] for i in kept) if same and set(rest) <= {1} else None
+    if name == "squeeze" or (name == "reshape" and p.get("dimensions") is None):
+        return reshaped(dims, shape)
     return None
 
 

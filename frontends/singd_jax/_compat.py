@@ -30,6 +30,11 @@ def is_literal(v: Variable) -> bool:
     return isinstance(v, core.Literal)
 
 
+def is_smooth(v: Variable) -> bool:
+    """Whether a variable holds numbers that have gradients."""
+    return bool(jnp.issubdtype(v.aval.dtype, jnp.inexact))
+
+
 def evaluate(eqn: Equation, values: Sequence[Any]) -> list[Any]:
     """The results of one equation, by jax's own evaluator: rules of differentiation are kept."""
     given = {
@@ -53,12 +58,19 @@ def _debug_info() -> Any:
 # Equations that run a jaxpr as it is, and those that may run it again, by their old and new names.
 INLINE = ("jit", "pjit", "closed_call", "core_call")
 REMAT = ("remat", "remat2", "checkpoint")
+CUSTOM_VJP = ("custom_vjp_call", "custom_vjp_call_jaxpr")
+OWN_RULES = ("custom_jvp_call", *CUSTOM_VJP)
 
 
 def inner_jaxpr(eqn: Equation) -> tuple[Jaxpr, Sequence[Any]]:
     """The jaxpr that a call runs, and its constants."""
     found = eqn.params.get("jaxpr") or eqn.params["call_jaxpr"]
     return (found.jaxpr, found.consts) if isinstance(found, core.ClosedJaxpr) else (found, ())
+
+
+def apply(closed: Any, values: Sequence[Any]) -> list[Any]:
+    """The results of a closed jaxpr."""
+    return list(core.jaxpr_as_fun(closed)(*values))
 
 
 def without_dead_equations(closed: Any) -> Any:
@@ -68,15 +80,15 @@ def without_dead_equations(closed: Any) -> Any:
 
 
 # What has no derivative anywhere.
-_FLAT = {"ceil", "floor", "round", "sign", "stop_gradient"}
+FLAT = {"ceil", "floor", "round", "sign", "stop_gradient"}
 
 
 def trained(jaxpr: Jaxpr, results: Sequence[Variable] | None = None) -> set[Variable]:
     """The variables of a jaxpr through which a gradient goes back from results, or from all."""
     found = {v for v in (jaxpr.outvars if results is None else results) if not is_literal(v)}
     for eqn in reversed(jaxpr.eqns):
-        smooth = any(jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in eqn.outvars if v in found)
-        if eqn.primitive.name in _FLAT:
+        smooth = any(is_smooth(v) for v in eqn.outvars if v in found)
+        if eqn.primitive.name in FLAT:
             found -= set(eqn.outvars)
         elif smooth:
             found |= {v for v in eqn.invars if not is_literal(v)}

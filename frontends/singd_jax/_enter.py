@@ -18,6 +18,7 @@ from singd_jax._axes import View
 from singd_jax._joins import Join
 from singd_jax._product import Origin, Product
 from singd_jax._reasons import STACKED
+from singd_jax._rules import custom_jvp, custom_vjp
 from singd_jax._tap import Port, Slice
 
 if TYPE_CHECKING:
@@ -120,65 +121,6 @@ def scan(
     return [*carry, *ys], [None] * len(eqn.outvars)
 
 
-def custom_jvp(
-    tracer: Tracer, eqn: Any, values: Sequence[Any], origins: Sequence[Origin], ports: Ports
-) -> Results:
-    """`jax.custom_jvp`: the gradient is the transpose of its rule, which is linear in tangents.
-
-    So the products to visit are those of a parameter's tangent inside the rule.
-    """
-    given = [i for i, v in enumerate(eqn.invars) if _is_smooth(v)]
-    returned = [i for i, v in enumerate(eqn.outvars) if _is_smooth(v)]
-
-    def rule(values: Any, tangents: Any) -> Any:
-        def function(*some: Any) -> Any:
-            full = list(values)
-            for i, x in zip(given, some, strict=True):
-                full[i] = x
-            results = _compat.evaluate(eqn, full)
-            return [results[i] for i in returned]
-
-        return jax.jvp(function, [values[i] for i in given], tangents)[1]
-
-    def zeros(values: Any) -> list[Any]:
-        chosen = [values[i] for i in given]
-        return [_compat.vary(jnp.zeros_like(x), _compat.varying(x)) for x in chosen]
-
-    closed = jax.make_jaxpr(rule)(values, zeros(values))
-    closed = tracer.keep(_compat.without_dead_equations(closed))
-    if tracer.spread.known:
-        spread = tracer.spread.of(eqn.invars)
-        tracer.spread.follow(closed.jaxpr, closed.consts, [*spread, *(spread[i] for i in given)])
-    inside = [*[None] * len(values), *(tracer.closed(origins[i], "custom_jvp") for i in given)]
-    found: list[Origin] = []
-
-    def linear(values: Any, tangents: Any, ports: Any) -> Any:
-        args = [*values, *tangents]
-        results, found[:] = tracer.run(closed.jaxpr, closed.consts, args, inside, ports)
-        return results
-
-    @jax.custom_vjp
-    def call(values: Any, ports: Any) -> Any:
-        return _compat.evaluate(eqn, values)
-
-    def forward(values: Any, ports: Any) -> Any:
-        return call(values, ports), (values, ports)
-
-    def backward(residuals: Any, g: Any) -> Any:
-        values, ports = residuals
-        _, pull = jax.vjp(lambda *args: linear(values, *args), zeros(values), ports)
-        pulled, of_ports = pull([g[i] for i in returned])
-        of_values: list[Any] = [None] * len(values)
-        for i, x in zip(given, pulled, strict=True):
-            of_values[i] = x
-        return of_values, of_ports
-
-    call.defvjp(forward, backward)
-    jax.eval_shape(linear, values, zeros(values), ports)  # finds products and origins
-    origin_of = dict(zip(returned, found, strict=True))
-    return call(values, ports), [origin_of.get(i) for i in range(len(eqn.outvars))]
-
-
 def shard_map(
     tracer: Tracer, eqn: Any, values: Sequence[Any], origins: Sequence[Origin], ports: Ports
 ) -> Results:
@@ -202,10 +144,6 @@ def shard_map(
     results = _compat.shard_map(eqn, body)(values, dict(ports))
     tracer.spread.unchecked = unchecked
     return results, [None] * len(results)
-
-
-def _is_smooth(v: Any) -> bool:
-    return bool(jnp.issubdtype(v.aval.dtype, jnp.inexact))
 
 
 def reaches(origins: Sequence[Origin], key: Any) -> bool:
@@ -238,5 +176,6 @@ CALLS: Mapping[str, Callable[..., Results]] = {
     "scan": scan,
     "cond": cond,
     "custom_jvp_call": custom_jvp,
+    **dict.fromkeys(_compat.CUSTOM_VJP, custom_vjp),
     "shard_map": shard_map,
 }

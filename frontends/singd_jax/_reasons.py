@@ -2,17 +2,10 @@
 
 STACKED = "stacked inside the loss: keep the stack as one parameter"
 
-_HIDDEN = (
-    "inside a custom_vjp, which shows no gradient of an output: multiply by it outside of the "
-    "function, or make the function a custom_jvp"
-)
-
 # By the equation that reads it.
 REASONS = {
     "mul": "multiplied entry by entry",
     "while": "inside a while loop: use lax.scan",
-    "custom_vjp_call": _HIDDEN,
-    "custom_vjp_call_jaxpr": _HIDDEN,
     "concatenate": "concatenated with what is no parameter: multiply by each of them",
     "stack": STACKED,
     "dynamic_slice": (
@@ -27,3 +20,11 @@ REASONS = {
 def reason(name: str) -> str:
     """Why, of a parameter that an equation of this name reads."""
     return REASONS.get(name, f"read by `{name}`")
+
+
+def made_by(what: str) -> str:
+    """Why, of a parameter whose gradient the backward pass of a custom_vjp makes so."""
+    return (
+        f"inside a custom_vjp, which makes its gradient by {what}: make it a product of rows, "
+        "x.T @ g, or multiply by it outside of the function"
+    )

@@ -17,6 +17,8 @@ from singd_jax import _compat
 
 Axes: TypeAlias = frozenset[Any]
 NONE: Axes = frozenset()
+# marks of what depends on gradients, and on parameters, beside the axes of a mesh
+GRADIENT, PARAMETERS = "gradient", "parameters"
 
 _SHARES = {"all_gather", "all_gather_invariant", "pmax", "pmin", "psum", "psum2", "psum_invariant"}
 _PARTS = {"all_to_all", "axis_index", "reduce_scatter"}
@@ -72,7 +74,11 @@ class Spread:
     def follow(self, jaxpr: _compat.Jaxpr, consts: Sequence[Any], given: Sequence[Axes]) -> None:
         """Remember along which axes the values of a jaxpr differ, from those of its operands."""
         for v, axes in self._values(jaxpr, consts, given).items():
-            self.known[v] = axes & self.known.get(v, axes)
+            self.known[v] = self._both(axes, self.known.get(v, axes))
+
+    def _both(self, a: Axes, b: Axes) -> Axes:
+        """What holds for a value of a jaxpr that is called twice."""
+        return a & b
 
     def _values(
         self, jaxpr: _compat.Jaxpr, consts: Sequence[Any], given: Sequence[Axes]
@@ -85,7 +91,7 @@ class Spread:
             values = [NONE if _compat.is_literal(v) else found[v] for v in eqn.invars]
             results, of_calls = self._equation(eqn, values)
             for v, axes in of_calls.items():
-                inner[v] = axes & inner.get(v, axes)
+                inner[v] = self._both(axes, inner.get(v, axes))
             found |= zip(eqn.outvars, results, strict=True)
         return inner | found
 
@@ -134,6 +140,29 @@ class Spread:
             if new == old:
                 return [axes | stops for axes in results], inner
             values = [*values[:consts], *new, *values[consts + carry :]]
+
+
+class Perturbed(Spread):
+    """Which values change with the parameters, for all that autodiff sees of it."""
+
+    def __call__(self, v: _compat.Variable) -> bool:
+        """Whether a value may change; one that is not known may."""
+        return not _compat.is_literal(v) and PARAMETERS in self.known.get(v, {PARAMETERS})
+
+    def _both(self, a: Axes, b: Axes) -> Axes:
+        return a | b
+
+    def _equation(
+        self, eqn: _compat.Equation, values: list[Axes]
+    ) -> tuple[list[Axes], dict[_compat.Variable, Axes]]:
+        results, inner = super()._equation(eqn, values)
+        if eqn.primitive.name in _compat.OWN_RULES:
+            results = [NONE.union(*values)] * len(results)
+        flat = eqn.primitive.name in _compat.FLAT
+        return [
+            NONE if flat or not _compat.is_smooth(v) else axes
+            for v, axes in zip(eqn.outvars, results, strict=True)
+        ], inner
 
 
 def _length(axis: Any) -> int:

@@ -23,7 +23,7 @@ from singd_jax._lookups import gather
 from singd_jax._product import Bias, Origin, Path, Piece, Product
 from singd_jax._ragged import ragged_dot
 from singd_jax._reasons import reason
-from singd_jax._spread import Spread
+from singd_jax._spread import Perturbed, Spread
 
 Ports: TypeAlias = Mapping[Key, Any]
 # Takes a product, its operand, itself and the ports; returns the product, tapped or not.
@@ -44,6 +44,8 @@ class Tracer:
         steps: The weights that every step of such a scan multiplies with.
         leading: The lengths of the first axes of what parameters multiply.
         spread: Along which axes of a mesh data differ between devices.
+        perturbed: Which values change with the parameters.
+        within: The equations that are being entered.
     """
 
     def __init__(
@@ -60,8 +62,8 @@ class Tracer:
         self.scans: dict[int, int] = {}
         self.steps: set[Key] = set()
         self.leading: set[int | None] = set()
-        self.spread = Spread()
-        self._within: Path = ()
+        self.spread, self.perturbed = Spread(), Perturbed()
+        self.within: Path = ()
         self._kept: list[Any] = []
 
     def keep(self, jaxpr: Any) -> Any:
@@ -120,12 +122,12 @@ class Tracer:
             return _compat.evaluate(eqn, values), none
         enter = CALLS.get(eqn.primitive.name)
         if enter is not None and any(isinstance(o, (View, Join)) for o in origins):
-            within, self._within = self._within, (*self._within, id(eqn))
+            within, self.within = self.within, (*self.within, id(eqn))
             try:
                 mine = {k: p for k, p in ports.items() if reaches(origins, k)}
                 return enter(self, eqn, values, origins, mine)
             finally:
-                self._within = within
+                self.within = within
         results = _compat.evaluate(eqn, values)
         if eqn.primitive.name in ("optimization_barrier", "device_put"):
             return results, origins
@@ -226,18 +228,8 @@ class Tracer:
                 return None
             if x_cut or y_cut:
                 call = call.of_part(x_cut, y_cut)
-            scans = [i for i in self._within if i in self.scans and i not in view.scans]
-            lengths = [self.scans[i] for i in scans]
-            for _, n in view.picks:
-                if n in lengths:  # a loop that picks one layer after the other
-                    lengths.remove(n)
-            if lengths:
-                self.steps.add(view.key)
-            steps = math.prod(lengths)
-            call = dataclasses.replace(call, times=max(steps, 1) * self.spread.devices(x, y))
-            path = (*self._within, id(eqn))
-            self.calls[view.key][path] = call
-            self.leading.add(call.leading)
+            path = (*self.within, id(eqn))
+            call = self.record(call, path, x, y, self.spread)
             operand = x if call.sizes is None else (x, values[2])
             own = ports
             if view.key in ports:
@@ -247,6 +239,22 @@ class Tracer:
         if any(cut[0] for cut in parts) or not pieces[0].call.takes_bias:
             return None  # concatenated inputs: a bias is no part of any of them
         return Product(tuple(pieces), axes_of(y.shape))
+
+    def record(self, call: Call, path: Path, x: Any, y: Any, spread: Spread) -> Call:
+        """A product of a weight with data x at a path; returned as one that runs so often."""
+        view = call.view
+        scans = [i for i in path if i in self.scans and i not in view.scans]
+        lengths = [self.scans[i] for i in scans]
+        for _, n in view.picks:
+            if n in lengths:  # a loop that picks one layer after the other
+                lengths.remove(n)
+        if lengths:
+            self.steps.add(view.key)
+        steps = max(math.prod(lengths), 1)
+        call = dataclasses.replace(call, times=steps * spread.devices(x, y))
+        self.calls[view.key][path] = call
+        self.leading.add(call.leading)
+        return call
 
     def _call(
         self, eqn: Any, side: int, view: View, x: Sequence[int], y: Sequence[int]

@@ -388,7 +388,7 @@ def inside_custom_vjp() -> Case:
     def loss(p, x):
         return mean_square(product(p["w"], x) @ p["v"])
 
-    return Case(loss, {"w": array(4, 4), "v": array(4, 3)}, (X,), {"v"}, {"w"})
+    return Case(loss, {"w": array(4, 4), "v": array(4, 3)}, (X,), {"v", "w"})
 
 
 @jax.custom_jvp
