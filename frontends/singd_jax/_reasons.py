@@ -13,6 +13,10 @@ REASONS = {
         "scan over the chunks"
     ),
     "slice": "sliced across its layout",
+    "ragged_dot_general": (
+        "multiplied by `ragged_dot_general` in another way than `ragged_dot` does: reshape its "
+        "rows to one axis, and take `lax.ragged_dot`"
+    ),
     "dot_general": "multiplied with a parameter",
 }
 

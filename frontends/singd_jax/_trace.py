@@ -264,7 +264,7 @@ class Tracer:
         if eqn.primitive.name == "conv_general_dilated":
             return _calls.convolution(eqn.params, view, y)
         if eqn.primitive.name == "ragged_dot_general":
-            return ragged_dot(eqn.params, view, x, eqn.invars[2].aval.shape[0])
+            return ragged_dot(eqn.params, view, x, eqn.invars[2].aval.shape[-1])
         return gather(eqn.params, view, x, y)
 
     def _add(self, origins: list[Origin], result: Any) -> Origin:

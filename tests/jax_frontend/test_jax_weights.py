@@ -82,6 +82,23 @@ def test_the_rows_of_each_ragged_group_are_its_own():
     assert not any(np.any(a[1]) for a in got)  # a group without rows
 
 
+def test_ragged_products_of_a_stack_are_layers_and_others_are_told():
+    numbers = lax.RaggedDotDimensionNumbers
+    batched = numbers((([2], [2]), ([0], [1])), [1], [0])
+    several = numbers((([2], [1]), ([], [])), [1], [0])
+    sizes = jnp.array([[1, 1, 1], [0, 2, 1]])
+
+    def loss(p, x):
+        y = lax.ragged_dot_general(x, p["stacked"], sizes, batched)
+        return mean_square(y + lax.ragged_dot_general(x, p["w"], sizes[0], several))
+
+    params, x = {"stacked": array(3, 2, 4, 3), "w": array(3, 4, 3)}, X.reshape(2, 3, 4)
+    layers = singd_jax.find_layers(loss)(params, x)
+    assert layers["stacked"].shape == ((2, 3), 3, 4)
+    assert max(singd_jax.check(loss, layers)(params, x).values()) < 1e-5
+    assert "reshape its rows to one axis, and take `lax.ragged_dot`" in layers.others["w"]
+
+
 @pytest.mark.slow
 def test_sampled_rows_of_ragged_groups_have_the_expected_sums():
     x, sizes = array(400, 4), jnp.array([150, 7, 0, 200])
