@@ -82,7 +82,7 @@ class Levels(Tree):
         """
         rows, columns = rows * (self.rows + FLOOR), columns * (self.columns + FLOOR)
         total = number(namespace(rows).sum(rows, axis=-1))  # of the columns too
-        of_new, of_old = shares(total, weight)
+        of_new, of_old = multipliers(total, weight)
         pairs = (self.rows, rows), (self.columns, columns)
         return type(self)(
             *(
@@ -92,7 +92,7 @@ class Levels(Tree):
         )
 
 
-def shares(total: Scalar, weight: Scalar) -> tuple[Scalar, Scalar]:
+def multipliers(total: Scalar, weight: Scalar) -> tuple[Scalar, Scalar]:
     """What new sums are multiplied by, of as many rows or columns, and what old levels are.
 
     The share of new sums may be near the end of the range: it multiplies them first.

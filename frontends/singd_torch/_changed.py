@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from singd_torch._groups import check_group
+from singd_torch._groups import NOTES, check_group
 
 # What layers were found with, and what their state has the form of.
 _FIXED = "rule", "structures", "average_groups", "preconditioner_dtype", "momentum_dtype"
 # What is no setting, or counted.
-_OTHERS = {"params", "param_names", "steps", "without_rows", "turned"}
+_OTHERS = {"params", "param_names", "steps", *NOTES}
 
 
 class Known:

@@ -69,7 +69,7 @@ def loaded(
         sums = Late.zeros(layer.shape[0], layer.weight)
         entries[layer.weight] |= begun_anew(sums, entries[layer.weight], _state.LATE)
         check_momenta(layer, entries, s)
-        factors[layer.weight] = factors_of(layer, entries[layer.weight], s)
+        factors[layer.weight] = saved_factors(layer, entries[layer.weight], s)
     for p, found in entries.items():
         check_moments(names.get(p, "a parameter"), p, found)
         if _state.COMPENSATION in found:
@@ -78,7 +78,7 @@ def loaded(
     return Loaded(groups, entries, factors, others)
 
 
-def factors_of(layer: Layer, entries: Mapping[str, Any], s: Settings) -> Factors | None:
+def saved_factors(layer: Layer, entries: Mapping[str, Any], s: Settings) -> Factors | None:
     """The saved factors of a layer, None if it had none yet.
 
     Raises:

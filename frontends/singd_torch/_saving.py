@@ -11,7 +11,7 @@ from torch import nn
 from singd_core.rules import Factors
 from singd_torch import _state
 from singd_torch._groups import settings_of
-from singd_torch._loading import Loaded, factors_of, loaded
+from singd_torch._loading import Loaded, loaded, saved_factors
 from singd_torch._training import Training
 from singd_torch.capture.copies import when_complete
 from singd_torch.layers.reach import part_again
@@ -106,7 +106,7 @@ class Saving(Training):
         self._route()
         self._go_on_from(
             {
-                layer.weight: factors_of(
+                layer.weight: saved_factors(
                     layer, self.state.get(layer.weight, {}), settings_of(layer.group)
                 )
                 for layer in self._layers

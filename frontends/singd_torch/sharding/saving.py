@@ -22,7 +22,7 @@ from singd_torch._loading import (
     check_momenta,
     check_moments,
     completed,
-    factors_of,
+    saved_factors,
     upgrade,
 )
 from singd_torch.layers.layer import Layer
@@ -237,7 +237,7 @@ def _checked(
     if older:
         _upgrade(layer, entries, in_parts=isinstance(plain, Slab), normalized=s.normalized)
     check_momenta(plain, of_plain, s)
-    return factors_of(plain, of_plain[plain.weight], s)
+    return saved_factors(plain, of_plain[plain.weight], s)
 
 
 def _upgrade(
