@@ -371,3 +371,19 @@ def test_precision_keeps_its_runs_and_makes_none_twice(tmp_path, monkeypatch):
         precision.main()
     assert [run.format for run in calls] == precision.FORMATS
     assert "5 of 5 runs were made" in precision.report()
+
+
+# ---- launches.py --------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_graphs_whose_kernels_are_counted_can_be_of_a_gpu():
+    launches = importlib.import_module("launches")
+    found = launches.recorded()
+    assert len(found) == len(launches.KINDS)
+    assert all(given["options"]["combo_kernels"] for _, _, given in found)
+    graph, inputs = launches.on_gpu(*found[0][:2])
+    assert all(x.device.type == "cuda" for x in inputs)
+    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    assert len(placeholders) == len(inputs)
+    assert all(node.op != "get_attr" for node in graph.graph.nodes)

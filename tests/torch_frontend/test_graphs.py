@@ -87,6 +87,23 @@ def test_a_kind_of_step_is_one_graph_and_the_step_it_was() -> None:
     assert_equal(model, expected)
 
 
+@pytest.mark.parametrize(
+    ("given", "combined"),
+    [({}, True), ({"dynamic": None}, True), ({"mode": "default"}, None), ({"options": {}}, None)],
+)
+def test_small_kernels_are_launched_as_one_unless_the_compiler_is_told(
+    given: dict[str, Any], combined: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch, "compile", lambda graph, **with_: told.append(with_) or graph)
+    train(small, {"compile_step": given or True}, 8)
+    assert told
+    for own in told:
+        assert own.get("options", {}).get("combo_kernels") is combined
+        assert own.items() >= given.items()
+        assert own["fullgraph"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_steps_of_all_layers_are_those_without_graphs(case: str) -> None:

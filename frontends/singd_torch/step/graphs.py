@@ -24,6 +24,14 @@ _MOST = 16
 
 Change = Callable[[], list[Tensor] | None]
 
+# Small kernels that do not depend on each other become one, with any number of tensors: a step
+# has several for each parameter.
+_TOGETHER = {
+    "combo_kernels": True,
+    "combo_kernel_max_num_nodes": 256,
+    "combo_kernel_max_num_args": 2048,
+}
+
 
 class Kind(NamedTuple):
     """What a step has in common with others.
@@ -95,10 +103,21 @@ class Graphs:
             return found
 
         traced = _without_out(make_fx(taken)(*kind.inputs))
-        run = torch.compile(traced, **{"fullgraph": True, "dynamic": False} | dict(self.arguments))
+        run = torch.compile(traced, **_arguments(self.arguments))
         made = [stack.preconditioner for stack in stacks]
         self._known[kind.key] = Graph(run, kept, made)
         return found
+
+
+def _arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of torch.compile, with `_TOGETHER` where no options, mode or compiler are given."""
+    found = {"fullgraph": True, "dynamic": False} | dict(given)
+    if found.keys().isdisjoint({"options", "mode", "backend"}):
+        from torch import _inductor  # takes a second to import
+
+        known = _inductor.list_options()
+        found["options"] = {name: x for name, x in _TOGETHER.items() if name in known}
+    return found
 
 
 def kind_of(

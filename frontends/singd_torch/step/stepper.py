@@ -119,7 +119,7 @@ class Stepper(Stacker):
         found = change() if graphs is None or kind is None else graphs.take(kind, ready, change)
         if found is None:
             return
-        skip, moved = found or (None, None)
+        skip, missed = found or (None, None)
         grads = [_unscaled(scales.grads, p) for p in others]
         known: dict[str, Any] = {
             "names": self.roster.names,
@@ -128,12 +128,11 @@ class Stepper(Stacker):
         }
         store = partial(rounding.store, **known, state=self.state, skip=skip)
         _fallback.step_all(self.roster.group_of, others, grads, self.state, skip, shares, store)
-        if moved is not None:
+        if missed is not None:
             if not isinstance(self.skipped, Tensor):
-                self.skipped = torch.full(
-                    (), self.skipped, dtype=torch.float32, device=moved.device
-                )
-            self.skipped.add_(~moved)
+                count, device = self.skipped, missed.device
+                self.skipped = torch.full((), count, dtype=torch.float32, device=device)
+            self.skipped.add_(missed)
 
     def _change(
         self,
@@ -145,7 +144,7 @@ class Stepper(Stacker):
         """Change the parameters of these stacks, at these rates by the `id` of a group.
 
         Returns:
-            Of an accelerator, 1 where nothing may change, else 0, and whether everything moved.
+            Of an accelerator, 1 where nothing may change, else 0, and whether something stayed.
             None if the host knows that nothing may change, and nothing if it knows that all may.
         """
         chosen = {
@@ -180,7 +179,7 @@ class Stepper(Stacker):
             return []
         all_moved = [m.to(ok.device) for m in moved] or [ok]  # only if ok
         found = torch.stack(all_moved).all() if len(all_moved) > 1 else all_moved[0]
-        return [bad.to(torch.float32), found]
+        return [bad.to(torch.float32), ~found]
 
     def _advance(self, ready: list[Stack], given: Gradients) -> list[Any]:
         """Change what belongs to layers, and return what moved."""

@@ -33,8 +33,9 @@ def norms(
         row = torch.stack(each)
         if scale is not None:
             row = row / (scale.to(row.device) if isinstance(scale, Tensor) else scale)
+            each = row.unbind()
         known = row * _room(row.dtype)
-        own = row.tolist() if pieces.on_host(row) else row.unbind()
+        own = row.tolist() if pieces.on_host(row) else each
         rows += known.tolist() if pieces.on_host(row) else [known]
         found |= zip(params, own, strict=True)
     return found, rows
