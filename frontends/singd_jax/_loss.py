@@ -51,6 +51,9 @@ class Leaves:
         names = [_name(path) for path in paths]
         if len(set(names)) < len(names):  # {"a.b": ...} beside {"a": {"b": ...}}
             names = [jax.tree_util.keystr(path) for path in paths]
+        if _nnx.is_model(params):
+            held = _nnx.variables(params, _is_left_out)
+            _refuse_shared([pair for *pair, own in zip(names, held, trained, strict=True) if own])
 
         def join(leaves: Sequence[Any]) -> Any:
             new = iter(leaves)
@@ -123,6 +126,23 @@ class Leaves:
             paired,
             is_leaf=lambda leaf: isinstance(leaf, _Gradient),
         )
+
+
+def _refuse_shared(named: Sequence[Any]) -> None:
+    """Raise if a model of nnx has one variable in several places, which a pytree would part.
+
+    Raises:
+        ValueError: Naming two of them.
+    """
+    seen: dict[tuple[int, int], str] = {}
+    for name, (variable, i) in named:
+        other = seen.setdefault((id(variable), i), name)
+        if other != name:
+            raise ValueError(
+                f"{other!r} and {name!r} are one variable of the model: give the params of graph, "
+                "params, rest = nnx.split(model, nnx.Param, ...), and in the loss use "
+                "nnx.merge(graph, params, rest)"
+            )
 
 
 _NONE = optax.MaskedNode()

@@ -15,15 +15,21 @@ def is_model(tree: Any) -> bool:
     return nnx is not None and isinstance(tree, nnx.Module)
 
 
-def trained(model: Any, is_leaf: Callable[[Any], bool]) -> list[bool]:
-    """For each leaf of a model, whether an `nnx.Param` holds it."""
+def variables(model: Any, is_leaf: Callable[[Any], bool]) -> list[tuple[Any, int]]:
+    """For each leaf of a model the variable that holds it, and as which of its leaves."""
     nnx: Any = sys.modules["flax.nnx"]
-    found: list[bool] = []
+    found: list[tuple[Any, int]] = []
     for value in jax.tree.leaves(
         model, is_leaf=lambda v: isinstance(v, nnx.Variable) or is_leaf(v)
     ):
-        found += [isinstance(value, nnx.Param)] * len(jax.tree.leaves(value, is_leaf=is_leaf))
+        found += [(value, i) for i, _ in enumerate(jax.tree.leaves(value, is_leaf=is_leaf))]
     return found
+
+
+def trained(model: Any, is_leaf: Callable[[Any], bool]) -> list[bool]:
+    """For each leaf of a model, whether an `nnx.Param` holds it."""
+    nnx: Any = sys.modules["flax.nnx"]
+    return [isinstance(variable, nnx.Param) for variable, _ in variables(model, is_leaf)]
 
 
 def update(model: Any, new: Any) -> None:

@@ -278,6 +278,30 @@ def test_what_a_model_of_nnx_changes_is_kept(T):
     assert float(jnp.abs(model.norm.mean[...]).max()) > 0.0
 
 
+def test_a_variable_of_nnx_in_two_places_is_split_first():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.cell = nnx.Linear(4, 4, use_bias=False, rngs=rngs)
+            self.again = nnx.Sequential(self.cell, jnp.tanh)
+
+        def __call__(self, x):
+            return self.again(self.cell(x))
+
+    def loss(model, x):
+        return jnp.mean(model(x) ** 2)
+
+    model = Model(nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"are one variable of the model: .* nnx\.split"):
+        singd_jax.find_layers(loss)(model, X)
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def split(params, x):
+        return loss(nnx.merge(graph, params, rest), x)
+
+    layers = singd_jax.find_layers(split)(params, X)
+    assert [layer.uses for layer in layers.values()] == [2]
+
+
 @pytest.mark.slow
 def test_variables_of_nnx_are_those_that_are_trained():
     def loss(model, x, y):

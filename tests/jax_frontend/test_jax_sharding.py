@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from singd_jax import find_layers
 
@@ -107,7 +107,7 @@ def test_what_a_loop_carries_differs_between_devices_where_its_end_does(differs)
 
     loss = jax.shard_map(
         local,
-        mesh=AbstractMesh((8,), ("data",)),
+        mesh=AbstractMesh((8,), ("data",), axis_types=(AxisType.Auto,)),
         in_specs=(PartitionSpec(), PartitionSpec("data")),
         out_specs=PartitionSpec(),
         check_vma=False,
