@@ -1,6 +1,6 @@
 """How much late gradients agree, how small they are, and what both say of the size of steps.
 
-The equations are those of docs/mathematics.md, section 5.
+Section 5 of docs/mathematics.md has the equations.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BEGINNING = 200.0
 MEMORY = 1000.0  # how many steps back earlier gradients count
 
 # So many times ‖∇W‖² has to be in range, or the step is skipped: the sum over late gradients is
-# larger by up to 1 / (1 − α), and as much once more where it is multiplied by that of the weights.
+# larger by up to 1 / (1 − α), and as much once more where the sum of weights multiplies it.
 ROOM = 2.0**20
 
 

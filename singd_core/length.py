@@ -1,6 +1,6 @@
 """How long a step is: the norms that it has, and longer where late gradients agree.
 
-The equations are those of docs/mathematics.md, section 5.
+Section 5 of docs/mathematics.md has the equations.
 """
 
 from __future__ import annotations

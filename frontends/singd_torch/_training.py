@@ -251,8 +251,8 @@ class Training(torch.optim.Optimizer):
     def sampled_labels(self) -> AbstractContextManager[None]:
         """Take the rows of this step from backward passes inside the block, and only from them.
 
-        With the loss of labels sampled from the model's own predictions inside, the factors are
-        those of the Fisher matrix and not of the empirical one. Gradients come from outside alone:
+        Labels sampled from the model's own predictions make the factors approximate the Fisher
+        matrix, and not the empirical one. Gradients come from outside alone:
 
             with optimizer.sampled_labels():
                 F.cross_entropy(logits, sample(logits)).backward(retain_graph=True)

@@ -91,5 +91,5 @@ def tell_apart(owner: Any, weight: Tensor) -> None:
 
 
 def probed(x: Tensor, output: Tensor, handle: Tensor, axis: int | None) -> Tensor:
-    """The output with a probe on it; `axis` is that of samples, if it is in parts."""
+    """The output with a probe on it; `axis` counts the samples, if it is in parts."""
     return _Probe.apply(output, x.detach(), handle, axis)  # type: ignore[no-untyped-call,no-any-return]

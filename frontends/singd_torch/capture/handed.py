@@ -63,7 +63,7 @@ class Handed:
         return self.of.get(id(tensor), tensor)
 
     def gather(self, args: Iterable[Any], kwargs: Mapping[str, Any], ids: set[int]) -> None:
-        """Add to `ids` those of what a call is handed that stands for parameters in parts."""
+        """Add to `ids` the ids of what a call is handed in place of parameters in parts."""
         for tensor in tensors_of(args, kwargs):
             if id(tensor) in ids or not isinstance(tensor, nn.Parameter):
                 continue

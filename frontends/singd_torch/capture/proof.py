@@ -139,7 +139,7 @@ class Proof:
 
 
 class Proofs:
-    """Those of the passes of one step, of all layers.
+    """The proofs of all layers, from the passes of one step.
 
     Attributes:
         differentiated: The layers whose derivatives the loss of this step contains.

@@ -62,7 +62,7 @@ class Tap:
     inert taps.
 
     Attributes:
-        source: Of which rows, or None.
+        source: What knows which rows these are, or None.
         due: Whether rows are wanted, for graphs of torch.compile: those with probes and those
             without are told apart by it. What is not compiled asks the owner.
     """
@@ -148,7 +148,7 @@ class Tap:
         return rows(_plain(x), _plain(g), product, first)
 
     def take_some(self, x: Tensor, g: Tensor, samples: int) -> None:
-        """Hand on rows of some of the samples of a call, of which other processes have others."""
+        """Hand on rows of some samples of a call; other processes have its other samples."""
         from singd_torch.sharding.meter import of_call
 
         owner = None if self._owner is None or self.source is None else self._owner()

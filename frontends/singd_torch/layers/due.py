@@ -28,7 +28,7 @@ def is_refresh(group: dict[str, Any]) -> bool:
 
 @lru_cache(maxsize=16)
 def _is_due(steps: int, T: int, growing_T: bool) -> bool:
-    """Of all layers alike, each of which is asked several times in a step."""
+    """The same for all layers; each is asked several times in a step."""
     s = Settings(T=T, growing_T=growing_T)
     if type(T) is not int or T < 1:  # a script has changed it, and it is asked for before a step
         validate(s)

@@ -22,8 +22,8 @@ def parted(
 ) -> Sharded | None:
     """What parts the work of a step among processes, if parameters are in parts there.
 
-    With `copies`, also if all of the `processes` have them whole. Else those of the parts are
-    found, unless `processes` are given. Gradients are `summed` over them, or averaged.
+    With `copies`, also if all of the `processes` have them whole. Without `processes` the parts
+    tell which they are. Gradients are `summed` over them, or averaged.
 
     Raises:
         ValueError: If some that have parts are none of the processes.

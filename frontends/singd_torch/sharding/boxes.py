@@ -85,7 +85,7 @@ def group_of_parts(params: Iterable[Tensor]) -> dist.ProcessGroup:
     every = set(largest.mesh.flatten().tolist())
     if not all(some <= every for some in ranks):
         raise ValueError(
-            "the parameters are on several meshes, of which none has the processes of all: give "
+            "the parameters are on several meshes, and none of them has the processes of all: give "
             "SINGD(model, processes=mesh) one that has"
         )
     if every == set(range(dist.get_world_size())):

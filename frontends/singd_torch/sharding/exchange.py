@@ -57,7 +57,7 @@ class Exchange:
     def to_all(self, given: Sequence[tuple[Any, Tensor | None]], like: Tensor) -> list[Tensor]:
         """The parts that are to be here, from keys and whole tensors, None where not owned.
 
-        They come in the dtype of `like`, which holds that of each tensor, on its device.
+        They come in the dtype of `like`, which holds the dtypes of all, on its device.
         """
         mine, ranks = self._rank, range(self._world)
         out = [[self._boxes[key][r].of(t) for key, t in given if t is not None] for r in ranks]

@@ -18,7 +18,8 @@ ALONE = (
 APART = (
     "the model is in parts on some of the processes, and nothing tells whether others train copies "
     "of these parts, which then drift apart. Give SINGD(model, processes=mesh) the whole mesh, "
-    "with the axes along which gradients are averaged; or that of the parts, if there are no copies"
+    "with the axes along which gradients are averaged; or, if there are no copies, the mesh of the "
+    "parts"
 )
 _PIPELINE = (
     "SINGD does not train the stages of a pipeline: a schedule scales gradients after the rows of "

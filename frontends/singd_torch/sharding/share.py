@@ -29,7 +29,7 @@ from singd_torch.tensors.pieces import placed, read
 class Share(Stepper):
     """Steps plain tensors that stand in for parameters. They belong to no model.
 
-    Its steps are those of any other, but whether one is taken is decided by all processes.
+    It steps as any other does, but all processes decide whether a step is taken.
 
     Attributes:
         state: Tensors by stand-in.

@@ -23,7 +23,7 @@ class Piece:
     Attributes:
         block: The number of the block.
         of_block: Which of its rows.
-        matrices: Of which matrices of the layer, None if it has one matrix.
+        matrices: Which matrices of the layer it has rows of, None if the layer has one matrix.
         rows: Which rows of these, None for all.
         columns: Which columns, None for all.
     """

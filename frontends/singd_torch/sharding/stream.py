@@ -75,7 +75,7 @@ class Stream:
         self._group, self._flats = group, flats
         self._rank = dist.get_rank(group)
         self._own_group: Any = None  # lest its calls wait behind the calls of `fully_shard`
-        self._known: dict[nn.Parameter, list[Key]] = {}  # of which all have known before the step
+        self._known: dict[nn.Parameter, list[Key]] = {}  # all know of them before the step
         self._plans: dict[Hashable, list[list[Layer]]] = {}
         self._wanted: dict[nn.Parameter, int] = {}
         self._begin()

@@ -22,7 +22,7 @@ from singd_torch.sharding.stream import Entry, Flat, Place, Stream
 
 
 class Sums:
-    """Sums rows over processes, of which tensor parallelism has several work on the same ones.
+    """Sums rows over processes. Tensor parallelism has several of them work on the same rows.
 
     Attributes:
         stream: What sends sums while a backward pass runs.

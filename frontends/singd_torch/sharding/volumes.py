@@ -20,7 +20,7 @@ _NORMS = 8 * NORMS
 def volumes(layers: Iterable[Layer], shares: Shares, processes: int) -> tuple[int, int]:
     """The bytes that a process sends on average in a step, and at a refresh beside them.
 
-    They are those of a model whose gradients are in parts.
+    The gradients of the model are in parts.
     """
     step = refresh = norms = 0.0
     for layer in layers:

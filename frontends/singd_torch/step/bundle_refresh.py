@@ -36,7 +36,7 @@ def refresh(bundle: Bundle, s: Settings, state: State, given: Gradients) -> None
     rate = rate_of_factors(due[0].stack.layers[0].group["steps"], s)
     new = factors.refresh(curvature, rate, s, report, joint.rounding(s))
     assert given.ok is not None
-    use = given.ok & (sum(report.values()) < math.inf)  # of which infinite steps tell too
+    use = given.ok & (sum(report.values()) < math.inf)  # an infinite factor step is not taken
     joint.write(factors, new, use)
     made = joint.preconditioners(factors, due[0].stack.uses(s))
     for i, part in enumerate(due):

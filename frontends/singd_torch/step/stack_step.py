@@ -135,7 +135,7 @@ def _each(scale: Any, n: int) -> Sequence[Any]:
 def _squares(stack: Stack, given: Gradients, gradient: Sequence[Tensor]) -> Any:
     """‖∇W‖² of each matrix, from the norms of the gradients where those are of matrices."""
     layer = stack.layers[0]
-    if layer.shape[0]:  # a gradient is that of several
+    if layer.shape[0]:  # a gradient is of several matrices
         weight, *bias = gradient
         total = sum_of_squares(layer.kind.matrix(weight), 2)
         for b in bias:
