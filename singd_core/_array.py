@@ -141,6 +141,9 @@ def norm(x: Array, axes: int = 2) -> Array:
 
 def sum_of_squares(x: Array, axes: int) -> Array:
     """The sum of squares over the last `axes` axes, accumulated in at least float32."""
+    if is_traced(x):  # no root: XLA runs the sum as it is, and compiles a kernel for the root
+        x = widen(x)
+        return namespace(x).sum(x * x, axis=tuple(range(-axes, 0)))
     root = norm(x, axes)
     return root * root
 
@@ -221,6 +224,14 @@ def concat(parts: Sequence[Array], axis: int) -> Array:
     """The non-empty parts joined along `axis`; a single one is returned without a copy."""
     parts = [part for part in parts if part.shape[axis]] or list(parts[:1])
     return parts[0] if len(parts) == 1 else namespace(parts[0]).concat(parts, axis=axis)
+
+
+def append_ones(x: Array, axis: int, value: float = 1.0) -> Array:
+    """`x` with one more entry along `axis`, filled with ones (or another value)."""
+    if x.shape[axis] == 0:
+        return full((*x.shape[:axis], 1, *x.shape[axis + 1 :]), value, like=x)
+    index = (slice(None),) * axis + (slice(0, 1), ...)
+    return concat((x, namespace(x).full_like(x[index], value)), axis=axis)
 
 
 def chain(function: Callable[..., Any]) -> Callable[..., Any]:

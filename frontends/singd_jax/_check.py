@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from singd_core._array import Array, widen
 from singd_jax import _compat
 from singd_jax._calls import EXPAND, Call
-from singd_jax._curvature import padded
 from singd_jax._layer import TRANSPOSED, Layer
 from singd_jax._layers import Layers, checked
 from singd_jax._loss import Leaves
+from singd_jax._measure import padded
 from singd_jax._tapped import Tapped, value_and_grad
 
 

@@ -6,47 +6,25 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from singd_core._array import Array, widen
 from singd_core.curvature import Curvature, Measured
 from singd_core.rules import Factors
-from singd_core.structures import Structure
-from singd_core.structures.choose import MatrixShape
 from singd_jax import _compat, _nnx
-from singd_jax._calls import Call
 from singd_jax._find import leading
-from singd_jax._layer import TRANSPOSED, UPRIGHT, Layer, Role
+from singd_jax._layer import UPRIGHT, Role
 from singd_jax._layers import Layers, checked
 from singd_jax._loss import Leaves, size_of_batch
+from singd_jax._measure import Sums, is_blind, measure, slot
 from singd_jax._sample import Sample
 from singd_jax._state import SingdState, find_states, refuse_lost_curvature
 from singd_jax._tapped import Tapped, value_and_grad
 
 # The share of the operations of a gradient that every step may spend on curvature.
 _CHEAP = 1.0 / 16.0
-
-
-class Sums(NamedTuple):
-    """What the taps of a layer add up, the stack's axes first.
-
-    The inputs are counted in the rows that the layer was found with, so their number is 1 where
-    XLA knows it, and scaling by it later costs nothing.
-
-    Attributes:
-        K: The mean over the rows of K, which are inputs unless the matrix is used transposed.
-        C: The sum over those of C, times the number of terms of the loss where it is a number.
-        counts: The number of rows in units of those found, the number of rows if every position
-            is one, and the number of products, each counted once however often it runs: shape
-            (*stack, 3).
-    """
-
-    K: Measured
-    C: Measured
-    counts: Array
 
 
 def value_and_curvature(
@@ -111,7 +89,7 @@ def value_and_curvature(
         shares = [Sample.shares(own.rest.step) for own in sampled]
         starts = _of_layers(sampled, shares)
         average = n if layers.loss_average == "batch" else layers.loss_average
-        rule = functools.partial(_measure, kept, rows, average, {})
+        rule = functools.partial(measure, kept, rows, average, {})
         tapped, used = Tapped(loss, trained, n, rule, due, starts), set[str]()
 
         def measured() -> tuple[Any, Any, Any, dict[str, Curvature]]:
@@ -162,50 +140,6 @@ def _is_cheap(layers: Layers, factors: Mapping[str, Factors], rows: Mapping[str,
     return measuring <= _CHEAP * products
 
 
-def _measure(
-    trained: Mapping[str, Factors],
-    rows: Mapping[str, float],
-    average: str | int | None,
-    known: dict[Any, Callable[..., Sums]],
-    call: Call,
-    layer: Layer,
-    kfac_approx: str,
-) -> Callable[..., Sums]:
-    """The rule that measures so many of the rows, or all, for the layer's factors.
-
-    It is one function for equal products of equal layers, `known` by what they have in common.
-    """
-    transposed, bias = layer.role(call) == TRANSPOSED, layer.bias is not None
-    _, d_out, d_in = layer.shape
-    most = rows[layer.name] if _compat.is_local() else math.inf
-    N = call.examples if kfac_approx == "reduce" else call.rows
-    unit = max(layer.rows, 1)
-    counted, structures = (N / unit, call.rows, 1.0 / call.times), trained[layer.name].structures
-    M = average if isinstance(average, int) else 1
-
-    def rule(x: Any, g: Any, factors: Factors | None, starts: Array | None, factor: Any) -> Sums:
-        x, g = call.operands(x, g, factor)
-        of_K, of_C = (
-            Sample.of(most, structure, d, starts)
-            for structure, d in zip(structures, (d_in, d_out), strict=True)
-        )
-        of_x, of_g = (of_C, of_K) if transposed else (of_K, of_C)
-        A = call.inputs(x, bias and not transposed, kfac_approx, of_x)
-        B = call.outputs(g, kfac_approx, of_g)
-        counts = jnp.broadcast_to(jnp.asarray(counted, jnp.float32), (*B.shape[:-2], 3))
-        if call.sizes is not None:
-            counts = counts.at[..., 0].set(call.sizes(x) / unit)
-        scales = 1.0 / unit, float(M)
-        if transposed:
-            A, B, scales = padded(B) if bias else B, A, scales[::-1]
-        return Sums(*_sums(structures, factors, A, B, scales), counts)
-
-    if call.code is None:
-        return rule
-    same = call.code, layer.shape, transposed, bias, structures, most, counted, M, kfac_approx
-    return known.setdefault(same, jax.jit(rule))
-
-
 @_compat.promoting
 def _ports(
     layers: Layers, states: Sequence[SingdState]
@@ -213,8 +147,9 @@ def _ports(
     """The factors of each layer, and zeros for what its roles add up."""
     known = {name: factors for own in states for name, factors in own.factors.items()}
     factors = {name: known[name] for name in layers}
+    zeros = functools.cache(jnp.zeros)  # one array for all slots of a shape
     slots = {
-        name: dict.fromkeys(layer.roles, _slot(layer, factors[name]))
+        name: dict.fromkeys(layer.roles, slot(layer, factors[name], zeros))
         for name, layer in layers.items()
     }
     return factors, slots
@@ -225,60 +160,6 @@ def blank(layers: Layers, states: Sequence[SingdState]) -> dict[str, Curvature]:
     trained = layers.of(states)
     _, slots = _ports(trained, states)
     return _curvatures(slots, trained, layers.loss_average)
-
-
-def _slot(layer: Layer, factors: Factors) -> Sums:
-    """Zeros of the shapes that `measure` returns, to add many up in: in at least float32."""
-    arrays, tree = jax.tree.flatten(factors.measuring())
-    shapes = _shapes(layer.shape, tree, tuple((a.shape, a.dtype) for a in arrays))
-    return jax.tree.map(  # type: ignore[no-any-return]
-        lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes
-    )
-
-
-@functools.cache
-def _shapes(shape: MatrixShape, tree: Any, arrays: tuple[Any, ...]) -> Sums:
-    """What a layer's taps add up, from what its factors measure with."""
-    stack, d_out, d_in = shape
-
-    def shaped(factors: Factors) -> Sums:
-        sides = zip((d_in, d_out), factors.sides, strict=True)
-        A, B = (jnp.zeros((*stack, 1, d), widen(L.like).dtype) for d, L in sides)
-        counts = jnp.zeros((*stack, 3), jnp.float32)
-        return Sums(
-            *_sums(factors.structures, None if is_blind(factors) else factors, A, B), counts
-        )
-
-    # as on one device: their products need no type that says how they are sharded
-    make: Any = jax.ShapeDtypeStruct
-    plain = tree.unflatten([make(*a) for a in arrays])
-    return jax.eval_shape(shaped, plain)  # type: ignore[no-any-return]
-
-
-def _sums(
-    structures: tuple[type[Structure], type[Structure]],
-    factors: Factors | None,
-    A: Array,
-    B: Array,
-    scales: tuple[float, float] = (1.0, 1.0),
-) -> tuple[Measured, Measured]:
-    """The sums of rows A and B times the scales, blind if there are no factors."""
-    of_A, of_B = scales
-    if factors is not None:
-        K, C = factors.measure(A, B)
-        return K.map(lambda a: a * of_A), C.map(lambda a: a * of_B)
-    # in float32: what rounds the sums is large where a factor is
-    S_K, S_C = structures
-    return Measured(*S_K.summed(widen(A), of_A)), Measured(*S_C.summed(widen(B), of_B))
-
-
-def is_blind(factors: Factors) -> bool:
-    """Whether the curvature of a layer is that of K = C = I, which `seen` turns into its own.
-
-    Then it needs no factors, and is the same code for all layers of a loss. Some structures do not
-    keep enough of it.
-    """
-    return all(S.sums() is S for S in factors.structures)
 
 
 def seen(factors: Factors, curvature: Curvature) -> Curvature:
@@ -305,9 +186,9 @@ def _curvatures(
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _curvature(sums: Sums, average: str | int | None, role: Role) -> Curvature:
     """The curvature of a loss that is a mean of so many terms; compiled once for equal layers."""
-    N, terms, uses = (sums.counts[..., i] for i in range(3))
-    M: Any = 1
+    N, M = sums.counts[..., 0], 1
     if average == "batch+sequence":
+        terms, uses = sums.counts[..., 1], sums.counts[..., 2]
         M = terms / jnp.where(uses > 0, uses, 1)
     if role == UPRIGHT:
         return Curvature.of(sums.K, N, sums.C, M)
@@ -323,8 +204,3 @@ def joined(curvature: Mapping[str, Curvature], layers: Layers) -> dict[str, Curv
             c = curvature[key]
             found[name] = found[name].joined(c) if name in found else c
     return found
-
-
-def padded(rows: Array) -> Array:
-    """Rows of K with a zero for the bias, which a transposed use does not see."""
-    return jnp.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, 1)])

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from singd_core import layers
 from singd_core._array import Array
@@ -28,9 +29,10 @@ class Sample(layers.Sample):
         return jax.lax.index_in_dim(self.step, axis % AXES, keepdims=False)
 
     def indices(self, n: int, m: int, like: Array, *, axis: int = 0, shared: int = 1) -> Array:
-        """`m` of the indices below `n`; none is negative, so no sign is looked at."""
-        strides = stride(n, m, shared) * jnp.arange(m, dtype=jnp.int32)
-        return jax.lax.rem(self.start(n, axis) + strides, jnp.full((m,), n, jnp.int32))
+        """`m` of the indices below `n`, without a sign that XLA would look at."""
+        strides = stride(n, m, shared) * np.arange(m, dtype=np.uint32)
+        start = jax.lax.convert_element_type(self.start(n, axis), jnp.uint32)
+        return jax.lax.rem(start + strides, jnp.full((m,), n, jnp.uint32))
 
     def take(
         self, x: Array, m: int, axis: int = 0, *, number: int = 0, shared: int = 1

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import ClassVar
 
-from singd_core._array import Array, cast, concat, full, namespace
+from singd_core._array import Array, cast, concat
 from singd_core.layers._sampling import Sample
 
 Shape = tuple[int, ...]
@@ -217,14 +217,6 @@ def loss_terms(loss_average: str | int | None, batch: int, shared: Sequence[int]
 def append_bias(matrix: Array, bias: Array | None) -> Array:
     """`matrix`, shape (..., d_out, d_in), with `bias`, shape (..., d_out), as its last column."""
     return matrix if bias is None else concat((matrix, bias[..., None]), axis=-1)
-
-
-def append_ones(x: Array, axis: int, value: float = 1.0) -> Array:
-    """`x` with one more entry along `axis`, filled with ones (or another value)."""
-    if x.shape[axis] == 0:
-        return full((*x.shape[:axis], 1, *x.shape[axis + 1 :]), value, like=x)
-    index = (slice(None),) * axis + (slice(0, 1), ...)
-    return concat((x, namespace(x).full_like(x[index], value)), axis=axis)
 
 
 def two_axes(weight_shape: Sequence[int], kind: LayerKind) -> tuple[int, int]:

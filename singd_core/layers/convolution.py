@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 
-from singd_core._array import Array, namespace, widen
+from singd_core._array import Array, append_ones, namespace, widen
 from singd_core.layers._patches import PADDING_MODES, average_patch, pad, patches, patches_at
 from singd_core.layers._sampling import Sample
 from singd_core.layers._windows import Padding, Size, Window, windows
@@ -14,7 +14,6 @@ from singd_core.layers.base import (
     LayerKind,
     Shape,
     append_bias,
-    append_ones,
     is_expand,
     loss_terms,
 )

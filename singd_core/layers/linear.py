@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from singd_core._array import Array, namespace, sums_of_squares
+from singd_core._array import Array, append_ones, namespace, sums_of_squares
 from singd_core.layers._sampling import Sample
 from singd_core.layers.base import (
     LayerKind,
     Shape,
     append_bias,
-    append_ones,
     is_expand,
     loss_terms,
     two_axes,

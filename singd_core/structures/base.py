@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 from singd_core._array import (
     Array,
     Scalar,
+    append_ones,
     cast,
     expand,
     eye,
@@ -87,9 +88,14 @@ class Structure(Tree):
         return self.congruence(A.mT), sum_of_squares(A, 2)
 
     @classmethod
-    def summed(cls, A: Array, c: float) -> tuple[Self, Array]:
-        """Π̂(AᵀA) of rows `A`, shape (..., n, d), and ‖A‖² in at least float32, times c > 0."""
-        return cls.outer(A.mT).scale(c), sum_of_squares(A, 2) * c
+    def summed(cls, A: Array, c: float, last: float | None = None) -> tuple[Self, Array]:
+        """Π̂(XᵀX) of rows X, shape (..., n, d), and ‖X‖² in at least float32, times c > 0.
+
+        X is `A`, with one more column of the number `last`, if it is given: the ones of a bias. A
+        structure need not write them to memory.
+        """
+        X = A if last is None else append_ones(A, A.ndim - 1, last)
+        return cls.outer(X.mT).scale(c), sum_of_squares(X, 2) * c
 
     @classmethod
     def sums(cls) -> type[Structure]:

@@ -9,7 +9,7 @@ from singd_core._array import (
     Array,
     Scalar,
     add_diagonal,
-    cast,
+    append_ones,
     concat,
     expand,
     eye,
@@ -18,7 +18,6 @@ from singd_core._array import (
     norm,
     product,
     sum_of_squares,
-    sums_of_squares,
     widen,
 )
 from singd_core.structures.base import Structure, structure
@@ -100,20 +99,24 @@ class BlockDiagonal(Pattern):
         return self.map(lambda L, U: L.mT @ U @ L, self.outer(X))
 
     @classmethod
-    def summed(cls, A: Array, c: float) -> tuple[Self, Array]:
-        # Rows of several blocks are written anew in any case, and scaled while they are. The ones
-        # of a bias are cut off first: so XLA writes rows that it has just chosen once.
+    def summed(cls, A: Array, c: float, last: float | None = None) -> tuple[Self, Array]:
+        # Rows of several blocks are written anew in any case, and scaled while they are.
         *batch, n, d = A.shape
-        q, r = divmod(d, cls.b)
-        head, rest, of_sums = A[..., : d - r], A[..., d - r :], c
+        q, r = divmod(d + (last is not None), cls.b)
+        if last is not None and r != 1:
+            A, last = append_ones(A, A.ndim - 1, last), None
+        head, of_sums = A if A.shape[-1] == q * cls.b else A[..., : q * cls.b], c
         if q > 1:
             head, of_sums = head * c**0.5, 1.0
         blocks = namespace(A).reshape(head.mT, (*batch, q, cls.b, n))
-        squares, last = sum_of_squares(blocks, 3) * of_sums, full((*batch, r, r), 0.0, like=A)
-        if r:
-            squares = squares + sum_of_squares(rest, 2) * c
-            last = cast(sums_of_squares(rest)[..., None], A) if r == 1 else rest.mT @ rest
-        return cls(blocks @ blocks.mT * of_sums, last * c), squares
+        squares, of_rest = sum_of_squares(blocks, 3) * of_sums, full((*batch, r, r), 0.0, like=A)
+        if last is not None:  # the ones are all of the last block
+            corner = n * last * last * c
+            squares, of_rest = squares + corner, full((*batch, 1, 1), corner, like=A)
+        elif r:
+            rest = A[..., q * cls.b :]
+            squares, of_rest = squares + sum_of_squares(rest, 2) * c, rest.mT @ rest * c
+        return cls(blocks @ blocks.mT * of_sums, of_rest), squares
 
     @classmethod
     def sums(cls) -> type[Structure]:

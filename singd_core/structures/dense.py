@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Self
 
-from singd_core._array import Array, Scalar, add_diagonal, namespace, product
+from singd_core._array import (
+    Array,
+    Scalar,
+    add_diagonal,
+    append_ones,
+    concat,
+    namespace,
+    product,
+    sum_of_squares,
+)
 from singd_core.structures.base import structure
 from singd_core.structures.pattern import Pattern
 
@@ -28,6 +37,17 @@ class _Square(Pattern):
 
     def apply_into(self, X: Array, out: Array) -> Array:
         return product(self.matrix, X, out)
+
+    @classmethod
+    def summed(cls, A: Array, c: float, last: float | None = None) -> tuple[Self, Array]:
+        n, d = A.shape[-2:]
+        if last is None or n < 2 * d:
+            return super().summed(A, c, last)
+        # [[AᵀA, Aᵀ1], [1ᵀA, n]]: with a column of ones A is copied, which is more than AᵀA
+        ends, corner = namespace(A).sum(A, axis=-2)[..., None, :] * last, n * last * last
+        ends = append_ones(ends, A.ndim - 1, corner)
+        XX = concat([concat([A.mT @ A, ends[..., :-1]], axis=-2), ends.mT], axis=-1)
+        return cls.project(XX * c), (sum_of_squares(A, 2) + corner) * c
 
     def scale_rows(self, c: Array) -> Self:
         return type(self)(self.matrix * c[..., None])

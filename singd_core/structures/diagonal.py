@@ -8,6 +8,7 @@ from typing import Self
 from singd_core._array import (
     Array,
     Scalar,
+    append_ones,
     cast,
     expand,
     eye,
@@ -70,8 +71,12 @@ class Diagonal(Pattern):
         return type(self)(self.diag * self.diag * cast(squares, A)), total
 
     @classmethod
-    def summed(cls, A: Array, c: float) -> tuple[Self, Array]:
+    def summed(cls, A: Array, c: float, last: float | None = None) -> tuple[Self, Array]:
         squares, total = _sums_and_total(A)
+        if last is not None:
+            of_last = A.shape[-2] * last * last
+            squares = append_ones(squares, squares.ndim - 1, of_last)
+            total = total + of_last
         return cls(cast(squares * c, A)), total * c
 
     @classmethod

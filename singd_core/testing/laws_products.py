@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -133,6 +133,17 @@ def measured(case: Case) -> None:
     projected, squares = case.S.summed(A, 4.0)
     case.same(projected, lambda A: case.S.project(4.0 * A.T @ A).dense(), A)
     case.same(squares, lambda A: 4.0 * np.sum(A * A), A, exact=False)
+
+
+@law()
+def summed_with_a_last_column(case: Case) -> None:
+    """`summed(A, c, last)` is that of A with one more column, for few rows and for many."""
+    whole = partial(np.pad, pad_width=((0, 0), (0, 1)), constant_values=0.5)
+    for n in (2, 2 * case.d + 1):
+        A = case.array("A", n, case.d - 1)
+        projected, squares = case.S.summed(A, 4.0, 0.5)
+        case.same(projected, lambda A: case.S.project(4.0 * whole(A).T @ whole(A)).dense(), A)
+        case.same(squares, lambda A: 4.0 * np.sum(whole(A) ** 2), A, exact=False)
 
 
 @law()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import jax
@@ -151,3 +152,44 @@ def test_a_condition_around_the_curvature_copies_none_of_it():
         assert ("stablehlo.case" in lowered.as_text()) == (T == 50)
         temporary.append(lowered.compile().memory_analysis().temp_size_in_bytes)
     assert temporary[1] <= 1.01 * temporary[0]
+
+
+def agent(d, rows):
+    """The parameters and the loss of an actor and a critic of two hidden layers of d units."""
+    keys = iter(jax.random.split(jax.random.key(0), 7))
+
+    def net(*sizes):
+        return [
+            {"w": jax.random.normal(next(keys), shape) / 8, "b": jnp.ones(shape[1])}
+            for shape in itertools.pairwise(sizes)
+        ]
+
+    def apply(params, x):
+        *hidden, last = params
+        for p in hidden:
+            x = jnp.tanh(x @ p["w"] + p["b"])
+        return x @ last["w"] + last["b"]
+
+    def loss(params, x):
+        odds, value = (jnp.mean(apply(p, x) ** 2) for p in params)
+        return odds + value
+
+    params = [net(24, d, d, 6), net(24, d, d, 1)]
+    return params, loss, jax.random.normal(next(keys), (rows, 24))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("structures", "d", "rows"), [(None, 64, 128), ("dense", 256, 512), ("diagonal", 256, 512)]
+)
+def test_rows_are_measured_where_they_are(structures, d, rows):
+    """A column of ones for the bias, or a choice of half the rows, would be a copy of them."""
+    params, loss, x = agent(d, rows)
+    layers = singd_jax.find_layers(loss, structures=structures)(params, x)
+    state = singd_jax.singd(layers=layers, T=50).init(params)
+    both = jax.jit(singd_jax.value_and_curvature(loss, layers)).lower(params, state, x)
+    alone = jax.jit(jax.value_and_grad(loss)).lower(params, x)
+    temporary, of_gradient = (
+        lowered.compile().memory_analysis().temp_size_in_bytes for lowered in (both, alone)
+    )
+    assert temporary <= 1.01 * of_gradient

@@ -128,7 +128,7 @@ def test_few_rows_have_the_mean_of_all(kfac_approx, name):
     options = {"of_layers": {"kfac_approx": kfac_approx, **case.options}}
     options["has_aux"] = options["of_layers"].pop("has_aux", False)
     make = functools.partial(
-        function_of_the_step, case.loss, case.params, case.batch, "diagonal", **options
+        function_of_the_step, case.loss, case.params, case.batch, "blockdiagonal:1", **options
     )
     full = arrays(jax.jit(make(rows=math.inf))(jnp.asarray(0)))
     steps = jnp.arange(4096)
@@ -155,7 +155,7 @@ def test_as_many_rows_as_there_are_change_nothing():
 
 @pytest.mark.parametrize("branch", ["step", "layer"])
 def test_a_step_with_few_rows_is_compiled_once(branch):
-    tx = singd_jax.singd(0.05, layers=LAYERS, structures="diagonal", rows=2, T=2)
+    tx = singd_jax.singd(0.05, layers=LAYERS, structures="blockdiagonal:1", rows=2, T=2)
 
     @jax.jit
     def step(params, state, x):
