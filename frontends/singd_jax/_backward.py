@@ -19,6 +19,7 @@ from singd_jax._reasons import made_by
 from singd_jax._spread import GRADIENT, Spread
 from singd_jax._targets import (
     Hit,
+    Level,
     Numbers,
     Plan,
     Target,
@@ -30,6 +31,7 @@ from singd_jax._targets import (
     left_of,
     needs,
     number_of,
+    outer_product,
 )
 
 if TYPE_CHECKING:
@@ -58,6 +60,7 @@ class Walk:
         plan = Plan()
         at: dict[Any, list[Target]] = collections.defaultdict(list)
         made_in = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
+        level = Level(plan, within, made_in)
 
         def give(v: Any, targets: Sequence[Target]) -> None:
             for t in targets:
@@ -75,11 +78,11 @@ class Walk:
             if not any(targets):
                 continue
             if eqn.primitive.name in ENTER:
-                found = self._enter(eqn, targets, plan, within, made_in)
+                found = self._enter(eqn, targets, level)
             else:
                 found = [[] for _ in eqn.invars]
                 for t in targets[0]:
-                    self._back(eqn, t, found, plan, within, made_in)
+                    self._back(eqn, t, found, level)
                 for t in (t for more in targets[1:] for t in more):
                     self.note(t, made_by(f"`{eqn.primitive.name}`"))
             for v, more in zip(eqn.invars, found, strict=True):
@@ -105,25 +108,20 @@ class Walk:
             self.biases.append((call.view.key, path, bias))
         return bias is not None
 
-    def _back(
-        self,
-        eqn: Any,
-        t: Target,
-        found: Targets,
-        plan: Plan,
-        within: Path,
-        made_in: Mapping[Any, Any],
-    ) -> None:
+    def _back(self, eqn: Any, t: Target, found: Targets, level: Level) -> None:
         """One step back: what an equation's result is the gradient of, its operands are."""
         name, p, view = eqn.primitive.name, eqn.params, t.view
         shapes = [v.aval.shape for v in eqn.invars]
         if name in ("add", "add_any", "sub"):
-            found[0].append(t)
-            found[1].append(t if name != "sub" else t.times(-1.0))
+            for i, v in enumerate(eqn.invars):
+                if v.aval.shape == eqn.outvars[0].aval.shape:
+                    found[i].append(t.times(-1.0) if name == "sub" and i else t)
+                elif not is_zero(v, level.made_in):
+                    self.note(t, made_by("a sum with what is repeated"))
         elif name == "neg":
             found[0].append(t.times(-1.0))
-        elif name in ("mul", "div") and (side := self._multiplied(eqn, made_in)) is not None:
-            number = number_of(eqn.invars[1 - side], made_in)
+        elif name in ("mul", "div") and (side := self._multiplied(eqn, level.made_in)) is not None:
+            number = number_of(eqn.invars[1 - side], level.made_in)
             found[side].append(t.times(number, name == "div"))
         elif name in ("reduce_sum", "psum", "psum_invariant", "psum2"):
             at, dims = p["axes"], list(view.dims)
@@ -141,7 +139,11 @@ class Walk:
                 else:
                     found[i].append(t.seen_as(part))
         elif name == "dot_general":
-            self._hit(eqn, t, plan, within, made_in)
+            self._hit(eqn, eqn.invars, p["dimension_numbers"], t, level)
+        elif name == "mul" and (outer := outer_product(eqn, level.made_in)) is not None:
+            operands, numbers, order = outer
+            t = t.of([view.dims[i] for i in order])
+            self._hit(eqn, operands, numbers, t, level)
         elif (dims_ := restored(name, p, view.dims, shapes[0] if shapes else ())) is not None:
             found[0].append(t.of(dims_))
         else:
@@ -155,17 +157,15 @@ class Walk:
         return 1 if first else None
 
     def _hit(
-        self, eqn: Any, t: Target, plan: Plan, within: Path, made_in: Mapping[Any, Any]
+        self, eqn: Any, operands: Sequence[Any], numbers: Any, t: Target, level: Level
     ) -> None:
-        """A product whose operands are the rows."""
-        side = self._inputs(eqn, t.view.leaf)
+        """A product, as `dot_general` has it, whose operands are the rows."""
+        side = self._inputs(operands, t.view.leaf)
         if side is None:
             self.note(t, made_by("a product of two gradients"))
             return
-        (xc, gc), (xb, gb) = [
-            pair if side == 0 else pair[::-1] for pair in eqn.params["dimension_numbers"]
-        ]
-        x, g = eqn.invars[side], eqn.invars[1 - side]
+        (xc, gc), (xb, gb) = [pair if side == 0 else pair[::-1] for pair in numbers]
+        x, g = operands[side], operands[1 - side]
         xf = [i for i in range(x.aval.ndim) if i not in (*xc, *xb)]
         gf = [i for i in range(g.aval.ndim) if i not in (*gc, *gb)]
         nb, nx, ng = len(xb), len(xf), len(gf)
@@ -173,7 +173,8 @@ class Walk:
         kept = [k for k in range(nb) if not is_sum(t.view.dims[k])]
         # the weight's axes as the product has them: of the stack, of inputs, of outputs
         where = [*kept, *range(of_x, of_x + nx), *range(of_g, of_g + ng)]
-        lengths = [eqn.outvars[0].aval.shape[i] for i in where]
+        lengths = [x.aval.shape[i] for i in (*(xb[k] for k in kept), *xf)]
+        lengths += [g.aval.shape[i] for i in gf]
         dims = [t.view.dims[i] for i in where]
         if any(n != 1 and (not d or d[0][0] < 0) for n, d in zip(lengths, dims, strict=True)):
             self.note(t, made_by("a sum of a product's entries"))
@@ -181,24 +182,24 @@ class Walk:
         t = t.of(dims)
         stack, ins = tuple(range(len(kept))), tuple(range(len(kept), len(kept) + nx))
         pairs = (tuple(xf), ins), (tuple(xb[k] for k in kept), stack)
-        numbers = {"dimension_numbers": pairs}
-        call = _calls.dot_general(numbers, 1, t.view, x.aval.shape, self.tracer.batch_size)
+        params = {"dimension_numbers": pairs}
+        call = _calls.dot_general(params, 1, t.view, x.aval.shape, self.tracer.batch_size)
         # rows are what is summed, in the order of the axes of x
         rows = [*zip(xc, gc, strict=True), *((xb[k], gb[k]) for k in range(nb) if k not in kept)]
         order = (*(gb[k] for k in kept), *(j for _, j in sorted(rows)), *gf)
-        path = (*within, id(eqn), sum(hit.eqn is eqn for hit in plan.hits))
+        path = (*level.within, id(eqn), sum(hit.eqn is eqn for hit in level.plan.hits))
         hit = Hit(eqn, t, call, x, g, order, path)
-        plan.hits.append(hit)
+        level.plan.hits.append(hit)
         own = axes_of([g.aval.shape[i] for i in order])
-        self._remember(hit, [own[order.index(i)] for i in range(len(order))], made_in)
+        self._remember(hit, [own[order.index(i)] for i in range(len(order))], level.made_in)
 
-    def _inputs(self, eqn: Any, leaf: int) -> int | None:
+    def _inputs(self, operands: Sequence[Any], leaf: int) -> int | None:
         """Which operand of a product are the inputs: the one that depends on no gradient.
 
         If none does, the gradient of the outputs was made before: by the weight itself.
         """
         for mark in (GRADIENT, leaf):
-            on = [mark in axes for axes in self.spread.of(eqn.invars)]
+            on = [mark in axes for axes in self.spread.of(operands)]
             if any(on):
                 return None if all(on) else on.index(False)
         return None
@@ -216,19 +217,18 @@ class Walk:
 
     # ---- equations that run other jaxprs --------------------------------------------------------
 
-    def _enter(
-        self, eqn: Any, targets: Targets, plan: Plan, within: Path, made_in: Mapping[Any, Any]
-    ) -> Targets:
+    def _enter(self, eqn: Any, targets: Targets, level: Level) -> Targets:
+        plan = level.plan
         numbers: dict[int, Numbers] = {}
         wanted: Targets = [[] for _ in targets]
         for mine, given in zip(wanted, targets, strict=True):
             for t in given:
                 known = numbers.setdefault(t.view.leaf, t.numbers)
-                if known != t.numbers or any(needs(v, eqn, made_in) for v, _ in known):
+                if known != t.numbers or any(needs(v, eqn, level.made_in) for v, _ in known):
                     self.note(t, made_by("numbers that are computed after a loop"))
                 else:
                     mine.append(t.inside)
-        name, path = eqn.primitive.name, (*within, id(eqn))
+        name, path = eqn.primitive.name, (*level.within, id(eqn))
         found = ENTER[name](self, eqn, wanted, path)
         if found is None:
             for t in (t for some in wanted for t in some):

@@ -252,3 +252,9 @@ def _stacked(f: Callable[[Array], Array], times: int) -> Callable[[Array], Array
 
 def _cut(x: Array, cut: Cut | None) -> Array:
     return x if cut is None else jax.lax.slice_in_dim(x, cut[1], cut[1] + cut[2], axis=cut[0])
+
+
+def shape_of(x: Any, cut: Cut | None) -> tuple[int, ...]:
+    """The shape of an array, or of its part."""
+    shape = tuple(x.shape)
+    return shape if cut is None else (*shape[: cut[0]], cut[2], *shape[cut[0] + 1 :])

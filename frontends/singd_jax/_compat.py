@@ -59,6 +59,7 @@ def _debug_info() -> Any:
 INLINE = ("jit", "pjit", "closed_call", "core_call")
 REMAT = ("remat", "remat2", "checkpoint")
 CUSTOM_VJP = ("custom_vjp_call", "custom_vjp_call_jaxpr")
+REFS = ("addupdate", "get", "swap")
 OWN_RULES = ("custom_jvp_call", *CUSTOM_VJP)
 
 

@@ -158,6 +158,8 @@ class Perturbed(Spread):
         results, inner = super()._equation(eqn, values)
         if eqn.primitive.name in _compat.OWN_RULES:
             results = [NONE.union(*values)] * len(results)
+        elif eqn.primitive.name in _compat.REFS:  # what was written there is not followed
+            results = [frozenset([PARAMETERS])] * len(results)
         flat = eqn.primitive.name in _compat.FLAT
         return [
             NONE if flat or not _compat.is_smooth(v) else axes

@@ -112,6 +112,15 @@ class Plan:
         return own.union(*(plan.stacked(scan) for plan in inner))
 
 
+@dataclasses.dataclass(frozen=True)
+class Level:
+    """A jaxpr on the way: what is found in it, where it lies, and which equation makes what."""
+
+    plan: Plan
+    within: Path
+    made_in: Mapping[Any, Any]
+
+
 def entered(t: Target, scan: int) -> Target:
     """What each step of a scan puts together: a part of a stack, or of what is summed."""
     view = t.view
@@ -163,3 +172,37 @@ def needs(v: Any, eqn: Any, made_in: Mapping[Any, Any]) -> bool:
     """Whether a variable is computed from the results of an equation."""
     made = None if isinstance(v, float) or _compat.is_literal(v) else made_in.get(v)
     return made is not None and (made is eqn or any(needs(u, eqn, made_in) for u in made.invars))
+
+
+def outer_product(eqn: Any, made_in: Mapping[Any, Any]) -> Any:
+    """The operands of a product entry by entry of what repeats each of them along other axes.
+
+    It is one of `dot_general` that contracts nothing: returned with that one's dimension numbers,
+    and with the axes of the result in that one's order; None if it is something else.
+    """
+    shape = eqn.outvars[0].aval.shape
+    (u, of_u), (v, of_v) = (_unrepeated(w, shape, made_in) for w in eqn.invars)
+    both = [i for i in of_u if i in of_v]
+    alone = [i for i in of_u if i not in both], [i for i in of_v if i not in both]
+    order = [*both, *alone[0], *alone[1]]
+    if not all(alone) or len(order) > len(shape) or {*order} != {*range(len(shape))}:
+        return None
+    stack = tuple(of_u.index(i) for i in both), tuple(of_v.index(i) for i in both)
+    return (u, v), (((), ()), stack), order
+
+
+def _unrepeated(
+    v: Any, shape: Sequence[int], made_in: Mapping[Any, Any]
+) -> tuple[Any, list[int | None]]:
+    """What a variable repeats to have a shape, and along which axes of that its own lie."""
+    own = getattr(v.aval, "shape", ())
+    axes = [i if n == m else None for i, (n, m) in enumerate(zip(own, shape, strict=False))]
+    while not _compat.is_literal(v) and v in made_in:
+        eqn = made_in[v]
+        if eqn.primitive.name != "broadcast_in_dim" or _compat.is_literal(eqn.invars[0]):
+            break
+        operand, kept = eqn.invars[0], eqn.params["broadcast_dimensions"]
+        same = zip(operand.aval.shape, kept, strict=True)
+        axes = [axes[i] if n == eqn.params["shape"][i] else None for n, i in same]
+        v = operand
+    return v, axes

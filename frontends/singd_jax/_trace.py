@@ -222,7 +222,7 @@ class Tracer:
             return None
         pieces = []
         for view, (x_cut, y_cut) in zip(views, parts, strict=True):
-            call = self._call(eqn, side, view, _shape(x, x_cut), _shape(y, y_cut))
+            call = self._call(eqn, side, view, _calls.shape_of(x, x_cut), _calls.shape_of(y, y_cut))
             if isinstance(call, str):
                 self.note(view, call)
                 return None
@@ -300,8 +300,3 @@ class Tracer:
 
 def _is_plain(factor: Any) -> bool:
     return factor is None or isinstance(factor, float) or not isinstance(factor, jax.core.Tracer)
-
-
-def _shape(x: Any, cut: Cut | None) -> tuple[int, ...]:
-    shape = tuple(x.shape)
-    return shape if cut is None else (*shape[: cut[0]], cut[2], *shape[cut[0] + 1 :])

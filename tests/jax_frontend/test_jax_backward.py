@@ -83,6 +83,11 @@ def row_by_row(x, w):
     return x @ w
 
 
+@with_rule(lambda x, w, b, g: (w @ g, jnp.outer(x, g), g))
+def of_one(x, w, b):
+    return x @ w + b
+
+
 @with_rule(lambda w, g: (2.0 * g,))
 def rounded(w):
     return jnp.round(8.0 * w) / 8.0
@@ -139,7 +144,7 @@ saving.defvjp(saving_forward, lambda kept, g: (g * kept[2] @ kept[1].T, g * (kep
 
 def layers(p, x, own):
     x = own(mlp)(x, *p["mlp"])
-    x = jax.vmap(lambda x: own(linear)(x, *p["mapped"]))(x)
+    x = jax.vmap(lambda x: own(of_one)(x, *p["mapped"]))(x)
     x = own(row_by_row)(jnp.tanh(x), p["rows"].T * 3.0)
 
     @jax.checkpoint
@@ -249,6 +254,7 @@ def of_unit_norm(x, g):
         (product(lambda x, g: jax.jit(jnp.multiply)(3.0 * (x.T @ g), -g.sum()) / 2.0), None),
         (lambda x, w: x @ rounded(w), None),
         (product(lambda x, g: clip(x.T @ g)), "by `min`"),
+        (product(lambda x, g: jnp.zeros((4, 3)) + x.T @ g[:, :1]), "with what is repeated"),
         (product(lambda x, g: jnp.zeros((4, 3))), "no gradient of the loss reaches it"),
         (product(lambda x, g: (x.T @ g) @ (g.T @ g)), "by a product of two"),
         (product(last_of_a_scan), "by a `scan` that is no sum"),
