@@ -97,7 +97,7 @@ class Walk:
 
     def _is_bias(self, v: Any, target: Target, within: Path) -> bool:
         """Whether a weight's gradient is the sum of the gradients of a product's outputs."""
-        if (within, v) not in self.outputs or not any(map(is_sum, target.view.dims)):
+        if (within, v) not in self.outputs:
             return False
         hit, dims = self.outputs[within, v]
         call, path = hit.call, hit.path
@@ -210,7 +210,7 @@ class Walk:
         while dims is not None:
             self.outputs.setdefault((hit.path[:-2], v), (hit, dims))
             eqn = made_in.get(v)
-            if eqn is None or not eqn.invars or eqn.primitive.name == "broadcast_in_dim":
+            if eqn is None or not eqn.invars:
                 return
             v = eqn.invars[0]
             dims = restored(eqn.primitive.name, eqn.params, dims, v.aval.shape)
@@ -225,7 +225,7 @@ class Walk:
             for t in given:
                 known = numbers.setdefault(t.view.leaf, t.numbers)
                 if known != t.numbers or any(needs(v, eqn, level.made_in) for v, _ in known):
-                    self.note(t, made_by("numbers that are computed after a loop"))
+                    self.note(t, made_by("numbers that differ or are computed after a loop"))
                 else:
                     mine.append(t.inside)
         name, path = eqn.primitive.name, (*level.within, id(eqn))
