@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from singd_core._array import Array, Scalar, widen
-from singd_core._scalars import at_least, at_most, clip, number
+from singd_core._scalars import at_least, at_most, clip, constant, number, where
 from singd_core._settings import Settings, is_bound
 from singd_core.curvature import TINY
 from singd_core.structures.base import Structure
@@ -55,8 +55,12 @@ def step_size(m: Structure, norm: Scalar, beta: Scalar, s: Settings) -> Scalar:
 
 
 def in_range(m: Array) -> Array:
-    """A direction without what has left the range of float32, or nearly."""
-    return clip(m, -MOST, MOST)
+    """A direction without what has left the range of float32, or nearly.
+
+    A sum of products that leave it is infinite, or NaN if their signs differ: which of both depends
+    on the order of the sum. NaN counts as the largest number, so that the factor shrinks too.
+    """
+    return clip(where(m == m, m, constant(MOST, m)), -MOST, MOST)
 
 
 def shrunk(step: Scalar) -> Scalar:

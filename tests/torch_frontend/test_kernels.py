@@ -91,9 +91,9 @@ class Transformer(nn.Module):
 
 # The whole of a step: 4-layer transformer, 19 layers in 7 stacks, and the norms by AdamW.
 LIMITS: dict[str, tuple[dict[str, Any], int, int, int]] = {
-    "default": ({}, 118, 158, 408),
-    "diagonal": ({"structures": ("diagonal", "diagonal")}, 108, 148, 321),
-    "decay": ({"weight_decay": 0.01}, 122, 162, 412),
+    "default": ({}, 118, 158, 420),
+    "diagonal": ({"structures": ("diagonal", "diagonal")}, 108, 148, 323),
+    "decay": ({"weight_decay": 0.01}, 122, 162, 424),
 }
 
 

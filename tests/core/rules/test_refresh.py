@@ -1,5 +1,6 @@
 """A refresh under every pair of settings is that of the mathematics page, sections 2, 3 and 5."""
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -141,6 +142,27 @@ def test_each_setting_bites(rule: str, name: str) -> None:
     with_it, without = after(rule, (name,), "dense")[0], after(rule, (), "dense")[0]
     assert not np.allclose(with_it.precondition(np.ones((D_OUT, D_IN))),
                            without.precondition(np.ones((D_OUT, D_IN))), rtol=1e-3)  # fmt: skip
+
+
+@pytest.mark.parametrize("overflow", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("rule", ["singd", "ikfac"])
+def test_a_factor_whose_curvature_left_the_range_shrinks(rule: str, overflow: float) -> None:
+    """An entry that overflows is infinite or NaN, by the order of its sum."""
+    s = settings("normalized", **RULES[rule])
+    like = np.zeros(0, dtype=np.float32)
+    old = rules.start((Dense, Dense), ((), D_OUT, D_IN), s, like, like)
+    for A, B in curvatures(2):
+        inputs, outputs = old.measure(A.astype(like.dtype), B.astype(like.dtype))
+        found = Curvature.of(inputs, N, outputs, N)
+        old = old.refresh(found, BETA, s)
+    G = found.H_C.dense().copy()
+    G[:] = np.inf
+    G[0, 1] = G[1, 0] = overflow
+    with np.errstate(invalid="ignore"):  # inf times 0
+        new = old.refresh(dataclasses.replace(found, H_C=Dense(G)), BETA, s)
+    for factor in (new.K, new.C):
+        assert np.all(np.isfinite(factor.dense()))
+    assert new.C.norm() < 1e-6 * old.C.norm()
 
 
 # ---- what a start and a choice must not do ------------------------------------------------------

@@ -163,6 +163,13 @@ class MeasuresTheTransformed(Tril):
         return self.outer(LtX), sum_of_squares(LtX, 2)
 
 
+@bug("summed_with_a_last_column")
+class SumsALastColumnOfOnes(Tril):
+    @classmethod
+    def summed(cls, A, c, last=None):
+        return super().summed(A, c, None if last is None else 1.0)
+
+
 @bug("gram")
 class GramTheOtherWay(Tril):
     def gram(self):
