@@ -73,13 +73,19 @@ def measure(
         B = call.outputs(g, kfac_approx, of_g)
         # of the rows that were chosen, each stands for N of all; a transpose does not see the bias
         last = 0.0 if transposed else (N / max(A.shape[-2], 1)) ** 0.5
+        written = bias and not transposed and last != 1.0 and structures[0].width(d_in) == d_in
+        if written:  # chosen rows are written in any case, and a dense factor reads them at once
+            A = append_ones(A, A.ndim - 1, last)
         counts = jnp.broadcast_to(jnp.asarray(counted, jnp.float32), (*B.shape[:-2], 3))
         if call.sizes is not None:
             counts = counts.at[..., 0].set(call.sizes(x) / unit)
         scales = 1.0 / unit, float(M)
         if transposed:
             A, B, scales = B, A, scales[::-1]
-        return Sums(*_sums(structures, factors, A, B, scales, last if bias else None), counts)
+        return Sums(
+            *_sums(structures, factors, A, B, scales, last if bias and not written else None),
+            counts,
+        )
 
     if call.code is None:
         return rule
