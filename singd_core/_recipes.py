@@ -19,7 +19,6 @@ RECIPES: dict[str, Settings] = {
     # steps of a size of their own: one rate for all scales; `make compare` measures it
     "normalized": Settings(
         lr=0.12,
-        momentum=0.8,
         nesterov=True,
         normalized=True,
         warmup=20,

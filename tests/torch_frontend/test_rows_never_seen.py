@@ -125,7 +125,7 @@ def test_a_backward_before_the_optimizer_was_built_is_warned_about_once(recipe: 
 
 def test_rows_take_over_when_they_are_seen() -> None:
     model, data = network(), batch()
-    optimizer = SINGD(model, T=2, growing_T=False, momentum=0.9)
+    optimizer = SINGD(model, T=2, growing_T=False)
     losses = train(model, optimizer, data, 20, seen=False)
     losses += train(model, optimizer, data, 20, seen=True)
     assert rules(optimizer) == {"SINGD"}
@@ -136,7 +136,7 @@ def test_rows_take_over_when_they_are_seen() -> None:
             assert (optimizer.state[p]["averages.t_U"] > 0.0).all()
             assert optimizer.state[p]["averages.k"].unique().item() == 10.0
     other = copy.deepcopy(model)
-    resumed = SINGD(other, T=2, growing_T=False, momentum=0.9)
+    resumed = SINGD(other, T=2, growing_T=False)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for net, own in ((model, optimizer), (other, resumed)):
         train(net, own, data, 6, seen=True)
