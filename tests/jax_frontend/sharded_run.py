@@ -229,11 +229,13 @@ def step_in_shard_map(structures):
 def few_rows_of_each_device(structures):
     """The mean over steps against all rows, and how many all-reduces both need."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    params, x = placed(mesh, P("data"), dict.fromkeys(SPECS, P()))
-    layers = singd_jax.find_layers(loss, batch_size=BATCH)(PARAMS, X)
+    params, _ = placed(mesh, P("data"), dict.fromkeys(SPECS, P()))
+    rows = array(4 * BATCH, 4)  # of few rows a diagonal factor reads all
+    x = jax.device_put(rows, NamedSharding(mesh, P("data")))
+    layers = singd_jax.find_layers(loss, batch_size=len(rows))(PARAMS, rows)
     found, counts = [], []
-    for rows in (None, 1):
-        tx = singd_jax.singd(layers=layers, structures=structures, rows=rows, T=1)
+    for most in (None, 1):
+        tx = singd_jax.singd(layers=layers, structures=structures, rows=most, T=1)
 
         def curvature(params, state, x):
             def local(p, x):
