@@ -109,13 +109,13 @@ class MultiSteps(optax.MultiSteps):  # type: ignore[misc]
         """The changes after the last micro-batch of a step, zeros after the others.
 
         Raises:
-            ValueError: If no curvature is given, or not that of the layers of the state.
+            ValueError: If no curvature is given, or the curvature of other layers.
         """
         updates, curvature = parted(updates, curvature)
         if curvature is None or curvature is MISSING:
             raise ValueError(
                 "singd_jax.MultiSteps accumulates the curvature: give tx.update(grads, state, "
-                "params, curvature=curvature) that of value_and_curvature, and put its "
+                "params, curvature=curvature) the curvature of value_and_curvature, and put its "
                 "gradient_transformation() where it is part of another transformation"
             )
         own = {}

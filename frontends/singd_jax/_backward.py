@@ -46,7 +46,7 @@ class Walk:
     def __init__(self, tracer: Tracer, spread: Spread) -> None:
         self.tracer, self.spread = tracer, spread
         self.notes: list[tuple[View, str]] = []
-        # gradients of outputs, with their axes as those of the product
+        # gradients of outputs, with their axes as the product has them
         self.outputs: dict[tuple[Path, Any], tuple[Hit, tuple[Group, ...]]] = {}
         self.biases: list[tuple[Key, Path, Bias]] = []
 

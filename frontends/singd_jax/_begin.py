@@ -26,7 +26,7 @@ from singd_jax._tensors import NONE, extended, tensors
 
 
 class Start:
-    """Makes the state of the layers that were given, or of those of a loss."""
+    """Makes the state of the layers that were given, or that a loss has."""
 
     def __init__(
         self,
@@ -90,8 +90,8 @@ class Start:
         owned |= set(others_found)
         dtypes = {name: arrays[name].dtype for name in owned}
 
-        # Compiled, so that no array is tied to a device: the core makes them on that of another
-        # array, and the second step would be compiled again for what is then tied to it.
+        # Compiled, so that no array is tied to a device: the core makes them on another array's
+        # device, and the second step would be compiled again for what is then tied to it.
         def made() -> dict[str, LayerState]:
             return {name: self._layer_state(layer, dtypes) for name, layer in found.items()}
 

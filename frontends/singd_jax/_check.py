@@ -37,7 +37,7 @@ def check(
     Args:
         loss: The loss that the layers were found in.
         layers: What `find_layers` returned.
-        tolerance: Of the difference, relative to the norm of ∇W, or to a hundredth of that of
+        tolerance: Of the difference, relative to the norm of ∇W, or to a hundredth of the norm of
             `|B|ᵀ |A|` where the rows cancel. None is 1e-4, or 8 times the rounding of the coarsest
             numbers that are multiplied.
         has_aux: Whether the loss returns a pair (value, auxiliary output).

@@ -99,7 +99,7 @@ def trained(jaxpr: Jaxpr, results: Sequence[Variable] | None = None) -> set[Vari
 def switch(
     eqn: Equation, index: Any, branches: Sequence[Callable[..., Any]], *args: Any
 ) -> Sequence[Any]:
-    """A cond's branch of that index, or of the platform: those of others cannot be compiled."""
+    """A cond's branch of that index, or of the platform: other platforms' cannot be compiled."""
     platforms = eqn.params.get("branches_platforms")
     if platforms is None:
         return jax.lax.switch(index, branches, *args)  # type: ignore[no-any-return]

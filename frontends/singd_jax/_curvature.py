@@ -47,8 +47,8 @@ def value_and_curvature(
             and nothing where measuring costs little beside the gradient: there every step measures.
 
     Returns:
-        A function of the parameters, the optimizer's state and the batch. The value is that of
-        `jax.value_and_grad`; gradients of what is not trained are None.
+        A function of the parameters, the optimizer's state and the batch. It returns what
+        `jax.value_and_grad` does; gradients of what is not trained are None.
 
     Raises:
         ValueError: If `branch` is unknown, or the state has no state of singd in it, or one that
@@ -70,7 +70,7 @@ def value_and_curvature(
         known = [k for own in states for k, layer in own.layers.items() if layer.has_rows]
         if known and len(layers) and not kept:
             raise ValueError(
-                f"the state is that of {', '.join(known)}, and the layers are "
+                f"the state has the layers {', '.join(known)}, and the layers are "
                 f"{', '.join(layers)}: give both the same layers"
             )
         leaves = Leaves.of(params)

@@ -41,7 +41,7 @@ def find_layers(
             for a sum.
         batch_size: How many examples the batch holds: a number, or a function of `*batch`. None
             reads it off the first axis of the arrays in the batch, or, if they do not agree or
-            there are none, off that of all data which parameters multiply. Inside
+            there are none, off the first axis of all data which parameters multiply. Inside
             shard_map, where the batch is a part of the whole, it must be given.
 
     Returns:

@@ -42,7 +42,7 @@ class Gradients:
     Attributes:
         tree: The gradients, like the parameters.
         carried: The curvature of each layer times `unit`.
-        unit: Small numbers, shape (2, 2), of which a multiple or a sum keeps the proportions.
+        unit: Small numbers, shape (2, 2). Multiples and sums keep their proportions.
     """
 
     tree: Any

@@ -204,7 +204,8 @@ def size_of_batch(
 ) -> int:
     """The batch size: the first axis of the arrays in the batch, unless it is given.
 
-    Where they do not agree it is that of all data which parameters multiply, as `leading` returns.
+    Where they do not agree it is the first axis of all data which parameters multiply, which
+    `leading` returns.
 
     Raises:
         ValueError: If neither agree on it.

@@ -30,7 +30,7 @@ class Sums(NamedTuple):
 
     Attributes:
         K: The mean over the rows of K, which are inputs unless the matrix is used transposed.
-        C: The sum over those of C, times the number of terms of the loss where it is a number.
+        C: The sum over the rows of C, times the number of terms of the loss where it is a number.
         counts: The number of rows in units of those found, the number of rows if every position
             is one, and the number of products, each counted once however often it runs: shape
             (*stack, 3).
@@ -155,7 +155,7 @@ def _sums(
 
 
 def is_blind(factors: Factors) -> bool:
-    """Whether the curvature of a layer is that of K = C = I, which `seen` turns into its own.
+    """Whether a layer is measured with K = C = I, and `seen` turns that into its curvature.
 
     Then it needs no factors, and is the same code for all layers of a loss. Some structures do not
     keep enough of it.

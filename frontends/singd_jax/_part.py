@@ -24,7 +24,7 @@ class Part:
         flips: Axes that are reversed.
         stack: The axes of a stack.
         outs: The atoms of the matrix's rows.
-        ins: Those of its columns.
+        ins: The atoms of its columns.
     """
 
     name: str

@@ -33,7 +33,7 @@ def custom_jvp(
 ) -> tuple[list[Any], list[Origin]]:
     """`jax.custom_jvp`: the gradient is the transpose of its rule, which is linear in tangents.
 
-    So the products to visit are those of a parameter's tangent inside the rule.
+    So the products to visit are a parameter's tangent's, inside the rule.
     """
     given, returned = _smooth(eqn.invars), _smooth(eqn.outvars)
 
@@ -150,7 +150,7 @@ def custom_vjp(
 def _followed(
     tracer: Tracer, eqn: Any, origins: Sequence[Origin], first: Any, second: Any
 ) -> Spread:
-    """What the values of a backward pass `second` depend on, from those of the forward pass."""
+    """What the values of a backward pass `second` depend on, from the forward pass `first`."""
     spread, n = Spread(), len(eqn.outvars)
     spread.unchecked = tracer.spread.unchecked
     given = [

@@ -14,7 +14,7 @@ from singd_core.rounding import Rounding
 
 
 class Shared:
-    """Runs functions of one parameter, those of equal layers as calls of one compiled function.
+    """Runs functions of one parameter; equal layers call one compiled function.
 
     It lives as long as one step is traced. Steps that are not traced run everything as it is.
     """

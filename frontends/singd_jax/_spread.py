@@ -72,7 +72,7 @@ class Spread:
         self.follow(jaxpr, consts, _divided(eqn, self.of(eqn.invars)))
 
     def follow(self, jaxpr: _compat.Jaxpr, consts: Sequence[Any], given: Sequence[Axes]) -> None:
-        """Remember along which axes the values of a jaxpr differ, from those of its operands."""
+        """Remember along which axes the values of a jaxpr differ, from its operands' axes."""
         for v, axes in self._values(jaxpr, consts, given).items():
             self.known[v] = self._both(axes, self.known.get(v, axes))
 
@@ -83,7 +83,7 @@ class Spread:
     def _values(
         self, jaxpr: _compat.Jaxpr, consts: Sequence[Any], given: Sequence[Axes]
     ) -> dict[_compat.Variable, Axes]:
-        """All values of a jaxpr, those of the jaxprs it calls included."""
+        """All values of a jaxpr and of the jaxprs it calls."""
         found = dict(zip(jaxpr.constvars, map(_compat.varying, consts), strict=True))
         found |= zip(jaxpr.invars, given, strict=True)
         inner: dict[_compat.Variable, Axes] = {}

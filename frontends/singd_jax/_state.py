@@ -44,7 +44,7 @@ class Fixed:
     shapes: Mapping[str, Sequence[tuple[int, ...]]]
 
     def __hash__(self) -> int:
-        """That of the layers, which is known."""
+        """The hash of the layers, which is known."""
         return hash((self.layers, self.growing_T, self.rows))
 
 
@@ -187,7 +187,7 @@ def find_state(opt_state: Any) -> SingdState:
     if others:
         raise ValueError(
             f"the optimizer's state holds {1 + len(others)} states of singd where one is needed: "
-            "pass that of each group, or save the whole state as a pytree"
+            "pass the state of one group, or save the whole state as a pytree"
         )
     return first
 
@@ -236,8 +236,8 @@ def refuse_lost_curvature(opt_state: Any) -> None:
 def _drops_curvature(node: Any) -> bool:
     """Whether it is the state of a transformation of optax, `optax.MultiSteps` around singd in it.
 
-    The state of a chain is a tuple, that of a named chain an `OrderedDict`, and those of others are
-    classes of optax.
+    The state of a chain is a tuple, of a named chain an `OrderedDict`; other states are classes of
+    optax.
     """
     if isinstance(node, OrderedDict):
         return _drops_curvature(tuple(node.values()))
@@ -256,7 +256,7 @@ def flatten(opt_state: Any) -> dict[str, Any]:
 
 
 def unflatten(opt_state: Any, flat: Mapping[str, Any]) -> Any:
-    """The optimizer's state with that of singd taken from named arrays.
+    """The optimizer's state, with singd's part of it taken from named arrays.
 
     Args:
         opt_state: A state of the same parameters and settings, e.g. from `tx.init`.

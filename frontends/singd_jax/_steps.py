@@ -112,7 +112,7 @@ def _known(curvature: Known | None, state: SingdState) -> dict[str, Curvature]:
     wanted = [name for name, layer in layers.items() if layer.has_rows]
     if curvature and wanted and not known:
         raise ValueError(
-            f"the curvature is that of {', '.join(curvature)}, and the state that of "
+            f"the curvature is of the layers {', '.join(curvature)}, and the state of "
             f"{', '.join(wanted)}: give both the same layers"
         )
     return known
@@ -121,7 +121,7 @@ def _known(curvature: Known | None, state: SingdState) -> dict[str, Curvature]:
 def _refreshed(
     optimizer: Stepper, state: SingdState, core: State, known: Known
 ) -> dict[str, Factors]:
-    """The factors of the layers of which there is curvature, refreshed if that is due."""
+    """The factors of the layers that have curvature, refreshed if that is due."""
 
     def refreshed() -> dict[str, Factors]:
         look = functools.partial(optimizer.shared, functools.partial(seen))

@@ -21,12 +21,12 @@ Numbers: TypeAlias = tuple[tuple[Any, bool], ...]
 class Target:
     """A value that, times numbers and summed along some axes, is the gradient of a view.
 
-    The atoms of an axis that is summed are those of no axis of the leaf.
+    The atoms of an axis that is summed belong to no axis of the leaf.
 
     Attributes:
         view: The view.
         numbers: Numbers of the same jaxpr.
-        outer: Those of the jaxprs around it.
+        outer: Numbers of the jaxprs around it.
     """
 
     view: View
@@ -106,7 +106,7 @@ class Plan:
         return own.union(*(plan.keys for plans in self.inner.values() for plan in plans))
 
     def stacked(self, scan: int) -> set[Key]:
-        """The weights of which each step of a scan has one of a stack."""
+        """The stacks of weights from which each step of a scan takes one weight."""
         own = {hit.target.view.key for hit in self.hits if scan in hit.target.view.scans}
         inner = (plan for plans in self.inner.values() for plan in plans)
         return own.union(*(plan.stacked(scan) for plan in inner))

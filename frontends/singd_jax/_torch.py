@@ -26,9 +26,9 @@ def from_torch(
 
     Args:
         saved: What `optimizer.state_dict()` returned.
-        names: For each parameter of the torch optimizer, in order, its name in JAX, or that of
-            the layer whose weight it is. Several names are those of the layers, or of their
-            biases, that torch packs into one: query, key and value of
+        names: For each parameter of the torch optimizer, in order, its name in JAX, or the name of
+            the layer whose weight it is. Several names are of layers, or of their biases, that
+            torch packs into one: query, key and value of
             `torch.nn.MultiheadAttention`.
         layers: What `find_layers` returned.
 
@@ -39,7 +39,7 @@ def from_torch(
     flat: dict[str, Any] = {"step": saved["param_groups"][0]["steps"], "skipped": 0}
     if len(names) <= max(saved["state"], default=-1):
         raise ValueError(
-            f"names has {len(names)} entries, and the saved state is that of "
+            f"names has {len(names)} entries, and the saved state has "
             f"{1 + max(saved['state'])} parameters: give one for each"
         )
     for i, entries in saved["state"].items():

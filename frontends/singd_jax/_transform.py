@@ -93,23 +93,22 @@ def singd(
         layers: What `find_layers` returned.
         loss: In its place the loss `loss(params, *batch)`: `tx.init(params, *batch)` then finds the
             layers, with the defaults of `find_layers`.
-        structures: Of K and C, one for both, or "auto:b"; None takes those of `layers`, or else
-            the recipe's.
+        structures: Of K and C, one for both, or "auto:b"; None takes the structures of `layers`,
+            or else the recipe's.
         recipe: "normalized" or "paper": the values of all settings left at None.
         momentum: Momentum of the weights (α₂).
         nesterov: See `singd_core.Settings`, as for all that follow.
         normalized: The momentum averages gradients, and the step of each matrix has a size of its
-            own, whatever that of the gradient.
+            own, whatever the size of the gradient.
         warmup: Steps in which the rates grow from 0.
-        weight_decay: Weight decay (γ) of the preconditioned weights. The number 0.0 turns that of
-            AdamW off as well, unless `fallback` is given.
+        weight_decay: Weight decay (γ) of the preconditioned weights. The number 0.0 turns AdamW's
+            off as well, unless `fallback` is given.
         decoupled_weight_decay: Shrink the weights as AdamW does.
         T: Steps between two refreshes of the factors.
         growing_T: Refresh more often at first: after t steps the gap is at most t / 10.
         rows: Rows that a factor is measured with, at least as many as its blocks are wide; others
             at each refresh. Infinite for all.
-        lr_cov: Step size of the factors (β₁); with `growing_T` that of one step, of which a gap
-            has several.
+        lr_cov: Step size of the factors (β₁); with `growing_T` of one step, and a gap has several.
         damping: Damping (λ).
         relative_damping: `damping` is a share of the curvature's mean diagonal.
         rule: How the factors learn: "singd", "ikfac", "kfac", or one that was registered.
@@ -173,8 +172,8 @@ def scale_by_singd(
 
     Args:
         layers: What `find_layers` returned.
-        structures: Of K and C, one for both, or "auto:b"; None takes those of `layers`, or else
-            the recipe's.
+        structures: Of K and C, one for both, or "auto:b"; None takes the structures of `layers`,
+            or else the recipe's.
         recipe: "normalized" or "paper": the values of all settings not given.
         T: Steps between two refreshes of the factors.
         growing_T: Refresh more often at first: after t steps the gap is at most t / 10.

@@ -430,12 +430,12 @@ def test_layers_of_other_parameters_are_told_of():
         tx.init({"other": X})
     params = {"other": array(4, 3)}
     other = singd_jax.find_layers(lambda p, x: mean_square(x @ p["other"]))(params, X)
-    with pytest.raises(ValueError, match="the state is that of v, w, and the layers are other"):
+    with pytest.raises(ValueError, match="the state has the layers v, w, and the layers are other"):
         singd_jax.value_and_curvature(loss, other)(start(), tx.init(start()), X)
     state = singd_jax.singd(0.02, layers=other).init(params)
     function = singd_jax.value_and_curvature(lambda p, x: mean_square(x @ p["other"]), other)
     _, _, curvature = function(params, state, X)
-    with pytest.raises(ValueError, match="the curvature is that of other, and the state that of"):
+    with pytest.raises(ValueError, match="the curvature is of the layers other, and the state of"):
         tx.update(start(), tx.init(start()), start(), curvature=curvature)
 
 
