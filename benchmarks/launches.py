@@ -67,14 +67,9 @@ def on_gpu(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> tuple[fx.GraphMod
     """The same graph of tensors without data on a GPU, of which it has none of its own."""
     made, new, fakes = fx.Graph(), dict[fx.Node, fx.Node](), list[Tensor]()
     known, own, fake = dict[Any, fx.Node](), iter(inputs), FakeTensorMode()
-    # placeholders come first
-    for node in sorted(
-        graph.graph.nodes,
-        key=lambda n: (
-            ("placeholder", "get_attr").index(n.op) if n.op in ("placeholder", "get_attr") else 2
-        ),
-    ):
-        if node.op in ("placeholder", "get_attr"):
+    given = "placeholder", "get_attr"
+    for node in sorted(graph.graph.nodes, key=lambda n: n.op not in given):  # they come first
+        if node.op in given:
             x = next(own) if node.op == "placeholder" else getattr(graph, node.target)
             place = x.data_ptr(), x.shape, x.stride(), x.dtype
             if place not in known:

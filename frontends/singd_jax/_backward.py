@@ -37,8 +37,6 @@ from singd_jax._targets import (
 if TYPE_CHECKING:
     from singd_jax._trace import Tracer
 
-INLINE = (*_compat.INLINE, *_compat.REMAT, "custom_jvp_call", "custom_vjp_call")
-
 
 class Walk:
     """The way back from gradients of weights to the products that make them."""
@@ -279,7 +277,7 @@ class Walk:
 
 
 ENTER: Mapping[str, Callable[..., tuple[list[Plan], Targets] | None]] = {
-    **dict.fromkeys(INLINE, Walk._call),
+    **dict.fromkeys(_compat.RUNS, Walk._call),
     "cond": Walk._cond,
     "scan": Walk._loop,
     "while": Walk._loop,

@@ -61,6 +61,8 @@ REMAT = ("remat", "remat2", "checkpoint")
 CUSTOM_VJP = ("custom_vjp_call", "custom_vjp_call_jaxpr")
 REFS = ("addupdate", "get", "swap")
 OWN_RULES = ("custom_jvp_call", *CUSTOM_VJP)
+# All that run the jaxpr which `inner_jaxpr` returns, once.
+RUNS = (*INLINE, *REMAT, "custom_jvp_call", "custom_vjp_call")
 
 
 def inner_jaxpr(eqn: Equation) -> tuple[Jaxpr, Sequence[Any]]:

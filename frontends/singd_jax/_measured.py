@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from singd_core._array import Array
 from singd_jax import _compat
 from singd_jax._axes import Key
-from singd_jax._backward import INLINE, Walk, parts
+from singd_jax._backward import Walk, parts
 from singd_jax._tap import Port, Slice
 from singd_jax._targets import Hit, Numbers, Plan
 
@@ -171,7 +171,7 @@ def _slots(plan: Plan, ports: Ports) -> Got:
 
 
 _RUN: Mapping[str, Callable[..., Any]] = {
-    **dict.fromkeys(INLINE, _run_call),
+    **dict.fromkeys(_compat.RUNS, _run_call),
     "cond": _run_cond,
     "scan": _run_scan,
     "while": _run_while,

@@ -69,10 +69,7 @@ def custom_jvp(
         values, ports = residuals
         _, pull = jax.vjp(lambda *args: linear(values, *args), zeros(values), ports)
         pulled, of_ports = pull([g[i] for i in returned])
-        of_values: list[Any] = [None] * len(values)
-        for i, x in zip(given, pulled, strict=True):
-            of_values[i] = x
-        return of_values, of_ports
+        return _with([None] * len(values), given, pulled), of_ports
 
     call.defvjp(forward, backward)
     jax.eval_shape(linear, values, zeros(values), ports)  # finds products and origins
@@ -136,10 +133,9 @@ def custom_vjp(
     def backward(saved: Any, g: Any) -> Any:
         residuals, ports = saved
         pulled, of_ports = back(residuals, [g[i] for i in returned], ports)
-        of_values: list[Any] = [None] * len(values)
-        for i, x in zip(given, pulled, strict=True):
-            of_values[i] = x
-        return of_values, {k: Port(of_ports.get(k), None) for k in ports}
+        return _with([None] * len(values), given, pulled), {
+            k: Port(of_ports.get(k), None) for k in ports
+        }
 
     call.defvjp(run, backward)
     if not ports:
@@ -169,6 +165,14 @@ def _smooth(variables: Sequence[Any]) -> list[int]:
     return [i for i, v in enumerate(variables) if _compat.is_smooth(v)]
 
 
+def _with(values: Sequence[Any], at: Sequence[int], new: Sequence[Any]) -> list[Any]:
+    """The values, with new ones at some places."""
+    found = list(values)
+    for i, x in zip(at, new, strict=True):
+        found[i] = x
+    return found
+
+
 def _of_smooth(
     eqn: Any, given: Sequence[int], values: Sequence[Any]
 ) -> tuple[Callable[..., Any], list[Any]]:
@@ -179,10 +183,7 @@ def _of_smooth(
     returned = _smooth(eqn.outvars)
 
     def function(*some: Any) -> Any:
-        full = list(values)
-        for i, x in zip(given, some, strict=True):
-            full[i] = x
-        results = _compat.evaluate(eqn, full)
+        results = _compat.evaluate(eqn, _with(values, given, some))
         return [results[i] for i in returned], results
 
     return function, [values[i] for i in given]

@@ -22,7 +22,6 @@ GRADIENT, PARAMETERS = "gradient", "parameters"
 
 _SHARES = {"all_gather", "all_gather_invariant", "pmax", "pmin", "psum", "psum2", "psum_invariant"}
 _PARTS = {"all_to_all", "axis_index", "reduce_scatter"}
-_CALLS = {*_compat.INLINE, *_compat.REMAT, "custom_jvp_call", "custom_vjp_call"}
 
 
 class Spread:
@@ -104,7 +103,7 @@ class Spread:
             return [axes - _named(p) for axes in values], {}
         if name in _PARTS:
             return [every | _named(p)] * n, {}
-        if name in _CALLS:
+        if name in _compat.RUNS:
             return self._call(*_compat.inner_jaxpr(eqn), values)
         if name == "shard_map":
             results, inner = self._call(*_compat.inner_jaxpr(eqn), _divided(eqn, values))

@@ -137,7 +137,7 @@ def measured(case: Case) -> None:
 
 @law()
 def summed_with_a_last_column(case: Case) -> None:
-    """`summed(A, c, last)` is that of A with one more column, for few rows and for many."""
+    """`summed(A, c, last)` sums A with one more column, for few rows and for many."""
     whole = partial(np.pad, pad_width=((0, 0), (0, 1)), constant_values=0.5)
     for n in (2, 2 * case.d + 1):
         A = case.array("A", n, case.d - 1)

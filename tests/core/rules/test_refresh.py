@@ -155,8 +155,7 @@ def test_a_factor_whose_curvature_left_the_range_shrinks(rule: str, overflow: fl
         inputs, outputs = old.measure(A.astype(like.dtype), B.astype(like.dtype))
         found = Curvature.of(inputs, N, outputs, N)
         old = old.refresh(found, BETA, s)
-    G = found.H_C.dense().copy()
-    G[:] = np.inf
+    G = np.full_like(found.H_C.dense(), np.inf)
     G[0, 1] = G[1, 0] = overflow
     with np.errstate(invalid="ignore"):  # inf times 0
         new = old.refresh(dataclasses.replace(found, H_C=Dense(G)), BETA, s)
