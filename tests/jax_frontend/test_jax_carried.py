@@ -12,7 +12,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 from jax import lax
 from jax_cases import N, X
-from test_jax_transform import LAYERS, assert_close, loss, run, start
+from jax_runs import LAYERS, assert_close, loss, run, start
 
 import singd_jax
 

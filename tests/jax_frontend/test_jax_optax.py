@@ -11,7 +11,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 from jax_cases import X
-from test_jax_transform import LAYERS, assert_close, loss, start
+from jax_runs import LAYERS, assert_close, loss, start
 
 import singd_jax
 

@@ -11,12 +11,11 @@ import numpy as np
 import optax
 import pytest
 from jax_cases import CASES, IMAGES, SEQUENCE, X, array, mean_square
-from test_jax_transform import LAYERS, assert_close, loss, run, start, stepper
+from jax_runs import LAYERS, assert_close, loss, run, start, state_of, stepper
 
 import singd_jax
 from singd_core.layers import Convolution, Linear
 from singd_core.optimizer import Optimizer
-from singd_jax._state import find_state
 
 
 def function_of_the_step(loss, params, batch, structures, has_aux=False, of_layers=None, **given):
@@ -185,7 +184,7 @@ def test_micro_batches_are_measured_with_some_of_their_rows():
     mean = jax.tree.map(lambda a, b: (a + b) / 2, c, curvature(params, tx.init(params), X[::-1])[2])
     updates, _ = tx.update(grads, tx.init(params), params, curvature=mean)
     assert_close(moved, optax.apply_updates(params, updates), 1e-5)
-    assert int(find_state(state).core.skipped) == 0
+    assert int(state_of(state).core.skipped) == 0
 
 
 def test_fewer_rows_cost_less():
@@ -211,4 +210,4 @@ def test_rows_are_a_number_and_it_is_said_how():
     with pytest.raises(ValueError, match=r"rows=.*static_args of optax\.inject_hyperparams"):
         injected(layers=LAYERS, rows=2).init(start())
     static = optax.inject_hyperparams(singd_jax.scale_by_singd, static_args=("rows",))
-    assert find_state(static(layers=LAYERS, rows=2).init(start())).fixed.rows == 2
+    assert state_of(static(layers=LAYERS, rows=2).init(start())).fixed.rows == 2

@@ -10,14 +10,11 @@ import numpy as np
 import optax
 import pytest
 from jax_cases import CASES, X, array, mean_square
-from test_jax_transform import LAYERS, assert_close, loss, run, start, stepper
+from jax_runs import LAYERS, assert_close, loss, run, start, state_of, stepper
 
 import singd_jax
-from singd_core._recipes import settings
-from singd_core._settings import is_due
+from singd_core import Optimizer
 from singd_core.optimizer import Fallback
-from singd_jax._loss import Leaves
-from singd_jax._state import find_state
 
 
 def of_layers_alone(p, x):
@@ -36,7 +33,8 @@ def test_momenta_have_the_shapes_of_the_leaves(name, recipe):
     case = CASES[name]()
     layers = singd_jax.find_layers(case.loss)(case.params, *case.batch)
     state = singd_jax.singd(layers=layers, recipe=recipe).init(case.params)
-    leaves = Leaves.of(case.params).named
+    found, _ = jax.tree_util.tree_flatten_with_path(case.params)
+    leaves = {jax.tree_util.keystr(p, simple=True, separator="."): leaf for p, leaf in found}
     for key, own in state.core.layers.items():
         shapes = [m.shape for m in own.momenta]
         assert shapes == [leaves[leaf].shape for leaf in layers[key].leaves]
@@ -150,7 +148,9 @@ def test_the_rates_grow_in_the_warm_up():
 
 def dues(T, steps):
     """Which steps refresh, by the core, of plain numbers."""
-    return [bool(is_due(t, settings(T=T))) for t in range(steps)]
+    optimizer = Optimizer({}, T=T)
+    state = optimizer.init({"w": np.zeros(1)})
+    return [optimizer.due(dataclasses.replace(state, step=t)) for t in range(steps)]
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_gaps_grow_to_a_scheduled_number_of_steps():
     params, state = run(tx, 25)
     expected, plain_state = run(plain, 25)
     assert_close(params, expected, 1e-5)
-    k = find_state(state).core.layers["v"].factors.averages.k
+    k = state_of(state).core.layers["v"].factors.averages.k
     assert int(k) == int(plain_state.core.layers["v"].factors.averages.k) == sum(dues(2, 25)) == 23
 
 
@@ -235,12 +235,12 @@ def test_micro_batches_of_a_step_are_due_together():
     plain = singd_jax.singd(layers=LAYERS, T=4)
     tx = singd_jax.MultiSteps(plain, 2, layers=LAYERS)
     _, state = run(tx, 2 * 30)
-    assert int(find_state(state).core.layers["v"].factors.averages.k) == sum(dues(4, 30)) < 30
+    assert int(state_of(state).core.layers["v"].factors.averages.k) == sum(dues(4, 30)) < 30
 
 
 def test_the_bare_preconditioner_refreshes_in_growing_gaps():
     tx = optax.chain(singd_jax.scale_by_singd(layers=LAYERS, T=4), optax.scale(-1e-3))
     _, state = run(tx, 30)
-    own = find_state(state).core.layers["v"]
+    own = state_of(state).core.layers["v"]
     assert own.momenta is own.late is None
     assert int(own.factors.averages.k) == sum(dues(4, 30)) < 30

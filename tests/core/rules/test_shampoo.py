@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from singd_core import Optimizer, Settings, rules, settings
-from singd_core._settings import gap
 from singd_core.layers import Tensor
 from singd_core.rules.shampoo import Shampoo
 from singd_core.structures import get
@@ -192,12 +191,13 @@ def test_the_scale_of_the_loss_changes_no_step(scale: float) -> None:
 
 def test_factors_are_refreshed_when_a_refresh_is_due() -> None:
     optimizer, params = Optimizer({}), {"W": np.ones((4, 6))}
-    state, due = optimizer.init(params), []
+    state, due, expected = optimizer.init(params), [], []
     for G in draw(60, 4, 6):
+        expected.append(optimizer.due(state))
         before = state.layers["W"].factors.averages.k
         _, state = optimizer.update({"W": G}, state, params)
         due.append(state.layers["W"].factors.averages.k > before)
-    assert due == [t % gap(t, S) == 0 for t in range(60)]
+    assert due == expected
     assert not all(due)
 
 

@@ -1,8 +1,8 @@
 """Mistakes that show where factors learn from gradients alone."""
 
+from array_api_compat import array_namespace
 from planting import bug
 
-from singd_core._array import namespace
 from singd_core.structures import Dense, Tril
 
 
@@ -17,7 +17,7 @@ class SlightlyMoreIsOne(Dense):
 
     def scale(self, c):
         if _of_array(c) and not c.ndim:
-            c = namespace(self.matrix).where((c > 1.0) & (c < 1.03), 0.0 * c + 1.0, c)
+            c = array_namespace(self.matrix).where((c > 1.0) & (c < 1.03), 0.0 * c + 1.0, c)
         return super().scale(c)
 
 
@@ -27,7 +27,7 @@ class HugeScalarsBounded(Dense):
 
     def scale(self, c):
         if _of_array(c) and not c.ndim:
-            c = namespace(self.matrix).where(c > 1e9, 0.0 * c + 1e9, c)
+            c = array_namespace(self.matrix).where(c > 1e9, 0.0 * c + 1e9, c)
         return super().scale(c)
 
 
@@ -38,7 +38,9 @@ class SmallRange(Dense):
     @classmethod
     def outer(cls, X):
         square = super().outer(X).matrix
-        return cls(namespace(X).where(abs(square) > 1e27, 0.0 * square + float("inf"), square))
+        return cls(
+            array_namespace(X).where(abs(square) > 1e27, 0.0 * square + float("inf"), square)
+        )
 
 
 @bug("gradients_of_a_stack_equal_a_loop")
@@ -47,7 +49,7 @@ class SmallBesideTheLargest(Dense):
 
     def scale(self, c):
         if _of_array(c) and c.ndim:
-            xp = namespace(self.matrix)
+            xp = array_namespace(self.matrix)
             c = xp.where(abs(c) < 2.0**-100 * xp.max(abs(c)), 0.0 * c, c)
         return super().scale(c)
 
@@ -58,7 +60,7 @@ class RefusesNaN(Tril):
 
     @classmethod
     def outer(cls, X):
-        xp = namespace(X)
+        xp = array_namespace(X)
         if X.shape[-1] > 3 and bool(xp.any(xp.isnan(X))):
             raise ValueError("not a number")
         return super().outer(X)

@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from array_api_compat import array_namespace, device
 from planting import Blocks, Hierarchical, bug, library
 
-from singd_core._array import full, namespace
 from singd_core.structures import (
     Diagonal,
     Structure,
@@ -18,21 +18,21 @@ from singd_core.structures import (
 class Doubled(Diagonal):
     @classmethod
     def restrict(cls, M):
-        return cls(2.0 * namespace(M).linalg.diagonal(M))
+        return cls(2.0 * array_namespace(M).linalg.diagonal(M))
 
 
 @bug("restriction_is_linear")
 class AbsoluteValues(Diagonal):
     @classmethod
     def restrict(cls, M):
-        return cls(namespace(M).abs(namespace(M).linalg.diagonal(M)))
+        return cls(array_namespace(M).abs(array_namespace(M).linalg.diagonal(M)))
 
 
 @bug("restriction_as_in_numpy", "numpy", "torch")
 class OtherInTorch(Diagonal):
     @classmethod
     def restrict(cls, M):
-        xp, diag = namespace(M), namespace(M).linalg.diagonal(M)
+        xp, diag = array_namespace(M), array_namespace(M).linalg.diagonal(M)
         if library(M) == "torch" and M.shape[-1] > 1:
             next_to_it = xp.linalg.diagonal(M, offset=1)
             diag = diag + xp.concat([next_to_it, xp.zeros_like(diag[..., :1])], axis=-1)
@@ -50,14 +50,14 @@ class ShapeWithoutBatch(Diagonal):
 class StrictlyLower(Tril):
     @classmethod
     def restrict(cls, M):
-        return cls(namespace(M).tril(M, k=-1))
+        return cls(array_namespace(M).tril(M, k=-1))
 
 
 @bug("identity")
 class IdentityOfOnes(TrilToeplitz):
     @classmethod
     def identity(cls, d, *, like, batch=()):
-        return cls(full((*batch, d), 1.0, like=like))
+        return cls(array_namespace(like).ones((*batch, d), dtype=like.dtype, device=device(like)))
 
 
 @bug("sums")
@@ -103,7 +103,7 @@ class Banded(Structure):
 
     @classmethod
     def restrict(cls, M):
-        xp = namespace(M)
+        xp = array_namespace(M)
         return cls(xp.tril(xp.triu(M, k=-1), k=1))
 
     def dense(self):
@@ -128,11 +128,11 @@ class BlocksMixedUp(Hierarchical):
 @bug("associative")
 class GarbageAboveTheDiagonal(Tril):
     def dense(self):
-        return namespace(self.matrix).tril(self.matrix)
+        return array_namespace(self.matrix).tril(self.matrix)
 
     def matmul(self, other):
         product = self.dense() @ other.dense()
-        return type(self)(product + product.mT - namespace(product).tril(product.mT))
+        return type(self)(product + product.mT - array_namespace(product).tril(product.mT))
 
     def apply(self, X):
         return self.matrix @ X

@@ -2,9 +2,9 @@
 
 from typing import ClassVar
 
+from array_api_compat import array_namespace
 from planting import bug, library
 
-from singd_core._array import namespace
 from singd_core.structures import (
     Dense,
     Diagonal,
@@ -46,7 +46,7 @@ class SumOfTheParent(Diagonal):
 @bug("update_stays_positive_definite")
 class NormWithAnUpperBound(Dense):
     def norm(self):
-        xp, norm = namespace(self.matrix), super().norm()
+        xp, norm = array_namespace(self.matrix), super().norm()
         return xp.minimum(norm, xp.full_like(norm, 1e3))
 
 
@@ -55,7 +55,7 @@ class SmallScalarsLost(Dense):
     def scale(self, c):
         if type(c) in (int, float) or c.ndim:
             return super().scale(c)
-        return super().scale(namespace(self.matrix).where(abs(c) < 0.015, 0.0 * c, c))
+        return super().scale(array_namespace(self.matrix).where(abs(c) < 0.015, 0.0 * c, c))
 
 
 @bug("rows_in_any_order_and_number")
@@ -72,7 +72,7 @@ class PositiveScalarsBounded(Dense):
         if type(c) in (int, float) or c.ndim:
             return super().scale(c)
         tiny = (c > 0.0) & (c < 0.005)
-        return super().scale(namespace(self.matrix).where(tiny, 0.0 * c + 0.005, c))
+        return super().scale(array_namespace(self.matrix).where(tiny, 0.0 * c + 0.005, c))
 
 
 @bug("dense_tril_and_triu_agree_to_second_order")
@@ -80,7 +80,9 @@ class SmallStepsLost(Tril):
     def scale(self, c):
         if type(c) in (int, float) or c.ndim:
             return super().scale(c)
-        return super().scale(namespace(self.matrix).where((c < 0.0) & (c > -0.003), 0.0 * c, c))
+        return super().scale(
+            array_namespace(self.matrix).where((c < 0.0) & (c > -0.003), 0.0 * c, c)
+        )
 
 
 @bug("update_of_a_stack_equals_a_loop")
@@ -88,7 +90,7 @@ class NothingForAllIfForOne(Diagonal):
     def scale(self, c):
         if type(c) in (int, float) or not c.ndim:
             return super().scale(c)
-        xp = namespace(self.diag)
+        xp = array_namespace(self.diag)
         return super().scale(xp.where(xp.any(c == 0.0), 0.0 * c, c))
 
 
@@ -108,7 +110,7 @@ class ReadsMemoryInItsOrder(Tril):
 @bug("step_skips_what_is_not_finite")
 class NaNAsZero(Tril):
     def measured(self, X):
-        xp = namespace(X)
+        xp = array_namespace(X)
         return super().measured(xp.where(xp.isnan(X), xp.zeros_like(X), X))
 
 
@@ -117,7 +119,7 @@ class BoundsHugeGradients(Diagonal):
     """A gradient has more columns than the three rows of a law."""
 
     def precondition(self, X):
-        xp = namespace(X)
+        xp = array_namespace(X)
         if X.shape[-1] > 3 and float(xp.max(xp.abs(X))) > 1e30:
             X = X * 1e-30
         return super().precondition(X)

@@ -1,0 +1,145 @@
+"""What cannot be right is an error that names the setting, the parameter or the call."""
+
+import functools
+
+import jax.numpy as jnp
+import pytest
+from flax import linen
+from jax_cases import CASES, X, array, mean_square
+from jax_runs import LAYERS, assert_close, loss, start, stepper
+
+import singd_jax
+
+
+def test_a_name_is_not_that_of_a_transposed_use():
+    def loss(p, x):
+        return mean_square(x @ p["w"] @ p["w"].T + x @ p["w transposed"])
+
+    def untied(p, x):
+        return mean_square(x @ p["w"] + x @ p["w transposed"])
+
+    params = {"w": array(4, 4), "w transposed": array(4, 4, seed=1)}
+    with pytest.raises(ValueError, match="'w transposed' is the name of a parameter, and"):
+        singd_jax.find_layers(loss)(params, X)
+    layers = singd_jax.find_layers(untied)(params, X)
+    tx = singd_jax.singd(0.02, layers=layers, T=1)
+    _, state, _ = stepper(tx, untied, layers)(params, tx.init(params), X)
+    assert int(state.core.layers["w transposed"].factors.averages.k) == 1
+
+
+def test_layers_of_other_parameters_are_told_of():
+    tx = singd_jax.singd(0.02, layers=LAYERS)
+    with pytest.raises(ValueError, match="the parameters have no 'a', which the layers were found"):
+        tx.init({"other": X})
+    params = {"other": array(4, 3)}
+    other = singd_jax.find_layers(lambda p, x: mean_square(x @ p["other"]))(params, X)
+    with pytest.raises(ValueError, match="the state has the layers v, w, and the layers are other"):
+        singd_jax.value_and_curvature(loss, other)(start(), tx.init(start()), X)
+    state = singd_jax.singd(0.02, layers=other).init(params)
+    function = singd_jax.value_and_curvature(lambda p, x: mean_square(x @ p["other"]), other)
+    _, _, curvature = function(params, state, X)
+    with pytest.raises(ValueError, match="the curvature is of the layers other, and the state of"):
+        tx.update(start(), tx.init(start()), start(), curvature=curvature)
+
+
+@pytest.mark.parametrize(
+    "make", [functools.partial(singd_jax.singd, 0.1), singd_jax.scale_by_singd]
+)
+def test_a_leaf_that_does_not_fit_is_named(make):
+    tx, params = make(layers=LAYERS), start()
+    state = tx.init(params)
+    without = {k: v for k, v in params.items() if k != "a"}
+    turned = params | {"v": params["v"].T}
+    function = singd_jax.value_and_curvature(lambda p, x: jnp.sum(p["v"]), LAYERS)
+    check = singd_jax.check(lambda p, x: jnp.sum(p["v"]), LAYERS)
+    for use in (
+        tx.init,
+        lambda p: tx.update(p, state, params, curvature=None),
+        lambda p: function(p, state, X),
+        lambda p: check(p, X),
+    ):
+        with pytest.raises(ValueError, match="have no 'a', which the layers were found with"):
+            use(without)
+        with pytest.raises(ValueError, match=r"'v' has shape \(5, 4\) .* and had \(4, 5\)"):
+            use(turned)
+    with pytest.raises(ValueError, match="'z' is none of the parameters"):
+        tx.init(params | {"z": X})
+    with pytest.raises(ValueError, match=r"'scale' has shape \(6, 4\)"):
+        tx.init(params | {"scale": X})
+
+
+def test_parameters_further_than_those_of_the_state_are_named():
+    tx = singd_jax.singd(0.1, layers=LAYERS)
+    state = tx.init(start())
+    with pytest.raises(ValueError, match="'z' is none of the parameters"):
+        tx.update(start() | {"z": X}, state, start(), curvature=None)
+    without = {k: v for k, v in start().items() if k != "scale"}
+    with pytest.raises(ValueError, match="the parameters have no 'scale'"):
+        tx.update(start(), state, without, curvature=None)
+
+
+def test_the_batch_size_must_be_seen_or_told():
+    def indexed(p, x, rows):
+        return loss(p, x[rows])
+
+    def both(p, x, rows):
+        return loss(p, x[rows]) + loss(p, x)
+
+    rows = jnp.array([1, 2])
+    with pytest.raises(ValueError, match=r"batch\[0\] 6, batch\[1\] 2"):
+        singd_jax.find_layers(both)(start(), X, rows)
+    layers = singd_jax.find_layers(both, batch_size=lambda x, rows: len(rows))(start(), X, rows)
+    assert set(layers) == {"v", "w"}
+    tx = singd_jax.singd(layers=LAYERS, T=1)
+    state = tx.init(start())
+    _, _, expected = singd_jax.value_and_curvature(loss, LAYERS)(start(), state, X[rows])
+    found = singd_jax.find_layers(indexed)(start(), X, rows)  # all layers multiply two rows
+    _, _, seen = singd_jax.value_and_curvature(indexed, found)(start(), state, X, rows)
+    assert_close(seen, expected)
+
+
+def test_setting_errors_name_the_setting():
+    with pytest.raises(ValueError, match="T=0"):
+        singd_jax.singd(layers=LAYERS, T=0)
+    with pytest.raises(ValueError, match=r"T=.*: must be a number of steps; optax"):
+        singd_jax.singd(layers=LAYERS, T=lambda count: 10)
+    with pytest.raises(ValueError, match="structures"):
+        singd_jax.singd(layers=LAYERS, structures="dens")
+    with pytest.raises(ValueError, match="loss_average"):
+        singd_jax.find_layers(loss, loss_average="mean")
+
+
+UNCALLED, PLAIN = singd_jax.find_layers(loss), singd_jax.singd(layers=LAYERS)
+
+
+SECOND = r"layers must be what .*find_layers\(loss\)\(params, .*; the second call is missing"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: singd_jax.singd(layers=UNCALLED), SECOND),
+        (lambda: singd_jax.value_and_curvature(loss, UNCALLED), SECOND),
+        (lambda: singd_jax.check(loss, UNCALLED), SECOND),
+        (lambda: singd_jax.MultiSteps(PLAIN, 2, layers=UNCALLED), SECOND),
+        (lambda: singd_jax.singd(layers={}), "layers must be .* not a dict$"),
+        (lambda: singd_jax.singd(b1=0.9), "no argument 'b1': b1 is 'momentum' here"),
+        (lambda: singd_jax.singd(eps=1e-8), r"'damping' here; .*fallback=Fallback\(eps=...\)"),
+        (lambda: singd_jax.singd(lr=0.1), "no argument 'lr': was 'learning_rate' meant"),
+        (lambda: singd_jax.singd(linen.Dense(3)), "learning_rate must be a number or a schedule"),
+        (lambda: singd_jax.singd(damping=lambda t: jnp.ones(2)), "damping must be a number or a"),
+        (lambda: singd_jax.singd(damping=lambda t: (t, t)), "damping must be a number or a"),
+    ],
+)
+def test_what_is_given_in_place_of_something_else_is_named(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+def test_a_filtered_equinox_module_is_told_of():
+    import equinox as eqx
+
+    case = CASES["equinox_mlp"]()
+    filtered = eqx.filter(case.params, eqx.is_inexact_array)
+    with pytest.raises(TypeError, match=r"model itself, .* not a filtered one"):
+        singd_jax.singd(loss=case.loss).init(filtered, *case.batch)
