@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from watched import STEPS, check_trained
+from watched import STEPS, check_trained, layers
 
 from singd_torch import SINGD
 
@@ -66,7 +66,7 @@ def test_what_accelerate_prepares_trains(precision: str) -> None:
     model = network()
     start, run = copy.deepcopy(model), Run(model, mixed_precision=precision)
     losses = run.train(STEPS, clip=0.5)
-    assert [layer.name for layer in run.singd._layers] == ["0.weight", "3.weight"]
+    assert [layer.name for layer in layers(run.singd)] == ["0.weight", "3.weight"]
     check_trained(model, start, run.singd, losses)
 
 

@@ -111,10 +111,10 @@ def test_a_replayed_step_is_the_step(case: str, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_step_between_refreshes_leaves_no_memory_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pieces, "on_host", lambda x: False)
-    _, optimizer, _ = train({}, replays=False)
+    network, optimizer, _ = train({}, replays=False)
     where = [v.data_ptr() for own in optimizer.state.values() for v in own.values()]
     for _ in range(6):
-        (network := optimizer._roster.model)(torch.randint(9, (6, 5))).square().mean().backward()
+        network(torch.randint(9, (6, 5))).square().mean().backward()
         optimizer.step()
     assert [v.data_ptr() for own in optimizer.state.values() for v in own.values()] == where
     assert all(p.grad is not None for p in network.parameters())

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from watched import layers
 
 from singd_core import Linear
 from singd_torch import SINGD, check, register_layer
@@ -34,14 +35,15 @@ def test_right_rows_and_nothing_changes() -> None:
     optimizer = SINGD(model)
     loss(model).backward()
     before, gradients = copy.deepcopy(model.state_dict()), [p.grad for p in model.parameters()]
-    pending = [dict(layer.pending) for layer in optimizer._layers]
+    pending = [dict(layer.pending) for layer in layers(optimizer)]
+    assert all(pending)
     gaps = check(model, loss)
     assert sorted(gaps) == ["0.weight", "3.weight"]
     assert max(gaps.values()) < 1e-5  # float32, sums of 9 products
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
     assert all(p.grad is g for p, g in zip(model.parameters(), gradients, strict=True))
-    assert [dict(layer.pending) for layer in optimizer._layers] == pending
+    assert [dict(layer.pending) for layer in layers(optimizer)] == pending
 
 
 def test_wrong_rows_are_named() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from watched import layers
 
 from singd_torch import SINGD
 
@@ -199,9 +200,12 @@ def test_resumed_in_another_dtype(
     again.load_state_dict(saved["optimizer"])
     before = copy.deepcopy(resumed)
     train(resumed, again, batches(resumed_in, 3))
-    assert all(stack.factors is not None and stack.fits() for stack in again._stepper.stacks)
-    for layer in again._layers:
-        assert again.state[layer.weight]["momentum_buffer"].dtype == layer.dtypes[2]
+    for layer in layers(again):
+        kept = again.state[layer.weight]
+        assert kept["momentum_buffer"].dtype == layer.dtypes[2]
+        for side, dtype in zip("KC", layer.dtypes, strict=False):
+            arrays = [a for name, a in kept.items() if name.split(".")[0] in (side, f"S_{side}")]
+            assert {a.dtype for a in arrays} == {dtype}
         assert not torch.equal(layer.weight, before.get_parameter(layer.name))
     assert again.skipped == 0
 
@@ -251,7 +255,7 @@ def as_saved_before(optimizer: SINGD) -> dict[str, Any]:
     """What was saved before 0.1: one momentum for a matrix and its bias, and other settings."""
     saved = copy.deepcopy(optimizer.state_dict())
     index = {p: i for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
-    for layer in optimizer._layers:
+    for layer in layers(optimizer):
         entries = [saved["state"][index[p]] for p in layer.parameters]
         momenta = [entry.pop("momentum_buffer") for entry in entries]
         entries[0]["momentum_buffer"] = layer.kind.matrix(*momenta)
@@ -281,7 +285,7 @@ def test_a_rule_that_averages_gradients_begins_anew_with_such_a_momentum() -> No
     optimizer, other = SINGD(model), SINGD(twin)
     train(model, optimizer, batches(F32, 3))
     other.load_state_dict(as_saved_before(optimizer))
-    for layer, its in zip(optimizer._layers, other._layers, strict=True):
+    for layer, its in zip(layers(optimizer), layers(other), strict=True):
         kept, found = optimizer.state[layer.weight], other.state[its.weight]
         assert "momentum_buffer" not in found
         assert torch.equal(found["averages.t_U"], kept["averages.t_U"])

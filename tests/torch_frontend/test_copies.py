@@ -12,6 +12,7 @@ import torch
 from test_checkpoint import F32, Network, all_numbers, assert_equal, batches, train
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from watched import layers
 
 from singd_core.structures import blockdiagonal, hierarchical
 from singd_torch import SINGD
@@ -68,7 +69,7 @@ def test_an_average_of_the_model_gives_no_rows_and_takes_none() -> None:
         train(model, optimizer, [batch])
         average.update_parameters(model)
         nn.functional.cross_entropy(average(batch[0]), batch[1]).backward()
-        assert not any(layer.pending for layer in optimizer._layers)
+        assert not any(layer.pending for layer in layers(optimizer))
     train(plain, alone, data)
     assert_equal(all_numbers(model, optimizer), all_numbers(plain, alone))
 

@@ -5,11 +5,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import watched
 from torch import Tensor, nn
 
 from singd_core import Fallback, Optimizer
 from singd_torch import SINGD
-from singd_torch.capture.watcher import Watcher
 
 # Relative to the largest entry, float64: ten steps that divide by small numbers here and there.
 CLOSE = 1e-11
@@ -45,24 +45,11 @@ class Network(nn.Module):
         return self.out(torch.tanh(self.hidden(x)) * self.scale).mean(1)
 
 
-class Recorder(Watcher):
-    rows: dict[str, tuple[np.ndarray, np.ndarray]]
-
-    def take_rows(self, layer: Any, source: Any, x: Tensor, g: Tensor) -> None:
-        self.rows[layer.name] = (x.numpy().copy(), g.numpy().copy())
-        super().take_rows(layer, source, x, g)
-
-
-class Recording(SINGD):
-    _watches = Recorder
-    _watcher: Recorder
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_ten_steps_are_those_of_the_pure_optimizer(case: str) -> None:
     model, given = Network().double(), CASES[case]
-    ours = Recording(model, fallback_lr=0.01, **given)
-    layers = {layer.name: layer for layer in ours._layers}
+    ours = SINGD(model, fallback_lr=0.01, **given)
+    layers = {layer.name: layer for layer in watched.layers(ours)}
     owned = {p for layer in layers.values() for p in layer.parameters}
 
     def tree(value: Any) -> dict[str, Any]:
@@ -74,18 +61,24 @@ def test_ten_steps_are_those_of_the_pure_optimizer(case: str) -> None:
         rest = {n: p for n, p in model.named_parameters() if p not in owned}
         return found | {n: value(p) for n, p in rest.items()}
 
+    rows: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+    def see(layer: Any, source: Any, x: Tensor, g: Tensor) -> None:
+        rows[layer.name] = x.numpy().copy(), g.numpy().copy()
+
+    watched.see_rows(ours, see)
     params = tree(lambda p: p.detach().numpy().copy())
     kinds = {name: layer.kind for name, layer in layers.items()}
     core = Optimizer(kinds, fallback=Fallback(lr=0.01), **given)
     state = core.init(params)
     for _ in range(10):
         ours.zero_grad()
-        ours._watcher.rows = {}
+        rows.clear()
         x, y = torch.randn(8, 4, 3, 4).double(), torch.randint(3, (8,))
         nn.functional.cross_entropy(model(x), y).backward()
-        assert core.due(state) == bool(ours._watcher.rows)
+        assert core.due(state) == bool(rows)
         grads = tree(lambda p: p.grad.numpy().copy())
-        updates, state = core.update(grads, state, params, ours._watcher.rows or None)
+        updates, state = core.update(grads, state, params, rows or None)
         params = core.apply(params, updates)
         ours.step()
     reached = tree(lambda p: p.detach().numpy())

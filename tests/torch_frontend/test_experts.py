@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from watched import CLOSE, Watched, check_rows, table
+from watched import CLOSE, Watched, check_rows, layers, table
 
 import singd_torch.tensors.pieces
 from singd_torch import SINGD, check
@@ -116,7 +116,7 @@ def test_rows_multiply_to_the_gradient_of_each_matrix(case: str) -> None:
         optimizer.zero_grad()
         optimizer.products.clear()
         loss_of(model(x)).backward()
-        [layer] = [own for own in optimizer._layers if own.name == name]
+        [layer] = [own for own in layers(optimizer) if own.name == name]
         found = {i: own for (own_name, i), own in optimizer.products.items() if own_name == name}
         gradient = layer.kind.matrix(layer.weight.grad)
         product = torch.stack([found.get(i, 0.0 * own) for i, own in enumerate(gradient)])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from watched import STEPS, check_trained
+from watched import STEPS, check_trained, layers
 
 from singd_torch import SINGD
 
@@ -75,7 +75,7 @@ def test_a_lightning_trainer_trains(how: str, tmp_path: Path) -> None:
     start = copy.deepcopy(module)
     trainer = fit(module, tmp_path, **HOW[how])
     (optimizer,) = trainer.optimizers
-    assert [layer.name for layer in optimizer._layers] == ["net.0.weight", "net.3.weight"]
+    assert [layer.name for layer in layers(optimizer)] == ["net.0.weight", "net.3.weight"]
     check_trained(module, start, optimizer, module.losses)
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from watched import layers
 
 from singd_torch import SINGD, estimate
 
@@ -45,7 +46,7 @@ def test_by_default_no_factor_holds_more_than_its_weight_or_than_a_small_layer()
     with torch.device("meta"):
         m = nn.Sequential(nn.Embedding(50_257, 768), nn.Linear(768, 3072), nn.Linear(768, 50_257))
         m.append(nn.Conv2d(64, 128, 3)).append(nn.Linear(1024, 10)).append(nn.Linear(64, 64))
-    for layer in SINGD(m)._layers:
+    for layer in layers(SINGD(m)):
         (_, d_out, d_in), (K, C) = layer.shape, layer.structures
         assert K.numbers(d_in) <= max(d_out * d_in, 2**16)
         assert C.numbers(d_out) <= max(d_out * d_in, 2**16)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
-from watched import CLOSE, Watched, table
+from watched import Watched, check_products, layers, table
 
 from singd_torch import SINGD
 
@@ -101,7 +101,7 @@ OTHERS: dict[str, tuple[Callable[[Any], Any], str, set[str]]] = {
 @pytest.mark.parametrize("case", OTHERS)
 def test_uses_that_change_are_seen_and_said(case: str, before: int) -> None:
     torch.manual_seed(0)
-    change, text, layers = OTHERS[case]
+    change, text, with_rows = OTHERS[case]
     model = network()
     optimizer = Watched(model)
     assert not train(model, optimizer, before)
@@ -113,16 +113,12 @@ def test_uses_that_change_are_seen_and_said(case: str, before: int) -> None:
     assert all("no rows of '1.weight' are taken, since" in warning for warning in said)
     assert optimizer.skipped == 0
     assert all(not torch.equal(p, old[name]) for name, p in model.named_parameters())
-    found = {layer.name for layer in optimizer._layers if layer.has_rows}
-    assert found == layers
+    assert {layer.name for layer in layers(optimizer) if layer.has_rows} == with_rows
     optimizer.products.clear()
     tokens = torch.randint(10, (16,))
     optimizer.zero_grad()
     F.cross_entropy(model(tokens), tokens).backward()
-    for layer in (own for own in optimizer._layers if own.has_rows):
-        gradient = layer.kind.matrix(*(p.grad for p in layer.parameters))
-        product = optimizer.products[layer.name, None]
-        assert (product - gradient).norm() <= CLOSE * gradient.norm(), layer.name
+    check_products(optimizer)
     again = SINGD(model)
     if said:  # it is found out in a call
         return
@@ -147,7 +143,7 @@ def test_pruning_that_is_made_permanent_gives_rows_again() -> None:
 @pytest.mark.parametrize("case", ["pruned", "patched"])
 def test_uses_that_change_are_seen_in_compiled_models(case: str) -> None:
     torch.compiler.reset()
-    change, text, layers = OTHERS[case]
+    change, text, _ = OTHERS[case]
     model = network()
     compiled: Any = torch.compile(model, backend="aot_eager")
     optimizer = SINGD(model)

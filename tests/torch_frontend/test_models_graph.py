@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from watched import check_model
+from watched import check_model, layers
 
 
 class Graph(nn.Module):
@@ -27,5 +27,6 @@ def test_gcn_trains_with_its_linear_maps_preconditioned() -> None:
         return F.cross_entropy(logits[data.train_mask], data.y[data.train_mask])
 
     optimizer = check_model(Graph(), loss, 2)
-    assert [layer.name for layer in optimizer._layers] == ["first.lin.weight", "second.lin.weight"]
-    assert type(optimizer._layers[0].sources[0][0]).__module__.startswith("torch_geometric")
+    first, second = layers(optimizer)
+    assert (first.name, second.name) == ("first.lin.weight", "second.lin.weight")
+    assert type(first.sources[0][0]).__module__.startswith("torch_geometric")

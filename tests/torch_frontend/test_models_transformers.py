@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from watched import check_model, check_rows
+from watched import check_model, check_rows, layers
 
 from singd_torch import SINGD
 from singd_torch.step.curvatures import curvature as curvature_of
@@ -40,7 +40,7 @@ def test_gpt2_trains_with_conv1d_and_a_tied_head_preconditioned() -> None:
     optimizer = check_model(model, next_token, 10, loss_average="batch+sequence")
     block = model.transformer.h[0]
     assert type(block.attn.c_attn).__name__ == "Conv1D"
-    owned = {layer.weight for layer in optimizer._layers}
+    owned = {layer.weight for layer in layers(optimizer)}
     assert {block.attn.c_attn.weight, block.mlp.c_proj.weight, model.lm_head.weight} <= owned
     assert model.lm_head.weight is model.transformer.wte.weight
 
@@ -103,10 +103,9 @@ def test_the_padding_of_bert_is_left_out_of_the_factors() -> None:
         x, mask = tokens()[:, :length], torch.arange(length).expand(4, length) < 7
         optimizer.mask_rows(mask)
         model(input_ids=x, attention_mask=mask.long(), labels=labels).loss.backward()
-        optimizer._watcher.queue.flush()
         return {
             f"{layer.name} {name}": array
-            for layer in optimizer._layers
+            for layer in layers(optimizer)
             # one row of positions stands for all sequences: it has no batch that a mask could fit
             if "position_embeddings" not in layer.name
             for name, array in curvature_of([layer], 1.0).named_arrays()

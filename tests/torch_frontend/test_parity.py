@@ -239,7 +239,8 @@ def test_block_diagonal_follows_the_equation_where_the_authors_code_does_not() -
     model = nn.Linear(37, 3).double()
     ours = SINGD(model, recipe="paper", **SETTINGS, structures=BLOCKS)
     train(model, ours, list(torch.randn(STEPS, 8, 37, dtype=torch.float64)))
-    K = ours._stepper.stacks[0].factors.K
+    kept = ours.state[model.weight]
+    K = structures.get(BLOCKS[0])(kept["K.blocks"], kept["K.last"])
     theirs = reference(nn.Linear(1, 1)).SUPPORTED_STRUCTURES[BLOCKS[0]](K.blocks, K.last)
 
     dense, X = K.dense(), torch.randn(38, 50, dtype=torch.float64)

@@ -14,6 +14,7 @@ from singd_core.preconditioner import Preconditioner, Side
 from singd_core.structures import Diagonal
 from singd_torch import SINGD
 from singd_torch.capture import queue
+from singd_torch.layers.pending import Pending
 from singd_torch.step import solve, stack_step
 from singd_torch.tensors import pieces
 
@@ -97,11 +98,12 @@ def test_the_rows_of_a_large_call_are_measured_in_pieces(
     x, y = torch.randn(40, 2, 4, dtype=torch.float64), torch.randint(7, (40,))
     calls: list[int] = []
 
-    def measured(found: list[Any], measure: Callable[..., Any] = queue._measure) -> None:
-        calls.append(len(found))
-        measure(found)
+    def measured(*given: Any, measure: Callable[..., Any] = Pending.measured, **how: Any) -> Any:
+        _, rows, _ = given
+        calls.append(len(rows))
+        return measure(*given, **how)
 
-    monkeypatch.setattr(queue, "_measure", measured)
+    monkeypatch.setattr(Pending, "measured", measured)
 
     def stepped() -> tuple[int, SINGD]:
         twin = copy.deepcopy(model)

@@ -217,7 +217,7 @@ def test_auto_is_refused_where_it_cannot_be_decided() -> None:
     with pytest.raises(ValueError, match="decided at construction"):
         optimizer.add_param_group({"params": model[1].parameters(), "structures": "auto"})
     optimizer.add_param_group({"params": model[1].parameters()})
-    assert len(optimizer._layers) == 2
+    assert len(layers(optimizer)) == 2
 
 
 def test_a_rate_that_is_a_tensor_stays_the_callers() -> None:

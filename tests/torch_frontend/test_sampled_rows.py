@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from watched import layers
+from watched import layers, see_rows
 
 from singd_torch import SINGD
 from singd_torch.capture import tap
+from singd_torch.layers.pending import Pending
 from singd_torch.step.curvatures import curvature as curvature_of
 
 # Relative, float64: sums of some hundred numbers in another order.
@@ -105,19 +106,19 @@ def test_as_many_rows_as_there_are_change_nothing(kfac_approx: str) -> None:
     assert not any(torch.equal(p, q) for p, q in zip(every[:2], few[:2], strict=True))
 
 
-def test_a_factor_gets_as_many_rows_as_it_is_wide() -> None:
+def test_a_factor_gets_as_many_rows_as_it_is_wide(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 2))
     optimizer = sampled(model, 8, structures=("dense", "diagonal"))
-    seen = {}
-    original = optimizer._watcher.queue.take
+    measure, seen = Pending.measured, {}
 
-    def take(call: Any, lent: Any) -> None:
-        seen[call.layer.name] = call.rows.A.shape[-2], call.rows.B.shape[-2], call.rows.N
-        original(call, lent)
+    def measured(factors: Any, calls: Any, *given: Any, **how: Any) -> Any:
+        seen.update({own.A.shape[-1]: (own.A.shape[-2], own.B.shape[-2], own.N) for own in calls})
+        return measure(factors, calls, *given, **how)
 
-    optimizer._watcher.queue.take = take  # type: ignore[method-assign]
+    monkeypatch.setattr(Pending, "measured", measured)
     model(torch.randn(10, 9, 20)).sum().backward()
-    assert seen == {"0.weight": (21, 8, 90), "1.weight": (31, 8, 90)}
+    optimizer.step()
+    assert seen == {21: (21, 8, 90), 31: (31, 8, 90)}
 
 
 def test_a_table_tied_to_a_linear_map_is_sampled_too() -> None:
@@ -247,7 +248,7 @@ def test_the_probe_of_a_view_copies_nothing() -> None:
         with Count(z.numel()) as count:
             z.backward(torch.ones_like(z))
         counts.append(count.found)
-        assert optimizer is None or optimizer._layers[0].pending or optimizer._watcher.queue._calls
+        assert optimizer is None or layers(optimizer)[0].pending
     kept = counts[1] - counts[0]
     assert set(kept) <= {"aten::clone"}  # of rows that wait
     assert sum(kept.values()) <= 1
@@ -271,7 +272,7 @@ def test_an_output_that_is_part_of_its_base_is_probed_itself() -> None:
         expected, model.weight.grad = model.weight.grad, None
         optimizer = SINGD(model, recipe="paper", structures=("dense", "dense"))
         seen: list[Tensor] = []
-        optimizer._watcher.take_rows = lambda layer, source, x, g, seen=seen: seen.append(g)  # type: ignore[method-assign]
+        see_rows(optimizer, lambda layer, source, x, g, seen=seen: seen.append(g))  # type: ignore[misc]
         model(x).square().sum().backward()
         torch.testing.assert_close(model.weight.grad, expected, **CLOSE)
         rows = torch.zeros_like(of_call)  # of the call that is handed the weight

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from watched import layers
 
 from singd_core.layers import Convolution
 from singd_torch import SINGD
@@ -71,6 +73,16 @@ def trained(
     return model, optimizer
 
 
+def together(optimizer: SINGD) -> int:
+    """The most layers whose factors are in the same memory, as those are that step as one."""
+    places = Counter(
+        kept[next(name for name in kept if name.startswith("K."))].untyped_storage().data_ptr()
+        for kept in optimizer.state.values()
+        if "averages.k" in kept
+    )
+    return max(places.values())
+
+
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let each layer be measured and step for itself."""
     monkeypatch.setattr(equal, "_LARGEST", 0)
@@ -90,10 +102,10 @@ def test_equal_layers_step_as_they_do_alone(
 ) -> None:
     settings = {"structures": (structure, structure), "recipe": recipe, "weight_decay": 0.1, "T": 2}
     model, optimizer = trained(*MODELS[name], **settings)
-    assert max(len(stack.layers) for stack in optimizer._stepper.stacks) == 3
+    assert together(optimizer) == 3
     alone(monkeypatch)
     other, optimizer = trained(*MODELS[name], **settings)
-    assert max(len(stack.layers) for stack in optimizer._stepper.stacks) == 1
+    assert together(optimizer) == 1
     same(model, other)
 
 
@@ -157,10 +169,11 @@ def test_a_moved_model_is_stacked_anew() -> None:
             model.forward = lambda x: Parallel.forward(model, x.float())  # type: ignore[method-assign]
 
     _, optimizer = trained(*MODELS["linear"], change=cast)
-    assert [len(stack.layers) for stack in optimizer._stepper.stacks] == [3]
-    factors = optimizer._stepper.stacks[0].factors
-    assert factors is not None
-    assert {a.dtype for _, a in factors.named_arrays()} == {torch.float32}
+    assert together(optimizer) == 3
+    factors = [
+        a for own in optimizer.state.values() for n, a in own.items() if n[:2] in ("K.", "C.")
+    ]
+    assert {a.dtype for a in factors} == {torch.float32}
 
 
 def test_rows_of_several_backward_passes_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,7 +258,7 @@ def test_a_pass_without_a_step_leaves_no_entries_in_the_state() -> None:
     model = Parallel(MODELS["linear"][0])
     optimizer = SINGD(model)
     model(torch.randn(8, 5)).backward()
-    optimizer._watcher.queue.flush()
+    assert all(layer.pending for layer in layers(optimizer))
     optimizer.zero_grad()
     assert not optimizer.state
 

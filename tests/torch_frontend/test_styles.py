@@ -7,7 +7,7 @@ import torch
 import torch.autograd.forward_ad as forward
 import torch.nn.functional as F
 from torch import Tensor, nn
-from watched import CLOSE, Watched, table
+from watched import CLOSE, Watched, layers, table
 
 from singd_torch import SINGD
 
@@ -117,7 +117,7 @@ def test_jagged_indices() -> None:
     h = model["layer"](model["table"](jagged))
     sum(part.sin().square().mean() for part in h.unbind()).backward()
     for name in ("table.weight", "layer.weight"):
-        layer = next(own for own in optimizer._layers if own.name == name)
+        layer = next(own for own in layers(optimizer) if own.name == name)
         gradient = layer.kind.matrix(*(p.grad for p in layer.parameters))
         product = optimizer.products[name, None]
         assert (product - gradient).norm() <= CLOSE * gradient.norm()

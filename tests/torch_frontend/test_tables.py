@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import one_hot
+from watched import layers
 
 from singd_core.curvature import Curvature
 from singd_core.structures import Diagonal
@@ -18,9 +19,8 @@ def test_the_input_factor_has_the_entries_frequencies() -> None:
     optimizer = SINGD(table, structures=("dense", "dense"), recipe="paper")
     x = torch.tensor([[0, 1, 1], [3, 1, 4]])
     table(x).square().sum(-1).sum().div(2).backward()
-    layer = optimizer._layers[0]
+    [layer] = layers(optimizer)
     assert layer.structures[0] is Diagonal
-    optimizer._watcher.queue.flush()
     curvature = curvature_of([layer], 1.0)
     # K = I at the start, so H_K is U: the mean of the one-hot rows' squares, without the padding
     assert torch.equal(curvature.H_K.diag, torch.tensor([1, 3, 0, 1, 0]) / 6)
@@ -66,10 +66,9 @@ def test_a_tied_weight_is_one_layer_with_the_rows_of_both_uses(bias: bool) -> No
     optimizer = SINGD(model)
     x = torch.randint(7, (6, 5))
     nn.functional.cross_entropy(model(x).flatten(0, 1), x.roll(1).flatten()).backward()
-    layers = {layer.name: layer for layer in optimizer._layers}
-    assert set(layers) == {"table.weight", "middle.weight"}
-    tied = layers["table.weight"]
-    optimizer._watcher.queue.flush()
+    found = {layer.name: layer for layer in layers(optimizer)}
+    assert set(found) == {"table.weight", "middle.weight"}
+    tied = found["table.weight"]
     assert set(tied.pending) == {(None, False), (None, True)}
     pending = [tied.pending[None, swapped] for swapped in (False, True)]
     head, lookup = (Curvature.of(*rows.terms(1.0)) for rows in pending)

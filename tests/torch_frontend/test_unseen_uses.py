@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from watched import Product, table
+from watched import Product, layers, table
 
 from singd_torch import SINGD
 
@@ -299,7 +299,7 @@ def tied_head(model: Net, optimizer: SINGD) -> None:
 def with_another_optimizer(model: Net, optimizer: SINGD) -> None:
     other = SINGD(model)
     loss_of(model, tokens()).backward()
-    assert other._layers
+    assert layers(other)
 
 
 def of_no_gradient(model: Net, optimizer: SINGD) -> None:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from singd_core.layers import Embedding
 from singd_torch import SINGD
 from singd_torch.layers.layer import Layer
+from singd_torch.layers.source import Source
 
 STEPS = 20
 # Relative, in float64: sums over at most some thousand rows in another order than autograd's.
@@ -65,15 +66,33 @@ class Product(torch.autograd.Function):
         return g @ W, g.flatten(0, -2).T @ x.flatten(0, -2)
 
 
+def see_rows(optimizer: SINGD, see: Callable[[Layer, Source, Tensor, Tensor], None]) -> None:
+    """Call `see` with the input and the output gradient of each use of a weight that gives rows."""
+    watcher = optimizer._watcher
+    take = watcher.take_rows
+
+    def both(layer: Layer, source: Source, x: Tensor, g: Tensor) -> None:
+        see(layer, source, x, g)
+        take(layer, source, x, g)
+
+    watcher.take_rows = both  # type: ignore[method-assign]
+
+
 class Watched(SINGD):
-    """Keeps, beside what it does, the product BᵀA of all rows of each layer and part, as a sum."""
+    """Keeps what its rows are.
+
+    Attributes:
+        products: The product BᵀA of all rows of each layer and part, as a sum.
+        calls: How many calls of each layer gave rows.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.products: dict[tuple[str, int | None], Tensor] = {}
+        self.calls = Counter[str]()
         super().__init__(*args, **kwargs)
-        self._take, self._watcher.take_rows = self._watcher.take_rows, self._take_rows  # type: ignore[method-assign]
+        see_rows(self, self._see)
 
-    def _take_rows(self, layer: Any, source: Any, x: Tensor, g: Tensor) -> None:
+    def _see(self, layer: Layer, source: Any, x: Tensor, g: Tensor) -> None:
         kind, bias = source.kind, layer.bias is not None and source.biased
         if isinstance(kind, Embedding):
             A = one_hot(x.flatten(), kind.entries) * (
@@ -88,7 +107,7 @@ class Watched(SINGD):
             product = pad(product.mT, (0, int(layer.bias is not None)))
         key = layer.name, source.part
         self.products[key] = self.products.get(key, 0.0) + product
-        self._take(layer, source, x, g)
+        self.calls[layer.name] += 1
 
 
 def check_rows(model: nn.Module, loss: Loss, **given: Any) -> None:
@@ -98,10 +117,11 @@ def check_rows(model: nn.Module, loss: Loss, **given: Any) -> None:
     check_products(optimizer)
 
 
-def check_products(optimizer: Watched) -> None:
+def check_products(optimizer: Watched, close: float = CLOSE) -> None:
     """The same of what an optimizer has watched."""
-    assert optimizer._layers
-    for layer in (own for own in optimizer._layers if own.has_rows):
+    with_rows = [layer for layer in layers(optimizer) if layer.has_rows]
+    assert with_rows
+    for layer in with_rows:
         gradient = layer.kind.matrix(*(p.grad for p in layer.parameters))
         found = {
             part: own for (name, part), own in optimizer.products.items() if name == layer.name
@@ -111,7 +131,7 @@ def check_products(optimizer: Watched) -> None:
         else:  # a part that was not used has a gradient of zeros
             product = torch.stack([found.get(i, 0.0 * own) for i, own in enumerate(gradient)])
         assert product.shape == gradient.shape, layer.name
-        assert (product - gradient).norm() <= CLOSE * gradient.norm(), layer.name
+        assert (product - gradient).norm() <= close * gradient.norm(), layer.name
 
 
 def table(optimizer: SINGD) -> dict[str, str]:
@@ -152,6 +172,6 @@ def check_model(model: nn.Module, loss: Loss, preconditioned: int, **given: Any)
         optimizer.step()
         losses.append(value.item())
     check_trained(model, start, optimizer, losses)
-    assert sum(layer.has_rows for layer in optimizer._layers) == preconditioned
+    assert sum(layer.has_rows for layer in layers(optimizer)) == preconditioned
     check_rows(copy.deepcopy(model).double(), loss, **given)
     return optimizer

@@ -9,6 +9,7 @@ import models
 import pytest
 import torch
 import torch.distributed as dist
+import watched
 from test_fully_shard import shard
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -81,7 +82,7 @@ def steps(rank: int, world: int, how: str) -> list[tuple[Counted, Counted]]:
 def test_a_step_sends_gradients_and_changes_once_and_the_backward_pass_sums(how: str) -> None:
     world = 2
     model = models.new("characters")
-    layers = SINGD(model)._layers
+    layers = watched.layers(SINGD(model))
     # the factor of a table's entries is diagonal: where it is in parts, each process steps its own
     local = [layer for layer in layers if layer.name == "table.weight" and how == "parts"]
     owned = [layer for layer in layers if layer not in local]

@@ -8,6 +8,7 @@ from unittest import mock
 import gloo
 import models
 import pytest
+import watched
 from test_costs import Counted
 from test_fully_shard import check
 from test_meshes import parted
@@ -65,7 +66,7 @@ def check_local(world: int, name: str, how: str, given: dict[str, Any], others: 
         assert len(by_all) == len(layers) - others
         if not others:
             assert calls == {"all_reduce": 2}
-            matrices = SINGD(models.new(name), **models.settings(name, **given))._layers
+            matrices = watched.layers(SINGD(models.new(name), **models.settings(name, **given)))
             total = sum(math.prod(layer.shape[0]) for layer in matrices)
             assert numbers == {"all_reduce": 1 + 3 * total}
 

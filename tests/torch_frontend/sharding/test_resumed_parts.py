@@ -11,6 +11,7 @@ import models
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+import watched
 from test_fully_shard import check, shard, whole
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemWriter
@@ -192,7 +193,7 @@ def older(state: dict[str, Any], optimizer: SINGD) -> dict[str, Any]:
     """The state as before 0.1: one momentum for a matrix and its bias, and other settings."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     entries = {p: state["state"][i] for i, p in enumerate(params)}
-    for layer in optimizer._layers:
+    for layer in watched.layers(optimizer):
         momenta = [entries[p].pop("momentum_buffer") for p in layer.parameters]
         entries[layer.weight]["momentum_buffer"] = layer.kind.matrix(*momenta)
     for group in state["param_groups"]:

@@ -9,6 +9,7 @@ import models
 import pytest
 import torch
 import torch.distributed as dist
+import watched
 from test_fully_shard import check, shard
 from test_meshes import parted
 from torch import Tensor, nn
@@ -110,6 +111,7 @@ def measured(rank: int, world: int, how: str) -> Any:
     """
     model, index, of = parted(NAME, how, world)
     optimizer = SINGD(model, **GIVEN)
+    every = watched.layers(optimizer)
     sent = most = 0
     reduce, took = dist.reduce, stream.Stream.took
 
@@ -123,7 +125,7 @@ def measured(rank: int, world: int, how: str) -> Any:
         took(*args)
         held = {
             t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-            for layer in optimizer._layers
+            for layer in every
             for pending in layer.pending.values()
             for part in (pending.inputs, pending.outputs)
             for _, t in part.named_arrays()
@@ -151,7 +153,7 @@ def check_streamed(world: int, how: str) -> None:
     model = models.new(NAME)
     optimizer = SINGD(model, **GIVEN)
     models.train(model, optimizer, models.data(NAME))
-    each = [stream.bytes_of_sums(layer) for layer in optimizer._layers]
+    each = [stream.bytes_of_sums(layer) for layer in watched.layers(optimizer)]
     found = gloo.run(world, measured, how)
     check([weights for weights, _ in found], dict(model.named_parameters()))
     for _, (first, *others) in found:

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import watched
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from singd_core import settings
 from singd_core.curvature import Curvature
 from singd_torch import SINGD, estimate
-from singd_torch._groups import settings_of
 from singd_torch.layers.layer import Layer
 from singd_torch.sharding.box import rows
 from singd_torch.sharding.owners import Shares
@@ -87,8 +88,7 @@ TOKENS = 8192
 
 def work_of_refresh(layer: Layer) -> int:
     """The operations of products that make new factors of sums, and what preconditions of them."""
-    s = settings_of(layer.group)
-    factors = layer.first_factors(torch.device("meta"))
+    s, factors = settings(), layer.first_factors(torch.device("meta"))
     t = factors.averages.t_G
     with FlopCounterMode(display=False) as counted:
         new = factors.refresh(Curvature(*factors.sides, t, t), 0.05, s)
@@ -100,7 +100,7 @@ def loads(name: str, structures: str | None, processes: int) -> list[int]:
     """The operations of a refresh by process."""
     with torch.device("meta"):
         model = MODELS[name]()
-    layers = SINGD(model, structures=structures)._layers
+    layers = watched.layers(SINGD(model, structures=structures))
     places = {p: rows(p.shape, processes) for p in model.parameters()}
     shares = Shares.of(layers, processes, {}, places)
     load, known = [0] * processes, dict[Any, int]()
