@@ -201,7 +201,7 @@ class Plan:
         return [run for run in wanted if not self.store.is_made(run)]
 
     def seconds(self, runs: Sequence[Run]) -> float:
-        """What runs will take, by those of the same task and method that were made."""
+        """What runs will take, as runs of the same task and method took that were made."""
         known: dict[tuple[str, str], list[float]] = {}
         for run, result in self.store:
             for key in ((run.task, run.method), (run.task, ""), ("", run.method), ("", "")):

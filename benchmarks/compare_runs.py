@@ -27,7 +27,7 @@ OURS = "SINGD"
 GRADIENTS = "SINGD without rows"  # of the parameters alone
 DIAGONAL = "SINGD without rows, diagonal"
 OWN = OURS, GRADIENTS, DIAGONAL  # whose rate is a setting
-# Those of docs/rows.md alone, in which nothing but a linear decay is shown.
+# Methods of docs/rows.md alone. That page shows a linear decay and no other schedule.
 BESIDES = {"PSGD": "PSGD/pytorch-optimizer", "Adafactor": "Adafactor"}
 LINEAR = GRADIENTS, DIAGONAL, *BESIDES
 WARM_UP = 20  # steps in which the rate of a rival grows
@@ -120,7 +120,7 @@ def resolved(given: dict[str, Any]) -> dict[str, Any]:
     parameters = inspect.signature(SINGD.__init__).parameters
     core = {field.name for field in dataclasses.fields(Settings)}
     left_out = core | {"self", "model", "params", "loss_average", "warn_unsupported", "given"}
-    left_out |= {"processes"}  # of which there is one
+    left_out |= {"processes"}  # there is one
     same = {"rounding", "seed"}  # in float32
     own = {name: p.default for name, p in parameters.items() if name not in left_out}
     own |= {name: value for name, value in given.items() if name not in core}

@@ -2,7 +2,7 @@
 
 A transformer of equal blocks in a scan, with `jax.checkpoint` and without, in float32; with
 `--first` behind a linear layer, so that the scan does not begin with the batch itself; with
-`--unrolled` each block has parameters of its own. Steps are timed beside those of optax.
+`--unrolled` each block has parameters of its own. Steps of optax are timed beside them.
 
     python benchmarks/jax_cost.py [--blocks 8] [--width 256] [--batch 8] [--length 256] [--steps 0]
         [--repeats 3] [--first] [--unrolled]

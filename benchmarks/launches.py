@@ -64,7 +64,7 @@ def recorded() -> list[tuple[fx.GraphModule, Sequence[Tensor], dict[str, Any]]]:
 
 
 def on_gpu(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> tuple[fx.GraphModule, list[Tensor]]:
-    """The same graph of tensors without data on a GPU, of which it has none of its own."""
+    """The same graph of tensors without data on a GPU. The machine needs no GPU for it."""
     made, new, fakes = fx.Graph(), dict[fx.Node, fx.Node](), list[Tensor]()
     known, own, fake = dict[Any, fx.Node](), iter(inputs), FakeTensorMode()
     given = "placeholder", "get_attr"

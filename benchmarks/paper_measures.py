@@ -34,7 +34,7 @@ BATCH = 64
 def theorem() -> dict[str, Any]:
     """‖K Kᵀ − (S_K + λI)⁻¹‖ as a share of ‖(S_K + λI)⁻¹‖ over β₁, after equal curvatures.
 
-    The curvatures are those of a linear layer on the handwritten digits of scikit-learn.
+    A linear layer on the handwritten digits of scikit-learn has the curvatures.
     """
     found: dict[str, Any] = {"beta": BETAS, "damping": DAMPING, "refreshes": REFRESHES}
     ikfac = {"rule": "ikfac"}

@@ -3,7 +3,7 @@
 Two networks show KFAC, IKFAC and others in two precisions: six settings each are tried in float32
 with one seed, and the best are run with three more seeds in float32 and in bfloat16. IKFAC has
 KFAC's settings. Some are looked at with a smaller step of the factors, too. On five tasks all
-methods are searched: eight random settings each with one seed in float32, of which the best by
+methods are searched: eight random settings each are tried with one seed in float32. The best by
 validation is run with three other seeds in both precisions.
 """
 
@@ -180,7 +180,7 @@ class Plan:
 
     @property
     def looks(self) -> list[tuple[str, dict[str, Any]]]:
-        """Those of the methods that are to run."""
+        """The looks at methods that are to run."""
         return [(method, changed) for method, changed in LOOKS if method in self.methods]
 
     @staticmethod

@@ -261,7 +261,7 @@ def cost(plan: Plan) -> str:
     kinds = {result.versions.get("machine", "") for _, result in plan.store}
     torch = {result.versions.get("torch", "") for _, result in plan.store}
     codes = {result.code for run, result in plan.store if run.method in OURS}
-    if plan.pending():  # of which some may turn out to be the same
+    if plan.pending():  # some of them may turn out to be the same
         begin = f"{made} of at most {plan.total()} runs are made. Their"
         end = f" At their mean the whole takes {whole / 60:.0f}."
     else:

@@ -58,7 +58,7 @@ def _images() -> Data:
 
 @functools.cache
 def _text() -> tuple[Split, Split, Split]:
-    """The windows of text, of which the last ones to train on become those to validate on."""
+    """The windows of text. The last windows to train on become the windows to validate on."""
     (x, y), test = data.text()
     n = len(x) - len(test[0])
     return (x[:n], y[:n]), (x[n:], y[n:]), test

@@ -95,7 +95,7 @@ class Row:
 
 
 def save(rows: Iterable[Row], folder: Path) -> None:
-    """Keep rows in place of those of the same network, device, optimizer and T."""
+    """Keep rows in place of earlier rows of the same network, device, optimizer and T."""
     folder.mkdir(parents=True, exist_ok=True)
     for row in rows:
         path = folder / f"steps-{row.device}-{row.problem}.json"

@@ -31,7 +31,7 @@ def publish(rows: list[Row], page: Path) -> None:
         mine = [row for row in rows if row.device == device]
         picture = page.with_name(f"benchmarks-{device}.svg")
         save_svg(draw(mine), picture)
-        parts += [f"### {device.upper()}", f"![Whole steps over those of SGD]({picture.name})"]
+        parts += [f"### {device.upper()}", f"![Times of whole steps over SGD's]({picture.name})"]
         parts += ["**SINGD as a share of `singd` 0.0.5 and of AdamW**"]
         parts += [table(AGAINST, against(mine), words=2)]
         for name in PROBLEMS:
@@ -72,7 +72,7 @@ def cells(row: Row) -> list[str]:
 
 
 def against(rows: Iterable[Row]) -> Iterator[list[str]]:
-    """Each network and structure of SINGD: its costs over those of singd 0.0.5 and of AdamW."""
+    """Each network and structure of SINGD: its costs over the costs of singd 0.0.5 and of AdamW."""
     found = {(row.problem, row.optimizer, row.T): row for row in rows}
     for problem in PROBLEMS:
         adamw = found.get((problem, "AdamW", 1))
@@ -124,5 +124,5 @@ def draw(rows: list[Row]) -> Figure:
     panels[0].set_yticks(range(len(names)), names)
     panels[0].invert_yaxis()
     panels[0].legend(loc="lower right")
-    figure.supxlabel("a whole step over that of SGD")
+    figure.supxlabel("time of a whole step over SGD's")
     return figure

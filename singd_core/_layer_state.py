@@ -148,7 +148,7 @@ def begun(
 ) -> LayerState:
     """The state of a layer with these factors before its first step.
 
-    The momentum has the dtype of the weight, in float32 for float16, or that which is given.
+    The momentum has the dtype that is given, else the weight's, and float32 for float16.
     """
     costs = [no_cost(p, s) for p in parameters]
     if not has_momentum(s):

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import settings
 
 # XLA's CPU compiler dominates the tests that use jax: without its optimizer a step compiles
-# in 0.3 s in place of 3. The flags are those of the pinned jaxlib; another may not know them. They
-# only act before jax is imported.
+# in 0.3 s in place of 3. The pinned jaxlib knows the flags; another may not. They only act before
+# jax is imported.
 if metadata.version("jaxlib").startswith("0.10."):
     _FAST = (
         "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0"
@@ -33,7 +33,7 @@ def pytest_unconfigure() -> None:
 
 
 # No time limit an example: the first call of a library, and a busy machine, are slow.
-# The same examples in every run, so that a failure is that of the change at hand.
+# The same examples in every run, so that a failure comes from the change at hand.
 settings.register_profile("default", deadline=None, derandomize=True)
 settings.load_profile("default")
 

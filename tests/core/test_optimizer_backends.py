@@ -16,7 +16,7 @@ NUMPY = BACKENDS[0]
 OTHERS = [b for b in BACKENDS[1:] if "float64" in b.dtypes]
 EAGER = [b for b in OTHERS if b.library != "jax"]  # there each new operation compiles
 
-# Relative to the largest entry, float64: eight steps, some of which divide by small numbers.
+# Relative to the largest entry, float64: eight steps. Some divide by small numbers.
 CLOSE = 1e-10
 
 CASES: dict[str, dict[str, Any]] = {
@@ -50,7 +50,7 @@ def assert_alike(backend: Backend, ours: Any, expected: Any) -> None:
 
 
 def pairs() -> list[Any]:
-    """Each library with each case; those that jax compiles for long are slow."""
+    """Each library with each case. The cases that jax compiles for long are slow."""
     return [
         pytest.param(b, case, id=f"{b}-{case}", marks=[pytest.mark.slow] * (b.library == "jax"))
         for b in OTHERS

@@ -109,7 +109,7 @@ def test_no_input_passes_a_convolution_larger_than_that(stride: int) -> None:
 
 
 def test_without_rows_the_size_is_the_spectral_one() -> None:
-    """Factors that saw nothing are the identity, and the step is that of the momentum alone."""
+    """Factors that saw nothing are the identity, and the step is the momentum's alone."""
     optimizer, p = Optimizer(lr=0.1, warmup=0), {"W": np.zeros((5, 3))}
     g = np.random.default_rng(0).standard_normal((5, 3))
     updates, _ = optimizer.update({"W": g}, optimizer.init(p), p)

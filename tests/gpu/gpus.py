@@ -1,6 +1,6 @@
 """The GPU as each library sees it, in the few words that the tests need.
 
-With SINGD_GPU_SUBSTITUTE=1 in the environment the CPU takes its place, and NumPy that of CuPy: the
+With SINGD_GPU_SUBSTITUTE=1 in the environment the CPU stands for the GPU, and NumPy for CuPy: the
 tests themselves can so be tested where there is no GPU.
 """
 

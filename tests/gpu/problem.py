@@ -55,7 +55,7 @@ def draw(rng: np.random.Generator, shapes: Any) -> Any:
 
 
 def problem(steps: int) -> tuple[Any, list[Any]]:
-    """The parameters, and gradients and rows of each step, as large as those of a mean loss."""
+    """The parameters, and gradients and rows of each step, as large as a mean loss has them."""
     rng = np.random.default_rng(0)
     start, data = draw(rng, SHAPES), []
     for _ in range(steps):

@@ -10,7 +10,7 @@ from problem import CASES, LAYERS, each, each_pair, go, leaves, problem, train
 import singd_core
 
 JAX_CASES = ("normalized", "hierarchical")
-# Relative to the largest entry: eight steps, some of which divide by small numbers.
+# Relative to the largest entry: eight steps. Some divide by small numbers.
 CLOSE = {"float64": 1e-9, "float32": 2e-3}
 
 # Without jit, jax compiles every operation for every shape: it gets two cases.

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax_cases import SEQUENCE, Case, N, X, array, case, mean_square
 
-SIZES = jnp.array([2, 0, 3])  # of the groups of six rows, of which the last is in none
+SIZES = jnp.array([2, 0, 3])  # of the groups of six rows; the last row is in no group
 
 
 @case

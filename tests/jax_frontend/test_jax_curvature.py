@@ -1,4 +1,4 @@
-"""U and G are those of a computation example by example, and gradient and loss stay the same."""
+"""U and G equal a computation example by example, and gradient and loss stay the same."""
 
 import jax
 import jax.numpy as jnp

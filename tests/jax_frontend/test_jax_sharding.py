@@ -54,7 +54,7 @@ def test_sharded_steps_are_those_of_one_device(found, how):
 def test_curvature_needs_no_further_all_reduces(found):
     gradient, always, sometimes = found["all-reduces"]
     assert always <= gradient, found["all-reduces"]
-    assert sometimes <= 2 * gradient, found["all-reduces"]  # in two branches, of which one runs
+    assert sometimes <= 2 * gradient, found["all-reduces"]  # in two branches: one of them runs
 
 
 def test_each_device_measures_some_of_its_own_rows(found):

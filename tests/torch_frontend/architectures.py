@@ -1,7 +1,8 @@
 """Architectures of other libraries, built tiny from their configs: nothing is downloaded.
 
-Those of `transformers` are drawn with a fixed seed from all language models and image classifiers
-whose configs take the values below; those after them had a layer of a kind that once went wrong.
+The first are drawn with a fixed seed from all language models and image classifiers of
+`transformers` whose configs take the values below. The others have a layer of a kind that once
+went wrong.
 """
 
 from collections.abc import Callable

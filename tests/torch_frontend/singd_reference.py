@@ -32,9 +32,9 @@ def reference(*args: Any, **kwargs: Any) -> Reference:
 def corrected() -> Iterator[None]:
     """Two methods of the authors' block-diagonal matrices as their own docstrings define them.
 
-    `rmatmat`, "multiply with the transpose", returns `self @ mat`, and `from_inner()`, the blocks
-    of `self.T @ self`, those of `self @ self.T`. They agree for symmetric blocks alone, but
-    K (I − β m) is not symmetric from the second step on.
+    `rmatmat`, "multiply with the transpose", returns `self @ mat`. `from_inner()`, "the blocks of
+    `self.T @ self`", returns the blocks of `self @ self.T`. Symmetric blocks alone give the same,
+    but K (I − β m) is not symmetric from the second step on.
     """
     cls = BlockDiagonalMatrixTemplate
     from_inner = cls.from_inner

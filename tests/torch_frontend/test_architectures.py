@@ -14,7 +14,7 @@ pytest.importorskip("timm")
 
 pytestmark = [
     pytest.mark.slow,
-    # their own, and those that name what is trained without rows
+    # of the models themselves, and of layers that are trained without rows
     pytest.mark.filterwarnings("ignore"),
 ]
 

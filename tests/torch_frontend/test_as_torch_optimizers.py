@@ -1,7 +1,7 @@
 """What torch's own tests ask of every one of its optimizers, asked of SINGD in every configuration.
 
-The promises are those of `test/test_optim.py` and `torch.testing._internal.common_optimizers` of
-PyTorch; what concerns flags that SINGD does not have (`foreach`, `fused`, `maximize`,
+`test/test_optim.py` and `torch.testing._internal.common_optimizers` of PyTorch have the promises.
+What concerns flags that SINGD does not have (`foreach`, `fused`, `maximize`,
 `differentiable`, `capturable`) and sparse gradients is left out.
 """
 

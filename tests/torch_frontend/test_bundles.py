@@ -25,7 +25,7 @@ class Attention(nn.Module):
 
 
 class Network(nn.Module):
-    """Layers of many kinds, of which `used` says which are called; two of them are equal."""
+    """Layers of many kinds; two of them are equal. `used` says which are called."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Rows are those of calls that are handed the weight itself, whoever makes them; else none are."""
+"""Calls that are handed the weight itself give rows, whoever makes them; other calls give none."""
 
 import copy
 import re
@@ -161,7 +161,7 @@ def test_hooks_of_a_module_that_change_what_it_does(hook: str) -> None:
 
 @pytest.mark.parametrize("later", [False, True], ids=["before", "after the optimizer was built"])
 def test_hooks_of_all_modules_that_change_what_they_do(*, later: bool) -> None:
-    """Those that come later are noticed in a step."""
+    """A step notices hooks that come later."""
     model = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Flatten(), nn.Linear(8, 4)).double()
     x, optimizer = draw(9, 1, 3, 3), Watched(model) if later else None
     with register_module_forward_hook(lambda module, args, z: 2.0 * z):
@@ -555,7 +555,7 @@ def test_trace_while_the_optimizer_lives() -> None:
 
 
 def test_fast_weights_of_functional_calls_are_not_the_layers() -> None:
-    """As in MAML: the inner step's weights are others, the rows those of the weight itself."""
+    """As in MAML: the inner step has other weights, and the weight itself gives the rows."""
     model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
 
     def loss(model: nn.Module) -> Tensor:

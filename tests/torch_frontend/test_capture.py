@@ -415,7 +415,7 @@ def test_micro_batches_are_one_large_batch(
 
 
 def test_two_losses_of_one_forward_pass_are_their_sum() -> None:
-    """The rows of both backward passes are summed; G is that of two losses, not of one mean."""
+    """The rows of both backward passes are summed; G has two losses, not one mean."""
     model = net(nn.Linear(5, 4))
     optimizer = Watched(model)
     z = model(draw(9, 5))

@@ -1,4 +1,4 @@
-"""`check` finds layers whose rows are not those of their gradient, and changes nothing."""
+"""`check` finds layers whose rows do not tell their gradient, and changes nothing."""
 
 import copy
 
@@ -12,7 +12,7 @@ from singd_torch import SINGD, check, register_layer
 
 
 class Doubled(nn.Module):
-    """A layer that is registered for what it is not: its output is twice that of a linear map."""
+    """A layer that is registered for what it is not: its output is twice a linear map's."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Inside torch.compile rows are those of eager calls, and steps that are not due cost nothing."""
+"""Inside torch.compile rows are as in eager calls, and steps that are not due cost nothing."""
 
 import copy
 import gc

@@ -377,7 +377,7 @@ def test_closure_is_evaluated_once_and_its_loss_returned() -> None:
 
 
 def test_a_closure_may_evaluate_the_model_several_times() -> None:
-    """As a line search does: the step is that of the last evaluation."""
+    """As a line search does: the last evaluation decides the step."""
     model, data = Network(), batch()
     twin = copy.deepcopy(model)
     optimizer, other = SINGD(model), SINGD(twin)

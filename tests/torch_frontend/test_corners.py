@@ -1,4 +1,4 @@
-"""What a step leaves alone, and rows that come late, are masked, or are those of a tied table."""
+"""What a step leaves alone, and rows that come late, are masked, or belong to a tied table."""
 
 import contextlib
 import sys

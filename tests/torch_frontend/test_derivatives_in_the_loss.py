@@ -90,5 +90,5 @@ def test_no_worse_than_adamw_at_its_best_rate(task: str) -> None:
 
     best = min((final_losses(task, adamw(lr)) for lr in RATES), key=torch.mean)
     worse = final_losses(task, SINGD) - best
-    # on the same batches, so that the error is that of the differences between seeds
+    # on the same batches, so that the differences between seeds have the error
     assert worse.mean() <= worse.std() / len(SEEDS) ** 0.5

@@ -57,7 +57,7 @@ def test_the_quantities_are_what_they_are_called() -> None:
     assert found["update"] == pytest.approx(float((after - before).norm() / after.norm()), rel=1e-3)
     # damping is a share of t by default
     assert found["K_damping"] == pytest.approx(0.1 / 1.1, rel=1e-5)
-    # K⁻¹ K' − I is −β m, of which β ‖m‖ is bounded by ½
+    # K⁻¹ K' − I is −β m, and β ‖m‖ is bounded by ½
     m = torch.linalg.solve(K, entries["K.matrix"]) - torch.eye(6)
     assert min(found["K_step"], 0.5) == pytest.approx(float(m.norm()), rel=1e-3)
     assert found["K_bounded"] == float(found["K_step"] > 0.5)

@@ -1,4 +1,4 @@
-"""DistributedDataParallel: the factors are those of the whole batch, in one all-reduce."""
+"""DistributedDataParallel: the whole batch makes the factors, in one all-reduce."""
 
 import datetime
 from pathlib import Path
@@ -18,7 +18,7 @@ WAYS = ["plain", "wrapped later", "accumulate", "uneven"]
 
 
 class Branches(nn.Module):
-    """Attention and two branches, of which a batch may use one."""
+    """Attention and two branches. A batch may use one of them."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -82,7 +82,7 @@ def loss_of(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def check_uses(drawn: list[list[str]], *shape: int) -> None:
-    """Gradients are those of a model that nobody watches, and a layer has rows where all can be."""
+    """Nobody who watches changes a gradient, and a layer has rows where it can have all."""
     torch.manual_seed(0)
     model, twin, x = Net(drawn).double(), Net(drawn).double(), torch.randn(*shape, D).double()
     twin.load_state_dict(model.state_dict())

@@ -157,7 +157,7 @@ def test_grouped_products(turned: bool, where: str, monkeypatch: pytest.MonkeyPa
 def test_rows_of_groups_that_an_accelerator_samples_are_of_each_group(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Its host does not know how many there are; of equal rows the sums are those of all."""
+    """The host does not know how many there are. A sample of equal rows has the sums of all."""
     monkeypatch.setattr(singd_torch.tensors.pieces, "on_host", lambda x: False)
     ends = torch.tensor([3, 40, 40])
     x = torch.arange(40.0)[:, None] < 3

@@ -1,4 +1,4 @@
-"""The factors U and G are those that curvlinops-for-pytorch, an independent KFAC, computes."""
+"""curvlinops-for-pytorch, an independent KFAC, computes the same factors U and G."""
 
 from typing import Any
 

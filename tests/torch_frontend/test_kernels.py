@@ -19,7 +19,7 @@ FREE |= {"_local_scalar_dense"}
 
 
 class Kernels(TorchDispatchMode):
-    """Counts the operations that compute: those of lists of tensors as one where CUDA does so."""
+    """Counts the operations that compute. A list of tensors counts as one where CUDA does so."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ def block(d: int) -> nn.Module:
 
 
 class Transformer(nn.Module):
-    """Four blocks as those of a GPT, whose attention is a sum over earlier positions."""
+    """Four blocks as a GPT has them. Attention is a sum over earlier positions."""
 
     def __init__(self, d: int = 128, n: int = 65) -> None:
         super().__init__()

@@ -82,7 +82,7 @@ def test_load_error_names_the_mismatch_and_changes_nothing(
 
 
 def test_settings_come_from_the_checkpoint_as_with_any_torch_optimizer() -> None:
-    """Structures are settings of a group: those of the checkpoint win, with factors that fit."""
+    """Structures are settings of a group: the checkpoint's win, with factors that fit."""
     model = Network()
     optimizer = SINGD(model)
     optimizer.load_state_dict(saved_by({"lr": 0.07} | DIAGONAL))
@@ -312,7 +312,7 @@ def test_counts_may_be_numbers_as_torch_once_saved_them() -> None:
 
 
 def by_name(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Torch's recipe for parameters in another order than those of the checkpoint."""
+    """Torch's recipe for parameters in another order than in the checkpoint."""
     (saved,), adapted = state_dict["param_groups"], copy.deepcopy(optimizer.state_dict())
     (own,) = adapted["param_groups"]
     for name, index in zip(saved["param_names"], saved["params"], strict=True):

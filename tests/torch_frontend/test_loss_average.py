@@ -43,7 +43,7 @@ def test_a_number_of_terms_is_what_a_mean_over_the_sequence_counts(
 
 
 def test_all_layers_of_a_segmentation_have_the_terms_of_its_loss() -> None:
-    """Between its pixels and those of the loss there are layers of fewer pixels."""
+    """Between its pixels and the pixels of the loss there are layers of fewer pixels."""
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, stride=4, padding=1),
         nn.Upsample(scale_factor=4), nn.Conv2d(4, 2, 1),

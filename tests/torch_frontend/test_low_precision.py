@@ -66,7 +66,7 @@ SHORT = {"lr": 4e-4, "fallback_lr": 4e-5}
     "way", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow), "accelerator"]
 )
 def test_steps_below_half_a_unit_add_up(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """8 steps, each a fraction of a unit of most weights: AdamW's and those of layers."""
+    """8 steps, each a fraction of a unit of most weights, of layers and of AdamW."""
     half = way == "float16"  # whose units are an eighth
     given = {name: rate / 8 if half else rate for name, rate in SHORT.items()}
     expected = changes(trained(torch.float32, **given)[0])

@@ -95,7 +95,7 @@ def test_bert_trains() -> None:
 
 
 def test_the_padding_of_bert_is_left_out_of_the_factors() -> None:
-    """The factors of a masked batch are those of the batch that was never padded."""
+    """A masked batch has the same factors as the batch that was never padded."""
     model, labels = bert().double(), torch.randint(CLASSES, (4,))
 
     def factors(length: int) -> dict[str, Tensor]:

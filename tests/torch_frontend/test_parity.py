@@ -19,7 +19,7 @@ STEPS = 20
 # another order: 20 steps of sums over up to 300 rows round by about 20 · √300 · 2⁻⁵³ ≈ 4e-14, which
 # the products of unlike matrices in between may enlarge some ten times. Measured: 7e-16.
 FLOAT64 = 1e-12
-# The same with 2⁻²⁴ in place of 2⁻⁵³ is 2e-5, of which a tenth is enough. Measured: 3e-7.
+# The same with 2⁻²⁴ in place of 2⁻⁵³ is 2e-5. A tenth of that is enough. Measured: 3e-7.
 FLOAT32 = 2e-6
 
 SETTINGS = {

@@ -1,4 +1,4 @@
-"""Layers of which no rows are seen learn from their gradients, until rows are seen."""
+"""Layers whose rows nobody sees learn from their gradients, until rows are seen."""
 
 import copy
 import io
@@ -37,7 +37,7 @@ def batch() -> tuple[Tensor, Tensor]:
 def train(
     model: nn.Module, optimizer: SINGD, data: tuple[Tensor, Tensor], n: int, *, seen: bool
 ) -> list[float]:
-    """The losses of n steps, the rows of which are seen or not."""
+    """The losses of n steps. Their rows are seen or not."""
     losses = []
     for _ in range(n):
         optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""Rows are those of backward passes of the loss: what else differentiates the model brings none."""
+"""Backward passes of the loss bring rows. What else differentiates the model brings none."""
 
 import contextlib
 import copy
@@ -236,7 +236,7 @@ def averages(passes: Callable[[nn.Module, Tensor, Tensor], None], **given: Any) 
 
 @pytest.mark.parametrize("loss_average", ["batch", None])
 def test_terms_of_one_loss_may_have_backward_passes_of_their_own(loss_average: Any) -> None:
-    """The rows of terms that have nothing in common are those of their sum."""
+    """Terms that have nothing in common give the rows of their sum."""
 
     def signs(z: Tensor) -> Tensor:  # with which the products of both terms' gradients cancel
         return torch.tensor([1.0, -1.0], dtype=z.dtype).repeat(8)[:, None]
@@ -269,7 +269,7 @@ def test_passes_of_calls_of_their_own_are_micro_batches() -> None:
 
 
 def test_a_gradient_of_zeros_is_no_sign_that_it_was_dropped() -> None:
-    """Its inputs are among those of all passes."""
+    """Its inputs are among the inputs of all passes."""
 
     def one(model: nn.Module, x: Tensor, y: Tensor) -> None:
         weight = torch.tensor([0.0, 1.0], dtype=x.dtype).repeat_interleave(len(x))

@@ -20,7 +20,7 @@ from singd_torch.step import equal
 
 
 class Parallel(nn.Module):
-    """Equal layers side by side, of which each call may leave some out."""
+    """Equal layers side by side. Each call may leave some out."""
 
     def __init__(self, make: Callable[[], nn.Module], number: int = 3) -> None:
         super().__init__()

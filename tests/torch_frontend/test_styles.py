@@ -1,4 +1,4 @@
-"""Training loops in styles of their own: each trains, and the rows are those of the loss."""
+"""Training loops in styles of their own: each trains, and the rows belong to the loss."""
 
 from typing import Any
 
@@ -76,7 +76,7 @@ def test_parameters_that_go_to_another_group_by_hand() -> None:
 
 
 class Experts(nn.Module):
-    """Modules, of which a batch may use some."""
+    """Modules. A batch may use some of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ def test_jagged_indices() -> None:
 
 @pytest.mark.parametrize(("weight", "expected"), [(1e-6, "SINGD"), (10.0, "SINGD without rows")])
 def test_forward_derivatives_in_the_loss(weight: float, expected: str) -> None:
-    """Rows are those of the calls, until a tenth of the gradient is of derivatives."""
+    """Rows come from the calls, until a tenth of the gradient is of derivatives."""
     model, (x, y) = network(), data()
     optimizer = SINGD(model)
     for _ in range(3):  # warnings are errors here

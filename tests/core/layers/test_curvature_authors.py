@@ -1,4 +1,4 @@
-"""The scaled rows are those of the authors' `singd` 0.0.5, wherever it supports the layer."""
+"""The authors' `singd` 0.0.5 has the same scaled rows, wherever it supports the layer."""
 
 from math import sqrt
 

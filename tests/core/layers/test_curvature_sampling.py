@@ -1,4 +1,4 @@
-"""Sampled rows: their sums are expected to be those of all rows, and all rows come at last."""
+"""Sampled rows: the expected sums are the sums of all rows, and all rows come at last."""
 
 import itertools
 import math
@@ -26,7 +26,7 @@ def sums(kind: LayerKind, x, g, sample, *, kfac_approx="expand", bias=True, diag
     inputs = kind.diagonal_rows if diagonal else kind.inputs
     A, N = inputs(x, bias=bias, kfac_approx=kfac_approx, sample=sample)
     B, M = kind.outputs(g, kfac_approx=kfac_approx, loss_average="batch", sample=sample)
-    A = A.astype(np.float64)  # that of a table is in float32
+    A = A.astype(np.float64)  # a table's is in float32
     squares = (A * A).sum(-2) if diagonal else A.mT @ A
     return [squares, B.mT @ B], (N, M), (A.shape, B.shape)
 

@@ -1,4 +1,4 @@
-"""The optimizer's steps are those of the mathematics page."""
+"""The optimizer steps as the mathematics page says."""
 
 import dataclasses
 from typing import Any

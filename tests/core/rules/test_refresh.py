@@ -1,4 +1,4 @@
-"""A refresh under every pair of settings is that of the mathematics page, sections 2, 3 and 5."""
+"""A refresh under every pair of settings follows the mathematics page, sections 2, 3 and 5."""
 
 import dataclasses
 import itertools
@@ -97,7 +97,7 @@ def curvatures(n: int) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def after(rule: str, on: tuple[str, ...], structure: str) -> tuple[Any, Page]:
-    """The factors after three refreshes, ours and those of the page."""
+    """The factors after three refreshes, ours and the page's."""
     given = RULES[rule] | {name: SWITCHES[name] for name in on}
     s = settings("paper", lr_cov=BETA, damping=DAMPING, **given)
     S, like, page = structures.get(structure), np.zeros(0), Page(rule, on, structure)

@@ -125,7 +125,7 @@ def test_the_scale_of_gradients_changes_no_factor(structure: str, scale: float) 
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_a_stack_is_refreshed_as_its_matrices_are(structure: str) -> None:
     given = draw(5, 3, 4, 6)
-    given[:, 1] = 0.0  # of which nothing is learned
+    given[:, 1] = 0.0  # nothing is learned of it
     given[:, 2] *= 100.0
     stack = trained(given, structure)
     for i in range(3):

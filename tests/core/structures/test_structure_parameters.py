@@ -1,4 +1,4 @@
-"""Properties for every side and every parameter of the families, beyond those of the law tests."""
+"""Properties for every side and every parameter of the families, beyond the laws."""
 
 import copy
 import pickle

@@ -18,7 +18,7 @@ from singd_core.testing.run import run
 
 
 def _backends(names, law):
-    """The array libraries of these names, each with the dtypes of which the law speaks."""
+    """The array libraries of these names, each with the dtypes that the law speaks of."""
     missing = [n for n in names if n not in [b.name for b in backends()]]
     if missing:
         pytest.skip(f"{', '.join(missing)} is not installed")

@@ -162,7 +162,7 @@ def data(name: str, steps: int = STEPS, batch: int = 8) -> list[Data]:
 
 
 def settings(name: str, **given: Any) -> dict[str, Any]:
-    """Those that the loss asks for, and factors of all rows: each process samples its own."""
+    """What the loss asks for, and factors of all rows: each process samples its own."""
     terms = "batch" if name in IMAGES else "batch+sequence"
     return {"loss_average": terms, "rows": math.inf} | given
 
@@ -186,7 +186,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def exact_counts() -> Iterator[None]:
-    """Roots of counts in float64: those of parts of a batch round otherwise in float32."""
+    """Roots of counts in float64: in float32 they round otherwise for parts of a batch."""
     inputs = Embedding.inputs
 
     def exact(self: Embedding, x: Tensor, **given: Any) -> tuple[Tensor, int]:

@@ -35,7 +35,7 @@ def dropped(run: Run) -> None:
 
 
 def dropped_and_accumulated(run: Run) -> None:
-    """The same, of passes of which the last alone gives the parts their gradients."""
+    """The same with several passes. The last alone gives the parts their gradients."""
     optimizer = run.build()
     for batch in models.data(NAME):
         for used in (models.data(NAME)[0], batch):

@@ -13,7 +13,7 @@ NAME = "characters"
 
 
 class Run:
-    """A model, in parts unless it is that of one process, its optimizer and this process's data."""
+    """A model, its optimizer and this process's data. With several processes it is in parts."""
 
     def __init__(self, rank: int, world: int, before: Callable[[Any], None] | None = None) -> None:
         self.rank, self.world = rank, world

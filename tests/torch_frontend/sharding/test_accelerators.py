@@ -87,7 +87,7 @@ def test_two_processes_step_bundles_as_one_steps_layers(how: str, case: str) -> 
 
 
 def disturbed(rank: int, world: int) -> dict[str, Tensor]:
-    """Steps of which one has a row that is not finite, on the last process, and one is frozen."""
+    """Steps: one has a row that is not finite, on the last process, and one is frozen."""
     model: Any = models.new("characters")
     if world > 1:
         shard(model, init_device_mesh("cpu", (world,)))
@@ -118,7 +118,7 @@ def test_a_row_that_is_not_finite_stops_all_and_a_frozen_weight_stays() -> None:
 
 
 def half(rank: int, world: int) -> list[tuple[Any, Any]]:
-    """The dtypes of products in backward passes and in steps, of which every other refreshes."""
+    """The dtypes of products in backward passes and in steps. Every other step refreshes."""
     model: Any = models.new("characters").float()
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
     shard(model, init_device_mesh("cpu", (world,)), mp_policy=policy)

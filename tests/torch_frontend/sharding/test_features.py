@@ -112,7 +112,7 @@ def diagnosed(rank: int, world: int, name: str, given: dict[str, Any]) -> dict[s
     [
         ("images", "owned"),
         pytest.param("characters", "local", marks=pytest.mark.slow),
-        pytest.param("convolutions", "owned", marks=pytest.mark.slow),  # one of which rests
+        pytest.param("convolutions", "owned", marks=pytest.mark.slow),  # a convolution rests
     ],
 )
 def test_processes_tell_of_the_layers_that_they_step(name: str, case: str) -> None:

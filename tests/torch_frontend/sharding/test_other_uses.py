@@ -19,7 +19,7 @@ GIVEN: dict[str, Any] = {"T": 1, "growing_T": False}
 
 
 class Bent(nn.Linear):
-    """A subclass, whose rows are not those of its output."""
+    """A subclass. The gradient of its output gives no rows."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(F.linear(x, self.weight, self.bias))

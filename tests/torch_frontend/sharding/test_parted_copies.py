@@ -16,7 +16,7 @@ from singd_torch import SINGD
 
 
 def copies(rank: int, world: int, name: str, given: dict[str, Any]) -> tuple[Any, ...]:
-    """The weights, the numbers of state that are kept here, and those of an optimizer alone."""
+    """The weights, and how many numbers of state are kept here, and by an optimizer alone."""
     model = DistributedDataParallel(models.new(name))
     optimizer = SINGD(model, shard=True, **models.settings(name, **given))
     models.train(model, optimizer, models.data(name), rank, world)
@@ -102,7 +102,7 @@ def test_a_process_that_alone_uses_weights_in_another_way(how: str) -> None:
 
 
 class Branches(nn.Module):
-    """Of which a batch uses one."""
+    """Two branches. A batch uses one of them."""
 
     def __init__(self) -> None:
         super().__init__()

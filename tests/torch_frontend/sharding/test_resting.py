@@ -37,7 +37,7 @@ def build(rank: int, world: int, name: str, how: str, given: Any) -> tuple[Any, 
 
 
 def bytes_here(optimizer: SINGD) -> int:
-    """Those of the tensors of state on this process, numbers of each matrix apart."""
+    """The bytes of the tensors of state on this process, numbers of each matrix apart."""
     sharded: Any = optimizer._stepper.sharded
     state = [t for own in sharded.share.state.values() for t in own.values() if t.ndim]
     state += sharded._resting._here.values()

@@ -225,7 +225,7 @@ def test_parts_go_on_from_a_state_as_it_was_before(structures: str, tmp_path: Pa
 
 
 def state(rank: int, world: int) -> tuple[list[tuple[int, str]], int, int]:
-    """The keys of a saved state; the numbers of state here, and those of one process."""
+    """The keys of a saved state, and how many numbers of state are here, and on one process."""
     model, optimizer = new(world, {})
     models.train(model, optimizer, models.data(NAME), rank, world)
     found = optimizer.state_dict()["state"]

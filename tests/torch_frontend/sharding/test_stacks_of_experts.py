@@ -67,7 +67,7 @@ def trained(rank: int, world: int, how: str, call: str) -> tuple[str, list[Tenso
         x = torch.randn(16, D, generator=draw, dtype=torch.float64).to(model.W.dtype)
         y = torch.randint(CLASSES, (16,), generator=draw)
         route = torch.randint(E, (16,), generator=draw)
-        if call == "one process alone":  # of which the second has the last expert
+        if call == "one process alone":  # the second process alone has the last expert
             route[:8] %= E - 1
         optimizer.zero_grad()
         own = slice(16 * rank // world, 16 * (rank + 1) // world)

@@ -1,4 +1,4 @@
-"""Sums of rows leave while a backward pass runs, and are those of the rows that count."""
+"""Sums of rows leave while a backward pass runs, and hold the rows that count alone."""
 
 import math
 from typing import Any
@@ -76,7 +76,7 @@ class Choice(nn.Module):
 
 
 def chosen(rank: int, world: int) -> dict[str, Tensor]:
-    """Passes in which processes use other layers, some of which do not count."""
+    """Passes in which processes use other layers. Some of the passes do not count."""
     torch.manual_seed(0)
     model: Any = Choice().double()
     wrapped = model

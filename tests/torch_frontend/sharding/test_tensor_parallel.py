@@ -113,7 +113,7 @@ def masked(world: int) -> dict[str, Tensor]:
 
 
 def mask_of_others(world: int) -> dict[str, Tensor]:
-    """Of another length than the batch, and that of the samples that one process measures."""
+    """It is not as long as the batch, but as the samples that one process measures."""
     mask = torch.tensor([True, False])
     return trained(network(world), PAPER, mean, lambda optimizer: optimizer.mask_rows(mask))
 

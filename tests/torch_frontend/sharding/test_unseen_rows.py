@@ -1,4 +1,4 @@
-"""Layers of which no rows are seen, until they are: several processes do as one."""
+"""Layers whose rows nobody sees, until they are seen: several processes do as one."""
 
 import copy
 import warnings
