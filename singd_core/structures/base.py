@@ -165,9 +165,9 @@ class Structure(Tree):
     def square_for(self, T: int, columns: int) -> Structure | None:
         """`square`, if T products with so many columns are worth having it.
 
-        It costs d³, and d² a column; products with L and Lᵀ cost 2 d² a column.
+        For blocks of side b it costs b³ each, and b² a column; products with L and Lᵀ cost 2 b².
         """
-        return self.square() if T * columns > self.shape[-1] else None
+        return self.square() if T * columns > self.width(self.shape[-1]) else None
 
     # ---- the linear space -----------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """A weight that is also used where no call is seen: its layer is trained without rows."""
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -380,6 +381,27 @@ def check_no_fault(step: Step) -> None:
     found = {own for name, own in table(optimizer).items() if own != "AdamW"}
     assert found == {"SINGD"}
     assert all(not p._backward_hooks for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("layer", "axes"),
+    [
+        (nn.Conv1d(4, 6, 4, padding="same", groups=2), 1),  # one more of zeros behind than before
+        (nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(0, 1), dilation=(1, 2)), 2),
+        (nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), 2),
+        (nn.Conv3d(4, 6, 2), 3),
+    ],
+    ids=repr,
+)
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_no_argument_of_convolutions_is_a_fault(layer: nn.Module, axes: int) -> None:
+    """Their rows are proved by convolutions with other kernels."""
+    torch.manual_seed(0)
+    model = copy.deepcopy(layer).double()
+    optimizer = SINGD(model)
+    model(torch.randn(3, 4, *(7,) * axes).double()).sin().sum().backward()
+    optimizer.step()  # warnings are errors here
+    assert table(optimizer)["weight"] == "SINGD"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from singd_core._array import widen
-from singd_core.layers import LayerKind
+from singd_core.layers import Convolution, LayerKind
+from singd_core.layers._patches import pad
 from singd_torch._uncompiled import uncompiled
 from singd_torch.capture.tap import backward_pass
 from singd_torch.layers.layer import IN_THE_LOSS, Layer
@@ -71,7 +72,8 @@ class Proof:
     def add(self, source: Source, x: Tensor, g: Tensor) -> None:
         """Add the rows of a call."""
         x, g = _whole(x), _whole(g)
-        pieces = in_pieces(self._layer, source.kind, x, g)
+        whole = isinstance(source.kind, Convolution)  # whose patches are not made
+        pieces = (x,) if whole else in_pieces(self._layer, source.kind, x, g)
         samples = [len(piece) for piece in pieces]
         gradients = torch.split(g, samples) if len(pieces) > 1 else [g]
         for own, own_g in zip(pieces, gradients, strict=True):
@@ -241,8 +243,21 @@ def _times(kind: LayerKind, x: Tensor, V: Tensor) -> Tensor:
     if kind.diagonal_inputs:
         seen, at = _looked_up(kind, x)
         return V[at] * seen[:, None]
+    if isinstance(kind, Convolution):
+        found = _convolved(kind, x, V)
+        return kind.outputs(found, kfac_approx="expand", loss_average=None)[0]  # type: ignore[no-any-return]
     A: Tensor = kind.inputs(x, bias=False, kfac_approx="expand")[0]
     return A @ V.to(A)
+
+
+def _convolved(kind: Convolution, x: Tensor, V: Tensor) -> Tensor:
+    """The output of a convolution that has the columns of V as kernels, in each group."""
+    sizes, strides, dilations, before, after = zip(*kind.windows, strict=True)
+    if kind.padding_mode != "zeros" or before != after:
+        x, before = pad(x, kind.windows, kind.padding_mode), (0,) * len(before)
+    kernels = torch.cat([V.mT.to(x).reshape(V.shape[1], -1, *sizes)] * kind.groups)
+    function = (torch.conv1d, torch.conv2d, torch.conv3d)[len(sizes) - 1]
+    return function(x, kernels, None, strides, before, dilations, kind.groups)
 
 
 def _transposed_times(

@@ -116,7 +116,7 @@ class Many:
 
     def square_for(self, T: int, columns: int) -> Many | None:
         """`L Lᵀ` of those that T products with their own columns are worth it, None if of none."""
-        wanted = [T * group.columns > group.side for group in self.layout.groups]
+        wanted = [T * own.columns > own.structure.width(own.side) for own in self.layout.groups]
         squares = [L.square() for L in self.pools] if any(wanted) else [None]
         if any(P is None for P in squares):
             return None
