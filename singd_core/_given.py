@@ -45,13 +45,34 @@ def _is_matrix(weight: Array) -> bool:
     return getattr(weight, "ndim", 0) == 2 and not is_complex(weight)
 
 
-def check_parameter(name: str, parameter: Parameter, kind: LayerKind | None) -> None:
+def check_named(params: Any) -> None:
+    """Refuse what is no dictionary of parameters.
+
+    Raises:
+        TypeError: If it is something else.
+        ValueError: If it is empty.
+    """
+    if not isinstance(params, Mapping):
+        raise TypeError(
+            "params must be a dictionary of arrays, or of tuples (weight, bias), by name, not "
+            f"a {type(params).__name__}"
+        )
+    if not params:
+        raise ValueError("params is empty: there is nothing to train")
+
+
+def check_params(params: Mapping[str, Parameter], kinds: Mapping[str, LayerKind]) -> None:
     """Refuse what is no parameter, or no layer of its kind.
 
     Raises:
-        TypeError: If it is neither an array nor a tuple of two.
-        ValueError: If it is not of floating-point numbers, or does not fit the kind.
+        TypeError: If one is neither an array nor a tuple of two.
+        ValueError: If one is not of floating-point numbers, or does not fit its kind.
     """
+    for name, parameter in params.items():
+        _check_parameter(name, parameter, kinds.get(name))
+
+
+def _check_parameter(name: str, parameter: Parameter, kind: LayerKind | None) -> None:
     shapes_of(name, parameter)
     if not all(map(is_inexact, parts(parameter))):
         raise ValueError(f"{name!r} is not of floating-point numbers: leave it out")

@@ -91,8 +91,7 @@ class Optimizer:
         self.kfac_approx, self.loss_average = kfac_approx, loss_average
         self.preconditioner_dtype, self.momentum_dtype = preconditioner_dtype, momentum_dtype
         self.fallback = fallback or fallback_of(recipe, given.get("weight_decay"))
-        small = small_step([self.settings.lr]) if self.settings.normalized else ""
-        if small:
+        if self.settings.normalized and (small := small_step([self.settings.lr])):
             warn(small)
 
     def init(self, params: Mapping[str, Parameter]) -> State:
@@ -103,18 +102,11 @@ class Optimizer:
             ValueError: If there is no parameter, one is of integers, a layer is named that is none
                 of them, or a weight and its bias do not fit the kind of their layer.
         """
-        if not isinstance(params, Mapping):
-            raise TypeError(
-                "params must be a dictionary of arrays, or of tuples (weight, bias), by name, not "
-                f"a {type(params).__name__}"
-            )
-        if not params:
-            raise ValueError("params is empty: there is nothing to train")
+        _given.check_named(params)
         kinds, first = self._kinds(params), next(iter(params.values()))
         given = self.structures, self.preconditioner_dtype, self.momentum_dtype, self.settings
         layers, fallback = {}, {}
-        for name, parameter in params.items():
-            _given.check_parameter(name, parameter, kinds.get(name))
+        _given.check_params(params, kinds)
         for name, parameter in params.items():
             if name in kinds:
                 start = partial(layer_state, kinds[name], parameter, *given)

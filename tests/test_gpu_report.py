@@ -72,12 +72,14 @@ def test_tests_that_all_skip_are_a_failure(gpu, tmp_path):
     assert gpu.outcomes(tmp_path)["skipping"].failure == "no test ran"
 
 
-def test_what_the_machine_lacks_is_found_beside_it(gpu, tmp_path, monkeypatch):
-    find = gpu.find
+def test_what_the_machine_lacks_is_found_beside_it(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    packages = importlib.import_module("gpu_packages")
+    find = packages.find
     monkeypatch.setattr(
-        gpu, "find", lambda name: None if name == "array_api_compat" else find(name)
+        packages, "find", lambda name: None if name == "array_api_compat" else find(name)
     )
-    (folder,) = gpu.unpacked(None, tmp_path)
+    (folder,) = packages.unpacked(None, tmp_path)
     code = (
         "import array_api_compat as c, numpy; print(c.__file__); c.array_namespace(numpy.ones(1))"
     )
@@ -90,7 +92,7 @@ def test_what_the_machine_lacks_is_found_beside_it(gpu, tmp_path, monkeypatch):
     )
     assert done.stdout.startswith(folder)
     with pytest.raises(SystemExit, match="there is no wheel in it"):
-        gpu.unpacked(tmp_path / "empty", tmp_path)
+        packages.unpacked(tmp_path / "empty", tmp_path)
 
 
 def test_the_parts_name_what_there_is(gpu):

@@ -7,6 +7,7 @@ moves by transposes. Head splits, channel groups and stacks of layers all become
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
@@ -191,6 +192,11 @@ class View:
         dims = list(self.dims)
         dims[axis] = (*kept, *rest)
         return dataclasses.replace(self, region=tuple(region), dims=tuple(dims))
+
+    def split(self, axis: int, sizes: Sequence[int]) -> list[View | None]:
+        """The views of pieces of an axis, of these sizes one after the other; None as above."""
+        starts = itertools.accumulate(sizes, initial=0)
+        return [self.narrow(axis, start, n) for start, n in zip(starts, sizes, strict=False)]
 
     def times(self, factor: Any) -> View:
         """The view multiplied by a number."""

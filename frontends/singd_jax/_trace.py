@@ -132,7 +132,10 @@ class Tracer:
         if eqn.primitive.name in ("optimization_barrier", "device_put"):
             return results, origins
         if eqn.primitive.name == "split" and isinstance(origins[0], View):
-            return results, self._split(origins[0], eqn.params["axis"], eqn.params["sizes"])
+            parts = origins[0].split(eqn.params["axis"], [*map(int, eqn.params["sizes"])])
+            if None in parts:
+                self.note(origins[0], "split across its layout")
+            return results, [*parts]
         return results, [self._single(eqn, values, origins, results, ports), *none[1:]]
 
     # ---- single equations -----------------------------------------------------------------------
@@ -188,16 +191,6 @@ class Tracer:
         self.note(origins[1 - side], reason("mul"))
         number = jnp.reshape(other, ())
         return origin.times(1.0 / number if name == "div" else number)
-
-    def _split(self, view: View, axis: int, sizes: Sequence[int]) -> list[Origin]:
-        found: list[Origin] = []
-        start = 0
-        for n in map(int, sizes):
-            found.append(view.narrow(axis, start, n))
-            start += n
-        if None in found:
-            self.note(view, "split across its layout")
-        return found
 
     def _product(
         self, eqn: Any, side: int, values: Any, origins: Any, results: list[Any], ports: Ports

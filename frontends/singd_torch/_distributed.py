@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,6 +20,14 @@ _JOIN = (
     "data ends before others' do: give all as many batches, as DistributedSampler does, and call "
     "join(throw_on_early_termination=True), or leave join() out"
 )
+
+
+def unwrapped(model: Any) -> tuple[nn.Module, dist.ProcessGroup | None]:
+    """The model inside `torch.compile` and DistributedDataParallel, and the wrapper's processes."""
+    model = getattr(model, "_orig_mod", model)
+    if isinstance(model, DistributedDataParallel):
+        return getattr(model.module, "_orig_mod", model.module), model.process_group
+    return model, None
 
 
 def processes_of_call() -> dist.ProcessGroup | None:

@@ -26,7 +26,7 @@ from singd_core._warnings import warn
 from singd_core.rounding import format_of
 from singd_core.structures import choose
 from singd_torch import _diagnostics, _table
-from singd_torch._distributed import group_of
+from singd_torch._distributed import group_of, unwrapped
 from singd_torch._estimate import automatic
 from singd_torch._groups import check_group, check_keys, parameters_of
 from singd_torch._saving import Saving
@@ -149,9 +149,7 @@ class SINGD(Saving):
         if not isinstance(model, nn.Module):
             model, params = without_model(model, params)
         check_model(model)
-        copies, model = None, _plain(model)
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            copies, model = model.process_group, _plain(model.module)
+        model, copies = unwrapped(model)
         if processes is not None:
             copies = group_of(processes)
         if shard and copies is None:
@@ -298,9 +296,3 @@ class SINGD(Saving):
         others = {p: roster.group_of[p] for p in roster.fallback}
         table = _table.table(roster.layers, others, roster.names, why, owners)
         return f"{type(self).__name__}\n{table}"
-
-
-def _plain(model: Any) -> nn.Module:
-    """The model inside torch.compile(model)."""
-    plain: nn.Module = getattr(model, "_orig_mod", model)
-    return plain
