@@ -13,3 +13,11 @@ def fresh_seed() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
+
+
+@pytest.fixture
+def nothing_compiled() -> Iterator[None]:
+    """Nothing is compiled before the test and after it."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()

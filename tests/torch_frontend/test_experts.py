@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from uses import draw, loss_of
 from watched import CLOSE, Watched, check_rows, layers, table
 
 import singd_torch.tensors.pieces
@@ -18,14 +19,6 @@ from singd_torch import SINGD, check
 
 E, D, O = 3, 5, 4
 GROUPED = hasattr(F, "grouped_mm")
-
-
-def draw(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64)
-
-
-def loss_of(z: Tensor) -> Tensor:
-    return (torch.sin(z) - 0.3).square().mean()
 
 
 class Experts(nn.Module):

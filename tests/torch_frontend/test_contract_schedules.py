@@ -1,0 +1,118 @@
+"""Torch's schedules of the rate."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from contract_runs import Network, batch, moved, step
+from torch import nn
+
+from singd_torch import SINGD
+
+
+def test_the_rate_of_the_fallback_follows_the_schedule() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    optimizer = SINGD(model, lr=0.2, warmup=0, fallback_lr=0.1, fallback_weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    x = torch.randn(9, 4)
+    for factor in (1.0, 0.5, 0.25):
+        before = model[1].bias.detach().clone()
+        optimizer.zero_grad()
+        (model(x).sum(1) * torch.arange(9.0)).mean().backward()
+        optimizer.step()
+        schedule.step()
+        # the bias' gradient is constant, so each of AdamW's steps is its rate
+        change = (model[1].bias - before).abs()
+        torch.testing.assert_close(change, torch.full((4,), 0.1 * factor), rtol=1e-4, atol=0)
+
+
+def rates_of_the_norm(given: dict[str, Any], rates: list[float | None]) -> list[float]:
+    """How far a norm and a layer move at each of these rates; None leaves the rate as it is."""
+    torch.manual_seed(0)
+    model, data = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 3)), []
+    optimizer = SINGD(model, **given)
+    x, y = torch.randn(64, 8), torch.randint(3, (64,))
+    for rate in rates:
+        if rate is not None:
+            optimizer.param_groups[0]["lr"] = rate
+        before = copy.deepcopy(model)
+        step(model, optimizer, (x, y))
+        data += moved(model, before).values()
+    return data
+
+
+@pytest.mark.parametrize("recipe", ["normalized", "paper"])
+@pytest.mark.parametrize("zero", [0.0, torch.tensor(0.0)], ids=["number", "tensor"])
+def test_a_rate_of_zero_moves_nothing_and_a_schedule_may_begin_at_it(
+    zero: Any, recipe: str
+) -> None:
+    still = rates_of_the_norm({"lr": zero, "recipe": recipe}, [None, None])
+    assert max(still) == 0.0
+    rates: list[float | None] = [0.0, 1e-3, 2e-2, 0.0, 1e-2]
+    begun_at_zero = rates_of_the_norm({"lr": zero, "recipe": recipe}, [None, *rates[1:]])
+    assert begun_at_zero == rates_of_the_norm({"recipe": recipe}, rates)
+    assert max(begun_at_zero[-6:]) > 0.0
+
+
+def test_a_group_of_rate_zero_follows_the_rate_of_the_optimizer_when_it_rises() -> None:
+    def change(of_norm: dict[str, Any]) -> float:
+        model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+        groups = [
+            {"params": model[0].parameters()},
+            {"params": model[1].parameters(), "fallback_weight_decay": 0.0, **of_norm},
+        ]
+        optimizer = SINGD(model, groups, lr=0.2, warmup=0, fallback_lr=0.1)
+        optimizer.param_groups[1]["lr"] = 0.1
+        model[1].bias.grad = torch.ones(4)
+        optimizer.step()
+        return model[1].bias.abs().max().item()
+
+    assert change({"lr": 0.0}) == change({}) == pytest.approx(0.05, rel=1e-4)
+
+
+SCHEDULES = {
+    "cosine": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 5),
+    "warm-up": lambda o: torch.optim.lr_scheduler.LinearLR(o, 0.1, total_iters=3),
+    "one cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.02, total_steps=6),
+    "cyclic": lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.01, 0.02, step_size_up=2),
+    "lambda": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedules_of_torch_work(schedule: str) -> None:
+    model = Network()
+    optimizer = SINGD(model)
+    steps = SCHEDULES[schedule](optimizer)
+    rates = set()
+    for _ in range(5):
+        step(model, optimizer)
+        steps.step()
+        rates.add(optimizer.param_groups[0]["lr"])
+    assert len(rates) > 1
+    assert optimizer.skipped == 0
+
+
+def test_plateau_schedule_works() -> None:
+    model = Network()
+    optimizer = SINGD(model)
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+    for _ in range(3):
+        step(model, optimizer)
+        schedule.step(1.0)
+    assert optimizer.param_groups[0]["lr"] < 0.02
+
+
+def test_a_rate_that_is_a_tensor_is_the_number_it_holds() -> None:
+    model, data = Network(), [batch() for _ in range(4)]
+    twin = copy.deepcopy(model)
+    optimizers = SINGD(model, lr=torch.tensor(0.02)), SINGD(twin, lr=0.02)
+    schedules = [torch.optim.lr_scheduler.StepLR(o, 2, gamma=0.5) for o in optimizers]
+    for one in data:
+        for net, optimizer, schedule in zip((model, twin), optimizers, schedules, strict=True):
+            step(net, optimizer, one)
+            schedule.step()
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        # 0.02 is rounded to float32 in one, and in float64 in the other
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6, msg=name)

@@ -1,0 +1,229 @@
+"""A setting that is wrong is named at once, also in a group and where a script changes it."""
+
+import math
+import re
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from small_network import INF, NAN, assert_same, everything, network, step
+
+from singd_torch import SINGD, estimate
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "recipe": ({"recipe": "robsut"}, r"recipe='robsut': there are 'paper', 'normalized'"),
+    "setting": (
+        {"learning_rate": 0.1},
+        r"'learning_rate' \(was 'lr' meant\?\); there are lr",
+    ),
+    "setting of AdamW": (
+        {"betas": (0.9, 0.99)},
+        r"'betas' \(b1 is 'momentum' here; AdamW's betas for the rest: 'fallback_betas'\)",
+    ),
+    "setting of AdamW that damps": (
+        {"eps": 1e-8},
+        r"'eps' \(of matrices it is 'damping' here; AdamW's epsilon for the rest: 'fallback_eps'",
+    ),
+    "setting of a kernel": ({"fused": True}, r"'fused' \(SINGD has none: leave it out\)"),
+    "setting of a sign": ({"maximize": True}, r"'maximize' \(SINGD has none: negate the loss\)"),
+    "setting with a slip": ({"nestrov": True}, r"no setting 'nestrov' \(was 'nesterov' meant\?\)"),
+    "lr": ({"lr": -0.1}, r"lr=-0\.1: must be at least 0"),
+    "lr, a word": ({"lr": "0.1"}, r"lr='0\.1': must be a number or a 0-d array, at least 0"),
+    "lr, an array": ({"lr": torch.ones(1)}, r"lr=tensor\(\[1\.\]\): must be a number or a 0-d"),
+    "lr, a switch": ({"lr": True}, r"lr=True: must be a number"),
+    "nesterov": ({"nesterov": "yes"}, r"nesterov='yes': must be True or False"),
+    "lr NaN": ({"lr": NAN}, r"lr=nan"),
+    "lr infinite": ({"lr": INF}, r"lr=inf"),
+    "momentum": ({"momentum": 1.0}, r"momentum=1\.0: must be in \[0, 1\)"),
+    "negative momentum": ({"momentum": -0.1}, r"momentum=-0\.1"),
+    "damping": ({"damping": -1e-3}, r"damping=-0\.001"),
+    "alpha1": ({"alpha1": 1.5}, r"alpha1=1\.5"),
+    "weight_decay": ({"weight_decay": -0.1}, r"weight_decay=-0\.1"),
+    "lr_cov": ({"lr_cov": -0.1}, r"lr_cov=-0\.1"),
+    "lr_cov beyond 1": ({"lr_cov": 1.5}, r"lr_cov=1\.5: must be in \[0, 1\], or a function"),
+    "rows, a fraction": ({"rows": 1.5}, r"rows=1\.5: must be at least 1 and whole"),
+    "rows, an array": ({"rows": torch.tensor(4.0)}, r"rows=tensor\(4\.\): must be a number"),
+    "average_groups": ({"average_groups": "yes"}, "average_groups='yes': must be True or False"),
+    "an infinite rate of AdamW": (
+        {"fallback_lr": INF},
+        "fallback_lr=inf: must be at least 0 and f",
+    ),
+    "T": ({"T": 0}, r"T=0: must be an integer of at least 1"),
+    "T, a switch": ({"T": True}, r"T=True: must be an integer"),
+    "T, a fraction": ({"T": 2.5}, r"T=2\.5"),
+    "order": ({"order": 0}, r"order=0"),
+    "factor_bound": ({"factor_bound": 0.0}, r"factor_bound=0\.0: must be positive"),
+    "loss_average": ({"loss_average": "mean"}, r"loss_average = 'mean': choose 'batch'"),
+    "kfac_approx": ({"kfac_approx": "shrink"}, r"kfac_approx = 'shrink': choose 'expand'"),
+    "a budget of words": ({"structures": "auto:x"}, r'structures="auto:x": "auto:b" wants b >= 1'),
+    "a budget of nothing": ({"structures": "auto:0"}, r'"auto:0": "auto:b" wants b >= 1'),
+    "first structure": (
+        {"structures": ("dens", "dense")},
+        r'structures\[0\] = there is no structure "dens"; there are dense, diagonal',
+    ),
+    "second structure": (
+        {"structures": ("dense", "hierarchical:0,4")},
+        r'structures\[1\] = "hierarchical:0,4": k1 must be at least 1',
+    ),
+    "structure's parameter": (
+        {"structures": ("blockdiagonal:x", "dense")},
+        r'structures\[0\] = "blockdiagonal:x": expected "blockdiagonal:b" with integers',
+    ),
+    "one name": ({"structures": "dens"}, r'structures = there is no structure "dens"'),
+    "no name": (
+        {"structures": 3},
+        r"structures=3: give two, one for K and one for C, or one for both",
+    ),
+    "three structures": ({"structures": ("dense",) * 3}, r"give two, one for K and one for C"),
+    "KFAC with structure": (
+        {"kfac": True, "structures": ("dense", "diagonal")},
+        r'structures\[1\] = "diagonal": KFAC takes dense factors alone',
+    ),
+    "KFAC with one structure": (
+        {"kfac": True, "structures": "diagonal"},
+        r'structures = "diagonal": KFAC takes dense factors alone',
+    ),
+    "KFAC with a budget": (
+        {"kfac": True, "structures": "auto:3"},
+        r'structures="auto:3": KFAC takes dense factors alone',
+    ),
+    "one dtype of two": (
+        {"preconditioner_dtype": (torch.float32,)},
+        r"preconditioner_dtype=\(torch\.float32,\): give two",
+    ),
+    "one dtype": ({"preconditioner_dtype": torch.float32}, r"dtype=torch\.float32: give two"),
+    "dtypes of integers": (
+        {"preconditioner_dtype": (None, torch.int32)},
+        r"give torch\.float64, torch\.float32, torch\.bfloat16, torch\.float16, or None",
+    ),
+    "8 bits": (
+        {"preconditioner_dtype": (torch.float8_e4m3fn, None)},
+        r"give torch\.float64, torch\.float32, torch\.bfloat16, torch\.float16, or None",
+    ),
+    "momenta of integers": (
+        {"momentum_dtype": torch.int32},
+        r"momentum_dtype=torch\.int32: give torch\.float64",
+    ),
+    "fallback_lr": ({"fallback_lr": -1.0}, r"fallback_lr=-1\.0: must be at least 0"),
+    "fallback_betas": (
+        {"fallback_betas": (0.9, 1.0)},
+        r"fallback_betas=1\.0: must be two in",
+    ),
+    "one beta": ({"fallback_betas": 0.9}, r"fallback_betas=0\.9: give two numbers in \[0, 1\)"),
+    "fallback_lr, a word": ({"fallback_lr": "x"}, r"fallback_lr='x': must be a number"),
+    "fallback_eps": ({"fallback_eps": -1e-8}, r"fallback_eps"),
+    "fallback_weight_decay": ({"fallback_weight_decay": -1.0}, r"fallback_weight_decay"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_setting_is_named(case: str) -> None:
+    given, message = WRONG[case]
+    with pytest.raises(ValueError, match=message):
+        SINGD(network(), **given)
+
+
+OF_GROUPS = [case for case in WRONG if not case.startswith(("recipe", "setting"))]
+
+
+@pytest.mark.parametrize("case", OF_GROUPS)
+def test_a_wrong_setting_of_a_group_is_named(case: str) -> None:
+    given, message = WRONG[case]
+    model = network()
+    with pytest.raises(ValueError, match=message):
+        SINGD(model, [{"params": model[0].weight}, {"params": model[6].weight} | given])
+    optimizer = SINGD(model, model[0].parameters())
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": model[4].parameters()} | given)
+    assert len(optimizer.param_groups) == 1
+
+
+CHANGES = {
+    "lr": (-0.1, r"lr=-0\.1: must be at least 0 and finite"),
+    "momentum": ("0.9", "momentum='0.9': must be a number or a 0-d array"),
+    "T": (0, "T=0: must be an integer of at least 1"),
+    "fallback_lr": (math.nan, "fallback_lr=nan: must be at least 0 and finite"),
+    "loss_average": ("mean", "loss_average = 'mean': choose"),
+    "structures": ("dense", r"structures='dense' was \('diagonal', 'dense'\) when the layers"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_wrong_setting_that_a_script_changes_is_named_and_changes_nothing(name: str) -> None:
+    (value, error), model = CHANGES[name], network()
+    head = {"params": model[6].parameters()}
+    optimizer = SINGD(
+        model, [{"params": model[:6].parameters()}, head], structures=("diagonal", "dense")
+    )
+    step(model, optimizer)
+    before, group = everything(model, optimizer), optimizer.param_groups[1]
+    right, group[name] = group[name], value
+    with pytest.raises(ValueError, match=f"^(parameter group 1: |){error}"):
+        step(model, optimizer)
+    assert_same(before, everything(model, optimizer))
+    group[name] = right
+    step(model, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("learning_rate", "was 'lr' meant"),
+        ("weight_decy", "was 'weight_decay' meant"),
+        ("structure", "was 'structures' meant"),
+        ("betas", "b1 is 'momentum' here"),
+        ("amsgrad", "SINGD has none: leave it out"),
+    ],
+)
+def test_a_key_of_a_group_that_may_be_meant_for_a_setting_is_warned_about(
+    key: str, meant: str
+) -> None:
+    model = network()
+    with pytest.warns(UserWarning, match=rf"'{key}', which is no setting.*{meant}"):
+        optimizer = SINGD(model, [{"params": model.parameters(), key: 0.1}])
+    assert optimizer.param_groups[0][key] == 0.1
+
+
+# Rates of the model, and of two groups; the largest that is given tells how they are meant.
+@pytest.mark.parametrize(
+    ("given", "of_groups", "warned"),
+    [
+        ({"lr": 1e-3}, [{}, {}], True),
+        ({}, [{"lr": 3e-4}, {"lr": 1e-3}], True),
+        ({}, [{}, {"lr": 1e-3}], True),
+        ({}, [{"lr": 0.12}, {"lr": 1e-3}], False),  # layer by layer
+        ({"lr": 0.003}, [{}, {}], False),
+        ({}, [{}, {"lr": 0.0}], False),
+        ({"lr": torch.tensor(1e-3)}, [{}, {}], False),
+        ({"lr": 1e-3, "recipe": "paper"}, [{}, {}], False),
+        ({}, [{}, {"lr": 1e-3, "normalized": False}], False),
+    ],
+)
+def test_a_rate_of_adamw_is_warned_about(
+    given: dict[str, Any], of_groups: list[dict[str, Any]], warned: bool
+) -> None:
+    model = network()
+    parts = [
+        {"params": model[i].parameters()} | own for i, own in zip((0, 4), of_groups, strict=True)
+    ]
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        SINGD(model, parts, **given)
+    text = r"lr=0\.001: here the rate is the size of a step.* default is 0\.12: leave the rate out"
+    assert [re.match(text, str(w.message)) is not None for w in seen] == [True] * warned
+    assert [w.filename for w in seen] == [__file__] * warned
+
+
+def test_switches_of_other_optimizers_that_are_off_are_carried_along() -> None:
+    model = network()
+    group = {"params": model.parameters(), "fused": None, "maximize": False}
+    assert SINGD(model, [group]).param_groups[0]["maximize"] is False
+
+
+def test_an_estimate_takes_and_checks_the_settings_of_groups() -> None:
+    model = network()
+    assert estimate(model, fallback_lr=0.1).total == estimate(model).total
+    for given, message in WRONG.values():
+        with pytest.raises(ValueError, match=message):
+            estimate(model, **given)
