@@ -4,6 +4,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from cases import cases
 from jax_idioms import IDIOMS, TOKENS, B
 
 import singd_jax
@@ -11,10 +12,9 @@ import singd_jax
 PAGE = (Path(__file__).parents[2] / "docs/jax.md").read_text()
 
 SLOW = {"easylm", "gemma", "levanter", "maxtext"}
-CASES = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in IDIOMS]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", cases(IDIOMS, fast=IDIOMS.keys() - SLOW))
 def test_nearly_all_numbers_are_preconditioned(name):
     loss, params = IDIOMS[name]()
     layers = singd_jax.find_layers(loss, batch_size=B)(params, TOKENS)

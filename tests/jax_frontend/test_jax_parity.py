@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import cases
 from flax import linen
 from jax_cases import IMAGES, SEQUENCE, X, mean_square
 
@@ -319,12 +320,10 @@ FAST |= {("paper", table)}
 
 @pytest.mark.parametrize(
     ("recipe", "make"),
-    [
-        pytest.param(*pair, marks=[] if pair in FAST else pytest.mark.slow)
-        for pair in itertools.product(
-            ["normalized", "paper"], [transformer, attention, cnn, tied, table]
-        )
-    ],
+    cases(
+        itertools.product(["normalized", "paper"], [transformer, attention, cnn, tied, table]),
+        fast=FAST,
+    ),
 )
 def test_a_run_saved_by_torch_goes_on_in_jax(recipe, make):
     twin = make()

@@ -9,6 +9,7 @@ import gloo
 import models
 import pytest
 import torch
+from cases import cases
 from test_fully_shard import check, shard
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -69,10 +70,7 @@ FAST = {
 
 @pytest.mark.parametrize(
     ("how", "case"),
-    [
-        pytest.param(*pair, marks=[] if pair in FAST else pytest.mark.slow)
-        for pair in itertools.product(["parts", "copies"], CASES)
-    ],
+    cases(itertools.product(["parts", "copies"], CASES), fast=FAST),
 )
 def test_two_processes_step_bundles_as_one_steps_layers(how: str, case: str) -> None:
     # AdamW has powers of its betas in float32 there

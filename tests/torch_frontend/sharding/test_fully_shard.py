@@ -6,6 +6,7 @@ from typing import Any
 import gloo
 import models
 import pytest
+from cases import cases
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -75,10 +76,7 @@ FAST = {
 
 @pytest.mark.parametrize(
     ("name", "case"),
-    [
-        pytest.param(*pair, marks=[] if pair in FAST else pytest.mark.slow)
-        for pair in itertools.product(["characters", "images"], STRUCTURES)
-    ],
+    cases(itertools.product(["characters", "images"], STRUCTURES), fast=FAST),
 )
 def test_two_processes_train_like_one(name: str, case: str) -> None:
     check(gloo.run(2, sharded, name, STRUCTURES[case]), whole(name, STRUCTURES[case]))

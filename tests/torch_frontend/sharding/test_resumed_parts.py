@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import watched
+from cases import cases
 from test_fully_shard import check, shard, whole
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemWriter
@@ -89,12 +90,10 @@ FAST = {(2, 2, ""), (2, 1, "full"), (1, 2, "flat")}
 
 @pytest.mark.parametrize(
     ("processes", "then", "how"),
-    [
-        pytest.param(*case, marks=[] if case in FAST else pytest.mark.slow)
-        for numbers in ((2, 2), (2, 1), (1, 2))
-        for how in ("", "full", "flat")
-        for case in [(*numbers, how)]
-    ],
+    cases(
+        [(*numbers, how) for numbers in ((2, 2), (2, 1), (1, 2)) for how in ("", "full", "flat")],
+        fast=FAST,
+    ),
 )
 def test_a_resumed_run_is_the_uninterrupted_one(
     processes: int, then: int, how: str, tmp_path: Path
@@ -177,7 +176,7 @@ def killed(rank: int, world: int, folder: str, point: str) -> None:
 
 @pytest.mark.parametrize(
     "point",
-    [pytest.param(p, marks=[] if p == "writes" else pytest.mark.slow) for p in POINTS],
+    cases(POINTS, fast=["writes"]),
 )
 def test_a_run_that_was_killed_goes_on_from_the_last_complete_checkpoint(
     point: str, tmp_path: Path
