@@ -79,12 +79,14 @@ class State(Tree):
     Attributes:
         step: Number of steps taken.
         skipped: How many of them changed nothing, since a gradient or row was not finite; 0-d.
+        largest_lr: The largest rate of these steps; 0-d.
         layers: The state of each layer.
         fallback: The moments of each parameter that belongs to no layer.
     """
 
     step: int
     skipped: Array
+    largest_lr: Array
     layers: dict[str, LayerState]
     fallback: dict[str, Moments]
 

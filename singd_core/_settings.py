@@ -23,7 +23,8 @@ class Settings:
 
     Attributes:
         lr: Learning rate of the weights (β₂; 5.10, 5.14).
-        momentum: Momentum of the weights (α₂; 5.8).
+        momentum: Momentum of the weights (α₂; 5.8). With `normalized` it is smaller in steps whose
+            rate is smaller than an earlier one (5.8b).
         nesterov: Look ahead along the momentum (5.8).
         normalized: The momentum averages gradients, and the step of each matrix has a size of its
             own, whatever the gradient's (5.8 to 5.12b); else it averages natural gradients (5.14).

@@ -12,6 +12,7 @@ from singd_core._array import Array
 from singd_core._layer_state import Parameter, State, begun_moments, dtypes_of, layer_state
 from singd_core._parameter import new_or_old
 from singd_core._recipes import DEFAULT, STRUCTURES, fallback_of, settings, small_step
+from singd_core._scalars import at_least
 from singd_core._settings import is_due, rate_of_factors
 from singd_core._tree import T_Tree
 from singd_core._warnings import warn
@@ -21,7 +22,7 @@ from singd_core.layers import LayerKind
 from singd_core.layers.base import is_expand, loss_terms
 from singd_core.levels import leveled
 from singd_core.rounding import Rounding
-from singd_core.step import warmed
+from singd_core.step import forgetting, warmed
 from singd_core.structures import choose
 
 Rows: TypeAlias = tuple[Array, Array]  # a layer's input, and the loss's gradient at its output
@@ -114,7 +115,8 @@ class Optimizer:
             else:
                 begin = partial(begun_moments, parameter, self.settings)
                 fallback[name] = self._run(begin, parameter)
-        return State(0, self._run(partial(_parameter.count_state, first), first), layers, fallback)
+        skipped, largest_lr = self._run(partial(_parameter.counts, first), first)
+        return State(0, skipped, largest_lr, layers, fallback)
 
     def due(self, state: State) -> bool:
         """Whether the next `update` wants rows."""
@@ -216,7 +218,9 @@ class Optimizer:
         _given.check_state([*state.layers, *state.fallback], params)
         kinds, first = self._kinds(params), next(iter(params.values()))
         share = warmed(self.settings, state.step)
-        s = dataclasses.replace(self.settings, lr=self.settings.lr * share)
+        largest_lr = at_least(state.largest_lr, self.settings.lr)
+        s = forgetting(self.settings, largest_lr)
+        s = dataclasses.replace(s, lr=s.lr * share)
         others = dataclasses.replace(self.fallback, lr=self.fallback.lr * share)
         if curvature is None:
             curvature = {} if rows is None else self.curvature(rows, state, params)
@@ -251,8 +255,9 @@ class Optimizer:
             adamw = partial(_parameter.other_change, others, rounding)
             found = self._run(adamw, p, moments, g, p, ok, like=(p, moments))
             updates[name], fallback[name] = found
-        skipped = self._run(_parameter.count_failed, first, state.skipped, moved)
-        return updates, State(state.step + 1, skipped, layers, fallback)
+        rates = largest_lr, state.largest_lr
+        skipped, largest_lr = self._run(_parameter.counted, first, state.skipped, rates, ok, moved)
+        return updates, State(state.step + 1, skipped, largest_lr, layers, fallback)
 
     def apply(
         self, params: Mapping[str, Parameter], updates: Mapping[str, Parameter]

@@ -8,6 +8,7 @@
     <layer>.compensation, .bias_compensation  what rounding has cost, if that is kept
     <parameter>.exp_avg, .exp_avg_sq, .step   of a parameter that AdamW trains
     step, skipped                             counts of the whole optimizer
+    largest_lr                                the largest rate of its steps
 
 Any format that stores named arrays holds it: `numpy.savez`, safetensors, orbax.
 """
@@ -91,9 +92,9 @@ def _upgraded(template: State, flat: Mapping[str, Any]) -> dict[str, Any]:
 
     It had one momentum for a weight matrix and its bias, which averaged natural gradients: a rule
     that averages gradients begins anew with it. Later ones had no mean of
-    squared gradients, which begins anew.
+    squared gradients, and none had the largest rate: these begin anew.
     """
-    found = dict(flat)
+    found = {"largest_lr": 0.0} | dict(flat)
     for name, layer in template.layers.items():
         if layer.late is not None:
             found |= begun_anew(layer.late, flat, f"{name}.{_LATE}")
@@ -125,7 +126,7 @@ def _in_known_dtype(name: str, saved: Any, array: Array) -> Any:
 
 def _named(state: State) -> list[tuple[str, Array]]:
     """The arrays in the order of `state.named_arrays`, under the names of a checkpoint."""
-    named = [("skipped", state.skipped)]
+    named = [("skipped", state.skipped), ("largest_lr", state.largest_lr)]
     for name, layer in state.layers.items():
         named += [(f"{name}.{key.removeprefix(_FACTORS)}", a) for key, a in layer.named_arrays()]
     for name, moments in state.fallback.items():

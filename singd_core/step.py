@@ -6,6 +6,7 @@ leading axes are matrices of their own. Parameters, gradients and momenta have t
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -24,8 +25,9 @@ from singd_core._array import (
     total,
     widen,
 )
-from singd_core._scalars import at_most, number
+from singd_core._scalars import at_least, at_most, number
 from singd_core._settings import Settings, is_zero
+from singd_core.curvature import TINY
 from singd_core.late import Late
 from singd_core.layers import LayerKind
 from singd_core.length import sides, size, sized
@@ -213,6 +215,19 @@ def decouples_decay(s: Settings) -> bool:
 def warmed(s: Settings, step: Scalar) -> Scalar:
     """The share of the rates in a step, counted from 0: it grows to 1 in `warmup` steps."""
     return 1.0 if s.warmup == 0 else at_most((step + 1) / s.warmup, 1.0)
+
+
+def forgetting(s: Settings, largest_lr: Scalar) -> Settings:
+    """With the momentum of a step, which forgets faster where the rate has become smaller (5.8b).
+
+    Args:
+        s: The settings, with the rate of the step before any warm-up.
+        largest_lr: The largest such rate of all steps, this one included.
+    """
+    if not s.normalized or is_zero(s.momentum):
+        return s
+    share = at_most(number(s.lr) / at_least(number(largest_lr), TINY), 1.0)
+    return dataclasses.replace(s, momentum=s.momentum ** (2.0 - share))
 
 
 def _averaged(

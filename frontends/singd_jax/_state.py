@@ -113,7 +113,7 @@ class SingdState(NamedTuple):
         others = {
             k: Moments(mu[k], nu[k], own.step, lost.get(k)) for k, own in rest.fallback.items()
         }
-        return State(rest.step, rest.skipped, layers, others)
+        return State(rest.step, rest.skipped, rest.largest_lr, layers, others)
 
     def with_core(self, core: State) -> SingdState:
         """This state with another core."""
@@ -167,7 +167,8 @@ def _apart(
         others[name] = Moments(None, None, moments.step)
         if moments.compensation is not None:
             lost[name] = moments.compensation
-    return mu, nu, lost, State(core.step, core.skipped, kept, others)
+    rest = State(core.step, core.skipped, core.largest_lr, kept, others)
+    return mu, nu, lost, rest
 
 
 class Both(NamedTuple):

@@ -36,7 +36,9 @@ def from_torch(
         ValueError: If there are more parameters than names, a weight has not as many parts, or a
             momentum does not fit.
     """
-    flat: dict[str, Any] = {"step": saved["param_groups"][0]["steps"], "skipped": 0}
+    group = saved["param_groups"][0]
+    flat: dict[str, Any] = {"step": group["steps"], "skipped": 0}
+    flat["largest_lr"] = float(group.get("largest_lr", 0.0))
     if len(names) <= max(saved["state"], default=-1):
         raise ValueError(
             f"names has {len(names)} entries, and the saved state has "

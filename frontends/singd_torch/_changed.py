@@ -11,7 +11,7 @@ from singd_torch._groups import NOTES, check_group
 # What layers were found with, and what their state has the form of.
 _FIXED = "rule", "structures", "average_groups", "preconditioner_dtype", "momentum_dtype"
 # What is no setting, or counted.
-_OTHERS = {"params", "param_names", "steps", *NOTES}
+_OTHERS = {"params", "param_names", "steps", "largest_lr", *NOTES}
 
 
 class Known:

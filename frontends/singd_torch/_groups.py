@@ -15,6 +15,7 @@ from singd_core._recipes import SWITCHES, hint, validate
 from singd_core._settings import Settings
 from singd_core._warnings import warn
 from singd_core.layers.base import is_expand, loss_terms
+from singd_core.step import forgetting, warmed
 from singd_torch import _fallback
 
 _SETTINGS = tuple(f.name for f in dataclasses.fields(Settings))
@@ -23,7 +24,7 @@ _SETTINGS = tuple(f.name for f in dataclasses.fields(Settings))
 NOTES: dict[str, type] = {"without_rows": str, "turned": bool}
 
 # What a group has beside its settings.
-_OWN = {"params", "param_names", "steps", "base_lr"}
+_OWN = {"params", "param_names", "steps", "base_lr", "largest_lr"}
 
 # For factors and momenta: nothing can be computed in the floating-point dtypes of 8 bits.
 DTYPES = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -89,6 +90,25 @@ def check_counts(group: dict[str, Any]) -> None:
         raise ValueError(f"steps={steps!r}: must be an integer of at least 0")
     if not isinstance(base, float) or not 0.0 < base < math.inf:
         raise ValueError(f"base_lr={base!r}: must be positive and finite")
+    if not 0.0 <= float(group["largest_lr"]) < math.inf:
+        raise ValueError(f"largest_lr={group['largest_lr']!r}: must be at least 0 and finite")
+
+
+def settings_of_step(group: dict[str, Any]) -> Settings:
+    """The settings of a group's next step, whose rate is noted where it is the largest so far."""
+    s = settings_of(group)
+    group["largest_lr"] = _larger(group["largest_lr"], s.lr)
+    s = forgetting(s, group["largest_lr"])
+    return dataclasses.replace(s, lr=s.lr * warmed(s, group["steps"]))
+
+
+def _larger(largest: Any, lr: Any) -> Any:
+    """The larger of two rates. A tensor stays where it is, for a CUDA graph."""
+    if not isinstance(lr, Tensor):
+        return max(float(largest), lr)
+    if isinstance(largest, Tensor):
+        return torch.maximum(largest, lr, out=largest)
+    return torch.clamp(lr, min=largest)
 
 
 def check_keys(group: dict[str, Any], known: Iterable[str]) -> None:

@@ -258,6 +258,7 @@ class SINGD(Saving):
         super().add_param_group(group)
         added = self.param_groups[-1]
         added.setdefault("steps", 0)
+        added.setdefault("largest_lr", 0.0)
         if "base_lr" not in param_group:  # a schedule changes a tensor in place
             added["base_lr"] = float(added["lr"]) or self.defaults["base_lr"]
         if roster.group_of:

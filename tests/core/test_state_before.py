@@ -42,6 +42,14 @@ def test_a_rule_that_averages_gradients_begins_anew_with_it() -> None:
         assert all(np.array_equal(a, b) for (_, a), (_, b) in pairs)
 
 
+def test_the_largest_rate_begins_anew_where_it_was_not_kept() -> None:
+    optimizer = Optimizer(LAYERS)
+    _, state = train(optimizer, steps(3), params())
+    flat = flatten(state)
+    assert flat.pop("largest_lr") == 0.12
+    assert unflatten(optimizer.init(params()), flat).largest_lr == 0.0
+
+
 def test_the_mean_of_squares_begins_anew_where_it_was_not_kept() -> None:
     optimizer = Optimizer(LAYERS)
     _, state = train(optimizer, steps(3), params())

@@ -117,6 +117,37 @@ def test_without_rows_the_size_is_the_spectral_one() -> None:
     np.testing.assert_allclose(updates["W"], -size * g / np.sqrt(np.mean(g**2)), rtol=1e-12)
 
 
+@pytest.mark.parametrize("recipe", ["normalized", "paper"])
+def test_the_momentum_forgets_faster_where_the_rate_has_decayed(recipe: str) -> None:
+    """At a half of the largest rate, α₂ is 0.9^1.5: equation 5.8b."""
+    p, data = params(), steps(4)
+    given: dict[str, Any] = {"recipe": recipe, "warmup": 0}
+    optimizer = Optimizer(LAYERS, lr=0.1, **given)
+    _, state = train(optimizer, data[:2], p)
+    assert state.largest_lr == 0.1
+    lower = Optimizer(LAYERS, lr=0.05, fallback=optimizer.fallback, **given)
+    g, rows = data[2]
+    found, after = lower.update(g, state, p, rows)
+    assert after.largest_lr == 0.1
+
+    shorter = {"momentum": 0.9**1.5} if recipe == "normalized" else {}
+    alone = Optimizer(LAYERS, lr=0.05, fallback=optimizer.fallback, **shorter, **given)
+    fresh = dataclasses.replace(state, largest_lr=np.zeros(()))
+    expected, after = alone.update(g, fresh, p, rows)
+    assert_alike(leaves(found), leaves(expected))
+    assert after.largest_lr == 0.05
+    higher = Optimizer(LAYERS, lr=0.2, fallback=optimizer.fallback, **given)
+    assert higher.update(g, state, p, rows)[1].largest_lr == 0.2
+
+
+def test_a_step_that_is_skipped_is_not_the_largest() -> None:
+    g, rows = steps(1)[0]
+    g |= {"head": g["head"] * np.nan}
+    optimizer = Optimizer(LAYERS)
+    _, state = optimizer.update(g, optimizer.init(params()), params(), rows)
+    assert (state.skipped, state.largest_lr) == (1, 0.0)
+
+
 @pytest.mark.slow
 def test_a_dead_matrix_does_not_walk() -> None:
     """Its momentum goes on for ever, and would at full size."""

@@ -11,21 +11,23 @@ import singd_jax
 from singd_core.optimizer import Fallback
 
 
-def test_schedules_of_every_rate():
+@pytest.mark.parametrize("recipe", ["paper", "normalized"])
+def test_schedules_of_every_rate(recipe):
     def falling(count):
         return 0.05 / (1 + count)
 
     rates = ("learning_rate", "momentum", "weight_decay", "lr_cov", "damping", "alpha1")
     fallback = Fallback(lr=falling, weight_decay=falling)
     given = dict.fromkeys(rates, falling)
-    tx = singd_jax.singd(layers=LAYERS, recipe="paper", T=1, fallback=fallback, **given)
-    params, _ = run(tx, steps=3)
+    tx = singd_jax.singd(layers=LAYERS, recipe=recipe, T=1, fallback=fallback, **given)
+    params, state = run(tx, steps=3)
+    assert state.core.largest_lr == np.float32(0.05)
 
     expected, state = start(), tx.init(start())
     for i in range(3):  # the same with plain numbers, one step at a time
         plain = Fallback(lr=falling(i), weight_decay=falling(i))
         numbers = dict.fromkeys(rates, falling(i))
-        one = singd_jax.singd(layers=LAYERS, recipe="paper", T=1, fallback=plain, **numbers)
+        one = singd_jax.singd(layers=LAYERS, recipe=recipe, T=1, fallback=plain, **numbers)
         expected, state = run(one, 1, expected, state)
     assert_close(params, expected)
 

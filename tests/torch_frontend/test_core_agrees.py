@@ -1,5 +1,6 @@
 """singd_torch.SINGD takes the steps that the pure optimizer takes on NumPy with the same data."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
     "no look-ahead": {"nesterov": False, "warmup": 3},
     "no momentum": {"momentum": 0.0},
     "schedule of the factors": {"lr_cov": lambda step: 0.3 / (1 + step)},
+    "schedule of the rate": {"lr": 0.1},
 }
 
 
@@ -71,7 +73,11 @@ def test_ten_steps_are_those_of_the_pure_optimizer(case: str) -> None:
     kinds = {name: layer.kind for name, layer in layers.items()}
     core = Optimizer(kinds, fallback=Fallback(lr=0.01), **given)
     state = core.init(params)
-    for _ in range(10):
+    for i in range(10):
+        if "lr" in given:
+            ours.param_groups[0]["lr"] = rate = 0.1 / (1 + i % 7)
+            core.settings = dataclasses.replace(core.settings, lr=rate)
+            core.fallback = Fallback(lr=0.01 * rate / 0.1)
         ours.zero_grad()
         rows.clear()
         x, y = torch.randn(8, 4, 3, 4).double(), torch.randint(3, (8,))

@@ -215,6 +215,7 @@ HOLES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "steps": (lambda s: group_of(s).update(steps=None), "steps=None: must be an integer of at"),
     "steps below 0": (lambda s: group_of(s).update(steps=-1), "steps=-1: must be an integer of at"),
     "base_lr": (lambda s: group_of(s).update(base_lr=NAN), "base_lr=nan: must be positive"),
+    "largest_lr": (lambda s: group_of(s).update(largest_lr=-1.0), "largest_lr=-1.0: must be at"),
     "a wrong switch": (lambda s: group_of(s).update(average_groups=1), "average_groups=1: must be"),
     "a rate that is no number": (
         lambda s: group_of(s).update(lr=torch.tensor(NAN)),

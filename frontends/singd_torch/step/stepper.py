@@ -14,11 +14,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from singd_core._array import ranged
+from singd_core._settings import Settings
 from singd_core.rounding import Place
-from singd_core.step import warmed
+from singd_core.step import has_momentum, warmed
 from singd_torch import _fallback, _state
 from singd_torch._distributed import agree_on_rows, reduce_rows
-from singd_torch._groups import settings_of
+from singd_torch._groups import settings_of, settings_of_step
 from singd_torch._warnings import listed
 from singd_torch.capture.scaling import Scales
 from singd_torch.layers.due import is_due, may_be_due
@@ -109,13 +110,14 @@ class Stepper(Stacker):
         """Change the parameters of these stacks, and these others."""
         groups = self.roster.groups
         shares = {id(g): warmed(settings_of(g), g["steps"]) for g in groups}
-        rates = {id(g): g["lr"] * shares[id(g)] for g in groups}
+        chosen = {id(g): settings_of_step(g) for g in groups}
         kind, graphs = None, self.graphs
         if graphs is not None and ready:
-            rates = {id(g): _on_device(rates[id(g)], g["params"][0]) for g in groups}
+            chosen = {id(g): _on_device(chosen[id(g)], g["params"][0]) for g in groups}
             own = [p for stack in ready for layer in stack.layers for p in layer.parameters]
-            kind = kind_of(ready, own + others, groups, [*rates.values()], scales)
-        change = partial(self._change, ready, others, scales, rates)
+            rates = [rate for s in chosen.values() for rate in (s.lr, s.momentum)]
+            kind = kind_of(ready, own + others, groups, rates, scales)
+        change = partial(self._change, ready, others, scales, chosen)
         found = change() if graphs is None or kind is None else graphs.take(kind, ready, change)
         if found is None:
             return
@@ -139,17 +141,14 @@ class Stepper(Stacker):
         ready: list[Stack],
         others: list[nn.Parameter],
         scales: Scales,
-        rates: Mapping[int, Any],
+        chosen: Mapping[int, Settings],
     ) -> list[Tensor] | None:
-        """Change the parameters of these stacks, at these rates by the `id` of a group.
+        """Change the parameters of these stacks, with these settings by the `id` of a group.
 
         Returns:
             Of an accelerator, 1 where nothing may change, else 0, and whether something stayed.
             None if the host knows that nothing may change, and nothing if it knows that all may.
         """
-        chosen = {
-            id(g): dataclasses.replace(settings_of(g), lr=rates[id(g)]) for g in self.roster.groups
-        }
         layers = [layer for stack in ready for layer in stack.layers]
         moving = [p for layer in layers for p in layer.parameters if p.grad is not None]
         moving += others
@@ -246,9 +245,12 @@ class Stepper(Stacker):
         )
 
 
-def _on_device(rate: Any, p: Tensor) -> Tensor:
-    """A rate as a tensor, which the graph of a step takes."""
-    return placed(rate, torch.float64 if p.dtype == torch.float64 else torch.float32, p.device)
+def _on_device(s: Settings, p: Tensor) -> Settings:
+    """With rates as tensors, which the graph of a step takes."""
+    dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+    lr = placed(s.lr, dtype, p.device)
+    momentum = placed(s.momentum, dtype, p.device) if has_momentum(s) else s.momentum
+    return dataclasses.replace(s, lr=lr, momentum=momentum)
 
 
 def _unscaled(scale: Any, p: nn.Parameter) -> Tensor:
