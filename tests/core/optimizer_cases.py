@@ -74,3 +74,13 @@ def train(
         updates, state = update(mapped(to, g), state, p, mapped(to, rows) if due else None)
         p = optimizer.apply(p, updates)
     return p, state
+
+
+GIVEN: dict[str, dict[str, Any]] = {
+    "normalized": {},
+    "paper": {"recipe": "paper", "damping": 0.1},
+    "kfac": {"kfac": True},
+    "diagonal": {"structures": ("diagonal", "diagonal")},
+    "toeplitz": {"structures": ("triltoeplitz", "triutoeplitz")},
+    "hierarchical": {"structures": ("hierarchical:1,1", "hierarchical:1,1")},
+}

@@ -1,0 +1,196 @@
+"""What is wrong, not finite or empty: errors that name it, and steps that change nothing."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from optimizer_cases import GIVEN, LAYERS, leaves, mapped, params, steps, train
+
+from singd_core import Fallback, Linear, Optimizer, Settings
+from singd_core.layers import Embedding
+
+NAN, INF = float("nan"), float("inf")
+
+
+def test_indices_may_be_bytes() -> None:
+    """As many entries as the dtype of the indices has values: one more would be none of them."""
+    x = np.arange(256, dtype=np.uint8)[None]
+    A, N = Embedding(256).inputs(x, bias=False, kfac_approx="expand")
+    np.testing.assert_array_equal(A, np.ones((1, 256)))
+    assert N == 256
+
+
+def test_a_table_has_no_dense_factor_to_invert() -> None:
+    with pytest.raises(ValueError, match=r"KFAC takes dense factors alone, and Embedding"):
+        Optimizer({"e": Embedding(5)}, kfac=True).init({"e": np.zeros((5, 2))})
+
+
+def test_parameters_without_names_are_an_error() -> None:
+    with pytest.raises(TypeError, match="params must be a dictionary of arrays"):
+        Optimizer().init([np.zeros(3)])  # type: ignore[arg-type]
+
+
+def test_integers_are_named() -> None:
+    with pytest.raises(ValueError, match="'n' is not of floating-point numbers"):
+        Optimizer().init({"w": np.zeros((2, 2)), "n": np.arange(3)})
+
+
+def test_nothing_to_train_is_an_error() -> None:
+    with pytest.raises(ValueError, match="params is empty"):
+        Optimizer().init({})
+
+
+def test_an_unknown_layer_is_an_error() -> None:
+    with pytest.raises(ValueError, match="'mop' is no parameter; there are"):
+        Optimizer({"mop": Linear()}).init(params())
+
+
+def test_a_bias_without_a_layer_is_an_error() -> None:
+    with pytest.raises(ValueError, match="'map' has a bias but is no layer"):
+        Optimizer({}).init(params())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"recipe": "paperr"}, "recipe='paperr'"),
+        ({"learning_rate": 1.0}, "no setting 'learning_rate'"),
+        ({"lr": -1.0}, r"lr=-1\.0"),
+        ({"structures": ("dense", "denser")}, r'structures\[1\] = there is no structure "denser"'),
+        (
+            {"structures": ("hierarchical:0,4", "dense")},
+            r"structures\[0\] = .*k1 must be at least 1",
+        ),
+        (
+            {"kfac": True, "structures": ("tril", "dense")},
+            r'structures\[0\] = "tril": KFAC takes dense',
+        ),
+        ({"kfac_approx": "shrink"}, "kfac_approx = 'shrink'"),
+        ({"loss_average": "mean"}, "loss_average = 'mean'"),
+    ],
+)
+def test_a_wrong_setting_is_an_error_at_once(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Optimizer(LAYERS, **given)
+
+
+def broken(g: Any, rows: Any, case: str) -> tuple[Any, Any, str]:
+    """Gradients, rows and the message that names what is wrong."""
+    wrong: dict[str, tuple[Any, Any, str]] = {
+        "missing": ({k: v for k, v in g.items() if k != "head"}, rows, r"\['head'\] in only one"),
+        "left over": (g | {"tail": np.ones(2)}, rows, r"\['tail'\] in only one of them"),
+        "shape": (g | {"head": g["head"].T}, rows, r"gradient of 'head' has shape \[\(5, 3\)\]"),
+        "no bias": (g | {"map": g["map"][0]}, rows, r"gradient of 'map' has shape"),
+        "rows of no layer": (g, rows | {"vector": rows["map"]}, r"'vector': AdamW trains it"),
+        "too few features": (g, {"map": (rows["map"][0][:, :3], rows["map"][1])}, r"rows of 'map'"),
+        "too few outputs": (g, {"map": (rows["map"][0], rows["map"][1][:, :3])}, r"rows of 'map'"),
+        "unequal batches": (g, {"map": (rows["map"][0][:3], rows["map"][1])}, r"rows of 'map'"),
+    }
+    return wrong[case]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "missing", "left over", "shape", "no bias", "rows of no layer", "too few features",
+        "too few outputs", "unequal batches",
+    ],
+)  # fmt: skip
+def test_names_and_shapes_that_do_not_fit_are_errors(case: str) -> None:
+    optimizer, p = Optimizer(LAYERS), params()
+    grads, rows, message = broken(*steps(1)[0], case)
+    with pytest.raises(ValueError, match=message):
+        optimizer.update(grads, optimizer.init(p), p, rows)
+
+
+def poisoned(g: Any, rows: Any, where: str, value: float) -> tuple[Any, Any]:
+    def one(x: np.ndarray) -> np.ndarray:
+        x = np.array(x)
+        x.reshape(-1)[-1] = value
+        return x
+
+    kind, name = where.split()
+    if kind == "gradient":
+        return g | {name: mapped(one, g[name])}, rows
+    x, z = rows[name]
+    return g, rows | {name: (one(x), z) if kind == "input" else (x, one(z))}
+
+
+@pytest.mark.parametrize("value", [NAN, INF], ids=str)
+@pytest.mark.parametrize(
+    "where",
+    [
+        "gradient map", "gradient head", "gradient grouped", "gradient vector", "gradient number",
+        "input map", "output head", "input grouped", "output grouped",
+    ],
+)  # fmt: skip
+def test_what_is_not_finite_changes_nothing_and_is_counted(where: str, value: float) -> None:
+    for given in GIVEN.values():
+        optimizer = Optimizer(LAYERS, **given | {"T": 1})
+        p, state = train(optimizer, steps(2), params())
+        g, rows = steps(3)[2]
+        with np.errstate(all="ignore"):
+            bad_g, bad_rows = poisoned(g, rows, where, value)
+            updates, new = optimizer.update(bad_g, state, p, bad_rows)
+        assert all(not leaf.any() for leaf in leaves(updates))
+        assert (new.step, new.skipped) == (3, 1)
+        for (name, a), (_, b) in zip(new.named_arrays(), state.named_arrays(), strict=True):
+            assert name == "skipped" or np.array_equal(a, b), name
+        updates, new = optimizer.update(g, new, p, rows)
+        assert all(np.isfinite(leaf).all() and leaf.any() for leaf in leaves(updates))
+        assert (new.step, new.skipped) == (4, 1)
+
+
+@pytest.mark.parametrize("case", GIVEN)
+def test_rows_of_zeros_destroy_nothing(case: str) -> None:
+    """A dead layer, or one below a head that starts at zero, in the first step and later."""
+    optimizer = Optimizer(LAYERS, **GIVEN[case])
+    p = params()
+    state = optimizer.init(p)
+    data = steps(6)
+    for i, (g, rows) in enumerate(data):
+        if i in (0, 1, 4):
+            g = g | {name: mapped(np.zeros_like, g[name]) for name in rows}
+            rows = {name: (x * 0.0, z) if i == 1 else (x, z * 0.0) for name, (x, z) in rows.items()}
+        updates, state = optimizer.update(g, state, p, rows if optimizer.due(state) else None)
+        p = optimizer.apply(p, updates)
+        assert state.skipped == 0
+        assert all(np.isfinite(leaf).all() for leaf in leaves(p))
+        assert all(np.isfinite(a).all() for _, a in state.named_arrays())
+
+
+@pytest.mark.parametrize("case", GIVEN)
+def test_an_empty_batch_destroys_nothing(case: str) -> None:
+    optimizer = Optimizer(LAYERS, **GIVEN[case])
+    p = params()
+    state = optimizer.init(p)
+    for n in (0, 7, 0, 7):
+        (g, rows), *_ = steps(1, seed=n)
+        g = mapped(lambda x, n=n: x * (n > 0), g)
+        rows = mapped(lambda x, n=n: x[:n], rows)
+        updates, state = optimizer.update(g, state, p, rows if optimizer.due(state) else None)
+        p = optimizer.apply(p, updates)
+    assert state.skipped == 0
+    assert all(np.isfinite(leaf).all() for leaf in leaves(p))
+    assert all(np.isfinite(a).all() for _, a in state.named_arrays())
+
+
+def test_settings_are_those_given() -> None:
+    assert Optimizer(recipe="paper").settings == Settings()
+    assert Optimizer(lr=0.3).settings.lr == 0.3
+
+
+def test_a_rate_of_adamw_is_warned_about() -> None:
+    with pytest.warns(UserWarning, match="the size of a step.* default is 0.12: leave") as seen:
+        Optimizer(lr=1e-3)
+    assert [w.filename for w in seen] == [__file__]
+    for given in ({"recipe": "paper"}, {"normalized": False}):
+        Optimizer(lr=1e-3, **given)  # a warning is an error here
+
+
+def test_an_explicit_decay_of_zero_holds_for_what_adamw_trains() -> None:
+    assert Optimizer(weight_decay=0.0).fallback.weight_decay == 0.0
+    own = Fallback(weight_decay=0.2)
+    assert Optimizer(weight_decay=0.0, fallback=own).fallback is own
+    for given in ({}, {"weight_decay": 0.1}):
+        assert Optimizer(**given).fallback.weight_decay == 0.01
