@@ -22,7 +22,7 @@ from singd_core.layers import LayerKind
 from singd_core.layers.base import is_expand, loss_terms
 from singd_core.levels import leveled
 from singd_core.rounding import Rounding
-from singd_core.step import forgetting, warmed
+from singd_core.step import of_step, warmed
 from singd_core.structures import choose
 
 Rows: TypeAlias = tuple[Array, Array]  # a layer's input, and the loss's gradient at its output
@@ -217,10 +217,8 @@ class Optimizer:
         _given.check_alike(grads, params)
         _given.check_state([*state.layers, *state.fallback], params)
         kinds, first = self._kinds(params), next(iter(params.values()))
-        share = warmed(self.settings, state.step)
         largest_lr = at_least(state.largest_lr, self.settings.lr)
-        s = forgetting(self.settings, largest_lr)
-        s = dataclasses.replace(s, lr=s.lr * share)
+        s, share = of_step(self.settings, state.step, largest_lr), warmed(self.settings, state.step)
         others = dataclasses.replace(self.fallback, lr=self.fallback.lr * share)
         if curvature is None:
             curvature = {} if rows is None else self.curvature(rows, state, params)

@@ -217,17 +217,19 @@ def warmed(s: Settings, step: Scalar) -> Scalar:
     return 1.0 if s.warmup == 0 else at_most((step + 1) / s.warmup, 1.0)
 
 
-def forgetting(s: Settings, largest_lr: Scalar) -> Settings:
-    """With the momentum of a step, which forgets faster where the rate has become smaller (5.8b).
+def of_step(s: Settings, step: Scalar, largest_lr: Scalar) -> Settings:
+    """With the warm-up (5.13), and a momentum that forgets faster where the rate has decayed (5.8b).
 
     Args:
         s: The settings, with the rate of the step before any warm-up.
-        largest_lr: The largest such rate of all steps, this one included.
+        step: The number of steps taken.
+        largest_lr: The largest such rate so far, of this step included.
     """
+    lr = s.lr * warmed(s, step)
     if not s.normalized or is_zero(s.momentum):
-        return s
+        return dataclasses.replace(s, lr=lr)
     share = at_most(number(s.lr) / at_least(number(largest_lr), TINY), 1.0)
-    return dataclasses.replace(s, momentum=s.momentum ** (2.0 - share))
+    return dataclasses.replace(s, lr=lr, momentum=s.momentum ** (2.0 - share))
 
 
 def _averaged(

@@ -15,7 +15,7 @@ from singd_core._recipes import SWITCHES, hint, validate
 from singd_core._settings import Settings
 from singd_core._warnings import warn
 from singd_core.layers.base import is_expand, loss_terms
-from singd_core.step import forgetting, warmed
+from singd_core.step import of_step
 from singd_torch import _fallback
 
 _SETTINGS = tuple(f.name for f in dataclasses.fields(Settings))
@@ -98,8 +98,7 @@ def settings_of_step(group: dict[str, Any]) -> Settings:
     """The settings of a group's next step, whose rate is noted where it is the largest so far."""
     s = settings_of(group)
     group["largest_lr"] = _larger(group["largest_lr"], s.lr)
-    s = forgetting(s, group["largest_lr"])
-    return dataclasses.replace(s, lr=s.lr * warmed(s, group["steps"]))
+    return of_step(s, group["steps"], group["largest_lr"])
 
 
 def _larger(largest: Any, lr: Any) -> Any:
