@@ -175,9 +175,9 @@ class Tap:
         if owner is not None:
             owner.pass_of_derivatives = backward_pass()
 
-    def update(self) -> None:
-        """Ask the owner whether rows are wanted."""
-        self.due = self._rows() is not None
+    def is_wanted(self) -> bool:
+        """Whether the owner wants rows."""
+        return self._rows() is not None
 
     def watch(self, source: Any) -> None:
         """Take rows of another source from now on, or of none."""

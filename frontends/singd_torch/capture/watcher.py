@@ -22,7 +22,7 @@ from singd_torch.capture.now import Now
 from singd_torch.capture.proof import Proofs
 from singd_torch.capture.queue import Call, Queue
 from singd_torch.capture.tap import TakeRows, Tap, after_pass, backward_pass, install
-from singd_torch.layers.due import is_due, may_be_due
+from singd_torch.layers.due import is_due, is_refresh, may_be_due
 from singd_torch.layers.layer import IN_THE_LOSS, Layer, part_of
 from singd_torch.layers.reach import Pass, Reach, is_in_parts, part_again
 from singd_torch.layers.roster import Roster
@@ -125,11 +125,13 @@ class Watcher:
 
     def tell(self) -> None:
         """Say whether rows are wanted now, for graphs of torch.compile."""
+        layers = self._roster.layers
+        asked = any(map(is_refresh, self._roster.groups)) or not all(one.seen for one in layers)
         for tap in self._all_taps():
-            tap.update()
-        self._calls_are_due = any(
+            tap.due = asked and tap.is_wanted()
+        self._calls_are_due = asked and any(
             is_due(layer)
-            for layer in self._roster.layers
+            for layer in layers
             if layer.weight.requires_grad and (layer.seen or not layer.unused)
         )
 

@@ -250,6 +250,12 @@ class Layer:
             for side, dtype in zip(factors.sides, (K, C), strict=True)
         )
 
+    def is_stored_as(self, other: Layer) -> bool:
+        """Whether factors fit both or none of two layers of one group."""
+        p, q = self.weight, other.weight
+        same = p.dtype == q.dtype and p.device == q.device
+        return same and self.has_rows is other.has_rows
+
     def add(self, key: Key, new: Pending) -> None:
         """Add what was measured of one call."""
         if key in self.pending:

@@ -209,7 +209,9 @@ class Stack:
 
     def fits(self) -> bool:
         """Whether the factors, if there are any, are as the weights and their rule want them."""
-        return all(map(Layer.fits, self.layers, self._factors))
+        first, *others = self.layers
+        alike = all(one.is_stored_as(first) for one in others)
+        return not self._factors or (alike and first.fits(self._factors[0]))
 
     def is_known(self, state: State) -> bool:
         """Whether the state has anything of its layers, which `tie` would join."""

@@ -46,6 +46,8 @@ def _sums_of_squares(X: Tensor) -> Tensor:
 
 
 def _product(A: Tensor, B: Tensor, out: Tensor) -> Tensor:
+    if A.ndim == B.ndim == out.ndim == 3:  # `matmul` would make five views
+        return torch.bmm(A, B, out=out)
     # Of two first axes that are no single one `matmul` makes copies: 0.9 ms on a CPU for blocks of
     # 64 with the columns of four 512 × 129 matrices, and 0.35 with one product for each.
     whole = B.is_contiguous() and out.is_contiguous()
