@@ -218,7 +218,7 @@ def warmed(s: Settings, step: Scalar) -> Scalar:
 
 
 def of_step(s: Settings, step: Scalar, largest_lr: Scalar) -> Settings:
-    """With the warm-up (5.13), and a momentum that forgets faster at a rate that has decayed (5.8b).
+    """With the warm-up (5.13), and a momentum that forgets faster where rates have decayed (5.8b).
 
     Args:
         s: The settings, with the rate of the step before any warm-up.
