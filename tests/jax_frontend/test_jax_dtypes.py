@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from jax_cases import CASES, X
+from jax_all_cases import CASES
+from jax_cases import X
 from jax_runs import LAYERS, assert_close, loss, run, start, stepper
 
 import singd_jax

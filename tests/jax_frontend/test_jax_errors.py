@@ -5,7 +5,8 @@ import functools
 import jax.numpy as jnp
 import pytest
 from flax import linen
-from jax_cases import CASES, X, array, mean_square
+from jax_all_cases import CASES
+from jax_cases import X, array, mean_square
 from jax_runs import LAYERS, assert_close, loss, start, stepper
 
 import singd_jax

@@ -5,10 +5,9 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax_layout_cases  # noqa: F401 - adds its cases
-import jax_weight_cases  # noqa: F401 - adds its cases
 import pytest
-from jax_cases import CASES, N, X, array, mean_square
+from jax_all_cases import CASES
+from jax_cases import N, X, array, mean_square
 
 import singd_jax
 

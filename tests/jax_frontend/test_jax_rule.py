@@ -5,11 +5,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import jax_layout_cases  # noqa: F401 - adds its cases
 import numpy as np
 import optax
 import pytest
-from jax_cases import CASES, X, array, mean_square
+from jax_all_cases import CASES
+from jax_cases import X, array, mean_square
 from jax_runs import LAYERS, assert_close, loss, run, start, state_of, stepper
 
 import singd_jax

@@ -4,12 +4,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import jax_layout_cases  # noqa: F401 - adds its cases
 import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax_cases import CASES, X
+from jax_all_cases import CASES
+from jax_cases import X
 from jax_runs import LAYERS, assert_close, loss, run, start, stepper
 
 import singd_jax

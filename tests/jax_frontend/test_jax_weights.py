@@ -1,15 +1,14 @@
 """The curvature of weights that are multiplied, indexed, padded or grouped before their product."""
 
 import dataclasses
-import re
 
 import jax
 import jax.numpy as jnp
-import jax_weight_cases  # noqa: F401 - adds its cases
 import numpy as np
 import pytest
 from jax import lax
-from jax_cases import CASES, X, array, mean_square
+from jax_all_cases import CASES
+from jax_cases import X, array, mean_square
 from jax_weight_cases import SIZES
 
 import singd_jax
@@ -212,99 +211,3 @@ def test_no_rank_and_no_dtype_of_a_user_is_promoted(name):
             return tx.update(grads, state, params, curvature=curvature)
 
         jax.eval_shape(step, case.params, *case.batch)
-
-
-def chunk(w, i):
-    return lax.dynamic_slice_in_dim(w, 3 * i, 3, axis=1)
-
-
-def head_in_slices(p, x):
-    return sum(mean_square(x @ chunk(p["w"], i)) for i in range(2))
-
-
-def test_chunks_of_a_head_that_start_at_numbers_are_layers():
-    params = {"w": array(4, 6)}
-    layers = singd_jax.find_layers(head_in_slices)(params, X)
-    assert set(layers) == {"w[:,0:3]", "w[:,3:6]"}
-    assert max(singd_jax.check(head_in_slices, layers)(params, X).values()) < 1e-5
-
-
-@jax.custom_vjp
-def clipped(x, w):
-    return x @ w
-
-
-clipped.defvjp(
-    lambda x, w: (x @ w, (x, w)),
-    lambda kept, g: (g @ kept[1].T, jnp.clip(kept[0].T @ g, -0.01, 0.01)),
-)
-
-
-def head_in_loop(p, x):
-    def add(total, i):
-        return total + mean_square(x @ chunk(p["w"], i)), None
-
-    return lax.scan(add, 0.0, jnp.arange(2))[0]
-
-
-def head_in_scanned_chunks(p, x):
-    chunks = jnp.moveaxis(p["w"].reshape(4, 2, 3), 1, 0)
-    return lax.scan(lambda total, w: (total + mean_square(x @ w), None), 0.0, chunks)[0]
-
-
-@pytest.mark.parametrize(
-    ("loss", "said", "remedy"),
-    [
-        (
-            lambda p, x: mean_square(clipped(x, p["w"])),
-            "inside a custom_vjp, .* by `min`: make it .*, or multiply by it outside",
-            lambda p, x: mean_square(x @ p["w"]),
-        ),
-        (
-            head_in_loop,
-            "known only at run time: reshape its axis to .* and scan over the chunks",
-            head_in_scanned_chunks,
-        ),
-    ],
-    ids=["custom_vjp", "slices"],
-)
-def test_the_table_says_why_there_are_no_rows_and_what_to_do(loss, said, remedy):
-    params = {"w": array(4, 6)}
-    layers = singd_jax.find_layers(loss)(params, X)
-    assert re.search(f"no rows.*{said}", str(layers))
-    trained = singd_jax.singd(layers=layers).init(params).layers["w"]
-    assert trained.kind == "no rows"
-    np.testing.assert_allclose(remedy(params, X), loss(params, X), rtol=1e-6)
-    assert set(singd_jax.find_layers(remedy)(params, X)) == {"w"}
-
-
-def test_a_target_of_the_weight_itself_is_no_further_use():
-    def loss(p, x):
-        target = jnp.tanh(x @ lax.stop_gradient(p["w"]))
-        return jnp.mean((x @ p["w"] - target) ** 2) + lax.stop_gradient(p["t"]).sum()
-
-    params = {"w": array(4, 3), "t": array(3)}
-    layers = singd_jax.find_layers(loss)(params, X)
-    assert layers["w"].elsewhere == ()
-    assert layers.others == {"t": "no gradient of the loss reaches it"}
-    assert max(singd_jax.check(loss, layers)(params, X).values()) < 1e-5
-
-
-def test_the_gradient_that_makes_an_adversarial_input_is_no_use():
-    def plain(p, x):
-        return mean_square(jnp.tanh(x @ p["w"]) @ p["v"])
-
-    def moved(p, x):
-        return x + 0.1 * jnp.sign(jax.grad(plain, 1)(p, x))
-
-    def loss(p, x):
-        return plain(p, moved(p, x))
-
-    params = {"w": array(4, 3), "v": array(3, 2)}
-    found = []
-    for function, data in ((loss, X), (plain, moved(params, X))):
-        layers = singd_jax.find_layers(function)(params, data)
-        state = singd_jax.singd(layers=layers).init(params)
-        found.append(singd_jax.value_and_curvature(function, layers)(params, state, data))
-    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)

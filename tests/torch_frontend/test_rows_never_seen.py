@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from watched import Product
 
 import singd_torch.optimizer
 from singd_torch import SINGD
@@ -260,70 +259,3 @@ def test_weights_of_sixteen_bits(dtype: torch.dtype) -> None:
         optimizer.step()
     assert optimizer.skipped == 0
     assert layer.weight.float().square().mean() < 0.1
-
-
-# ---- rows that come no longer -------------------------------------------------------------------
-
-
-class Switched(nn.Module):
-    """A layer whose weight goes to a function from some step on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(5, 6), nn.Linear(6, 3, bias=False)
-        self.by_function = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = torch.tanh(self.first(x))
-        if self.by_function:
-            return Product.apply(h, self.last.weight)  # type: ignore[no-any-return]
-        return self.last(h)  # type: ignore[no-any-return]
-
-
-def switched(**given: Any) -> tuple[Switched, SINGD, tuple[Tensor, Tensor]]:
-    torch.manual_seed(0)
-    model = Switched().double()
-    return model, SINGD(model, **given), (torch.randn(16, 5).double(), torch.randn(16, 3).double())
-
-
-def test_gradients_take_over_when_rows_come_no_longer() -> None:
-    model, optimizer, data = switched(T=2, growing_T=False)
-    train(model, optimizer, data, 5, seen=True)
-    K = optimizer.state[model.last.weight]["K.matrix"].clone()
-    model.by_function = True
-    train(model, optimizer, data, 5, seen=True)  # of two refreshes
-    assert torch.equal(optimizer.state[model.last.weight]["K.matrix"], K)
-    with pytest.warns(UserWarning, match=r"no rows of 'last\.weight' have come for 3 refreshes"):
-        losses = train(model, optimizer, data, 20, seen=True)
-    assert losses[-1] < losses[0]
-    assert optimizer.state[model.last.weight]["averages.k"] == 10.0  # began anew
-    lines = {line.split()[0]: line for line in repr(optimizer).splitlines()[2:]}
-    assert "without rows" in lines["last.weight"]
-    assert "without rows" not in lines["first.weight"]
-    model.by_function = False
-    train(model, optimizer, data, 4, seen=True)
-    assert rules(optimizer) == {"SINGD"}
-    assert optimizer.skipped == 0
-
-
-@pytest.mark.parametrize("recipe", ["normalized", "paper"])
-def test_what_has_no_gradient_or_refused_rows_is_not_missed(recipe: str) -> None:
-    model, optimizer, data = switched(recipe=recipe, T=1)
-    train(model, optimizer, data, 3, seen=True)
-    train(model, optimizer, data, 6, seen=False)  # by choice
-    K = optimizer.state[model.last.weight]["K.matrix"].clone()
-    for _ in range(6):
-        optimizer.zero_grad(set_to_none=False)
-        model.first(data[0]).square().mean().backward()
-        optimizer.step()
-    assert rules(optimizer) == {"SINGD"}
-    assert torch.equal(optimizer.state[model.last.weight]["K.matrix"], K)
-
-
-def test_adamw_does_not_take_over() -> None:
-    model, optimizer, data = switched(recipe="paper", T=1)
-    train(model, optimizer, data, 3, seen=True)
-    model.by_function = True
-    with pytest.warns(UserWarning, match=r"no rows of 'last\.weight' .* the factors stay"):
-        train(model, optimizer, data, 4, seen=True)
-    assert rules(optimizer) == {"SINGD"}
