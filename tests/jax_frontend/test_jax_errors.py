@@ -111,8 +111,6 @@ def test_setting_errors_name_the_setting():
 
 
 UNCALLED, PLAIN = singd_jax.find_layers(loss), singd_jax.singd(layers=LAYERS)
-
-
 SECOND = r"layers must be what .*find_layers\(loss\)\(params, .*; the second call is missing"
 
 

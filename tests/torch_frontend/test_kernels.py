@@ -1,7 +1,8 @@
-"""How many kernels a step launches on an accelerator, counted without one."""
+"""How many kernels a step launches on an accelerator, counted without one; calls on the host."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -128,3 +129,36 @@ def test_what_adamw_launches() -> None:
     model = Transformer()
     found = counts(torch.optim.AdamW(model.parameters(), foreach=True), model, 2)
     assert found[1] == ADAMW
+
+
+class Counted(TorchDispatchMode):
+    """Counts the calls that reach a kernel or a view."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "structure", ["dense", "diagonal", "block30diagonal", "hierarchical:1,2", "triltoeplitz"]
+)
+def test_48_equal_layers_take_at_most_1500_calls_to_refresh_and_500_between(
+    structure: str,
+) -> None:
+    model = nn.Sequential(*(m for _ in range(48) for m in (nn.Linear(64, 64), nn.Tanh())))
+    x = torch.randn(128, 64)
+
+    def run(step: Callable[[], None]) -> int:
+        with Counted() as counted:
+            model(x).square().mean().backward()
+            step()
+        return counted.calls
+
+    plain = run(lambda: None)
+    optimizer = SINGD(model, structures=(structure, structure), T=2, growing_T=False)
+    calls = [run(optimizer.step) - plain for _ in range(6)]
+    # The first refresh makes the state, and both of the first ask whether rows tell the gradient.
+    assert max(calls[4], 1) <= 1500
+    assert max(calls[1], calls[3], calls[5]) <= 500

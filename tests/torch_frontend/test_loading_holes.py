@@ -22,8 +22,6 @@ def group_of(state: dict[str, Any]) -> Any:
 
 
 NAN = float("nan")
-
-
 HOLES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a moment is missing": (
         lambda s: entries_of(s, "scale").pop("exp_avg_sq"),

@@ -9,7 +9,6 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from watched import layers
 
 from singd_core.layers import Convolution
@@ -283,34 +282,3 @@ def test_patches_taken_piece_by_piece_are_those_of_the_whole_batch(
     monkeypatch.setattr(Convolution, "inputs", counted)
     same(model, trained(*MODELS[name], **settings)[0])
     assert set(taken) == ({1} if kfac_approx == "expand" else {3})
-
-
-class Counted(TorchDispatchMode):
-    """Counts the calls that reach a kernel or a view."""
-
-    calls = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.calls += 1
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("structure", [*STRUCTURES[:2], "block30diagonal", *STRUCTURES[3:]])
-def test_48_equal_layers_take_at_most_1500_calls_to_refresh_and_500_between(
-    structure: str,
-) -> None:
-    model = nn.Sequential(*(m for _ in range(48) for m in (nn.Linear(64, 64), nn.Tanh())))
-    x = torch.randn(128, 64)
-
-    def run(step: Callable[[], None]) -> int:
-        with Counted() as counted:
-            model(x).square().mean().backward()
-            step()
-        return counted.calls
-
-    plain = run(lambda: None)
-    optimizer = SINGD(model, structures=(structure, structure), T=2, growing_T=False)
-    calls = [run(optimizer.step) - plain for _ in range(6)]
-    # The first refresh makes the state, and both of the first ask whether rows tell the gradient.
-    assert max(calls[4], 1) <= 1500
-    assert max(calls[1], calls[3], calls[5]) <= 500
