@@ -209,9 +209,8 @@ class Stack:
 
     def fits(self) -> bool:
         """Whether the factors, if there are any, are as the weights and their rule want them."""
-        first, *others = self.layers
-        alike = all(one.is_stored_as(first) for one in others)
-        return not self._factors or (alike and first.fits(self._factors[0]))
+        alike = all(one.is_stored_as(self.layers[0]) for one in self.layers[1:])
+        return not self._factors or (alike and self.layers[0].fits(self._factors[0]))
 
     def is_known(self, state: State) -> bool:
         """Whether the state has anything of its layers, which `tie` would join."""
