@@ -146,8 +146,10 @@ def _described(x: Any) -> str:
     return "None" if x is None else f"a {type(x).__name__}{many}"
 
 
-def check_alike(grads: Mapping[str, Parameter], params: Mapping[str, Parameter]) -> None:
-    """Refuse gradients that are not structured like the parameters.
+def check_update(
+    grads: Mapping[str, Parameter], state: State, params: Mapping[str, Parameter]
+) -> None:
+    """Refuse gradients that are not structured like the parameters, and a state of others.
 
     Raises:
         TypeError: If a gradient is neither an array nor a tuple of two.
@@ -163,15 +165,7 @@ def check_alike(grads: Mapping[str, Parameter], params: Mapping[str, Parameter])
         expected = shapes_of(name, parameter)
         if got != expected:
             raise ValueError(f"the gradient of {name!r} has shape {got}, its parameter {expected}")
-
-
-def check_state(names: Iterable[str], params: Mapping[str, Parameter]) -> None:
-    """Refuse the state of other parameters.
-
-    Raises:
-        ValueError: Naming those that only one of the two has.
-    """
-    odd = sorted({*names} ^ set(params))
+    odd = sorted({*state.layers, *state.fallback} ^ set(params))
     if odd:
         raise ValueError(
             f"the state and the parameters have different names: {odd} in only one of them; "

@@ -185,8 +185,10 @@ def other_change(
     return _or_zero(ok, change), new_or_old(ok, new, moments)
 
 
-def new_or_old(ok: Array, new: T_Tree, old: T_Tree) -> T_Tree:
+def new_or_old(ok: Array | bool, new: T_Tree, old: T_Tree) -> T_Tree:
     """The new tree, or the old one."""
+    if isinstance(ok, bool):
+        return new if ok else old
     return new.map(lambda n, o: namespace(n).where(ok, n, o), old)
 
 

@@ -182,8 +182,6 @@ class Optimizer:
         if due is False:  # it may be an array
             return {}
         learned = self.refresh_by_gradients(state, grads, params)
-        if due is True:
-            return learned
         return {n: new_or_old(due, new, state.layers[n].factors) for n, new in learned.items()}
 
     def update(
@@ -214,8 +212,7 @@ class Optimizer:
             TypeError: If a gradient is no array or tuple, or rows are no pair.
             ValueError: If names or shapes do not fit.
         """
-        _given.check_alike(grads, params)
-        _given.check_state([*state.layers, *state.fallback], params)
+        _given.check_update(grads, state, params)
         kinds, first = self._kinds(params), next(iter(params.values()))
         largest_lr = at_least(state.largest_lr, self.settings.lr)
         s, share = of_step(self.settings, state.step, largest_lr), warmed(self.settings, state.step)

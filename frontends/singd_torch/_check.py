@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from singd_core._array import widen
-from singd_torch.capture.watcher import Keeper, Watcher
+from singd_torch.capture.keeper import Keeper
+from singd_torch.capture.watcher import Watcher
 from singd_torch.layers.layer import Layer
 from singd_torch.layers.roster import Roster
 from singd_torch.layers.source import Source

@@ -13,8 +13,8 @@ from torch.linalg import vector_norm
 
 from singd_core._array import widen
 from singd_core.layers import Convolution, LayerKind
-from singd_core.layers._patches import pad
 from singd_torch._uncompiled import uncompiled
+from singd_torch.capture.columns import times, transposed_product, transposed_times
 from singd_torch.capture.tap import backward_pass
 from singd_torch.layers.layer import IN_THE_LOSS, Layer
 from singd_torch.layers.reach import is_in_parts
@@ -86,10 +86,10 @@ class Proof:
         B, _ = kind.outputs(g, kfac_approx="expand", loss_average=None)
         if swapped:
             right = B @ self._V.to(B)
-            product, other = _transposed_times(kind, x, right, len(self._layer.weight))
+            product, other = transposed_times(kind, x, right, len(self._layer.weight))
         else:
-            right = _times(kind, x, self._V)
-            product, other = _transposed_product(B, right.to(B)), B
+            right = times(kind, x, self._V)
+            product, other = transposed_product(B, right.to(B)), B
         self._eps = max(self._eps, *(torch.finfo(t.dtype).eps for t in (right, other)))
         self._terms = self._terms + _norm(right) * _norm(other)
         self._products[part] = self._products.get(part, 0.0) + widen(product)
@@ -254,48 +254,3 @@ def _whole(t: Any) -> Tensor:
 def _norm(x: Tensor) -> Tensor:
     size: Tensor = vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
     return size
-
-
-def _times(kind: LayerKind, x: Tensor, V: Tensor) -> Tensor:
-    """A V."""
-    if kind.diagonal_inputs:
-        seen, at = _looked_up(kind, x)
-        return V[at] * seen[:, None]
-    if isinstance(kind, Convolution):
-        found = _convolved(kind, x, V)
-        return kind.outputs(found, kfac_approx="expand", loss_average=None)[0]  # type: ignore[no-any-return]
-    A: Tensor = kind.inputs(x, bias=False, kfac_approx="expand")[0]
-    return A @ V.to(A)
-
-
-def _convolved(kind: Convolution, x: Tensor, V: Tensor) -> Tensor:
-    """The output of a convolution that has the columns of V as kernels, in each group."""
-    sizes, strides, dilations, before, after = zip(*kind.windows, strict=True)
-    if kind.padding_mode != "zeros" or before != after:
-        x, before = pad(x, kind.windows, kind.padding_mode), (0,) * len(before)
-    kernels = torch.cat([V.mT.to(x).reshape(V.shape[1], -1, *sizes)] * kind.groups)
-    function = (torch.conv1d, torch.conv2d, torch.conv3d)[len(sizes) - 1]
-    return function(x, kernels, None, strides, before, dilations, kind.groups)
-
-
-def _transposed_times(
-    kind: LayerKind, x: Tensor, right: Tensor, entries: int
-) -> tuple[Tensor, Tensor]:
-    """Aᵀ of what is on its right, and A; of a table what has the norm of both together."""
-    if kind.diagonal_inputs:
-        seen, at = _looked_up(kind, x)
-        right = widen(right) * seen[:, None]
-        return right.new_zeros(entries, right.shape[-1]).index_add_(0, at, right), right.new_ones(1)
-    A, _ = kind.inputs(x, bias=False, kfac_approx="expand")
-    return _transposed_product(A, right.to(A)), A
-
-
-def _transposed_product(A: Tensor, B: Tensor) -> Tensor:
-    """Aᵀ B for a B of few columns, which takes up to eight times as long on a CPU as Bᵀ A."""
-    return (B.mT @ A).mT
-
-
-def _looked_up(kind: LayerKind, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Which indices get a gradient, and the indices."""
-    at = x.flatten().long()
-    return at != (-1 if kind.ignored is None else kind.ignored), at

@@ -6,18 +6,18 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from singd_core.rules import Factors
 from singd_torch._distributed import processes_of_call
 from singd_torch.capture import attention
 from singd_torch.capture.calls import Calls, Hooks
 from singd_torch.capture.calls import modules as modules_that_call
 from singd_torch.capture.copies import leave_hooks_behind
 from singd_torch.capture.handed import Homes
+from singd_torch.capture.keeper import Keeper
 from singd_torch.capture.now import Now
 from singd_torch.capture.proof import Proofs
 from singd_torch.capture.queue import Call, Queue
@@ -28,30 +28,6 @@ from singd_torch.layers.reach import Pass, Reach, is_in_parts, part_again
 from singd_torch.layers.roster import Roster
 from singd_torch.layers.rows import rows_of
 from singd_torch.layers.source import Source
-
-if TYPE_CHECKING:  # it imports DTensor, for a second
-    from singd_torch.sharding.sharded import Sharded
-
-
-class Keeper(Protocol):
-    """Who has the factors that measure rows.
-
-    Attributes:
-        processes: Those that have copies of the model, if several have.
-        sharded: What parts the work among processes, if something does.
-    """
-
-    processes: torch.distributed.ProcessGroup | None
-    sharded: Sharded | None
-
-    def factors(self, layer: Layer) -> Factors:
-        """What measures the rows of a layer: its factors, or what stands for them."""
-
-    def follow(self, new: dict[Tensor, nn.Parameter]) -> None:
-        """Keep of these parameters what is kept of those in whose places they are."""
-
-    def begin_anew(self, layer: Layer) -> None:
-        """Keep nothing of a layer."""
 
 
 class Watcher:

@@ -109,21 +109,14 @@ class Stack:
         self.hold(join_trees(factors).map(partial(owned, set())), state)
         first = self.layers[0]
         like = torch.empty(0, dtype=first.dtypes[2], device=first.weight.device)
-        places = list(zip(*(layer.parameters for layer in self.layers), strict=True))
-        kept = [[state.get(p, {}).get(_state.MOMENTUM) for p in place] for place in places]
-        if any(m is not None for place in kept for m in place):
-            momenta = [
-                owned(
-                    set(),
-                    join(
-                        [
-                            like.new_zeros(p.shape) if m is None else m.to(like)
-                            for p, m in zip(own, place, strict=True)
-                        ]
-                    ),
-                )
-                for own, place in zip(places, kept, strict=True)
-            ]
+        kept = {p: state.get(p, {}).get(_state.MOMENTUM) for p in self._parameters()}
+        if any(m is not None for m in kept.values()):
+
+            def momentum(p: nn.Parameter) -> Tensor:
+                m = kept[p]
+                return like.new_zeros(p.shape) if m is None else m.to(like)
+
+            momenta = [owned(set(), m) for m in self.joined(momentum)]
             late = None
             if settings_of(self.layers[0].group).normalized:
                 each = [_state.late_of(layer, state) for layer in self.layers]
