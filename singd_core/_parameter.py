@@ -11,7 +11,7 @@ from singd_core import rules
 from singd_core._array import Array, cast, device, expand, namespace, total, widen
 from singd_core._layer_state import NAMES, LayerState, Parameter, like, pair, parts
 from singd_core._scalars import as_array
-from singd_core._settings import Rate, Settings
+from singd_core._settings import Rate, Settings, StepSettings
 from singd_core._tree import T_Tree
 from singd_core.adamw import Fallback, Moments
 from singd_core.curvature import Curvature
@@ -118,7 +118,7 @@ def squares(gradient: Array) -> Array:
 
 def layer_change(
     kind: LayerKind,
-    s: Settings,
+    s: StepSettings,
     level: Callable[[rules.Factors, Array], rules.Factors],
     rounding: Rounding | None,
     parameter: Parameter,

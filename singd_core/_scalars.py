@@ -43,10 +43,10 @@ def at_most(x: Scalar, high: Scalar) -> Scalar:
     return namespace(x).minimum(x, high)
 
 
-def clip(x: Scalar, low: float, high: float) -> Scalar:
+def clip(x: Scalar, low: float, high: Scalar) -> Scalar:
     """min(max(x, low), high) of a number or an array."""
-    if isinstance(x, (int, float)):
-        return min(max(x, low), high)
+    if isinstance(x, (int, float)) or not isinstance(high, (int, float)):
+        return at_most(at_least(x, low), high)
     return namespace(x).clip(x, min=low, max=high)
 
 

@@ -82,6 +82,17 @@ class Settings:
     seed: int = 0
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepSettings(Settings):
+    """The settings of one step.
+
+    Attributes:
+        share: The rate before any warm-up, over the largest such rate so far.
+    """
+
+    share: Rate = 1.0
+
+
 def rate(value: Rate | Callable[[int], Rate], step: int) -> Rate:
     """The value of a rate that may be a schedule, after `step` steps."""
     return plain(value(step) if callable(value) else value)

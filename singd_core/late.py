@@ -23,9 +23,9 @@ LONGEST = 4.0
 _FORGOTTEN = 0.88
 
 # Late gradients that are smaller than earlier ones make steps shorter by the same factor, to at
-# least this. It begins after that many steps.
+# least this, unless a schedule has made them so already. It begins after that many steps.
 SHORTEST = 0.14
-BEGINNING = 200.0
+BEGINNING = 60.0
 MEMORY = 1000.0  # how many steps back earlier gradients count
 
 # So many times ‖∇W‖² has to be in range, or the step is skipped: the sum over late gradients is
@@ -85,10 +85,15 @@ class Late(Tree):
         growth = clip(multiply_add(change, GROWTH, self.growth), 0.0, LONGEST)
         return type(self)(self.squares, self.weights, growth, self.mean, self.steps)
 
-    def longer(self) -> Scalar:
-        """How much longer steps are than R a, or shorter: e^h f."""
+    def longer(self, share: Scalar = 1.0) -> Scalar:
+        """How much longer steps are than R a, or shorter: e^h f.
+
+        Args:
+            share: The rate of this step over the largest so far.
+        """
         squared = self.squares / at_least(self.weights * self.mean, TINY)
-        smaller = clip(squared, SHORTEST**2, 1.0) ** 0.5
+        most = at_least(share, SHORTEST)
+        smaller = clip(squared, SHORTEST**2, most * most) ** 0.5 / most
         return exp(self.growth) * where(self.steps > BEGINNING, smaller, 1.0)
 
     def agreement(self, ahead: Scalar, squares: Scalar, s: Settings) -> Scalar:

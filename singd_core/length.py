@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from singd_core._array import Scalar, norm
 from singd_core._scalars import at_least, number, where
-from singd_core._settings import Settings
+from singd_core._settings import StepSettings
 from singd_core.curvature import TINY
 from singd_core.late import Late
 
@@ -45,7 +45,7 @@ class Sized(NamedTuple):
 
 
 def sized(
-    s: Settings,
+    s: StepSettings,
     ahead: Any,
     precondition: Callable[[Any], Any],
     size: Scalar,
@@ -73,7 +73,7 @@ def sized(
 
 
 def scaled(
-    s: Settings,
+    s: StepSettings,
     size: Scalar,
     squares: Scalar,
     lengths: tuple[Scalar, Scalar],
@@ -100,7 +100,7 @@ def scaled(
         late = late.update(squares, s)
         agreement = late.agreement(ahead, squares, s)
         late = late.grown(agreement, s)
-        longer = late.longer()
+        longer = late.longer(s.share)
     scale = longer * (agreement * size) / at_least(natural, LEAST)
     return where(squares > 0.0, scale, 0.0), late, agreement
 

@@ -6,7 +6,6 @@ leading axes are matrices of their own. Parameters, gradients and momenta have t
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -26,7 +25,7 @@ from singd_core._array import (
     widen,
 )
 from singd_core._scalars import at_least, at_most, number
-from singd_core._settings import Settings, is_zero
+from singd_core._settings import Settings, StepSettings, is_zero
 from singd_core.curvature import TINY
 from singd_core.late import Late
 from singd_core.layers import LayerKind
@@ -60,7 +59,7 @@ class Direction(NamedTuple):
 
 def direction(
     kind: LayerKind,
-    s: Settings,
+    s: StepSettings,
     precondition: Callable[[Array], Array],
     t_U: Scalar,
     shape: Sequence[int],
@@ -217,7 +216,7 @@ def warmed(s: Settings, step: Scalar) -> Scalar:
     return 1.0 if s.warmup == 0 else at_most((step + 1) / s.warmup, 1.0)
 
 
-def of_step(s: Settings, step: Scalar, largest_lr: Scalar) -> Settings:
+def of_step(s: Settings, step: Scalar, largest_lr: Scalar) -> StepSettings:
     """With the warm-up (5.13), and a momentum that forgets faster where rates have decayed (5.8b).
 
     Args:
@@ -225,11 +224,12 @@ def of_step(s: Settings, step: Scalar, largest_lr: Scalar) -> Settings:
         step: The number of steps taken.
         largest_lr: The largest such rate so far, of this step included.
     """
-    lr = s.lr * warmed(s, step)
-    if not s.normalized or is_zero(s.momentum):
-        return dataclasses.replace(s, lr=lr)
     share = at_most(number(s.lr) / at_least(number(largest_lr), TINY), 1.0)
-    return dataclasses.replace(s, lr=lr, momentum=s.momentum ** (2.0 - share))
+    alpha = s.momentum
+    if s.normalized and not is_zero(alpha):
+        alpha = alpha ** (2.0 - share)
+    changed = {"lr": s.lr * warmed(s, step), "momentum": alpha, "share": share}
+    return StepSettings(**vars(s) | changed)
 
 
 def _averaged(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from singd_core import rules
 from singd_core._recipes import SWITCHES, hint, validate
-from singd_core._settings import Settings
+from singd_core._settings import Settings, StepSettings
 from singd_core._warnings import warn
 from singd_core.layers.base import is_expand, loss_terms
 from singd_core.step import of_step
@@ -94,7 +94,7 @@ def check_counts(group: dict[str, Any]) -> None:
         raise ValueError(f"largest_lr={group['largest_lr']!r}: must be at least 0 and finite")
 
 
-def settings_of_step(group: dict[str, Any]) -> Settings:
+def settings_of_step(group: dict[str, Any]) -> StepSettings:
     """The settings of a group's next step, whose rate is noted where it is the largest so far."""
     s = settings_of(group)
     group["largest_lr"] = _larger(group["largest_lr"], s.lr)

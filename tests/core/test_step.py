@@ -212,6 +212,17 @@ def test_steps_shrink_with_the_gradient_after_the_beginning() -> None:
     assert found[-1] == SHORTEST
 
 
+def test_a_schedule_takes_the_place_of_shorter_steps() -> None:
+    """What a rate has become smaller by already is no reason to make steps shorter."""
+    s, late = settings("normalized"), nothing_late()
+    for t in range(int(MEMORY)):
+        late = late.update(1.0 if t < 500 else 0.09, s)
+    shorter = late.longer()
+    assert SHORTEST < 0.3 < shorter < 0.5
+    assert late.longer(0.8) == pytest.approx(shorter / 0.8)
+    assert [late.longer(share) for share in (shorter, 0.3, 0.1, 0.0)] == [1.0] * 4
+
+
 def test_gradients_of_long_ago_are_forgotten() -> None:
     s, late = settings("normalized"), nothing_late()
     for t in range(3 * int(MEMORY)):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from singd_core._settings import Settings
+from singd_core._settings import StepSettings
 from singd_core.curvature import Curvature
 from singd_core.late import Late
 from singd_core.length import scaled, sides, size
@@ -41,7 +41,7 @@ class _Begun:
 
     slab: Slab
     stack: Stack
-    s: Settings
+    s: StepSettings
     factors: Factors
     preconditioner: Preconditioner
     decay: Sequence[Tensor] | None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from singd_core._array import widen
-from singd_core._settings import Settings, is_due, rate_of_factors
+from singd_core._settings import Settings, StepSettings, is_due, rate_of_factors
 from singd_core.curvature import Curvature
 from singd_core.layers import LayerKind
 from singd_core.preconditioner import Preconditioner
@@ -42,7 +42,7 @@ class Gradients:
     of: Callable[[nn.Parameter], Tensor]
     raw: Callable[[nn.Parameter], Tensor]
     norms: Mapping[nn.Parameter, Any]
-    settings: Callable[[nn.Parameter], Settings]
+    settings: Callable[[nn.Parameter], StepSettings]
     scales: Scales
     ok: Tensor | None
     bad: Tensor | None
@@ -60,7 +60,7 @@ class Begun(NamedTuple):
         preconditioner: What preconditions with them, None if the factors do.
     """
 
-    s: Settings
+    s: StepSettings
     rounding: Rounding | None
     gradient: Sequence[Tensor]
     decay: Sequence[Tensor] | None
@@ -153,7 +153,15 @@ def _refresh(factors: Factors, curvature: Curvature, *given: Any) -> Factors:
     return factors.refresh(curvature, *given)
 
 
-def masked(s: Settings, ok: Tensor, like: Tensor) -> Settings:
+def on_device(s: StepSettings, p: Tensor) -> StepSettings:
+    """With rates as tensors: what is compiled takes them as such, and is then not compiled anew."""
+    dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+    lr, share = (placed(rate, dtype, p.device) for rate in (s.lr, s.share))
+    momentum = placed(s.momentum, dtype, p.device) if has_momentum(s) else s.momentum
+    return dataclasses.replace(s, lr=lr, momentum=momentum, share=share)
+
+
+def masked(s: StepSettings, ok: Tensor, like: Tensor) -> StepSettings:
     """The settings with which zeros in place of a gradient change nothing unless ok."""
     dtype = widen(like[..., :0]).dtype
     momentum, lr = (placed(v, dtype, ok.device) for v in (s.momentum, s.lr))

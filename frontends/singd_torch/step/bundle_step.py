@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from singd_core._array import widen
-from singd_core._settings import Settings, is_bound
+from singd_core._settings import StepSettings, is_bound
 from singd_core.length import sized
 from singd_core.rounding import is_rounded
 from singd_core.rules import IKFAC
@@ -176,7 +176,7 @@ def _decay(
     parameters: Sequence[nn.Parameter], weights: Sequence[Tensor], given: Gradients, moves: Tensor
 ) -> None:
     """Shrink the weights of parameters that have a decay apart from the gradient."""
-    alike: dict[int, tuple[Settings, list[Tensor]]] = {}
+    alike: dict[int, tuple[StepSettings, list[Tensor]]] = {}
     for p, weight in zip(parameters, weights, strict=True):
         s = given.settings(p)
         if decouples_decay(s):

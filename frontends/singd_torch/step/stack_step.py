@@ -12,10 +12,10 @@ from torch import Tensor
 
 from singd_core._array import sum_of_squares, widen
 from singd_core._layer_state import NAMES
-from singd_core._settings import Settings
+from singd_core._settings import StepSettings
 from singd_core.rounding import WHOLE, Place, Rounding, identity
 from singd_core.step import Direction, direction, weight_change
-from singd_torch.step.begun import Gradients, begin, masked, settled
+from singd_torch.step.begun import Gradients, begin, masked, on_device, settled
 from singd_torch.step.levels import level
 from singd_torch.step.rounding import compensations, round_to
 from singd_torch.step.solve import by_pieces
@@ -38,9 +38,11 @@ def advance(stack: Stack, state: State, given: Gradients) -> Any:
     layer, ok = stack.layers[0], given.ok
     own = [given.settings(p) for p in layer.parameters]
     s, rounding, gradient, decay, factors, preconditioner = begin(stack, state, given)
+    compiled = stack.compile is not None
     found = stack.run(
-        _direction if stack.compile is None else _direction_anew,
-        *(layer.kind, s, preconditioner or factors, factors.averages.t_U),
+        _direction_anew if compiled else _direction,
+        *(layer.kind, on_device(s, layer.weight) if compiled else s),
+        *(preconditioner or factors, factors.averages.t_U),
         *(tuple(layer.weight.shape), gradient, decay, stack.momenta, stack.late),
         _squares(stack, given, gradient),
     )
@@ -71,7 +73,7 @@ def advance(stack: Stack, state: State, given: Gradients) -> Any:
 
 
 def _direction(
-    kind: Any, s: Settings, factors: Any, t_U: Tensor, shape: Any, gradient: Any, decay: Any,
+    kind: Any, s: StepSettings, factors: Any, t_U: Tensor, shape: Any, gradient: Any, decay: Any,
     momenta: Any, late: Any, squares: Any,
 ) -> Direction:  # fmt: skip
     """`direction`, by pieces of large matrices, and with momenta written where they are."""
@@ -83,7 +85,7 @@ def _direction(
     return direction(kind, s, *arguments, donate=donate)
 
 
-def _direction_anew(kind: Any, s: Settings, factors: Any, *arguments: Any) -> Direction:
+def _direction_anew(kind: Any, s: StepSettings, factors: Any, *arguments: Any) -> Direction:
     """`_direction` for compilers, which find out by themselves what can be overwritten."""
     precondition = partial(factors.precondition, balanced=s.normalized)
     return direction(kind, s, precondition, *arguments)
@@ -92,7 +94,7 @@ def _direction_anew(kind: Any, s: Settings, factors: Any, *arguments: Any) -> Di
 def move(
     stack: Stack,
     found: Direction,
-    settings: Sequence[Settings],
+    settings: Sequence[StepSettings],
     moves: Tensor | None,
     rounding: Rounding | None,
     state: State,

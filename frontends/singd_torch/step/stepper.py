@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -14,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from singd_core._array import ranged
-from singd_core._settings import Settings
+from singd_core._settings import StepSettings
 from singd_core.rounding import Place
-from singd_core.step import has_momentum, warmed
+from singd_core.step import warmed
 from singd_torch import _fallback, _state
 from singd_torch._distributed import agree_on_rows, reduce_rows
 from singd_torch._groups import settings_of, settings_of_step
@@ -26,14 +25,13 @@ from singd_torch.layers.due import is_due, may_be_due
 from singd_torch.layers.layer import Layer
 from singd_torch.sharding.guards import ALONE, APART, is_one_of_several
 from singd_torch.step import bundle_step, rounding
-from singd_torch.step.begun import Gradients
+from singd_torch.step.begun import Gradients, on_device
 from singd_torch.step.bundle import Bundle, bundled
 from singd_torch.step.graphs import kind_of
 from singd_torch.step.stack import Stack
 from singd_torch.step.stack_step import advance
 from singd_torch.step.stacker import Stacker
 from singd_torch.tensors import finite, scratch
-from singd_torch.tensors.pieces import placed
 
 
 class Stepper(Stacker):
@@ -113,9 +111,9 @@ class Stepper(Stacker):
         chosen = {id(g): settings_of_step(g) for g in groups}
         kind, graphs = None, self.graphs
         if graphs is not None and ready:
-            chosen = {id(g): _on_device(chosen[id(g)], g["params"][0]) for g in groups}
+            chosen = {id(g): on_device(chosen[id(g)], g["params"][0]) for g in groups}
             own = [p for stack in ready for layer in stack.layers for p in layer.parameters]
-            rates = [rate for s in chosen.values() for rate in (s.lr, s.momentum)]
+            rates = [x for s in chosen.values() for x in (s.lr, s.momentum, s.share)]
             kind = kind_of(ready, own + others, groups, rates, scales)
         change = partial(self._change, ready, others, scales, chosen)
         found = change() if graphs is None or kind is None else graphs.take(kind, ready, change)
@@ -141,7 +139,7 @@ class Stepper(Stacker):
         ready: list[Stack],
         others: list[nn.Parameter],
         scales: Scales,
-        chosen: Mapping[int, Settings],
+        chosen: Mapping[int, StepSettings],
     ) -> list[Tensor] | None:
         """Change the parameters of these stacks, with these settings by the `id` of a group.
 
@@ -243,14 +241,6 @@ class Stepper(Stacker):
             "`optimizer.skipped` counts such steps",
             about="skipped",
         )
-
-
-def _on_device(s: Settings, p: Tensor) -> Settings:
-    """With rates as tensors, which the graph of a step takes."""
-    dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-    lr = placed(s.lr, dtype, p.device)
-    momentum = placed(s.momentum, dtype, p.device) if has_momentum(s) else s.momentum
-    return dataclasses.replace(s, lr=lr, momentum=momentum)
 
 
 def _unscaled(scale: Any, p: nn.Parameter) -> Tensor:
