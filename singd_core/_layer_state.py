@@ -74,19 +74,19 @@ class LayerState(Tree):
 
 @tree
 class State(Tree):
-    """The state of the optimizer: arrays and one number.
+    """The state of the optimizer: arrays and two numbers.
 
     Attributes:
         step: Number of steps taken.
+        largest_lr: The largest rate of these steps, before any warm-up.
         skipped: How many of them changed nothing, since a gradient or row was not finite; 0-d.
-        largest_lr: The largest rate of these steps; 0-d.
         layers: The state of each layer.
         fallback: The moments of each parameter that belongs to no layer.
     """
 
     step: int
+    largest_lr: float
     skipped: Array
-    largest_lr: Array
     layers: dict[str, LayerState]
     fallback: dict[str, Moments]
 

@@ -23,14 +23,10 @@ from singd_core.step import couples_decay, direction, new_weight, squares_of, we
 from singd_core.structures import Diagonal
 
 
-def counts(parameter: Parameter) -> tuple[Array, Array]:
-    """How many steps were skipped and their largest rate before the first step, 0-d."""
+def count_state(parameter: Parameter) -> Array:
+    """A count of nothing yet, 0-d."""
     weight = pair(parameter)[0]
-    xp = namespace(weight)
-    skipped, rate = (
-        xp.zeros((), dtype=dtype, device=device(weight)) for dtype in (xp.int32, weight.dtype)
-    )
-    return skipped, widen(rate)
+    return namespace(weight).zeros((), dtype=namespace(weight).int32, device=device(weight))
 
 
 # ---- before anything is changed ----------------------------------------------------------------
@@ -203,13 +199,11 @@ def all_finite(sizes: Sequence[Array]) -> Array:
     return xp.isfinite(total(xp.stack(list(sizes))))  # XLA would fuse a chain of sums into all uses
 
 
-def counted(
-    skipped: Array, rates: tuple[Array, Array], ok: Array, moved: Sequence[Array]
-) -> tuple[Array, Array]:
-    """One more step that was skipped unless everything moved, and the first of two rates if ok."""
-    xp = namespace(skipped)
-    failed = xp.logical_not(xp.all(xp.stack(list(moved))))
-    return skipped + xp.astype(failed, skipped.dtype), xp.where(ok, *rates)
+def count_failed(count: Array, moved: Sequence[Array]) -> Array:
+    """One more unless everything moved."""
+    xp = namespace(count)
+    moved = xp.stack(list(moved))
+    return count + xp.astype(xp.logical_not(xp.all(moved)), count.dtype)
 
 
 def added(parameter: Parameter, change: Parameter) -> Parameter:

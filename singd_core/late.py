@@ -93,7 +93,9 @@ class Late(Tree):
         """
         squared = self.squares / at_least(self.weights * self.mean, TINY)
         most = at_least(share, SHORTEST)
-        smaller = clip(squared, SHORTEST**2, most * most) ** 0.5 / most
+        smaller = clip(squared, SHORTEST**2, most * most) ** 0.5
+        if not isinstance(most, (int, float)) or most != 1.0:  # a constant rate costs nothing
+            smaller = smaller / most
         return exp(self.growth) * where(self.steps > BEGINNING, smaller, 1.0)
 
     def agreement(self, ahead: Scalar, squares: Scalar, s: Settings) -> Scalar:

@@ -12,7 +12,7 @@ from singd_core._array import Array
 from singd_core._layer_state import Parameter, State, begun_moments, dtypes_of, layer_state
 from singd_core._parameter import new_or_old
 from singd_core._recipes import DEFAULT, STRUCTURES, fallback_of, settings, small_step
-from singd_core._scalars import at_least
+from singd_core._scalars import at_least, number
 from singd_core._settings import is_due, rate_of_factors
 from singd_core._tree import T_Tree
 from singd_core._warnings import warn
@@ -115,8 +115,8 @@ class Optimizer:
             else:
                 begin = partial(begun_moments, parameter, self.settings)
                 fallback[name] = self._run(begin, parameter)
-        skipped, largest_lr = self._run(partial(_parameter.counts, first), first)
-        return State(0, skipped, largest_lr, layers, fallback)
+        skipped = self._run(partial(_parameter.count_state, first), first)
+        return State(0, 0.0, skipped, layers, fallback)
 
     def due(self, state: State) -> bool:
         """Whether the next `update` wants rows."""
@@ -214,7 +214,7 @@ class Optimizer:
         """
         _given.check_update(grads, state, params)
         kinds, first = self._kinds(params), next(iter(params.values()))
-        largest_lr = at_least(state.largest_lr, self.settings.lr)
+        largest_lr = at_least(state.largest_lr, number(self.settings.lr))
         s, share = of_step(self.settings, state.step, largest_lr), warmed(self.settings, state.step)
         others = dataclasses.replace(self.fallback, lr=self.fallback.lr * share)
         if curvature is None:
@@ -250,9 +250,8 @@ class Optimizer:
             adamw = partial(_parameter.other_change, others, rounding)
             found = self._run(adamw, p, moments, g, p, ok, like=(p, moments))
             updates[name], fallback[name] = found
-        rates = largest_lr, state.largest_lr
-        skipped, largest_lr = self._run(_parameter.counted, first, state.skipped, rates, ok, moved)
-        return updates, State(state.step + 1, skipped, largest_lr, layers, fallback)
+        skipped = self._run(_parameter.count_failed, first, state.skipped, moved)
+        return updates, State(state.step + 1, largest_lr, skipped, layers, fallback)
 
     def apply(
         self, params: Mapping[str, Parameter], updates: Mapping[str, Parameter]

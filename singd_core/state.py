@@ -16,6 +16,7 @@ Any format that stores named arrays holds it: `numpy.savez`, safetensors, orbax.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,13 +24,14 @@ from singd_core._array import Array, device, is_complex, is_inexact, namespace, 
 from singd_core._layer_state import State
 from singd_core.late import begun_anew
 
+_NUMBERS = "step", "largest_lr"
 _FACTORS = "factors."
 _LATE = "late."
 
 
 def flatten(state: State) -> dict[str, Any]:
-    """The arrays of a state, and the number `step`, under their names."""
-    return {"step": state.step} | dict(_named(state))
+    """The arrays of a state, and the numbers `step` and `largest_lr`, under their names."""
+    return {name: getattr(state, name) for name in _NUMBERS} | dict(_named(state))
 
 
 def unflatten(template: State, flat: Mapping[str, Any]) -> State:
@@ -48,7 +50,7 @@ def unflatten(template: State, flat: Mapping[str, Any]) -> State:
     arrays, flat = [], _upgraded(template, flat)
     expected = dict(_named(template))
     for name in flat:
-        if name != "step" and name not in expected:
+        if name not in _NUMBERS and name not in expected:
             raise ValueError(f"the saved state has {name!r}, which this optimizer does not")
     for name, array in expected.items():
         if name not in flat:
@@ -62,15 +64,19 @@ def unflatten(template: State, flat: Mapping[str, Any]) -> State:
             )
         _check_numbers(name, saved, array)
         arrays.append(saved)
-    step: Any = template.step  # an array where a compiled step counts on the device
-    if isinstance(step, int):
-        step = int(flat["step"])
-        if step < 0:
-            raise ValueError(f"'step' is {step} in the saved state: must be at least 0")
-    else:
-        step = namespace(step).asarray(flat["step"], dtype=step.dtype, device=device(step))
-    restored = dataclasses.replace(template, step=0).rebuild(arrays)
-    return dataclasses.replace(restored, step=step)
+    numbers = {name: _number(name, flat[name], getattr(template, name)) for name in _NUMBERS}
+    restored = dataclasses.replace(template, step=0, largest_lr=0.0).rebuild(arrays)
+    return dataclasses.replace(restored, **numbers)
+
+
+def _number(name: str, saved: Any, number: Any) -> Any:
+    """What was saved of a number, an array where a compiled step has it on the device."""
+    if not isinstance(number, (int, float)):
+        return namespace(number).asarray(saved, dtype=number.dtype, device=device(number))
+    found = type(number)(saved)
+    if not 0 <= found < math.inf:
+        raise ValueError(f"{name!r} is {found} in the saved state: must be at least 0")
+    return found
 
 
 def _check_numbers(name: str, saved: Array, array: Array) -> None:
@@ -126,7 +132,7 @@ def _in_known_dtype(name: str, saved: Any, array: Array) -> Any:
 
 def _named(state: State) -> list[tuple[str, Array]]:
     """The arrays in the order of `state.named_arrays`, under the names of a checkpoint."""
-    named = [("skipped", state.skipped), ("largest_lr", state.largest_lr)]
+    named = [("skipped", state.skipped)]
     for name, layer in state.layers.items():
         named += [(f"{name}.{key.removeprefix(_FACTORS)}", a) for key, a in layer.named_arrays()]
     for name, moments in state.fallback.items():

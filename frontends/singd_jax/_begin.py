@@ -102,7 +102,7 @@ class Start:
         rest = {k: _moments(a, s) for k, a in arrays.items() if self.others and k not in owned}
         count, skipped = (jnp.zeros((), jnp.int32) for _ in range(2))
         largest_lr = jnp.zeros((), jnp.float32)
-        core = State(count, skipped, largest_lr, states, rest)  # type: ignore[arg-type]
+        core = State(count, largest_lr, skipped, states, rest)  # type: ignore[arg-type]
         hold = {k: [a.shape for a in jax.tree.leaves(own.factors)] for k, own in shapes.items()}
         fixed = Fixed(extended(self.layers, others_found), s.growing_T, s.rows, hold)
         state = numbers_everywhere(SingdState.of(core, params, self.rates.T, fixed), arrays)

@@ -113,7 +113,7 @@ class SingdState(NamedTuple):
         others = {
             k: Moments(mu[k], nu[k], own.step, lost.get(k)) for k, own in rest.fallback.items()
         }
-        return State(rest.step, rest.skipped, rest.largest_lr, layers, others)
+        return State(rest.step, rest.largest_lr, rest.skipped, layers, others)
 
     def with_core(self, core: State) -> SingdState:
         """This state with another core."""
@@ -167,7 +167,7 @@ def _apart(
         others[name] = Moments(None, None, moments.step)
         if moments.compensation is not None:
             lost[name] = moments.compensation
-    rest = State(core.step, core.skipped, core.largest_lr, kept, others)
+    rest = State(core.step, core.largest_lr, core.skipped, kept, others)
     return mu, nu, lost, rest
 
 

@@ -87,7 +87,7 @@ class Steps:
             for g, n in zip(own, parts(new[name]), strict=True):
                 total = total + jnp.sum(widen(g) * widen(n))
         ok = jnp.isfinite(total)
-        stepped = State(core.step, core.skipped, core.largest_lr, kept, {}).map(
+        stepped = State(core.step, core.largest_lr, core.skipped, kept, {}).map(
             lambda new, old: new if new is old else jnp.where(ok, new, old), core
         )
         skipped = core.skipped + (~ok).astype(core.skipped.dtype)

@@ -36,12 +36,14 @@ class LayerKind(ABC):
         has_rows: Whether there are rows; else the factors learn from gradients alone.
         stacks: Whether equal layers of one shape step as one along a first axis.
         is_plain: Whether each row is an entry of the layer's input, a vector or an index.
+        is_convolution: Whether rows are patches, seen by the kind's `windows`.
     """
 
     diagonal_inputs: ClassVar[bool] = False
     has_rows: ClassVar[bool] = True
     stacks: ClassVar[bool] = True
     is_plain: ClassVar[bool] = False
+    is_convolution: ClassVar[bool] = False
 
     @property
     def is_turned(self) -> bool:

@@ -53,6 +53,8 @@ class Convolution(LayerKind):
         ((2, 200, 19), 200)
     """
 
+    is_convolution = True
+
     # Equality goes by what the arguments mean: stride 1 and (1, 1) are the same kind of layer.
     kernel_size: Sequence[int] = field(compare=False)
     stride: Size = field(default=1, compare=False)

@@ -167,6 +167,7 @@ HOLES: dict[str, tuple[dict[str, Any], str]] = {
     "a factor of integers": ({"w.K.matrix": np.eye(2, dtype=int)}, r"'w\.K\.matrix' is of .*int64"),
     "a complex factor": ({"w.K.matrix": np.eye(2) * 1j}, r"'w\.K\.matrix' is of .*complex128"),
     "a count of fractions": ({"skipped": np.asarray(0.5)}, r"'skipped' is of .*float64"),
+    "a rate below 0": ({"largest_lr": -1.0}, r"'largest_lr' is -1\.0 in the saved state: must be"),
     "a step below 0": ({"step": -1}, r"'step' is -1 in the saved state: must be at least 0"),
 }
 

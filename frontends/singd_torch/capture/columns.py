@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from singd_core._array import widen
-from singd_core.layers import Convolution, LayerKind
+from singd_core.layers import LayerKind
 from singd_core.layers._patches import pad
 
 
@@ -15,14 +17,14 @@ def times(kind: LayerKind, x: Tensor, V: Tensor) -> Tensor:
     if kind.diagonal_inputs:
         seen, at = _looked_up(kind, x)
         return V[at] * seen[:, None]
-    if isinstance(kind, Convolution):
+    if kind.is_convolution:
         found = _convolved(kind, x, V)
         return kind.outputs(found, kfac_approx="expand", loss_average=None)[0]  # type: ignore[no-any-return]
     A: Tensor = kind.inputs(x, bias=False, kfac_approx="expand")[0]
     return A @ V.to(A)
 
 
-def _convolved(kind: Convolution, x: Tensor, V: Tensor) -> Tensor:
+def _convolved(kind: Any, x: Tensor, V: Tensor) -> Tensor:
     """The output of a convolution that has the columns of V as kernels, in each group."""
     sizes, strides, dilations, before, after = zip(*kind.windows, strict=True)
     if kind.padding_mode != "zeros" or before != after:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from singd_core._array import widen
-from singd_core.layers import Convolution, LayerKind
+from singd_core.layers import LayerKind
 from singd_torch._uncompiled import uncompiled
 from singd_torch.capture.columns import times, transposed_product, transposed_times
 from singd_torch.capture.tap import backward_pass
@@ -75,7 +75,7 @@ class Proof:
     def add(self, source: Source, x: Tensor, g: Tensor) -> None:
         """Add the rows of a call."""
         x, g = _whole(x), _whole(g)
-        whole = isinstance(source.kind, Convolution)  # whose patches are not made
+        whole = source.kind.is_convolution  # its patches are not made
         pieces = (x,) if whole else in_pieces(self._layer, source.kind, x, g)
         samples = [len(piece) for piece in pieces]
         gradients = torch.split(g, samples) if len(pieces) > 1 else [g]

@@ -30,7 +30,7 @@ class Page:
     def __init__(
         self, W: np.ndarray, structures: tuple[str, str] = ("dense", "dense"), **s: Any
     ) -> None:
-        self.W, self.s, self.k, self.t = W, s, 0, 0
+        self.W, self.s, self.k, self.t, self.largest = W, s, 0, 0, 0.0
         self.d_out, self.d_in = W.shape
         self.S_K = self.K = np.eye(self.d_in)
         self.S_C = self.C = np.eye(self.d_out)
@@ -70,7 +70,10 @@ class Page:
         return min(gap, 2 ** int(np.log2(max(1, t // 10)))) if self.s.get("growing_T") else gap
 
     def normalized(self, grad: np.ndarray) -> np.ndarray:
-        s, alpha, d_o, d_i = self.s, self.s["momentum"], self.d_out, self.d_in
+        s, d_o, d_i = self.s, self.d_out, self.d_in
+        self.largest = max(self.largest, s["lr"])
+        share = s["lr"] / self.largest
+        alpha = s["momentum"] ** (2 - share)
         if not s["decoupled_weight_decay"]:
             grad = grad + s["weight_decay"] * self.W
         square = np.sum(grad * grad)
@@ -94,7 +97,9 @@ class Page:
             change = np.clip(ratio - 3, 0, 1) - np.clip(1 - ratio, 0, 1)
             self.growth = np.clip(self.growth + 0.15 * change, 0, 4)
         self.mean += max(1 / self.t, 1 / 1000) * (square - self.mean)
-        f = np.clip(np.sqrt(self.Q / self.w / self.mean), 0.14, 1) if self.t > 200 else 1.0
+        most = max(0.14, share)
+        f = np.clip(np.sqrt(self.Q / self.w / self.mean), 0.14, most) / most
+        f = f if self.t > 60 else 1.0
         R = np.sqrt(2.26 / np.sqrt(max(d_o, d_i)) * 1.5 / np.sqrt(d_i * self.t_U))
         u = R * f * np.exp(self.growth) * agreement * n / np.sqrt(np.mean(n * n))
         lr = s["lr"] * min(1.0, self.t / s["warmup"])

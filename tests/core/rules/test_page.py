@@ -60,6 +60,7 @@ def compare(
     recipe: str,
     steps: int = 8,
     shrink: float = 1.0,
+    decay: float = 1.0,
 ) -> None:
     optimizer = Optimizer(recipe=recipe, structures=structures, **given)
     params: dict[str, Any] = {"map": (page.W[:, :-1], page.W[:, -1])}
@@ -70,6 +71,9 @@ def compare(
         updates, state = optimizer.update(grads, state, params, pair)
         params = optimizer.apply(params, updates)
         W = page.step(grad, A, B)
+        if decay != 1.0:
+            page.s["lr"] *= decay
+            optimizer.settings = dataclasses.replace(optimizer.settings, lr=page.s["lr"])
         weight, bias = params["map"]
         np.testing.assert_allclose(weight, W[:, :-1], rtol=CLOSE, atol=CLOSE)
         np.testing.assert_allclose(bias, W[:, -1], rtol=CLOSE, atol=CLOSE)
@@ -111,6 +115,13 @@ def test_gradients_that_shrink_make_the_steps_of_the_page() -> None:
     given: dict[str, Any] = {"momentum": 0.8}
     both, page = ("dense", "dense"), Page(weights(), **DEFAULTS | given | {"rule": "normalized"})
     compare(given, page, both, "normalized", steps=260, shrink=0.98)
+
+
+@pytest.mark.parametrize("decay", [0.99, 1.01])
+def test_rates_that_change_make_the_steps_of_the_page(decay: float) -> None:
+    """A decay to 0.22 of the rate, where steps are shorter by 0.36 to 1 besides; and a growth."""
+    both, page = ("dense", "dense"), Page(weights(), **DEFAULTS | {"rule": "normalized"})
+    compare({}, page, both, "normalized", steps=150, shrink=0.98, decay=decay)
 
 
 CHANGED: dict[str, Any] = {
