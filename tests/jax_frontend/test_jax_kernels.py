@@ -21,7 +21,7 @@ FREE = {
 
 # Of 17 weights, which step one by one: to stack equal ones takes fewer kernels (563 and 723), but
 # copies of all gradients, and twice the time to compile. XLA for a CPU fuses less than for a GPU.
-# 24 of them make what a weight takes of the rate (5.8b, 5.12b), which is known in the program alone.
+# 24 of them make what a weight takes of the rate (5.8b, 5.12b), known in the program alone.
 OTHER, REFRESH, ADAMW = 1016, 1495, 111
 
 
