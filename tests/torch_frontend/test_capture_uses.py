@@ -54,10 +54,13 @@ def test_weight_shared_by_two_modules() -> None:
     assert optimizer.calls == {"a.weight": 2}
 
 
+def one_after_the_other() -> nn.Module:
+    """Two layers of one shape, `a` and `b`."""
+    return Does(lambda m, x: m.b(torch.tanh(m.a(x))), a=nn.Linear(5, 5), b=nn.Linear(5, 5)).double()
+
+
 def test_weight_and_bias_shared_by_two_modules() -> None:
-    model = Does(
-        lambda m, x: m.b(torch.tanh(m.a(x))), a=nn.Linear(5, 5), b=nn.Linear(5, 5)
-    ).double()
+    model = one_after_the_other()
     model.b.weight, model.b.bias = model.a.weight, model.a.bias
     optimizer = check(model, draw(9, 5), expected_layers=1)
     assert table(optimizer) == {"a.weight": "SINGD", "a.bias": "SINGD"}
@@ -65,9 +68,7 @@ def test_weight_and_bias_shared_by_two_modules() -> None:
 
 def test_weight_shared_by_two_modules_with_biases_of_their_own() -> None:
     """The weight is one layer without bias; AdamW trains the biases."""
-    model = Does(
-        lambda m, x: m.b(torch.tanh(m.a(x))), a=nn.Linear(5, 5), b=nn.Linear(5, 5)
-    ).double()
+    model = one_after_the_other()
     model.b.weight = model.a.weight
     optimizer = check(model, draw(9, 5), expected_layers=1)
     assert table(optimizer) == {"a.weight": "SINGD", "a.bias": "AdamW", "b.bias": "AdamW"}
@@ -187,9 +188,7 @@ def test_layer_unfrozen_after_construction() -> None:
 
 def test_bias_of_two_weights_is_a_column_of_none() -> None:
     """Or both would move it. AdamW does."""
-    model = Does(
-        lambda m, x: m.b(torch.tanh(m.a(x))), a=nn.Linear(5, 5), b=nn.Linear(5, 5)
-    ).double()
+    model = one_after_the_other()
     model.b.bias = model.a.bias
     optimizer = check(model, draw(9, 5), expected_layers=2)
     assert table(optimizer) == {"a.weight": "SINGD", "b.weight": "SINGD", "a.bias": "AdamW"}
