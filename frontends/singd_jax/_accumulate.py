@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import optax  # type: ignore[import-untyped]
 
 from singd_core._array import Array
-from singd_core.curvature import Curvature
 from singd_jax._curvature import blank
 from singd_jax._gradients import MISSING, parted
 from singd_jax._layer import TRANSPOSED, Role
@@ -36,7 +35,8 @@ class MultiSteps(optax.MultiSteps):  # type: ignore[misc]
     The gradients are averaged, or added up where the loss is a sum (`loss_average=None`).
 
     Example:
-        >>> from singd_jax import find_layers, singd
+        >>> from singd_jax._blind import Curvature
+from singd_jax import find_layers, singd
         >>> loss = lambda params, x: jnp.mean(jnp.tanh(x @ params["w"]) ** 2)
         >>> params, x = {"w": jnp.ones((3, 2))}, jnp.ones((8, 3))
         >>> layers = find_layers(loss)(params, x[:4])
@@ -141,5 +141,7 @@ class MultiSteps(optax.MultiSteps):  # type: ignore[misc]
 def _with_mean(role: Role, curvature: Curvature, n: Array) -> Curvature:
     """The sum of n curvatures with the part of the inputs as their mean."""
     H, t = ("H_C", "t_G") if role == TRANSPOSED else ("H_K", "t_U")
-    found = {H: getattr(curvature, H).scale(1.0 / n), t: getattr(curvature, t) / n}
+    found = {H: getattr(curvature, H).scale(1.0 / n)}
+    if t in curvature.field_names():
+        found[t] = getattr(curvature, t) / n
     return dataclasses.replace(curvature, **found)

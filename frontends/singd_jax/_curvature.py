@@ -11,9 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from singd_core.curvature import Curvature, Measured
+from singd_core import curvature as _core
+from singd_core.curvature import Measured, shares
 from singd_core.rules import Factors
+from singd_core.structures import Structure
 from singd_jax import _compat, _nnx
+from singd_jax._blind import Blind, Curvature
 from singd_jax._find import leading
 from singd_jax._layer import UPRIGHT, Role
 from singd_jax._layers import Layers, checked
@@ -168,7 +171,7 @@ def seen(factors: Factors, curvature: Curvature) -> Curvature:
         return curvature
     given = Measured(curvature.H_K, curvature.t_U), Measured(curvature.H_C, curvature.t_G)
     K, C = factors.seen(*given)
-    return dataclasses.replace(curvature, H_K=K.S, H_C=C.S)
+    return _core.Curvature(K.S, C.S, curvature.t_U, curvature.t_G)
 
 
 @_compat.promoting
@@ -190,10 +193,15 @@ def _curvature(sums: Sums, average: str | int | None, role: Role) -> Curvature:
     if average == "batch+sequence":
         terms, uses = sums.counts[..., 1], sums.counts[..., 2]
         M = terms / jnp.where(uses > 0, uses, 1)
+    if isinstance(sums.K, Structure):
+        of_K, of_C, *_ = shares(N, M, 1, 1)
+        if role != UPRIGHT:
+            of_K, of_C = of_C, of_K
+        return Blind(sums.K.scale(of_K), sums.C.scale(of_C))
     if role == UPRIGHT:
-        return Curvature.of(sums.K, N, sums.C, M)
-    turned = Curvature.of(sums.C, N, sums.K, M)
-    return Curvature(turned.H_C, turned.H_K, turned.t_G, turned.t_U)
+        return _core.Curvature.of(sums.K, N, sums.C, M)
+    turned = _core.Curvature.of(sums.C, N, sums.K, M)
+    return _core.Curvature(turned.H_C, turned.H_K, turned.t_G, turned.t_U)
 
 
 def joined(curvature: Mapping[str, Curvature], layers: Layers) -> dict[str, Curvature]:

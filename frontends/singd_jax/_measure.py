@@ -29,15 +29,16 @@ class Sums(NamedTuple):
     XLA knows it, and scaling by it later costs nothing.
 
     Attributes:
-        K: The mean over the rows of K, which are inputs unless the matrix is used transposed.
+        K: The mean over the rows of K, which are inputs unless the matrix is used transposed;
+            of a blind layer the structure alone.
         C: The sum over the rows of C, times the number of terms of the loss where it is a number.
         counts: The number of rows in units of those found, the number of rows if every position
             is one, and the number of products, each counted once however often it runs: shape
             (*stack, 3).
     """
 
-    K: Measured
-    C: Measured
+    K: Measured | Structure
+    C: Measured | Structure
     counts: Array
 
 
@@ -140,7 +141,7 @@ def _sums(
     B: Array,
     scales: tuple[float, float] = (1.0, 1.0),
     last: float | None = None,
-) -> tuple[Measured, Measured]:
+) -> tuple[Measured | Structure, Measured | Structure]:
     """The sums of rows A and B times the scales, blind if there are no factors.
 
     A has one more column of the number `last`, if it is given.
@@ -151,7 +152,7 @@ def _sums(
         return K.map(lambda a: a * of_A), C.map(lambda a: a * of_B)
     # in float32: what rounds the sums is large where a factor is
     S_K, S_C = structures
-    return Measured(*S_K.summed(widen(A), of_A, last)), Measured(*S_C.summed(widen(B), of_B))
+    return S_K.summed(widen(A), of_A, last), S_C.summed(widen(B), of_B)
 
 
 def is_blind(factors: Factors) -> bool:

@@ -11,7 +11,7 @@ import optax  # type: ignore[import-untyped]
 
 from singd_core._recipes import DEFAULT, hint
 from singd_core.adamw import Fallback
-from singd_core.curvature import Curvature
+from singd_jax._blind import Curvature
 from singd_jax import _compat
 from singd_jax._begin import Start
 from singd_jax._gradients import MISSING, parted

@@ -88,14 +88,14 @@ class Structure(Tree):
         return self.congruence(A.mT), sum_of_squares(A, 2)
 
     @classmethod
-    def summed(cls, A: Array, c: float, last: float | None = None) -> tuple[Self, Array]:
-        """Π̂(XᵀX) of rows X, shape (..., n, d), and ‖X‖² in at least float32, times c > 0.
+    def summed(cls, A: Array, c: float, last: float | None = None) -> Self:
+        """Π̂(XᵀX) of rows X, shape (..., n, d), times c > 0.
 
         X is `A`, with one more column of the number `last`, if it is given: the ones of a bias. A
         structure need not write them to memory.
         """
         X = A if last is None else append_ones(A, A.ndim - 1, last)
-        return cls.outer(X.mT).scale(c), sum_of_squares(X, 2) * c
+        return cls.outer(X.mT).scale(c)
 
     @classmethod
     def sums(cls) -> type[Structure]:

@@ -17,7 +17,6 @@ from singd_core._array import (
     namespace,
     norm,
     product,
-    sum_of_squares,
     widen,
 )
 from singd_core.structures.base import Structure, structure
@@ -99,7 +98,7 @@ class BlockDiagonal(Pattern):
         return self.map(lambda L, U: L.mT @ U @ L, self.outer(X))
 
     @classmethod
-    def summed(cls, A: Array, c: float, last: float | None = None) -> tuple[Self, Array]:
+    def summed(cls, A: Array, c: float, last: float | None = None) -> Self:
         # Rows of several blocks are written anew in any case, and scaled while they are.
         *batch, n, d = A.shape
         q, r = divmod(d + (last is not None), cls.b)
@@ -109,14 +108,12 @@ class BlockDiagonal(Pattern):
         if q > 1:
             head, of_sums = head * c**0.5, 1.0
         blocks = namespace(A).reshape(head.mT, (*batch, q, cls.b, n))
-        squares, of_rest = sum_of_squares(blocks, 3) * of_sums, full((*batch, r, r), 0.0, like=A)
         if last is not None:  # the ones are all of the last block
-            corner = n * last * last * c
-            squares, of_rest = squares + corner, full((*batch, 1, 1), corner, like=A)
-        elif r:
+            of_rest = full((*batch, 1, 1), n * last * last * c, like=A)
+        else:
             rest = A[..., q * cls.b :]
-            squares, of_rest = squares + sum_of_squares(rest, 2) * c, rest.mT @ rest * c
-        return cls(blocks @ blocks.mT * of_sums, of_rest), squares
+            of_rest = rest.mT @ rest * c
+        return cls(blocks @ blocks.mT * of_sums, of_rest)
 
     @classmethod
     def sums(cls) -> type[Structure]:

@@ -12,7 +12,6 @@ from singd_core._array import (
     concat,
     namespace,
     product,
-    sum_of_squares,
 )
 from singd_core.structures.base import structure
 from singd_core.structures.pattern import Pattern
@@ -39,7 +38,7 @@ class _Square(Pattern):
         return product(self.matrix, X, out)
 
     @classmethod
-    def summed(cls, A: Array, c: float, last: float | None = None) -> tuple[Self, Array]:
+    def summed(cls, A: Array, c: float, last: float | None = None) -> Self:
         n, d = A.shape[-2:]
         if last is None or n < 2 * d:
             return super().summed(A, c, last)
@@ -47,7 +46,7 @@ class _Square(Pattern):
         ends, corner = namespace(A).sum(A, axis=-2)[..., None, :] * last, n * last * last
         ends = append_ones(ends, A.ndim - 1, corner)
         XX = concat([concat([A.mT @ A, ends[..., :-1]], axis=-2), ends.mT], axis=-1)
-        return cls.project(XX * c), (sum_of_squares(A, 2) + corner) * c
+        return cls.project(XX * c)
 
     def scale_rows(self, c: Array) -> Self:
         return type(self)(self.matrix * c[..., None])

@@ -71,13 +71,11 @@ class Diagonal(Pattern):
         return type(self)(self.diag * self.diag * cast(squares, A)), total
 
     @classmethod
-    def summed(cls, A: Array, c: float, last: float | None = None) -> tuple[Self, Array]:
-        squares, total = _sums_and_total(A)
+    def summed(cls, A: Array, c: float, last: float | None = None) -> Self:
+        squares = sums_of_squares(A)
         if last is not None:
-            of_last = A.shape[-2] * last * last
-            squares = append_ones(squares, squares.ndim - 1, of_last)
-            total = total + of_last
-        return cls(cast(squares * c, A)), total * c
+            squares = append_ones(squares, squares.ndim - 1, A.shape[-2] * last * last)
+        return cls(cast(squares * c, A))
 
     @classmethod
     def sums(cls) -> type[Structure]:

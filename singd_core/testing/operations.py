@@ -39,8 +39,7 @@ OPERATIONS: dict[str, Operation] = {
     "congruence": lambda L, R, X, M, c: L.congruence(X),
     "measured": lambda L, R, X, M, c: L.measured(X.mT)[0],
     "measured, ‖X‖²": lambda L, R, X, M, c: L.measured(X.mT)[1],
-    "summed": lambda L, R, X, M, c: L.summed(X.mT, 2.0)[0],
-    "summed, ‖X‖²": lambda L, R, X, M, c: L.summed(X.mT, 2.0)[1],
+    "summed": lambda L, R, X, M, c: L.summed(X.mT, 2.0),
     "gram": lambda L, R, X, M, c: L.gram(),
     "matmul": lambda L, R, X, M, c: L.matmul(R),
     "apply": lambda L, R, X, M, c: L.apply(X),
@@ -64,7 +63,7 @@ OPERATIONS: dict[str, Operation] = {
 # what may form d × d matrices: the three whose argument or result is one
 DENSE = ("restrict", "dense", "project")
 # what sums up all entries, in at least float32
-SUMS = ("trace", "norm", "row_norms", "measured, ‖X‖²", "summed, ‖X‖²")
+SUMS = ("trace", "norm", "row_norms", "measured, ‖X‖²")
 
 
 def dtype_of(name: str, leaf: Array) -> Any:
