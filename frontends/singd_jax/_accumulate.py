@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax  # type: ignore[import-untyped]
 
 from singd_core._array import Array
+from singd_jax._blind import Curvature
 from singd_jax._curvature import blank
 from singd_jax._gradients import MISSING, parted
 from singd_jax._layer import TRANSPOSED, Role
@@ -35,8 +36,7 @@ class MultiSteps(optax.MultiSteps):  # type: ignore[misc]
     The gradients are averaged, or added up where the loss is a sum (`loss_average=None`).
 
     Example:
-        >>> from singd_jax._blind import Curvature
-from singd_jax import find_layers, singd
+        >>> from singd_jax import find_layers, singd
         >>> loss = lambda params, x: jnp.mean(jnp.tanh(x @ params["w"]) ** 2)
         >>> params, x = {"w": jnp.ones((3, 2))}, jnp.ones((8, 3))
         >>> layers = find_layers(loss)(params, x[:4])

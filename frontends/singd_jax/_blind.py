@@ -26,12 +26,12 @@ class Blind(Tree):
     H_C: Structure
 
     @property
-    def t_U(self) -> Array:  # noqa: N802
+    def t_U(self) -> Array:
         """The mean diagonal entry of U, of the batch axes' shape, in at least float32."""
         return self.H_K.trace() / max(1, self.H_K.shape[-1])
 
     @property
-    def t_G(self) -> Array:  # noqa: N802
+    def t_G(self) -> Array:
         """The mean diagonal entry of G."""
         return self.H_C.trace() / max(1, self.H_C.shape[-1])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -195,8 +194,7 @@ def _curvature(sums: Sums, average: str | int | None, role: Role) -> Curvature:
         M = terms / jnp.where(uses > 0, uses, 1)
     if isinstance(sums.K, Structure):
         of_K, of_C, *_ = shares(N, M, 1, 1)
-        if role != UPRIGHT:
-            of_K, of_C = of_C, of_K
+        of_K, of_C = (of_K, of_C) if role == UPRIGHT else (of_C, of_K)
         return Blind(sums.K.scale(of_K), sums.C.scale(of_C))
     if role == UPRIGHT:
         return _core.Curvature.of(sums.K, N, sums.C, M)
@@ -206,7 +204,7 @@ def _curvature(sums: Sums, average: str | int | None, role: Role) -> Curvature:
 
 def joined(curvature: Mapping[str, Curvature], layers: Layers) -> dict[str, Curvature]:
     """The curvature of each layer, from the curvatures of its roles."""
-    found: dict[str, Curvature] = {}
+    found: dict[str, Any] = {}  # of one layer all blind or none
     for key, (name, _) in layers.curvatures.items():
         if key in curvature:
             c = curvature[key]

@@ -7,6 +7,7 @@ and their origins.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from singd_jax import _compat
+from singd_jax import _twins as twins
 from singd_jax._axes import View
 from singd_jax._joins import Join
 from singd_jax._product import Origin, Product
@@ -40,15 +42,14 @@ def remat(
 ) -> Results:
     """`jax.checkpoint`."""
     jaxpr, consts = _compat.inner_jaxpr(eqn)
-    found: list[Origin] = []
-
-    def body(values: Any, ports: Any) -> Any:
-        results, found[:] = tracer.run(jaxpr, consts, values, origins, ports)
-        return results
-
     p = eqn.params
-    again = jax.checkpoint(body, policy=p["policy"], prevent_cse=p["prevent_cse"])
-    return again(values, ports), found
+
+    def made(function: Callable[..., Any]) -> Callable[..., Any]:
+        return jax.checkpoint(function, policy=p["policy"], prevent_cse=p["prevent_cse"])
+
+    same = None if consts else (id(jaxpr), p["policy"], p["prevent_cse"])
+    body = functools.partial(tracer.run, jaxpr, consts)
+    return twins.run(tracer, body, made, same, values, origins, ports)
 
 
 def cond(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax  # type: ignore[import-untyped]
 
 from singd_core._array import Array
+from singd_jax._blind import Curvature
 from singd_jax._curvature import value_and_curvature
 from singd_jax._state import Both, find_state, holds_state
 
@@ -117,8 +118,7 @@ def value_and_grad(
         ValueError: If the state has no state of singd in it, or several.
 
     Example:
-        >>> from singd_jax._blind import Curvature
-from singd_jax import singd
+        >>> from singd_jax import singd
         >>> loss = lambda params, x: jnp.mean(jnp.tanh(x @ params["w"]) ** 2)
         >>> params, x = {"w": jnp.ones((3, 2))}, jnp.ones((8, 3))
         >>> tx = singd(loss=loss)

@@ -14,7 +14,7 @@ import optax  # type: ignore[import-untyped]
 from singd_core._array import Array
 from singd_jax import _compat, _nnx
 from singd_jax._axes import View
-from singd_jax._spread import NONE, PARAMETERS
+from singd_jax._spread import NONE, PARAMETERS, Perturbed
 from singd_jax._trace import Ports, Tracer
 
 
@@ -190,7 +190,7 @@ def evaluate(
     if any(differ):  # the loss is inside a shard_map
         tracer.spread.follow(closed.jaxpr, closed.consts, differ)
     marks = [*[frozenset([PARAMETERS])] * len(leaves), *[NONE] * len(arrays)]
-    tracer.perturbed.follow(closed.jaxpr, closed.consts, marks)
+    tracer.perturbed = Perturbed(closed.jaxpr, closed.consts, marks)
     value = closed.jaxpr.outvars[:1]  # what else is returned is not differentiated
     results, _ = tracer.run(closed.jaxpr, closed.consts, args, origins, ports, value)
     return jax.tree.unflatten(jax.tree.structure(shape), results)  # type: ignore[no-any-return]

@@ -37,8 +37,8 @@ class Sums(NamedTuple):
             (*stack, 3).
     """
 
-    K: Measured | Structure
-    C: Measured | Structure
+    K: Any  # Measured or Structure, as C
+    C: Any
     counts: Array
 
 

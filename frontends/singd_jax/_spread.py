@@ -142,10 +142,19 @@ class Spread:
 
 
 class Perturbed(Spread):
-    """Which values change with the parameters, for all that autodiff sees of it."""
+    """Which values change with the parameters, for all that autodiff sees of it.
+
+    It follows a loss only if it is asked: most have no rules of their own, which ask.
+    """
+
+    def __init__(self, *loss: Any) -> None:
+        super().__init__()
+        self._loss = loss
 
     def __call__(self, v: _compat.Variable) -> bool:
         """Whether a value may change; one that is not known may."""
+        if self._loss and not self.known:
+            self.follow(*self._loss)
         return not _compat.is_literal(v) and PARAMETERS in self.known.get(v, {PARAMETERS})
 
     def _both(self, a: Axes, b: Axes) -> Axes:

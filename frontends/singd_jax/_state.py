@@ -17,8 +17,8 @@ from singd_core._layer_state import LayerState, State
 from singd_core._settings import Settings, is_due
 from singd_core.adamw import Moments
 from singd_core.rules import Factors
-from singd_jax._blind import Curvature
 from singd_jax import _compat
+from singd_jax._blind import Curvature
 from singd_jax._layer import Layer
 from singd_jax._layers import Layers
 from singd_jax._loss import Leaves

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from singd_core._array import Array, widen
 from singd_core._layer_state import LayerState, Parameter, State, like, parts
 from singd_core.rules import Factors
-from singd_jax._blind import Curvature
 from singd_jax import _compat
+from singd_jax._blind import Curvature
 from singd_jax._curvature import joined, seen
 from singd_jax._layer import Layer
 from singd_jax._loss import Leaves

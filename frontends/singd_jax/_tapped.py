@@ -63,20 +63,28 @@ class Tapped:
             keys[index[weight.name], weight.region] = name
         owned = {leaf for leaf, _ in keys}
 
-        def visit(key: Key, call: Call, x: Any, y: Array, ports: Ports) -> Array:
+        def look(key: Key, call: Call) -> Any:
+            """How a product is measured, or whether it must not be there."""
             name = keys.get(key)
-            role = None if name is None or key not in ports else self.layers[name].role(call)
-            if role is None and key[0] in owned:
+            role = None if name is None else self.layers[name].role(call)
+            if name is None or role is None:
+                return key[0] in owned
+            seen.add(name + role)
+            rule = self.rule(call, self.layers[name], self.layers.kfac_approx)
+            return role, rule, id(self.due.get(name))
+
+        def visit(key: Key, call: Call, x: Any, y: Array, ports: Ports) -> Array:
+            how = look(key, call) if key in ports else key[0] in owned
+            if how is True:
                 raise ValueError(
                     f"{leaves.names[key[0]]!r} is used as another matrix than in the loss that the "
                     "layers were found in: find the layers of this loss"
                 )
-            if name is None or role is None:
+            if how is False:
                 return y
-            seen.add(name + role)
-            rule = self.rule(call, self.layers[name], self.layers.kfac_approx)
+            role, rule, _ = how
             port = ports[key]
-            return tap(rule, y, x, port._replace(slot=port.slot[role]), self.due.get(name))
+            return tap(rule, y, x, port._replace(slot=port.slot[role]), self.due.get(keys[key]))
 
         def function(arrays: list[Array], slots: Mapping[str, Any]) -> Any:
             ports = {
@@ -84,7 +92,7 @@ class Tapped:
                 for key, name in keys.items()
             }
             stacks = {key: self.layers[name].weight.stack for key, name in keys.items()}
-            tracer = Tracer(self.batch_size, visit, stacks)
+            tracer = Tracer(self.batch_size, visit, stacks, look)
             found = evaluate(self.loss, tracer, leaves, arrays, ports, batch, keywords)
             return _first(found[0], has_aux), found
 

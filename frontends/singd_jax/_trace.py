@@ -28,6 +28,8 @@ from singd_jax._spread import Perturbed, Spread
 Ports: TypeAlias = Mapping[Key, Any]
 # Takes a product, its operand, itself and the ports; returns the product, tapped or not.
 Visit: TypeAlias = Callable[[Key, Call, Any, Array, Ports], Array]
+# Takes a product; returns what its visit depends on, the same for visits that are alike.
+Look: TypeAlias = Callable[[Key, Call], Any]
 
 
 class Tracer:
@@ -46,6 +48,7 @@ class Tracer:
         spread: Along which axes of a mesh data differ between devices.
         perturbed: Which values change with the parameters.
         within: The equations that are being entered.
+        twins: Calls that were traced, for equal ones.
     """
 
     def __init__(
@@ -53,9 +56,10 @@ class Tracer:
         batch_size: int | None,
         visit: Visit,
         stacks: Mapping[Key, Sequence[Group]] = MappingProxyType({}),
+        look: Look = lambda key, call: None,
     ) -> None:
         """`stacks` has for each port the axes of its leaf that stack equal layers."""
-        self.batch_size, self.visit, self.stacks = batch_size, visit, stacks
+        self.batch_size, self.visit, self.look, self.stacks = batch_size, visit, look, stacks
         self.calls: dict[Key, dict[Path, Call]] = collections.defaultdict(dict)
         self.biases: dict[Key, dict[Path, Bias]] = collections.defaultdict(dict)
         self.reads: dict[int, dict[str, None]] = collections.defaultdict(dict)
@@ -64,6 +68,7 @@ class Tracer:
         self.leading: set[int | None] = set()
         self.spread, self.perturbed = Spread(), Perturbed()
         self.within: Path = ()
+        self.twins: dict[Any, Any] = {}
         self._kept: list[Any] = []
 
     def keep(self, jaxpr: Any) -> Any:

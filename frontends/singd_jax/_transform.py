@@ -11,9 +11,9 @@ import optax  # type: ignore[import-untyped]
 
 from singd_core._recipes import DEFAULT, hint
 from singd_core.adamw import Fallback
-from singd_jax._blind import Curvature
 from singd_jax import _compat
 from singd_jax._begin import Start
+from singd_jax._blind import Curvature
 from singd_jax._gradients import MISSING, parted
 from singd_jax._layers import Layers
 from singd_jax._rates import Rate, Rates

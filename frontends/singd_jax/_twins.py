@@ -1,0 +1,179 @@
+"""Calls of one jaxpr with other parameters, such as equal blocks: the first one alone is traced.
+
+jax keeps what it makes of a function, its derivative and its transpose, as long as it is the same
+function. So equal calls call the same, and what was found in the first one is noted of the others.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from singd_jax._axes import Key, View
+from singd_jax._joins import Join
+from singd_jax._product import Origin, Path, Product
+
+if TYPE_CHECKING:
+    from singd_jax._trace import Ports, Tracer
+
+
+@dataclasses.dataclass
+class Twin:
+    """A call that was traced.
+
+    Attributes:
+        function: Takes the operands and the ports, which are numbered as `leaves` are.
+        leaves: The leaves among its operands, in the order of the operands.
+        within: The equations it lies in.
+        found: Where its results come from.
+        noted: What a tracer notes of it.
+        looks: What its visits depend on.
+    """
+
+    function: Callable[..., Any]
+    leaves: tuple[int, ...]
+    within: Path
+    found: list[Origin]
+    noted: dict[str, Any]
+    looks: list[Any]
+
+
+def run(
+    tracer: Tracer,
+    body: Callable[..., Any],
+    made: Callable[[Callable[..., Any]], Callable[..., Any]],
+    same: Any,
+    values: Sequence[Any],
+    origins: Sequence[Origin],
+    ports: Ports,
+) -> tuple[list[Any], list[Origin]]:
+    """The results of a call and their origins.
+
+    Args:
+        tracer: The tracer.
+        body: Takes operands, origins and ports; returns what this returns.
+        made: Makes the function that is called of one that takes operands and ports.
+        same: What equal calls have in common, besides operands and ports; None of one that has no
+            equal.
+        values: The operands.
+        origins: Where they come from.
+        ports: The ports of the weights among them.
+    """
+    leaves = tuple(dict.fromkeys(view.leaf for view in _views(origins)))
+    number = {leaf: i for i, leaf in enumerate(leaves)}
+    numbered = {(number[leaf], region): port for (leaf, region), port in ports.items()}
+    stacks = {key: tuple(tracer.stacks[leaves[key[0]], key[1]]) for key in numbered}
+    key: Any = None
+    if (
+        same is not None
+        and _are_plain(origins)
+        and not any(isinstance(o, Product) for o in origins)
+    ):
+        own = tuple(_renamed(o, number, (), ()) for o in origins)
+        where = tracer.within[:-1], tracer.spread.unchecked
+        key = same, where, own, frozenset(stacks.items())
+    twin = tracer.twins.get(key)
+    if twin is not None:
+        twin = _as(twin, leaves, tracer.within)
+        if twin.looks == _looks(tracer, twin.noted):
+            _note(tracer, twin.noted)
+            return list(twin.function(values, numbered)), twin.found
+    found: list[Origin] = []
+
+    def function(values: Any, ports: Any) -> Any:
+        own = {(leaves[i], region): port for (i, region), port in ports.items()}
+        results, found[:] = body(values, origins, own)
+        return results
+
+    kept, noted = {name: getattr(tracer, name) for name in _nothing()}, _nothing()
+    vars(tracer).update(noted)
+    function = made(function)
+    results = list(function(values, numbered))
+    vars(tracer).update(kept)
+    _note(tracer, noted)
+    if key is not None and _are_plain(found):
+        looks = _looks(tracer, noted)
+        tracer.twins[key] = Twin(function, leaves, tracer.within, found, noted, looks)
+    return results, found
+
+
+def _views(origins: Sequence[Origin]) -> list[View]:
+    views = [o.views if isinstance(o, Join) else (o,) for o in origins]
+    return [v for some in views for v in some if isinstance(v, View)]
+
+
+def _are_plain(origins: Sequence[Origin]) -> bool:
+    """Whether no value, which another call has not, belongs to them."""
+    return all(view.factor is None and not view.picks for view in _views(origins))
+
+
+def _looks(tracer: Tracer, noted: Mapping[str, Any]) -> list[Any]:
+    """What the visits of all products depend on."""
+    return [tracer.look(k, call) for k, calls in noted["calls"].items() for call in calls.values()]
+
+
+def _nothing() -> dict[str, Any]:
+    """What a tracer notes, of nothing."""
+    found: dict[str, Any] = {n: collections.defaultdict(dict) for n in _BY_KEY}
+    return {**found, "steps": set()}
+
+
+_BY_KEY = "calls", "biases", "reads"
+
+
+def _note(tracer: Tracer, noted: Mapping[str, Any]) -> None:
+    for name in _BY_KEY:
+        for key, of_key in noted[name].items():
+            getattr(tracer, name)[key].update(of_key)
+    tracer.steps |= noted["steps"]
+
+
+def _as(twin: Twin, leaves: Sequence[int], within: Path) -> Twin:
+    """What was found in a call, as in a call of other leaves."""
+    to = dict(zip(twin.leaves, leaves, strict=True))
+
+    def key(old: Key) -> Key:
+        return to[old[0]], old[1]
+
+    def renamed(old: Mapping[Key, Mapping[Path, Any]]) -> dict[Key, dict[Path, Any]]:
+        n = len(twin.within)
+        return {
+            key(k): {
+                (*within, *path[n:]): dataclasses.replace(
+                    of, view=dataclasses.replace(of.view, leaf=to[of.view.leaf])
+                )
+                for path, of in of_key.items()
+            }
+            for k, of_key in old.items()
+        }
+
+    noted = {
+        "calls": renamed(twin.noted["calls"]),
+        "biases": renamed(twin.noted["biases"]),
+        "reads": {to[leaf]: of_leaf for leaf, of_leaf in twin.noted["reads"].items()},
+        "steps": {key(k) for k in twin.noted["steps"]},
+    }
+    found = [_renamed(o, to, twin.within, within) for o in twin.found]
+    return Twin(twin.function, tuple(leaves), within, found, noted, twin.looks)
+
+
+def _renamed(origin: Origin, to: Mapping[int, int], old: Path, new: Path) -> Origin:
+    """The same with other leaves and paths."""
+    if isinstance(origin, View):
+        return dataclasses.replace(origin, leaf=to[origin.leaf])
+    if isinstance(origin, Join):
+        views = tuple(dataclasses.replace(v, leaf=to[v.leaf]) for v in origin.views)
+        return Join(origin.axis, views)
+    if isinstance(origin, Product):
+        pieces = []
+        for piece in origin.pieces:
+            view = piece.call.view
+            call = dataclasses.replace(
+                piece.call, view=dataclasses.replace(view, leaf=to[view.leaf])
+            )
+            path = (*new, *piece.path[len(old) :])
+            pieces.append(dataclasses.replace(piece, key=view.key, path=path, call=call))
+        return Product(tuple(pieces), origin.dims)
+    return None
