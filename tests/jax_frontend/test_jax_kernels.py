@@ -21,8 +21,9 @@ FREE = {
 
 # Of 17 weights, which step one by one: to stack equal ones takes fewer kernels (563 and 723), but
 # copies of all gradients, and twice the time to compile. XLA for a CPU fuses less than for a GPU.
-# 24 of them make what a weight takes of the rate (5.8b, 5.12b), known in the program alone.
-OTHER, REFRESH, ADAMW = 1016, 1495, 111
+# 24 of them make what a weight takes of the rate (5.8b, 5.12b), known in the program alone. A
+# refresh takes the traces of U and G, two kernels for each, which every gradient took before.
+OTHER, REFRESH, ADAMW = 1016, 1560, 111
 
 
 def computations(text: str) -> dict[str, list[str]]:
@@ -129,8 +130,8 @@ def two_layers(d, rows):
 
 
 @pytest.mark.slow
-def test_each_factor_costs_a_gradient_four_kernels():
-    """Choosing the rows, the product of them, their squares and the mean of these."""
+def test_each_factor_costs_a_gradient_two_kernels():
+    """Choosing the rows, and the product of them."""
     params, loss, x = two_layers(128, 1024)
     layers = singd_jax.find_layers(loss)(params, x)
     state = singd_jax.singd(layers=layers, T=1).init(params)
@@ -138,7 +139,7 @@ def test_each_factor_costs_a_gradient_four_kernels():
     alone = jax.jit(jax.value_and_grad(loss)).lower(params, x).compile()
     constants = len(re.findall(r" copy\(%?constant", both.as_text()))
     more = kernels(both.as_text(), 0) - constants - kernels(alone.as_text(), 0)
-    assert more <= 2 * 2 * 4
+    assert more <= 2 * 2 * 2
 
 
 @pytest.mark.slow
