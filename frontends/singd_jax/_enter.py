@@ -47,7 +47,7 @@ def remat(
     def made(function: Callable[..., Any]) -> Callable[..., Any]:
         return jax.checkpoint(function, policy=p["policy"], prevent_cse=p["prevent_cse"])
 
-    same = None if consts else (id(jaxpr), p["policy"], p["prevent_cse"])
+    same = None if consts else (id(jaxpr), id(p["policy"]), p["prevent_cse"])
     body = functools.partial(tracer.run, jaxpr, consts)
     return twins.run(tracer, body, made, same, values, origins, ports)
 

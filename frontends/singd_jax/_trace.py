@@ -28,8 +28,6 @@ from singd_jax._spread import Perturbed, Spread
 Ports: TypeAlias = Mapping[Key, Any]
 # Takes a product, its operand, itself and the ports; returns the product, tapped or not.
 Visit: TypeAlias = Callable[[Key, Call, Any, Array, Ports], Array]
-# Takes a product; returns what its visit depends on, the same for visits that are alike.
-Look: TypeAlias = Callable[[Key, Call], Any]
 
 
 class Tracer:
@@ -56,9 +54,9 @@ class Tracer:
         batch_size: int | None,
         visit: Visit,
         stacks: Mapping[Key, Sequence[Group]] = MappingProxyType({}),
-        look: Look = lambda key, call: None,
+        look: Callable[[Key, Call], Any] = lambda key, call: None,
     ) -> None:
-        """`stacks` has for each port the axes of its leaf that stack equal layers."""
+        """`stacks`: a port's axes that stack layers; `look`: what a product's visit depends on."""
         self.batch_size, self.visit, self.look, self.stacks = batch_size, visit, look, stacks
         self.calls: dict[Key, dict[Path, Call]] = collections.defaultdict(dict)
         self.biases: dict[Key, dict[Path, Bias]] = collections.defaultdict(dict)

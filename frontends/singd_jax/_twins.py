@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from singd_jax._axes import Key, View
 from singd_jax._joins import Join
@@ -17,6 +17,8 @@ from singd_jax._product import Origin, Path, Product
 
 if TYPE_CHECKING:
     from singd_jax._trace import Ports, Tracer
+
+Leaves: TypeAlias = Mapping[int, int]  # the new number of each leaf
 
 
 @dataclasses.dataclass
@@ -66,12 +68,9 @@ def run(
     numbered = {(number[leaf], region): port for (leaf, region), port in ports.items()}
     stacks = {key: tuple(tracer.stacks[leaves[key[0]], key[1]]) for key in numbered}
     key: Any = None
-    if (
-        same is not None
-        and _are_plain(origins)
-        and not any(isinstance(o, Product) for o in origins)
-    ):
-        own = tuple(_renamed(o, number, (), ()) for o in origins)
+    known = not any(isinstance(o, Product) for o in origins)
+    if same is not None and known and _are_plain(origins):
+        own = tuple(_renamed(o, number, ()) for o in origins)
         where = tracer.within[:-1], tracer.spread.unchecked
         key = same, where, own, frozenset(stacks.items())
     twin = tracer.twins.get(key)
@@ -134,18 +133,11 @@ def _as(twin: Twin, leaves: Sequence[int], within: Path) -> Twin:
     """What was found in a call, as in a call of other leaves."""
     to = dict(zip(twin.leaves, leaves, strict=True))
 
-    def key(old: Key) -> Key:
-        return to[old[0]], old[1]
+    n = len(twin.within)
 
     def renamed(old: Mapping[Key, Mapping[Path, Any]]) -> dict[Key, dict[Path, Any]]:
-        n = len(twin.within)
         return {
-            key(k): {
-                (*within, *path[n:]): dataclasses.replace(
-                    of, view=dataclasses.replace(of.view, leaf=to[of.view.leaf])
-                )
-                for path, of in of_key.items()
-            }
+            _key(k, to): {(*within, *path[n:]): _with_view(of, to) for path, of in of_key.items()}
             for k, of_key in old.items()
         }
 
@@ -153,27 +145,39 @@ def _as(twin: Twin, leaves: Sequence[int], within: Path) -> Twin:
         "calls": renamed(twin.noted["calls"]),
         "biases": renamed(twin.noted["biases"]),
         "reads": {to[leaf]: of_leaf for leaf, of_leaf in twin.noted["reads"].items()},
-        "steps": {key(k) for k in twin.noted["steps"]},
+        "steps": {_key(k, to) for k in twin.noted["steps"]},
     }
-    found = [_renamed(o, to, twin.within, within) for o in twin.found]
+    found = [_renamed(o, to, within) for o in twin.found]
     return Twin(twin.function, tuple(leaves), within, found, noted, twin.looks)
 
 
-def _renamed(origin: Origin, to: Mapping[int, int], old: Path, new: Path) -> Origin:
-    """The same with other leaves and paths."""
+def _renamed(origin: Origin, to: Leaves, within: Path) -> Origin:
+    """The same of other leaves, a product in a call that lies in these equations."""
     if isinstance(origin, View):
         return dataclasses.replace(origin, leaf=to[origin.leaf])
     if isinstance(origin, Join):
         views = tuple(dataclasses.replace(v, leaf=to[v.leaf]) for v in origin.views)
         return Join(origin.axis, views)
     if isinstance(origin, Product):
-        pieces = []
-        for piece in origin.pieces:
-            view = piece.call.view
-            call = dataclasses.replace(
-                piece.call, view=dataclasses.replace(view, leaf=to[view.leaf])
+        pieces = tuple(
+            dataclasses.replace(
+                piece,
+                key=_key(piece.key, to),
+                path=(*within, *piece.path[len(within) :]),
+                call=_with_view(piece.call, to),
             )
-            path = (*new, *piece.path[len(old) :])
-            pieces.append(dataclasses.replace(piece, key=view.key, path=path, call=call))
-        return Product(tuple(pieces), origin.dims)
+            for piece in origin.pieces
+        )
+        return Product(pieces, origin.dims)
     return None
+
+
+def _key(key: Key, to: Leaves) -> Key:
+    leaf, region = key
+    return to[leaf], region
+
+
+def _with_view(found: Any, to: Leaves) -> Any:
+    """A call or a bias, of another leaf."""
+    view = dataclasses.replace(found.view, leaf=to[found.view.leaf])
+    return dataclasses.replace(found, view=view)
