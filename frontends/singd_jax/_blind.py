@@ -14,7 +14,7 @@ from singd_core.structures.base import Structure
 class Blind(Tree):
     """The curvature U ⊗ G as the structures keep it, for a refresh to see by K and C.
 
-    Its traces are taken where they are wanted, in the refresh: in each step they would be half of
+    Its traces are taken where they are wanted, in a refresh. In every step they would be half of
     the kernels that the curvature of a layer takes.
 
     Attributes:
