@@ -2,8 +2,7 @@
 
 No GPU is needed, but a build of torch that has Triton: what the compiler asks of a GPU is told to
 it. Calls of generated kernels, of products and of operations on lists are counted, for the 4-layer
-GPT of `make bench` with default settings. AdamW and the count of skipped steps are outside of the
-graphs: four kernels more.
+GPT of `make bench` with default settings. AdamW is outside of the graphs: three kernels more.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Steps of an accelerator as compiled graphs: the second step of a kind is recorded as it is taken.
 
 What such steps read and write stays where it is (`Stack.capturable`), but for their inputs: the
-gradients, the rates, the sums over rows, and the scale of the loss.
+gradients, the rates, the count of skipped steps, the sums over rows, and the scale of the loss.
 """
 
 from __future__ import annotations

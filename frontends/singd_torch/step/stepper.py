@@ -114,12 +114,14 @@ class Stepper(Stacker):
             chosen = {id(g): on_device(chosen[id(g)], g["params"][0]) for g in groups}
             own = [p for stack in ready for layer in stack.layers for p in layer.parameters]
             rates = [x for s in chosen.values() for x in (s.lr, s.momentum, s.share)]
-            kind = kind_of(ready, own + others, groups, rates, scales)
+            inputs = [x for x in rates if isinstance(x, Tensor)]  # no momentum is none
+            inputs.append(self._skipped_on(inputs[0].device))
+            kind = kind_of(ready, own + others, groups, inputs, scales)
         change = partial(self._change, ready, others, scales, chosen)
         found = change() if graphs is None or kind is None else graphs.take(kind, ready, change)
         if found is None:
             return
-        skip, missed = found or (None, None)
+        skip = found[0] if found else None
         grads = [_unscaled(scales.grads, p) for p in others]
         known: dict[str, Any] = {
             "names": self.roster.names,
@@ -128,11 +130,6 @@ class Stepper(Stacker):
         }
         store = partial(rounding.store, **known, state=self.state, skip=skip)
         _fallback.step_all(self.roster.group_of, others, grads, self.state, skip, shares, store)
-        if missed is not None:
-            if not isinstance(self.skipped, Tensor):
-                count, device = self.skipped, missed.device
-                self.skipped = torch.full((), count, dtype=torch.float32, device=device)
-            self.skipped.add_(missed)
 
     def _change(
         self,
@@ -144,8 +141,8 @@ class Stepper(Stacker):
         """Change the parameters of these stacks, with these settings by the `id` of a group.
 
         Returns:
-            Of an accelerator, 1 where nothing may change, else 0, and whether something stayed.
-            None if the host knows that nothing may change, and nothing if it knows that all may.
+            Of an accelerator, 1 where nothing may change, else 0. None if the host knows that
+            nothing may change, and nothing if it knows that all may.
         """
         layers = [layer for stack in ready for layer in stack.layers]
         moving = [p for layer in layers for p in layer.parameters if p.grad is not None]
@@ -176,7 +173,9 @@ class Stepper(Stacker):
             return []
         all_moved = [m.to(ok.device) for m in moved] or [ok]  # only if ok
         found = torch.stack(all_moved).all() if len(all_moved) > 1 else all_moved[0]
-        return [bad.to(torch.float32), ~found]
+        count = self._skipped_on(found.device)
+        count.add_((~found).to(count.device))
+        return [bad.to(torch.float32)]
 
     def _advance(self, ready: list[Stack], given: Gradients) -> list[Any]:
         """Change what belongs to layers, and return what moved."""
@@ -195,6 +194,12 @@ class Stepper(Stacker):
     def _of_all(self, size: Any) -> Any:
         """The sum over all that step together of what is finite if their gradients and rows are."""
         return size
+
+    def _skipped_on(self, device: torch.device) -> Tensor:
+        """How many steps changed nothing, as a number of a device, which need not be waited for."""
+        if not isinstance(self.skipped, Tensor):
+            self.skipped = torch.full((), self.skipped, dtype=torch.float32, device=device)
+        return self.skipped
 
     def count_skipped(self) -> int:
         """How many steps changed nothing, with a warning if any (a host sync)."""
