@@ -138,8 +138,9 @@ def custom_vjp(
         }
 
     call.defvjp(run, backward)
-    if not ports:
-        jax.eval_shape(back, kept, gradients, ports)  # finds products
+    jax.eval_shape(
+        back, kept, gradients, ports
+    )  # finds products, before an equal call is looked for
     return call(values, ports), found
 
 

@@ -27,6 +27,18 @@ def product(x: Any, w: Any) -> Any:
     return x @ w
 
 
+@jax.custom_vjp
+def ruled(x: Any, w: Any) -> Any:
+    return x @ w
+
+
+ruled.defvjp(lambda x, w: (x @ w, (x, w)), lambda xw, g: (g @ xw[1].T, xw[0].T @ g))
+
+
+def ruled_block(x: Any, w: Any, b: Any, s: Any) -> Any:
+    return x + jnp.tanh(ruled(x, w) + b) * s
+
+
 def loss(p: Any, x: Any, f: Any = block, kind: str = "own") -> Any:
     for i, own in enumerate(p):
         w, b = own["w"], own["b"]
@@ -54,13 +66,14 @@ KINDS = [
     "bias outside",
     "tied with one outside",
     slow("transposed"),
+    "ruled",
 ]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_has_the_curvature_that_it_has_without_a_checkpoint(kind: str) -> None:
     found = []
-    made = product if kind == "bias outside" else block
+    made = {"bias outside": product, "ruled": ruled_block}.get(kind, block)
     for f in (made, jax.checkpoint(made)):
         of = functools.partial(loss, f=f, kind=kind)
         layers = singd_jax.find_layers(of, structures="diagonal")(params(), X)
