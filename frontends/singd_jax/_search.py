@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from singd_jax._axes import Key, merged
+from singd_jax._axes import Key, Region, merged
 from singd_jax._calls import Call
 from singd_jax._layer import COMPLEX, TRANSPOSED, Layer
 from singd_jax._loss import Leaves, is_followed
@@ -58,7 +58,9 @@ class Search:
             if name not in owned:
                 reason = self.reasons.get(name) or "; ".join(self.tracer.reads.get(i, ()))
                 if not reason and i in biases:
-                    reason = f"the bias of {biases[i]}, which forms no layer"
+                    weight = biases[i]
+                    how = " where it is transposed" if weight in owned else ", which forms no layer"
+                    reason = f"the bias of {weight}{how}"
                 if not is_followed(self.leaves.arrays[i]):
                     reason = COMPLEX if self.leaves.arrays[i].size else "has no entries"
                 others[name] = reason or "no gradient of the loss reaches it"
@@ -141,18 +143,20 @@ class Search:
         return dataclasses.replace(layer, elsewhere=tuple(reads))
 
     def _without_shared_biases(self, layers: list[Layer]) -> list[Layer]:
-        counts: dict[Any, int] = {}
-        for layer in layers:
-            if layer.bias is not None:
-                where = layer.bias.name, layer.bias.region
-                counts[where] = counts.get(where, 0) + 1
+        """Without the biases that more is added to than the uses of their layer."""
         kept = []
         for layer in layers:
-            if layer.bias is not None and counts[layer.bias.name, layer.bias.region] > 1:
-                self.reasons[layer.bias.name] = "the bias of several layers"
+            if layer.bias is not None and self._additions(layer.bias) > layer.uses:
+                self.reasons[layer.bias.name] = "the bias of several matrices"
                 layer = dataclasses.replace(layer, bias=None)
             kept.append(layer)
         return kept
+
+    def _additions(self, part: Part) -> int:
+        """To how many products a bias, or some of it, is added: of layers or of none."""
+        leaf = self.leaves.names.index(part.name)
+        biases = (b for found in self.tracer.biases.values() for b in found.values())
+        return sum(b.view.leaf == leaf and _meet(b.view.region, part.region) for b in biases)
 
     def _covered(self, layers: list[Layer]) -> list[Layer]:
         """Without the layers and biases that do not account for all of their leaf's gradient."""
@@ -175,7 +179,7 @@ class Search:
     def _accounts(self, name: str, parts: Sequence[Part]) -> bool:
         """Whether parts of a leaf do not overlap, and whether nothing reads what they leave out."""
         leaf = self.leaves.names.index(name)
-        if any(_overlap(a, b) for a, b in itertools.combinations(parts, 2)):
+        if any(_meet(a.region, b.region) for a, b in itertools.combinations(parts, 2)):
             return False
         if sum(part.numbers for part in parts) == math.prod(self.leaves.arrays[leaf].shape):
             return True
@@ -185,9 +189,9 @@ class Search:
         return used == {part.region for part in parts} and not self.tracer.reads.get(leaf)
 
 
-def _overlap(a: Part, b: Part) -> bool:
-    spans = zip(a.region, b.region, strict=True)
-    return all(i < j + m and j < i + n for (i, n), (j, m) in spans)
+def _meet(a: Region, b: Region) -> bool:
+    """Whether two regions of a leaf have entries in common."""
+    return all(i < j + m and j < i + n for (i, n), (j, m) in zip(a, b, strict=True))
 
 
 def _region(part: Part) -> str:

@@ -106,3 +106,40 @@ def test_the_gradient_that_makes_an_adversarial_input_is_no_use():
         found.append(singd_jax.value_and_curvature(function, layers)(params, state, data))
     for a, b in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+def added_to_the_transposed_use(p, x):
+    return mean_square(jnp.tanh(x @ p["w"] + p["a"]) @ p["w"].T + p["a"])
+
+
+def added_to_the_transposed_use_of_another(p, x):
+    return mean_square(jnp.tanh((x @ p["v"] + p["b"]) @ p["w"]) @ p["w"].T + p["b"])
+
+
+def added_to_some_uses_of_another(p, x):
+    x = jnp.tanh((x @ p["v"] + p["a"]) @ p["v"] + p["b"])
+    return mean_square(x @ p["w"] + p["b"])
+
+
+@pytest.mark.parametrize(
+    ("loss", "bias"),
+    [
+        (added_to_the_transposed_use, "a"),
+        (added_to_the_transposed_use_of_another, "b"),
+        (added_to_some_uses_of_another, "b"),
+    ],
+)
+def test_a_bias_that_other_matrices_have_too_is_the_bias_of_none(loss, bias):
+    params = {"v": array(4, 4, seed=1), "w": array(4, 4), "a": array(4), "b": array(4, seed=1)}
+    layers = singd_jax.find_layers(loss)(params, X)
+    assert "w" in layers
+    assert layers.others[bias] == "the bias of several matrices"
+    assert max(singd_jax.check(loss, layers)(params, X).values()) < 1e-5
+
+
+def test_the_bias_of_a_transposed_use_alone_is_said_to_be_one():
+    def loss(p, x):
+        return mean_square(jnp.tanh(x @ p["w"]) @ p["w"].T + p["b"])
+
+    layers = singd_jax.find_layers(loss)({"w": array(4, 4), "b": array(4)}, X)
+    assert layers.others["b"] == "the bias of w where it is transposed"
