@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ import optax  # type: ignore[import-untyped]
 from singd_core._array import Array
 from singd_jax._blind import Curvature
 from singd_jax._curvature import value_and_curvature
-from singd_jax._state import Both, find_state, holds_state
+from singd_jax._state import Both, SingdState, find_state, holds_state
 
 # So small that no norm of a gradient sees it beside the gradient, and so large that float32 holds
 # the curvature times it.
@@ -129,7 +130,7 @@ def value_and_grad(
 
     def function(params: Any, state: Any, *batch: Any, **keywords: Any) -> tuple[Any, Gradients]:
         layers = find_state(state).fixed.layers
-        _refuse_pairing(state)
+        _refuse_pairing(state, params)
         both = value_and_curvature(loss, layers, has_aux=has_aux, branch=branch)
         value, grads, curvature = both(params, state, *batch, **keywords)
         return value, Gradients.of(grads, curvature)
@@ -149,19 +150,45 @@ _PAIRING = (
 )
 
 
-def _refuse_pairing(state: Any) -> None:
+def _refuse_pairing(state: Any, params: Any) -> None:
     """Raise if optax would map the gradients together with other trees."""
 
     def is_in_the_way(node: Any) -> bool:
         ours = isinstance(node, optax.MultiStepsState) and isinstance(node.acc_grads, Both)
         return isinstance(node, _PAIRING) and not ours and holds_state(node)
 
-    for node in jax.tree.leaves(state, is_leaf=is_in_the_way):
-        if is_in_the_way(node):
-            steps = isinstance(node, optax.MultiStepsState)
-            instead = "take singd_jax.MultiSteps(..., layers=layers) in its place, or "
-            raise ValueError(
-                f"{type(node).__name__}: optax maps gradients together with other trees there, and "
-                f"they cannot carry the curvature: {instead if steps else ''}give tx.update(grads, "
-                "state, params, curvature=curvature) what singd_jax.value_and_curvature returns"
-            )
+    around = [n for n in jax.tree.leaves(state, is_leaf=is_in_the_way) if is_in_the_way(n)]
+    for node in [*around, *_paired_before(state, jax.tree.structure(params))]:
+        steps = isinstance(node, optax.MultiStepsState)
+        instead = "take singd_jax.MultiSteps(..., layers=layers) in its place, or "
+        raise ValueError(
+            f"{type(node).__name__}: optax maps gradients together with other trees there, and "
+            f"they cannot carry the curvature: {instead if steps else ''}give tx.update(grads, "
+            "state, params, curvature=curvature) what singd_jax.value_and_curvature returns"
+        )
+
+
+def _paired_before(state: Any, like: Any) -> list[Any]:
+    """The states of optax that come before singd's in chains and hold trees like the parameters.
+
+    `optax.zero_nans` would put the gradients in the place of such a tree, and would not leave NaN
+    in the curvature, which skips a step.
+    """
+    one = jax.tree.structure(0)  # a number in a state is no sign that it is like one array
+
+    def is_like(part: Any) -> bool:
+        return like != one and bool(jax.tree.structure(part) == like)
+
+    def pairs(node: Any) -> bool:
+        of_optax = type(node).__module__.startswith("optax.")
+        known = isinstance(node, optax.ZeroNansState)
+        return of_optax and (known or any(map(is_like, jax.tree.leaves(node, is_leaf=is_like))))
+
+    if isinstance(state, SingdState) or not isinstance(state, (tuple, OrderedDict)):
+        return []
+    found: list[Any] = []
+    for part in state.values() if isinstance(state, OrderedDict) else state:
+        if holds_state(part):
+            return found + _paired_before(part, like)
+        found += [node for node in jax.tree.leaves(part, is_leaf=pairs) if pairs(node)]
+    return []

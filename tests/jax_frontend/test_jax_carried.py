@@ -193,11 +193,20 @@ def test_what_cannot_carry_them_is_an_error_that_names_the_other_way():
         (optax.masked(plain, {k: k != "scale" for k in start()}), "give tx.update"),
         (optax.apply_if_finite(plain, 3), "give tx.update"),
         (optax.conditionally_transform(plain, lambda step: step < 3), "give tx.update"),
+        (optax.chain(optax.zero_nans(), plain), "give tx.update"),
+        (optax.named_chain(("a", optax.chain(optax.trace(0.9))), ("b", plain)), "give tx.update"),
         (optax.MultiSteps(plain, 2), r"take singd_jax\.MultiSteps\(\.\.\., layers=layers\) in"),
     ):
         message = rf"they cannot carry the curvature: {instead}.*value_and_curvature"
         with pytest.raises(ValueError, match=message):
             singd_jax.value_and_grad(loss)(start(), tx.init(start()), X)
+
+
+def test_what_comes_after_singd_may_map_other_trees():
+    after = optax.zero_nans(), optax.trace(0.5), optax.scale_by_schedule(lambda step: 0.5)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), singd_jax.singd(layers=LAYERS), *after)
+    state = trained(tx, steps=2)[1]
+    assert jax.tree.structure(state) == jax.tree.structure(tx.init(start()))
 
 
 def test_micro_batches_of_multi_steps():
