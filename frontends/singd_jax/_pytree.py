@@ -46,6 +46,12 @@ def _saving(names: Callable[[], tuple[str, ...]], serialization: Any) -> tuple[A
 
     def restored(tree: Any, state: dict[str, Any]) -> Any:
         restore = serialization.from_state_dict
+        missing = [n for n in names() if n not in state]
+        if missing:
+            raise ValueError(
+                f"the saved {type(tree).__name__} has no {', '.join(missing)}: it is the state of "
+                "another transformation, or of another version of singd_jax"
+            )
         new = {n: restore(getattr(tree, n), state[n], name=n) for n in names()}
         return dataclasses.replace(tree, **new)
 

@@ -161,6 +161,14 @@ def test_flax_serializes_it(make):
     assert_close(restored, state, 0.0)
 
 
+def test_flax_names_what_a_saved_state_has_not():
+    state = MAKE["normalized"]().init(start())
+    saved = flax.serialization.to_state_dict(state)
+    del saved["rest"]["largest_lr"]
+    with pytest.raises(ValueError, match="the saved State has no largest_lr"):
+        flax.serialization.from_state_dict(state, saved)
+
+
 def test_orbax_restores_it_without_a_template(tmp_path):
     ocp = pytest.importorskip("orbax.checkpoint")
     tx = MAKE["normalized"]()
