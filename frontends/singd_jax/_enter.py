@@ -21,7 +21,7 @@ from singd_jax._joins import Join
 from singd_jax._product import Origin, Product
 from singd_jax._reasons import STACKED
 from singd_jax._rules import custom_jvp, custom_vjp
-from singd_jax._tap import Port, Slice
+from singd_jax._tap import Slice
 
 if TYPE_CHECKING:
     from singd_jax._trace import Ports, Tracer
@@ -104,7 +104,8 @@ def scan(
     def step(carry: Any, xs: Any) -> Any:
         xs, slots, i = xs
         mine = {
-            k: Port(slots[k], Slice(port.factors, i), port.starts) for k, port in sliced.items()
+            k: port._replace(slot=slots[k], factors=Slice(port.factors, i))
+            for k, port in sliced.items()
         }
         args = [*values[:n_consts], *carry, *xs]
         results, found = tracer.run(body.jaxpr, body.consts, args, inside, {**whole, **mine})

@@ -25,12 +25,14 @@ class Port(NamedTuple):
         slot: Zeros. The gradient with respect to it is the sum of what the rule returns.
         factors: What the rule measures with, or a `Slice`.
         starts: Where the sampling of rows starts in this step, where the rule wants it, or None.
+        due: Whether the layer is measured in this step; None if it always is.
         factor: A number that the weight is multiplied by, or None.
     """
 
     slot: Any
     factors: Any
     starts: Any = None
+    due: Any = None
     factor: Any = None
 
     def of(self, view: View) -> Port:
@@ -39,7 +41,7 @@ class Port(NamedTuple):
         for i, n in view.picks:
             i = jnp.clip(i, 0, n - 1)  # as dynamic_slice does
             slot = jax.tree.map(functools.partial(_entry, i=i), port.slot)
-            port = Port(slot, Slice(port.factors, i), port.starts)
+            port = port._replace(slot=slot, factors=Slice(port.factors, i))
         return port._replace(factor=view.factor)
 
 
@@ -66,27 +68,27 @@ def _entry(a: Array, i: Array) -> Array:
     return jax.lax.dynamic_index_in_dim(a, i, keepdims=False)
 
 
-def tap(rule: Rule, y: Array, x: Any, port: Port, due: Array | None) -> Array:
-    """`y`. Where `due`, the rule's result for its gradient g joins the gradient of the slot.
+def tap(rule: Rule, y: Array, x: Any, port: Port) -> Array:
+    """`y`. Where it is due, the rule's result for its gradient g joins the gradient of the slot.
 
     Sums over the steps of a scan, over devices, micro-batches and uses of a weight are autodiff's.
     """
     axes = _compat.varying(y).union(*map(_compat.varying, jax.tree.leaves(x)))
     slot = jax.tree.map(lambda s: _compat.vary(s, axes), port.slot)
-    return _tap(rule, y, x, slot, port._replace(slot=None), due)
+    return _tap(rule, y, x, slot, port._replace(slot=None))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _tap(rule: Rule, y: Array, x: Any, slot: Any, port: Port, due: Any) -> Array:
+def _tap(rule: Rule, y: Array, x: Any, slot: Any, port: Port) -> Array:
     return y
 
 
-def _forward(rule: Rule, y: Array, x: Any, slot: Any, port: Port, due: Any) -> tuple[Array, Any]:
-    return y, (x, slot, port, due)
+def _forward(rule: Rule, y: Array, x: Any, slot: Any, port: Port) -> tuple[Array, Any]:
+    return y, (x, slot, port)
 
 
 def _backward(rule: Rule, residuals: Any, g: Array) -> tuple[Any, ...]:
-    x, slot, port, due = residuals
+    x, slot, port = residuals
 
     def measured(x: Any, g: Array, port: Port) -> Any:
         factors = port.factors.cut(g) if isinstance(port.factors, Slice) else port.factors
@@ -95,13 +97,13 @@ def _backward(rule: Rule, residuals: Any, g: Array) -> tuple[Any, ...]:
     def nothing(x: Any, g: Array, port: Port) -> Any:
         return jax.tree.map(lambda s: _like(jnp.zeros(s.shape, s.dtype), s), slot)
 
-    def curvature(x: Any, g: Array, port: Port, due: Any) -> Any:
-        if due is None:
+    def curvature(x: Any, g: Array, port: Port) -> Any:
+        if port.due is None:
             return measured(x, g, port)
-        return jax.lax.cond(due, measured, nothing, x, g, port)
+        return jax.lax.cond(port.due, measured, nothing, x, g, port)
 
-    found = _compat.promoting(_compat.auto_sharded(curvature, slot))(x, g, port, due)
-    return g, None, found, None, None
+    found = _compat.promoting(_compat.auto_sharded(curvature, slot))(x, g, port)
+    return g, None, found, None
 
 
 def _like(value: Array, slot: Array) -> Array:

@@ -71,7 +71,7 @@ class Tapped:
                 return key[0] in owned
             seen.add(name + role)
             rule = self.rule(call, self.layers[name], self.layers.kfac_approx)
-            return role, rule, id(self.due.get(name))
+            return role, rule, self.due.get(name) is None
 
         def visit(key: Key, call: Call, x: Any, y: Array, ports: Ports) -> Array:
             how = look(key, call) if key in ports else key[0] in owned
@@ -84,11 +84,11 @@ class Tapped:
                 return y
             role, rule, _ = how
             port = ports[key]
-            return tap(rule, y, x, port._replace(slot=port.slot[role]), self.due.get(keys[key]))
+            return tap(rule, y, x, port._replace(slot=port.slot[role]))
 
         def function(arrays: list[Array], slots: Mapping[str, Any]) -> Any:
             ports = {
-                key: Port(slots[name], factors.get(name), self.starts.get(name))
+                key: Port(slots[name], factors.get(name), self.starts.get(name), self.due.get(name))
                 for key, name in keys.items()
             }
             stacks = {key: self.layers[name].weight.stack for key, name in keys.items()}
