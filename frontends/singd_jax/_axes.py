@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 
 Atom: TypeAlias = tuple[int, int, int]
 Group: TypeAlias = tuple[Atom, ...]
@@ -38,6 +39,17 @@ KEEPS = {
 
 # Equations whose result has the entries of their operand, and no others.
 REARRANGES = {*KEEPS, "broadcast_in_dim", "reshape", "squeeze", "transpose"}
+
+
+def coarsest(*dtypes: Any) -> Any:
+    """The dtype of floating-point numbers that rounds most, None if there is none."""
+    smooth = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)]
+    return max(smooth, key=eps, default=None)
+
+
+def eps(dtype: Any) -> float:
+    """The distance between 1 and the next number."""
+    return float(jnp.finfo(dtype).eps)  # type: ignore[no-untyped-call]
 
 
 def size(group: Group) -> int:
@@ -131,6 +143,7 @@ class View:
         flips: Axes of the leaf that are reversed.
         factor: A number that it is multiplied by, or None.
         picks: The index and the length of each axis from which one index was taken at run time.
+        rounded: The coarsest dtype that it was cast to, or None.
     """
 
     leaf: int
@@ -141,6 +154,7 @@ class View:
     flips: frozenset[int] = frozenset()
     factor: Any = dataclasses.field(default=None, compare=False)
     picks: tuple[tuple[Any, int], ...] = dataclasses.field(default=(), compare=False)
+    rounded: Any = dataclasses.field(default=None, compare=False)
 
     @classmethod
     def of_leaf(cls, leaf: int, shape: Sequence[int]) -> View:
@@ -169,8 +183,10 @@ class View:
             return self._sliced(params)
         if name == "rev":
             return self._reversed(params["dimensions"])
-        dims = rearranged(name, params, self.dims)
-        return None if dims is None else dataclasses.replace(self, dims=dims)
+        dims, rounded = rearranged(name, params, self.dims), self.rounded
+        if name == "convert_element_type":
+            rounded = coarsest(params["new_dtype"], *([] if rounded is None else [rounded]))
+        return None if dims is None else dataclasses.replace(self, dims=dims, rounded=rounded)
 
     def narrow(self, axis: int, start: int, length: int) -> View | None:
         """The view of some entries of an axis, if they are a region of the leaf, else None."""

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from singd_core._array import Array, widen
 from singd_jax import _compat
+from singd_jax._axes import coarsest, eps
 from singd_jax._calls import EXPAND, Call
 from singd_jax._layer import TRANSPOSED, Layer
 from singd_jax._layers import Layers, checked
@@ -89,7 +90,7 @@ def check(
 
         gaps, *got = traced(leaves.arrays)
         # XLA may leave out a rounding before one use of a layer's input and not before the other.
-        rounding = max([1e-4, *(8 * _eps(dtype) for dtype in dtypes.values())])
+        rounding = max([1e-4, *(8 * eps(dtype) for dtype in dtypes.values())])
         limit = rounding if tolerance is None else tolerance
         _refuse_another_gradient(got, plain(leaves.arrays), max(1e-4, limit))
         found = {name: float(gap) for name, gap in gaps.items()}
@@ -146,14 +147,13 @@ def _norm(x: Any) -> float:
     return float(jnp.linalg.norm(jnp.ravel(widen(x))))
 
 
-def _eps(dtype: Any) -> float:
-    return float(jnp.finfo(dtype).eps)  # type: ignore[no-untyped-call]
-
-
 def _product(
     dtypes: dict[str, Any], call: Call, layer: Layer, kfac_approx: str
 ) -> Callable[..., tuple[Array, Array]]:
-    """The rule that returns BᵀA and |B|ᵀ|A|, and tells the coarsest dtype that is multiplied."""
+    """The rule that returns BᵀA and |B|ᵀ|A|, and tells the coarsest dtype that is multiplied.
+
+    A weight that is cast first has a gradient that is rounded as the weight is.
+    """
     transposed, bias = layer.role(call) == TRANSPOSED, layer.bias is not None
 
     def turned(matrix: Array) -> Array:
@@ -164,8 +164,9 @@ def _product(
     def rule(x: Any, g: Any, factors: Any, step: Any, factor: Any) -> tuple[Array, Array]:
         del factors, step
         x, g = call.operands(x, g, factor)
-        seen = [a.dtype for a in jax.tree.leaves((x, g)) if jnp.issubdtype(a.dtype, jnp.floating)]
-        dtypes[layer.name] = max(*seen, dtypes[layer.name], key=_eps)
+        seen = [a.dtype for a in jax.tree.leaves((x, g))]
+        cast = [] if call.view.rounded is None else [call.view.rounded]
+        dtypes[layer.name] = jnp.dtype(coarsest(dtypes[layer.name], *seen, *cast))
         if call.product is not None:
             return turned(call.product(x, g)), turned(call.product(x, jnp.abs(g)))
         A = call.inputs(x, bias and not transposed, EXPAND, None)

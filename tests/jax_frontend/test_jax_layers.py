@@ -91,6 +91,17 @@ def test_a_difference_beyond_rounding_is_told_with_the_dtype():
         singd_jax.check(loss, layers, tolerance=1e-6)(params, x)
 
 
+@pytest.mark.parametrize("back", [jnp.bfloat16, jnp.float32])
+def test_a_gradient_that_is_rounded_where_its_weight_is_cast_is_no_difference(back):
+    def loss(p, x):
+        v, w = (p[name].astype(jnp.bfloat16).astype(back) for name in "vw")
+        return mean_square(jnp.tanh(x @ v) @ jnp.concatenate([w, w], 1))
+
+    params = {"v": array(4, 4), "w": array(4, 3)}
+    layers = singd_jax.find_layers(loss)(params, X)
+    assert 1e-4 < max(singd_jax.check(loss, layers)(params, X).values()) < 8 * 2.0**-7
+
+
 def test_python_numbers_are_listed_and_the_remedy_told():
     case = CASES["python_number"]()
     layers = singd_jax.find_layers(case.loss)(case.params, *case.batch)
