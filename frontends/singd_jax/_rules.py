@@ -138,9 +138,8 @@ def custom_vjp(
         }
 
     call.defvjp(run, backward)
-    jax.eval_shape(
-        back, kept, gradients, ports
-    )  # finds products, before an equal call is looked for
+    # finds products: now, since equal calls are told what was found in this one
+    jax.eval_shape(back, kept, gradients, ports)
     return call(values, ports), found
 
 
