@@ -45,6 +45,16 @@ def _is_matrix(weight: Array) -> bool:
     return getattr(weight, "ndim", 0) == 2 and not is_complex(weight)
 
 
+def check_pair(name: str, value: Any) -> None:
+    """Check that something is given for K and for C.
+
+    Raises:
+        ValueError: Naming the argument and its value.
+    """
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise ValueError(f"{name}={value!r}: give two, one for K and one for C")
+
+
 def check_named(params: Any) -> None:
     """Refuse what is no dictionary of parameters.
 

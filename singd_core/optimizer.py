@@ -89,6 +89,7 @@ class Optimizer:
         self.structures = STRUCTURES[recipe] if structures is None else structures
         is_expand(kfac_approx)  # both are checked here, before any rows come
         loss_terms(loss_average, 1, ())
+        _given.check_pair("preconditioner_dtype", preconditioner_dtype)
         self.kfac_approx, self.loss_average = kfac_approx, loss_average
         self.preconditioner_dtype, self.momentum_dtype = preconditioner_dtype, momentum_dtype
         self.fallback = fallback or fallback_of(recipe, given.get("weight_decay"))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from singd_core import rules
+from singd_core._given import check_pair
 from singd_core._recipes import SWITCHES, hint, validate
 from singd_core._settings import Settings, StepSettings
 from singd_core._warnings import warn
@@ -62,8 +63,7 @@ def check_group(group: dict[str, Any]) -> None:
     is_expand(group["kfac_approx"])
     loss_terms(group["loss_average"], 1, ())
     dtypes = group["preconditioner_dtype"]
-    if not isinstance(dtypes, (tuple, list)) or len(dtypes) != 2:
-        raise ValueError(f"preconditioner_dtype={dtypes!r}: give two, one for K and one for C")
+    check_pair("preconditioner_dtype", dtypes)
     _check_dtypes("preconditioner_dtype", dtypes, dtypes)
     _check_dtypes("momentum_dtype", group["momentum_dtype"], [group["momentum_dtype"]])
     if not isinstance(group["rows"], (int, float)):  # the host cuts arrays by it

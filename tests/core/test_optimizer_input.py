@@ -67,6 +67,7 @@ def test_a_bias_without_a_layer_is_an_error() -> None:
         ),
         ({"kfac_approx": "shrink"}, "kfac_approx = 'shrink'"),
         ({"loss_average": "mean"}, "loss_average = 'mean'"),
+        ({"preconditioner_dtype": "float32"}, "preconditioner_dtype='float32': give two, one for"),
     ],
 )
 def test_a_wrong_setting_is_an_error_at_once(given: dict[str, Any], message: str) -> None:

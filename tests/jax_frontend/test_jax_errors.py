@@ -106,6 +106,8 @@ def test_setting_errors_name_the_setting():
         singd_jax.singd(layers=LAYERS, T=lambda count: 10)
     with pytest.raises(ValueError, match="structures"):
         singd_jax.singd(layers=LAYERS, structures="dens")
+    with pytest.raises(ValueError, match=r"preconditioner_dtype=.*: give two, one for K"):
+        singd_jax.singd(layers=LAYERS, preconditioner_dtype=jnp.bfloat16)
     with pytest.raises(ValueError, match="loss_average"):
         singd_jax.find_layers(loss, loss_average="mean")
 
