@@ -76,12 +76,13 @@ def broken(step: int, model: nn.Module, optimizer: SINGD) -> None:
         next(model.parameters()).grad.view(-1)[0] = torch.nan
 
 
-def test_a_kind_of_step_is_one_graph_and_the_step_it_was() -> None:
+@pytest.mark.parametrize("given", [{}, {"momentum": 0.0}])
+def test_a_kind_of_step_is_one_graph_and_the_step_it_was(given: dict[str, Any]) -> None:
     counted = Counted()
-    model, optimizer = train(small, {"compile_step": {"backend": counted}}, 22, broken)
+    model, optimizer = train(small, given | {"compile_step": {"backend": counted}}, 22, broken)
     assert counted.graphs == 3  # of a refresh, of the step before it, and of all others
     with torch._dynamo.config.patch(error_on_recompile=True):
-        expected, other = train(small, {}, 22, broken)
+        expected, other = train(small, given, 22, broken)
     with pytest.warns(UserWarning, match="NaN or infinite"):
         assert optimizer.skipped == other.skipped == 2
     assert_equal(model, expected)
