@@ -1,6 +1,7 @@
 """Memory that is written anew for each layer: on a CPU, new memory costs as much as a pass over it.
 
-A step needs two arrays of the size of the largest matrix. An optimizer keeps them, for all layers.
+A step needs two arrays of the size of the largest matrix, for all layers. An optimizer keeps them
+if the allocator would not: the others it gives out again, warm, and activations may have them too.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from singd_torch.tensors import pieces
 
 # In numbers: less is given out again by the allocator, warm.
 _LEAST = 1 << 14
+
+# In bytes: malloc gives more back to the system at once, and maps it anew.
+_MAPPED = 1 << 25
 
 AVERAGE, PRODUCT = 0, 1
 
@@ -38,6 +42,10 @@ class Scratch:
             kept = self._kept[key] = torch.empty(n, dtype=like.dtype, device=like.device)
         return kept[:n].view(tuple(shape))
 
+    def give_back(self) -> None:
+        """Keep the arrays alone that the allocator would not keep."""
+        self._kept = {key: kept for key, kept in self._kept.items() if kept.nbytes > _MAPPED}
+
     def constant(self, value: float, like: Tensor) -> Tensor:
         """A number as a 0-d tensor, which is not to be written to."""
         key = value, like.dtype, like.device
@@ -53,12 +61,13 @@ _CURRENT: ContextVar[Scratch | None] = ContextVar("scratch", default=None)
 
 @contextlib.contextmanager
 def lent(scratch: Scratch) -> Iterator[None]:
-    """Let `empty` take from this memory."""
+    """Let `empty` take from this memory, and give back what need not be kept."""
     token = _CURRENT.set(scratch)
     try:
         yield
     finally:
         _CURRENT.reset(token)
+        scratch.give_back()
 
 
 def empty(shape: Sequence[int], like: Tensor, slot: int = AVERAGE) -> Tensor:
