@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Hashable, Sequence
 
 from torch import Tensor
@@ -52,38 +53,44 @@ class Call:
 
 
 class Queue:
-    """The calls that wait."""
+    """The calls that wait. A backward pass has a thread for each device, and all take calls."""
 
     def __init__(self) -> None:
+        self._lock = threading.RLock()
         self._calls: list[Call] = []
         self._numbers = 0
 
     def take(self, call: Call, lent: Sequence[Tensor]) -> None:
         """Measure a call, now or with others that come soon, when the `lent` may have changed."""
-        if self._calls and call.backward != self._calls[0].backward:
-            self.flush()  # pending rows count the losses of one backward pass after the other
-        if call.numbers > SMALL:
-            for piece in call.pieces():
-                _measure([piece])
-            return
-        self._calls.append(dataclasses.replace(call, rows=call.rows.kept(lent)))
-        self._numbers += call.numbers
-        if self._numbers > _MOST:
-            self.flush()
+        with self._lock:
+            if self._calls and call.backward != self._calls[0].backward:
+                self.flush()  # pending rows count the losses of one backward pass after the other
+            if call.numbers > SMALL:
+                for piece in call.pieces():
+                    _measure([piece])
+                return
+            self._calls.append(dataclasses.replace(call, rows=call.rows.kept(lent)))
+            self._numbers += call.numbers
+            if self._numbers > _MOST:
+                self.flush()
 
     def flush(self) -> None:
         """Measure all calls that wait."""
-        alike: dict[Hashable, list[Call]] = {}
-        for call in self._calls:
-            alike.setdefault(call.likeness, []).append(call)
-        self.forget()
-        for calls in alike.values():  # in the order of the stacks, lest their factors be copied
-            _measure(sorted(calls, key=_place))
+        with self._lock:
+            alike: dict[Hashable, list[Call]] = {}
+            for call in self._calls:
+                alike.setdefault(call.likeness, []).append(call)
+            self.forget()
+            for calls in alike.values():  # in the order of the stacks, lest their factors be copied
+                _measure(sorted(calls, key=_place))
 
     def forget(self, layer: Layer | None = None) -> None:
         """Drop the calls that wait, or only the calls of one layer."""
-        kept = [] if layer is None else [call for call in self._calls if call.layer is not layer]
-        self._calls, self._numbers = kept, sum(call.numbers for call in kept)
+        with self._lock:
+            kept = (
+                [] if layer is None else [call for call in self._calls if call.layer is not layer]
+            )
+            self._calls, self._numbers = kept, sum(call.numbers for call in kept)
 
 
 def _place(call: Call) -> int:
