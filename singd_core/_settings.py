@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -88,9 +89,11 @@ class StepSettings(Settings):
 
     Attributes:
         share: The rate before any warm-up, over the largest such rate so far.
+        warm: The share of the rates that the warm-up leaves.
     """
 
     share: Rate = 1.0
+    warm: Rate = 1.0
 
 
 def rate(value: Rate | Callable[[int], Rate], step: int) -> Rate:
@@ -141,5 +144,7 @@ def is_zero(value: Any) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """NumPy's float64 scalars, which would promote arrays in float32, as Python floats."""
-    return float(value) if isinstance(value, float) else value
+    """NumPy's scalars as Python numbers: its float64 would promote arrays in float32."""
+    if type(value) in (int, float, bool) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)

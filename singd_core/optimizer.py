@@ -22,7 +22,7 @@ from singd_core.layers import LayerKind
 from singd_core.layers.base import is_expand, loss_terms
 from singd_core.levels import leveled
 from singd_core.rounding import Rounding
-from singd_core.step import of_step, warmed
+from singd_core.step import of_step
 from singd_core.structures import choose
 
 Rows: TypeAlias = tuple[Array, Array]  # a layer's input, and the loss's gradient at its output
@@ -216,8 +216,8 @@ class Optimizer:
         _given.check_update(grads, state, params)
         kinds, first = self._kinds(params), next(iter(params.values()))
         largest_lr = at_least(state.largest_lr, number(self.settings.lr))
-        s, share = of_step(self.settings, state.step, largest_lr), warmed(self.settings, state.step)
-        others = dataclasses.replace(self.fallback, lr=self.fallback.lr * share)
+        s = of_step(self.settings, state.step, largest_lr)
+        others = dataclasses.replace(self.fallback, lr=self.fallback.lr * s.warm)
         if curvature is None:
             curvature = {} if rows is None else self.curvature(rows, state, params)
         if refreshed is None:

@@ -228,7 +228,8 @@ def of_step(s: Settings, step: Scalar, largest_lr: Scalar) -> StepSettings:
     alpha = s.momentum
     if s.normalized and not is_zero(alpha):
         alpha = alpha ** (2.0 - share)
-    changed = {"lr": s.lr * warmed(s, step), "momentum": alpha, "share": share}
+    warm = warmed(s, step)
+    changed = {"lr": s.lr * warm, "momentum": alpha, "share": share, "warm": warm}
     return StepSettings(**vars(s) | changed)
 
 

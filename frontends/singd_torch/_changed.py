@@ -3,41 +3,70 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
-from singd_torch._groups import NOTES, check_group
+from singd_core._settings import plain
+from singd_torch._groups import NOTES, check_counts, check_group, readable
 
 # What layers were found with, and what their state has the form of.
 _FIXED = "rule", "structures", "average_groups", "preconditioner_dtype", "momentum_dtype"
 # What is no setting, or counted.
 _OTHERS = {"params", "param_names", "steps", "largest_lr", *NOTES}
+_GONE = object()
 
 
 class Known:
     """The settings that groups had when they were last checked."""
 
-    def __init__(self, groups: Iterable[dict[str, Any]] = ()) -> None:
+    def __init__(self, groups: Sequence[dict[str, Any]] = ()) -> None:
+        self._groups = list(groups)
         self._of = [
             {name: value for name, value in group.items() if name not in _OTHERS}
             for group in groups
         ]
 
-    def check(self, groups: Iterable[dict[str, Any]]) -> None:
+    def has(self, groups: Sequence[dict[str, Any]]) -> bool:
+        """Whether these are the groups themselves, none left out and none a copy."""
+        pairs = zip(groups, self._groups, strict=False)
+        return len(groups) == len(self._groups) and all(a is b for a, b in pairs)
+
+    def check(self, groups: Sequence[dict[str, Any]]) -> None:
         """Check what was changed since.
 
         Raises:
             ValueError: Naming the group, the setting, its value and what it may be.
         """
-        for i, (group, known) in enumerate(zip(groups, self._of, strict=False)):
-            changed = [name for name, value in known.items() if group[name] is not value]
-            if changed and not (changed == ["lr"] and _is_rate(group["lr"])):
-                try:
-                    _refuse_others(group, known)
-                    check_group(group)
-                except ValueError as error:
-                    raise ValueError(f"parameter group {i}: {error}") from None
-            known.update((name, group[name]) for name in changed)
+        same = self.has(groups)
+        for i, group in enumerate(groups):
+            known = self._of[i] if same else self._of_copied(group)
+            try:
+                _check(group, known, anew=not same)
+            except KeyError as error:
+                raise ValueError(
+                    f"parameter group {i} has no {error}: optimizer.add_param_group fills in what "
+                    "is not given, and a copy of a group has all that the group has"
+                ) from None
+            except ValueError as error:
+                raise ValueError(f"parameter group {i}: {error}") from None
+
+    def _of_copied(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The settings of the group that had the first parameter of this one, if one had it."""
+        for known, settings in zip(self._groups, self._of, strict=True):
+            if known is group or any(p is q for q in known["params"] for p in group["params"][:1]):
+                return settings
+        return {}
+
+
+def _check(group: dict[str, Any], known: dict[str, Any], *, anew: bool) -> None:
+    now = [(name, readable(group.get(name, _GONE))) for name in known]
+    changed = [name for name, value in now if value is not known[name]]  # what is read always is
+    group |= {name: plain(group[name]) for name in changed if name in group}
+    if anew or (changed and not (changed == ["lr"] and _is_rate(readable(group["lr"])))):
+        _refuse_others(group, known)
+        check_group(group)
+    check_counts(group)
+    known.update((name, group[name]) for name in changed if name in group)
 
 
 def _is_rate(lr: Any) -> bool:
@@ -47,7 +76,7 @@ def _is_rate(lr: Any) -> bool:
 
 def _refuse_others(group: dict[str, Any], known: dict[str, Any]) -> None:
     for name in _FIXED:
-        if group[name] != known[name]:
+        if name in known and group[name] != known[name]:
             raise ValueError(
                 f"{name}={group[name]!r} was {known[name]!r} when the layers were found, whose "
                 "state has the form of that: build another optimizer"

@@ -12,6 +12,9 @@ from torch.optim.adamw import adamw
 
 from singd_core._array import cast, widen
 from singd_core._recipes import check_rate
+from singd_core._settings import StepSettings
+
+RATES = "fallback_lr", "fallback_eps", "fallback_weight_decay"
 
 
 def step_all(
@@ -20,17 +23,17 @@ def step_all(
     grads: Sequence[Tensor],
     state: dict[Any, dict[str, Any]],
     skip: Tensor | None,
-    shares: Mapping[int, Any],
+    chosen: Mapping[int, StepSettings],
     store: Callable[..., None],
 ) -> None:
-    """`step` of each group with its own of the parameters; `shares` of the rates by id of group."""
+    """`step` of each group with its own of the parameters; `chosen` settings by id of group."""
     parted: dict[int, list[tuple[nn.Parameter, Tensor]]] = {}
     for pair in zip(params, grads, strict=True):
         parted.setdefault(id(group_of[pair[0]]), []).append(pair)
     for pairs in parted.values():
         mine, their = zip(*pairs, strict=True)
         group = group_of[mine[0]]
-        step(group, mine, their, state, skip, shares[id(group)], store)
+        step(group, mine, their, state, skip, chosen[id(group)].warm, store)
 
 
 def step(
@@ -39,7 +42,7 @@ def step(
     grads: Sequence[Tensor],
     state: dict[Any, dict[str, Any]],
     skip: Tensor | None,
-    share: Any,
+    warm: Any,
     store: Callable[..., None],
 ) -> None:
     """One step of the group's fallback parameters.
@@ -50,7 +53,7 @@ def step(
         grads: Their gradients.
         state: The optimizer's state, extended where it is missing.
         skip: On an accelerator, 1 where nothing may change, else 0.
-        share: The share of the rate that a warm-up leaves.
+        warm: The share of the rate that a warm-up leaves.
         store: Writes to parameters of a group what their copies have become.
     """
     # In float16 squares and epsilon fall to 0, and 0 / 0 is NaN; in bfloat16 an average of squares
@@ -64,7 +67,7 @@ def step(
             own[name] = own[name].to(like)
         own["step"] = own["step"].to("cpu" if skip is None else p.device)
     beta1, beta2 = group["fallback_betas"]
-    ratio = share * group["lr"] / group["base_lr"]
+    ratio = warm * group["lr"] / group["base_lr"]
     fused = skip is not None
     lr, weight_decay = group["fallback_lr"] * ratio, group["fallback_weight_decay"]
     if not fused:  # without a device that would have to be waited for, torch wants numbers
@@ -108,7 +111,7 @@ def check(group: dict[str, Any]) -> None:
     Raises:
         ValueError: Naming the setting, its value and its range.
     """
-    for name in ("fallback_lr", "fallback_eps", "fallback_weight_decay"):
+    for name in RATES:
         check_rate(name, group[name], lambda v: 0.0 <= v < math.inf, "at least 0 and finite")
     betas = group["fallback_betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:

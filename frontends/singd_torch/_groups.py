@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from singd_core import rules
 from singd_core._given import check_pair
-from singd_core._recipes import SWITCHES, hint, validate
+from singd_core._recipes import SWITCHES, check_rate, hint, validate
+from singd_core._scalars import number
 from singd_core._settings import Settings, StepSettings
 from singd_core._warnings import warn
 from singd_core.layers.base import is_expand, loss_terms
@@ -30,8 +31,25 @@ _OWN = {"params", "param_names", "steps", "base_lr", "largest_lr"}
 # For factors and momenta: nothing can be computed in the floating-point dtypes of 8 bits.
 DTYPES = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
+# Settings that may be tensors, whose values a script changes in place.
+RATES = (
+    "lr",
+    "momentum",
+    "weight_decay",
+    "damping",
+    "alpha1",
+    "lr_cov",
+    "factor_bound",
+    *_fallback.RATES,
+)
+
 # Keys of torch's optimizers that only look like a setting.
 _OTHERS = {"alpha", "dampening"}
+
+
+def readable(value: Any) -> Any:
+    """The number in a tensor of the host, which nobody has to wait for; others as they are."""
+    return number(value) if isinstance(value, Tensor) and value.ndim == 0 else value
 
 
 def settings_of(group: dict[str, Any]) -> Settings:
@@ -56,6 +74,7 @@ def check_group(group: dict[str, Any]) -> None:
     Raises:
         ValueError: Naming the setting, its value and what it may be.
     """
+    group = group | {name: readable(group[name]) for name in RATES}
     validate(settings_of(group))
     rule = rules.get(group["rule"])
     if group["structures"] != "auto" or rule.only_dense:
@@ -80,7 +99,7 @@ def _check_dtypes(name: str, given: Any, dtypes: Iterable[Any]) -> None:
 
 
 def check_counts(group: dict[str, Any]) -> None:
-    """Check what a group that was saved counts.
+    """Check what a group counts, but for the values of tensors.
 
     Raises:
         ValueError: Naming the count and what it may be.
@@ -90,8 +109,8 @@ def check_counts(group: dict[str, Any]) -> None:
         raise ValueError(f"steps={steps!r}: must be an integer of at least 0")
     if not isinstance(base, float) or not 0.0 < base < math.inf:
         raise ValueError(f"base_lr={base!r}: must be positive and finite")
-    if not 0.0 <= float(group["largest_lr"]) < math.inf:
-        raise ValueError(f"largest_lr={group['largest_lr']!r}: must be at least 0 and finite")
+    expected = "at least 0 and finite"
+    check_rate("largest_lr", group["largest_lr"], lambda v: 0.0 <= v < math.inf, expected)
 
 
 def settings_of_step(group: dict[str, Any]) -> StepSettings:
@@ -102,12 +121,18 @@ def settings_of_step(group: dict[str, Any]) -> StepSettings:
 
 
 def _larger(largest: Any, lr: Any) -> Any:
-    """The larger of two rates. A tensor stays where it is, for a CUDA graph."""
+    """The larger of two rates. A tensor stays where it is, for a CUDA graph.
+
+    A step with a rate that is not finite changes nothing, and later steps do not know of it.
+    """
     if not isinstance(lr, Tensor):
         return max(float(largest), lr)
-    if isinstance(largest, Tensor):
-        return torch.maximum(largest, lr, out=largest)
-    return torch.clamp(lr, min=largest)
+    lr = lr.to(torch.promote_types(lr.dtype, torch.float32))  # 16 bits would round it
+    lr = torch.where(lr < math.inf, lr, 0.0)
+    if not isinstance(largest, Tensor):
+        return torch.clamp(lr, min=largest)
+    largest = largest.to(lr)  # the same unless rates have another dtype by now
+    return torch.maximum(largest, lr, out=largest)
 
 
 def check_keys(group: dict[str, Any], known: Iterable[str]) -> None:

@@ -183,6 +183,7 @@ def completed(
             group["lr_cov"] = own["lr_cov"]
         if isinstance(group.get("base_lr"), float) and not group["base_lr"]:  # as before 0.1
             del group["base_lr"]
+        group["largest_lr"] = _number(group.get("largest_lr", 0.0))  # not that of other steps
         for name, value in own.items():  # settings that are younger than the checkpoint
             if name not in NOTES:
                 group.setdefault(name, value)
@@ -194,6 +195,11 @@ def completed(
         except ValueError as error:
             raise ValueError(f"parameter group {i} of the checkpoint: {error}") from None
     return groups
+
+
+def _number(value: Any) -> Any:
+    """The number that a tensor holds; what is none stays as it is."""
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
 
 
 def _by_parameter(

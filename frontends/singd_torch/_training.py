@@ -23,6 +23,7 @@ from singd_torch.layers.reach import part_again
 from singd_torch.layers.roster import GONE, Roster
 from singd_torch.sharding.guards import refuse_gathered, refuse_stages
 from singd_torch.step.stepper import Stepper
+from singd_torch.tensors.exact import without_autocast
 
 
 class Training(torch.optim.Optimizer):
@@ -61,11 +62,8 @@ class Training(torch.optim.Optimizer):
     def _place_rates(self) -> None:
         """Have rates in the memory of devices, where a CUDA graph reads them as they are then."""
         for group in self.param_groups if self._stepper.capturable else ():
-            rate, device = group["lr"], group["params"][0].device
-            if isinstance(rate, Tensor):
-                group["lr"] = rate.to(device)
-            else:
-                group["lr"] = torch.full((), rate, dtype=torch.float32, device=device)
+            for p in group["params"][:1]:
+                group |= {name: _placed(group[name], p) for name in ("lr", "largest_lr")}
 
     # ---- what happened to the model -------------------------------------------------------------
 
@@ -165,8 +163,16 @@ class Training(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        with without_autocast(self._roster.group_of):
+            self._step()
+        return loss
+
+    def _step(self) -> None:
         roster, stepper, watcher = self._roster, self._stepper, self._watcher
-        if roster.is_switched:
+        stepper.state = self.state  # a script may have given it another
+        if not self._known.has(self.param_groups):
+            self._renew()
+        elif roster.is_switched:
             watcher.follow()
         elif roster.is_regrouped():
             self._renew()
@@ -178,7 +184,7 @@ class Training(torch.optim.Optimizer):
         watcher.queue.flush()
         if not self.state and stepper.is_no_step:
             stepper.begin()
-            return loss
+            return
         if stepper.sharded is not None:
             part_again(roster.model)  # lest modules keep weights that are old then
         self._follow_model()
@@ -189,7 +195,6 @@ class Training(torch.optim.Optimizer):
         stepper.step(scaling.scales(self, self._given_scale))
         self._count()
         watcher.mask = self._given_scale = None
-        return loss
 
     def _count(self) -> None:
         for group in self.param_groups:
@@ -285,3 +290,10 @@ class Training(torch.optim.Optimizer):
         if mask is not None and mask.dtype != torch.bool:
             raise TypeError(f"mask_rows wants a boolean mask, not {mask.dtype}: give mask.bool()")
         self._watcher.mask = mask
+
+
+def _placed(rate: Any, p: Tensor) -> Tensor:
+    """A rate as a tensor, on the device of a parameter."""
+    if isinstance(rate, Tensor):
+        return rate.to(p.device)
+    return torch.full((), rate, dtype=torch.float32, device=p.device)

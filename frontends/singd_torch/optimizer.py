@@ -21,14 +21,14 @@ from singd_core._recipes import (
     small_step,
     with_rule,
 )
-from singd_core._settings import is_zero
+from singd_core._settings import is_zero, plain
 from singd_core._warnings import warn
 from singd_core.rounding import format_of
 from singd_core.structures import choose
 from singd_torch import _diagnostics, _table
 from singd_torch._distributed import group_of, unwrapped
 from singd_torch._estimate import automatic
-from singd_torch._groups import check_group, check_keys, parameters_of
+from singd_torch._groups import check_counts, check_group, check_keys, parameters_of
 from singd_torch._saving import Saving
 from singd_torch.layers.kinds import reasons
 from singd_torch.layers.matrices import without_model
@@ -188,6 +188,7 @@ class SINGD(Saving):
             "fallback_eps": fallback_eps,
             "fallback_weight_decay": fallback_weight_decay,
         }
+        defaults = {name: plain(value) for name, value in defaults.items()}
         defaults["base_lr"] = float(defaults["lr"]) or RECIPES[recipe].lr  # AdamW's share is of it
         if capturable and (compile_step is not False or shard):
             other = "shard" if shard else "compile_step"
@@ -230,7 +231,7 @@ class SINGD(Saving):
             TypeError: If the parameters are in a set, or are none.
             ValueError: If a setting is wrong or a parameter is given twice.
         """
-        group = with_rule(param_group)
+        group = {name: plain(value) for name, value in with_rule(param_group).items()}
         group["params"] = params = parameters_of(group["params"])
         if len({id(p) for p in params}) < len(params):
             raise ValueError("a parameter is given twice in one parameter group")
@@ -255,12 +256,10 @@ class SINGD(Saving):
             )
         if group.get("structures") == "auto" and roster.layers:
             raise ValueError('structures="auto": it is decided at construction; give "auto:b"')
+        first = float(group.get("lr", self.defaults["lr"])) or self.defaults["base_lr"]
+        group = {"steps": 0, "largest_lr": 0.0, "base_lr": first} | group
+        check_counts(group)
         super().add_param_group(group)
-        added = self.param_groups[-1]
-        added.setdefault("steps", 0)
-        added.setdefault("largest_lr", 0.0)
-        if "base_lr" not in param_group:  # a schedule changes a tensor in place
-            added["base_lr"] = float(added["lr"]) or self.defaults["base_lr"]
         if roster.group_of:
             self._route()
 

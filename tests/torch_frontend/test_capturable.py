@@ -136,6 +136,9 @@ def test_rates_are_tensors_also_of_groups_that_are_added_or_loaded() -> None:
     saved = copy.deepcopy(SINGD(model, model[0].parameters(), lr=0.2).state_dict())
     optimizer.load_state_dict(saved)
     optimizer.add_param_group({"params": model[1].parameters(), "lr": 0.4})
-    rates = [group["lr"] for group in optimizer.param_groups]
+    optimizer.add_param_group({"params": []})
+    rates = [group[name] for group in optimizer.param_groups[:2] for name in ("lr", "largest_lr")]
     assert all(isinstance(rate, Tensor) for rate in rates)
-    assert [float(rate) for rate in rates] == pytest.approx([0.2, 0.4])
+    assert [float(rate) for rate in rates] == pytest.approx([0.2, 0.0, 0.4, 0.0])
+    model[1](model[0](torch.randn(4, 3))).sum().backward()
+    optimizer.step()

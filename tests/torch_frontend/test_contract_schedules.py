@@ -116,3 +116,37 @@ def test_a_rate_that_is_a_tensor_is_the_number_it_holds() -> None:
     for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
         # 0.02 is rounded to float32 in one, and in float64 in the other
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6, msg=name)
+
+
+RATES: list[Any] = [
+    torch.tensor(0.1, dtype=torch.bfloat16),
+    torch.tensor(1),
+    0.5,
+    torch.tensor(2.0, dtype=torch.float64),
+    torch.tensor(0.5, requires_grad=True),
+    torch.tensor(1.0),
+]
+
+
+def test_the_largest_rate_is_known_whatever_rates_are_given_as() -> None:
+    model = Network()
+    optimizer = SINGD(model)
+    (group,) = optimizer.param_groups
+    for rate, largest in zip(RATES, [0.1, 1.0, 1.0, 2.0, 2.0, 2.0], strict=True):
+        group["lr"], group["largest_lr"] = rate, 0.0 if rate is RATES[0] else group["largest_lr"]
+        step(model, optimizer)
+        assert float(group["largest_lr"]) == pytest.approx(largest, rel=1e-2)
+        assert not getattr(group["largest_lr"], "requires_grad", False)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -0.1])
+def test_a_rate_that_is_made_wrong_in_place_is_named_and_changes_nothing(wrong: float) -> None:
+    model, rate = Network(), torch.tensor(0.1)
+    optimizer = SINGD(model, lr=rate)
+    step(model, optimizer)
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    rate.fill_(wrong)
+    with pytest.raises(ValueError, match=r"group 0: lr=.*: must be at least 0 and"):
+        step(model, optimizer)
+    assert all(torch.equal(p, before[0][name]) for name, p in model.state_dict().items())
+    assert optimizer.param_groups[0]["steps"] == 1

@@ -119,6 +119,17 @@ def test_a_checkpoint_may_be_older_than_a_setting() -> None:
     assert optimizer.param_groups[0]["order"] == 3
 
 
+def test_the_largest_rate_of_other_steps_is_not_kept() -> None:
+    state = saved_by({"lr": 0.1})
+    del state["param_groups"][0]["largest_lr"]
+    model = Network()
+    optimizer = SINGD(model, lr=1.0)
+    train(model, optimizer, batches(F32, 1))
+    optimizer.load_state_dict(state)
+    train(model, optimizer, batches(F32, 1))
+    assert optimizer.param_groups[0]["largest_lr"] == 0.1
+
+
 def test_the_mean_of_squares_begins_anew_where_it_was_not_kept() -> None:
     state = saved_by({})
     entries = [e for e in state["state"].values() if "late.mean" in e]

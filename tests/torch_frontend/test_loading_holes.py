@@ -86,6 +86,18 @@ HOLES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "steps below 0": (lambda s: group_of(s).update(steps=-1), "steps=-1: must be an integer of at"),
     "base_lr": (lambda s: group_of(s).update(base_lr=NAN), "base_lr=nan: must be positive"),
     "largest_lr": (lambda s: group_of(s).update(largest_lr=-1.0), "largest_lr=-1.0: must be at"),
+    "no largest_lr": (
+        lambda s: group_of(s).update(largest_lr=None),
+        "largest_lr=None: must be a number or a 0-d array, at least 0 and finite",
+    ),
+    "a largest_lr of words": (
+        lambda s: group_of(s).update(largest_lr="0.1"),
+        "largest_lr='0.1': must be a number or a 0-d array",
+    ),
+    "a largest_lr below 0": (
+        lambda s: group_of(s).update(largest_lr=torch.tensor(-0.5)),
+        r"largest_lr=-0\.5: must be at least 0",
+    ),
     "a wrong switch": (lambda s: group_of(s).update(average_groups=1), "average_groups=1: must be"),
     "a rate that is no number": (
         lambda s: group_of(s).update(lr=torch.tensor(NAN)),

@@ -219,3 +219,27 @@ def test_step_on_a_gpu_never_syncs_and_equals_the_host(case: str) -> None:
                 torch.cuda.set_sync_debug_mode("default")
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q.cpu(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_rate_that_is_not_finite_leaves_nothing_behind(
+    masked: pytest.MonkeyPatch, wrong: float
+) -> None:
+    model, rate = network(), torch.tensor(0.1)
+    optimizer = SINGD(model, lr=rate)
+    for _ in range(2):
+        optimizer.zero_grad()
+        backward(model, *batch())
+        optimizer.step()
+    before, largest = numbers(model, optimizer), optimizer.param_groups[0]["largest_lr"]
+    rate.fill_(wrong)
+    optimizer.step()
+    after = numbers(model, optimizer)
+    assert all(torch.equal(x, after[name]) for name, x in before.items() if "| step" not in name)
+    assert largest == optimizer.param_groups[0]["largest_lr"] == torch.tensor(0.1)
+    rate.fill_(0.05)
+    optimizer.step()
+    with pytest.warns(UserWarning, match="NaN or infinite"):
+        assert optimizer.skipped == 1
+    moved = zip(before.values(), numbers(model, optimizer).values(), strict=True)
+    assert not any(torch.equal(x, y) for x, y in list(moved)[: len(list(model.parameters()))])

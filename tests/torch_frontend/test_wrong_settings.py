@@ -31,6 +31,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "lr": ({"lr": -0.1}, r"lr=-0\.1: must be at least 0"),
     "lr, a word": ({"lr": "0.1"}, r"lr='0\.1': must be a number or a 0-d array, at least 0"),
     "lr, an array": ({"lr": torch.ones(1)}, r"lr=tensor\(\[1\.\]\): must be a number or a 0-d"),
+    "lr, a tensor below 0": ({"lr": torch.tensor(-0.5)}, r"lr=-0\.5: must be at least 0"),
+    "a tensor of NaN": ({"fallback_lr": torch.tensor(NAN)}, r"fallback_lr=nan: must be at least 0"),
     "lr, a switch": ({"lr": True}, r"lr=True: must be a number"),
     "nesterov": ({"nesterov": "yes"}, r"nesterov='yes': must be True or False"),
     "lr NaN": ({"lr": NAN}, r"lr=nan"),
@@ -145,6 +147,9 @@ CHANGES = {
     "T": (0, "T=0: must be an integer of at least 1"),
     "fallback_lr": (math.nan, "fallback_lr=nan: must be at least 0 and finite"),
     "loss_average": ("mean", "loss_average = 'mean': choose"),
+    "largest_lr": (None, "largest_lr=None: must be a number or a 0-d array, at least 0"),
+    "base_lr": (-0.1, r"base_lr=-0\.1: must be positive and finite"),
+    "steps": (None, "steps=None: must be an integer of at least 0"),
     "structures": ("dense", r"structures='dense' was \('diagonal', 'dense'\) when the layers"),
 }
 

@@ -32,4 +32,6 @@ def _is_due(steps: int, T: int, growing_T: bool) -> bool:
     s = Settings(T=T, growing_T=growing_T)
     if type(T) is not int or T < 1:  # a script has changed it, and it is asked for before a step
         validate(s)
+    if type(steps) is not int:
+        raise ValueError(f"steps={steps!r}: must be an integer of at least 0")
     return bool(_settings.is_due(steps, s))

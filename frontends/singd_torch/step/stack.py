@@ -104,6 +104,8 @@ class Stack:
 
     def tie(self, state: State) -> None:
         """Join what the state has of the layers, in the dtypes and on the device of the weights."""
+        for layer in self.layers:  # a script may have emptied the state: rows are wanted anew
+            layer.seen = layer.seen and "averages.k" in state.get(layer.weight, {})
         factors = [_state.factors_of(layer, state) for layer in self.layers]
         self.factors = self.momenta = self.late = None
         self.hold(join_trees(factors).map(partial(owned, set())), state)

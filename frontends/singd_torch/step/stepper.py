@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from singd_core._array import ranged
 from singd_core._settings import StepSettings
 from singd_core.rounding import Place
-from singd_core.step import warmed
 from singd_torch import _fallback, _state
 from singd_torch._distributed import agree_on_rows, reduce_rows
-from singd_torch._groups import settings_of, settings_of_step
+from singd_torch._groups import settings_of_step
 from singd_torch._warnings import listed
 from singd_torch.capture.scaling import Scales
 from singd_torch.layers.due import is_due, may_be_due
@@ -106,8 +105,7 @@ class Stepper(Stacker):
 
     def take_step(self, ready: list[Stack], others: list[nn.Parameter], scales: Scales) -> None:
         """Change the parameters of these stacks, and these others."""
-        groups = self.roster.groups
-        shares = {id(g): warmed(settings_of(g), g["steps"]) for g in groups}
+        groups = [g for g in self.roster.groups if g["params"]]
         chosen = {id(g): settings_of_step(g) for g in groups}
         kind, graphs = None, self.graphs
         if graphs is not None and ready:
@@ -129,7 +127,7 @@ class Stepper(Stacker):
             "rows": self._rows,
         }
         store = partial(rounding.store, **known, state=self.state, skip=skip)
-        _fallback.step_all(self.roster.group_of, others, grads, self.state, skip, shares, store)
+        _fallback.step_all(self.roster.group_of, others, grads, self.state, skip, chosen, store)
 
     def _change(
         self,
@@ -151,7 +149,8 @@ class Stepper(Stacker):
         raw = partial(_unscaled, None)
         norms, rows = finite.norms({p: raw(p) for p in moving}, scales.grads)
         sizes = [x for layer in layers for x in layer.sizes()]
-        size = self._of_all(finite.total([*rows, *sizes]))
+        rates = [s.lr for s in chosen.values() if isinstance(s.lr, Tensor)]
+        size = self._of_all(finite.total([*rows, *sizes, *rates]))
         ok = bad = None
         if isinstance(size, Tensor):
             ok = size < math.inf
