@@ -142,15 +142,38 @@ def test_numbers_of_numpy_are_numbers(name: str, where: str) -> None:
     assert_same(*steps)
 
 
-def test_a_step_under_autocast_is_the_step() -> None:
-    model = network()
+@pytest.mark.parametrize("how", ["another", "entries"])
+def test_a_state_that_is_given_by_hand_is_gone_on_from(how: str) -> None:
+    model, given = network(), {"T": 4, "growing_T": False}
+    optimizer = SINGD(model, **given)
+    for _ in range(9):  # the next refresh is not in the next step
+        step(model, optimizer, X)
     twin = copy.deepcopy(model)
-    optimizers = SINGD(model), SINGD(twin)
+    other, found = SINGD(twin, **given), defaultdict(dict)  # type: ignore[var-annotated]
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        found[q] = {name: value.clone() for name, value in optimizer.state[p].items()}
+    if how == "another":
+        other.state = found
+    else:
+        other.state.update(found)
+    for name in ("steps", "largest_lr"):
+        other.param_groups[0][name] = optimizer.param_groups[0][name]
+    for _ in range(6):
+        step(model, optimizer, X)
+        step(twin, other, X)
+    assert_same(everything(model, optimizer), everything(twin, other))
+
+
+@pytest.mark.parametrize("samples", [9, 9000], ids=["waiting", "measured at once"])
+def test_a_step_under_autocast_is_the_step(samples: int) -> None:
+    model, x = network(), torch.randn(samples, 6)
+    twin = copy.deepcopy(model)
+    optimizers = [SINGD(one, rows=torch.inf) for one in (model, twin)]
     for _ in range(4):
         for own, optimizer in zip((model, twin), optimizers, strict=True):
             optimizer.zero_grad()
             with torch.autocast("cpu", torch.bfloat16):
-                loss = nn.functional.cross_entropy(own(X), torch.arange(9) % 3)
+                loss = nn.functional.cross_entropy(own(x), torch.arange(samples) % 3)
                 if own is twin:
                     loss.backward()
                     optimizer.step()

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from singd_torch._uncompiled import uncompiled
 from singd_torch.capture import compiled
 from singd_torch.layers.reach import Reach, is_in_parts
+from singd_torch.tensors.exact import without_autocast
 
 # Takes the input of a call, the gradient of the loss at its output, which product it was, and the
 # first backward pass that brought rows of it, None in compiled code. Returns whether it took them.
@@ -145,7 +146,8 @@ class Tap:
         rows, owner = self._rows(), None if self._owner is None else self._owner()
         if rows is None or owner is None or owner.reach(self.source.weight) is Reach.NOT:
             return False
-        return rows(_plain(x), _plain(g), product, first)
+        with without_autocast([g]):
+            return rows(_plain(x), _plain(g), product, first)
 
     def take_some(self, x: Tensor, g: Tensor, samples: int) -> None:
         """Hand on rows of some samples of a call; other processes have its other samples."""

@@ -215,6 +215,8 @@ class Watcher:
             x, g, mask = sharded.sums.rows(layer, source, x, g, mask)
         if self._takes_rows():
             factors = layer.meter or part_of(self._keeper.factors(layer), source.part)
+            if not may_be_due(layer):  # it has factors that a script has given to the state
+                return
             layer.tell_autocast(g)
             key, backward = (source.part, source.swapped), backward_pass()
             if backward != layer.last_pass.number:

@@ -22,7 +22,7 @@ from singd_torch._groups import settings_of
 from singd_torch.layers.layer import Layer
 from singd_torch.step.rounding import owners
 from singd_torch.step.solve import written
-from singd_torch.tensors.join import join, join_trees, owned, parts, tree_parts
+from singd_torch.tensors.join import are_equal, join, join_trees, owned, parts, tree_parts
 
 T = TypeVar("T")
 State: TypeAlias = MutableMapping[Any, dict[str, Any]]
@@ -104,13 +104,14 @@ class Stack:
 
     def tie(self, state: State) -> None:
         """Join what the state has of the layers, in the dtypes and on the device of the weights."""
-        for layer in self.layers:  # a script may have emptied the state: rows are wanted anew
-            layer.seen = layer.seen and "averages.k" in state.get(layer.weight, {})
         factors = [_state.factors_of(layer, state) for layer in self.layers]
+        measured = not self._factors or all(map(are_equal, self._factors, factors))
+        for layer in self.layers:
+            layer.seen = "averages.k" in state.get(layer.weight, {})
+            layer.pending = layer.pending if measured else {}  # by factors that are no more
         self.factors = self.momenta = self.late = None
         self.hold(join_trees(factors).map(partial(owned, set())), state)
-        first = self.layers[0]
-        like = torch.empty(0, dtype=first.dtypes[2], device=first.weight.device)
+        like = self.layers[0].weight.new_empty(0, dtype=self.layers[0].dtypes[2])
         kept = {p: state.get(p, {}).get(_state.MOMENTUM) for p in self._parameters()}
         if any(m is not None for m in kept.values()):
 
@@ -230,11 +231,14 @@ class Stack:
         if self.factors is None:
             return False
         shows_factors = all(
-            not layer.seen or state.get(layer.weight, {}).get("averages.k") is own.averages.k
+            state.get(layer.weight, {}).get("averages.k")
+            is (own.averages.k if layer.seen else None)
             for layer, own in zip(self.layers, self._factors, strict=True)
         )
-        if self.momenta is None or not shows_factors:
-            return shows_factors
+        if not shows_factors:
+            return False
+        if self.momenta is None:
+            return not any(_state.MOMENTUM in state.get(p, {}) for p in self._parameters())
         return self.momenta[0].dtype == self.layers[0].dtypes[2] and all(
             state.get(p, {}).get(_state.MOMENTUM) is part
             for p, part in zip(self._parameters(), self._handed_out, strict=True)

@@ -50,6 +50,12 @@ def join_trees(trees: Sequence[T]) -> T:
     return first.map(lambda *tensors: join(tensors), *others) if others else first
 
 
+def are_equal(one: Tree, other: Tree) -> bool:
+    """Whether all arrays of two alike trees have the same numbers."""
+    pairs = zip(one.named_arrays(), other.named_arrays(), strict=True)
+    return all(torch.equal(a, b) for (_, a), (_, b) in pairs)
+
+
 def tree_parts(joined: T, n: int) -> list[T]:
     """The `n` trees that were joined, of views."""
     if n == 1:
