@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from singd_core._array import Array, total, widen
-from singd_core._given import kinds_of, row_pair
+from singd_core._given import kinds_of
+from singd_core._given_rows import row_pair
 from singd_core._layer_state import Parameter, pair
 from singd_core.curvature import TINY
 from singd_core.layers import LayerKind

@@ -8,7 +8,9 @@ from typing import Any
 
 from singd_core._array import Array, is_complex, is_inexact
 from singd_core._layer_state import Parameter, State, pair, parts
+from singd_core._recipes import check_fallback
 from singd_core.layers import LayerKind, Linear, Tensor
+from singd_core.layers.base import is_expand, loss_terms
 
 
 def kinds_of(
@@ -53,6 +55,21 @@ def check_pair(name: str, value: Any) -> None:
     """
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise ValueError(f"{name}={value!r}: give two, one for K and one for C")
+
+
+def check_options(
+    kfac_approx: str, loss_average: str | int | None, dtypes: Any, fallback: Any
+) -> None:
+    """Check what an optimizer has beside its settings, before any rows come.
+
+    Raises:
+        TypeError: If `fallback` is no `Fallback`.
+        ValueError: Naming the argument and its value.
+    """
+    is_expand(kfac_approx)
+    loss_terms(loss_average, 1, ())
+    check_pair("preconditioner_dtype", dtypes)
+    check_fallback(fallback)
 
 
 def check_named(params: Any) -> None:
@@ -117,43 +134,57 @@ def shapes_of(name: str, parameter: Parameter, what: str = "") -> list[tuple[int
     found = [getattr(part, "shape", None) for part in parts(parameter)]
     if None in found or len(found) > 2 or not found:
         raise TypeError(
-            f"{what}{name!r} must be an array or a tuple (weight, bias), "
-            f"not {_described(parameter)}"
+            f"{what}{name!r} must be an array or a tuple (weight, bias), not {described(parameter)}"
         )
     return [tuple(shape) for shape in found if shape is not None]
 
 
-def check_rows(names: Iterable[str], kinds: Mapping[str, LayerKind], state: State) -> None:
-    """Refuse rows of what has none.
-
-    Raises:
-        ValueError: Naming the first.
-    """
-    for name in names:
-        if name not in state.layers:
-            why = "AdamW trains it" if name in state.fallback else "no such layer"
-            raise ValueError(f"rows of {name!r}: {why}; the layers are {list(state.layers)}")
-        if not kinds[name].has_rows:
-            raise ValueError(f"rows of {name!r}: it learns from its gradient alone")
-
-
-def row_pair(name: str, rows: Any) -> tuple[Array, Array]:
-    """The layer's input and the gradient at its output.
-
-    Raises:
-        TypeError: If they are not two.
-    """
-    if isinstance(rows, (tuple, list)) and len(rows) == 2:
-        return rows[0], rows[1]
-    raise TypeError(
-        f"rows of {name!r} must be a pair, the layer's input and the gradient at its output, not "
-        f"{_described(rows)}; a layer without rows is left out"
-    )
-
-
-def _described(x: Any) -> str:
+def described(x: Any) -> str:
+    """What something is, for the message of an error."""
     many = f" of {len(x)}" if isinstance(x, (tuple, list)) else ""
     return "None" if x is None else f"a {type(x).__name__}{many}"
+
+
+def _library(x: Array) -> str:
+    """Whose dtypes an array has: arrays that share them can be computed with each other."""
+    return type(x.dtype).__module__.partition(".")[0]
+
+
+def check_library(what: str, array: Array, like: Array) -> None:
+    """Refuse an array whose library is not its parameter's.
+
+    Raises:
+        TypeError: Naming both.
+    """
+    if array.dtype != like.dtype and _library(array) != _library(like):
+        names = (f"{type(a).__module__}.{type(a).__name__}" for a in (array, like))
+        raise TypeError(
+            "{} is a {}, its parameter a {}: give arrays of one library".format(what, *names)
+        )
+
+
+def check_layers(layers: Any) -> None:
+    """Refuse what is no dictionary of kinds.
+
+    Raises:
+        TypeError: Naming what it is.
+    """
+    if layers is None:
+        return
+    check_mapping("layers", layers)
+    for name, kind in layers.items():
+        if not isinstance(kind, LayerKind):
+            raise TypeError(f"layers[{name!r}] = {kind!r}: give a kind of layer, e.g. Linear()")
+
+
+def check_mapping(what: str, given: Any) -> None:
+    """Refuse what is no dictionary.
+
+    Raises:
+        TypeError: Naming what it is.
+    """
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{what} must be a dictionary by name, not {described(given)}")
 
 
 def check_update(
@@ -162,22 +193,60 @@ def check_update(
     """Refuse gradients that are not structured like the parameters, and a state of others.
 
     Raises:
-        TypeError: If a gradient is neither an array nor a tuple of two.
-        ValueError: If names or shapes differ.
+        TypeError: If a gradient is neither an array nor a tuple of two, or of another library.
+        ValueError: If names, shapes or kinds of numbers differ.
     """
-    if grads.keys() != params.keys():
-        odd = sorted(set(grads) ^ set(params))
-        raise ValueError(
-            f"gradients and parameters have different names: {odd} in only one of them"
+    check_mapping("params", params)
+    if not isinstance(state, State):
+        raise TypeError(
+            f"the state is {described(state)}: give what `init`, `update` or `unflatten` returned"
         )
+    check_alike(grads, params, "gradients", "the gradient of ")
+    for parameter in params.values():
+        check_library("an array of the state", state.skipped, pair(parameter)[0])
     for name, parameter in params.items():
-        got = shapes_of(name, grads[name], "the gradient of ")
-        expected = shapes_of(name, parameter)
-        if got != expected:
-            raise ValueError(f"the gradient of {name!r} has shape {got}, its parameter {expected}")
-    odd = sorted({*state.layers, *state.fallback} ^ set(params))
+        for gradient, weight in zip(parts(grads[name]), parts(parameter), strict=True):
+            if gradient.dtype != weight.dtype:
+                _check_gradient(f"the gradient of {name!r}", gradient, weight)
+    odd = _odd({*state.layers, *state.fallback}, params)
     if odd:
         raise ValueError(
             f"the state and the parameters have different names: {odd} in only one of them; "
             "`init(params)` makes the state"
         )
+
+
+def _check_gradient(what: str, gradient: Array, weight: Array) -> None:
+    """Refuse a gradient whose numbers are of another kind than its parameter's."""
+    check_library(what, gradient, weight)
+    if not is_inexact(gradient) or (is_complex(gradient) and not is_complex(weight)):
+        raise ValueError(f"{what} is of {gradient.dtype}, its parameter of {weight.dtype}: cast it")
+
+
+def check_alike(
+    given: Mapping[str, Parameter], params: Mapping[str, Parameter], whats: str, what: str
+) -> None:
+    """Refuse what is not structured like the parameters.
+
+    Args:
+        given: E.g. gradients.
+        params: The parameters.
+        whats: What is given, e.g. "gradients".
+        what: What is given of one, e.g. "the gradient of ".
+
+    Raises:
+        TypeError: If it is no dictionary of arrays and tuples of two.
+        ValueError: If names or shapes differ.
+    """
+    check_mapping(whats, given)
+    if odd := _odd(given, params):
+        raise ValueError(f"{whats} and parameters have different names: {odd} in only one of them")
+    for name, parameter in params.items():
+        got, expected = shapes_of(name, given[name], what), shapes_of(name, parameter)
+        if got != expected:
+            raise ValueError(f"{what}{name!r} has shape {got}, its parameter {expected}")
+
+
+def _odd(names: Iterable[str], others: Iterable[str]) -> list[str]:
+    """The names that are in only one of two."""
+    return sorted({*names} ^ {*others}, key=str)

@@ -8,7 +8,15 @@ from math import prod
 from typing import Any, Self, TypeAlias
 
 from singd_core import rules
-from singd_core._array import Array, device, is_half, namespace, ranged
+from singd_core._array import (
+    Array,
+    device,
+    is_complex,
+    is_half,
+    is_inexact,
+    namespace,
+    ranged,
+)
 from singd_core._settings import Settings
 from singd_core._tree import Tree, tree
 from singd_core.adamw import Moments
@@ -157,7 +165,8 @@ def begun(
         return LayerState.of(factors, None, None, costs)
     dtypes = (momentum_dtype or ranged(p[..., :0]).dtype for p in parameters)
     pairs = zip(parameters, dtypes, strict=True)
-    buffers = [namespace(p).zeros_like(p, dtype=dtype) for p, dtype in pairs]
+    zeros = (namespace(p).zeros_like(p, dtype=dtype) for p, dtype in pairs)
+    buffers = [_of_reals("momentum_dtype", m) for m in zeros]
     late = Late.zeros(batch, parameters[0]) if s.normalized else None
     return LayerState.of(factors, buffers, late, costs)
 
@@ -175,10 +184,23 @@ def begun_moments(weight: Array, s: Settings) -> Moments:
 
 def _empty(like: Array, dtype: Any) -> Array:
     """An empty array on the device of `like`, in `dtype` or else one that holds its factors."""
-    xp = namespace(like)
-    return (
-        ranged(like[..., :0]) if dtype is None else xp.empty((0,), dtype=dtype, device=device(like))
-    )
+    if dtype is None:
+        return ranged(like[..., :0])
+    made = namespace(like).empty((0,), dtype=dtype, device=device(like))
+    return _of_reals("preconditioner_dtype", made)
+
+
+def _of_reals(setting: str, made: Array) -> Array:
+    """An array that was made in the dtype of a setting.
+
+    Raises:
+        ValueError: If that holds no real floating-point numbers.
+    """
+    if not is_inexact(made) or is_complex(made):
+        raise ValueError(
+            f"{setting} is {made.dtype}: give a dtype of real floating-point numbers, or None"
+        )
+    return made
 
 
 def bytes_of(state: LayerState) -> int:

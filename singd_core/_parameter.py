@@ -58,7 +58,8 @@ def layer_curvature(
     )
     A, N = inputs_of(x, bias=bias is not None, kfac_approx=kfac_approx, sample=of_x)
     B, M = kind.outputs(g, kfac_approx=kfac_approx, loss_average=loss_average, sample=of_g)
-    alike = x.shape[0] == g.shape[0] and (of_g is not None or B.shape[-2] == N)
+    single = x.ndim == g.ndim == 1  # a batch of one each
+    alike = (single or x.shape[0] == g.shape[0]) and (of_g is not None or B.shape[-2] == N)
     if (A.shape[-1], B.shape[-1]) != (d_in, d_out) or not alike:
         raise ValueError(
             f"{N} of length {A.shape[-1]} and {B.shape[-2]} of length {B.shape[-1]} do not fit a "
@@ -193,10 +194,13 @@ def _or_zero(ok: Array, change: Array) -> Array:
     return xp.where(ok, change, xp.zeros_like(change))
 
 
-def all_finite(sizes: Sequence[Array]) -> Array:
-    """Whether the sum of all sizes is finite, 0-d."""
+def all_finite(sizes: Sequence[Array], rates: Sequence[Array]) -> Array:
+    """Whether the sum of all sizes is finite, and each rate, 0-d."""
     xp = namespace(sizes[0])
-    return xp.isfinite(total(xp.stack(list(sizes))))  # XLA would fuse a chain of sums into all uses
+    known = total(xp.stack(list(sizes)))  # XLA would fuse a chain of sums into all uses
+    for rate in rates:
+        known = known + expand(rate * 0.0, known)
+    return xp.isfinite(known)
 
 
 def count_failed(count: Array, moved: Sequence[Array]) -> Array:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from singd_core._scalars import number
 from singd_core._settings import Settings, is_zero, plain
 from singd_core.adamw import Fallback
 from singd_core.rounding import ROUNDINGS
@@ -163,16 +164,46 @@ def small_step(rates: Iterable[Any]) -> str:
 
 
 def check_rate(name: str, value: Any, in_range: Callable[[Any], bool], expected: str) -> None:
-    """Check a number, or that an array is 0-d.
+    """Check a number, or that an array is 0-d; and its value where nobody has to wait for it.
 
     Raises:
         ValueError: Naming the setting, its value and its range.
     """
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if getattr(value, "ndim", None) != 0 and not number:
+    known = number(value) if getattr(value, "ndim", None) == 0 else value
+    is_number = isinstance(known, (int, float)) and not isinstance(known, bool)
+    if getattr(value, "ndim", None) != 0 and not is_number:
         raise ValueError(f"{name}={value!r}: must be a number or a 0-d array, {expected}")
-    if number and not in_range(value):
+    if is_number and not in_range(known):
         raise ValueError(f"{name}={value!r}: must be {expected}")
+
+
+def check_adamw(given: Mapping[str, Any], prefix: str) -> None:
+    """Check settings of AdamW, by the names of `Fallback` after a prefix.
+
+    Raises:
+        ValueError: Naming the setting, its value and its range.
+    """
+    for name in ("lr", "eps", "weight_decay"):
+        if name in given:
+            expected = "at least 0 and finite"
+            check_rate(prefix + name, given[name], lambda v: 0.0 <= v < math.inf, expected)
+    betas = given.get("betas", (0.0, 0.0))
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"{prefix}betas={betas!r}: give two numbers in [0, 1)")
+    for beta in betas:
+        check_rate(prefix + "betas", beta, lambda v: 0.0 <= v < 1.0, f"two in [0, 1), not {betas}")
+
+
+def check_fallback(fallback: Any) -> None:
+    """Check what is given for AdamW; a frontend may have rates that are functions.
+
+    Raises:
+        TypeError: If it is no `Fallback`.
+        ValueError: Naming the setting, its value and its range.
+    """
+    if not isinstance(fallback, Fallback):
+        raise TypeError(f"fallback={fallback!r}: give Fallback(lr=...), or None")
+    check_adamw({n: v for n, v in vars(fallback).items() if not callable(v)}, "fallback.")
 
 
 # Names that other optimizers have for a setting, or for a setting of the matrices and of AdamW.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+import sys
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -128,9 +129,24 @@ def is_due(step: Any, s: Settings, T: Any = None) -> Any:
 
 
 def rate_of_factors(step: Any, s: Settings) -> Rate:
-    """β₁ of a refresh: with `growing_T` for all steps since the last one."""
+    """β₁ of a refresh: with `growing_T` for all steps since the last one.
+
+    Raises:
+        ValueError: If the function `lr_cov` returns no rate.
+    """
     once = rate(s.lr_cov, step)
+    most = 1.0 if s.normalized else sys.float_info.max
+    if not 0.0 <= once <= most if isinstance(once, (int, float)) else once is None:
+        allowed = "a number in [0, 1]" if s.normalized else "a number of at least 0"
+        raise ValueError(f"lr_cov({step}) is {once!r}: must be {allowed}")
     return 1.0 - (1.0 - once) ** gap(step, s) if s.growing_T else once
+
+
+def arrays_of(s: Settings, fallback: Any) -> list[Any]:
+    """The rates by which weights move that are arrays: nobody has checked these."""
+    rates = s.lr, s.momentum, s.weight_decay, fallback.lr, fallback.weight_decay
+    # exactly these: an operation on a 0-d array of NumPy returns a float of its own
+    return [rate for rate in rates if type(rate) not in (int, float)]
 
 
 def is_bound(value: Rate) -> bool:

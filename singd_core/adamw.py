@@ -48,8 +48,9 @@ class Moments(Tree):
     def update(self, gradient: Array, weight: Array, s: Fallback) -> tuple[Array, Self]:
         """The change of the weight, and the new moments (Loshchilov & Hutter, arXiv 1711.05101)."""
         (beta1, beta2), step = s.betas, self.step + 1.0
+        own = widen(self.exp_avg)
         first, second, u = _averaged(
-            *(widen(gradient), widen(self.exp_avg), self.exp_avg_sq),
+            *(cast(gradient, own), own, self.exp_avg_sq),
             *(beta1, 1.0 - beta1, beta2, 1.0 - beta2),
             *(1.0 - beta1**step, 1.0 - beta2**step, s.eps),
         )

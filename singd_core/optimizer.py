@@ -9,20 +9,20 @@ from typing import Any, TypeAlias
 
 from singd_core import _given, _parameter, rules
 from singd_core._array import Array
+from singd_core._given_rows import rows_of
+from singd_core._given_state import check_state
 from singd_core._layer_state import Parameter, State, begun_moments, dtypes_of, layer_state
 from singd_core._parameter import new_or_old
 from singd_core._recipes import DEFAULT, STRUCTURES, fallback_of, settings, small_step
-from singd_core._scalars import at_least, number
-from singd_core._settings import is_due, rate_of_factors
+from singd_core._settings import arrays_of, is_due, rate_of_factors
 from singd_core._tree import T_Tree
 from singd_core._warnings import warn
 from singd_core.adamw import Fallback
 from singd_core.curvature import Curvature
 from singd_core.layers import LayerKind
-from singd_core.layers.base import is_expand, loss_terms
 from singd_core.levels import leveled
 from singd_core.rounding import Rounding
-from singd_core.step import of_step
+from singd_core.step import largest_rate, of_step
 from singd_core.structures import choose
 
 Rows: TypeAlias = tuple[Array, Array]  # a layer's input, and the loss's gradient at its output
@@ -53,6 +53,7 @@ class Optimizer:
         **given: Settings that win over the recipe, e.g. `lr=0.01` or `T=10`.
 
     Raises:
+        TypeError: If a layer has no kind, or `fallback` is none.
         ValueError: If a setting is out of range or a name unknown.
 
     Example:
@@ -84,15 +85,14 @@ class Optimizer:
         **given: Any,
     ) -> None:
         self.settings = settings(recipe, **given)
+        _given.check_layers(layers)
         self.layers = None if layers is None else dict(layers)
         rules.get(self.settings.rule).choose(structures)
         self.structures = STRUCTURES[recipe] if structures is None else structures
-        is_expand(kfac_approx)  # both are checked here, before any rows come
-        loss_terms(loss_average, 1, ())
-        _given.check_pair("preconditioner_dtype", preconditioner_dtype)
         self.kfac_approx, self.loss_average = kfac_approx, loss_average
         self.preconditioner_dtype, self.momentum_dtype = preconditioner_dtype, momentum_dtype
         self.fallback = fallback or fallback_of(recipe, given.get("weight_decay"))
+        _given.check_options(kfac_approx, loss_average, preconditioner_dtype, self.fallback)
         if self.settings.normalized and (small := small_step([self.settings.lr])):
             warn(small)
 
@@ -135,14 +135,12 @@ class Optimizer:
             params: The current parameters.
 
         Raises:
-            TypeError: If rows are no pair.
+            TypeError: If rows are no pair of arrays of the parameters' library.
             ValueError: If a name is no layer, or rows do not fit it.
         """
         kinds, found = self._kinds(params), {}
-        _given.check_rows(rows, kinds, state)
         how = self.kfac_approx, self.loss_average, self.settings.rows, state.step
-        for name, given in rows.items():
-            x, g = _given.row_pair(name, given)
+        for name, x, g in rows_of(rows, kinds, state, params):
             measure = partial(_parameter.layer_curvature, kinds[name], params[name], *how)
             try:
                 found[name] = self._run(measure, params[name], state.layers[name].factors, x, g)
@@ -202,20 +200,22 @@ class Optimizer:
             state: The current state.
             params: The current parameters.
             rows: What `curvature` takes, when `due(state)`; layers without keep their factors.
-            curvature: In place of rows, the curvature itself.
+            curvature: In place of rows, what `curvature` returned.
             refreshed: In place of both, what `refresh` returned.
 
         Returns:
-            The changes, to be added (`apply` does), and the new state. If anything among gradients
-            and rows is not finite, the changes are zero and all but the counts stays as it was.
+            The changes, to be added (`apply` does), and the new state. If anything among
+            gradients, rows and rates is not finite, the changes are zero and all but the counts
+            stays as it was.
 
         Raises:
-            TypeError: If a gradient is no array or tuple, or rows are no pair.
-            ValueError: If names or shapes do not fit.
+            TypeError: If something is no array, or of another library than its parameter.
+            ValueError: If names, shapes or dtypes do not fit, or the state does not.
         """
         _given.check_update(grads, state, params)
         kinds, first = self._kinds(params), next(iter(params.values()))
-        largest_lr = at_least(state.largest_lr, number(self.settings.lr))
+        check_state(state, params, kinds, self.settings, curvature or ())
+        largest_lr = largest_rate(state.largest_lr, self.settings.lr)
         s = of_step(self.settings, state.step, largest_lr)
         others = dataclasses.replace(self.fallback, lr=self.fallback.lr * s.warm)
         if curvature is None:
@@ -230,7 +230,7 @@ class Optimizer:
             sizes.append(size)
         for name in state.fallback:
             sizes.append(self._run(_parameter.squares, params[name], grads[name]))
-        ok = self._run(_parameter.all_finite, first, sizes)
+        ok = self._run(_parameter.all_finite, first, sizes, arrays_of(s, others))
 
         following = state.step + 1
         rate = rate_of_factors(following, s) if s.normalized else 0.0
@@ -257,7 +257,8 @@ class Optimizer:
     def apply(
         self, params: Mapping[str, Parameter], updates: Mapping[str, Parameter]
     ) -> dict[str, Parameter]:
-        """The parameters with their changes added."""
+        """The parameters with their changes added; a ValueError if these are of others."""
+        _given.check_alike(updates, params, "changes", "the change of ")
         return {n: self._run(_parameter.added, p, p, updates[n], like=p) for n, p in params.items()}
 
     def _run(

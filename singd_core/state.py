@@ -42,9 +42,12 @@ def unflatten(template: State, flat: Mapping[str, Any]) -> State:
         flat: What `flatten` returned; arrays of any library.
 
     Raises:
+        TypeError: If `flat` is no dictionary.
         ValueError: Naming the first entry that is missing, left over, of another shape or kind of
             numbers, or not finite.
     """
+    if not isinstance(flat, Mapping):
+        raise TypeError(f"the saved state must be a dictionary, not a {type(flat).__name__}")
     if "step" not in flat:
         raise ValueError("the saved state has no 'step': is it what `flatten` returned?")
     arrays, flat = [], _upgraded(template, flat)
@@ -73,9 +76,14 @@ def _number(name: str, saved: Any, number: Any) -> Any:
     """What was saved of a number, an array where a compiled step has it on the device."""
     if not isinstance(number, (int, float)):
         return namespace(number).asarray(saved, dtype=number.dtype, device=device(number))
-    found = type(number)(saved)
-    if not 0 <= found < math.inf:
-        raise ValueError(f"{name!r} is {found} in the saved state: must be at least 0")
+    whole = " and whole" if isinstance(number, int) else ""
+    try:
+        found = type(number)(saved)
+        fits = 0 <= found < math.inf and (not whole or found == float(saved))
+    except (TypeError, ValueError, OverflowError):
+        fits = False
+    if not fits:
+        raise ValueError(f"{name!r} is {saved} in the saved state: must be at least 0{whole}")
     return found
 
 

@@ -216,6 +216,14 @@ def warmed(s: Settings, step: Scalar) -> Scalar:
     return 1.0 if s.warmup == 0 else at_most((step + 1) / s.warmup, 1.0)
 
 
+def largest_rate(largest: Scalar, lr: Scalar) -> Scalar:
+    """The largest rate so far, with the rate of one more step; one that is not finite is none."""
+    lr = number(lr)
+    if not isinstance(lr, (int, float)):
+        lr = namespace(lr).where(namespace(lr).isfinite(lr), lr, namespace(lr).zeros_like(lr))
+    return at_least(largest, lr)
+
+
 def of_step(s: Settings, step: Scalar, largest_lr: Scalar) -> StepSettings:
     """With the warm-up (5.13), and a momentum that forgets faster where rates have decayed (5.8b).
 

@@ -14,7 +14,8 @@ RANKS: dict[str, list[str]] = {
         *("_version", "_warnings", "_kernels", "_array", "_scalars", "_tree", "rounding"),
         *("_settings", "structures", "curvature", "levels", "preconditioner", "rules", "adamw"),
         *("_recipes", "layers", "late", "length", "step"),
-        *("_layer_state", "_given", "_parameter", "optimizer", "_check", "state", "testing"),
+        *("_layer_state", "_given", "_given_rows", "_given_state", "_parameter", "optimizer"),
+        *("_check", "state", "testing"),
     ],
     "singd_torch": [
         *("_warnings", "_pytree", "_uncompiled", "_fallback", "_groups", "_form", "_changed"),

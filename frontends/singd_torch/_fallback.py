@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from singd_core._array import cast, widen
-from singd_core._recipes import check_rate
+from singd_core._recipes import check_adamw
 from singd_core._settings import StepSettings
 
 RATES = "fallback_lr", "fallback_eps", "fallback_weight_decay"
@@ -111,10 +110,5 @@ def check(group: dict[str, Any]) -> None:
     Raises:
         ValueError: Naming the setting, its value and its range.
     """
-    for name in RATES:
-        check_rate(name, group[name], lambda v: 0.0 <= v < math.inf, "at least 0 and finite")
-    betas = group["fallback_betas"]
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise ValueError(f"fallback_betas={betas!r}: give two numbers in [0, 1)")
-    for beta in betas:
-        check_rate("fallback_betas", beta, lambda v: 0.0 <= v < 1.0, f"two in [0, 1), not {betas}")
+    names = "lr", "betas", "eps", "weight_decay"
+    check_adamw({name: group[f"fallback_{name}"] for name in names}, "fallback_")

@@ -168,6 +168,12 @@ HOLES: dict[str, tuple[dict[str, Any], str]] = {
     "a complex factor": ({"w.K.matrix": np.eye(2) * 1j}, r"'w\.K\.matrix' is of .*complex128"),
     "a count of fractions": ({"skipped": np.asarray(0.5)}, r"'skipped' is of .*float64"),
     "a rate below 0": ({"largest_lr": -1.0}, r"'largest_lr' is -1\.0 in the saved state: must be"),
+    "half a step": (
+        {"step": 3.5},
+        r"'step' is 3\.5 in the saved state: must be at least 0 and whole",
+    ),
+    "a step that is no number": ({"step": np.nan}, r"'step' is nan in the saved state: must be"),
+    "two steps": ({"step": np.array([3, 4])}, r"'step' is \[3 4\] in the saved state: must be"),
     "a step below 0": ({"step": -1}, r"'step' is -1 in the saved state: must be at least 0"),
 }
 
@@ -225,6 +231,11 @@ def test_a_parameter_that_does_not_fit_is_named(
         ((W, B), {"a": None}, TypeError, "rows of 'a' must be a pair.* not None; a layer without"),
         ((W, B), {"a": np.ones((5, 3))}, TypeError, "rows of 'a' must be a pair.* not a ndarray"),
         ((W, B), {"b": (W, W)}, ValueError, r"rows of 'b': no such layer; the layers are \['a'\]"),
+        ((W, B), [(W, W)], TypeError, "rows must be a dictionary by name, not a list of 1"),
+        ((W, B), {"a": ([B], W)}, TypeError, "rows of 'a': its input must be an array, not a list"),
+        ((W, B), {"a": (W, W * 1j)}, ValueError, "rows of 'a': its output gradient is complex"),
+        ((W * 1j, B), None, ValueError, "the gradient of 'a' is of complex128, .*: cast it"),
+        ((W.astype(int), B), None, ValueError, "the gradient of 'a' is of int64, .*: cast it"),
     ],
 )
 def test_gradients_and_rows_that_do_not_fit_are_named(
@@ -233,12 +244,6 @@ def test_gradients_and_rows_that_do_not_fit_are_named(
     optimizer, params = Optimizer(), {"a": (W, B)}
     with pytest.raises(error, match=message):
         optimizer.update({"a": grad}, optimizer.init(params), params, rows)
-
-
-def test_a_state_of_other_parameters_is_named() -> None:
-    optimizer, other = Optimizer(), {"q": np.zeros((2, 2))}
-    with pytest.raises(ValueError, match=r"the state and the parameters .* \['a', 'q'\] in only"):
-        optimizer.update(other, optimizer.init({"a": (W, B)}), other)
 
 
 # ---- `check` -----------------------------------------------------------------------------------

@@ -67,12 +67,58 @@ def test_a_bias_without_a_layer_is_an_error() -> None:
         ),
         ({"kfac_approx": "shrink"}, "kfac_approx = 'shrink'"),
         ({"loss_average": "mean"}, "loss_average = 'mean'"),
+        ({"fallback": Fallback(lr=-1.0)}, r"fallback\.lr=-1\.0: must be at least 0"),
+        (
+            {"fallback": Fallback(betas=(0.9, 1.0))},
+            r"fallback\.betas=1\.0: must be two in \[0, 1\)",
+        ),
         ({"preconditioner_dtype": "float32"}, "preconditioner_dtype='float32': give two, one for"),
     ],
 )
 def test_a_wrong_setting_is_an_error_at_once(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Optimizer(LAYERS, **given)
+
+
+def test_what_is_no_kind_and_no_fallback_is_an_error_at_once() -> None:
+    with pytest.raises(TypeError, match="layers must be a dictionary by name, not a list of 1"):
+        Optimizer(["map"])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"layers\['map'\] = .*: give a kind of layer, e.g. Linear"):
+        Optimizer({"map": Linear})  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match=r"fallback=.*: give Fallback\(lr=...\)"):
+        Optimizer(fallback={"lr": 0.1})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["preconditioner_dtype", "momentum_dtype"])
+@pytest.mark.parametrize("dtype", [np.int32, np.complex64])
+def test_state_is_of_real_floating_point_numbers(name: str, dtype: Any) -> None:
+    given = dtype if name == "momentum_dtype" else (None, dtype)
+    with pytest.raises(ValueError, match=f"{name} is {np.dtype(dtype)}: give a dtype of real"):
+        Optimizer(LAYERS, **{name: given}).init(params())
+
+
+@pytest.mark.parametrize("recipe", ["paper", "normalized"])
+@pytest.mark.parametrize("value", [NAN, INF], ids=str)
+@pytest.mark.parametrize("name", ["lr", "momentum", "weight_decay", "fallback"])
+def test_a_rate_that_is_not_finite_changes_nothing_and_is_counted(
+    name: str, value: float, recipe: str
+) -> None:
+    rate = np.array(0.01)
+    given = {"fallback": Fallback(lr=rate)} if name == "fallback" else {name: rate}
+    optimizer = Optimizer(LAYERS, recipe=recipe, **given)
+    p, state = train(optimizer, steps(2), params())
+    g, _ = steps(3)[2]
+    rate[...] = value
+    with np.errstate(all="ignore"):
+        updates, new = optimizer.update(g, state, p)
+    assert all(not leaf.any() for leaf in leaves(updates))
+    assert (new.step, new.skipped) == (3, 1)
+    for (key, a), (_, b) in zip(new.named_arrays(), state.named_arrays(), strict=True):
+        assert key == "skipped" or np.array_equal(a, b), key
+    rate[...] = 0.01
+    updates, new = optimizer.update(g, new, p)
+    assert all(np.isfinite(leaf).all() and leaf.any() for leaf in leaves(updates))
+    assert (new.step, new.skipped) == (4, 1)
 
 
 def broken(g: Any, rows: Any, case: str) -> tuple[Any, Any, str]:

@@ -58,10 +58,12 @@ def test_the_authors_name_of_a_rule_is_an_alias(recipe: str) -> None:
 
 
 def test_a_scalar_of_numpy_is_the_number_it_holds() -> None:
-    """It is a float, but would make float64 of arrays in float32."""
-    chosen = settings(lr=np.float64(0.5), lr_cov=lambda step: np.float64(0.25))
-    assert type(chosen.lr) is float
-    assert type(rate(chosen.lr_cov, 0)) is float
+    """Else it would make float64 of arrays in float32, or meet arrays of another library."""
+    for kind in (np.float64, np.float32, np.float16):
+        chosen = settings(lr=kind(0.5), lr_cov=lambda step, kind=kind: kind(0.25), T=np.int64(3))
+        assert type(chosen.lr) is float
+        assert type(rate(chosen.lr_cov, 0)) is float
+        assert type(chosen.T) is int
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -134,6 +136,20 @@ def test_a_schedule_is_called_with_the_number_of_steps_taken() -> None:
     assert rate(0.25, 3) == 0.25
     schedule = settings(lr_cov=lambda step: 0.1).lr_cov
     assert callable(schedule)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "value", "allowed"),
+    [
+        ("normalized", 1.5, r"in \[0, 1\]"),
+        ("paper", -0.1, "at least 0"),
+        ("paper", None, "at least"),
+    ],
+)
+def test_a_schedule_that_returns_no_rate_is_named(recipe: str, value: Any, allowed: str) -> None:
+    s = settings(recipe, lr_cov=lambda step: value)
+    with pytest.raises(ValueError, match=rf"lr_cov\(3\) is {value}: must be a number.* {allowed}"):
+        rate_of_factors(3, s)
 
 
 def test_gaps_grow_with_the_steps_taken_and_up_to_T() -> None:

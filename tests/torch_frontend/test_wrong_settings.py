@@ -171,6 +171,20 @@ def test_a_wrong_setting_that_a_script_changes_is_named_and_changes_nothing(name
     step(model, optimizer)
 
 
+@pytest.mark.parametrize("name", ["lr", "momentum", "fallback_lr"])
+def test_a_tensor_that_a_script_writes_to_is_checked_as_a_number_is(name: str) -> None:
+    model, rate = network(), torch.tensor(0.1)
+    optimizer = SINGD(model, **{name: rate})
+    step(model, optimizer)
+    before = everything(model, optimizer)
+    rate.fill_(math.nan)
+    with pytest.raises(ValueError, match=rf"parameter group 0: {name}=tensor\(nan\)"):
+        step(model, optimizer)
+    rate.fill_(0.1)
+    assert_same(before, everything(model, optimizer))
+    step(model, optimizer)
+
+
 @pytest.mark.parametrize(
     ("key", "meant"),
     [

@@ -1,0 +1,77 @@
+"""The checks of rows that an optimizer is given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from singd_core._array import Array, is_complex
+from singd_core._given import check_library, check_mapping, described
+from singd_core._layer_state import Parameter, State, pair
+from singd_core.layers import LayerKind
+
+
+def rows_of(
+    rows: Mapping[str, Any],
+    kinds: Mapping[str, LayerKind],
+    state: State,
+    params: Mapping[str, Parameter],
+) -> list[tuple[str, Array, Array]]:
+    """The name of each layer with rows, its input and the gradient at its output.
+
+    Raises:
+        TypeError: If they are no pair of arrays of the library of their parameter.
+        ValueError: If a name is no layer with rows, or rows are complex.
+    """
+    check_mapping("rows", rows)
+    check_rows(rows, kinds, state)
+    found = [(name, *row_pair(name, given)) for name, given in rows.items()]
+    for name, x, g in found:
+        _check_numbers(name, x, g, params[name])
+    return found
+
+
+def check_rows(names: Iterable[str], kinds: Mapping[str, LayerKind], state: State) -> None:
+    """Refuse rows of what has none.
+
+    Raises:
+        ValueError: Naming the first.
+    """
+    for name in names:
+        if name not in state.layers:
+            why = "AdamW trains it" if name in state.fallback else "no such layer"
+            raise ValueError(f"rows of {name!r}: {why}; the layers are {list(state.layers)}")
+        if not (kinds[name].has_rows and state.layers[name].factors.has_rows):
+            raise ValueError(f"rows of {name!r}: it learns from its gradient alone")
+
+
+def row_pair(name: str, rows: Any) -> tuple[Array, Array]:
+    """The layer's input and the gradient at its output.
+
+    Raises:
+        TypeError: If they are not two.
+    """
+    if isinstance(rows, (tuple, list)) and len(rows) == 2:
+        return rows[0], rows[1]
+    raise TypeError(
+        f"rows of {name!r} must be a pair, the layer's input and the gradient at its output, not "
+        f"{described(rows)}; a layer without rows is left out"
+    )
+
+
+def _check_numbers(name: str, x: Any, g: Any, parameter: Parameter) -> None:
+    """Refuse rows that are no arrays of real numbers, or arrays of another library.
+
+    Raises:
+        TypeError: If one is no array of the library of its parameter.
+        ValueError: If one is complex.
+    """
+    weight = pair(parameter)[0]
+    for what, array in (("input", x), ("output gradient", g)):
+        if not hasattr(array, "dtype") or not hasattr(array, "ndim"):
+            raise TypeError(
+                f"rows of {name!r}: its {what} must be an array, not {described(array)}"
+            )
+        check_library(f"rows of {name!r}: its {what}", array, weight)
+        if array.dtype != weight.dtype and is_complex(array):
+            raise ValueError(f"rows of {name!r}: its {what} is complex, and a layer is a real map")

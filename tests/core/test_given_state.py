@@ -1,0 +1,100 @@
+"""A state of other parameters, settings or libraries, and arrays that do not fit: errors."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from backends import BACKENDS, Backend
+
+from singd_core import Optimizer, flatten, unflatten
+
+W, B = np.zeros((4, 3)), np.zeros(4)
+TORCH = [b for b in BACKENDS if b.library == "torch"]
+
+
+@pytest.mark.parametrize("numpy_is", ["gradients", "rows", "state"])
+@pytest.mark.parametrize("backend", TORCH, ids=str)
+def test_arrays_of_two_libraries_are_named(backend: Backend, numpy_is: str) -> None:
+    optimizer, x, g = Optimizer(), np.ones((8, 3)), np.ones((8, 4))
+    given = {"params": {"a": W}, "gradients": {"a": g.T @ x}, "rows": {"a": (x, g)}}
+    with backend.active():
+
+        def to(a: np.ndarray) -> Any:
+            return backend.to(a, "float32")
+
+        params = {"a": to(W)}
+        state = optimizer.init({"a": W} if numpy_is == "state" else params)
+        grads = given["gradients"] if numpy_is == "gradients" else {"a": to(g.T @ x)}
+        rows = given["rows"] if numpy_is == "rows" else {"a": (to(x), to(g))}
+        with pytest.raises(TypeError, match=r"is a numpy.*, its parameter a torch"):
+            optimizer.update(grads, state, params, rows)
+
+
+@pytest.mark.parametrize(
+    ("before", "message"),
+    [
+        ({"a": (np.zeros((1, 1)), np.zeros(1))}, "'a' has another shape"),
+        ({"a": W}, "'a' has another shape"),
+        ({"v": np.zeros(())}, "'v' has another shape"),
+        ({"a": B}, "'a' has no factors"),
+        (Optimizer(momentum=0.0), "'a' has no momentum"),
+        (Optimizer(recipe="paper", rule="ikfac"), "'a' has a momentum of another recipe"),
+        (Optimizer(kfac=True), "'a' has factors of KFAC, not of IKFAC"),
+    ],
+)
+def test_a_state_of_other_shapes_or_settings_is_named(before: Any, message: str) -> None:
+    params = {"a": (W, B), "v": B}
+    made_by, of = (Optimizer(), params | before) if isinstance(before, dict) else (before, params)
+    with pytest.raises(ValueError, match=f"the state of {message}: .*`init.params.` makes one"):
+        Optimizer().update(params, made_by.init(of), params)
+
+
+def test_factors_that_learn_from_gradients_take_no_rows() -> None:
+    params, rows = {"a": W}, {"a": (np.ones((8, 3)), np.ones((8, 4)))}
+    for state, optimizer in (({}, None), (None, {})):
+        made = Optimizer(state).init(params)
+        with pytest.raises(ValueError, match=r"'a'.*(learns from its gradient alone|wants rows)"):
+            Optimizer(optimizer).update(params, made, params, rows if optimizer is None else None)
+
+
+def test_what_is_no_state_and_changes_of_others_are_named() -> None:
+    optimizer, params = Optimizer(), {"a": W, 0: B}
+    state = optimizer.init(params)
+    with pytest.raises(TypeError, match="the state is a dict: give what `init`"):
+        optimizer.update(params, flatten(state), params)
+    with pytest.raises(TypeError, match="the saved state must be a dictionary, not a State"):
+        unflatten(state, state)
+    with pytest.raises(ValueError, match=r"changes and parameters .* \[0\] in only one"):
+        optimizer.apply(params, {"a": W})
+    with pytest.raises(ValueError, match="rows of 'b': no such layer"):
+        optimizer.update(params, state, params, curvature={"b": None})
+
+
+def test_a_single_vector_is_a_batch_of_one() -> None:
+    rng, optimizer, params = np.random.default_rng(0), Optimizer(), {"a": (W, B)}
+    x, g = rng.standard_normal(3), rng.standard_normal(4)
+    state = optimizer.init(params)
+    one, batch = (
+        optimizer.curvature({"a": rows}, state, params)["a"]
+        for rows in ((x, g), (x[None], g[None]))
+    )
+    for (name, a), (_, b) in zip(one.named_arrays(), batch.named_arrays(), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64])
+def test_gradients_of_another_dtype_leave_the_state_in_its_own(dtype: Any) -> None:
+    optimizer, params = (
+        Optimizer(),
+        {n: np.ones(s, np.float32) for n, s in (("a", (4, 3)), ("v", 5))},
+    )
+    state = optimizer.init(params)
+    _, new = optimizer.update({n: p.astype(dtype) for n, p in params.items()}, state, params)
+    for (name, a), (_, b) in zip(new.named_arrays(), state.named_arrays(), strict=True):
+        assert a.dtype == b.dtype, name
+
+
+def test_a_state_of_other_parameters_is_named() -> None:
+    optimizer, other = Optimizer(), {"q": np.zeros((2, 2))}
+    with pytest.raises(ValueError, match=r"the state and the parameters .* \['a', 'q'\] in only"):
+        optimizer.update(other, optimizer.init({"a": (W, B)}), other)
