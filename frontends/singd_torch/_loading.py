@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from singd_core._recipes import with_rule
 from singd_core._settings import Settings
@@ -66,8 +67,7 @@ def loaded(
         s = settings_of(layer.group)
         if older:
             upgrade(layer, entries, normalized=s.normalized)
-        sums = Late.zeros(layer.shape[0], layer.weight)
-        entries[layer.weight] |= begun_anew(sums, entries[layer.weight], _state.LATE)
+        begin_anew(layer, entries)
         check_momenta(layer, entries, s)
         factors[layer.weight] = saved_factors(layer, entries[layer.weight], s)
     for p, found in entries.items():
@@ -94,6 +94,15 @@ def saved_factors(layer: Layer, entries: Mapping[str, Any], s: Settings) -> Fact
         own = dataclasses.replace(layer, by_gradient=True)
         template = own.first_factors(torch.device("meta"))
     return template.rebuild(entries[name] for name in arrays)
+
+
+def begin_anew(layer: Layer, entries: Mapping[nn.Parameter, Entries]) -> None:
+    """Begin anew with the sums that a layer keeps now, where they were not kept yet."""
+    own = entries[layer.weight]
+    known = own.get(_state.LATE + "growth")
+    if isinstance(known, Tensor) and not isinstance(known, DTensor):
+        sums = Late.zeros(layer.shape[0], known.reshape(-1))
+        own.update(begun_anew(sums, own, _state.LATE))
 
 
 def check_momenta(layer: Layer, entries: Mapping[nn.Parameter, Entries], s: Settings) -> None:
@@ -140,6 +149,11 @@ def _check(name: str, template: Mapping[str, Tensor], entries: Mapping[str, Any]
         saved = entries[key]
         if not isinstance(saved, Tensor):
             raise ValueError(f"{key!r} of {name!r} is {saved!r} in the checkpoint, not a tensor")
+        if isinstance(saved, DTensor):
+            raise ValueError(
+                f"{key!r} of {name!r} is one process's part in the checkpoint: save with dcp.save, "
+                "or what get_state_dict returns with StateDictOptions(full_state_dict=True)"
+            )
         if saved.shape != like.shape:
             raise ValueError(
                 f"{key!r} of {name!r} has shape {tuple(saved.shape)} in the checkpoint, "

@@ -19,6 +19,7 @@ from singd_torch._groups import settings_of
 from singd_torch._loading import (
     Entries,
     Loaded,
+    begin_anew,
     check_momenta,
     check_moments,
     completed,
@@ -236,6 +237,7 @@ def _checked(
     of_plain = {part: entries.setdefault(p, {}) for p, part in pairs}
     if older:
         _upgrade(layer, entries, in_parts=isinstance(plain, Slab), normalized=s.normalized)
+    begin_anew(plain, of_plain)
     check_momenta(plain, of_plain, s)
     return saved_factors(plain, of_plain[plain.weight], s)
 

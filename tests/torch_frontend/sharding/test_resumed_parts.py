@@ -223,6 +223,22 @@ def test_parts_go_on_from_a_state_as_it_was_before(structures: str, tmp_path: Pa
     check(gloo.run(2, resume_older, str(tmp_path), given), whole(NAME, given))
 
 
+@pytest.mark.parametrize("structures", ["dense", "diagonal"])
+def test_parts_go_on_without_sums_that_were_not_kept_yet(structures: str, tmp_path: Path) -> None:
+    model, optimizer = new(1, {"structures": structures})
+    models.train(model, optimizer, models.data(NAME)[:HALF])
+    saved = copy.deepcopy(optimizer.state_dict())
+    for entries in saved["state"].values():
+        for name in ("late.mean", "late.steps"):
+            entries.pop(name, None)
+    for group in saved["param_groups"]:
+        del group["largest_lr"]
+    torch.save({"model": model.state_dict(), "optimizer": saved}, tmp_path / "state.pt")
+    # fewer steps than the mean begins to count after
+    found = gloo.run(2, resume_older, str(tmp_path), {"structures": structures})
+    check(found, whole(NAME, {"structures": structures}))
+
+
 def state(rank: int, world: int) -> tuple[list[tuple[int, str]], int, int]:
     """The keys of a saved state, and how many numbers of state are here, and on one process."""
     model, optimizer = new(world, {})
