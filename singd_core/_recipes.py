@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from singd_core._scalars import number
 from singd_core._settings import Settings, is_zero, plain
 from singd_core.adamw import Fallback
 from singd_core.rounding import ROUNDINGS
@@ -164,16 +163,15 @@ def small_step(rates: Iterable[Any]) -> str:
 
 
 def check_rate(name: str, value: Any, in_range: Callable[[Any], bool], expected: str) -> None:
-    """Check a number, or that an array is 0-d; and its value where nobody has to wait for it.
+    """Check a number, or that an array is 0-d.
 
     Raises:
         ValueError: Naming the setting, its value and its range.
     """
-    known = number(value) if getattr(value, "ndim", None) == 0 else value
-    is_number = isinstance(known, (int, float)) and not isinstance(known, bool)
-    if getattr(value, "ndim", None) != 0 and not is_number:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if getattr(value, "ndim", None) != 0 and not number:
         raise ValueError(f"{name}={value!r}: must be a number or a 0-d array, {expected}")
-    if is_number and not in_range(known):
+    if number and not in_range(value):
         raise ValueError(f"{name}={value!r}: must be {expected}")
 
 
