@@ -99,10 +99,17 @@ def _singd(
     return SINGD(model, lr=lr, T=T, structures=both, loss_average=loss_average, **given)
 
 
-def _default(model: nn.Module, lr: float, T: int, loss_average: str, **given: Any) -> Optimizer:
+def _default(
+    model: nn.Module,
+    lr: float,
+    T: int,
+    loss_average: str,
+    structures: str | None = None,
+    **given: Any,
+) -> Optimizer:
     """SINGD as it is, whose gaps grow to 50; with another T it has that gap from the start."""
     growing = settings().T == T
-    return _singd(None, model, lr, T, loss_average, growing_T=growing, **given)
+    return _singd(structures, model, lr, T, loss_average, growing_T=growing, **given)
 
 
 def _authors_singd(
@@ -222,6 +229,13 @@ ENTRIES: dict[str, Entry] = {
     "Muon": Entry(build=_muon, rates=(0.01, 0.03, 0.1, 0.3), refreshes=False),
     "SINGD/default": Entry(
         build=_default,
+        rates=(settings().lr,),
+        periods=(settings().T,),
+        measured=(10,),
+        share=_SHARE,
+    ),
+    "SINGD/default, diagonal": Entry(
+        build=partial(_default, structures="diagonal"),
         rates=(settings().lr,),
         periods=(settings().T,),
         measured=(10,),

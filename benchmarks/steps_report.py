@@ -78,22 +78,26 @@ def against(rows: Iterable[Row]) -> Iterator[list[str]]:
         adamw = found.get((problem, "AdamW", 1))
         for name in ENTRIES:
             method, _, structure = name.partition("/")
-            one, ten = (found.get((problem, name, T)) for T in (1, 10))
-            ours = method in ("SINGD", "SINGD-paper")
-            if not ours or adamw is None or one is None or ten is None:
+            both = [found.get((problem, name, T)) for T in (1, 10)]
+            ten = both[1]
+            if method not in ("SINGD", "SINGD-paper") or adamw is None or ten is None:
                 continue
             theirs = [found.get((problem, f"singd-0.0.5/{structure}", T)) for T in (1, 10)]
             yield [
                 problem,
                 structure if method == "SINGD" else f"{structure} (paper)",
-                *(
-                    "" if other is None else digits(mine.own / other.own)
-                    for mine, other in zip((one, ten), theirs, strict=True)
-                ),
-                *(digits(mine.ratio / adamw.ratio) for mine in (one, ten)),
-                digits(ten.state / adamw.state),
-                *(digits(mine.peak / adamw.peak) for mine in (one, ten)),
+                *(_share(mine, other, "own") for mine, other in zip(both, theirs, strict=True)),
+                *(_share(mine, adamw, "ratio") for mine in both),
+                _share(ten, adamw, "state"),
+                *(_share(mine, adamw, "peak") for mine in both),
             ]
+
+
+def _share(mine: Row | None, other: Row | None, what: str) -> str:
+    """What one costs over what another costs, where both were measured."""
+    if mine is None or other is None:
+        return ""
+    return digits(getattr(mine, what) / getattr(other, what))
 
 
 def draw(rows: list[Row]) -> Figure:
