@@ -137,6 +137,7 @@ def loaded(
     """
     check_form(state_dict)
     groups = completed(state_dict["param_groups"], live)
+    _check_alike(groups, live, state_dict["state"], share.processes)
     layers = find_all(
         model, [g | {"params": mine["params"]} for g, mine in zip(groups, live, strict=True)]
     )
@@ -256,6 +257,27 @@ def _upgrade(
         for p, kept in zip(layer.parameters, own, strict=True):
             if _state.MOMENTUM in kept:
                 kept[_state.MOMENTUM] = _part(p, _state.MOMENTUM, kept[_state.MOMENTUM])
+
+
+def _check_alike(
+    groups: Sequence[Mapping[str, Any]],
+    live: Sequence[Mapping[str, Any]],
+    state: Mapping[Any, Mapping[str, Any]],
+    group: dist.ProcessGroup,
+) -> None:
+    """Refuse entries that not all processes have: one would wait for the others for ever.
+
+    Raises:
+        ValueError: On all processes.
+    """
+    mine = [(i, name) for i, (_, name, _) in enumerate(_values(groups, live, state))]
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, mine, group=group)
+    if any(one != found[0] for one in found):
+        raise ValueError(
+            "the state that is loaded has other entries on this process than on another: all "
+            "processes load the same state, as torch.distributed.checkpoint has it"
+        )
 
 
 def _all_or_none(check: Callable[[], None], group: dist.ProcessGroup) -> None:

@@ -183,10 +183,15 @@ class Sharded:
         share.state.update(_state.before_any_step(own, others))
 
     def show(self, state: dict[Any, dict[str, Tensor]]) -> None:
-        """Let a state have, by parameter, what this process has, and what others have as `meta`."""
+        """Let a state have, by parameter, what this process has, and as `meta` what it has not.
+
+        That is what others have, and what rests in parts of all between steps. So the state has
+        the same names on all processes, by which torch takes a flat checkpoint apart.
+        """
         for p, part in self._stand_ins.items():
             state[p] = self.share.state[part]
-        others = [layer for layer in self._layers if layer.weight not in self._own]
+        away = {None, *self.share.visitors}
+        others = [layer for layer in self._layers if self._own.get(layer.weight) in away]
         elsewhere = stand_ins(others, device="meta")
         shapes = _state.before_any_step(elsewhere, {})
         for layer, plain in zip(others, elsewhere, strict=True):

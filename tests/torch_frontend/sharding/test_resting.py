@@ -9,6 +9,7 @@ import gloo
 import models
 import pytest
 import torch
+import torch.distributed as dist
 from test_fully_shard import STRUCTURES, check, shard, whole
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -55,6 +56,11 @@ def trained(rank: int, world: int, name: str, how: str, given: Any) -> Any:
     here = bytes_here(optimizer)
     saved = copy.deepcopy(optimizer.state_dict())
     assert bytes_here(optimizer) == here
+    names = [sorted(own) for own in optimizer.state.values()]
+    found: list[Any] = [None] * world
+    dist.all_gather_object(found, sorted(names))
+    assert all(names)  # torch takes flat checkpoints apart by them
+    assert found == [sorted(names)] * world
     optimizer.load_state_dict(saved)
     models.train(model, optimizer, batches[3:], rank, world)
     return models.weights(getattr(model, "module", model)), here
