@@ -214,6 +214,9 @@ class Entry:
 _SHARE = sum(is_due(step, settings()) for step in range(1000)) / 1000
 
 _ADAM_RATES = (0.003, 0.01, 0.03, 0.1)
+_as_it_is = partial(
+    Entry, rates=(settings().lr,), periods=(settings().T,), measured=(10,), share=_SHARE
+)
 _ours = partial(Entry, rates=(0.03, 0.06, 0.12, 0.24))
 _authors = partial(Entry, rates=(0.01, 0.03, 0.1, 0.3), extra="peer-singd", package="singd")
 _heavy = partial(Entry, rates=_ADAM_RATES, extra="peer-heavyball", package="heavyball")
@@ -227,20 +230,8 @@ ENTRIES: dict[str, Entry] = {
     "AdamW/fused": Entry(build=_fused_adamw, rates=_ADAM_RATES, refreshes=False, devices=("cuda",)),
     "Adafactor": Entry(build=_adafactor, rates=_ADAM_RATES, refreshes=False),
     "Muon": Entry(build=_muon, rates=(0.01, 0.03, 0.1, 0.3), refreshes=False),
-    "SINGD/default": Entry(
-        build=_default,
-        rates=(settings().lr,),
-        periods=(settings().T,),
-        measured=(10,),
-        share=_SHARE,
-    ),
-    "SINGD/default, diagonal": Entry(
-        build=partial(_default, structures="diagonal"),
-        rates=(settings().lr,),
-        periods=(settings().T,),
-        measured=(10,),
-        share=_SHARE,
-    ),
+    "SINGD/default": _as_it_is(build=_default),
+    "SINGD/default, diagonal": _as_it_is(build=partial(_default, structures="diagonal")),
     "SINGD/compiled": Entry(
         build=partial(_default, compile_step=True),
         rates=(settings().lr,),

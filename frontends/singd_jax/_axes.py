@@ -42,8 +42,11 @@ REARRANGES = {*KEEPS, "broadcast_in_dim", "reshape", "squeeze", "transpose"}
 
 
 def coarsest(*dtypes: Any) -> Any:
-    """The dtype of floating-point numbers that rounds most, None if there is none."""
-    smooth = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)]
+    """The dtype of floating-point numbers that rounds most, None if there is none.
+
+    None among the dtypes is none.
+    """
+    smooth = [d for d in dtypes if d is not None and jnp.issubdtype(d, jnp.floating)]
     return max(smooth, key=eps, default=None)
 
 
@@ -185,7 +188,7 @@ class View:
             return self._reversed(params["dimensions"])
         dims, rounded = rearranged(name, params, self.dims), self.rounded
         if name == "convert_element_type":
-            rounded = coarsest(params["new_dtype"], *([] if rounded is None else [rounded]))
+            rounded = coarsest(params["new_dtype"], rounded)
         return None if dims is None else dataclasses.replace(self, dims=dims, rounded=rounded)
 
     def narrow(self, axis: int, start: int, length: int) -> View | None:

@@ -35,10 +35,13 @@ class Blind(Tree):
         """The mean diagonal entry of G."""
         return self.H_C.trace() / max(1, self.H_C.shape[-1])
 
+    def with_traces(self) -> curvature.Curvature:
+        """The same as the core keeps it."""
+        return curvature.Curvature(self.H_K, self.H_C, self.t_U, self.t_G)
+
     def joined(self, other: Blind) -> curvature.Curvature:
         """As the core's: one Kronecker product near the sum of two."""
-        both = (curvature.Curvature(c.H_K, c.H_C, c.t_U, c.t_G) for c in (self, other))
-        return next(both).joined(next(both))
+        return self.with_traces().joined(other.with_traces())
 
 
 Curvature: TypeAlias = curvature.Curvature | Blind

@@ -165,8 +165,7 @@ def _product(
         del factors, step
         x, g = call.operands(x, g, factor)
         seen = [a.dtype for a in jax.tree.leaves((x, g))]
-        cast = [] if call.view.rounded is None else [call.view.rounded]
-        dtypes[layer.name] = jnp.dtype(coarsest(dtypes[layer.name], *seen, *cast))
+        dtypes[layer.name] = jnp.dtype(coarsest(dtypes[layer.name], *seen, call.view.rounded))
         if call.product is not None:
             return turned(call.product(x, g)), turned(call.product(x, jnp.abs(g)))
         A = call.inputs(x, bias and not transposed, EXPAND, None)
