@@ -7,7 +7,7 @@ from typing import Any
 
 from singd_core import _settings
 from singd_core._recipes import validate
-from singd_core._settings import Settings
+from singd_core._settings import Settings, plain
 from singd_torch.layers.layer import Layer
 
 
@@ -26,10 +26,10 @@ def is_refresh(group: dict[str, Any]) -> bool:
     return _is_due(group["steps"], group["T"], group["growing_T"])
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=16, typed=True)  # a number of another kind is not found, but looked at
 def _is_due(steps: int, T: int, growing_T: bool) -> bool:
     """The same for all layers; each is asked several times in a step."""
-    s = Settings(T=T, growing_T=growing_T)
+    s = Settings(T=plain(T), growing_T=growing_T)
     if type(T) is not int or T < 1:  # a script has changed it, and it is asked for before a step
         validate(s)
     if type(steps) is not int:
