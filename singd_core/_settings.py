@@ -78,10 +78,14 @@ class Settings:
     normalize_lr_cov: bool = False
     scaled_start: bool = False
     early_averaging: bool = False
-    factor_bound: float = math.inf
+    factor_bound: Rate = math.inf
     order: int = 1
     rounding: str = "stochastic"
     seed: int = 0
+
+
+# The settings that may be arrays.
+RATES = tuple(f.name for f in dataclasses.fields(Settings) if "Rate" in str(f.type))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,7 +140,8 @@ def rate_of_factors(step: Any, s: Settings) -> Rate:
     """
     once = rate(s.lr_cov, step)
     most = 1.0 if s.normalized else sys.float_info.max
-    if not 0.0 <= once <= most if isinstance(once, (int, float)) else once is None:
+    is_rate = 0.0 <= once <= most if isinstance(once, (int, float)) else once is not None
+    if not is_rate:
         allowed = "a number in [0, 1]" if s.normalized else "a number of at least 0"
         raise ValueError(f"lr_cov({step}) is {once!r}: must be {allowed}")
     return 1.0 - (1.0 - once) ** gap(step, s) if s.growing_T else once

@@ -24,7 +24,7 @@ from singd_core._array import (
     total,
     widen,
 )
-from singd_core._scalars import at_least, at_most, number
+from singd_core._scalars import at_least, at_most, number, where
 from singd_core._settings import Settings, StepSettings, is_zero
 from singd_core.curvature import TINY
 from singd_core.late import Late
@@ -217,11 +217,15 @@ def warmed(s: Settings, step: Scalar) -> Scalar:
 
 
 def largest_rate(largest: Scalar, lr: Scalar) -> Scalar:
-    """The largest rate so far, with the rate of one more step; one that is not finite is none."""
+    """The largest rate so far, with the rate of one more step; one that is not finite is none.
+
+    A step with such a rate changes nothing, and later steps do not know of it.
+    """
     lr = number(lr)
-    if not isinstance(lr, (int, float)):
-        lr = namespace(lr).where(namespace(lr).isfinite(lr), lr, namespace(lr).zeros_like(lr))
-    return at_least(largest, lr)
+    if isinstance(lr, (int, float)):
+        return at_least(largest, lr if lr < math.inf else 0.0)
+    lr = widen(lr)  # 16 bits would round it
+    return at_least(largest, where(namespace(lr).isfinite(lr), lr, 0.0))
 
 
 def of_step(s: Settings, step: Scalar, largest_lr: Scalar) -> StepSettings:

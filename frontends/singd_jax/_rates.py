@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from singd_core import _parameter, rules
 from singd_core._array import Array
-from singd_core._settings import Settings
+from singd_core._settings import RATES, Settings
 from singd_core._tree import T_Tree
 from singd_core.adamw import Fallback
 from singd_core.optimizer import Optimizer
@@ -24,7 +24,8 @@ from singd_jax._state import SingdState
 
 Rate: TypeAlias = Any  # a number, a 0-d array, or a schedule: a function of the number of steps
 
-_RATES = ("lr", "momentum", "weight_decay", "damping", "alpha1")
+# The core takes a function for `lr_cov` by itself.
+_RATES = [name for name in RATES if name != "lr_cov"]
 
 
 class Stepper(Optimizer):

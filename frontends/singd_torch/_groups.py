@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from singd_core import rules
+from singd_core import _settings, rules
 from singd_core._given import check_pair
 from singd_core._recipes import SWITCHES, check_rate, hint, validate
 from singd_core._scalars import number
 from singd_core._settings import Settings, StepSettings
 from singd_core._warnings import warn
 from singd_core.layers.base import is_expand, loss_terms
-from singd_core.step import of_step
+from singd_core.step import largest_rate, of_step
 from singd_torch import _fallback
 
 _SETTINGS = tuple(f.name for f in dataclasses.fields(Settings))
@@ -32,16 +32,7 @@ _OWN = {"params", "param_names", "steps", "base_lr", "largest_lr"}
 DTYPES = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
 # Settings that may be tensors, whose values a script changes in place.
-RATES = (
-    "lr",
-    "momentum",
-    "weight_decay",
-    "damping",
-    "alpha1",
-    "lr_cov",
-    "factor_bound",
-    *_fallback.RATES,
-)
+RATES = *_settings.RATES, *_fallback.RATES
 
 # Keys of torch's optimizers that only look like a setting.
 _OTHERS = {"alpha", "dampening"}
@@ -115,24 +106,12 @@ def check_counts(group: dict[str, Any]) -> None:
 
 def settings_of_step(group: dict[str, Any]) -> StepSettings:
     """The settings of a group's next step, whose rate is noted where it is the largest so far."""
-    s = settings_of(group)
-    group["largest_lr"] = _larger(group["largest_lr"], s.lr)
-    return of_step(s, group["steps"], group["largest_lr"])
-
-
-def _larger(largest: Any, lr: Any) -> Any:
-    """The larger of two rates. A tensor stays where it is, for a CUDA graph.
-
-    A step with a rate that is not finite changes nothing, and later steps do not know of it.
-    """
-    if not isinstance(lr, Tensor):
-        return max(float(largest), lr)
-    lr = lr.to(torch.promote_types(lr.dtype, torch.float32))  # 16 bits would round it
-    lr = torch.where(lr < math.inf, lr, 0.0)
-    if not isinstance(largest, Tensor):
-        return torch.clamp(lr, min=largest)
-    largest = largest.to(lr)  # the same unless rates have another dtype by now
-    return torch.maximum(largest, lr, out=largest)
+    s, largest = settings_of(group), group["largest_lr"]
+    new = largest_rate(largest, s.lr)
+    if isinstance(largest, Tensor) and isinstance(new, Tensor) and largest.dtype == new.dtype:
+        new = largest.copy_(new)  # it stays where it is, for a CUDA graph
+    group["largest_lr"] = new
+    return of_step(s, group["steps"], new)
 
 
 def check_keys(group: dict[str, Any], known: Iterable[str]) -> None:

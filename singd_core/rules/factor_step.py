@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from singd_core._array import Array, Scalar, widen
-from singd_core._scalars import at_least, at_most, clip, constant, number, where
+from singd_core._scalars import at_least, at_most, clip, number, where
 from singd_core._settings import Settings, is_bound
 from singd_core.curvature import TINY
 from singd_core.structures.base import Structure
@@ -60,7 +60,7 @@ def in_range(m: Array) -> Array:
     A sum of products that leave it is infinite, or NaN if their signs differ: which of both depends
     on the order of the sum. NaN counts as the largest number, so that the factor shrinks too.
     """
-    return clip(where(m == m, m, constant(MOST, m)), -MOST, MOST)
+    return clip(where(m == m, m, MOST), -MOST, MOST)
 
 
 def shrunk(step: Scalar) -> Scalar:

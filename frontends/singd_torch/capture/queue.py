@@ -87,10 +87,9 @@ class Queue:
     def forget(self, layer: Layer | None = None) -> None:
         """Drop the calls that wait, or only the calls of one layer."""
         with self._lock:
-            kept = (
-                [] if layer is None else [call for call in self._calls if call.layer is not layer]
-            )
-            self._calls, self._numbers = kept, sum(call.numbers for call in kept)
+            others = [call for call in self._calls if call.layer is not layer]
+            self._calls = [] if layer is None else others
+            self._numbers = sum(call.numbers for call in self._calls)
 
 
 def _place(call: Call) -> int:
