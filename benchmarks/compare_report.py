@@ -16,6 +16,7 @@ from compare_runs import (
     RIVALS,
     SCHEDULES,
     WARM_UP,
+    WITH_ROWS,
     Result,
     Store,
 )
@@ -197,39 +198,50 @@ def brief(store: Store, seeds: Sequence[int] = CONFIRM) -> str:
 
 
 def without_rows(store: Store, seeds: Sequence[int] = CONFIRM) -> str:
-    """The table of docs/rows.md: without rows, with rows, and each rival at its best rate."""
+    """The table of docs/rows.md: with rows and without, and each rival at its best rate."""
     plan, lines, rows = Plan(store, list(TASKS), seeds=seeds), [], []
+    own = {GRADIENTS: "without rows", OURS: "with rows"}
+    own |= {DIAGONAL: "diagonal, without rows", WITH_ROWS: "diagonal, with rows"}
     rivals = [*RIVALS, *BESIDES]
     for task in TASKS:
-        shown = [_entry(plan, task, m, None, "linear") for m in (GRADIENTS, DIAGONAL, OURS)]
-        if not shown[0].results:
+        shown = {m: _entry(plan, task, m, None, "linear") for m in own}
+        if not shown[GRADIENTS].results:
             continue
         for method in rivals:
             rate = plan.best(task, method, "linear")
-            shown.append(Entry([]) if rate is None else _entry(plan, task, method, rate, "linear"))
-        top = min(entry.loss for entry in shown if entry.results)
-        lines.append([task, *(e.cell(False, e.loss == top, with_rate=False) for e in shown)])
+            made = rate is not None
+            shown[method] = _entry(plan, task, method, rate, "linear") if made else Entry([])
+        top = min(entry.loss for entry in shown.values() if entry.results)
+        cells = (e.cell(False, e.loss == top, with_rate=False) for e in shown.values())
+        lines.append([task, *cells])
         if task in TWELVE:
             rows.append(shown)
     if not lines:
         return "No runs are kept."
-    header = ["task", "without rows", "so, diagonal", "with rows", *(f"{m}, best" for m in rivals)]
-    names = ["SINGD with rows", *rivals]
-    said = []
-    for i, mine in enumerate(
-        ["SINGD without rows", "SINGD without rows and with diagonal factors"]
-    ):
-        each = []
-        for j, name in enumerate(names, start=2):
-            pairs = [
-                (shown[i], shown[j]) for shown in rows if shown[i].results and shown[j].results
-            ]
-            ahead = sum(is_ahead(own, [other]) for own, other in pairs)
-            if pairs:
-                each.append(f"{name} on {ahead} of {len(pairs)}")
-        if each:
-            said.append(f"Of the twelve tasks, {mine} is ahead of {', of '.join(each)}.")
+    header = ["task", *own.values(), *(f"{m}, best" for m in rivals)]
+    said = [
+        f"Of the twelve tasks, SINGD {own[mine]} is ahead of {each}."
+        for mine, others in (
+            (GRADIENTS, [OURS, *rivals]),
+            (DIAGONAL, [WITH_ROWS, *rivals]),
+            (WITH_ROWS, [DIAGONAL, *rivals]),
+        )
+        if (each := _ahead_of(rows, mine, others, own))
+    ]
     return "\n\n".join([table(header, lines), *said])
+
+
+def _ahead_of(
+    rows: Sequence[dict[str, Entry]], mine: str, others: Sequence[str], own: dict[str, str]
+) -> str:
+    """On how many tasks one method is ahead of each of the others."""
+    said = []
+    for other in others:
+        pairs = [(r[mine], r[other]) for r in rows if r[mine].results and r[other].results]
+        ahead = sum(is_ahead(one, [two]) for one, two in pairs)
+        name = f"SINGD {own[other]}" if other in own else other
+        said += [f"{name} on {ahead} of {len(pairs)}"] if pairs else []
+    return ", of ".join(said)
 
 
 def quick(plan: Plan) -> str:

@@ -26,10 +26,11 @@ RIVALS = {"AdamW": "AdamW", "Muon": "Muon", "SOAP": "SOAP/pytorch-optimizer"}  #
 OURS = "SINGD"
 GRADIENTS = "SINGD without rows"  # of the parameters alone
 DIAGONAL = "SINGD without rows, diagonal"
-OWN = OURS, GRADIENTS, DIAGONAL  # whose rate is a setting
+WITH_ROWS = "SINGD, diagonal"  # of the model
+OWN = OURS, GRADIENTS, DIAGONAL, WITH_ROWS  # whose rate is a setting
 # Methods of docs/rows.md alone. That page shows a linear decay and no other schedule.
 BESIDES = {"PSGD": "PSGD/pytorch-optimizer", "Adafactor": "Adafactor"}
-LINEAR = GRADIENTS, DIAGONAL, *BESIDES
+LINEAR = GRADIENTS, DIAGONAL, WITH_ROWS, *BESIDES
 WARM_UP = 20  # steps in which the rate of a rival grows
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -100,7 +101,7 @@ class Result:
 
 def make(task: str, method: str, rate: float | None, seed: int, schedule: str, **given: Any) -> Run:
     """A run of a task as it is, SINGD's with the settings that follow from those given."""
-    if method == DIAGONAL:
+    if method in (DIAGONAL, WITH_ROWS):
         given = {"structures": ["diagonal", "diagonal"]} | given
     return Run(
         task=task,
@@ -138,7 +139,7 @@ def optimizer(run: Run, model: nn.Module, task: Task) -> torch.optim.Optimizer:
     """The optimizer of a run; those that refresh something do so at every step."""
     if run.method in (GRADIENTS, DIAGONAL):
         return SINGD(model.parameters(), **json.loads(run.given))
-    if run.method == OURS:
+    if run.method in (OURS, WITH_ROWS):
         return SINGD(model, loss_average=task.loss_average, **json.loads(run.given))
     assert run.rate is not None
     return ENTRIES[(RIVALS | BESIDES)[run.method]].build(model, run.rate, 1, task.loss_average)
