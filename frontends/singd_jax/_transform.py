@@ -91,8 +91,9 @@ def singd(
     Args:
         learning_rate: Learning rate (β₂).
         layers: What `find_layers` returned.
-        loss: In its place the loss `loss(params, *batch)`: `tx.init(params, *batch)` then finds the
-            layers, with the defaults of `find_layers`.
+        loss: Instead of `layers` the loss `loss(params, *batch)`. `tx.init(params, *batch)` then
+            finds the layers, with the defaults of `find_layers`. Inside other transformations give
+            `layers`, because they call `init(params)`.
         structures: Of K and C, one for both, or "auto:b"; None takes the structures of `layers`,
             or else the recipe's.
         recipe: "normalized" or "paper": the values of all settings left at None.
@@ -127,8 +128,8 @@ def singd(
         fallback: Settings of AdamW; its rates may be schedules too.
 
     Returns:
-        The transformation. With `optax.inject_hyperparams` name `loss`, `order`, `rows` and
-        `warmup` and `seed`, if given, in `static_args`.
+        The transformation. With `optax.inject_hyperparams` give `layers`, and name `order`,
+        `rows`, `warmup` and `seed`, if given, in `static_args`.
 
     Raises:
         TypeError: If both `layers` and `loss` are given.
