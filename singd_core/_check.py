@@ -20,25 +20,25 @@ def check(
     *,
     tolerance: float = 1e-3,
 ) -> dict[str, float]:
-    """Whether the rows of every layer multiply to its gradient: Bᵀ A = ∇W.
+    """Check that the rows of every layer multiply to its gradient: Bᵀ A = ∇W.
 
-    It finds the mistakes of a backward pass by hand: an input of another layer, a gradient on the
-    wrong side of an activation, a mean that is missing in one of the two. It asks for the values of
-    arrays, so call it once, before training. Tables of embeddings are left out.
+    The check finds the mistakes of a backward pass by hand: an input of another layer, a gradient
+    on the wrong side of an activation, a mean that is missing in one of the two. It asks for the
+    values of arrays, so call it once, before training. It leaves out tables of embeddings.
 
     Args:
         grads: The gradients, as `Optimizer.update` takes them.
         params: The parameters.
         rows: For each layer its input and the loss's gradient at its output.
         layers: As for `Optimizer`.
-        tolerance: Of ‖Bᵀ A − ∇W‖ / ‖∇W‖.
+        tolerance: The largest ‖Bᵀ A − ∇W‖ / ‖∇W‖ that is no error.
 
     Returns:
-        The difference for each layer.
+        The difference ‖Bᵀ A − ∇W‖ / ‖∇W‖ for each layer.
 
     Raises:
-        ValueError: Naming the layers whose difference is larger, with the factor by which the
-            output gradient has to be multiplied where that makes the difference vanish.
+        ValueError: If the difference of a layer is larger. The message names these layers. If a
+            factor on the output gradient makes the difference vanish, it names the factor too.
 
     Example:
         >>> import numpy as np

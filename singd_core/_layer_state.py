@@ -87,7 +87,7 @@ class State(Tree):
     Attributes:
         step: Number of steps taken.
         largest_lr: The largest rate of these steps, before any warm-up.
-        skipped: How many of them changed nothing, since a gradient or row was not finite; 0-d.
+        skipped: How many steps changed nothing, because a gradient or row was not finite; 0-d.
         layers: The state of each layer.
         fallback: The moments of each parameter that belongs to no layer.
     """

@@ -53,7 +53,7 @@ STRUCTURES: dict[str, tuple[str, str] | None] = {"paper": ("dense", "dense"), DE
 
 
 def settings(recipe: str = DEFAULT, **given: Any) -> Settings:
-    """The recipe's settings, with those given (not None) in their place.
+    """The settings of a recipe. Settings that are given and not None win over the recipe.
 
     Raises:
         ValueError: If there is no such recipe or setting, or a value is out of range.

@@ -25,39 +25,40 @@ class Settings:
 
     Attributes:
         lr: Learning rate of the weights (β₂; 5.10, 5.14).
-        momentum: Momentum of the weights (α₂; 5.8). With `normalized` it is smaller in steps whose
-            rate is smaller than an earlier one (5.8b).
+        momentum: Momentum of the weights (α₂; 5.8). With `normalized` it becomes smaller when the
+            rate becomes smaller (5.8b).
         nesterov: Look ahead along the momentum (5.8).
         normalized: The momentum averages gradients, and the step of each matrix has a size of its
-            own, whatever the gradient's (5.8 to 5.12b); else it averages natural gradients (5.14).
+            own, which does not depend on the size of the gradient (5.8 to 5.12b). Otherwise the
+            momentum averages natural gradients (5.14).
         warmup: Steps in which the rates grow from 0 (5.13).
         weight_decay: Weight decay (γ; 5.15).
-        decoupled_weight_decay: Shrink the weights by lr · γ, as AdamW does; else γ W joins what the
-            momentum averages (5.15).
+        decoupled_weight_decay: Shrink the weights by lr · γ, as AdamW does. Otherwise the momentum
+            averages γ W too (5.15).
         T: Steps between two refreshes of the factors (2.1, 3.4).
         growing_T: Refresh more often at first: after t steps the gap is at most t / 10 (5.6).
-        rows: Rows that a factor is measured with, at least as many as its blocks are wide; others
-            at each refresh (5.7). Infinite for all.
+        rows: The number of rows that measure a factor, at least as many as its blocks are wide.
+            Each refresh takes other rows (5.7). Infinite takes all.
         lr_cov: Step size of the factors (β₁; 2.1, 3.4), or a function of the number of steps taken.
-            With `growing_T` it is the step size of one step, and a gap has several steps.
+            With `growing_T` it is for one step, and a refresh has the steps of its gap.
         damping: Damping (λ; 2.2, 3.2, 3.3).
         relative_damping: `damping` is a share of the curvature's mean diagonal (5.1, 5.2).
-        rule: How the factors learn: "singd" (INGD with dense factors), "ikfac" without Riemannian
-            momentum and with 1 in place of the adaptive curvature, "kfac" with its inverses, the
-            baseline, or a rule that was registered.
+        rule: How the factors learn. "singd" is INGD with dense factors. "ikfac" has no Riemannian
+            momentum, and 1 in place of the adaptive curvature. "kfac" is the baseline with its
+            inverses. Or a rule that was registered.
         alpha1: Riemannian momentum of the factors (α₁; 3.2), for the rule "singd".
         normalize_lr_cov: The authors' normalization (3.2, 3.4): the bracket times 1 − α₁, and β₁
             divided by max(1, largest |entry| of m).
         scaled_start: Start the factors at (t + λ)^(−½) I and not at I, with t the mean diagonal of
             the first curvature (5.3).
-        early_averaging: Step the factors by at least min(½, 1/(k + 1)) in refresh k: they average
-            the first curvatures before they forget at the rate `lr_cov` (5.4).
-        factor_bound: Bound on the factor step β₁ ‖m‖_F (5.5), or infinite. Below 1 it keeps K Kᵀ
-            positive definite.
+        early_averaging: Step the factors by at least min(½, 1/(k + 1)) in refresh k. They then
+            average the first curvatures before they forget at the rate `lr_cov` (5.4).
+        factor_bound: Bound on the factor step β₁ ‖m‖_F (5.5), or infinite. A bound below 1 keeps
+            K Kᵀ positive definite.
         order: Terms of the exponential Expm(−β₁ m) beyond the identity (3.4).
-        rounding: How weights and factors are stored in 16 bits: "stochastic"; "kahan", where each
-            weight keeps what rounding has cost it; or to the "nearest" number (7.1).
-        seed: Of the random bits of stochastic rounding (7.1).
+        rounding: How weights and factors are stored in 16 bits: "stochastic"; "kahan", which keeps
+            the rounding error of each weight; or "nearest", the nearest number (7.1).
+        seed: The seed of the random bits of stochastic rounding (7.1).
     """
 
     lr: Rate = 1e-3
@@ -109,8 +110,8 @@ def rate(value: Rate | Callable[[int], Rate], step: int) -> Rate:
 def gap(step: Any, s: Settings, T: Any = None) -> Any:
     """Steps between two refreshes after `step` steps: T, or with `growing_T` less at first.
 
-    It is the largest power of two that is at most t / 10, and at most T. It depends on nothing
-    but the number of steps, so that nothing has to be kept and every frontend finds the same.
+    It is the largest power of two that is at most t / 10, and at most T. It depends only on the
+    number of steps. So nothing has to be kept, and every frontend finds the same gap.
 
     Args:
         step: t, a number or an array.

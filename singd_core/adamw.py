@@ -12,7 +12,7 @@ from singd_core._tree import Tree, tree
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fallback:
-    """The settings of the fallback, with the names and defaults of torch.optim.AdamW."""
+    """The settings of AdamW, with the names and defaults of torch.optim.AdamW."""
 
     lr: Rate = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)

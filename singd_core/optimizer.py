@@ -1,4 +1,4 @@
-"""The pure optimizer over named layers: what runs on NumPy, CuPy or any other arrays."""
+"""The pure optimizer over named layers. It runs on NumPy, CuPy or any other arrays."""
 
 from __future__ import annotations
 
@@ -31,30 +31,30 @@ Rows: TypeAlias = tuple[Array, Array]  # a layer's input, and the loss's gradien
 class Optimizer:
     """SINGD as a pair of pure functions, `init` and `update`, over a dictionary of parameters.
 
-    A parameter is an array, or a tuple of a weight and its bias. Those named in `layers` are
-    preconditioned by factors that rows refresh. Others of two or more axes are preconditioned too,
-    by factors that their gradients refresh (for the recipe "paper" they are not). AdamW trains the
-    rest.
+    A parameter is an array, or a tuple of a weight and its bias. Rows refresh the factors of the
+    parameters that `layers` names. Gradients refresh the factors of other parameters of two or more
+    axes; with the recipe "paper" these have no factors. AdamW trains the rest.
 
     Args:
-        layers: The kind of each layer; None takes each tuple and each matrix as `Linear()`, and {}
-            no parameter: then gradients are all that is wanted.
-        recipe: "normalized" or "paper": the settings not given. See `singd_core.Settings`.
-        structures: Of K and of C, or one for both, by name or class; None is dense for the recipe
-            "paper", and else "cost:512": the richest that cost little beside a step with 512 rows
-            and hold no more numbers than the weight (docs/mathematics.md, section 5).
+        layers: The kind of each layer. None takes each tuple and each matrix as `Linear()`. With {}
+            no parameter is a layer, and gradients are all that `update` needs.
+        recipe: "normalized" or "paper": the values of all settings that are not given. See
+            `singd_core.Settings`.
+        structures: Of K and of C, or one for both, by name or class. None is dense for the recipe
+            "paper". Otherwise None is "cost:512": the richest that cost little beside a step with
+            512 rows and hold no more numbers than the weight (docs/mathematics.md, section 5).
         kfac_approx: "expand" or "reduce": how positions that share the weight are treated.
-        loss_average: What the loss is a mean of: "batch", "batch+sequence", so many terms, or None
-            for a sum (M of equation 1.1).
-        preconditioner_dtype: Of K and of C; None is the weight's, float32 for float16.
-        momentum_dtype: Of the momenta of layers; None is the weight's, float32 for float16.
-        fallback: Settings of AdamW; None is its own defaults with the rate of the recipe, and
-            without decay where `weight_decay=0.0` is given.
+        loss_average: What the loss is a mean of: "batch", "batch+sequence", a number of terms, or
+            None for a sum (M of equation 1.1).
+        preconditioner_dtype: Dtypes of K and of C. None is the weight's, and float32 for float16.
+        momentum_dtype: Dtype of layers' momenta. None is the weight's, and float32 for float16.
+        fallback: Settings of AdamW. None is AdamW's own defaults with the rate of the recipe, and
+            without decay if `weight_decay=0.0` is given.
         **given: Settings that win over the recipe, e.g. `lr=0.01` or `T=10`.
 
     Raises:
-        TypeError: If a layer has no kind, or `fallback` is none.
-        ValueError: If a setting is out of range or a name unknown.
+        TypeError: If a layer has no kind, or `fallback` is no `Fallback`.
+        ValueError: If a setting is out of range or a name is unknown.
 
     Example:
         >>> import numpy as np
@@ -101,8 +101,8 @@ class Optimizer:
 
         Raises:
             TypeError: If `params` is no dictionary of arrays and tuples.
-            ValueError: If there is no parameter, one is of integers, a layer is named that is none
-                of them, or a weight and its bias do not fit the kind of their layer.
+            ValueError: If there is no parameter, a parameter has integers, a named layer is no
+                parameter, or a weight and its bias do not fit the kind of their layer.
         """
         _given.check_named(params)
         kinds, first = self._kinds(params), next(iter(params.values()))
@@ -120,7 +120,7 @@ class Optimizer:
         return State(0, 0.0, skipped, layers, fallback)
 
     def due(self, state: State) -> bool:
-        """Whether the next `update` wants rows."""
+        """Whether the next `update` refreshes the factors, and so needs rows."""
         return bool(is_due(state.step, self.settings))
 
     def curvature(
@@ -129,14 +129,14 @@ class Optimizer:
         """The curvature of the layers whose rows are given.
 
         Args:
-            rows: For each layer its input, shape (batch, ..., d_in), and the loss's gradient at
-                its output, shape (batch, ..., d_out); for a convolution images of both.
+            rows: For each layer its input, shape (batch, ..., d_in), and the gradient of the loss
+                at its output, shape (batch, ..., d_out). For a convolution both are images.
             state: The current state.
             params: The current parameters.
 
         Raises:
             TypeError: If rows are no pair of arrays of the parameters' library.
-            ValueError: If a name is no layer, or rows do not fit it.
+            ValueError: If a name is no layer, or rows do not fit their layer.
         """
         kinds, found = self._kinds(params), {}
         how = self.kfac_approx, self.loss_average, self.settings.rows, state.step
@@ -199,18 +199,18 @@ class Optimizer:
             grads: The gradients, structured like `params`.
             state: The current state.
             params: The current parameters.
-            rows: What `curvature` takes, when `due(state)`; layers without keep their factors.
-            curvature: In place of rows, what `curvature` returned.
-            refreshed: In place of both, what `refresh` returned.
+            rows: The rows, as `curvature` takes them, if `due(state)`. Layers without rows keep
+                their factors.
+            curvature: Instead of rows, the result of `curvature`.
+            refreshed: Instead of both, the result of `refresh`.
 
         Returns:
-            The changes, to be added (`apply` does), and the new state. If anything among
-            gradients, rows and rates is not finite, the changes are zero and all but the counts
-            stays as it was.
+            The changes, and the new state. `apply` adds the changes. If a gradient, a row or a rate
+            is not finite, the changes are zero, and the state keeps everything but its counts.
 
         Raises:
-            TypeError: If something is no array, or of another library than its parameter.
-            ValueError: If names, shapes or dtypes do not fit, or the state does not.
+            TypeError: If something is no array, or comes from another library than its parameter.
+            ValueError: If names, shapes, dtypes or the state do not fit.
         """
         _given.check_update(grads, state, params)
         kinds, first = self._kinds(params), next(iter(params.values()))
@@ -257,7 +257,7 @@ class Optimizer:
     def apply(
         self, params: Mapping[str, Parameter], updates: Mapping[str, Parameter]
     ) -> dict[str, Parameter]:
-        """The parameters with their changes added; a ValueError if these are of others."""
+        """The parameters plus their changes; a ValueError if these are of other parameters."""
         _given.check_alike(updates, params, "changes", "the change of ")
         return {n: self._run(_parameter.added, p, p, updates[n], like=p) for n, p in params.items()}
 

@@ -58,9 +58,9 @@ def products(x: Iterable[Array], y: Iterable[Array]) -> list[Array]:
 class Preconditioner:
     """∇W ↦ P_C ∇W P_K, the natural gradient of ∇W, shape (..., d_out, d_in), in the dtype of C.
 
-    Balanced, each entry is divided by √(D_C D_K) of its row and column, the diagonals of P_C and
-    P_K: gradients with the covariance of the curvature then give entries of equal variance. Its
-    row and column are multiplied by the scales of `Levels` too, if those are measured.
+    If it is balanced, each entry is divided by √(D_C D_K) of its row and column. D_C and D_K are
+    the diagonals of P_C and P_K. Gradients with the covariance of the curvature then give entries
+    of equal variance. If the scales of `Levels` are measured, they multiply rows and columns too.
 
     Attributes:
         K: The product with P_K.
@@ -94,7 +94,7 @@ class Preconditioner:
         return self.C(X, out)
 
     def rows(self, j: slice) -> Preconditioner:
-        """The one of the rows `j` of ∇W alone, which are whole blocks of `C.L.blocks_of` rows."""
+        """The preconditioner of the rows `j` of ∇W, whole blocks of `C.L.blocks_of` rows."""
         C, scale = self.C, self.C.scale
         C = Side(C.L.part(j), C.whole, None if scale is None else scale[j])
         return dataclasses.replace(self, C=C)

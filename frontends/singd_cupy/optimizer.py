@@ -14,11 +14,11 @@ from singd_cupy import _cuda
 class Optimizer(singd_core.Optimizer):
     """`singd_core.Optimizer` on CuPy arrays; arguments and methods are the same.
 
-    - What concerns one parameter runs on the device of its weight, on the stream that is current
-      there, and its state stays there. Parameters may lie on several devices. The current device
-      stays as it is, and the host waits for nothing.
+    - The computations for a parameter run on the device of its weight, on the current stream of
+      this device. The state of the parameter stays there. Parameters may lie on several devices.
+      The current device does not change, and the host waits for nothing.
     - Arrays in float16 and bfloat16 are storage: they are cast to float32 while their parameter is
-      computed, and what comes out is stored in the dtypes that the core gives it.
+      computed. The results are stored in the dtypes that the core gives them.
     - Arrays of torch and jax come in through `singd_cupy.from_dlpack`.
 
     Raises:

@@ -18,7 +18,7 @@ from singd_core.state import unflatten as unflatten
 def flatten(state: State) -> dict[str, Any]:
     """`singd_core.state.flatten`, its arrays copied into pinned host memory: NumPy arrays.
 
-    All copies are begun before one is waited for.
+    All copies begin before the host waits for one.
     """
     flat, streams = core.flatten(state), {}
     for name, x in flat.items():

@@ -21,17 +21,17 @@ from singd_jax._state import Both, find_states
 
 
 class MultiSteps(optax.MultiSteps):  # type: ignore[misc]
-    """`optax.MultiSteps` that averages the curvature over micro-batches, as it does the gradient.
+    """`optax.MultiSteps` that averages the curvature over micro-batches, like the gradient.
 
-    A step of k micro-batches is one of the large batch that they make. Optax's own hands the
-    curvature of the last micro-batch on, with the gradient of all.
+    A step of k micro-batches equals a step of one large batch. Optax's own `MultiSteps` hands on
+    the curvature of the last micro-batch with the gradient of all.
 
     Args:
         opt: A transformation with `singd` or `scale_by_singd` in it.
-        every_k_schedule: As of optax: the number k, or a function of the number of steps.
+        every_k_schedule: As in optax: the number k, or a function of the number of steps.
         layers: What `find_layers` returned.
-        should_skip_update_fn: As of optax. It sees the gradient alone.
-        accumulator_dtype: As of optax, of gradient and curvature.
+        should_skip_update_fn: As in optax. It gets the gradient alone.
+        accumulator_dtype: As in optax, for the gradient and the curvature.
 
     The gradients are averaged, or added up where the loss is a sum (`loss_average=None`).
 

@@ -29,25 +29,25 @@ def check(
     tolerance: float | None = None,
     has_aux: bool = False,
 ) -> Callable[..., dict[str, float]]:
-    """Whether `Bᵀ A = ∇W` holds for the rows captured of every layer.
+    """Check that `Bᵀ A = ∇W` holds for the captured rows of every layer.
 
-    The value and the gradients beside them are also compared with `jax.value_and_grad` of the loss.
-    A layer whose weight is read by something else as well, e.g. by a penalty, has more in its
-    gradient than its rows say: it is reported and not held to the tolerance.
+    The check also compares the value and the gradients with `jax.value_and_grad` of the loss.
+    If something else reads the weight of a layer too, e.g. a penalty, the gradient contains more
+    than the rows. Such a layer is reported and not held to the tolerance.
 
     Args:
         loss: The loss that the layers were found in.
         layers: What `find_layers` returned.
-        tolerance: Of the difference, relative to the norm of ∇W, or to a hundredth of the norm of
-            `|B|ᵀ |A|` where the rows cancel. None is 1e-4, or 8 times the rounding of the coarsest
-            numbers that are multiplied.
+        tolerance: The largest difference that is no error, relative to the norm of ∇W, or to a
+            hundredth of the norm of `|B|ᵀ |A|` if the rows cancel. None is 1e-4, or 8 times the
+            rounding of the coarsest numbers that are multiplied.
         has_aux: Whether the loss returns a pair (value, auxiliary output).
 
     Returns:
         A function of `params, *batch` that returns the relative difference of each layer.
 
     Raises:
-        AssertionError: Naming the layers, or the gradients, whose difference is larger.
+        AssertionError: If a difference is larger. The message names the layers or gradients.
         ValueError: If the parameters do not fit the layers.
 
     Example:

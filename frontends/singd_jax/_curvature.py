@@ -35,26 +35,26 @@ def value_and_curvature(
     """A function of `params, state, *batch` returning the loss, its gradient and the curvature.
 
     It is `jax.value_and_grad` with one more result, for `tx.update(..., curvature=curvature)`.
-    Most structures measure U and G themselves, and `tx.update` sees them by K and C; others, such
-    as Toeplitz matrices, measure H_K and H_C.
+    With most structures the curvature has U and G, and `tx.update` multiplies them with K and C.
+    With others, such as Toeplitz matrices, it has H_K and H_C.
 
     Args:
-        loss: The loss that the layers were found in.
+        loss: The loss in which the layers were found.
         layers: What `find_layers` returned.
         has_aux: Whether the loss returns a pair (value, auxiliary output).
-        branch: What decides, where T > 1, whether the curvature is computed, or else is zeros:
-            "step", one `lax.cond` between two backward passes, or "layer", one in every layer. The
-            latter compiles one backward pass instead of two; but each branch is a wait for an
+        branch: If T > 1, a condition decides whether the curvature is computed or is zeros. "step"
+            is one `lax.cond` between two backward passes. "layer" is one `lax.cond` in every layer.
+            "layer" compiles one backward pass instead of two. But each branch is a wait for an
             accelerator, and devices add up the curvature of each layer by itself. None is "step",
-            and nothing where measuring costs little beside the gradient: there every step measures.
+            or no condition if measuring costs little beside the gradient: then every step measures.
 
     Returns:
-        A function of the parameters, the optimizer's state and the batch. It returns what
-        `jax.value_and_grad` does; gradients of what is not trained are None.
+        A function of the parameters, the optimizer's state and the batch. It returns the results of
+        `jax.value_and_grad` and the curvature. Gradients of parts that are not trained are None.
 
     Raises:
-        ValueError: If `branch` is unknown, or the state has no state of singd in it, or one that
-            optax would not pass the curvature on to; or if the parameters do not fit the layers.
+        ValueError: If `branch` is unknown, or the parameters do not fit the layers. If the state
+            has no state of singd in it, or a state to which optax would not pass the curvature.
     """
     if branch not in (None, "step", "layer"):
         raise ValueError(f'branch = {branch!r}: choose "step", "layer" or None')

@@ -32,23 +32,23 @@ def find_layers(
     """The layers of a loss `loss(params, *batch)`, found without computing anything.
 
     Args:
-        loss: A function that `jax.grad` takes; with auxiliary output or without.
-        structures: Of the factors K (inputs) and C (outputs), one for both, or "auto:b" (see
-            `singd_core.structures.choose.resolve`): what the table shows and the optimizer takes
-            unless it is told others. None is the recipe's.
+        loss: A function that `jax.grad` takes, with auxiliary output or without.
+        structures: Structures of the factors K (inputs) and C (outputs), one for both, or "auto:b"
+            (see `singd_core.structures.choose.resolve`). The table shows them, and the optimizer
+            takes them unless it has others. None is the structures of the recipe.
         kfac_approx: "expand" or "reduce": how positions that share the weight are treated.
-        loss_average: What the loss is a mean of: "batch", "batch+sequence", so many terms, or None
-            for a sum.
-        batch_size: How many examples the batch holds: a number, or a function of `*batch`. None
-            reads it off the first axis of the arrays in the batch, or, if they do not agree or
-            there are none, off the first axis of all data which parameters multiply. Inside
-            shard_map, where the batch is a part of the whole, it must be given.
+        loss_average: What the loss is a mean of: "batch", "batch+sequence", a number of terms, or
+            None for a sum.
+        batch_size: The number of examples in the batch, or a function of `*batch` that returns it.
+            None reads it off the first axis of the arrays in the batch. If these do not agree or
+            there are none, it is read off the first axis of all data that parameters multiply.
+            Inside shard_map the batch is a part of the whole, and this must be given.
 
     Returns:
         A function of `params, *batch`, arrays or their shapes, that returns the layers.
 
     Raises:
-        ValueError: If an option is unknown, the batch size is not to be seen, or the curvatures of
+        ValueError: If an option is unknown, the batch size cannot be found, or the curvatures of
             two layers would have one name.
 
     Example:

@@ -33,12 +33,13 @@ _TOLERANCE = 2.0**-5
 class Gradients:
     """What `singd_jax.value_and_grad` returns: a pytree of the gradients and the curvature.
 
-    Sums, means (`jax.lax.pmean`) and multiples of it are such of both: at the end the curvature is
-    divided by what has become of `unit`, so a mean or a sum over micro-batches, and a gradient
-    that is clipped by its norm or unscaled, all leave the mean curvature. A gradient that is
-    clipped by value leaves it, too, since the bound is far above what is carried. Any other map,
-    such as a sign or added noise, makes the curvature NaN, and `tx.update` then skips the step and
-    counts it: apply such a map to `tree` alone. It has the norms of the gradients.
+    Sums, means (`jax.lax.pmean`) and multiples of it change the gradients and the curvature alike.
+    `unit` changes with them, and at the end the curvature is divided by it. So the mean curvature
+    is left after a mean or a sum over micro-batches, after clipping by the norm, and after
+    unscaling. It is also left after clipping by value, because the bound is far above the carried
+    numbers. Any other map, such as a sign or added noise, makes the curvature NaN. `tx.update` then
+    skips the step and counts it: apply such a map to `tree` alone. The norm of this pytree is the
+    norm of the gradients.
 
     Attributes:
         tree: The gradients, like the parameters.
@@ -101,16 +102,16 @@ def value_and_grad(
 ) -> Callable[..., tuple[Any, Gradients]]:
     """`jax.value_and_grad` whose gradients carry the curvature to `tx.update`.
 
-    They are a pytree: average them over devices or micro-batches, clip them by their norm, hand
-    them to `TrainState.apply_gradients(grads=grads)`; `grads.tree` are the gradients alone. What
-    maps gradients and parameters together, e.g. `optax.masked`, or `optax.add_decayed_weights`
-    before singd in a chain, wants `value_and_curvature`.
+    The gradients are a pytree. You may average them over devices or micro-batches, clip them by
+    their norm, or hand them to `TrainState.apply_gradients(grads=grads)`. `grads.tree` are the
+    gradients alone. Transformations that map gradients and parameters together, e.g. `optax.masked`
+    or `optax.add_decayed_weights` before singd in a chain, need `value_and_curvature`.
 
     Args:
-        loss: The loss `loss(params, *batch)`. It may be another function than the one that the
-            layers were found in, e.g. a closure made in a training step, if it uses them alike.
+        loss: The loss `loss(params, *batch)`. It may be another function than the loss in which the
+            layers were found, e.g. a closure made in a training step, if it uses the layers alike.
         has_aux: Whether the loss returns a pair (value, auxiliary output).
-        branch: As of `value_and_curvature`.
+        branch: As in `value_and_curvature`.
 
     Returns:
         A function of the parameters, the optimizer's state and the batch.

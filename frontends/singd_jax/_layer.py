@@ -33,14 +33,15 @@ class Layer:
         kind: What kind of product it is used in.
         weight: Where the matrix W lies.
         bias: Where its last column lies, or None.
-        uses: In how many products of the loss.
-        transposed: In how many as its transpose, like a table of embeddings tied to the last layer.
-        diagonal: Which of "K" and "C" are diagonal whatever is asked for, as one-hot rows want.
-        elsewhere: How its parameters are read besides, which its curvature does not see.
-        notes: What else is to be known of it.
-        has_rows: Whether products show its rows; else it learns from gradients alone.
-        overlap: In how many rows of a product an entry of its input takes part.
-        rows: Rows of all products, in the batch that it was found with.
+        uses: The number of products of the loss that use it.
+        transposed: The number of these that use its transpose, such as the last layer of a tied
+            table of embeddings.
+        diagonal: Which of "K" and "C" are always diagonal, because rows are one-hot.
+        elsewhere: Other uses of its parameters, which its curvature does not contain.
+        notes: Further remarks for the table.
+        has_rows: Whether products show its rows. Otherwise it learns from gradients alone.
+        overlap: The number of rows of a product in which an entry of its input takes part.
+        rows: The number of rows of all products, in the batch with which it was found.
         runs: How often a product runs.
     """
 

@@ -25,7 +25,8 @@ class Layers(Mapping[str, Layer]):
 
     Attributes:
         found: The layers.
-        others: For each other parameter the reason; a Python number is none of the following.
+        others: For each other parameter the reason. It also has parameters that are Python numbers;
+            the next two attributes do not.
         shapes: The shape of each parameter.
         itemsizes: The bytes of one number of the factors of each parameter.
         structures: Of K and C, unless the optimizer is told others; None takes what fits each.

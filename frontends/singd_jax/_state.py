@@ -51,7 +51,7 @@ class Fixed:
 class SingdState(NamedTuple):
     """The state of `singd` and `scale_by_singd`: a pytree of arrays.
 
-    `mu` and `nu` are like the parameters, so that what shards, casts or labels parameters does the
+    `mu` and `nu` are like the parameters, so functions that shard, cast or label parameters do the
     same with them.
 
     Attributes:
@@ -60,7 +60,7 @@ class SingdState(NamedTuple):
         rest: The state without both, the factors above all.
         T: Steps between two refreshes of the factors, or None if it is every step.
         fixed: What is no array.
-        lost: What rounding has cost the parameters, like these; None unless that is kept.
+        lost: The rounding errors of the parameters, like these. None unless they are kept.
     """
 
     mu: Any

@@ -20,16 +20,15 @@ def from_torch(
 ) -> dict[str, Any]:
     """The state of `singd_torch.SINGD` as named arrays, which `unflatten` takes.
 
-    A layer's matrix is `(d_out, d_in + 1)` in both, however its weight is stored, and so are its
-    factors. A momentum is stored as its parameter is: it is rearranged from a weight of torch,
-    `(d_out, ...)` or a table `(entries, d_out)`, to one of JAX.
+    In both, a layer's matrix is `(d_out, d_in + 1)`, however its weight is stored. So the factors
+    are the same. A momentum is stored as its parameter is. It is rearranged from a weight of torch,
+    `(d_out, ...)` or a table `(entries, d_out)`, to a weight of JAX.
 
     Args:
         saved: What `optimizer.state_dict()` returned.
         names: For each parameter of the torch optimizer, in order, its name in JAX, or the name of
-            the layer whose weight it is. Several names are of layers, or of their biases, that
-            torch packs into one: query, key and value of
-            `torch.nn.MultiheadAttention`.
+            its layer. If torch packs several layers or biases into one parameter, give their names:
+            query, key and value of `torch.nn.MultiheadAttention`.
         layers: What `find_layers` returned.
 
     Raises:

@@ -76,17 +76,17 @@ def singd(
 ) -> optax.GradientTransformationExtraArgs:
     """Structured inverse-free natural gradient descent (arXiv 2312.05705).
 
-    The layers are preconditioned by structured factors of the inverse Fisher matrix. Other matrices
-    learn their factors from gradients alone (for the recipe "paper" they do not), and AdamW trains
-    the rest. `print(layers)` shows which is which. A step whose gradient or curvature is not finite
-    changes nothing, and is counted in `state.core.skipped`.
+    Structured factors of the inverse Fisher matrix precondition the layers. Other matrices learn
+    their factors from gradients alone; with the recipe "paper" they have no factors. AdamW trains
+    the rest. `print(layers)` shows what trains each parameter. A step whose gradient or curvature
+    is not finite changes nothing, and `state.core.skipped` counts it.
 
-    Without `layers` and `loss` gradients are all that is asked for: `singd()` stands where
-    `optax.adamw` stood.
+    Without `layers` and `loss`, SINGD needs nothing but gradients: `singd()` takes the place of
+    `optax.adamw`.
 
-    `update` takes gradients from `singd_jax.value_and_grad`, or the curvature as a keyword, from
-    `value_and_curvature`; with `curvature=None` the factors stay as they are. Every rate may be a
-    number, a 0-d array or a schedule.
+    `update` takes gradients from `singd_jax.value_and_grad`, or the curvature from
+    `value_and_curvature` as a keyword. With `curvature=None` the factors stay as they are. Every
+    rate may be a number, a 0-d array or a schedule.
 
     Args:
         learning_rate: Learning rate (β₂).
@@ -94,22 +94,24 @@ def singd(
         loss: Instead of `layers` the loss `loss(params, *batch)`. `tx.init(params, *batch)` then
             finds the layers, with the defaults of `find_layers`. Inside other transformations give
             `layers`, because they call `init(params)`.
-        structures: Of K and C, one for both, or "auto:b"; None takes the structures of `layers`,
-            or else the recipe's.
-        recipe: "normalized" or "paper": the values of all settings left at None.
+        structures: Structures of K and C, one for both, or "auto:b". None takes the structures of
+            `layers`, or else of the recipe.
+        recipe: "normalized" or "paper": the values of all settings that are None.
         momentum: Momentum of the weights (α₂).
-        nesterov: See `singd_core.Settings`, as for all that follow.
+        nesterov: Look ahead along the momentum. `singd_core.Settings` says more of this setting and
+            of all that follow.
         normalized: The momentum averages gradients, and the step of each matrix has a size of its
-            own, whatever the size of the gradient.
+            own, which does not depend on the size of the gradient.
         warmup: Steps in which the rates grow from 0.
-        weight_decay: Weight decay (γ) of the preconditioned weights. The number 0.0 turns AdamW's
-            off as well, unless `fallback` is given.
+        weight_decay: Weight decay (γ) of the preconditioned weights. The number 0.0 also turns off
+            AdamW's decay, unless `fallback` is given.
         decoupled_weight_decay: Shrink the weights as AdamW does.
         T: Steps between two refreshes of the factors.
         growing_T: Refresh more often at first: after t steps the gap is at most t / 10.
-        rows: Rows that a factor is measured with, at least as many as its blocks are wide; others
-            at each refresh. Infinite for all.
-        lr_cov: Step size of the factors (β₁); with `growing_T` of one step, and a gap has several.
+        rows: The number of rows that measure a factor, at least as many as its blocks are wide.
+            Each refresh takes other rows. Infinite takes all.
+        lr_cov: Step size of the factors (β₁). With `growing_T` it is for one step, and a refresh
+            has the steps of its gap.
         damping: Damping (λ).
         relative_damping: `damping` is a share of the curvature's mean diagonal.
         rule: How the factors learn: "singd", "ikfac", "kfac", or one that was registered.
@@ -122,10 +124,11 @@ def singd(
         order: Terms of the exponential.
         kfac: Another name for `rule="kfac"`.
         rounding: How weights and factors of 16 bits are stored: "stochastic", "kahan" or "nearest".
-        seed: Of the random bits of stochastic rounding.
-        preconditioner_dtype: Of K and of C; None is the weight's, float32 for float16.
-        momentum_dtype: Of the momenta of layers; None is the weight's, float32 for float16.
-        fallback: Settings of AdamW; its rates may be schedules too.
+        seed: The seed of the random bits of stochastic rounding.
+        preconditioner_dtype: Dtypes of K and of C. None is the weight's, and float32 for float16.
+        momentum_dtype: Dtype of layers' momenta. None is the weight's, and float32 for float16.
+        fallback: Settings of AdamW. Its rates may be schedules too; they do not follow
+            `learning_rate`.
 
     Returns:
         The transformation. With `optax.inject_hyperparams` give `layers`, and name `order`,
@@ -167,20 +170,20 @@ def scale_by_singd(
 ) -> optax.GradientTransformationExtraArgs:
     """The bare preconditioner: C Cᵀ ∇W K Kᵀ in place of the gradient of each layer.
 
-    No rate, momentum, decay or size of a step is applied, and other parameters keep their
-    gradient: put it into an `optax.chain`. If anything is not finite, all updates are zero and the
+    It applies no rate, momentum, decay or size of a step, and other parameters keep their
+    gradient. Put it into an `optax.chain`. If anything is not finite, all updates are zero and the
     factors stay as they were.
 
     Args:
         layers: What `find_layers` returned.
-        structures: Of K and C, one for both, or "auto:b"; None takes the structures of `layers`,
-            or else the recipe's.
+        structures: Structures of K and C, one for both, or "auto:b". None takes the structures of
+            `layers`, or else of the recipe.
         recipe: "normalized" or "paper": the values of all settings not given.
         T: Steps between two refreshes of the factors.
         growing_T: Refresh more often at first: after t steps the gap is at most t / 10.
-        rows: Rows that a factor is measured with, at least as many as its blocks are wide; others
-            at each refresh. Infinite for all.
-        lr_cov: As of `singd`, as all that follow.
+        rows: The number of rows that measure a factor, at least as many as its blocks are wide.
+            Each refresh takes other rows. Infinite takes all.
+        lr_cov: Step size of the factors (β₁), as in `singd`.
         damping: Damping (λ).
         relative_damping: `damping` is a share of the curvature's mean diagonal.
         rule: How the factors learn: "singd", "ikfac", "kfac", or one that was registered.
@@ -193,8 +196,8 @@ def scale_by_singd(
         order: Terms of the exponential.
         kfac: Another name for `rule="kfac"`.
         rounding: How factors of 16 bits are stored: "stochastic" or "nearest".
-        seed: Of the random bits of stochastic rounding.
-        preconditioner_dtype: Of K and of C; None is the weight's, float32 for float16.
+        seed: The seed of the random bits of stochastic rounding.
+        preconditioner_dtype: Dtypes of K and of C. None is the weight's, and float32 for float16.
 
     Raises:
         ValueError: If a setting is out of range or a name unknown.

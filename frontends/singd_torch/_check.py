@@ -21,24 +21,24 @@ from singd_torch.optimizer import SINGD
 def check(
     model: nn.Module, loss: Callable[[nn.Module], Tensor], *, tolerance: float | None = None
 ) -> dict[str, float]:
-    """Whether `Bᵀ A = ∇W` holds for the rows of every layer that gives rows.
+    """Check that `Bᵀ A = ∇W` holds for the rows of every layer that gives rows.
 
-    The loss is evaluated on a copy of the model, and differentiated once: the model, its gradients
-    and an optimizer that watches it are left alone. The answer leaves out layers that are trained
-    without rows (`print(optimizer)` says why), layers that the loss does not use, and layers whose
-    derivatives the loss contains (`create_graph=True`).
+    The loss is evaluated and differentiated once, on a copy of the model. The model, its gradients
+    and an optimizer that watches the model do not change. The result leaves out layers that are
+    trained without rows (`print(optimizer)` says why), layers that the loss does not use, and
+    layers whose derivatives the loss contains (`create_graph=True`).
 
     Args:
         model: The model, on any device.
-        loss: What returns the training loss of a model, a number.
-        tolerance: Of the difference, relative to the norm of ∇W. None is 1e-4, or 8 times the
-            rounding of the coarsest numbers that are multiplied.
+        loss: A function that returns the training loss of a model, a number.
+        tolerance: The largest difference that is no error, relative to the norm of ∇W. None is
+            1e-4, or 8 times the rounding of the coarsest numbers that are multiplied.
 
     Returns:
         The relative difference of each layer, by the name of its weight.
 
     Raises:
-        AssertionError: Naming the layers whose difference is larger.
+        AssertionError: If the difference of a layer is larger. The message names the layers.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2)).double()

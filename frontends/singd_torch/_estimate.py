@@ -34,14 +34,14 @@ OPTIONS: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Estimate:
-    """Bytes of state for each layer and each parameter that AdamW trains.
+    """Bytes of state of each layer, and of each parameter that AdamW trains.
 
     Attributes:
-        bytes: By the name of the weight or parameter.
+        bytes: The bytes, by the name of the weight or parameter.
         table: Lines with names, shapes, structures and bytes.
-        by_process: The bytes on each process, of a model that is in parts on several.
+        by_process: The bytes on each process, for a model in parts on several processes.
         sent_by_step: The bytes that a process sends in each step, on average.
-        sent_by_refresh: The bytes that it sends in a step with a refresh, beside those.
+        sent_by_refresh: The bytes that it sends in addition in a step with a refresh.
     """
 
     bytes: dict[str, int]

@@ -26,8 +26,8 @@ class Saving(Training):
     def state_dict(self) -> dict[str, Any]:
         """The state as flat tensors and plain values; `torch.load(weights_only=True)` takes it.
 
-        A function given as `lr_cov` is left out: the optimizer that loads it keeps its own. Of a
-        model in parts, all processes have to call it, and its tensors are DTensors.
+        A function given as `lr_cov` is left out: the optimizer that loads the state keeps its own.
+        With a model in parts, all processes must call this method, and its tensors are DTensors.
         """
         packed = super().state_dict()
         sharded = self._stepper.sharded
@@ -42,10 +42,10 @@ class Saving(Training):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a saved state, tensors in the dtypes they were saved in.
+        """Continue from a saved state. Tensors keep the dtypes in which they were saved.
 
         Raises:
-            ValueError: Naming the first entry that does not fit; nothing is changed then.
+            ValueError: Naming the first entry that does not fit. Then nothing is changed.
         """
         part_again(self._roster.model)
         found: list[Loaded] = []

@@ -27,10 +27,10 @@ from singd_torch.tensors.exact import without_autocast
 
 
 class Training(torch.optim.Optimizer):
-    """An optimizer that has a roster of what it trains, a watcher of rows, and what takes steps.
+    """An optimizer with a roster of its parameters, a watcher of rows, and a stepper.
 
     Attributes:
-        state: Tensors by parameter. The tensors of layers are views of what stacks own.
+        state: Tensors by parameter. The tensors of layers are views of the tensors of stacks.
         param_groups: The groups of parameters and their settings.
     """
 
@@ -156,7 +156,7 @@ class Training(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: If a gradient is sparse.
-            ValueError: If a setting of a group was changed to what it may not be.
+            ValueError: If a setting of a group was changed to a wrong value.
         """
         self._known.check(self.param_groups)
         loss = None
@@ -203,10 +203,10 @@ class Training(torch.optim.Optimizer):
 
     @property
     def replayable(self) -> bool:
-        """Whether a CUDA graph of an earlier step may take the place of the next one.
+        """Whether a CUDA graph of an earlier step may take the place of the next step.
 
-        It may where the next step has neither to refresh factors nor to measure for that, nor warms
-        up: then nothing in it depends on the number of steps. Never without `capturable=True`.
+        It may if the next step neither refreshes factors, nor measures for a refresh, nor warms up.
+        Then nothing in it depends on the number of steps. Never without `capturable=True`.
         """
         if not self._stepper.capturable or self._stepper.sharded is not None:
             return False
@@ -217,10 +217,10 @@ class Training(torch.optim.Optimizer):
         return not any(is_due(layer) for layer in self._layers if layer.weight.requires_grad)
 
     def replayed(self) -> None:
-        """Count a step that a CUDA graph has taken, in place of `step`.
+        """Count a step that a CUDA graph has taken in the place of `step`.
 
         Raises:
-            RuntimeError: If it had to be one that is not `replayable`.
+            RuntimeError: If this step was not `replayable`.
         """
         if not self.replayable:
             raise RuntimeError(
@@ -231,13 +231,13 @@ class Training(torch.optim.Optimizer):
 
     @property
     def skipped(self) -> int:
-        """How many steps changed nothing, as a gradient or row was not finite (a host sync)."""
+        """How many steps changed nothing: a gradient or row was not finite (a host sync)."""
         return self._stepper.count_skipped()
 
     def set_current_grad_scale(self, scale: Any, *, unscaled: bool = False) -> None:
-        """Tell what the loss of the next step was multiplied by: it is divided out again.
+        """Set the number that multiplied the loss of the next step: it is divided out again.
 
-        torch.amp.GradScaler is asked by itself.
+        With torch.amp.GradScaler you need not call it.
 
         Args:
             scale: The scale, a number or 0-d.
@@ -254,10 +254,10 @@ class Training(torch.optim.Optimizer):
     # ---- which rows count -----------------------------------------------------------------------
 
     def sampled_labels(self) -> AbstractContextManager[None]:
-        """Take the rows of this step from backward passes inside the block, and only from them.
+        """Take the rows of this step only from backward passes inside the block.
 
         Labels sampled from the model's own predictions make the factors approximate the Fisher
-        matrix, and not the empirical one. Gradients come from outside alone:
+        matrix instead of the empirical one. Gradients come only from passes outside the block:
 
             with optimizer.sampled_labels():
                 F.cross_entropy(logits, sample(logits)).backward(retain_graph=True)
@@ -267,9 +267,9 @@ class Training(torch.optim.Optimizer):
     def no_rows(self) -> AbstractContextManager[None]:
         """Take no rows from backward passes inside the block.
 
-        For passes with respect to the weights that do not differentiate the training loss:
-        Hessian-vector products, norms of the gradients of single tasks, sharpness. (Passes that
-        reach no weight, such as derivatives with respect to inputs, bring no rows anyway.)
+        Use it for passes that reach the weights but do not differentiate the training loss:
+        Hessian-vector products, gradient norms of single tasks, sharpness. (Passes that reach no
+        weight, such as derivatives with respect to inputs, bring no rows anyway.)
 
             with optimizer.no_rows():
                 gradients = torch.autograd.grad(loss, parameters, create_graph=True)
@@ -280,9 +280,9 @@ class Training(torch.optim.Optimizer):
         """Leave rows out of the factors until the next step, such as rows of padding.
 
         Args:
-            mask: Boolean, shape (batch, ...), False at positions that are left out. It concerns the
-                layers whose input has these first axes, and only their factors: the loss has to
-                leave the positions out by itself. None for no mask.
+            mask: Boolean, shape (batch, ...), False at positions that are left out. It holds for
+                layers whose input has these first axes, and only for their factors: the loss has to
+                leave the positions out by itself. None is no mask.
 
         Raises:
             TypeError: If the mask is not boolean.

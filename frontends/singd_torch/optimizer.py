@@ -39,62 +39,64 @@ from singd_torch.sharding.guards import check_model
 class SINGD(Saving):
     """Structured inverse-free natural gradient descent (arXiv 2312.05705) for any model.
 
-    The weights of linear layers, convolutions, embeddings and attention's projections, with their
-    biases, are preconditioned by structured factors of the inverse Fisher matrix. Other matrices,
-    such as recurrent weights, learn their factors from gradients alone (for the recipe "paper" they
-    do not). AdamW trains the rest.
-    `print(optimizer)` shows which is which. The arguments up to `normalize_lr_cov` have the names
-    of the authors' package, `singd` 0.0.5. The recipe fills what is left at None.
+    Structured factors of the inverse Fisher matrix precondition the weights of linear layers,
+    convolutions, embeddings and attention's projections, with their biases. Other matrices, such as
+    recurrent weights, learn their factors from gradients alone. With the recipe "paper" they do
+    not. AdamW trains the rest. `print(optimizer)` shows what trains each parameter.
+
+    The arguments up to `normalize_lr_cov` have the names of the authors' package, `singd` 0.0.5.
+    The recipe gives a value to every setting that is None.
 
     Args:
-        model: The model; its layers are watched to learn their inputs and output gradients. Or
-            parameters alone, as any optimizer takes them: then all learn from their gradients.
-        params: What to train: parameters or groups of them; None for all that require a gradient.
+        model: The model. The optimizer watches its layers to learn their inputs and output
+            gradients. Or parameters alone, as any optimizer takes them. Then all parameters learn
+            from their gradients.
+        params: The parameters to train, or groups of them. None is all that require a gradient.
         lr: Learning rate (β₂).
         momentum: Momentum of the weights (α₂).
         damping: Damping (λ).
         alpha1: Riemannian momentum of the factors (α₁), for the rule "singd".
         weight_decay: Weight decay (γ) of the preconditioned weights.
         T: Steps between two refreshes of the factors.
-        loss_average: What the loss is a mean of: "batch", "batch+sequence", so many terms, or None
-            for a sum.
+        loss_average: What the loss is a mean of: "batch", "batch+sequence", a number of terms, or
+            None for a sum.
         lr_cov: Step size of the factors (β₁), or a function of the number of steps taken.
-        structures: Of the factors K (inputs) and C (outputs), or one for both, by name or class.
-            None is dense for the recipe "paper", else "cost:512": the richest that cost little
-            beside a step with 512 rows, with no more numbers than the weight. "auto" is the richest
-            that fit the memory budget.
+        structures: Structures of the factors K (inputs) and C (outputs), or one for both, by name
+            or class. None is dense for the recipe "paper". Otherwise None is "cost:512": the
+            richest structures that cost little beside a step with 512 rows and hold no more numbers
+            than the weight. "auto" is the richest structures that fit the memory budget.
         kfac_approx: "expand" or "reduce": how positions that share the weight are treated.
-        warn_unsupported: Warn with the names of parameters that AdamW trains.
+        warn_unsupported: Warn with the names of the parameters that AdamW trains.
         kfac_like: The authors' name for `rule="ikfac"` (True) and `rule="singd"` (False).
-        preconditioner_dtype: Of K and of C; None is the weight's, float32 for float16.
-        momentum_dtype: Of the momenta of layers; None is the weight's, float32 for float16.
-        init_grad_scale: Accepted for compatibility; the scale is read when a step is taken.
+        preconditioner_dtype: Dtypes of K and of C. None is the weight's, and float32 for float16.
+        init_grad_scale: Accepted for compatibility. It is not used: a step reads the scale itself.
         normalize_lr_cov: The authors' normalization of the factor step.
-        recipe: "normalized" or "paper": values for all settings not given.
+        recipe: "normalized" or "paper": the values of all settings that are not given.
         memory_budget: With `structures="auto"`, the bytes that all of the state may take.
+        momentum_dtype: Dtype of layers' momenta. None is the weight's, and float32 for float16.
         kfac: Another name for `rule="kfac"`, KFAC with its inverses.
-        average_groups: Average the groups of a grouped convolution as the authors do, in place of
-            exact factors for each group.
-        compile_step: Run the mathematics of the step through torch.compile, by True or by its
-            arguments, such as {"mode": "max-autotune-no-cudagraphs"}. It needs torch 2.13.
-        capturable: Let CUDA graphs be taken of steps between two refreshes, as torch's optimizers
-            do (`replayable`). Rates are tensors then, which torch's schedules change in place.
-        fallback_lr: AdamW's rate, None for the recipe's. It follows `lr`: a schedule that
+        average_groups: Average the groups of a grouped convolution, as the authors do. Otherwise
+            each group has exact factors.
+        compile_step: Run the mathematics of the step through torch.compile. Give True, or arguments
+            of torch.compile, such as {"mode": "max-autotune-no-cudagraphs"}. It needs torch 2.13.
+        capturable: Let CUDA graphs hold steps between two refreshes (`replayable`). Rates are then
+            tensors, which torch's schedules change in place.
+        fallback_lr: AdamW's rate. None is the rate of the recipe. It follows `lr`: a schedule that
             halves one halves the other.
         fallback_betas: AdamW's betas.
         fallback_eps: AdamW's epsilon.
-        fallback_weight_decay: AdamW's weight decay; None is 0.01, or 0 if `weight_decay=0.0` is
+        fallback_weight_decay: AdamW's weight decay. None is 0.01, or 0 if `weight_decay=0.0` is
             given.
-        processes: The processes that train copies of the model whose gradients are averaged
-            without a wrapper; a DistributedDataParallel wrapper tells them by itself.
-        shard: Part the state and the work among processes that have copies of the model: each
-            steps some of the layers and sends their changes to all. Models in parts do so anyway.
-        gradients: How several processes join their gradients: the "mean", as wrappers make it, or
+        processes: The processes that train copies of the model, if your own loop averages their
+            gradients. With a DistributedDataParallel wrapper you need not give them.
+        shard: Split state and work among processes that have copies of the model: each steps some
+            layers and sends their changes to all. Models in parts always do so.
+        gradients: How several processes join their gradients: the "mean", as wrappers do, or
             the "sum", as after `set_gradient_divide_factor(1.0)`.
         **given: Any further setting of `singd_core.Settings`, e.g. `rule="singd"`.
 
     Raises:
-        TypeError: If the model or the parameters are something else.
+        TypeError: If the model is no module, or the parameters are no parameters.
         ValueError: If a setting or a name is wrong, a parameter is given twice, or there is
             nothing to train.
 
@@ -225,10 +227,10 @@ class SINGD(Saving):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters with settings of its own.
 
-        Keys that are no settings, such as the keys of a schedule, are carried along.
+        Keys that are no settings, such as the keys of a schedule, are kept.
 
         Raises:
-            TypeError: If the parameters are in a set, or are none.
+            TypeError: If the parameters are in a set, or are no parameters.
             ValueError: If a setting is wrong or a parameter is given twice.
         """
         group = {name: plain(value) for name, value in with_rule(param_group).items()}
@@ -266,12 +268,12 @@ class SINGD(Saving):
     # ---- what a person sees ---------------------------------------------------------------------
 
     def diagnostics(self) -> dict[str, float]:
-        """What each layer's factors and steps are like, by `name of the weight/quantity`.
+        """Quantities of each layer's factors and steps, by `name of the weight/quantity`.
 
-        The first call starts the recording of what is known only within a step (step and bounded,
-        agreement, update); the later ones have it of the last step and refresh. It waits for
-        the device; steps do not. Of a layer of several matrices (groups, packed projections) it
-        is the largest value. The quantities are
+        Some quantities are known only within a step (step and bounded, agreement, update). The
+        first call starts their recording. Later calls return their values in the last step and
+        refresh. This method waits for the device; steps do not. A layer of several matrices
+        (groups, packed projections) has the largest value of its matrices. The quantities are
 
         - K_norm, C_norm: the Frobenius norms of the factors (S_K_norm, S_C_norm for KFAC);
         - K_step, C_step: β₁ ‖m‖_F of the last refresh, before its bound;
@@ -280,7 +282,7 @@ class SINGD(Saving):
         - agreement: how much the late gradients agree, from 0 to 1 (1 if the rule does not ask);
         - update: the norm of the update, decoupled decay apart, over the norm of the weight.
 
-        Of a model in parts all processes call it, and each has the layers that it steps.
+        With a model in parts, all processes must call it. Each gets the layers that it steps.
         """
         stepper = self._stepper
         if stepper.sharded is not None:
@@ -289,7 +291,7 @@ class SINGD(Saving):
         return _diagnostics.read(stepper.stacks)
 
     def __repr__(self) -> str:
-        """Who owns each parameter, with which structures, and what state it costs."""
+        """The rule that trains each parameter, its structures, and its bytes of state."""
         roster, sharded = self._roster, self._stepper.sharded
         owners = None if sharded is None else sharded.owners
         why = dict(reasons(roster.model, self.param_groups))

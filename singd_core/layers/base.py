@@ -14,29 +14,30 @@ Shape = tuple[int, ...]
 
 
 class LayerKind(ABC):
-    """A kind of layer that is, seen rightly, a linear map `z = W a`.
+    """A kind of layer, written as a linear map `z = W a`.
 
-    A new kind writes the five abstract methods, as a frozen dataclass (hashable, so that layers of
-    equal kind can be found). The other methods have an answer that is right for most kinds. Rows
-    are returned unscaled, with the numbers that scale them, so that a caller can accumulate over
-    micro-batches:
+    A new kind is a frozen dataclass that writes the five abstract methods. (It must be hashable, so
+    that layers of equal kind can be found.) The other methods have an answer that is right for most
+    kinds. Rows are returned unscaled, with the numbers that scale them. So a caller can accumulate
+    over micro-batches:
 
         U = Aᵀ A / N,     G = M Bᵀ B     (mathematics.md, section 1)
 
-    Given a `sample`, `inputs` and `outputs` may return fewer rows, multiplied so that the sums
-    `AᵀA` and `BᵀB` of all rows are expected; N and M are always of all rows.
+    With a `sample`, `inputs` and `outputs` may return fewer rows. These are multiplied by a number,
+    so that their expected sums are the sums `AᵀA` and `BᵀB` of all rows. N and M always count all
+    rows.
 
     With `kfac_approx="expand"`, `Bᵀ A` of all rows is the gradient of the weight as a matrix. The
-    leading axes `*groups` below are layers of their own that share a call; most kinds have none.
+    leading axes `*groups` below are separate layers that share a call. Most kinds have none.
 
     Array arguments are arrays of any library that follows the Python Array API standard.
 
     Attributes:
-        diagonal_inputs: Whether `inputs` returns rows that are only good for a diagonal K.
-        has_rows: Whether there are rows; else the factors learn from gradients alone.
+        diagonal_inputs: Whether the rows of `inputs` serve only for a diagonal K.
+        has_rows: Whether there are rows. Otherwise the factors learn from gradients alone.
         stacks: Whether equal layers of one shape step as one along a first axis.
         is_plain: Whether each row is an entry of the layer's input, a vector or an index.
-        is_convolution: Whether rows are patches, seen by the kind's `windows`.
+        is_convolution: Whether rows are patches of the kind's `windows`.
     """
 
     diagonal_inputs: ClassVar[bool] = False
@@ -122,7 +123,7 @@ class LayerKind(ABC):
             g: The gradient of the reduced loss with respect to the layer's output.
             kfac_approx: `"expand"`, every shared position is a row, or `"reduce"`, their sum is.
             loss_average: What the loss is a mean over: `"batch"`, `"batch+sequence"` (the batch and
-                the shared positions), so many terms, or `None` if it is a sum.
+                the shared positions), a number of terms, or `None` if it is a sum.
             sample: Which rows to return; all if None. `inputs` may return other rows.
 
         Returns:

@@ -27,10 +27,10 @@ class Convolution(LayerKind):
     `(C_out, C_in / groups, *kernel_size)`. A patch is flattened as `weight` is: the channel first,
     then the kernel's axes, `d_in = C_in / groups · K1 · K2 ...`.
 
-    Channel groups are layers of their own: with `groups > 1` rows and matrix have a leading axis,
-    `A` is `(groups, N, d_in [+ 1])`, `B` is `(groups, N, C_out / groups)` and the matrix
-    `(groups, C_out / groups, d_in [+ 1])`. With `average_groups` there is no such axis and one
-    `U` for all groups: the input is averaged over them, as in the authors' `singd` 0.0.5.
+    Channel groups are separate layers. With `groups > 1`, rows and matrix have a leading axis: `A`
+    is `(groups, N, d_in [+ 1])`, `B` is `(groups, N, C_out / groups)` and the matrix is
+    `(groups, C_out / groups, d_in [+ 1])`. With `average_groups` there is no such axis, and all
+    groups have one `U`: the input is averaged over them, as in the authors' `singd` 0.0.5.
 
     Args:
         kernel_size: One entry for each spatial axis.
@@ -43,7 +43,7 @@ class Convolution(LayerKind):
         average_groups: Average the channel groups instead of keeping them apart.
 
     Raises:
-        ValueError: If an argument is outside of what is said here.
+        ValueError: If an argument has another value than these.
 
     Example:
         >>> import numpy as np

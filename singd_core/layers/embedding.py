@@ -16,9 +16,9 @@ from singd_core.layers.linear import Linear
 class Embedding(LayerKind):
     """A look-up in a table `(entries, d_out)`: a linear map of one-hot rows, `d_in = entries`.
 
-    U is the diagonal of the entries' frequencies, so the factor K has to be diagonal. Where an
-    entry's positions share a sequence, expand is the only approximation: `"reduce"` would average
-    one-hot rows to what is no look-up.
+    U is the diagonal of the entries' frequencies, so the factor K has to be diagonal. Expand is the
+    only approximation for positions of a sequence: `"reduce"` would average one-hot rows to rows
+    that are not one-hot.
 
     Attributes:
         entries: The number of entries of the table.

@@ -22,17 +22,17 @@ T_Structure = TypeVar("T_Structure", bound=Structure)
 class Rule(Tree, ABC):
     """The factors of a layer, or of a stack of equal layers, and how they learn.
 
-    A new rule is a `tree` that writes the abstract methods, or overrides some of a rule that there
-    is, and a name by which `register` makes it known to the setting `rule`.
+    A new rule is a `tree` that writes the abstract methods, or overrides some methods of another
+    rule. `register` gives it a name, which is then a value of the setting `rule`.
 
     Attributes:
         averages: Mean diagonals of U and G so far.
-        levels: How large rows and columns of natural gradients are, None where nobody asks.
-        title: What tables call the rule.
-        has_rows: Whether rows refresh the factors, or else gradients.
+        levels: How large rows and columns of natural gradients are, or None if not needed.
+        title: The name of the rule in tables.
+        has_rows: Whether rows refresh the factors. Otherwise gradients do.
         only_dense: Whether both factors have to be dense.
-        without_rows: Whether matrices that show no rows learn too, by `Shampoo`; else AdamW trains
-            them.
+        without_rows: Whether matrices that show no rows learn too, by `Shampoo`. Otherwise AdamW
+            trains them.
     """
 
     averages: Averages

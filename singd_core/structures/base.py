@@ -27,18 +27,18 @@ __all__ = ["Structure", "structure"]
 class Structure(Tree):
     """A structured matrix `L`, or a stack of them: a frozen dataclass of arrays.
 
-    The class stands for a linear subspace 𝔤 of d × d matrices that holds the identity, closed
-    under multiplication, so that the update `K ← K (I − β m)` stays in it. Its arrays may have
-    leading batch axes; every operation works on the trailing ones.
+    The class stands for a linear subspace 𝔤 of d × d matrices. 𝔤 holds the identity and is closed
+    under multiplication, so the update `K ← K (I − β m)` stays in it. The arrays may have leading
+    batch axes. Every operation works on the trailing axes.
 
-    A new structure is a class decorated with `structure` whose fields are arrays or structures and
-    that writes two methods:
+    A new structure is a class decorated with `structure`. Its fields are arrays or structures. It
+    writes two methods:
 
     - `restrict(M)`, a linear retraction of any matrix onto 𝔤, and
     - `dense()`, its inverse on 𝔤.
 
-    Everything else has a correct version here, by way of d × d matrices: override it to be fast.
-    `singd_core.testing` checks the result.
+    All other methods have a correct version here, which forms d × d matrices. Override them to be
+    fast. `singd_core.testing` checks the result.
     """
 
     name: ClassVar[str] = ""
@@ -66,10 +66,10 @@ class Structure(Tree):
     def project(cls, M: Array) -> Self:
         """Π̂(M) of a *symmetric* `M`, shape (..., d, d).
 
-        It is fixed by ¼⟨Π̂(M) + Π̂(M)ᵀ, S + Sᵀ⟩ = ⟨M, S⟩ for all S in 𝔤 (docs/mathematics.md,
-        section 4). The version given here, 2 R(M) − R(R(M)ᵀ), solves it if R = `restrict` is the
-        orthogonal projection onto 𝔤 and what a member has outside 𝔤ᵀ is orthogonal to 𝔤ᵀ, as in
-        every zero pattern. Any other structure must write its own.
+        ¼⟨Π̂(M) + Π̂(M)ᵀ, S + Sᵀ⟩ = ⟨M, S⟩ for all S in 𝔤 fixes it (docs/mathematics.md, section 4).
+        The version here, 2 R(M) − R(R(M)ᵀ), solves this equation under two conditions. R =
+        `restrict` is the orthogonal projection onto 𝔤, and the part of a member outside 𝔤ᵀ is
+        orthogonal to 𝔤ᵀ, as in every zero pattern. Any other structure must write its own.
         """
         R = cls.restrict(M)
         return R.scale(2.0) - cls.restrict(R.dense().mT)
@@ -91,8 +91,8 @@ class Structure(Tree):
     def summed(cls, A: Array, c: float, last: float | None = None) -> Self:
         """Π̂(XᵀX) of rows X, shape (..., n, d), times c > 0.
 
-        X is `A`, with one more column of the number `last`, if it is given: the ones of a bias. A
-        structure need not write them to memory.
+        X is `A`. If `last` is given, X has one more column of this number: the ones of a bias. A
+        structure need not write this column to memory.
         """
         X = A if last is None else append_ones(A, A.ndim - 1, last)
         return cls.outer(X.mT).scale(c)
@@ -107,7 +107,7 @@ class Structure(Tree):
     def seen(self, U: Structure) -> Self:
         """Π̂(Lᵀ U L) of a symmetric U, from what `sums` keeps of it.
 
-        The version given here wants all of U. A structure that keeps less writes both methods.
+        The version here needs all of U. A structure that keeps less writes both methods.
         """
         return self.project(self.apply_t(self.apply_t(U.dense()).mT))
 
@@ -158,14 +158,14 @@ class Structure(Tree):
     def square(self) -> Structure | None:
         """`L Lᵀ`, in whatever structure it has, if one product with it costs less than two.
 
-        None where it does not; whoever multiplies with `L Lᵀ` often can keep it.
+        None otherwise. A caller that multiplies with `L Lᵀ` often can keep it.
         """
         return None
 
     def square_for(self, T: int, columns: int) -> Structure | None:
-        """`square`, if T products with so many columns are worth having it.
+        """`square`, if it saves time for T products with so many columns.
 
-        For blocks of side b it costs b³ each, and b² a column; products with L and Lᵀ cost 2 b².
+        For blocks of side b it costs b³ each, and b² a column. Products with L and Lᵀ cost 2 b².
         """
         return self.square() if T * columns > self.width(self.shape[-1]) else None
 
@@ -215,9 +215,9 @@ class Structure(Tree):
 
     @classmethod
     def has_side(cls, d: int) -> bool:
-        """Whether there are d × d matrices of the structure, d ≥ 1; of most there are for every d.
+        """Whether the structure has d × d matrices, d ≥ 1. Most structures have them for every d.
 
-        The laws try only these sides, and an optimizer refuses others before it starts.
+        The laws try only these sides, and an optimizer refuses other sides before it starts.
         """
         return True
 
@@ -230,7 +230,7 @@ class Structure(Tree):
 
     @classmethod
     def width(cls, d: int) -> int:
-        """The side of the largest dense block of a d × d matrix: so many rows inform it well."""
+        """The side of the largest dense block of a d × d matrix: it needs about as many rows."""
         return d
 
     def trace(self) -> Array:

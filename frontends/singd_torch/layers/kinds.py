@@ -89,14 +89,14 @@ def register_layer(
 ) -> None:
     """Let SINGD precondition modules of a class, and of subclasses that have its `forward`.
 
-    The module must be called with its input first and return its output, and its weight and bias
-    must be parameters. A subclass with a `forward` of its own is registered by itself. Where it is
-    not, calls of torch functions that are handed the weight give its rows.
+    The module must be called with its input first, and return its output. Its weight and bias must
+    be parameters. Register a subclass with a `forward` of its own separately. If it is not
+    registered, calls of torch functions that get the weight give its rows.
 
     Args:
         module: The class.
-        rows: The kind of layer it is, such as `singd_core.Linear()`, or a function that tells it
-            from the module (None if the module gives no rows).
+        rows: The kind of layer, such as `singd_core.Linear()`, or a function that returns the kind
+            for a module (None if the module gives no rows).
         weight: The name of its weight.
         bias: The name of its bias.
 
