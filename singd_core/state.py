@@ -1,16 +1,17 @@
 """The state as a flat dictionary of arrays: the same names in every frontend.
 
     <layer>.K.<array>, <layer>.C.<array>      the factors, and m_K, m_C (KFAC: S_K, S_C, P_K, P_C)
-    <layer>.averages.t_U, .t_G, .k            what the refreshes average, and their number
+    <layer>.averages.t_U, .t_G, .k            averages of the refreshes, and their number
+    <layer>.levels.rows, .columns             the levels of rows and columns, if they are kept
     <layer>.momentum_buffer                   the momentum of the weight, in its shape
     <layer>.bias_momentum_buffer              the momentum of the bias
-    <layer>.late.squares, .weights, ...       sums over gradients, and what they tell
-    <layer>.compensation, .bias_compensation  what rounding has cost, if that is kept
-    <parameter>.exp_avg, .exp_avg_sq, .step   of a parameter that AdamW trains
+    <layer>.late.squares, .weights, ...       sums over late gradients, if they are kept
+    <layer>.compensation, .bias_compensation  the rounding errors, if they are kept
+    <parameter>.exp_avg, .exp_avg_sq, .step   the moments of a parameter that AdamW trains
     step, skipped                             counts of the whole optimizer
     largest_lr                                the largest rate of its steps
 
-Any format that stores named arrays holds it: `numpy.savez`, safetensors, orbax.
+Any format that stores named arrays can hold it: `numpy.savez`, safetensors, orbax.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def unflatten(template: State, flat: Mapping[str, Any]) -> State:
 
     Args:
         template: A state of the same parameters and settings, e.g. a new one from `init`.
-        flat: What `flatten` returned; arrays of any library.
+        flat: The result of `flatten`, with arrays of any library.
 
     Raises:
         TypeError: If `flat` is no dictionary.

@@ -15,10 +15,10 @@ from singd_core.layers.linear import Linear
 class StackedLinear(LayerKind):
     """`parts` linear layers in one weight `(parts · d_out, d_in)`: attention's query, key, value.
 
-    Each part has factors of its own, on a batch axis. `inputs` and `outputs` speak of one part:
-    the parts may see different rows, of different number. With `apart` the weight has an axis of
-    its own for the parts, `(parts, d_out, d_in)`, as a stack of experts has, and there is no bias.
-    With `transposed`, too, it is `(parts, d_in, d_out)`.
+    Each part has factors of its own, on a batch axis. `inputs` and `outputs` take one part, because
+    parts may have different rows, and different numbers of them. With `apart`, the weight has an
+    axis for the parts, `(parts, d_out, d_in)`, as a stack of experts has. Then there is no bias.
+    With `transposed` in addition, the weight is `(parts, d_in, d_out)`.
     """
 
     parts: int

@@ -19,11 +19,11 @@ class TransposedConvolution(LayerKind):
 
     Input `(batch, C_in, *spatial)`, or without the batch axis for a batch of one; weight
     `(C_in, C_out / groups, *kernel_size)`. Patches are added up where they overlap in the output,
-    so `d_in = C_in / groups` and `d_out = C_out / groups · K1 · K2 ...`, and the rows `B` are
-    patches of the output's gradient: what the convolution that this one transposes sees of its
-    input. A bias, which is added once to each output pixel, is no column of the matrix.
+    so `d_in = C_in / groups` and `d_out = C_out / groups · K1 · K2 ...`. The rows `B` are patches
+    of the output's gradient, as in the convolution whose transpose this is. A bias is added once to
+    each output pixel, so it is no column of the matrix.
 
-    Channel groups are layers of their own: with `groups > 1` rows and matrix have a leading axis.
+    Channel groups are separate layers: with `groups > 1` rows and matrix have a leading axis.
 
     Args:
         kernel_size: One entry for each spatial axis.
@@ -33,7 +33,7 @@ class TransposedConvolution(LayerKind):
         groups: The number of channel groups.
 
     Raises:
-        ValueError: If an argument is outside of what is said here.
+        ValueError: If an argument has another value than these.
 
     Example:
         >>> import numpy as np

@@ -38,9 +38,9 @@ def resolve(
         structures: Two names or classes, or one for both; `"auto:b"` for the richest of at most b
             numbers a row; `"cost:n"` for the richest that cost little beside n rows a step; or None
             for `"cost:512"`.
-        shape: The batch axes, d_out and d_in; names do not ask for it.
+        shape: The batch axes, d_out and d_in. Structures by name do not need it.
         dense_for: The name of a rule whose factors have to be dense, or None.
-        diagonal: Which of the two measures one-hot rows, and so is diagonal whatever is asked for.
+        diagonal: Which of the two measures one-hot rows. It is always diagonal.
 
     Raises:
         ValueError: If a name is unknown, or not dense where it has to be.
@@ -98,9 +98,9 @@ def by_cost(
     """The richest structures of K and C that cost little in a step with n rows.
 
     With blocks of sides w_K and w_C the two products of a step are 2 (w_K + w_C) d_out d_in
-    operations, where n rows take 6 n d_out d_in forward and backward: a tenth of them is spent. A
-    layer that is small may take 2^23 operations (a tenth of a millisecond), and no factor holds
-    more numbers than the weight, or than a small layer's. A stack of matrices is one layer.
+    operations. n rows take 6 n d_out d_in operations forward and backward: a tenth of these may be
+    spent. A small layer may take 2^23 operations (a tenth of a millisecond). No factor holds more
+    numbers than the weight, or than a factor of a small layer. A stack of matrices is one layer.
     """
     numbers = max(d_out * d_in, _SMALL // max(1, stack))
     sides = min(0.3 * n, _WIDEST) if d_out * d_in else 0.0

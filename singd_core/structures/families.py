@@ -19,12 +19,12 @@ def family(
 ) -> type[Any]:
     """The subclass of `base` with these class attributes that `factory(*parameters)` returns.
 
-    This is how a structure takes parameters: they are attributes of the class, and a function
-    makes the class. Equal calls give the same class, named `factory:p1,p2` and pickled as a call of
-    `factory`, which therefore has to be a function of a module.
+    A structure with parameters is a class that a function makes. The parameters are attributes of
+    the class. Equal calls give the same class, with the name `factory:p1,p2`. It is pickled as a
+    call of `factory`, so `factory` has to be a function of a module.
 
     Args:
-        factory: The function that returns what this returns.
+        factory: The function that returns the class.
         parameters: Its arguments, integers.
         base: The structure whose methods read the attributes.
         **attributes: The attributes.

@@ -41,7 +41,7 @@ _FAMILIES: dict[str, Family] = {
 
 
 def get(name: object) -> type[Structure]:
-    """The structure of a name, its parameters after a colon; a structure is returned as it is.
+    """The structure of a name, which has parameters after a colon. Structures return unchanged.
 
     >>> get("blockdiagonal:4").numbers(10)
     36

@@ -1,10 +1,10 @@
 """The laws of a structure, to test a new one: see docs/new_structure.md.
 
-`check_structure(S)` checks all of them and returns a report, `@laws(S)` makes a pytest case of
-each, and `python -m singd_core.testing package.module:Name` prints a table; a structure with
-parameters is `package.module:factory:2,3`. With SINGD_LAWS=nightly in the environment they try 25
-times as many examples, and more and larger sizes. They draw with hypothesis:
-pip install 'singd-core[testing]'.
+`check_structure(S)` checks all laws and returns a report. `@laws(S)` makes a pytest case of each.
+`python -m singd_core.testing package.module:Name` prints a table; a structure with parameters is
+`package.module:factory:2,3`. With SINGD_LAWS=nightly in the environment they try 25 times as many
+examples, and more and larger sizes. They draw examples with hypothesis, which
+pip install '.[testing]' in a checkout brings.
 """
 
 # The table shows the laws in this order.

@@ -23,10 +23,10 @@ class Backend:
     """An array library on one device.
 
     Attributes:
-        name: Such as `"torch"`, with a device that is not the default after a colon.
+        name: The name, such as `"torch"`. A device that is not the default follows after a colon.
         dtypes: The names of the dtypes to test, the widest first.
-        to: From a NumPy array and the name of a dtype.
-        back: To a NumPy array in float64.
+        to: A function that makes an array from a NumPy array and the name of a dtype.
+        back: A function that makes a NumPy array in float64 from an array.
         active: A context in which all of the library's dtypes exist.
     """
 
