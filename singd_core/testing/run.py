@@ -20,7 +20,7 @@ try:
     from hypothesis import strategies
 except ImportError as error:
     raise ImportError(
-        "the laws draw their examples with hypothesis: pip install 'singd-core[testing]'"
+        "the laws draw their examples with hypothesis: pip install '.[testing]' in a checkout"
     ) from error
 
 # The same examples in every run, without a file or a time limit, whatever profile is loaded.

@@ -136,7 +136,7 @@ def test_without_hypothesis_it_says_what_to_install() -> None:
     code = "import sys; sys.modules['hypothesis'] = None; import singd_core.testing"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "pip install 'singd-core[testing]'" in done.stderr
+    assert "pip install '.[testing]'" in done.stderr
 
 
 def test_the_module_can_be_run() -> None:
