@@ -21,6 +21,10 @@ from singd_torch.tensors.exact import without_autocast
 TakeRows: TypeAlias = Callable[[Tensor, Tensor, Any, int | None], bool]
 
 
+# Why there are no rows of a call that has kept a copy of its input, as under autocast.
+_CHANGED = "called with an input that is changed in place before the backward pass"
+
+
 class _Probe(torch.autograd.Function):
     """The identity in place on a layer's output; its backward passes input and gradient on.
 
@@ -39,7 +43,14 @@ class _Probe(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        (x,), (g,) = ctx.saved_tensors, grads
+        (g,) = grads
+        try:
+            (x,) = ctx.saved_tensors
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+            ctx.tap.lose(_CHANGED)  # torch raises it by itself where the call needs the input
+            return g, None, None, None, None
         seen = g if g.shape == ctx.shape else g.reshape(ctx.shape)
         # Later passes through the same call are of other terms of one loss.
         first = backward_pass() if ctx.first_pass is None else ctx.first_pass
@@ -176,6 +187,12 @@ class Tap:
         owner = None if self._owner is None else self._owner()
         if owner is not None:
             owner.pass_of_derivatives = backward_pass()
+
+    def lose(self, reason: str) -> None:
+        """Tell the owner that the layer gives no rows, if the backward pass is one of the loss."""
+        owner = None if self._owner is None or self._rows() is None else self._owner()
+        if owner is not None and owner.reach(self.source.weight) is not Reach.NOT:
+            owner.lose(self.source, reason)
 
     def is_wanted(self) -> bool:
         """Whether the owner wants rows."""

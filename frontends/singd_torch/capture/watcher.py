@@ -156,6 +156,12 @@ class Watcher:
         if layer is not None:
             self._proofs.differentiated.add(layer)
 
+    def lose(self, source: Source, reason: str) -> None:
+        """Take no rows of a layer from now on."""
+        layer = self._roster.by_weight.get(source.weight)
+        if layer is not None:
+            layer.lose_rows(reason)
+
     # ---- what is taken in backward passes -------------------------------------------------------
 
     def leaf(self, weight: Tensor) -> Tensor | None:
