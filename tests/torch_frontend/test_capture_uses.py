@@ -2,13 +2,14 @@
 
 import copy
 import weakref
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from capturing import check, net
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from uses import Does, draw, loss_of
 from watched import CLOSE, Watched, table
 
@@ -103,6 +104,25 @@ def test_checkpointing(use_reentrant: bool) -> None:
     block = nn.Sequential(nn.Linear(5, 6), nn.ReLU(inplace=True), nn.Linear(6, 4))
     optimizer = check(Does(call, block=block, out=nn.Linear(4, 2)).double(), draw(9, 3, 5))
     assert set(optimizer.calls.values()) == {1}
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(5, 5), nn.Conv1d(3, 3, 1), nn.MultiheadAttention(5, 1)]
+)
+def test_checkpointing_that_keeps_the_outputs_of_products(layer: nn.Module) -> None:
+    def call(m: Any, x: Tensor) -> Tensor:
+        def block(x: Tensor) -> Tensor:
+            x = m.block(x)
+            x = m.layer(x, x, x)[0] if isinstance(layer, nn.MultiheadAttention) else m.layer(x)
+            return torch.tanh(x)
+
+        aten = torch.ops.aten
+        products = [aten.mm.default, aten.addmm.default, aten.convolution.default]
+        kept = partial(create_selective_checkpoint_contexts, products)
+        return m.out(checkpoint(block, x, use_reentrant=False, context_fn=kept))
+
+    layers = {"block": nn.Linear(5, 5), "layer": copy.deepcopy(layer), "out": nn.Linear(5, 2)}
+    check(Does(call, **layers).double(), draw(9, 3, 5))
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])

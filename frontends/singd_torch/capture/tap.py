@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from singd_torch._uncompiled import uncompiled
 from singd_torch.capture import compiled
@@ -136,8 +137,9 @@ class Tap:
         if output.is_leaf or (output.is_nested and output.layout is torch.strided):
             return None  # the call returned its input, or torch lets nobody see the shape
         x = x.detach() if x.requires_grad else x
-        if not self.source.is_open and _is_kept(output):
-            output = output.clone()
+        if _is_watched() or (not self.source.is_open and _is_kept(output)):
+            with _disable_current_modes():
+                output = output.clone()
         base = _base(output)
         if base is output:
             return _Probe.apply(output, x, self, output.shape, product)  # type: ignore[no-untyped-call,no-any-return]
@@ -232,6 +234,11 @@ class Tap:
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled as an inert tap."""
         return Tap, (None, None)
+
+
+def _is_watched() -> bool:
+    """Whether somebody sees all operations, who may keep an output, as selective checkpoints do."""
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def _is_kept(output: Tensor) -> bool:
