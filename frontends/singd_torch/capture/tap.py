@@ -160,7 +160,10 @@ class Tap:
         if rows is None or owner is None or owner.reach(self.source.weight) is Reach.NOT:
             return False
         with without_autocast([g]):
-            return rows(_plain(x), _plain(g), product, first)
+            x, g = _plain(x), _plain(g)
+            if x.ndim == 0:  # one index of a table is a batch of one
+                x, g = x[None], g[None]
+            return rows(x, g, product, first)
 
     def take_some(self, x: Tensor, g: Tensor, samples: int) -> None:
         """Hand on rows of some samples of a call; other processes have its other samples."""
