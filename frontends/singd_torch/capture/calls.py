@@ -261,7 +261,8 @@ def modules(model: nn.Module, layers: Iterable[Layer]) -> Iterator[nn.Module]:
     weights = {layer.weight for layer in layers if layer.is_open}
     by_path = dict(model.named_modules(remove_duplicate=False))
     paths = set()
-    for name, p in model.named_parameters(remove_duplicate=False):
+    # a model may have a method of its own, of other arguments
+    for name, p in nn.Module.named_parameters(model, remove_duplicate=False):
         while p in weights and name:
             name = name.rpartition(".")[0]
             paths.add(name)
