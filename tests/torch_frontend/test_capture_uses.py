@@ -153,6 +153,27 @@ def test_autocast_to_bfloat16() -> None:
     assert {a.dtype for name, a in kept if name[:2] in ("K.", "C.")} == {torch.float32}
 
 
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(6, 6), nn.Conv1d(4, 4, 1), nn.MultiheadAttention(6, 2)]
+)
+def test_inputs_from_inference_mode_under_autocast(layer: nn.Module) -> None:
+    with torch.inference_mode():
+        x = torch.randn(3, 4, 6) * 2
+    models = copy.deepcopy(layer), copy.deepcopy(layer)
+    for model, own in zip(models, (x, x.clone()), strict=True):
+        optimizer = SINGD(model)
+        args = (own,) * (3 if isinstance(layer, nn.MultiheadAttention) else 1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                z = model(*args)
+            loss_of((z[0] if isinstance(z, tuple) else z).float()).backward()
+            optimizer.step()
+        assert "without rows" not in repr(optimizer)
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(p, q)
+
+
 def test_frozen_weight_with_a_trained_bias_and_the_reverse() -> None:
     model = net(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3), nn.Linear(3, 2))
     model[0].weight.requires_grad_(False)

@@ -137,6 +137,7 @@ class Tap:
         if output.is_leaf or (output.is_nested and output.layout is torch.strided):
             return None  # the call returned its input, or torch lets nobody see the shape
         x = x.detach() if x.requires_grad else x
+        x = x.clone() if x.is_inference() else x  # torch saves none, and autocast a copy
         if _is_watched() or (not self.source.is_open and _is_kept(output)):
             with _disable_current_modes():
                 output = output.clone()
