@@ -185,6 +185,7 @@ class Training(torch.optim.Optimizer):
         if not self.state and stepper.is_no_step:
             stepper.begin()
             return
+        roster.warn_idle()
         if stepper.sharded is not None:
             part_again(roster.model)  # lest modules keep weights that are old then
         self._follow_model()

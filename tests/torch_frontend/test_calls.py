@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
-from uses import Does, draw, loss_of
+from torch.overrides import _get_current_function_mode_stack
+from uses import Does, draw, ids, loss_of
 from watched import Watched, check_products, check_rows
 
 from singd_torch import SINGD, check
@@ -202,3 +203,32 @@ def test_a_weight_that_tells_an_input_its_dtype_is_not_used() -> None:
         Does(call, first=nn.Linear(5, 4), layer=nn.Linear(4, 4)).double(),
         lambda m: loss_of(m(draw(9, 5))),
     )
+
+
+@pytest.mark.parametrize("anew", [False, True], ids=["zero_grad", "another optimizer"])
+def test_a_call_that_is_interrupted_leaves_no_mode_behind(*, anew: bool) -> None:
+    def call(m: Any, x: Tensor) -> Tensor:
+        h = m.attention(*[m.table(x)] * 3)[0]
+        return F.linear(h, m.table.weight.to(h.dtype))
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    model = Does(call, table=nn.Embedding(9, 4), attention=nn.MultiheadAttention(4, 1)).double()
+    other = copy.deepcopy(model)
+    handle = model.attention.register_forward_hook(interrupt)
+    optimizer = SINGD(model)
+    with pytest.raises(KeyboardInterrupt):
+        model(ids())
+    handle.remove()
+    with torch.device("cpu"):
+        optimizer = SINGD(model) if anew else optimizer
+        optimizer.zero_grad()
+        assert len(_get_current_function_mode_stack()) == 1
+    for one, its in ((model, optimizer), (other, SINGD(other))):
+        for _ in range(3):
+            its.zero_grad()
+            loss_of(one(ids())).backward()
+            its.step()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)

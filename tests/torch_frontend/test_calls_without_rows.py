@@ -159,3 +159,24 @@ def test_checkpointed_functions_give_no_rows_and_train() -> None:
 
     model = Does(call, table=nn.Embedding(9, 4), inner=nn.Linear(4, 4)).double()
     assert_without_rows(model, "table.weight", "checkpointed", ids())
+
+
+IN_PLACE = {
+    "linear": (nn.Linear(6, 6), "layer.weight"),
+    "convolution": (nn.Conv1d(6, 6, 1), "layer.weight"),
+    "attention": (nn.MultiheadAttention(6, 2), "layer.in_proj_weight"),
+}
+
+
+@pytest.mark.parametrize("case", IN_PLACE)
+def test_an_input_of_which_autocast_has_made_a_copy_may_be_changed_in_place(case: str) -> None:
+    layer, name = IN_PLACE[case]
+
+    def call(m: Any, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            x = m.first(x).float() * 1.0
+            x += m.layer(x, x, x)[0] if case == "attention" else m.layer(x)
+            return m.last(x).float()  # type: ignore[no-any-return]
+
+    layers = {"first": nn.Linear(6, 6), "layer": copy.deepcopy(layer), "last": nn.Linear(6, 6)}
+    assert_without_rows(Does(call, **layers), name, "changed in place", torch.randn(4, 6, 6))

@@ -2,13 +2,14 @@
 
 import copy
 import weakref
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from capturing import check, net
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from uses import Does, draw, loss_of
 from watched import CLOSE, Watched, table
 
@@ -105,6 +106,25 @@ def test_checkpointing(use_reentrant: bool) -> None:
     assert set(optimizer.calls.values()) == {1}
 
 
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(5, 5), nn.Conv1d(3, 3, 1), nn.MultiheadAttention(5, 1)]
+)
+def test_checkpointing_that_keeps_the_outputs_of_products(layer: nn.Module) -> None:
+    def call(m: Any, x: Tensor) -> Tensor:
+        def block(x: Tensor) -> Tensor:
+            x = m.block(x)
+            x = m.layer(x, x, x)[0] if isinstance(layer, nn.MultiheadAttention) else m.layer(x)
+            return torch.tanh(x)
+
+        aten = torch.ops.aten
+        products = [aten.mm.default, aten.addmm.default, aten.convolution.default]
+        kept = partial(create_selective_checkpoint_contexts, products)
+        return m.out(checkpoint(block, x, use_reentrant=False, context_fn=kept))
+
+    layers = {"block": nn.Linear(5, 5), "layer": copy.deepcopy(layer), "out": nn.Linear(5, 2)}
+    check(Does(call, **layers).double(), draw(9, 3, 5))
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])
 def test_checkpointing_keeps_no_activation_alive(use_reentrant: bool) -> None:
     block = net(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4))
@@ -131,6 +151,27 @@ def test_autocast_to_bfloat16() -> None:
     )
     kept = optimizer.state[layers[0].weight].items()
     assert {a.dtype for name, a in kept if name[:2] in ("K.", "C.")} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(6, 6), nn.Conv1d(4, 4, 1), nn.MultiheadAttention(6, 2)]
+)
+def test_inputs_from_inference_mode_under_autocast(layer: nn.Module) -> None:
+    with torch.inference_mode():
+        x = torch.randn(3, 4, 6) * 2
+    models = copy.deepcopy(layer), copy.deepcopy(layer)
+    for model, own in zip(models, (x, x.clone()), strict=True):
+        optimizer = SINGD(model)
+        args = (own,) * (3 if isinstance(layer, nn.MultiheadAttention) else 1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                z = model(*args)
+            loss_of((z[0] if isinstance(z, tuple) else z).float()).backward()
+            optimizer.step()
+        assert "without rows" not in repr(optimizer)
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(p, q)
 
 
 def test_frozen_weight_with_a_trained_bias_and_the_reverse() -> None:

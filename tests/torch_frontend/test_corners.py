@@ -1,6 +1,7 @@
 """What a step leaves alone, and rows that come late, are masked, or belong to a tied table."""
 
 import contextlib
+import copy
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -185,3 +186,29 @@ def fresh_memory_is_nan() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+class Partly(nn.Module):
+    """Tells the parameters of some of its modules, by methods of the arguments of older torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen, self.trained = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def named_parameters(self, prefix: str = "", recurse: bool = True) -> Any:  # type: ignore[override]
+        return self.trained.named_parameters(prefix, recurse)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.trained(self.frozen(x).tanh())  # type: ignore[no-any-return]
+
+
+def test_a_model_may_tell_its_parameters_by_a_method_of_its_own() -> None:
+    model = Partly()
+    before, optimizer = copy.deepcopy(model.state_dict()), SINGD(model)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(8, 3)).square().mean().backward()
+        optimizer.step()
+    moved = [name for name, value in model.state_dict().items() if not value.equal(before[name])]
+    assert moved == ["trained.weight", "trained.bias"]
+    assert "without rows" not in repr(optimizer)

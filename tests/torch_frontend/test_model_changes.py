@@ -143,7 +143,7 @@ def test_pruning_that_is_made_permanent_gives_rows_again() -> None:
 @pytest.mark.parametrize("case", ["pruned", "patched"])
 def test_uses_that_change_are_seen_in_compiled_models(case: str) -> None:
     torch.compiler.reset()
-    change, text, _ = OTHERS[case]
+    change, text, with_rows = OTHERS[case]
     model = network()
     compiled: Any = torch.compile(model, backend="aot_eager")
     optimizer = SINGD(model)
@@ -151,7 +151,7 @@ def test_uses_that_change_are_seen_in_compiled_models(case: str) -> None:
     change(model)
     assert any(text in warning for warning in train(compiled, optimizer))
     train(compiled, optimizer, 2)
-    assert {name for name, rule in table(optimizer).items() if rule == "SINGD"} >= layers
+    assert {name for name, rule in table(optimizer).items() if rule == "SINGD"} >= with_rows
     assert "SINGD without rows" in table(optimizer).values()
     assert optimizer.skipped == 0
 

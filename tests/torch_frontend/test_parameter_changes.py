@@ -71,6 +71,16 @@ def test_parameters_that_were_left_out_by_choice_are_not() -> None:
     assert not train(twin, copied, 3)
 
 
+def test_steps_without_any_gradient_are_warned_about_once() -> None:
+    model = network()
+    trained, optimizer = copy.deepcopy(model), SINGD(model)
+    assert not train(trained, optimizer, 9)
+    [warning] = train(trained, optimizer, 20)
+    assert "no parameter of this optimizer has had a gradient for 10 steps" in warning
+    model.requires_grad_(False)
+    assert not train(trained, SINGD(model, model.parameters()), 20)  # by choice
+
+
 # ---- other shapes --------------------------------------------------------------------------------
 
 

@@ -1,11 +1,14 @@
 """Embeddings, tied or not: the factor of the entries is the diagonal of their frequencies."""
 
+import copy
 import re
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import one_hot
+from torch.nn.functional import embedding, one_hot
+from uses import Does, loss_of
 from watched import layers
 
 from singd_core.curvature import Curvature
@@ -44,6 +47,26 @@ def test_one_hot_rows_give_the_same_step() -> None:
             optimizer.step()
     # the roots of the counts are taken in float32: 1e-7 in a factor
     assert torch.allclose(table.weight.T, linear.weight, rtol=1e-6)
+
+
+@pytest.mark.parametrize("by_function", [False, True], ids=["module", "function"])
+def test_an_index_without_axes_is_a_batch_of_one(*, by_function: bool) -> None:
+    def call(m: Any, x: torch.Tensor) -> torch.Tensor:
+        h = embedding(x, m.table.weight) if by_function else m.table(x)
+        return m.head(h.tanh())  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    one = Does(call, table=nn.Embedding(5, 3), head=nn.Linear(3, 2)).double()
+    several = copy.deepcopy(one)
+    for model, x in ((one, torch.tensor(3)), (several, torch.tensor([3]))):
+        optimizer = SINGD(model)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss_of(model(x)).backward()
+            optimizer.step()
+        assert "without rows" not in repr(optimizer)
+    for p, q in zip(one.parameters(), several.parameters(), strict=True):
+        assert torch.equal(p, q)
 
 
 class Tied(nn.Module):

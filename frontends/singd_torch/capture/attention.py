@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
 import threading
 import types
 import weakref
@@ -100,6 +101,11 @@ class _Fused(TorchFunctionMode):
     def __init__(self, taps: dict[str, list[Tap]], module: nn.MultiheadAttention) -> None:
         super().__init__()
         self._taps, self._module = taps, module
+        self.call: types.FrameType | None = None
+
+    def forget(self) -> None:
+        """Be no mode of a call that goes on."""
+        _ACTIVE.modes.remove(self)
 
     def __torch_function__(
         self, func: Callable[..., Any], types_: Any, args: Any = (), kwargs: Any = None
@@ -127,19 +133,20 @@ class _Hooks:
 
     def __init__(self, taps: dict[str, list[Tap]]) -> None:
         self._taps = taps
-        self._entered: list[_Fused] = []
 
     def before(self, module: Any, args: Any) -> None:
         if any(tap.wanted() for taps in self._taps.values() for tap in taps):
             mode = _Fused(self._taps, module)
+            if not torch.compiler.is_compiling():
+                mode.call = sys._getframe(1)
             mode.__enter__()  # type: ignore[no-untyped-call]
-            self._entered.append(mode)
             _ACTIVE.modes.append(mode)
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._entered:
-            mode = self._entered.pop()
-            _ACTIVE.modes.remove(mode)
+        entered = [mode for mode in _ACTIVE.modes if mode._taps is self._taps]
+        if entered:
+            mode = entered[-1]
+            mode.forget()
             mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def __deepcopy__(self, memo: Any) -> _Hooks:

@@ -6,9 +6,11 @@ without its module, as a table of embeddings is by `F.linear(h, embedding.weight
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
+from types import FrameType
 from typing import Any
 
 import torch
@@ -177,6 +179,11 @@ class _Mode(TorchFunctionMode):
         self._calls, self._handed, self._ids = calls, calls.handed, set(calls.handed.of)
         self._views: dict[int, tuple[View, Tensor]] = {}
         self._home = _saved_tensors_hooks()
+        self.call: FrameType | None = None
+
+    def forget(self) -> None:
+        """Be no mode of a call that goes on."""
+        self._calls.now.begin()
 
     def __torch_function__(
         self, func: Callable[..., Any], types_: Any, args: Any = (), kwargs: Any = None
@@ -223,6 +230,7 @@ class Hooks:
         if not owner.calls_wanted() or (now.mode is not None and now.mode.is_at_home()):
             return
         now.mode = _Mode(owner.weight_calls)
+        now.mode.call = sys._getframe(1)
         now.mode.__enter__()
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -253,7 +261,8 @@ def modules(model: nn.Module, layers: Iterable[Layer]) -> Iterator[nn.Module]:
     weights = {layer.weight for layer in layers if layer.is_open}
     by_path = dict(model.named_modules(remove_duplicate=False))
     paths = set()
-    for name, p in model.named_parameters(remove_duplicate=False):
+    # a model may have a method of its own, of other arguments
+    for name, p in nn.Module.named_parameters(model, remove_duplicate=False):
         while p in weights and name:
             name = name.rpartition(".")[0]
             paths.add(name)

@@ -21,6 +21,10 @@ class Now(threading.local):
     """
 
     def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Have no call of a module."""
         self.mode: Any = None
         self.outer: list[Any] = []
         self.probed: Tensor | None = None

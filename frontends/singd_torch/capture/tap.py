@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from singd_torch._uncompiled import uncompiled
 from singd_torch.capture import compiled
@@ -19,6 +20,10 @@ from singd_torch.tensors.exact import without_autocast
 # Takes the input of a call, the gradient of the loss at its output, which product it was, and the
 # first backward pass that brought rows of it, None in compiled code. Returns whether it took them.
 TakeRows: TypeAlias = Callable[[Tensor, Tensor, Any, int | None], bool]
+
+
+# Why there are no rows of a call that has kept a copy of its input, as under autocast.
+_CHANGED = "called with an input that is changed in place before the backward pass"
 
 
 class _Probe(torch.autograd.Function):
@@ -39,7 +44,14 @@ class _Probe(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        (x,), (g,) = ctx.saved_tensors, grads
+        (g,) = grads
+        try:
+            (x,) = ctx.saved_tensors
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+            ctx.tap.lose(_CHANGED)  # torch raises it by itself where the call needs the input
+            return g, None, None, None, None
         seen = g if g.shape == ctx.shape else g.reshape(ctx.shape)
         # Later passes through the same call are of other terms of one loss.
         first = backward_pass() if ctx.first_pass is None else ctx.first_pass
@@ -125,8 +137,10 @@ class Tap:
         if output.is_leaf or (output.is_nested and output.layout is torch.strided):
             return None  # the call returned its input, or torch lets nobody see the shape
         x = x.detach() if x.requires_grad else x
-        if not self.source.is_open and _is_kept(output):
-            output = output.clone()
+        x = x.clone() if x.is_inference() else x  # torch saves none, and autocast a copy
+        if _is_watched() or (not self.source.is_open and _is_kept(output)):
+            with _disable_current_modes():
+                output = output.clone()
         base = _base(output)
         if base is output:
             return _Probe.apply(output, x, self, output.shape, product)  # type: ignore[no-untyped-call,no-any-return]
@@ -147,7 +161,10 @@ class Tap:
         if rows is None or owner is None or owner.reach(self.source.weight) is Reach.NOT:
             return False
         with without_autocast([g]):
-            return rows(_plain(x), _plain(g), product, first)
+            x, g = _plain(x), _plain(g)
+            if x.ndim == 0:  # one index of a table is a batch of one
+                x, g = x[None], g[None]
+            return rows(x, g, product, first)
 
     def take_some(self, x: Tensor, g: Tensor, samples: int) -> None:
         """Hand on rows of some samples of a call; other processes have its other samples."""
@@ -176,6 +193,12 @@ class Tap:
         owner = None if self._owner is None else self._owner()
         if owner is not None:
             owner.pass_of_derivatives = backward_pass()
+
+    def lose(self, reason: str) -> None:
+        """Tell the owner that the layer gives no rows, if the backward pass is one of the loss."""
+        owner = None if self._owner is None or self._rows() is None else self._owner()
+        if owner is not None and owner.reach(self.source.weight) is not Reach.NOT:
+            owner.lose(self.source, reason)
 
     def is_wanted(self) -> bool:
         """Whether the owner wants rows."""
@@ -215,6 +238,11 @@ class Tap:
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled as an inert tap."""
         return Tap, (None, None)
+
+
+def _is_watched() -> bool:
+    """Whether somebody sees all operations, who may keep an output, as selective checkpoints do."""
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def _is_kept(output: Tensor) -> bool:

@@ -16,6 +16,7 @@ from singd_torch.capture import attention
 from singd_torch.capture.calls import Calls, Hooks
 from singd_torch.capture.calls import modules as modules_that_call
 from singd_torch.capture.copies import leave_hooks_behind
+from singd_torch.capture.ended import leave_ended
 from singd_torch.capture.handed import Homes
 from singd_torch.capture.keeper import Keeper
 from singd_torch.capture.now import Now
@@ -60,6 +61,7 @@ class Watcher:
 
     def watch(self) -> None:
         """Watch the layers that there are now."""
+        leave_ended()
         model, layers = self._roster.model, self._roster.layers
         self._tap(layers)
         for module in modules_that_call(model, layers):
@@ -156,6 +158,12 @@ class Watcher:
         if layer is not None:
             self._proofs.differentiated.add(layer)
 
+    def lose(self, source: Source, reason: str) -> None:
+        """Take no rows of a layer from now on."""
+        layer = self._roster.by_weight.get(source.weight)
+        if layer is not None:
+            layer.lose_rows(reason)
+
     # ---- what is taken in backward passes -------------------------------------------------------
 
     def leaf(self, weight: Tensor) -> Tensor | None:
@@ -243,6 +251,7 @@ class Watcher:
 
     def forget(self) -> None:
         """Have no rows, and begin with the rows of the next step."""
+        leave_ended()
         self._sampled = None
         self._proofs.forget()
         self.queue.forget()

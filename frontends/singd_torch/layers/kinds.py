@@ -172,8 +172,8 @@ def reasons(
     computing = {module for one in lists for module in one.modules()}
     for module in model.modules():
         known = {name for use in uses(module) for name in (use.weight, use.bias)}
-        for name, p in module.named_parameters(recurse=False):
-            if Tensor.fits(p.shape) and name not in known:
+        for name, p in module._parameters.items():
+            if p is not None and Tensor.fits(p.shape) and name not in known:
                 computes = module in computing
                 yield p, "a parametrization computes with it" if computes else _why(module, name)
     yield from noted(groups, "without_rows").items()

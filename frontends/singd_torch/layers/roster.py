@@ -18,6 +18,8 @@ from singd_torch.sharding.switched import switched
 
 # What the names of parameters have behind them that are not in the model any more.
 GONE = " (replaced)"
+# Steps in a row without any gradient, after which a warning says that nothing is trained.
+_IDLE = 10
 
 
 class Roster:
@@ -44,6 +46,7 @@ class Roster:
         self.warnings = Warnings()
         self._shapes: dict[Tensor, torch.Size] = {}
         self._makeup: Makeup | None = None
+        self._idle_steps = 0
 
     def find(self) -> list[Layer]:
         """Decide which parameters form layers, keeping what is known of those that stay.
@@ -149,6 +152,19 @@ class Roster:
                 "the model has none of the optimizer's parameters any more: build the optimizer "
                 "after what replaces them, such as fully_shard(model), model.to(...) and "
                 "load_state_dict(..., assign=True)"
+            )
+
+    def warn_idle(self) -> None:
+        """Warn where nothing that requires a gradient has had one for some steps in a row."""
+        asked = (p for p in self.group_of if p.requires_grad)
+        first = next(asked, None)
+        is_idle = first is not None and first.grad is None and all(p.grad is None for p in asked)
+        self._idle_steps = self._idle_steps + 1 if is_idle else 0
+        if self._idle_steps == _IDLE:
+            self.warnings.once(
+                f"no parameter of this optimizer has had a gradient for {_IDLE} steps in a row, so "
+                "that nothing is trained: give SINGD the model that the loss is computed with, and "
+                "no copy of it, and call backward before step"
             )
 
     def check_dense(self) -> None:
