@@ -58,11 +58,16 @@ def layer_curvature(
     )
     A, N = inputs_of(x, bias=bias is not None, kfac_approx=kfac_approx, sample=of_x)
     B, M = kind.outputs(g, kfac_approx=kfac_approx, loss_average=loss_average, sample=of_g)
-    single = x.ndim == g.ndim == 1  # a batch of one each
-    alike = (single or x.shape[0] == g.shape[0]) and (of_g is not None or B.shape[-2] == N)
+    if kind.row_parts != (None,):
+        raise ValueError(f"each part of {kind} has rows: give each a name and a kind of its own")
+    single, rows = x.ndim == g.ndim == 1, B.shape[-2]  # a batch of one each
+    if of_g is not None:  # B has fewer rows: a mean over all of them would have as many terms
+        count = partial(kind.outputs, kfac_approx=kfac_approx, loss_average="batch+sequence")
+        rows = count(g, sample=of_g)[1] if kfac_approx == "expand" else N
+    alike = (single or x.shape[0] == g.shape[0]) and rows == N
     if (A.shape[-1], B.shape[-1]) != (d_in, d_out) or not alike:
         raise ValueError(
-            f"{N} of length {A.shape[-1]} and {B.shape[-2]} of length {B.shape[-1]} do not fit a "
+            f"{N} of length {A.shape[-1]} and {rows} of length {B.shape[-1]} do not fit a "
             f"{d_out} × {d_in} matrix and each other"
         )
     inputs, outputs = factors.measure(A, B)

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from singd_core import _given, _parameter, rules
 from singd_core._array import Array
-from singd_core._given_rows import rows_of
+from singd_core._given_rows import check_made, rows_of
 from singd_core._given_state import check_state
 from singd_core._layer_state import Parameter, State, begun_moments, dtypes_of, layer_state
 from singd_core._parameter import new_or_old
@@ -121,7 +121,7 @@ class Optimizer:
 
     def due(self, state: State) -> bool:
         """Whether the next `update` wants rows."""
-        return bool(is_due(state.step, self.settings))
+        return bool(is_due(_given.a_state(state).step, self.settings))
 
     def curvature(
         self, rows: Mapping[str, Rows], state: State, params: Mapping[str, Parameter]
@@ -139,7 +139,7 @@ class Optimizer:
             ValueError: If a name is no layer, or rows do not fit it.
         """
         kinds, found = self._kinds(params), {}
-        how = self.kfac_approx, self.loss_average, self.settings.rows, state.step
+        how = self.kfac_approx, self.loss_average, self.settings.rows, _given.a_state(state).step
         for name, x, g in rows_of(rows, kinds, state, params):
             measure = partial(_parameter.layer_curvature, kinds[name], params[name], *how)
             try:
@@ -150,6 +150,7 @@ class Optimizer:
 
     def refresh(self, state: State, curvature: Mapping[str, Curvature]) -> dict[str, rules.Factors]:
         """The factors of the layers whose curvature is given, one refresh later."""
+        check_made("curvature", curvature, "curvature", Curvature, _given.a_state(state))
         refresh = partial(_parameter.refreshed, rate_of_factors(state.step, self.settings))
         return {n: self._refreshed(state, n, refresh, own) for n, own in curvature.items()}
 
@@ -199,22 +200,21 @@ class Optimizer:
             grads: The gradients, structured like `params`.
             state: The current state.
             params: The current parameters.
-            rows: What `curvature` takes, when `due(state)`; layers without keep their factors.
+            rows: What `curvature` takes, if `due(state)` or more often; others keep their factors.
             curvature: In place of rows, what `curvature` returned.
             refreshed: In place of both, what `refresh` returned.
 
         Returns:
-            The changes, to be added (`apply` does), and the new state. If anything among
-            gradients, rows and rates is not finite, the changes are zero and all but the counts
-            stays as it was.
+            The changes, to be added (`apply` does), and the new state. If a gradient, a row or a
+            rate is not finite, the changes are zero and all but the counts stays as it was.
 
         Raises:
             TypeError: If something is no array, or of another library than its parameter.
             ValueError: If names, shapes or dtypes do not fit, or the state does not.
         """
-        _given.check_update(grads, state, params)
+        _given.check_update(grads, state, params, rows, curvature, refreshed)
         kinds, first = self._kinds(params), next(iter(params.values()))
-        check_state(state, params, kinds, self.settings, curvature or ())
+        check_state(state, params, kinds, self.settings, curvature or (), refreshed or {})
         largest_lr = largest_rate(state.largest_lr, self.settings.lr)
         s = of_step(self.settings, state.step, largest_lr)
         others = dataclasses.replace(self.fallback, lr=self.fallback.lr * s.warm)
