@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from singd_core import rules
-from singd_core._array import Array, cast, device, expand, namespace, total, widen
+from singd_core._array import Array, cast, device, expand, is_inexact, namespace, total, widen
 from singd_core._layer_state import NAMES, LayerState, Parameter, like, pair, parts
 from singd_core._scalars import as_array
 from singd_core._settings import Rate, Settings, StepSettings
@@ -49,6 +49,10 @@ def layer_curvature(
         ValueError: If they do not fit the layer.
     """
     weight, bias = pair(parameter)
+    if not (
+        kind.diagonal_inputs or is_inexact(x)
+    ):  # no indices: squares of bytes leave their range
+        x = cast(x, widen(weight))
     diagonal = issubclass(factors.structures[0], Diagonal)
     inputs_of = kind.diagonal_rows if diagonal else kind.inputs
     _, d_out, d_in = kind.shape(tuple(weight.shape), bias is not None)

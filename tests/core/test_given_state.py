@@ -73,6 +73,8 @@ def test_what_is_no_state_and_changes_of_others_are_named() -> None:
         optimizer.update(params, flatten(state), params)
     with pytest.raises(TypeError, match="the saved state must be a dictionary, not a State"):
         unflatten(state, state)
+    with pytest.raises(TypeError, match="the state is a Optimizer: give what `init`"):
+        unflatten(optimizer, flatten(state))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"changes and parameters .* \[0\] in only one"):
         optimizer.apply(params, {"a": W})
     with pytest.raises(ValueError, match="rows of 'b': no such layer"):
@@ -159,6 +161,30 @@ def test_arrays_with_an_arithmetic_of_their_own_are_named(made: Any) -> None:
     state = optimizer.init(params)
     with pytest.raises(TypeError, match=r"a numpy.* arithmetic of its own: give plain arrays"):
         optimizer.update({"a": made(np.eye(3))}, state, params)
+
+
+@pytest.mark.parametrize("structure", ["dense", "diagonal", "triltoeplitz"])
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+@pytest.mark.parametrize("kind", [Linear(), Convolution((2,))], ids=str)
+def test_rows_of_bytes_are_the_numbers_that_they_are(
+    kind: Any, kfac_approx: str, structure: str
+) -> None:
+    """Such as images: the square of a byte is none."""
+    rng = np.random.default_rng(0)
+    shape, inputs, outputs = (
+        ((4, 3, 2), (8, 3, 6), (8, 4, 5))
+        if isinstance(kind, Convolution)
+        else ((4, 3), (8, 5, 3), (8, 5, 4))
+    )
+    x, g = rng.integers(0, 256, inputs).astype(np.uint8), rng.standard_normal(outputs)
+    params = {"a": np.ones(shape)}
+    optimizer = Optimizer({"a": kind}, structures=structure, kfac_approx=kfac_approx)
+    state = optimizer.init(params)
+    found, expected = (
+        optimizer.curvature({"a": (rows, g)}, state, params)["a"] for rows in (x, x.astype(float))
+    )
+    for (name, a), (_, b) in zip(found.named_arrays(), expected.named_arrays(), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=name)
 
 
 def test_a_single_vector_is_a_batch_of_one() -> None:
