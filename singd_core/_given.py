@@ -187,20 +187,42 @@ def check_mapping(what: str, given: Any) -> None:
         raise TypeError(f"{what} must be a dictionary by name, not {described(given)}")
 
 
-def check_update(
-    grads: Mapping[str, Parameter], state: State, params: Mapping[str, Parameter]
-) -> None:
-    """Refuse gradients that are not structured like the parameters, and a state of others.
+def a_state(state: Any) -> State:
+    """The state that was given.
 
     Raises:
-        TypeError: If a gradient is neither an array nor a tuple of two, or of another library.
-        ValueError: If names, shapes or kinds of numbers differ.
+        TypeError: If it is something else, such as its flat form.
     """
-    check_mapping("params", params)
     if not isinstance(state, State):
         raise TypeError(
             f"the state is {described(state)}: give what `init`, `update` or `unflatten` returned"
         )
+    return state
+
+
+def check_update(
+    grads: Mapping[str, Parameter],
+    state: State,
+    params: Mapping[str, Parameter],
+    rows: Any,
+    curvature: Any,
+    refreshed: Any,
+) -> None:
+    """Refuse gradients that are not structured like the parameters, and a state of others.
+
+    The last three stand in each other's place.
+
+    Raises:
+        TypeError: If a gradient is neither an array nor a tuple of two, or of another library, or
+            if more than one of the last three is given.
+        ValueError: If names, shapes or kinds of numbers differ.
+    """
+    last = {"rows": rows, "curvature": curvature, "refreshed": refreshed}
+    several = [name for name, given in last.items() if given is not None]
+    if len(several) > 1:
+        raise TypeError(f"{' and '.join(several)} are given: give one of them")
+    check_mapping("params", params)
+    a_state(state)
     check_alike(grads, params, "gradients", "the gradient of ")
     for parameter in params.values():
         check_library("an array of the state", state.skipped, pair(parameter)[0])

@@ -39,10 +39,37 @@ def check_rows(names: Iterable[str], kinds: Mapping[str, LayerKind], state: Stat
     """
     for name in names:
         if name not in state.layers:
-            why = "AdamW trains it" if name in state.fallback else "no such layer"
-            raise ValueError(f"rows of {name!r}: {why}; the layers are {list(state.layers)}")
+            raise ValueError(f"rows of {name!r}: {_why_not(name, state)}")
         if not (kinds[name].has_rows and state.layers[name].factors.has_rows):
             raise ValueError(f"rows of {name!r}: it learns from its gradient alone")
+
+
+def check_made(what: str, given: Any, by: str, kind: type[Any], state: State) -> None:
+    """Refuse what no method of an optimizer has made for the layers of its state.
+
+    Args:
+        what: What is given for each layer, e.g. "curvature".
+        given: What is given, by name.
+        by: The method that makes it.
+        kind: The class of what it makes.
+        state: The current state.
+
+    Raises:
+        TypeError: If it is no dictionary, or something else is given for a layer.
+        ValueError: If a name is no layer.
+    """
+    check_mapping(what, given)
+    for name, one in given.items():
+        if name not in state.layers:
+            raise ValueError(f"{what} of {name!r}: {_why_not(name, state)}")
+        if not isinstance(one, kind):
+            raise TypeError(f"{what} of {name!r}: give what `{by}` returned, not {described(one)}")
+
+
+def _why_not(name: str, state: State) -> str:
+    """Why a name is none of a layer."""
+    why = "AdamW trains it" if name in state.fallback else "no such layer"
+    return f"{why}; the layers are {list(state.layers)}"
 
 
 def row_pair(name: str, rows: Any) -> tuple[Array, Array]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from singd_core import rules
-from singd_core._given_rows import check_rows
+from singd_core._given_rows import check_made, check_rows
 from singd_core._layer_state import LayerState, Parameter, State, parts
 from singd_core._settings import Settings
 from singd_core.layers import LayerKind
@@ -19,12 +19,14 @@ def check_state(
     kinds: Mapping[str, LayerKind],
     s: Settings,
     with_rows: Iterable[str],
+    refreshed: Mapping[str, rules.Factors],
 ) -> None:
     """Refuse a state that `init` has not made of such parameters and settings.
 
-    `with_rows` are the names of which a curvature is given.
+    `with_rows` are the names of which a curvature is given, and `refreshed` factors that are.
 
     Raises:
+        TypeError: If something else is given in the place of factors.
         ValueError: Naming the first parameter whose state does not fit, and why.
     """
     for name, parameter in params.items():
@@ -42,6 +44,7 @@ def check_state(
                 "`init(params)` makes one of these"
             )
     check_rows(with_rows, kinds, state)
+    check_made("refreshed factors", refreshed, "refresh", rules.Factors, state)
 
 
 def _misfit(layer: LayerState, parameter: Parameter, kind: LayerKind, s: Settings) -> str:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from singd_core import rules
-from singd_core._array import Array, cast, device, expand, namespace, total, widen
+from singd_core._array import Array, cast, device, expand, is_inexact, namespace, total, widen
 from singd_core._layer_state import NAMES, LayerState, Parameter, like, pair, parts
 from singd_core._scalars import as_array
 from singd_core._settings import Rate, Settings, StepSettings
@@ -49,6 +49,10 @@ def layer_curvature(
         ValueError: If they do not fit the layer.
     """
     weight, bias = pair(parameter)
+    if not (
+        kind.diagonal_inputs or is_inexact(x)
+    ):  # no indices: squares of bytes leave their range
+        x = cast(x, widen(weight))
     diagonal = issubclass(factors.structures[0], Diagonal)
     inputs_of = kind.diagonal_rows if diagonal else kind.inputs
     _, d_out, d_in = kind.shape(tuple(weight.shape), bias is not None)
@@ -58,11 +62,16 @@ def layer_curvature(
     )
     A, N = inputs_of(x, bias=bias is not None, kfac_approx=kfac_approx, sample=of_x)
     B, M = kind.outputs(g, kfac_approx=kfac_approx, loss_average=loss_average, sample=of_g)
-    single = x.ndim == g.ndim == 1  # a batch of one each
-    alike = (single or x.shape[0] == g.shape[0]) and (of_g is not None or B.shape[-2] == N)
+    if kind.row_parts != (None,):
+        raise ValueError(f"each part of {kind} has rows: give each a name and a kind of its own")
+    single, rows = x.ndim == g.ndim == 1, B.shape[-2]  # a batch of one each
+    if of_g is not None:  # B has fewer rows: a mean over all of them would have as many terms
+        count = partial(kind.outputs, kfac_approx=kfac_approx, loss_average="batch+sequence")
+        rows = count(g, sample=of_g)[1] if kfac_approx == "expand" else N
+    alike = (single or x.shape[0] == g.shape[0]) and rows == N
     if (A.shape[-1], B.shape[-1]) != (d_in, d_out) or not alike:
         raise ValueError(
-            f"{N} of length {A.shape[-1]} and {B.shape[-2]} of length {B.shape[-1]} do not fit a "
+            f"{N} of length {A.shape[-1]} and {rows} of length {B.shape[-1]} do not fit a "
             f"{d_out} × {d_in} matrix and each other"
         )
     inputs, outputs = factors.measure(A, B)

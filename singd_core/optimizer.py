@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from singd_core import _given, _parameter, rules
 from singd_core._array import Array
-from singd_core._given_rows import rows_of
+from singd_core._given_rows import check_made, rows_of
 from singd_core._given_state import check_state
 from singd_core._layer_state import Parameter, State, begun_moments, dtypes_of, layer_state
 from singd_core._parameter import new_or_old
@@ -121,7 +121,7 @@ class Optimizer:
 
     def due(self, state: State) -> bool:
         """Whether the next `update` refreshes the factors, and so needs rows."""
-        return bool(is_due(state.step, self.settings))
+        return bool(is_due(_given.a_state(state).step, self.settings))
 
     def curvature(
         self, rows: Mapping[str, Rows], state: State, params: Mapping[str, Parameter]
@@ -139,7 +139,7 @@ class Optimizer:
             ValueError: If a name is no layer, or rows do not fit their layer.
         """
         kinds, found = self._kinds(params), {}
-        how = self.kfac_approx, self.loss_average, self.settings.rows, state.step
+        how = self.kfac_approx, self.loss_average, self.settings.rows, _given.a_state(state).step
         for name, x, g in rows_of(rows, kinds, state, params):
             measure = partial(_parameter.layer_curvature, kinds[name], params[name], *how)
             try:
@@ -150,6 +150,7 @@ class Optimizer:
 
     def refresh(self, state: State, curvature: Mapping[str, Curvature]) -> dict[str, rules.Factors]:
         """The factors of the layers whose curvature is given, one refresh later."""
+        check_made("curvature", curvature, "curvature", Curvature, _given.a_state(state))
         refresh = partial(_parameter.refreshed, rate_of_factors(state.step, self.settings))
         return {n: self._refreshed(state, n, refresh, own) for n, own in curvature.items()}
 
@@ -199,8 +200,8 @@ class Optimizer:
             grads: The gradients, structured like `params`.
             state: The current state.
             params: The current parameters.
-            rows: The rows, as `curvature` takes them, if `due(state)`. Layers without rows keep
-                their factors.
+            rows: The rows, as `curvature` takes them, if `due(state)` or more often. Layers without
+                rows keep their factors.
             curvature: Instead of rows, the result of `curvature`.
             refreshed: Instead of both, the result of `refresh`.
 
@@ -212,9 +213,9 @@ class Optimizer:
             TypeError: If something is no array, or comes from another library than its parameter.
             ValueError: If names, shapes, dtypes or the state do not fit.
         """
-        _given.check_update(grads, state, params)
+        _given.check_update(grads, state, params, rows, curvature, refreshed)
         kinds, first = self._kinds(params), next(iter(params.values()))
-        check_state(state, params, kinds, self.settings, curvature or ())
+        check_state(state, params, kinds, self.settings, curvature or (), refreshed or {})
         largest_lr = largest_rate(state.largest_lr, self.settings.lr)
         s = of_step(self.settings, state.step, largest_lr)
         others = dataclasses.replace(self.fallback, lr=self.fallback.lr * s.warm)

@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from singd_core._array import Array, device, is_complex, is_inexact, namespace, widen
+from singd_core._given import a_state
 from singd_core._layer_state import State
 from singd_core.late import begun_anew
 
@@ -32,7 +33,7 @@ _LATE = "late."
 
 def flatten(state: State) -> dict[str, Any]:
     """The arrays of a state, and the numbers `step` and `largest_lr`, under their names."""
-    return {name: getattr(state, name) for name in _NUMBERS} | dict(_named(state))
+    return {name: getattr(a_state(state), name) for name in _NUMBERS} | dict(_named(state))
 
 
 def unflatten(template: State, flat: Mapping[str, Any]) -> State:
@@ -43,7 +44,7 @@ def unflatten(template: State, flat: Mapping[str, Any]) -> State:
         flat: The result of `flatten`, with arrays of any library.
 
     Raises:
-        TypeError: If `flat` is no dictionary.
+        TypeError: If `template` is no state, or `flat` no dictionary.
         ValueError: Naming the first entry that is missing, left over, of another shape or kind of
             numbers, or not finite.
     """
@@ -51,7 +52,7 @@ def unflatten(template: State, flat: Mapping[str, Any]) -> State:
         raise TypeError(f"the saved state must be a dictionary, not a {type(flat).__name__}")
     if "step" not in flat:
         raise ValueError("the saved state has no 'step': is it what `flatten` returned?")
-    arrays, flat = [], _upgraded(template, flat)
+    arrays, flat = [], _upgraded(a_state(template), flat)
     expected = dict(_named(template))
     for name in flat:
         if name not in _NUMBERS and name not in expected:

@@ -52,14 +52,19 @@ class Start:
         """The state before the first step; the batch is wanted where the layers are to be found.
 
         Raises:
-            ValueError: If there is no batch, or naming the first parameter that is not as it was
-                when the layers were found.
+            ValueError: If there is no batch, or no loss for one, or naming the first parameter that
+                is not as it was when the layers were found.
         """
         register_with_flax()
         if type(params).__name__ == "_ParamsPlaceholder":
             return self._placeholder(params)
         if self.find is not None:
             self.layers = self._found(params, batch, keywords)
+        elif self.layers is NONE and (batch or keywords):
+            raise ValueError(
+                "tx.init got a batch, and singd no loss to find the layers of: give it "
+                "singd(loss=loss), or tx.init(params) alone, which learns from gradients"
+            )
         return self._state(params)
 
     def _found(self, params: Any, batch: tuple[Any, ...], keywords: Mapping[str, Any]) -> Layers:
@@ -104,7 +109,9 @@ class Start:
         largest_lr = jnp.zeros((), jnp.float32)
         core = State(count, largest_lr, skipped, states, rest)  # type: ignore[arg-type]
         hold = {k: [a.shape for a in jax.tree.leaves(own.factors)] for k, own in shapes.items()}
-        fixed = Fixed(extended(self.layers, others_found), s.growing_T, s.rows, hold)
+        fixed = Fixed(
+            extended(self.layers, others_found, leaves.numbers), s.growing_T, s.rows, hold
+        )
         state = numbers_everywhere(SingdState.of(core, params, self.rates.T, fixed), arrays)
         self.known |= {"rest": jax.tree.map(lambda _: 0, state.rest), "fixed": fixed}
         return state

@@ -66,6 +66,12 @@ def value_and_curvature(
         state = _nnx.pure(state)
         states = find_states(state)
         refuse_lost_curvature(state)
+        if not any(own.fixed.layers.searched for own in states):
+            raise ValueError(
+                "singd was given no layers and no loss, so there is nothing to measure: give it "
+                "singd(loss=loss), and tx.init(params, *batch), or singd(layers=layers); or take "
+                "jax.value_and_grad, to learn from gradients alone"
+            )
         trained = layers.of(states)
         kept, slots = _ports(trained, states)
         factors = {name: own.measuring() for name, own in kept.items() if not is_blind(own)}

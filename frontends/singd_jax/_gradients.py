@@ -172,8 +172,8 @@ def _refuse_pairing(state: Any, params: Any) -> None:
 def _paired_before(state: Any, like: Any) -> list[Any]:
     """The states of optax that come before singd's in chains and hold trees like the parameters.
 
-    `optax.zero_nans` would put the gradients in the place of such a tree, and would not leave NaN
-    in the curvature, which skips a step.
+    So does `optax.masked`, while it maps. `optax.zero_nans` would put the gradients in the place of
+    such a tree, and would not leave NaN in the curvature, which skips a step.
     """
     one = jax.tree.structure(0)  # a number in a state is no sign that it is like one array
 
@@ -182,7 +182,7 @@ def _paired_before(state: Any, like: Any) -> list[Any]:
 
     def pairs(node: Any) -> bool:
         of_optax = type(node).__module__.startswith("optax.")
-        known = isinstance(node, optax.ZeroNansState)
+        known = isinstance(node, (optax.ZeroNansState, optax.MaskedState))
         return of_optax and (known or any(map(is_like, jax.tree.leaves(node, is_leaf=is_like))))
 
     if isinstance(state, SingdState) or not isinstance(state, (tuple, OrderedDict)):

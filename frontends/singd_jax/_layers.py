@@ -34,6 +34,7 @@ class Layers(Mapping[str, Layer]):
         loss_average: What the loss is a mean of.
         batch_size: The batch size, a function of the batch that returns it, or None to read it off
             the batch's first axis.
+        searched: Whether a loss was searched for them.
     """
 
     found: dict[str, Layer]
@@ -44,6 +45,7 @@ class Layers(Mapping[str, Layer]):
     kfac_approx: str
     loss_average: str | int | None
     batch_size: Any = None
+    searched: bool = True
 
     def __getitem__(self, name: str) -> Layer:
         """The layer of a name."""
@@ -116,8 +118,8 @@ class Layers(Mapping[str, Layer]):
         for name in arrays:
             if name not in known and name in self.numbers:
                 raise ValueError(
-                    f"{name!r} was a Python number when the layers were found, which is not "
-                    "trained: make it jnp.asarray(...) there"
+                    f"{name!r} was a Python number at the start, in find_layers or tx.init, which "
+                    "is not trained: make it jnp.asarray(...) there"
                 )
             if name not in known:
                 raise ValueError(

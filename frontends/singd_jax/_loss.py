@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax  # type: ignore[import-untyped]
 
 from singd_core._array import Array
@@ -167,7 +168,8 @@ def evaluate(
     """What the loss returns, evaluated by a tracer, and what it has changed of the model."""
     tree: Any
     flat, tree = jax.tree.flatten((batch, dict(keywords)))
-    which = [i for i, value in enumerate(flat) if _is_array(value)]
+    # a scalar of NumPy stays the number that it is: the length of a loop may be one
+    which = [i for i, v in enumerate(flat) if _is_array(v) and not isinstance(v, np.generic)]
 
     def function(leaves: Any, arrays: Any) -> Any:
         full = list(flat)

@@ -14,6 +14,7 @@ from singd_jax._layer import COMPLEX, TRANSPOSED, Layer
 from singd_jax._loss import Leaves, is_followed
 from singd_jax._part import Part
 from singd_jax._product import Bias, Path
+from singd_jax._reasons import NUMBER
 from singd_jax._trace import Tracer
 
 
@@ -64,9 +65,7 @@ class Search:
                 if not is_followed(self.leaves.arrays[i]):
                     reason = COMPLEX if self.leaves.arrays[i].size else "has no entries"
                 others[name] = reason or "no gradient of the loss reaches it"
-        return others | dict.fromkeys(
-            self.leaves.numbers, "a Python number, not an array: not trained"
-        )
+        return others | dict.fromkeys(self.leaves.numbers, NUMBER)
 
     def _layer(self, key: Key, calls: dict[Path, Call], kfac_approx: str) -> Layer | None:
         """The layer of a region of a leaf, or None with a reason."""

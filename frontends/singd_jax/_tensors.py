@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import jax.numpy as jnp
 
@@ -13,9 +13,10 @@ from singd_core.layers import Tensor
 from singd_core.rules import learns_from_gradients
 from singd_jax._layer import Layer
 from singd_jax._layers import Layers
+from singd_jax._reasons import NUMBER
 
 # Of whoever gives none: nothing is known of the parameters.
-NONE = Layers({}, {}, {}, {}, None, "expand", "batch")
+NONE = Layers({}, {}, {}, {}, None, "expand", "batch", searched=False)
 
 
 def tensors(
@@ -31,9 +32,12 @@ def tensors(
     }
 
 
-def extended(layers: Layers, found: Mapping[str, Layer]) -> Layers:
-    """The layers, and what shows no rows."""
+def extended(layers: Layers, found: Mapping[str, Layer], numbers: Sequence[str]) -> Layers:
+    """The layers, what shows no rows, and Python numbers."""
     shapes = {name: layer.weight.shape for name, layer in found.items()}
     return dataclasses.replace(
-        layers, found=layers.found | dict(found), shapes=layers.shapes | shapes
+        layers,
+        found=layers.found | dict(found),
+        others=layers.others | dict.fromkeys(numbers, NUMBER),
+        shapes=layers.shapes | shapes,
     )

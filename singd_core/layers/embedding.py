@@ -45,9 +45,14 @@ class Embedding(LayerKind):
 
         Returns:
             `A`, shape `(1, entries)`, in float32, and the number `N` of indices.
+
+        Raises:
+            ValueError: If `x` is of another dtype, such as one-hot rows.
         """
         # Sorting counts without a scatter, which the standard lacks, and without a host sync.
         xp, N = namespace(x), prod(x.shape)
+        if not xp.isdtype(x.dtype, "integral"):
+            raise ValueError(f"input x is of {x.dtype}: an embedding takes indices, of integers")
         if xp.iinfo(x.dtype).max <= self.entries:  # such as bytes for 256 entries
             x = xp.astype(x, xp.int32)
         entries = xp.arange(self.entries + 1, dtype=x.dtype, device=device(x))

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 from backends import BACKENDS, Backend
 
-from singd_core import Optimizer, flatten, unflatten
+from singd_core import (
+    Convolution,
+    Embedding,
+    Linear,
+    Optimizer,
+    StackedLinear,
+    TransposedConvolution,
+    flatten,
+    unflatten,
+)
 
 W, B = np.zeros((4, 3)), np.zeros(4)
 TORCH = [b for b in BACKENDS if b.library == "torch"]
@@ -64,10 +73,118 @@ def test_what_is_no_state_and_changes_of_others_are_named() -> None:
         optimizer.update(params, flatten(state), params)
     with pytest.raises(TypeError, match="the saved state must be a dictionary, not a State"):
         unflatten(state, state)
+    with pytest.raises(TypeError, match="the state is a Optimizer: give what `init`"):
+        unflatten(optimizer, flatten(state))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"changes and parameters .* \[0\] in only one"):
         optimizer.apply(params, {"a": W})
     with pytest.raises(ValueError, match="rows of 'b': no such layer"):
         optimizer.update(params, state, params, curvature={"b": None})
+
+
+def test_what_no_method_has_made_is_named() -> None:
+    optimizer, params = Optimizer(), {"a": (W, B), "v": B}
+    state, rows = optimizer.init(params), {"a": (np.ones((8, 3)), np.ones((8, 4)))}
+    with pytest.raises(TypeError, match="the state is a dict: give what `init`"):
+        optimizer.due(flatten(state))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="the state is a dict: give what `init`"):
+        optimizer.curvature(rows, flatten(state), params)  # type: ignore[arg-type]
+    curvature = optimizer.curvature(rows, state, params)
+    with pytest.raises(TypeError, match="the state is None: give what `init`"):
+        optimizer.refresh(None, curvature)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="curvature of 'a': give what `curvature` returned, not a"):
+        optimizer.refresh(state, rows)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="curvature of 'v': AdamW trains it"):
+        optimizer.refresh(state, {"v": curvature["a"]})
+
+
+def test_factors_of_no_layer_and_what_is_given_twice_are_errors() -> None:
+    optimizer, params = Optimizer(), {"a": (W, B), "v": B}
+    state, rows = optimizer.init(params), {"a": (np.ones((8, 3)), np.ones((8, 4)))}
+    curvature = optimizer.curvature(rows, state, params)
+    factors = optimizer.refresh(state, curvature)
+    with pytest.raises(ValueError, match="refreshed factors of 'b': no such layer"):
+        optimizer.update(params, state, params, refreshed={"b": factors["a"]})
+    with pytest.raises(TypeError, match="factors of 'a': give what `refresh` returned, not a Curv"):
+        optimizer.update(params, state, params, refreshed=curvature)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="rows and curvature are given: give one of them"):
+        optimizer.update(params, state, params, rows, curvature=curvature)
+    with pytest.raises(TypeError, match="curvature and refreshed are given: give one of them"):
+        optimizer.update(params, state, params, curvature=curvature, refreshed=factors)
+
+
+def test_rows_in_a_step_that_is_not_due_refresh_the_factors_too() -> None:
+    optimizer, params = Optimizer(T=10, growing_T=False), {"a": (W, B)}
+    rows = {"a": (np.eye(8)[:, :3], np.eye(8)[:, :4])}
+    _, state = optimizer.update(params, optimizer.init(params), params, rows)
+    assert not optimizer.due(state)
+    _, new = optimizer.update(params, state, params, rows)
+    before, after = (own.layers["a"].factors.K.dense() for own in (state, new))
+    assert not np.array_equal(before, after)
+
+
+@pytest.mark.parametrize(
+    ("kind", "weight", "rows"),
+    [
+        (Linear(), (4, 3), ((8, 5, 3), (8, 7, 4))),
+        (Linear(), (4, 3), ((8, 5, 3), (8, 4))),
+        (Convolution((3,)), (4, 3, 3), ((8, 3, 6), (8, 4, 6))),  # a padding that is not told
+        (TransposedConvolution((3,)), (3, 4, 3), ((8, 3, 6), (8, 4, 6))),
+        (Embedding(9), (9, 4), ((8, 5), (8, 4))),
+    ],
+)
+@pytest.mark.parametrize("most", [1, 256])
+def test_positions_that_differ_are_seen_however_few_rows_are_taken(
+    kind: Any, weight: Any, rows: Any, most: int
+) -> None:
+    optimizer, params = Optimizer({"a": kind}, rows=most), {"a": np.ones(weight)}
+    x, g = (np.ones(shape) for shape in rows)
+    x = x.astype(int) if isinstance(kind, Embedding) else x
+    with pytest.raises(ValueError, match=r"rows of 'a': .* do not fit a .* and each other"):
+        optimizer.curvature({"a": (x, g)}, optimizer.init(params), params)
+
+
+def test_rows_of_parts_and_one_hot_rows_are_errors() -> None:
+    x, g = np.ones((8, 3)), np.ones((8, 2))
+    parts = Optimizer({"a": StackedLinear(2)})
+    with pytest.raises(ValueError, match=r"'a': each part of StackedLinear.* a name and a kind of"):
+        parts.curvature({"a": (x, g)}, parts.init({"a": W}), {"a": W})
+    table, params = Optimizer({"a": Embedding(3)}), {"a": np.zeros((3, 2))}
+    with pytest.raises(ValueError, match="'a': input x is of float64: an embedding takes indices"):
+        table.curvature({"a": (x, g)}, table.init(params), params)
+
+
+@pytest.mark.parametrize("made", [np.matrix, lambda a: np.ma.masked_array(a, a > 0.0)])
+@pytest.mark.filterwarnings("ignore:the matrix subclass")
+def test_arrays_with_an_arithmetic_of_their_own_are_named(made: Any) -> None:
+    """A mask would be lost on the way, and the products of matrices are others."""
+    optimizer, params = Optimizer({}), {"a": np.eye(3)}
+    state = optimizer.init(params)
+    with pytest.raises(TypeError, match=r"a numpy.* arithmetic of its own: give plain arrays"):
+        optimizer.update({"a": made(np.eye(3))}, state, params)
+
+
+@pytest.mark.parametrize("structure", ["dense", "diagonal", "triltoeplitz"])
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+@pytest.mark.parametrize("kind", [Linear(), Convolution((2,))], ids=str)
+def test_rows_of_bytes_are_the_numbers_that_they_are(
+    kind: Any, kfac_approx: str, structure: str
+) -> None:
+    """Such as images: the square of a byte is none."""
+    rng = np.random.default_rng(0)
+    shape, inputs, outputs = (
+        ((4, 3, 2), (8, 3, 6), (8, 4, 5))
+        if isinstance(kind, Convolution)
+        else ((4, 3), (8, 5, 3), (8, 5, 4))
+    )
+    x, g = rng.integers(0, 256, inputs).astype(np.uint8), rng.standard_normal(outputs)
+    params = {"a": np.ones(shape)}
+    optimizer = Optimizer({"a": kind}, structures=structure, kfac_approx=kfac_approx)
+    state = optimizer.init(params)
+    found, expected = (
+        optimizer.curvature({"a": (rows, g)}, state, params)["a"] for rows in (x, x.astype(float))
+    )
+    for (name, a), (_, b) in zip(found.named_arrays(), expected.named_arrays(), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=name)
 
 
 def test_a_single_vector_is_a_batch_of_one() -> None:

@@ -188,12 +188,13 @@ def test_flax_train_state_takes_them():
 
 
 def test_what_cannot_carry_them_is_an_error_that_names_the_other_way():
-    plain = singd_jax.singd(layers=LAYERS)
+    plain, matrices = singd_jax.singd(layers=LAYERS), {k: k != "scale" for k in start()}
     for tx, instead in (
-        (optax.masked(plain, {k: k != "scale" for k in start()}), "give tx.update"),
+        (optax.masked(plain, matrices), "give tx.update"),
         (optax.apply_if_finite(plain, 3), "give tx.update"),
         (optax.conditionally_transform(plain, lambda step: step < 3), "give tx.update"),
         (optax.chain(optax.zero_nans(), plain), "give tx.update"),
+        (optax.chain(optax.masked(optax.clip(1.0), matrices), plain), "give tx.update"),
         (optax.named_chain(("a", optax.chain(optax.trace(0.9))), ("b", plain)), "give tx.update"),
         (optax.MultiSteps(plain, 2), r"take singd_jax\.MultiSteps\(\.\.\., layers=layers\) in"),
     ):

@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import pytest
 from flax import linen
@@ -77,6 +78,27 @@ def test_parameters_further_than_those_of_the_state_are_named():
     without = {k: v for k, v in start().items() if k != "scale"}
     with pytest.raises(ValueError, match="the parameters have no 'scale'"):
         tx.update(start(), state, without, curvature=None)
+
+
+def test_a_python_number_is_told_of_where_no_layers_were_found():
+    params = {"w": jnp.ones((4, 3)), "s": 1.0}
+    tx = singd_jax.singd()
+    state = tx.init(params)
+    with pytest.raises(ValueError, match=r"'s' was a Python number .*make it jnp\.asarray"):
+        tx.update(jax.tree.map(jnp.asarray, params), state, params)
+
+
+def test_a_loss_that_was_not_given_is_missed():
+    """Its layers would learn from gradients alone, and nobody would be told."""
+    tx = singd_jax.singd()
+    with pytest.raises(
+        ValueError, match=r"no loss to find the layers of: give it singd\(loss=loss"
+    ):
+        tx.init(start(), X)
+    state = tx.init(start())
+    for measure in (singd_jax.value_and_grad(loss), singd_jax.value_and_curvature(loss, LAYERS)):
+        with pytest.raises(ValueError, match=r"nothing to measure: give it singd\(loss=loss\)"):
+            measure(start(), state, X)
 
 
 def test_the_batch_size_must_be_seen_or_told():

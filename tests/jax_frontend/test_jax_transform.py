@@ -179,6 +179,17 @@ def test_keys_and_keyword_arguments_pass_through():
         assert_close(value, noisy(start(), X, key, rate=0.5, mode="train"))
 
 
+def test_a_scalar_of_numpy_is_a_number_as_in_jax():
+    def repeated(p, x, times):
+        return sum(loss(p, x) for _ in range(times))
+
+    times = np.int64(2)
+    layers = singd_jax.find_layers(repeated)(start(), X, times)
+    state = singd_jax.singd(layers=layers).init(start())
+    value, grads = singd_jax.value_and_grad(repeated)(start(), state, X, times)
+    assert_close((value, grads.tree), jax.value_and_grad(repeated)(start(), X, times))
+
+
 def test_an_equinox_module_is_trained_as_it_is():
     case = CASES["equinox_mlp"]()
     layers = singd_jax.find_layers(case.loss)(case.params, X)
