@@ -200,8 +200,7 @@ class Optimizer:
             grads: The gradients, structured like `params`.
             state: The current state.
             params: The current parameters.
-            rows: The rows, as `curvature` takes them, if `due(state)` or more often. Layers without
-                rows keep their factors.
+            rows: As `curvature` takes them, if `due(state)` or more often. Others keep factors.
             curvature: Instead of rows, the result of `curvature`.
             refreshed: Instead of both, the result of `refresh`.
 
