@@ -58,9 +58,9 @@ def _is_a_lost_connection(error: str) -> bool:
     return "Connection closed by peer" in error
 
 
-def _read(path: Path) -> tuple[str | None, Any]:
+def _read(path: Path, exitcode: int | None) -> tuple[str | None, Any]:
     if not path.exists():
-        return "a process left nothing", None
+        return f"process {path.stem} left nothing and ended with exit code {exitcode}", None
     found: tuple[str | None, Any] = torch.load(path, weights_only=False)
     return found
 
