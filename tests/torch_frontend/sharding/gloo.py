@@ -46,7 +46,7 @@ def run(world: int, function: Callable[..., Any], *args: Any, connect: bool = Tr
         hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
         for rank in hung:
             processes[rank].kill()
-        found = [_read(Path(folder) / f"{rank}.pt") for rank in range(world)]
+        found = [_read(folder, rank, process.exitcode) for rank, process in enumerate(processes)]
     errors = sorted((error for error, _ in found if error), key=_is_a_lost_connection)
     if errors or hung:
         raise RuntimeError(errors[0] if errors else f"the processes {hung} hang")
@@ -58,9 +58,10 @@ def _is_a_lost_connection(error: str) -> bool:
     return "Connection closed by peer" in error
 
 
-def _read(path: Path, exitcode: int | None) -> tuple[str | None, Any]:
+def _read(folder: str, rank: int, exitcode: int | None) -> tuple[str | None, Any]:
+    path = Path(folder) / f"{rank}.pt"
     if not path.exists():
-        return f"process {path.stem} left nothing and ended with exit code {exitcode}", None
+        return f"process {rank} left nothing and ended with exit code {exitcode}", None
     found: tuple[str | None, Any] = torch.load(path, weights_only=False)
     return found
 
