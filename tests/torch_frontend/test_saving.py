@@ -42,21 +42,24 @@ def numbered_state(number: int) -> dict[str, Any]:
     return state
 
 
-def save_again_and_again(save: Callable[[Any, Path], None], path: Path) -> None:
+def save_again_and_again(path: Path, begun: Any) -> None:
+    save = documented_save()
     states = [numbered_state(number) for number in range(2)]
+    begun.set()
     for number in range(10**6):
         save(states[number % 2], path)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked and killed")
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are killed")
 def test_a_kill_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
-    path, save = tmp_path / "checkpoint.pt", documented_save()
+    path = tmp_path / "checkpoint.pt"
+    context = multiprocessing.get_context("forkserver")  # a fork of this process has JAX's threads
     for attempt in range(8):
-        process = multiprocessing.get_context("fork").Process(
-            target=save_again_and_again, args=(save, path)
-        )
+        begun = context.Event()
+        process = context.Process(target=save_again_and_again, args=(path, begun))
         process.start()
+        assert begun.wait(60.0)
         deadline = time.monotonic() + 30.0
         while not path.exists() and time.monotonic() < deadline:
             time.sleep(0.01)
