@@ -49,9 +49,8 @@ def layer_curvature(
         ValueError: If they do not fit the layer.
     """
     weight, bias = pair(parameter)
-    if not (
-        kind.diagonal_inputs or is_inexact(x)
-    ):  # no indices: squares of bytes leave their range
+    # numbers, and no indices: squares of bytes leave their range
+    if not (kind.diagonal_inputs or is_inexact(x)):
         x = cast(x, widen(weight))
     diagonal = issubclass(factors.structures[0], Diagonal)
     inputs_of = kind.diagonal_rows if diagonal else kind.inputs

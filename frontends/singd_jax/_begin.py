@@ -60,7 +60,7 @@ class Start:
             return self._placeholder(params)
         if self.find is not None:
             self.layers = self._found(params, batch, keywords)
-        elif self.layers is NONE and (batch or keywords):
+        elif not self.layers.searched and (batch or keywords):
             raise ValueError(
                 "tx.init got a batch, and singd no loss to find the layers of: give it "
                 "singd(loss=loss), or tx.init(params) alone, which learns from gradients"
@@ -86,7 +86,7 @@ class Start:
         arrays = leaves.named
         needed = [name for name in self.layers.shapes if not leaves.leaves_out(name)]
         self.layers.refuse_others(arrays, needed)
-        if self.layers is not NONE:
+        if self.layers.searched:
             self.layers.refuse_further(arrays, self.layers.shapes)
         found, s = self._present(arrays), self.rates.settings
         owned = {name for layer in found.values() for name in layer.leaves}
