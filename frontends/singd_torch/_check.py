@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +83,7 @@ def _differentiate(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> Non
     if not callable(loss):
         raise TypeError(f"loss must be a function of the model, as in {example}")
     with torch.enable_grad():
-        value = loss(model)
+        value: Any = loss(model)
     if not isinstance(value, Tensor) or value.numel() != 1:
         given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"loss must return one number in a tensor, not {given}, as in {example}")

@@ -13,7 +13,7 @@ from singd_torch.layers.changes import Makeup, check_shapes
 from singd_torch.layers.due import is_refresh
 from singd_torch.layers.layer import Layer
 from singd_torch.layers.matrices import find_all, parameter_names
-from singd_torch.layers.reach import Pass
+from singd_torch.layers.reach import Pass, is_in_parts
 from singd_torch.sharding.switched import switched
 
 # What the names of parameters have behind them that are not in the model any more.
@@ -94,7 +94,20 @@ class Roster:
 
     @property
     def is_switched(self) -> bool:
-        """Whether the groups have other parameters than they had: then all are others."""
+        """Whether others took the places of parameters, in the groups and in the model.
+
+        If others are in the groups alone, such as those of a new head, layers are found anew.
+        """
+        if not self._has_others():
+            return False
+        now, known = [p for group in self.groups for p in group["params"]], [*self.group_of]
+        if [p.shape for p in now] != [p.shape for p in known]:
+            return self.group_of.keys().isdisjoint(now)  # it is refused
+        assert self._makeup is not None
+        return any(map(is_in_parts, now)) or self._makeup.has_taken(now, known)
+
+    def _has_others(self) -> bool:
+        """Whether the first parameter of a group is one that no group had."""
         return any(p not in self.group_of for group in self.groups for p in group["params"][:1])
 
     def is_regrouped(self) -> bool:
@@ -102,7 +115,7 @@ class Roster:
         if sum(len(group["params"]) for group in self.groups) != len(self.group_of):
             return True
         if not any(is_refresh(group) for group in self.groups):
-            return False
+            return self._has_others()
         return any(self.group_of.get(p) is not one for one in self.groups for p in one["params"])
 
     def follow(self) -> dict[Tensor, nn.Parameter]:
