@@ -197,4 +197,4 @@ class Roster:
     def forget_rows(self) -> None:
         """Have no rows of any layer."""
         for layer in self.layers:
-            layer.pending, layer.last_pass = {}, Pass()
+            layer.pending, layer.last_pass, layer.called_in = {}, Pass(), -1
