@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from singd_core.rules import Factors
 from singd_torch import _state
@@ -26,10 +26,17 @@ class Saving(Training):
     def state_dict(self) -> dict[str, Any]:
         """The state as flat tensors and plain values; `torch.load(weights_only=True)` takes it.
 
-        A function given as `lr_cov` is left out: the optimizer that loads the state keeps its own.
+        It has nothing of parameters that were taken out of the groups. A function given as `lr_cov`
+        is left out: the optimizer that loads the state keeps its own.
         With a model in parts, all processes must call this method, and its tensors are DTensors.
         """
-        packed = super().state_dict()
+        trained = {p for group in self.param_groups for p in group["params"]}
+        gone = {p for p in self.state if isinstance(p, Tensor) and p not in trained}
+        kept = {p: self.state.pop(p) for p in gone}  # torch looks for their places in the groups
+        try:
+            packed = super().state_dict()
+        finally:
+            self.state.update(kept)
         sharded = self._stepper.sharded
         if sharded is not None:
             params = [p for group in self.param_groups for p in group["params"]]

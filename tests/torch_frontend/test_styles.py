@@ -110,6 +110,9 @@ def test_a_head_that_is_replaced_in_a_group_of_its_own(
         assert not torch.allclose(*momenta, rtol=0.1)
     assert torch.equal(optimizer.state[model[0].weight]["K.matrix"], K) is (T == 50)
     train(model, optimizer, 3)
+    saved = optimizer.state_dict()
+    assert len(saved["state"]) == len([p for p in model.parameters() if optimizer.state[p]])
+    assert optimizer.state[old]  # as torch keeps it
     rules = {"SINGD"} if T == 1 else {"SINGD", "SINGD without rows"}  # they refresh factors
     assert set(table(optimizer).values()) == rules
 
