@@ -126,4 +126,5 @@ class Saving(Training):
             known = factors[layer.weight]  # they are made when rows are first seen
             layer.pending, layer.seen = {}, known is not None
             layer.by_gradient = layer.kind.has_rows and known is not None and not known.has_rows
+            layer.unused = layer.group["steps"] > 0 and not self.state.get(layer.weight)
         self._watcher.tell()
