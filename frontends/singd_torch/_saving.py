@@ -31,12 +31,13 @@ class Saving(Training):
         With a model in parts, all processes must call this method, and its tensors are DTensors.
         """
         trained = {p for group in self.param_groups for p in group["params"]}
-        gone = {p for p in self.state if isinstance(p, Tensor) and p not in trained}
-        kept = {p: self.state.pop(p) for p in gone}  # torch looks for their places in the groups
+        state: dict[Any, Any] = self.state
+        gone = [p for p in state if isinstance(p, Tensor) and p not in trained]
+        kept = {p: state.pop(p) for p in gone}  # torch looks for their places in the groups
         try:
             packed = super().state_dict()
         finally:
-            self.state.update(kept)
+            state.update(kept)
         sharded = self._stepper.sharded
         if sharded is not None:
             params = [p for group in self.param_groups for p in group["params"]]

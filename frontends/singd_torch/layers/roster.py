@@ -18,6 +18,8 @@ from singd_torch.sharding.switched import switched
 
 # What the names of parameters have behind them that are not in the model any more.
 GONE = " (replaced)"
+# What the names of parameters have behind them that never were.
+_OUTSIDE = " (not of the model)"
 # Steps in a row without any gradient, after which a warning says that nothing is trained.
 _IDLE = 10
 
@@ -73,9 +75,12 @@ class Roster:
     def _name(self) -> None:
         """Name the parameters, those that the model has no more by what they were."""
         now = parameter_names(self.model, self.groups)
-        trained = (p for group in self.groups for p in group["params"] if p not in now)
-        gone = ((p, self.names[p]) for p in trained if p in self.names)
-        self.names = now | {p: name.removesuffix(GONE) + GONE for p, name in gone}
+        for i, p in enumerate(p for group in self.groups for p in group["params"]):
+            if p not in now:
+                known = self.names.get(p, f"params[{i}]{_OUTSIDE}")
+                gone = "" if known.endswith((GONE, _OUTSIDE)) else GONE
+                now[p] = known + gone
+        self.names = now
 
     def _index(self) -> None:
         """Find layers and groups by parameters."""
