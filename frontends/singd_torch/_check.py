@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ def check(
 
     Args:
         model: The model, on any device.
-        loss: A function that returns the training loss of a model, a number.
+        loss: A function that returns the training loss of the model that it is handed, a number.
         tolerance: The largest difference that is no error, relative to the norm of ∇W. None is
             1e-4, or 8 times the rounding of the coarsest numbers that are multiplied.
 
@@ -39,6 +40,8 @@ def check(
 
     Raises:
         AssertionError: If the difference of a layer is larger. The message names the layers.
+        TypeError: If the model is no module, or the loss no number.
+        ValueError: If the loss does not depend on the model that its function is handed.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2)).double()
@@ -47,10 +50,12 @@ def check(
         >>> sorted(gaps), max(gaps.values()) < 1e-12
         (['0.weight', '2.weight'], True)
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"check wants the model, a torch.nn.Module, not {type(model).__name__}")
     model = copy.deepcopy(model)
     model.zero_grad()
     optimizer = _Products(model)
-    torch.autograd.backward(loss(model))
+    _differentiate(model, loss)
     found, wrong = {}, []
     for layer in optimizer._layers:
         sums = optimizer.sums.get(layer.name)
@@ -70,6 +75,25 @@ def check(
             "that out here; else this is a bug in singd_torch"
         )
     return found
+
+
+def _differentiate(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> None:
+    """One backward pass of the loss of a model, which has no gradients before."""
+    example = "check(model, lambda model: criterion(model(x), y))"
+    if not callable(loss):
+        raise TypeError(f"loss must be a function of the model, as in {example}")
+    with torch.enable_grad():
+        value: Any = loss(model)
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"loss must return one number in a tensor, not {given}, as in {example}")
+    if value.requires_grad:
+        torch.autograd.backward(value)
+    if all(p.grad is None for p in model.parameters()):
+        raise ValueError(
+            "the loss does not depend on the model that its function is handed, a copy: compute "
+            f"it with the argument of the function, as in {example}, and not with a model outside"
+        )
 
 
 class _Sums:

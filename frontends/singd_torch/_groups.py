@@ -147,4 +147,15 @@ def parameters_of(params: Any) -> list[Any]:
         elif isinstance(params, nn.Module):
             hint = "; give module.parameters()"
         raise TypeError(f"params must be parameters or groups of them, not {params!r}{hint}")
-    return list(params)
+    if isinstance(params, Mapping):
+        raise TypeError(
+            "params must be parameters or groups of them, not a dictionary: give a list of groups, "
+            "or module.parameters()"
+        )
+    listed = list(params)
+    if any(isinstance(p, nn.Module) for p in listed):
+        raise TypeError(
+            "params must be parameters or groups of them, not modules: several models are one as "
+            "SINGD(nn.ModuleList([first, second])); or give module.parameters()"
+        )
+    return listed

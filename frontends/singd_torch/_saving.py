@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from singd_core.rules import Factors
 from singd_torch import _state
@@ -26,10 +26,18 @@ class Saving(Training):
     def state_dict(self) -> dict[str, Any]:
         """The state as flat tensors and plain values; `torch.load(weights_only=True)` takes it.
 
-        A function given as `lr_cov` is left out: the optimizer that loads the state keeps its own.
+        It has nothing of parameters that were taken out of the groups. A function given as `lr_cov`
+        is left out: the optimizer that loads the state keeps its own.
         With a model in parts, all processes must call this method, and its tensors are DTensors.
         """
-        packed = super().state_dict()
+        trained = {p for group in self.param_groups for p in group["params"]}
+        state: dict[Any, Any] = self.state
+        gone = [p for p in state if isinstance(p, Tensor) and p not in trained]
+        kept = {p: state.pop(p) for p in gone}  # torch looks for their places in the groups
+        try:
+            packed = super().state_dict()
+        finally:
+            state.update(kept)
         sharded = self._stepper.sharded
         if sharded is not None:
             params = [p for group in self.param_groups for p in group["params"]]
@@ -119,4 +127,5 @@ class Saving(Training):
             known = factors[layer.weight]  # they are made when rows are first seen
             layer.pending, layer.seen = {}, known is not None
             layer.by_gradient = layer.kind.has_rows and known is not None and not known.has_rows
+            layer.unused = layer.group["steps"] > 0 and not self.state.get(layer.weight)
         self._watcher.tell()

@@ -45,7 +45,7 @@ def table(
         reason = unseen if layer.is_stack else reasons.get(layer.weight, unseen)
         why.append("" if layer.expects_rows else reason)
     for p, group in fallback.items():
-        name, size = names.get(p, "(not of the model)"), fallback_bytes(p, group)
+        name, size = names[p], fallback_bytes(p, group)
         lines.append((name, _shape(p), "AdamW", "", "", f"{size:,}"))
         why.append(reasons.get(p, ""))
     if owners is not None:

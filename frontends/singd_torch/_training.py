@@ -136,8 +136,8 @@ class Training(torch.optim.Optimizer):
             names = [layer.name for layer in layers]
             self._roster.warnings.once(
                 f"no rows of {listed(names)} have come for {MOST_MISSED} refreshes in a row, and "
-                "gradients have: the weights are used without calls of their modules by now, as "
-                f"in compiled functions. Until rows come again, {what}",
+                "gradients have: weights are used without calls of their modules by now, as by "
+                f"compiled functions, or zero_grad follows backward. Until rows come again, {what}",
                 about=f"missed {names}",
             )
 

@@ -32,8 +32,8 @@ class Warnings:
             self._known.update(f"no rows of {name}" for name in names)
             warn(
                 f"no rows of {listed(names)} have been seen: backward ran before this optimizer "
-                "was built, or inputs were empty, or weights were used without calls of their "
-                "modules, or in a graph that was compiled before the optimizer was built (then "
-                "call torch.compiler.reset()) or by torch before 2.13. Until rows are seen, "
-                f"{what}"
+                "was built, or its zero_grad came between backward and step, or inputs were empty, "
+                "or weights were used without calls of their modules, or in a graph that was "
+                "compiled before the optimizer was built (then call torch.compiler.reset()) or by "
+                f"torch before 2.13. Until rows are seen, {what}"
             )

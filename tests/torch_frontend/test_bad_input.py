@@ -58,6 +58,33 @@ def test_a_parameter_that_is_not_of_the_model_is_trained_by_adamw() -> None:
     assert "(not of the model)" in repr(optimizer)
 
 
+def test_parameters_that_are_not_of_the_model_have_names_of_their_own() -> None:
+    """Such as another model's, whose matrices learn from gradients."""
+    model, other = network(), nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    optimizer = SINGD(model, [*model.parameters(), *other.parameters()])
+    for _ in range(2):
+        optimizer.zero_grad()
+        other(model(torch.randn(4, 6))).square().mean().backward()
+        optimizer.step()
+    first = len(list(model.parameters()))
+    names = [f"params[{first + i}] (not of the model)" for i in range(4)]
+    assert {names[0], names[2]} <= {name.rpartition("/")[0] for name in optimizer.diagnostics()}
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})  # they keep their names
+    assert {f"params[{first + i}] (not of the model)" for i in range(5)} <= table(optimizer).keys()
+
+
+def test_several_models_and_dictionaries_are_told_what_to_give() -> None:
+    model: Any = network()
+    for given in ([model, model], [{"params": [model]}], nn.ModuleList([model])):
+        with pytest.raises(TypeError, match=r"SINGD\(nn\.ModuleList\(\[first, second\]\)\)"):
+            SINGD(model, given)
+    with pytest.raises(TypeError, match="not modules"):
+        SINGD([model, model])
+    for given in (model.state_dict(), {"params": model.parameters()}):
+        with pytest.raises(TypeError, match="not a dictionary: give a list of groups"):
+            SINGD(model, given)
+
+
 @pytest.mark.parametrize("model", [nn.Tanh(), nn.Linear(3, 2).requires_grad_(False)])
 def test_a_model_with_nothing_to_train_is_an_error(model: nn.Module) -> None:
     with pytest.raises(ValueError, match="no parameter that requires a gradient"):
@@ -76,7 +103,7 @@ def test_something_that_is_no_model_is_an_error(model: Any) -> None:
 
 
 def test_modules_in_place_of_parameters_are_an_error() -> None:
-    with pytest.raises(TypeError, match="can only optimize Tensors"):
+    with pytest.raises(TypeError, match="not modules"):
         SINGD([nn.Linear(1, 1)])
 
 

@@ -1,6 +1,7 @@
 """`check` finds layers whose rows do not tell their gradient, and changes nothing."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -80,3 +81,27 @@ def test_a_penalty_is_told_from_a_bug_by_the_error() -> None:
     model = nn.Linear(5, 4)
     with pytest.raises(AssertionError, match="as a penalty does"):
         check(model, lambda m: loss(m) + m.weight.square().sum())
+
+
+def test_a_loss_of_another_model_is_no_check() -> None:
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh())
+    for other in (lambda _: loss(model), lambda m: loss(m).detach()):
+        with pytest.raises(ValueError, match="with the argument of the function"):
+            check(model, other)
+
+
+def test_what_is_no_loss_is_named() -> None:
+    model: Any = nn.Linear(5, 4)
+    x = torch.randn(3, 5)
+    for given, what in (
+        (lambda m: None, r"one number in a tensor, not NoneType, as in check\("),
+        (lambda m: loss(m).item(), "not float"),
+        (lambda m: m(x), r"not \(3, 4\)"),
+        (loss(model), "loss must be a function of the model"),
+    ):
+        with pytest.raises(TypeError, match=what):
+            check(model, given)
+    with pytest.raises(TypeError, match=r"wants the model, a torch\.nn\.Module, not generator"):
+        check(model.parameters(), loss)
+    with torch.no_grad():  # as a script is that evaluates
+        assert list(check(model, lambda m: loss(m)[None])) == ["weight"]

@@ -212,3 +212,22 @@ def test_a_model_may_tell_its_parameters_by_a_method_of_its_own() -> None:
     moved = [name for name, value in model.state_dict().items() if not value.equal(before[name])]
     assert moved == ["trained.weight", "trained.bias"]
     assert "without rows" not in repr(optimizer)
+
+
+def test_layers_in_one_memory_change_it_each() -> None:
+    """As `data` ties them: torch's optimizers step along the gradients of both, one by one."""
+    moved = []
+    for trained in ((0,), (2,), (0, 2)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
+        first, second = model[0], model[2]
+        second.weight.data, second.bias.data = first.weight.data, first.bias.data
+        start = first.weight.detach().clone(), first.bias.detach().clone()
+        params = [p for i in trained for p in model[i].parameters()]
+        optimizer = SINGD(model, params, warmup=0, weight_decay=0.0)
+        model(torch.randn(8, 4, dtype=torch.float64)).square().sum().backward()
+        optimizer.step()
+        assert torch.equal(first.weight, second.weight)
+        moved.append([p.detach() - q for p, q in zip(first.parameters(), start, strict=True)])
+    for one, other, both in zip(*moved, strict=True):
+        torch.testing.assert_close(one + other, both)

@@ -176,6 +176,40 @@ def test_a_checkpoint_goes_on_where_it_stopped(seen: bool) -> None:
         assert torch.equal(p, r)
 
 
+class Late(nn.Module):
+    """A layer, and experts that are not used in every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.W = nn.Linear(D, D), nn.Parameter(torch.randn(2, D, D))
+
+    def forward(self, x: Tensor, *, used: bool) -> Tensor:
+        h = self.first(x)
+        return torch.einsum("nd,edf->enf", h, self.W) if used else h
+
+
+def test_experts_that_are_used_first_after_a_checkpoint() -> None:
+    model, x = Late().double(), torch.randn(6, D, dtype=torch.float64)
+
+    def train(model: Late, optimizer: SINGD, used: bool) -> None:
+        optimizer.zero_grad()
+        loss_of(model(x, used=used)).backward()
+        optimizer.step()
+
+    optimizer = SINGD(model, T=10, growing_T=False)
+    for _ in range(3):
+        train(model, optimizer, used=False)
+    other = copy.deepcopy(model)
+    resumed = SINGD(other, T=10, growing_T=False)
+    resumed.load_state_dict(optimizer.state_dict())
+    for _ in range(9):  # until the calls of a refresh are seen
+        train(model, optimizer, used=True)
+        train(other, resumed, used=True)
+        assert repr(resumed) == repr(optimizer)
+        assert torch.equal(model.W, other.W)
+    assert table(optimizer)["W"] == "SINGD"
+
+
 @pytest.mark.slow  # it imports transformers
 @pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
 def test_a_mixture_of_experts_of_transformers(experts: str) -> None:

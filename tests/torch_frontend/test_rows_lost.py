@@ -73,3 +73,29 @@ def test_adamw_does_not_take_over() -> None:
     with pytest.warns(UserWarning, match=r"no rows of 'last\.weight' .* the factors stay"):
         train(model, optimizer, data, 4, seen=True)
     assert rules(optimizer) == {"SINGD"}
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_gradients_that_are_joined_by_hand_after_zero_grad(steps: int) -> None:
+    """As where the gradients of several tasks are projected onto each other."""
+    model, optimizer, data = switched(T=1)
+    train(model, optimizer, data, steps, seen=True)
+
+    def joined(n: int) -> None:
+        for _ in range(n):
+            gradients = []
+            for task in range(2):
+                optimizer.zero_grad()
+                model(data[0])[:, task].square().mean().backward()
+                gradients.append([p.grad for p in model.parameters()])
+            optimizer.zero_grad()
+            for p, *own in zip(model.parameters(), *gradients, strict=True):
+                p.grad = sum(own)
+            optimizer.step()
+
+    with pytest.warns(UserWarning, match="zero_grad"):
+        joined(4)
+    assert rules(optimizer) == {"SINGD without rows"}
+    K = optimizer.state[model.last.weight]["K.matrix"].clone()
+    joined(1)
+    assert not torch.equal(optimizer.state[model.last.weight]["K.matrix"], K)

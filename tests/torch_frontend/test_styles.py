@@ -1,5 +1,6 @@
 """Training loops in styles of their own: each trains, and the rows belong to the loss."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -73,6 +74,47 @@ def test_parameters_that_go_to_another_group_by_hand() -> None:
     train(model, optimizer, 2)
     assert torch.equal(model[2].bias, bias)
     assert not torch.equal(model[2].weight, weight)
+
+
+def same_head(model: nn.Sequential) -> None:
+    model[2] = nn.Linear(8, 3).double()
+
+
+def wider_head(model: nn.Sequential) -> None:
+    model[2] = nn.Linear(8, 5).double()
+
+
+def longer_head(model: nn.Sequential) -> None:
+    model[2] = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), model[2]).double()
+
+
+@pytest.mark.parametrize("change", [same_head, wider_head, longer_head])
+@pytest.mark.parametrize("T", [1, 50])  # a refresh is next, or is not
+def test_a_head_that_is_replaced_in_a_group_of_its_own(
+    change: Callable[[nn.Sequential], None], T: int
+) -> None:
+    """It begins anew, as with torch's optimizers: the momentum of the old head is not its own."""
+    model = network()
+    groups = [{"params": list(model[i].parameters())} for i in (0, 2)]
+    optimizer = SINGD(model, groups, T=T, growing_T=False)
+    train(model, optimizer, 4)
+    old, K = model[2].weight, optimizer.state[model[0].weight]["K.matrix"].clone()
+    change(model)
+    new = list(model[2].parameters())
+    optimizer.param_groups[1]["params"] = new
+    start = [p.detach().clone() for p in new]
+    train(model, optimizer, 1)  # warnings are errors here
+    assert not any(torch.equal(p, q) for p, q in zip(new, start, strict=True))
+    if new[0].shape == old.shape:
+        momenta = (optimizer.state[p]["momentum_buffer"] for p in (old, new[0]))
+        assert not torch.allclose(*momenta, rtol=0.1)
+    assert torch.equal(optimizer.state[model[0].weight]["K.matrix"], K) is (T == 50)
+    train(model, optimizer, 3)
+    saved = optimizer.state_dict()
+    assert len(saved["state"]) == len([p for p in model.parameters() if optimizer.state[p]])
+    assert optimizer.state[old]  # as torch keeps it
+    rules = {"SINGD"} if T == 1 else {"SINGD", "SINGD without rows"}  # they refresh factors
+    assert set(table(optimizer).values()) == rules
 
 
 class Experts(nn.Module):

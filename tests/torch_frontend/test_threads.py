@@ -1,5 +1,6 @@
-"""Autograd has a thread for each device, and all of them hand rows to the same queue."""
+"""Autograd has a thread for each device, and scripts have threads: all hand on rows."""
 
+import copy
 import sys
 import threading
 from typing import Any
@@ -37,3 +38,33 @@ def test_no_rows_are_lost_or_counted_twice(monkeypatch: pytest.MonkeyPatch) -> N
         sys.setswitchinterval(interval)
     waiting.flush()
     assert len(measured) == len(set(map(id, measured))) == calls * len(layers)
+
+
+def test_micro_batches_in_threads_are_one_large_batch() -> None:
+    """Their backward passes run at the same time."""
+    x, y = torch.randn(32, 4, dtype=torch.float64), torch.randint(3, (32,))
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    twin = copy.deepcopy(model)
+    together, alone = (SINGD(one, T=1, growing_T=False) for one in (model, twin))
+    parts = [slice(0, 8), slice(8, 20), slice(20, 32)]
+    meet = threading.Barrier(len(parts), timeout=60)
+    for layer in (model[0], model[2]):  # no gradient is there before all have rows
+        layer.weight.register_hook(lambda _: (meet.wait(), None)[1])
+
+    def backward(model: nn.Module, part: slice) -> None:
+        loss = nn.functional.cross_entropy(model(x[part]), y[part], reduction="sum")
+        (loss / len(x)).backward()
+
+    for _ in range(3):
+        together.zero_grad()
+        threads = [threading.Thread(target=backward, args=(model, part)) for part in parts]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        together.step()
+        alone.zero_grad()
+        backward(twin, slice(None))
+        alone.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)

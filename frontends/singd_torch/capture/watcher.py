@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -55,6 +56,7 @@ class Watcher:
         self._proofs = Proofs()
         self._sampled: str | None = None
         self._refused = False
+        self._lock = threading.RLock()
         self._calls_are_due = False
         self._homes = Homes()
         self.weight_calls = Calls(self, (), self._homes, self._now)
@@ -177,7 +179,14 @@ class Watcher:
     def _take(
         self, layer: Layer, source: Source, x: Tensor, g: Tensor, product: Any, loss: int | None
     ) -> bool:
-        """Take the rows of a call, or of each matrix of a product, for one of the losses."""
+        """Take the rows of a call, for one of the losses; passes may run in several threads."""
+        with self._lock:
+            return self._take_alone(layer, source, x, g, product, loss)
+
+    def _take_alone(
+        self, layer: Layer, source: Source, x: Tensor, g: Tensor, product: Any, loss: int | None
+    ) -> bool:
+        """Take the rows of a call, or of each matrix of a product."""
         if layer.without_rows or self._is_for_another_purpose(layer):
             return False
         layer.loss = backward_pass() if loss is None else loss

@@ -39,6 +39,16 @@ class Makeup:
             return True
         return any(not _same(_made_of(m, known), made) for m, known, made in self._of)
 
+    def has_taken(self, now: Iterable[Tensor], before: Iterable[Tensor]) -> bool:
+        """Whether the modules have new parameters in the places of those before, one by one."""
+        new = dict(zip(before, now, strict=True))
+        return all(
+            m._parameters.get(name) is new[p]
+            for m, _, made in self._of
+            for name, p in made.items()
+            if isinstance(p, Tensor) and p in new
+        )
+
     def untrained(self) -> list[str]:
         """The names of parameters that have a gradient and are in no group, if not by choice."""
         return [name for p, name in self._others.items() if p.grad is not None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,25 +45,30 @@ class Pass:
         number: Its number, which all calls from one pass have in common.
         reach: What it did with the gradient.
         left: The gradient that was there when it was over, by identity and version, if one was.
+        runs_in: The thread in which it began, None when it is over.
     """
 
     number: int = -1
     reach: Reach = Reach.NOT
     left: tuple[int, int] | None = None
+    runs_in: int | None = dataclasses.field(default_factory=threading.get_ident)
 
     def end(self, weight: Tensor) -> None:
         """Know the gradient that is there now."""
         if self.reach is Reach.UNKNOWN and weight.grad is not None:
             self.reach = Reach.ADDED  # `fully_shard` has gathered the weight in this pass
-        self.left = _version(weight)
+        self.left, self.runs_in = _version(weight), None
 
     def is_dropped(self, weight: Tensor, reach: Reach) -> bool:
         """Whether nobody steps along its gradient, as the pass that runs now, and its reach, tell.
 
         What it added may have been taken away since, as by `model.zero_grad()`: only a gradient
         that somebody has changed is asked for its numbers. Or `backward` adds now, and nobody has
-        written to the gradient what `torch.autograd.grad` had returned.
+        written to the gradient what `torch.autograd.grad` had returned. Of a pass that goes on in
+        another thread the gradient is still to come.
         """
+        if self.runs_in not in (None, threading.get_ident()):
+            return False
         if self.reach is Reach.RETURNED:
             return reach is Reach.ADDED and self.left == _version(weight)
         if self.reach is not Reach.ADDED or weight.grad is None:

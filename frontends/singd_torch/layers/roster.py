@@ -13,11 +13,13 @@ from singd_torch.layers.changes import Makeup, check_shapes
 from singd_torch.layers.due import is_refresh
 from singd_torch.layers.layer import Layer
 from singd_torch.layers.matrices import find_all, parameter_names
-from singd_torch.layers.reach import Pass
+from singd_torch.layers.reach import Pass, is_in_parts
 from singd_torch.sharding.switched import switched
 
 # What the names of parameters have behind them that are not in the model any more.
 GONE = " (replaced)"
+# What the names of parameters have behind them that never were.
+_OUTSIDE = " (not of the model)"
 # Steps in a row without any gradient, after which a warning says that nothing is trained.
 _IDLE = 10
 
@@ -73,9 +75,12 @@ class Roster:
     def _name(self) -> None:
         """Name the parameters, those that the model has no more by what they were."""
         now = parameter_names(self.model, self.groups)
-        trained = (p for group in self.groups for p in group["params"] if p not in now)
-        gone = ((p, self.names[p]) for p in trained if p in self.names)
-        self.names = now | {p: name.removesuffix(GONE) + GONE for p, name in gone}
+        for i, p in enumerate(p for group in self.groups for p in group["params"]):
+            if p not in now:
+                known = self.names.get(p, f"params[{i}]{_OUTSIDE}")
+                gone = "" if known.endswith((GONE, _OUTSIDE)) else GONE
+                now[p] = known + gone
+        self.names = now
 
     def _index(self) -> None:
         """Find layers and groups by parameters."""
@@ -94,7 +99,20 @@ class Roster:
 
     @property
     def is_switched(self) -> bool:
-        """Whether the groups have other parameters than they had: then all are others."""
+        """Whether others took the places of parameters, in the groups and in the model.
+
+        If others are in the groups alone, such as those of a new head, layers are found anew.
+        """
+        if not self._has_others():
+            return False
+        now, known = [p for group in self.groups for p in group["params"]], [*self.group_of]
+        if [p.shape for p in now] != [p.shape for p in known]:
+            return self.group_of.keys().isdisjoint(now)  # it is refused
+        assert self._makeup is not None
+        return any(map(is_in_parts, now)) or self._makeup.has_taken(now, known)
+
+    def _has_others(self) -> bool:
+        """Whether the first parameter of a group is one that no group had."""
         return any(p not in self.group_of for group in self.groups for p in group["params"][:1])
 
     def is_regrouped(self) -> bool:
@@ -102,7 +120,7 @@ class Roster:
         if sum(len(group["params"]) for group in self.groups) != len(self.group_of):
             return True
         if not any(is_refresh(group) for group in self.groups):
-            return False
+            return self._has_others()
         return any(self.group_of.get(p) is not one for one in self.groups for p in one["params"])
 
     def follow(self) -> dict[Tensor, nn.Parameter]:
@@ -184,4 +202,4 @@ class Roster:
     def forget_rows(self) -> None:
         """Have no rows of any layer."""
         for layer in self.layers:
-            layer.pending, layer.last_pass = {}, Pass()
+            layer.pending, layer.last_pass, layer.called_in = {}, Pass(), -1

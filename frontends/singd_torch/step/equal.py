@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -13,10 +14,16 @@ _LARGEST = 1 << 17
 
 
 def stacks(layers: Iterable[Layer]) -> list[Stack]:
-    """The layers, the equal and small ones of them together."""
+    """The layers, the equal and small ones of them together.
+
+    Of layers in one memory each steps alone: what is written for one would be lost by the other.
+    """
+    layers = list(layers)
+    memory = Counter(place for layer in layers for place in _places(layer))
     found: dict[Any, list[Layer]] = {}
     for layer in layers:
-        found.setdefault(_likeness(layer), []).append(layer)
+        alone = any(memory[place] > 1 for place in _places(layer))
+        found.setdefault(layer if alone else _likeness(layer), []).append(layer)
     return [Stack(equal) for equal in found.values()]
 
 
@@ -31,6 +38,11 @@ def parted(stack: Stack, live: Sequence[Layer]) -> list[Stack]:
         return [stack]
     moving = set(live)
     return [Stack(live), *(Stack([layer]) for layer in stack.layers if layer not in moving)]
+
+
+def _places(layer: Layer) -> list[Any]:
+    """Where the parameters of a layer begin in memory."""
+    return [(p.untyped_storage()._cdata, p.storage_offset()) for p in layer.parameters]
 
 
 def _likeness(layer: Layer) -> Any:
