@@ -121,7 +121,7 @@ class Walk:
         elif name in ("mul", "div") and (side := self._multiplied(eqn, level.made_in)) is not None:
             number = number_of(eqn.invars[1 - side], level.made_in)
             found[side].append(t.times(number, name == "div"))
-        elif name in ("reduce_sum", "psum", "psum_invariant", "psum2"):
+        elif name in ("reduce_sum", "psum", "psum_invariant"):
             at, dims = p["axes"], list(view.dims)
             for axis in sorted(at) if name == "reduce_sum" else ():
                 dims.insert(axis, ((-1 - len(dims), 1, shapes[0][axis]),))

@@ -174,10 +174,10 @@ def _stacked(views: Sequence[View], key: Any, stack: Sequence[Any]) -> bool:
 
 CALLS: Mapping[str, Callable[..., Results]] = {
     **dict.fromkeys(_compat.INLINE, inline),
-    **dict.fromkeys(_compat.REMAT, remat),
+    "remat2": remat,
     "scan": scan,
     "cond": cond,
     "custom_jvp_call": custom_jvp,
-    **dict.fromkeys(_compat.CUSTOM_VJP, custom_vjp),
+    "custom_vjp_call": custom_vjp,
     "shard_map": shard_map,
 }
