@@ -18,7 +18,7 @@ from singd_jax import _compat
 from singd_jax import _twins as twins
 from singd_jax._axes import View
 from singd_jax._joins import Join
-from singd_jax._product import Origin, Product
+from singd_jax._product import Origin, Product, views_of
 from singd_jax._reasons import STACKED
 from singd_jax._rules import custom_jvp, custom_vjp
 from singd_jax._tap import Slice
@@ -150,11 +150,7 @@ def shard_map(
 
 def reaches(origins: Sequence[Origin], key: Any) -> bool:
     """Whether a weight lies in one of the values."""
-    for origin in origins:
-        views = origin.views if isinstance(origin, Join) else (origin,)
-        if any(isinstance(view, View) and view.holds(key) for view in views):
-            return True
-    return False
+    return any(view.holds(key) for view in views_of(*origins))
 
 
 def _note_returned(tracer: Tracer, origins: Sequence[Origin], name: str) -> None:

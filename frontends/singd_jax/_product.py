@@ -1,4 +1,4 @@
-"""A layer's output, and whether a parameter that is added to it is its bias."""
+"""Where a value comes from, and whether a parameter added to a layer's output is its bias."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Product:
 
     def biases(self, added: View | Join) -> list[Bias] | None:
         """What is added to each piece, or None if it is no bias of all of them."""
-        views = added.views if isinstance(added, Join) else (added,)
+        views = views_of(added)
         if len(views) != len(self.pieces):
             return None
         found = []
@@ -51,6 +51,12 @@ class Product:
 
 
 Origin: TypeAlias = View | Join | Product | None  # where a value comes from
+
+
+def views_of(*origins: Origin) -> tuple[View, ...]:
+    """The views among origins, and those that are joined in them."""
+    some = [o.views if isinstance(o, Join) else (o,) for o in origins]
+    return tuple(v for views in some for v in views if isinstance(v, View))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ from singd_jax._calls import Call, Cut
 from singd_jax._enter import CALLS, reaches
 from singd_jax._joins import Join, cuts
 from singd_jax._lookups import gather
-from singd_jax._product import Bias, Origin, Path, Piece, Product
+from singd_jax._product import Bias, Origin, Path, Piece, Product, views_of
 from singd_jax._ragged import ragged_dot
 from singd_jax._reasons import reason
 from singd_jax._spread import Perturbed, Spread
@@ -204,7 +204,7 @@ class Tracer:
             self.note(origin, "multiplied with complex numbers")
             return None
         self.spread.refuse_shared(eqn.invars[1 - side], x, y)
-        views = origin.views if isinstance(origin, Join) else (origin,)
+        views = views_of(origin)
         joined = origin.axis if isinstance(origin, Join) else None
         for i, n in enumerate(eqn.invars[side].aval.shape):
             if n != 1 and i != joined and not views[0].dims[i]:
@@ -280,19 +280,15 @@ class Tracer:
 
     def closed(self, origin: Origin, name: str) -> Origin:
         """A parameter inside a call that can be given no further values: numbers, indices."""
-        views = origin.views if isinstance(origin, Join) else (origin,)
-        if all(isinstance(v, View) and not v.picks and _is_plain(v.factor) for v in views):
+        if all(
+            not view.picks and not isinstance(view.factor, jax.core.Tracer)
+            for view in views_of(origin)
+        ):
             return origin
         self.note(origin, f"multiplied or indexed by what is computed outside of a `{name}`")
-        return origin if isinstance(origin, Product) else None
+        return None
 
     def note(self, origin: Origin, reason: str) -> None:
         """Remember how a parameter is read besides."""
-        views = origin.views if isinstance(origin, Join) else (origin,)
-        for view in views:
-            if isinstance(view, View):
-                self.reads[view.leaf][reason] = None
-
-
-def _is_plain(factor: Any) -> bool:
-    return factor is None or isinstance(factor, float) or not isinstance(factor, jax.core.Tracer)
+        for view in views_of(origin):
+            self.reads[view.leaf][reason] = None

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from singd_jax._axes import Key, View
 from singd_jax._joins import Join
-from singd_jax._product import Origin, Path, Product
+from singd_jax._product import Origin, Path, Product, views_of
 
 if TYPE_CHECKING:
     from singd_jax._trace import Ports, Tracer
@@ -63,7 +63,7 @@ def run(
         origins: Where they come from.
         ports: The ports of the weights among them.
     """
-    leaves = tuple(dict.fromkeys(view.leaf for view in _views(origins)))
+    leaves = tuple(dict.fromkeys(view.leaf for view in views_of(*origins)))
     number = {leaf: i for i, leaf in enumerate(leaves)}
     numbered = {(number[leaf], region): port for (leaf, region), port in ports.items()}
     stacks = {key: tuple(tracer.stacks[leaves[key[0]], key[1]]) for key in numbered}
@@ -98,14 +98,9 @@ def run(
     return results, found
 
 
-def _views(origins: Sequence[Origin]) -> list[View]:
-    views = [o.views if isinstance(o, Join) else (o,) for o in origins]
-    return [v for some in views for v in some if isinstance(v, View)]
-
-
 def _are_plain(origins: Sequence[Origin]) -> bool:
     """Whether no value, which another call has not, belongs to them."""
-    return all(view.factor is None and not view.picks for view in _views(origins))
+    return all(view.factor is None and not view.picks for view in views_of(*origins))
 
 
 def _looks(tracer: Tracer, noted: Mapping[str, Any]) -> list[Any]:
