@@ -82,7 +82,7 @@ def find_layers(
         n = size_of_batch(batch_size, batch, keywords, first) if needed else None
         tracer = Tracer(n, _untouched)
         _follow(alone, tracer, leaves, batch, keywords)
-        search = Search(tracer, leaves)
+        search = Search(tracer.noted, leaves)
         search.run(kfac_approx)
         return Layers(
             found=search.layers,

@@ -115,7 +115,7 @@ def custom_vjp(
     for view, why in walk.notes:
         tracer.note(view, why)
     for key, path, bias in walk.biases:
-        tracer.biases[key][path] = bias
+        tracer.noted.biases[key][path] = bias
     if not plan.keys:
         return _compat.evaluate(eqn, values), found
 

@@ -20,7 +20,7 @@ from singd_jax._calls import Call, Cut
 from singd_jax._enter import CALLS, reaches
 from singd_jax._joins import Join, cuts
 from singd_jax._lookups import gather
-from singd_jax._product import Bias, Origin, Path, Piece, Product, views_of
+from singd_jax._product import Noted, Origin, Path, Piece, Product, views_of
 from singd_jax._ragged import ragged_dot
 from singd_jax._reasons import reason
 from singd_jax._spread import Perturbed, Spread
@@ -37,11 +37,8 @@ class Tracer:
     their operands are entered (see `_enter`).
 
     Attributes:
-        calls: The products found of each weight, by the path of their equations.
-        biases: What was added to them.
-        reads: For each leaf the other equations that read it.
+        noted: What is noted of the parameters.
         scans: The lengths of the scans that were entered.
-        steps: The weights that every step of such a scan multiplies with.
         leading: The lengths of the first axes of what parameters multiply.
         spread: Along which axes of a mesh data differ between devices.
         perturbed: Which values change with the parameters.
@@ -58,11 +55,8 @@ class Tracer:
     ) -> None:
         """`stacks`: a port's axes that stack layers; `look`: what a product's visit depends on."""
         self.batch_size, self.visit, self.look, self.stacks = batch_size, visit, look, stacks
-        self.calls: dict[Key, dict[Path, Call]] = collections.defaultdict(dict)
-        self.biases: dict[Key, dict[Path, Bias]] = collections.defaultdict(dict)
-        self.reads: dict[int, dict[str, None]] = collections.defaultdict(dict)
+        self.noted = Noted()
         self.scans: dict[int, int] = {}
-        self.steps: set[Key] = set()
         self.leading: set[int | None] = set()
         self.spread, self.perturbed = Spread(), Perturbed()
         self.within: Path = ()
@@ -245,10 +239,10 @@ class Tracer:
             if n in lengths:  # a loop that picks one layer after the other
                 lengths.remove(n)
         if lengths:
-            self.steps.add(view.key)
+            self.noted.steps.add(view.key)
         steps = max(math.prod(lengths), 1)
         call = dataclasses.replace(call, times=steps * spread.devices(x, y))
-        self.calls[view.key][path] = call
+        self.noted.calls[view.key][path] = call
         self.leading.add(call.leading)
         return call
 
@@ -275,7 +269,7 @@ class Tracer:
                 self.note(o, "added to what is no layer's output")
                 continue
             for piece, bias in zip(products[0].pieces, biases, strict=True):
-                self.biases[piece.key][piece.path] = bias
+                self.noted.biases[piece.key][piece.path] = bias
         return None
 
     def closed(self, origin: Origin, name: str) -> Origin:
@@ -291,4 +285,4 @@ class Tracer:
     def note(self, origin: Origin, reason: str) -> None:
         """Remember how a parameter is read besides."""
         for view in views_of(origin):
-            self.reads[view.leaf][reason] = None
+            self.noted.reads[view.leaf][reason] = None

@@ -6,14 +6,13 @@ function. So equal calls call the same, and what was found in the first one is n
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from singd_jax._axes import Key, View
 from singd_jax._joins import Join
-from singd_jax._product import Origin, Path, Product, views_of
+from singd_jax._product import Noted, Origin, Path, Product, views_of
 
 if TYPE_CHECKING:
     from singd_jax._trace import Ports, Tracer
@@ -38,7 +37,7 @@ class Twin:
     leaves: tuple[int, ...]
     within: Path
     found: list[Origin]
-    noted: dict[str, Any]
+    noted: Noted
     looks: list[Any]
 
 
@@ -77,7 +76,7 @@ def run(
     if twin is not None:
         twin = _as(twin, leaves, tracer.within)
         if twin.looks == _looks(tracer, twin.noted):
-            _note(tracer, twin.noted)
+            tracer.noted.update(twin.noted)
             return list(twin.function(values, numbered)), twin.found
     found: list[Origin] = []
 
@@ -86,12 +85,11 @@ def run(
         results, found[:] = body(values, origins, own)
         return results
 
-    kept, noted = {name: getattr(tracer, name) for name in _nothing()}, _nothing()
-    vars(tracer).update(noted)
+    kept, tracer.noted = tracer.noted, Noted()
     function = made(function)
     results = list(function(values, numbered))
-    vars(tracer).update(kept)
-    _note(tracer, noted)
+    noted, tracer.noted = tracer.noted, kept
+    tracer.noted.update(noted)
     if key is not None and _are_plain(found):
         looks = _looks(tracer, noted)
         tracer.twins[key] = Twin(function, leaves, tracer.within, found, noted, looks)
@@ -103,31 +101,14 @@ def _are_plain(origins: Sequence[Origin]) -> bool:
     return all(view.factor is None and not view.picks for view in views_of(*origins))
 
 
-def _looks(tracer: Tracer, noted: Mapping[str, Any]) -> list[Any]:
+def _looks(tracer: Tracer, noted: Noted) -> list[Any]:
     """What the visits of all products depend on."""
-    return [tracer.look(k, call) for k, calls in noted["calls"].items() for call in calls.values()]
-
-
-def _nothing() -> dict[str, Any]:
-    """What a tracer notes, of nothing."""
-    found: dict[str, Any] = {n: collections.defaultdict(dict) for n in _BY_KEY}
-    return {**found, "steps": set()}
-
-
-_BY_KEY = "calls", "biases", "reads"
-
-
-def _note(tracer: Tracer, noted: Mapping[str, Any]) -> None:
-    for name in _BY_KEY:
-        for key, of_key in noted[name].items():
-            getattr(tracer, name)[key].update(of_key)
-    tracer.steps |= noted["steps"]
+    return [tracer.look(k, call) for k, calls in noted.calls.items() for call in calls.values()]
 
 
 def _as(twin: Twin, leaves: Sequence[int], within: Path) -> Twin:
     """What was found in a call, as in a call of other leaves."""
     to = dict(zip(twin.leaves, leaves, strict=True))
-
     n = len(twin.within)
 
     def renamed(old: Mapping[Key, Mapping[Path, Any]]) -> dict[Key, dict[Path, Any]]:
@@ -136,12 +117,12 @@ def _as(twin: Twin, leaves: Sequence[int], within: Path) -> Twin:
             for k, of_key in old.items()
         }
 
-    noted = {
-        "calls": renamed(twin.noted["calls"]),
-        "biases": renamed(twin.noted["biases"]),
-        "reads": {to[leaf]: of_leaf for leaf, of_leaf in twin.noted["reads"].items()},
-        "steps": {_key(k, to) for k in twin.noted["steps"]},
-    }
+    noted = Noted(
+        renamed(twin.noted.calls),
+        renamed(twin.noted.biases),
+        {to[leaf]: of_leaf for leaf, of_leaf in twin.noted.reads.items()},
+        {_key(k, to) for k in twin.noted.steps},
+    )
     found = [_renamed(o, to, within) for o in twin.found]
     return Twin(twin.function, tuple(leaves), within, found, noted, twin.looks)
 
