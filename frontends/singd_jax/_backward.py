@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from singd_jax import _calls, _compat
 from singd_jax._axes import Group, Key, View, axes_of, restored
@@ -33,9 +33,7 @@ from singd_jax._targets import (
     number_of,
     outer_product,
 )
-
-if TYPE_CHECKING:
-    from singd_jax._trace import Tracer
+from singd_jax._trace import Tracer
 
 
 class Walk:

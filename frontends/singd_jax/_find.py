@@ -15,10 +15,12 @@ from singd_core.layers.base import is_expand, loss_terms
 from singd_core.structures import choose
 from singd_jax._axes import Key
 from singd_jax._calls import Call
+from singd_jax._enter import CALLS
 from singd_jax._layers import Layers, pair
 from singd_jax._loss import Leaves, evaluate, size_of_batch
 from singd_jax._search import Search
-from singd_jax._trace import Ports, Tracer
+from singd_jax._tap import Ports
+from singd_jax._trace import Tracer
 
 
 def find_layers(
@@ -80,7 +82,7 @@ def find_layers(
         needed = loss_average == "batch" or kfac_approx == "reduce"
         first = functools.partial(leading, alone, leaves, batch, keywords)
         n = size_of_batch(batch_size, batch, keywords, first) if needed else None
-        tracer = Tracer(n, _untouched)
+        tracer = Tracer(CALLS, n, _untouched)
         _follow(alone, tracer, leaves, batch, keywords)
         search = Search(tracer.noted, leaves)
         search.run(kfac_approx)
@@ -138,7 +140,7 @@ def leading(
     loss: Callable[..., Any], leaves: Leaves, batch: tuple[Any, ...], keywords: Mapping[str, Any]
 ) -> set[Any]:
     """The lengths of the first axes of what parameters multiply in a loss."""
-    tracer = Tracer(None, _untouched)
+    tracer = Tracer(CALLS, None, _untouched)
     _follow(loss, tracer, leaves, batch, keywords)
     return tracer.leading - {None}
 

@@ -16,7 +16,8 @@ from singd_core._array import Array
 from singd_jax import _compat, _nnx
 from singd_jax._axes import View
 from singd_jax._spread import NONE, PARAMETERS, Perturbed
-from singd_jax._trace import Ports, Tracer
+from singd_jax._tap import Ports
+from singd_jax._trace import Tracer
 
 
 @dataclasses.dataclass(frozen=True)

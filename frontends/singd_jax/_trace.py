@@ -17,17 +17,19 @@ from singd_core._array import Array
 from singd_jax import _calls, _compat
 from singd_jax._axes import Group, Key, View, axes_of, rearranged
 from singd_jax._calls import Call, Cut
-from singd_jax._enter import CALLS, reaches
 from singd_jax._joins import Join, cuts
 from singd_jax._lookups import gather
 from singd_jax._product import Noted, Origin, Path, Piece, Product, views_of
 from singd_jax._ragged import ragged_dot
 from singd_jax._reasons import reason
 from singd_jax._spread import Perturbed, Spread
+from singd_jax._tap import Ports
 
-Ports: TypeAlias = Mapping[Key, Any]
 # Takes a product, its operand, itself and the ports; returns the product, tapped or not.
 Visit: TypeAlias = Callable[[Key, Call, Any, Array, Ports], Array]
+Results: TypeAlias = tuple[list[Any], list[Origin]]  # with where they come from
+# Takes the tracer, an equation, the values and origins of its operands, and the ports among them.
+Enter: TypeAlias = "Callable[[Tracer, Any, Sequence[Any], Sequence[Origin], Ports], Results]"
 
 
 class Tracer:
@@ -48,13 +50,18 @@ class Tracer:
 
     def __init__(
         self,
+        calls: Mapping[str, Enter],
         batch_size: int | None,
         visit: Visit,
         stacks: Mapping[Key, Sequence[Group]] = MappingProxyType({}),
         look: Callable[[Key, Call], Any] = lambda key, call: None,
     ) -> None:
-        """`stacks`: a port's axes that stack layers; `look`: what a product's visit depends on."""
-        self.batch_size, self.visit, self.look, self.stacks = batch_size, visit, look, stacks
+        """`calls`: how equations are entered, by name; `stacks`: a port's axes that stack layers.
+
+        `look`: what a product's visit depends on.
+        """
+        self.calls, self.batch_size, self.visit = calls, batch_size, visit
+        self.look, self.stacks = look, stacks
         self.noted = Noted()
         self.scans: dict[int, int] = {}
         self.leading: set[int | None] = set()
@@ -76,7 +83,7 @@ class Tracer:
         origins: Sequence[Origin],
         ports: Ports,
         differentiated: Sequence[Any] | None = None,
-    ) -> tuple[list[Any], list[Origin]]:
+    ) -> Results:
         """The results of a jaxpr, and where they come from; `differentiated` are all or some."""
         # a constant of NumPy, which jax 0.8 has a class for, has no gradient, and functions with
         # rules of their own want one
@@ -113,15 +120,15 @@ class Tracer:
 
     def _equation(
         self, eqn: Any, values: list[Any], origins: list[Origin], ports: Ports
-    ) -> tuple[list[Any], list[Origin]]:
+    ) -> Results:
         none: list[Origin] = [None] * len(eqn.outvars)
         if all(o is None for o in origins):
             return _compat.evaluate(eqn, values), none
-        enter = CALLS.get(eqn.primitive.name)
-        if enter is not None and any(isinstance(o, (View, Join)) for o in origins):
+        enter, views = self.calls.get(eqn.primitive.name), views_of(*origins)
+        if enter is not None and views:
             within, self.within = self.within, (*self.within, id(eqn))
             try:
-                mine = {k: p for k, p in ports.items() if reaches(origins, k)}
+                mine = {k: p for k, p in ports.items() if any(view.holds(k) for view in views)}
                 return enter(self, eqn, values, origins, mine)
             finally:
                 self.within = within

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from singd_jax._axes import Key, View
 from singd_jax._joins import Join
 from singd_jax._product import Noted, Origin, Path, Product, views_of
-
-if TYPE_CHECKING:
-    from singd_jax._trace import Ports, Tracer
+from singd_jax._tap import Ports
+from singd_jax._trace import Results, Tracer
 
 Leaves: TypeAlias = Mapping[int, int]  # the new number of each leaf
 
@@ -49,7 +48,7 @@ def run(
     values: Sequence[Any],
     origins: Sequence[Origin],
     ports: Ports,
-) -> tuple[list[Any], list[Origin]]:
+) -> Results:
     """The results of a call and their origins.
 
     Args:
