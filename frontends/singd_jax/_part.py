@@ -64,12 +64,6 @@ class Part:
         region = region.astype(leaf.dtype)
         return region if self.whole else leaf.at[self._slices()].set(region)
 
-    def zeros(self, leaf: Array, dtype: Any) -> Array:
-        """Zeros of the shape of the region, sharded like the leaf if it is all of it."""
-        if self.whole:
-            return jnp.zeros_like(leaf, dtype=dtype)
-        return jnp.zeros([n for _, n in self.region], dtype)
-
     def matrix(self, region: Array) -> Array:
         """The matrix, shape (*stack, d_out, d_in), of the region."""
         x = jnp.flip(region, sorted(self.flips)) if self.flips else region
@@ -93,6 +87,11 @@ class Part:
         want = [*(atom for group in self.stack for atom in group), *self.outs, *self.ins]
         have = sorted(want, key=lambda atom: (atom[0], -atom[1]))
         return have, [have.index(atom) for atom in want]
+
+
+def padded(matrix: Array) -> Array:
+    """A matrix, or rows of K, with a column of zeros for the bias."""
+    return jnp.pad(matrix, [(0, 0)] * (matrix.ndim - 1) + [(0, 1)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +133,7 @@ class Laid(LayerKind):
         if bias is None or self.bias is None:
             return matrix
         # written into one array: XLA would compile a concatenation again for each equal layer
-        wide = jnp.pad(matrix, [(0, 0)] * (matrix.ndim - 1) + [(0, 1)])
+        wide = padded(matrix)
         return wide.at[..., -1:].set(self.bias.matrix(bias).astype(wide.dtype))
 
     def split(
