@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from singd_core import rules
 from singd_core._array import Array
@@ -14,9 +14,6 @@ from singd_core._recipes import DEFAULT, STRUCTURES, settings
 from singd_core._settings import Settings
 from singd_core.layers import Tensor
 from singd_jax._layer import COMPLEX, Layer, Role, Wanted
-
-if TYPE_CHECKING:
-    from singd_jax._state import SingdState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,12 +69,11 @@ class Layers(Mapping[str, Layer]):
         """The parameters that are Python numbers, and so are not trained."""
         return [name for name in self.others if name not in self.shapes]
 
-    def of(self, states: Iterable[SingdState]) -> Layers:
-        """Those that states train and that show rows, as they train them."""
+    def of(self, factors: Mapping[str, rules.Factors]) -> Layers:
+        """Those that show rows and have factors, as these train them."""
         trained = {
-            name: self[name].of(factors)
-            for own in states
-            for name, factors in own.factors.items()
+            name: self[name].of(own)
+            for name, own in factors.items()
             if name in self and self[name].has_rows
         }
         return dataclasses.replace(self, found=trained)
