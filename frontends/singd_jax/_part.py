@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import jax.numpy as jnp
 
 from singd_core._array import Array
-from singd_core.layers import LayerKind, Sample
+from singd_core.layers.base import WithoutRows
 from singd_jax._axes import Group, Region, size
 
 
@@ -95,7 +95,7 @@ def padded(matrix: Array) -> Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class Laid(LayerKind):
+class Laid(WithoutRows):
     """How the regions of a weight and of its bias, in their leaves' own axes, are a matrix.
 
     It makes no rows: those come from the products that the loss is traced for.
@@ -109,23 +109,6 @@ class Laid(LayerKind):
     weight: Part
     bias: Part | None
     overlap: float = 1.0
-
-    def inputs(
-        self, x: Array, *, bias: bool, kfac_approx: str, sample: Sample | None = None
-    ) -> NoReturn:
-        """Not to be asked for."""
-        raise NotImplementedError
-
-    def outputs(
-        self,
-        g: Array,
-        *,
-        kfac_approx: str,
-        loss_average: str | int | None,
-        sample: Sample | None = None,
-    ) -> NoReturn:
-        """Not to be asked for."""
-        raise NotImplementedError
 
     def matrix(self, weight: Array, bias: Array | None = None) -> Array:
         """The matrix (*stack, d_out, d_in [+ 1]) of the regions, or of their gradients."""
