@@ -52,7 +52,7 @@ class Tracer:
         self,
         calls: Mapping[str, Enter],
         batch_size: int | None,
-        visit: Visit,
+        visit: Visit = lambda key, call, x, y, ports: y,
         stacks: Mapping[Key, Sequence[Group]] = MappingProxyType({}),
         look: Callable[[Key, Call], Any] = lambda key, call: None,
     ) -> None:
