@@ -30,7 +30,7 @@ class Roster:
         groups: The parameter groups of the optimizer.
         names: The names of parameters.
         layers: The layers.
-        fallback: The parameters that belong to none: AdamW trains them.
+        fallback: The groups of the parameters that belong to none: AdamW trains them.
         group_of: The group of each parameter.
         by_weight: The layer of each weight.
         makeup: What the model was made of when layers were found.
@@ -43,7 +43,7 @@ class Roster:
         self.model, self.groups = model, list[dict[str, Any]]()
         self.names: dict[Any, str] = {}
         self.layers: list[Layer] = []
-        self.fallback: list[nn.Parameter] = []
+        self.fallback: dict[nn.Parameter, dict[str, Any]] = {}
         self.group_of: dict[nn.Parameter, dict[str, Any]] = {}
         self.by_weight: dict[Tensor, Layer] = {}
         self.warnings = Warnings()
@@ -90,7 +90,7 @@ class Roster:
         left_out = {*self.makeup.left_out, *taken_out} if hasattr(self, "makeup") else None
         self.makeup = Makeup(self.model, self.group_of, left_out)
         owned = {p for layer in self.layers for p in layer.parameters}
-        self.fallback = [p for p in self.group_of if p not in owned]
+        self.fallback = {p: group for p, group in self.group_of.items() if p not in owned}
 
     # ---- what may have changed ------------------------------------------------------------------
 

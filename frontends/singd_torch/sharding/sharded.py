@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from typing import Any
 
@@ -63,7 +63,7 @@ class Sharded:
         self,
         groups: list[dict[str, Any]],
         layers: Sequence[Layer],
-        fallback: Sequence[nn.Parameter],
+        fallback: Iterable[nn.Parameter],
         names: Mapping[nn.Parameter, str],
         compile: dict[str, Any] | None,
     ) -> None:
@@ -177,10 +177,8 @@ class Sharded:
 
     def begin(self) -> None:
         """Have the state that the first steps would make."""
-        own = list(self._own.values())
-        share = self.share
-        others = {p: share.roster.group_of[p] for p in share.roster.fallback}
-        share.state.update(_state.before_any_step(own, others))
+        share, own = self.share, self._own.values()
+        share.state.update(_state.before_any_step(own, share.roster.fallback))
 
     def show(self, state: dict[Any, dict[str, Tensor]]) -> None:
         """Let a state have, by parameter, what this process has, and as `meta` what it has not.
