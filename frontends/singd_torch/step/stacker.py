@@ -129,8 +129,7 @@ class Stacker:
             given = roster.group_of, self.processes
             self.sharded = parted(*given, copies=self.shard, summed=self.summed)
         if self.sharded is not None:
-            layers, others = roster.layers, roster.fallback
-            self.sharded.arrange(roster.groups, layers, others, roster.names, self.compile)
+            self.sharded.arrange(roster, self.compile)
         self.stack_up()
 
     # ---- what steps now -------------------------------------------------------------------------
