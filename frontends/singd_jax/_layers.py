@@ -14,7 +14,8 @@ from singd_core._recipes import DEFAULT, STRUCTURES, settings
 from singd_core._settings import Settings
 from singd_core._table import rendered, times
 from singd_core.layers import Tensor
-from singd_jax._layer import COMPLEX, Layer, Role, Wanted
+from singd_jax._layer import Layer, Role, Wanted
+from singd_jax._reasons import COMPLEX
 
 _BYTES = "bytes of factors"
 

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from singd_jax._axes import Key, Region, merged
-from singd_jax._calls import Call
-from singd_jax._layer import COMPLEX, TRANSPOSED, Layer
+from singd_jax._calls import EMBEDDING, Call
+from singd_jax._layer import TRANSPOSED, Layer
 from singd_jax._loss import Leaves, is_followed
 from singd_jax._part import Part
 from singd_jax._product import Bias, Noted, Path
-from singd_jax._reasons import NUMBER
+from singd_jax._reasons import COMPLEX, NUMBER
 
 
 class Search:
@@ -26,12 +26,9 @@ class Search:
         self.reasons: dict[str, str] = {}
 
     def run(self, kfac_approx: str) -> None:
-        candidates = []
-        for key in sorted(self.noted.calls):
-            layer = self._layer(key, self.noted.calls[key], kfac_approx)
-            if layer is not None:
-                candidates.append(layer)
-        candidates = self._without_shared_biases(candidates)
+        calls = sorted(self.noted.calls.items())
+        found = [self._layer(key, own, kfac_approx) for key, own in calls]
+        candidates = self._without_shared_biases([layer for layer in found if layer is not None])
         while True:  # a bias that is let go may leave another leaf uncovered
             kept = self._covered(candidates)
             if kept == candidates:
@@ -70,8 +67,8 @@ class Search:
         """The layer of a region of a leaf, or None with a reason."""
         leaf, region = key
         name = self.leaves.names[leaf]
-        embeddings = [call for call in calls.values() if call.kind == "embedding"]
-        main = next((c for c in calls.values() if c.kind != "embedding"), *embeddings[:1])
+        embeddings = [call for call in calls.values() if call.kind == EMBEDDING]
+        main = next((c for c in calls.values() if c.kind != EMBEDDING), *embeddings[:1])
         uses = {path: call for path, call in calls.items() if call.layout == main.layout}
         rest = [call for path, call in calls.items() if path not in uses]
         if any(call.layout != main.transposed for call in rest):
@@ -91,7 +88,7 @@ class Search:
         if kfac_approx == "reduce" and key in self.noted.steps:
             notes.append("the steps of a scan are not averaged over")
         kind = main.kind if len(uses) == 1 else f"{main.kind}, {len(uses)} uses"
-        if embeddings and main.kind != "embedding":
+        if embeddings and main.kind != EMBEDDING:
             kind += " and embedding"
         elif rest:
             kind += " and transposed"
@@ -146,15 +143,19 @@ class Search:
         for layer in layers:
             if layer.bias is not None and self._additions(layer.bias) > layer.uses:
                 self.reasons[layer.bias.name] = "the bias of several matrices"
-                layer = dataclasses.replace(layer, bias=None)
+                layer = layer.without_bias()
             kept.append(layer)
         return kept
 
     def _additions(self, part: Part) -> int:
         """To how many products a bias, or some of it, is added: of layers or of none."""
         leaf = self.leaves.names.index(part.name)
+        return sum(_meet(region, part.region) for region in self._added(leaf))
+
+    def _added(self, leaf: int) -> list[Region]:
+        """Which regions of a leaf are added to products, once for each."""
         biases = (b for found in self.noted.biases.values() for b in found.values())
-        return sum(b.view.leaf == leaf and _meet(b.view.region, part.region) for b in biases)
+        return [b.view.region for b in biases if b.view.leaf == leaf]
 
     def _covered(self, layers: list[Layer]) -> list[Layer]:
         """Without the layers and biases that do not account for all of their leaf's gradient."""
@@ -170,7 +171,7 @@ class Search:
                 continue
             if layer.bias is not None and not accounted[layer.bias.name]:
                 self.reasons[layer.bias.name] = "a bias only in part"
-                layer = dataclasses.replace(layer, bias=None)
+                layer = layer.without_bias()
             kept.append(layer)
         return kept
 
@@ -181,9 +182,7 @@ class Search:
             return False
         if sum(part.numbers for part in parts) == math.prod(self.leaves.arrays[leaf].shape):
             return True
-        used = {region for i, region in self.noted.calls if i == leaf}
-        biases = (b for found in self.noted.biases.values() for b in found.values())
-        used |= {bias.view.region for bias in biases if bias.view.leaf == leaf}
+        used = {region for i, region in self.noted.calls if i == leaf} | {*self._added(leaf)}
         return used == {part.region for part in parts} and not self.noted.reads.get(leaf)
 
 
