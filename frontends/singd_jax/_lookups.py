@@ -19,9 +19,8 @@ def gather(
 ) -> Call | str:
     """Rows looked up in a parameter by an index of shape `index`; or why it is no embedding."""
     numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
-    batching = getattr(numbers, "operand_batching_dims", ())
     picked = [d for d, n in enumerate(view.shape) if sizes[d] != n]
-    if len(picked) != 1 or batching:
+    if len(picked) != 1 or numbers.operand_batching_dims:
         return "indexed along several axes"
     (axis,), mapped = picked, list(numbers.start_index_map)
     collapsed, offsets = tuple(numbers.collapsed_slice_dims), list(numbers.offset_dims)
