@@ -54,11 +54,8 @@ def layer_curvature(
         x = cast(x, widen(weight))
     diagonal = issubclass(factors.structures[0], Diagonal)
     inputs_of = kind.diagonal_rows if diagonal else kind.inputs
-    _, d_out, d_in = kind.shape(tuple(weight.shape), bias is not None)
-    of_x, of_g = (
-        Sample.of(most, structure, d, step)
-        for structure, d in zip(factors.structures, (d_in, d_out), strict=True)
-    )
+    _, d_out, d_in = shape = kind.shape(tuple(weight.shape), bias is not None)
+    of_x, of_g = Sample.of_both(most, factors.structures, shape, step)
     A, N = inputs_of(x, bias=bias is not None, kfac_approx=kfac_approx, sample=of_x)
     B, M = kind.outputs(g, kfac_approx=kfac_approx, loss_average=loss_average, sample=of_g)
     if kind.row_parts != (None,):

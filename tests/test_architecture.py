@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # From the bottom to the top; a folder holds modules of one rank.
 RANKS: dict[str, list[str]] = {
     "singd_core": [
-        *("_version", "_warnings", "_kernels", "_array", "_scalars", "_tree", "rounding"),
+        *("_version", "_warnings", "_table", "_kernels", "_array", "_scalars", "_tree", "rounding"),
         *("_settings", "structures", "curvature", "levels", "preconditioner", "rules", "adamw"),
         *("_recipes", "layers", "late", "length", "step"),
         *("_layer_state", "_given", "_given_rows", "_given_state", "_parameter", "optimizer"),

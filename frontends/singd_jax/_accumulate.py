@@ -85,8 +85,7 @@ class MultiSteps(optax.MultiSteps):  # type: ignore[misc]
         Raises:
             ValueError: If a parameter is complex: optax drops the imaginary part.
         """
-        leaves = Leaves.of(params)
-        for name, array in zip(leaves.names, leaves.arrays, strict=True):
+        for name, array in Leaves.of(params).named.items():
             if is_complex(array):
                 raise ValueError(
                     f"{name} is complex, and optax.MultiSteps accumulates real numbers: accumulate "

@@ -235,13 +235,10 @@ class View:
 
     def cut(self, starts: Sequence[Any], sizes: Sequence[int]) -> View | None:
         """The view of a slice that starts at numbers, as dynamic_slice moves them; else None."""
-        view: View | None = self
-        for axis, (start, length, n) in enumerate(zip(starts, sizes, self.shape, strict=True)):
-            if isinstance(start, jax.core.Tracer):
-                return None
-            first = min(max(int(start), 0), n - length)
-            view = None if view is None else view.narrow(axis, first, length)
-        return view
+        if any(isinstance(start, jax.core.Tracer) for start in starts):
+            return None
+        each = zip(starts, sizes, self.shape, strict=True)
+        return self._part([(min(max(int(i), 0), n - length), length) for i, length, n in each])
 
     def enter_scan(self, scan: Any) -> View:
         """The view of one index of the first axis, inside a scan over it."""
@@ -251,11 +248,14 @@ class View:
     def _sliced(self, params: Mapping[str, Any]) -> View | None:
         if params.get("strides") is not None and any(s != 1 for s in params["strides"]):
             return None
+        ends = zip(params["start_indices"], params["limit_indices"], strict=True)
+        return self._part([(start, stop - start) for start, stop in ends])
+
+    def _part(self, spans: Sequence[tuple[int, int]]) -> View | None:
+        """The view of some entries of each axis, by the first and how many; None as above."""
         view: View | None = self
-        for axis, (start, stop) in enumerate(
-            zip(params["start_indices"], params["limit_indices"], strict=True)
-        ):
-            view = None if view is None else view.narrow(axis, start, stop - start)
+        for axis, (start, length) in enumerate(spans):
+            view = None if view is None else view.narrow(axis, start, length)
         return view
 
     def _reversed(self, dimensions: Sequence[int]) -> View | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from singd_jax import _calls, _compat
 from singd_jax._axes import Group, Key, View, axes_of, restored
@@ -33,9 +33,7 @@ from singd_jax._targets import (
     number_of,
     outer_product,
 )
-
-if TYPE_CHECKING:
-    from singd_jax._trace import Tracer
+from singd_jax._trace import Tracer
 
 
 class Walk:
@@ -121,7 +119,7 @@ class Walk:
         elif name in ("mul", "div") and (side := self._multiplied(eqn, level.made_in)) is not None:
             number = number_of(eqn.invars[1 - side], level.made_in)
             found[side].append(t.times(number, name == "div"))
-        elif name in ("reduce_sum", "psum", "psum_invariant", "psum2"):
+        elif name in ("reduce_sum", "psum", "psum_invariant"):
             at, dims = p["axes"], list(view.dims)
             for axis in sorted(at) if name == "reduce_sum" else ():
                 dims.insert(axis, ((-1 - len(dims), 1, shapes[0][axis]),))

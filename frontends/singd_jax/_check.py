@@ -18,7 +18,7 @@ from singd_jax._calls import EXPAND, Call
 from singd_jax._layer import TRANSPOSED, Layer
 from singd_jax._layers import Layers, checked
 from singd_jax._loss import Leaves
-from singd_jax._measure import padded
+from singd_jax._part import padded
 from singd_jax._tapped import Tapped, value_and_grad
 
 

@@ -6,7 +6,6 @@ Written for jax 0.8 to 0.12. Primitives are matched by name: their objects move 
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
@@ -41,13 +40,9 @@ def evaluate(eqn: Equation, values: Sequence[Any]) -> list[Any]:
         v: x for v, x in zip(eqn.invars, values, strict=True) if not isinstance(v, core.Literal)
     }
     names = {"arg_names": ("",) * len(given), "result_paths": ("",) * len(eqn.outvars)}
-    told = {"debug_info": _debug_info()._replace(**names)} if _TOLD else {}
-    jaxpr = core.Jaxpr([], list(given), list(eqn.outvars), [eqn], eqn.effects, **told)
+    told = _debug_info()._replace(**names)
+    jaxpr = core.Jaxpr([], list(given), list(eqn.outvars), [eqn], eqn.effects, debug_info=told)
     return list(core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, []))(*given.values()))
-
-
-# From jax 0.6 on a jaxpr wants to know whose it is.
-_TOLD = "debug_info" in inspect.signature(core.Jaxpr.__init__).parameters
 
 
 @functools.cache
@@ -55,14 +50,12 @@ def _debug_info() -> Any:
     return jax.make_jaxpr(lambda: 0)().jaxpr.debug_info
 
 
-# Equations that run a jaxpr as it is, and those that may run it again, by their old and new names.
-INLINE = ("jit", "pjit", "closed_call", "core_call")
-REMAT = ("remat", "remat2", "checkpoint")
-CUSTOM_VJP = ("custom_vjp_call", "custom_vjp_call_jaxpr")
+# Equations that run a jaxpr as it is, and those with rules of differentiation of their own.
+INLINE = ("jit", "closed_call")
 REFS = ("addupdate", "get", "swap")
-OWN_RULES = ("custom_jvp_call", *CUSTOM_VJP)
+OWN_RULES = ("custom_jvp_call", "custom_vjp_call")
 # All that run the jaxpr which `inner_jaxpr` returns, once.
-RUNS = (*INLINE, *REMAT, "custom_jvp_call", "custom_vjp_call")
+RUNS = (*INLINE, "remat2", *OWN_RULES)
 
 
 def inner_jaxpr(eqn: Equation) -> tuple[Jaxpr, Sequence[Any]]:
@@ -186,10 +179,9 @@ def kept(x: Any, count: Any) -> Any:
 
 def is_local() -> bool:
     """Whether an array of this trace lies on one device: there is one, or each has its own."""
-    mesh = getattr(jax.sharding, "get_abstract_mesh", lambda: None)()
-    names = tuple(getattr(mesh, "axis_names", ()))
-    manual = tuple(getattr(mesh, "manual_axes", ()))
-    return jax.device_count() == 1 or (len(names) > 0 and set(names) == set(manual))
+    sharding: Any = jax.sharding
+    mesh = sharding.get_abstract_mesh()
+    return jax.device_count() == 1 or 0 < len(mesh.axis_names) == len(mesh.manual_axes)
 
 
 def whole(x: Any) -> Any:
@@ -203,8 +195,8 @@ def whole(x: Any) -> Any:
 
 def auto_sharded(f: Callable[..., Any], like: Any) -> Callable[..., Any]:
     """`f` with its shardings left to XLA, the result sharded like `like`, on explicit meshes."""
-    mesh = getattr(jax.sharding, "get_abstract_mesh", lambda: None)()
-    if mesh is None or not getattr(mesh, "explicit_axes", ()):
+    sharding: Any = jax.sharding
+    if not sharding.get_abstract_mesh().explicit_axes:
         return f
     specs = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, like)
-    return jax.sharding.auto_axes(f, out_sharding=specs)  # type: ignore[no-any-return]
+    return sharding.auto_axes(f, out_sharding=specs)  # type: ignore[no-any-return]

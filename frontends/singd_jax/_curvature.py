@@ -72,8 +72,7 @@ def value_and_curvature(
                 "singd(loss=loss), and tx.init(params, *batch), or singd(layers=layers); or take "
                 "jax.value_and_grad, to learn from gradients alone"
             )
-        trained = layers.of(states)
-        kept, slots = _ports(trained, states)
+        trained, kept, slots = _ports(layers, states)
         factors = {name: own.measuring() for name, own in kept.items() if not is_blind(own)}
         known = [k for own in states for k, layer in own.layers.items() if layer.has_rows]
         if known and len(layers) and not kept:
@@ -151,22 +150,22 @@ def _is_cheap(layers: Layers, factors: Mapping[str, Factors], rows: Mapping[str,
 @_compat.promoting
 def _ports(
     layers: Layers, states: Sequence[SingdState]
-) -> tuple[dict[str, Factors], dict[str, Any]]:
-    """The factors of each layer, and zeros for what its roles add up."""
+) -> tuple[Layers, dict[str, Factors], dict[str, Any]]:
+    """The layers that states train by rows, their factors, and zeros for what roles add up."""
     known = {name: factors for own in states for name, factors in own.factors.items()}
-    factors = {name: known[name] for name in layers}
+    trained = layers.of(known)
+    factors = {name: known[name] for name in trained}
     zeros = functools.cache(jnp.zeros)  # one array for all slots of a shape
     slots = {
         name: dict.fromkeys(layer.roles, slot(layer, factors[name], zeros))
-        for name, layer in layers.items()
+        for name, layer in trained.items()
     }
-    return factors, slots
+    return trained, factors, slots
 
 
 def blank(layers: Layers, states: Sequence[SingdState]) -> dict[str, Curvature]:
     """Zeros like the curvature of all layers."""
-    trained = layers.of(states)
-    _, slots = _ports(trained, states)
+    trained, _, slots = _ports(layers, states)
     return _curvatures(slots, trained, layers.loss_average)
 
 

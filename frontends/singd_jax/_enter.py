@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +21,8 @@ from singd_jax._joins import Join
 from singd_jax._product import Origin, Product
 from singd_jax._reasons import STACKED
 from singd_jax._rules import custom_jvp, custom_vjp
-from singd_jax._tap import Slice
-
-if TYPE_CHECKING:
-    from singd_jax._trace import Ports, Tracer
-
-Results: TypeAlias = tuple[list[Any], list[Origin]]
+from singd_jax._tap import Ports, Slice
+from singd_jax._trace import Enter, Results, Tracer
 
 
 def inline(
@@ -148,15 +144,6 @@ def shard_map(
     return results, [None] * len(results)
 
 
-def reaches(origins: Sequence[Origin], key: Any) -> bool:
-    """Whether a weight lies in one of the values."""
-    for origin in origins:
-        views = origin.views if isinstance(origin, Join) else (origin,)
-        if any(isinstance(view, View) and view.holds(key) for view in views):
-            return True
-    return False
-
-
 def _note_returned(tracer: Tracer, origins: Sequence[Origin], name: str) -> None:
     for origin in origins:
         tracer.note(origin, f"returned by a `{name}`")
@@ -172,12 +159,12 @@ def _stacked(views: Sequence[View], key: Any, stack: Sequence[Any]) -> bool:
     )
 
 
-CALLS: Mapping[str, Callable[..., Results]] = {
+CALLS: Mapping[str, Enter] = {
     **dict.fromkeys(_compat.INLINE, inline),
-    **dict.fromkeys(_compat.REMAT, remat),
+    "remat2": remat,
     "scan": scan,
     "cond": cond,
     "custom_jvp_call": custom_jvp,
-    **dict.fromkeys(_compat.CUSTOM_VJP, custom_vjp),
+    "custom_vjp_call": custom_vjp,
     "shard_map": shard_map,
 }

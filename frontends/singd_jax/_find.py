@@ -10,15 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from singd_core._array import Array, ranged
+from singd_core._array import ranged
 from singd_core.layers.base import is_expand, loss_terms
 from singd_core.structures import choose
-from singd_jax._axes import Key
-from singd_jax._calls import Call
+from singd_jax._enter import CALLS
 from singd_jax._layers import Layers, pair
 from singd_jax._loss import Leaves, evaluate, size_of_batch
 from singd_jax._search import Search
-from singd_jax._trace import Ports, Tracer
+from singd_jax._trace import Tracer
 
 
 def find_layers(
@@ -80,18 +79,16 @@ def find_layers(
         needed = loss_average == "batch" or kfac_approx == "reduce"
         first = functools.partial(leading, alone, leaves, batch, keywords)
         n = size_of_batch(batch_size, batch, keywords, first) if needed else None
-        tracer = Tracer(n, _untouched)
+        tracer = Tracer(CALLS, n)
         _follow(alone, tracer, leaves, batch, keywords)
-        search = Search(tracer, leaves)
+        search = Search(tracer.noted, leaves)
         search.run(kfac_approx)
+        arrays = leaves.named.items()
         return Layers(
             found=search.layers,
             others=search.others(),
-            shapes={k: tuple(a.shape) for k, a in zip(leaves.names, leaves.arrays, strict=True)},
-            itemsizes={
-                k: ranged(jnp.zeros((0,), a.dtype)).dtype.itemsize
-                for k, a in zip(leaves.names, leaves.arrays, strict=True)
-            },
+            shapes={k: tuple(a.shape) for k, a in arrays},
+            itemsizes={k: ranged(jnp.zeros((0,), a.dtype)).dtype.itemsize for k, a in arrays},
             structures=pair(structures),
             kfac_approx=kfac_approx,
             loss_average=loss_average,
@@ -120,7 +117,9 @@ def _explaining(params: Any) -> Iterator[None]:
             "jax.vmap or jax.shard_map"
         ) from error
     except (TypeError, AttributeError) as error:
-        has_none = any(leaf is None for leaf in jax.tree.leaves(params, is_leaf=_is_none))
+        has_none = any(
+            leaf is None for leaf in jax.tree.leaves(params, is_leaf=lambda leaf: leaf is None)
+        )
         if "NoneType" not in str(error) or not has_none:
             raise
         raise TypeError(
@@ -130,15 +129,11 @@ def _explaining(params: Any) -> Iterator[None]:
         ) from error
 
 
-def _is_none(leaf: Any) -> bool:
-    return leaf is None
-
-
 def leading(
     loss: Callable[..., Any], leaves: Leaves, batch: tuple[Any, ...], keywords: Mapping[str, Any]
 ) -> set[Any]:
     """The lengths of the first axes of what parameters multiply in a loss."""
-    tracer = Tracer(None, _untouched)
+    tracer = Tracer(CALLS, None)
     _follow(loss, tracer, leaves, batch, keywords)
     return tracer.leading - {None}
 
@@ -154,7 +149,3 @@ def _follow(
         lambda arrays: evaluate(loss, tracer, leaves, arrays, {}, batch, keywords),
         list(leaves.arrays),
     )
-
-
-def _untouched(key: Key, call: Call, x: Any, y: Array, ports: Ports) -> Array:
-    return y

@@ -18,8 +18,6 @@ from singd_jax._part import Laid, Part
 Role: TypeAlias = str
 UPRIGHT, TRANSPOSED = "", " transposed"
 
-COMPLEX = "of complex numbers"  # why a parameter is no layer, and no matrix without rows either
-
 # Two names or classes, "auto:b", or None for what fits each weight; see choose.resolve.
 Wanted: TypeAlias = choose.Structures | None
 

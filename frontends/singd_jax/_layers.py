@@ -5,18 +5,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from singd_core import rules
 from singd_core._array import Array
 from singd_core._recipes import DEFAULT, STRUCTURES, settings
 from singd_core._settings import Settings
+from singd_core._table import rendered, times
 from singd_core.layers import Tensor
-from singd_jax._layer import COMPLEX, Layer, Role, Wanted
+from singd_jax._layer import Layer, Role, Wanted
+from singd_jax._reasons import COMPLEX
 
-if TYPE_CHECKING:
-    from singd_jax._state import SingdState
+_BYTES = "bytes of factors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,12 +73,11 @@ class Layers(Mapping[str, Layer]):
         """The parameters that are Python numbers, and so are not trained."""
         return [name for name in self.others if name not in self.shapes]
 
-    def of(self, states: Iterable[SingdState]) -> Layers:
-        """Those that states train and that show rows, as they train them."""
+    def of(self, factors: Mapping[str, rules.Factors]) -> Layers:
+        """Those that show rows and have factors, as these train them."""
         trained = {
-            name: self[name].of(factors)
-            for own in states
-            for name, factors in own.factors.items()
+            name: self[name].of(own)
+            for name, own in factors.items()
             if name in self and self[name].has_rows
         }
         return dataclasses.replace(self, found=trained)
@@ -144,7 +144,7 @@ class Layers(Mapping[str, Layer]):
         """
         wanted = self.structures if structures is None else pair(structures)
         wanted, own = STRUCTURES[recipe] if wanted is None else wanted, settings(recipe)
-        header = ("parameter", "shape", "kind", "matrix", "K", "C", "bytes of factors", "")
+        header = ("parameter", "shape", "kind", "matrix", "K", "C", _BYTES, "")
         body: list[tuple[str, ...]] = [header]
         for layer in self.found.values():
             body.append(self._row(layer, wanted, own))
@@ -154,9 +154,9 @@ class Layers(Mapping[str, Layer]):
                 layer = Layer.tensor(name, self.shapes[name])
                 body.append(self._row(dataclasses.replace(layer, notes=(reason,)), wanted, own))
                 continue
-            trained = (_times(self.shapes[name]), "AdamW") if name in self.shapes else ("", "")
+            trained = (times(self.shapes[name]), "AdamW") if name in self.shapes else ("", "")
             body.append((name, *trained, "", "", "", "", reason))
-        return _render(body)
+        return rendered(body, _BYTES)
 
     def _row(self, layer: Layer, wanted: Wanted, s: Settings) -> tuple[str, ...]:
         (stack, d_out, d_in), itemsize = layer.shape, self.itemsizes[layer.weight.name]
@@ -165,9 +165,9 @@ class Layers(Mapping[str, Layer]):
         count = math.prod(stack) * (2 if rule.keeps_momentum(s) else 1)
         total = count * itemsize * (K.numbers(d_in) + C.numbers(d_out))
         bias = "" if layer.bias is None else f" + {_short(layer.bias.name)}"
-        matrix = _times((d_out, d_in)) if not stack else f"{_times(stack)} of {d_out}×{d_in}"
+        matrix = times((d_out, d_in)) if not stack else f"{times(stack)} of {d_out}×{d_in}"
         notes = "; ".join([*(f"also {reason}" for reason in layer.elsewhere), *layer.notes])
-        shape = _times(self.shapes[layer.weight.name])
+        shape = times(self.shapes[layer.weight.name])
         return layer.name + bias, shape, layer.kind, matrix, K.name, C.name, f"{total:,}", notes
 
 
@@ -195,19 +195,3 @@ def checked(layers: Any) -> Layers:
 def pair(structures: Any) -> Wanted:
     """Structures as they are given, two of them as a tuple."""
     return tuple(structures) if isinstance(structures, list) else structures
-
-
-def _times(shape: Sequence[int]) -> str:
-    return "×".join(map(str, shape)) or "1"
-
-
-def _render(body: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[i]) for row in body) for i in range(len(body[0]))]
-    lines = []
-    for row in body:
-        cells = [
-            cell.rjust(width) if i == 6 else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)

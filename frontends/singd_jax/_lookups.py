@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from singd_core._array import Array
 from singd_core.layers import Embedding, Sample
-from singd_jax._axes import Atom, View
+from singd_jax._axes import View
 from singd_jax._calls import EMBEDDING, EXPAND, Call, atoms, features, in_order
 
 
@@ -19,9 +19,8 @@ def gather(
 ) -> Call | str:
     """Rows looked up in a parameter by an index of shape `index`; or why it is no embedding."""
     numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
-    batching = getattr(numbers, "operand_batching_dims", ())
     picked = [d for d, n in enumerate(view.shape) if sizes[d] != n]
-    if len(picked) != 1 or batching:
+    if len(picked) != 1 or numbers.operand_batching_dims:
         return "indexed along several axes"
     (axis,), mapped = picked, list(numbers.start_index_map)
     collapsed, offsets = tuple(numbers.collapsed_slice_dims), list(numbers.offset_dims)
@@ -60,14 +59,13 @@ def gather(
         B, at = outputs(g, EXPAND, None), places(x).reshape(-1)
         return jnp.zeros((B.shape[-1], entries), B.dtype).at[:, at].add(B.T, mode="drop")
 
-    along: list[tuple[Atom, ...]] = [()] * len(y)
     return Call(
         kind=EMBEDDING,
         view=view,
         stack=view.stack,
         outs=in_order(outs),
         ins=view.dims[axis],
-        along=tuple(along),
+        along=((),) * len(y),
         rows=math.prod(index[:-1]),
         examples=math.prod(index[:-1]),
         leading=index[0] if len(index) > 1 else None,

@@ -16,7 +16,8 @@ from singd_core._array import Array
 from singd_jax import _compat, _nnx
 from singd_jax._axes import View
 from singd_jax._spread import NONE, PARAMETERS, Perturbed
-from singd_jax._trace import Ports, Tracer
+from singd_jax._tap import Ports
+from singd_jax._trace import Tracer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,20 +113,19 @@ class Leaves:
 
     def tree(self, values: Mapping[str, Any]) -> Any:
         """The pytree with a value for each leaf that has one, and optax's mark for none else."""
-        paired = self.join([_Gradient(values.get(name, _NONE)) for name in self.names])
-        return jax.tree.map(
-            lambda leaf: leaf.value if isinstance(leaf, _Gradient) else _NONE,
-            paired,
-            is_leaf=lambda leaf: isinstance(leaf, _Gradient),
-        )
+        none = optax.MaskedNode()
+        return self._joined([values.get(name, none) for name in self.names], none)
 
     def gradients(self, leaves: Sequence[Array]) -> Any:
         """The pytree of gradients: None in place of what is not trained."""
-        paired = self.join([_Gradient(leaf) for leaf in leaves])
+        return self._joined(leaves, None)
+
+    def _joined(self, values: Sequence[Any], other: Any) -> Any:
+        """The pytree of values, with another one in place of what is not trained."""
         return jax.tree.map(
-            lambda leaf: leaf.value if isinstance(leaf, _Gradient) else None,
-            paired,
-            is_leaf=lambda leaf: isinstance(leaf, _Gradient),
+            lambda leaf: leaf.value if isinstance(leaf, _Trained) else other,
+            self.join([_Trained(value) for value in values]),
+            is_leaf=lambda leaf: isinstance(leaf, _Trained),
         )
 
 
@@ -146,14 +146,11 @@ def _refuse_shared(named: Sequence[Any]) -> None:
             )
 
 
-_NONE = optax.MaskedNode()
+@dataclasses.dataclass
+class _Trained:
+    """The value of a leaf, told apart from what is not trained."""
 
-
-class _Gradient:
-    """A gradient that is told apart from what is not trained."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
+    value: Any
 
 
 def evaluate(

@@ -162,8 +162,3 @@ def is_blind(factors: Factors) -> bool:
     keep enough of it.
     """
     return all(S.sums() is S for S in factors.structures)
-
-
-def padded(rows: Array) -> Array:
-    """Rows of K with a zero for the bias, which a transposed use does not see."""
-    return jnp.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, 1)])

@@ -12,10 +12,8 @@ from singd_core._array import Array
 from singd_jax import _compat
 from singd_jax._axes import Key
 from singd_jax._backward import Walk, parts
-from singd_jax._tap import Port, Slice
+from singd_jax._tap import Port, Ports, Slice
 from singd_jax._targets import Hit, Numbers, Plan
-
-Ports: TypeAlias = Mapping[Key, Port]
 
 Got: TypeAlias = dict[Key, Any]  # what the taps of each weight return
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import jax.numpy as jnp
 
 from singd_core._array import Array
-from singd_core.layers import LayerKind, Sample
+from singd_core.layers.base import WithoutRows
 from singd_jax._axes import Group, Region, size
 
 
@@ -64,12 +64,6 @@ class Part:
         region = region.astype(leaf.dtype)
         return region if self.whole else leaf.at[self._slices()].set(region)
 
-    def zeros(self, leaf: Array, dtype: Any) -> Array:
-        """Zeros of the shape of the region, sharded like the leaf if it is all of it."""
-        if self.whole:
-            return jnp.zeros_like(leaf, dtype=dtype)
-        return jnp.zeros([n for _, n in self.region], dtype)
-
     def matrix(self, region: Array) -> Array:
         """The matrix, shape (*stack, d_out, d_in), of the region."""
         x = jnp.flip(region, sorted(self.flips)) if self.flips else region
@@ -95,8 +89,13 @@ class Part:
         return have, [have.index(atom) for atom in want]
 
 
+def padded(matrix: Array) -> Array:
+    """A matrix, or rows of K, with a column of zeros for the bias."""
+    return jnp.pad(matrix, [(0, 0)] * (matrix.ndim - 1) + [(0, 1)])
+
+
 @dataclasses.dataclass(frozen=True)
-class Laid(LayerKind):
+class Laid(WithoutRows):
     """How the regions of a weight and of its bias, in their leaves' own axes, are a matrix.
 
     It makes no rows: those come from the products that the loss is traced for.
@@ -111,30 +110,13 @@ class Laid(LayerKind):
     bias: Part | None
     overlap: float = 1.0
 
-    def inputs(
-        self, x: Array, *, bias: bool, kfac_approx: str, sample: Sample | None = None
-    ) -> NoReturn:
-        """Not to be asked for."""
-        raise NotImplementedError
-
-    def outputs(
-        self,
-        g: Array,
-        *,
-        kfac_approx: str,
-        loss_average: str | int | None,
-        sample: Sample | None = None,
-    ) -> NoReturn:
-        """Not to be asked for."""
-        raise NotImplementedError
-
     def matrix(self, weight: Array, bias: Array | None = None) -> Array:
         """The matrix (*stack, d_out, d_in [+ 1]) of the regions, or of their gradients."""
         matrix = self.weight.matrix(weight)
         if bias is None or self.bias is None:
             return matrix
         # written into one array: XLA would compile a concatenation again for each equal layer
-        wide = jnp.pad(matrix, [(0, 0)] * (matrix.ndim - 1) + [(0, 1)])
+        wide = padded(matrix)
         return wide.at[..., -1:].set(self.bias.matrix(bias).astype(wide.dtype))
 
     def split(

@@ -1,10 +1,12 @@
-"""A layer's output, and whether a parameter that is added to it is its bias."""
+"""Where a value comes from, and whether a parameter added to a layer's output is its bias."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import functools
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from singd_jax._axes import Atom, Group, Key, View, reshaped, size
 from singd_jax._calls import Call, Cut
@@ -32,7 +34,7 @@ class Product:
 
     def biases(self, added: View | Join) -> list[Bias] | None:
         """What is added to each piece, or None if it is no bias of all of them."""
-        views = added.views if isinstance(added, Join) else (added,)
+        views = views_of(added)
         if len(views) != len(self.pieces):
             return None
         found = []
@@ -53,6 +55,12 @@ class Product:
 Origin: TypeAlias = View | Join | Product | None  # where a value comes from
 
 
+def views_of(*origins: Origin) -> tuple[View, ...]:
+    """The views among origins, and those that are joined in them."""
+    some = [o.views if isinstance(o, Join) else (o,) for o in origins]
+    return tuple(v for views in some for v in views if isinstance(v, View))
+
+
 @dataclasses.dataclass(frozen=True)
 class Bias:
     """A view that is added to every row of a layer's output.
@@ -66,6 +74,34 @@ class Bias:
     view: View
     stack: tuple[Group, ...]
     outs: tuple[Atom, ...]
+
+
+_dicts: Any = functools.partial(collections.defaultdict, dict)
+
+
+@dataclasses.dataclass
+class Noted:
+    """What is noted of the parameters of a loss, or of a call in it.
+
+    Attributes:
+        calls: The products found of each weight, by the path of their equations.
+        biases: What was added to them.
+        reads: For each leaf the other equations that read it.
+        steps: The weights that every step of a scan that was entered multiplies with.
+    """
+
+    calls: dict[Key, dict[Path, Call]] = dataclasses.field(default_factory=_dicts)
+    biases: dict[Key, dict[Path, Bias]] = dataclasses.field(default_factory=_dicts)
+    reads: dict[int, dict[str, None]] = dataclasses.field(default_factory=_dicts)
+    steps: set[Key] = dataclasses.field(default_factory=set)
+
+    def update(self, other: Noted) -> None:
+        """Note what another has besides."""
+        mine, others = vars(self), vars(other)
+        for name in ("calls", "biases", "reads"):
+            for key, found in others[name].items():
+                mine[name][key].update(found)
+        self.steps |= other.steps
 
 
 def bias_of(call: Call, dims: Sequence[Group], view: View) -> Bias | None:

@@ -1,6 +1,7 @@
 """Why a parameter shows no rows, and what to do about it where something can be done."""
 
 STACKED = "stacked inside the loss: keep the stack as one parameter"
+COMPLEX = "of complex numbers"  # no layer, and no matrix without rows either
 NUMBER = "a Python number, not an array: not trained"
 
 # By the equation that reads it.

@@ -6,7 +6,7 @@ They are as the other calls in `_enter`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,18 +19,16 @@ from singd_jax._measured import measured
 from singd_jax._product import Origin
 from singd_jax._reasons import made_by
 from singd_jax._spread import GRADIENT, Spread
-from singd_jax._tap import Port
+from singd_jax._tap import Port, Ports
 from singd_jax._targets import Target, are_outside
+from singd_jax._trace import Results, Tracer
 
 SHARED = "its result's gradient, times a number or with others"
-
-if TYPE_CHECKING:
-    from singd_jax._trace import Ports, Tracer
 
 
 def custom_jvp(
     tracer: Tracer, eqn: Any, values: Sequence[Any], origins: Sequence[Origin], ports: Ports
-) -> tuple[list[Any], list[Origin]]:
+) -> Results:
     """`jax.custom_jvp`: the gradient is the transpose of its rule, which is linear in tangents.
 
     So the products to visit are a parameter's tangent's, inside the rule.
@@ -79,7 +77,7 @@ def custom_jvp(
 
 def custom_vjp(
     tracer: Tracer, eqn: Any, values: Sequence[Any], origins: Sequence[Origin], ports: Ports
-) -> tuple[list[Any], list[Origin]]:
+) -> Results:
     """`jax.custom_vjp`: its backward pass shows what a weight's gradient is the product of."""
     given = [i for i in _smooth(eqn.invars) if tracer.perturbed(eqn.invars[i])]
     returned = _smooth(eqn.outvars)
@@ -115,7 +113,7 @@ def custom_vjp(
     for view, why in walk.notes:
         tracer.note(view, why)
     for key, path, bias in walk.biases:
-        tracer.biases[key][path] = bias
+        tracer.noted.biases[key][path] = bias
     if not plan.keys:
         return _compat.evaluate(eqn, values), found
 

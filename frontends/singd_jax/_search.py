@@ -9,30 +9,26 @@ from collections.abc import Sequence
 from typing import Any
 
 from singd_jax._axes import Key, Region, merged
-from singd_jax._calls import Call
-from singd_jax._layer import COMPLEX, TRANSPOSED, Layer
+from singd_jax._calls import EMBEDDING, Call
+from singd_jax._layer import TRANSPOSED, Layer
 from singd_jax._loss import Leaves, is_followed
 from singd_jax._part import Part
-from singd_jax._product import Bias, Path
-from singd_jax._reasons import NUMBER
-from singd_jax._trace import Tracer
+from singd_jax._product import Bias, Noted, Path
+from singd_jax._reasons import COMPLEX, NUMBER
 
 
 class Search:
     """Decides, from what a tracer saw, which parameters form layers."""
 
-    def __init__(self, tracer: Tracer, leaves: Leaves) -> None:
-        self.tracer, self.leaves = tracer, leaves
+    def __init__(self, noted: Noted, leaves: Leaves) -> None:
+        self.noted, self.leaves = noted, leaves
         self.layers: dict[str, Layer] = {}
         self.reasons: dict[str, str] = {}
 
     def run(self, kfac_approx: str) -> None:
-        candidates = []
-        for key in sorted(self.tracer.calls):
-            layer = self._layer(key, self.tracer.calls[key], kfac_approx)
-            if layer is not None:
-                candidates.append(layer)
-        candidates = self._without_shared_biases(candidates)
+        calls = sorted(self.noted.calls.items())
+        found = [self._layer(key, own, kfac_approx) for key, own in calls]
+        candidates = self._without_shared_biases([layer for layer in found if layer is not None])
         while True:  # a bias that is let go may leave another leaf uncovered
             kept = self._covered(candidates)
             if kept == candidates:
@@ -51,13 +47,13 @@ class Search:
         owned = {name for layer in self.layers.values() for name in layer.leaves}
         biases = {
             bias.view.leaf: self.leaves.names[leaf]
-            for (leaf, _), found in self.tracer.biases.items()
+            for (leaf, _), found in self.noted.biases.items()
             for bias in found.values()
         }
         others = {}
         for i, name in enumerate(self.leaves.names):
             if name not in owned:
-                reason = self.reasons.get(name) or "; ".join(self.tracer.reads.get(i, ()))
+                reason = self.reasons.get(name) or "; ".join(self.noted.reads.get(i, ()))
                 if not reason and i in biases:
                     weight = biases[i]
                     how = " where it is transposed" if weight in owned else ", which forms no layer"
@@ -71,8 +67,8 @@ class Search:
         """The layer of a region of a leaf, or None with a reason."""
         leaf, region = key
         name = self.leaves.names[leaf]
-        embeddings = [call for call in calls.values() if call.kind == "embedding"]
-        main = next((c for c in calls.values() if c.kind != "embedding"), *embeddings[:1])
+        embeddings = [call for call in calls.values() if call.kind == EMBEDDING]
+        main = next((c for c in calls.values() if c.kind != EMBEDDING), *embeddings[:1])
         uses = {path: call for path, call in calls.items() if call.layout == main.layout}
         rest = [call for path, call in calls.items() if path not in uses]
         if any(call.layout != main.transposed for call in rest):
@@ -89,10 +85,10 @@ class Search:
             notes.append('no axis of the batch: rows as in "expand"')
         if kfac_approx == "reduce" and any(call.guesses for call in calls.values()):
             notes.append("several axes are as long as the batch: the first was taken for it")
-        if kfac_approx == "reduce" and key in self.tracer.steps:
+        if kfac_approx == "reduce" and key in self.noted.steps:
             notes.append("the steps of a scan are not averaged over")
         kind = main.kind if len(uses) == 1 else f"{main.kind}, {len(uses)} uses"
-        if embeddings and main.kind != "embedding":
+        if embeddings and main.kind != EMBEDDING:
             kind += " and embedding"
         elif rest:
             kind += " and transposed"
@@ -113,7 +109,7 @@ class Search:
 
     def _bias(self, key: Key, uses: dict[Path, Call]) -> Part | None:
         """The bias that every use has."""
-        found = [self.tracer.biases[key].get(path) for path in uses]
+        found = [self.noted.biases[key].get(path) for path in uses]
         parts = {None if bias is None else self._bias_part(bias) for bias in found}
         if len(parts) == 1:
             return parts.pop()
@@ -138,7 +134,7 @@ class Search:
 
     def _with_other_reads(self, layer: Layer) -> Layer:
         indices = [self.leaves.names.index(name) for name in layer.leaves]
-        reads = {reason: None for i in indices for reason in self.tracer.reads.get(i, ())}
+        reads = {reason: None for i in indices for reason in self.noted.reads.get(i, ())}
         return dataclasses.replace(layer, elsewhere=tuple(reads))
 
     def _without_shared_biases(self, layers: list[Layer]) -> list[Layer]:
@@ -147,15 +143,19 @@ class Search:
         for layer in layers:
             if layer.bias is not None and self._additions(layer.bias) > layer.uses:
                 self.reasons[layer.bias.name] = "the bias of several matrices"
-                layer = dataclasses.replace(layer, bias=None)
+                layer = layer.without_bias()
             kept.append(layer)
         return kept
 
     def _additions(self, part: Part) -> int:
         """To how many products a bias, or some of it, is added: of layers or of none."""
         leaf = self.leaves.names.index(part.name)
-        biases = (b for found in self.tracer.biases.values() for b in found.values())
-        return sum(b.view.leaf == leaf and _meet(b.view.region, part.region) for b in biases)
+        return sum(_meet(region, part.region) for region in self._added(leaf))
+
+    def _added(self, leaf: int) -> list[Region]:
+        """Which regions of a leaf are added to products, once for each."""
+        biases = (b for found in self.noted.biases.values() for b in found.values())
+        return [b.view.region for b in biases if b.view.leaf == leaf]
 
     def _covered(self, layers: list[Layer]) -> list[Layer]:
         """Without the layers and biases that do not account for all of their leaf's gradient."""
@@ -171,7 +171,7 @@ class Search:
                 continue
             if layer.bias is not None and not accounted[layer.bias.name]:
                 self.reasons[layer.bias.name] = "a bias only in part"
-                layer = dataclasses.replace(layer, bias=None)
+                layer = layer.without_bias()
             kept.append(layer)
         return kept
 
@@ -182,10 +182,8 @@ class Search:
             return False
         if sum(part.numbers for part in parts) == math.prod(self.leaves.arrays[leaf].shape):
             return True
-        used = {region for i, region in self.tracer.calls if i == leaf}
-        biases = (b for found in self.tracer.biases.values() for b in found.values())
-        used |= {bias.view.region for bias in biases if bias.view.leaf == leaf}
-        return used == {part.region for part in parts} and not self.tracer.reads.get(leaf)
+        used = {region for i, region in self.noted.calls if i == leaf} | {*self._added(leaf)}
+        return used == {part.region for part in parts} and not self.noted.reads.get(leaf)
 
 
 def _meet(a: Region, b: Region) -> bool:

@@ -20,7 +20,7 @@ NONE: Axes = frozenset()
 # marks of what depends on gradients, and on parameters, beside the axes of a mesh
 GRADIENT, PARAMETERS = "gradient", "parameters"
 
-_SHARES = {"all_gather", "all_gather_invariant", "pmax", "pmin", "psum", "psum2", "psum_invariant"}
+_SHARES = {"all_gather", "all_gather_invariant", "pmax", "pmin", "psum", "psum_invariant"}
 _PARTS = {"all_to_all", "axis_index", "reduce_scatter"}
 
 

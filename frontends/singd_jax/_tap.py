@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from singd_core._array import Array
 from singd_jax import _compat
-from singd_jax._axes import View
+from singd_jax._axes import Key, View
 
 # Takes the layer's input, the gradient at its output, the factors, where sampling starts and the
 # number that multiplies the weight; returns a tree like `slot`.
@@ -43,6 +43,9 @@ class Port(NamedTuple):
             slot = jax.tree.map(functools.partial(_entry, i=i), port.slot)
             port = port._replace(slot=slot, factors=Slice(port.factors, i))
         return port._replace(factor=view.factor)
+
+
+Ports: TypeAlias = Mapping[Key, Port]  # by weight
 
 
 class Slice(NamedTuple):

@@ -11,11 +11,12 @@ import jax
 from singd_core._array import Array
 from singd_jax._axes import Key
 from singd_jax._calls import Call
+from singd_jax._enter import CALLS
 from singd_jax._layer import Layer
 from singd_jax._layers import Layers
 from singd_jax._loss import Leaves, evaluate
-from singd_jax._tap import Port, tap
-from singd_jax._trace import Ports, Tracer
+from singd_jax._tap import Port, Ports, tap
+from singd_jax._trace import Tracer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Tapped:
                 for key, name in keys.items()
             }
             stacks = {key: self.layers[name].weight.stack for key, name in keys.items()}
-            tracer = Tracer(self.batch_size, visit, stacks, look)
+            tracer = Tracer(CALLS, self.batch_size, visit, stacks, look)
             found = evaluate(self.loss, tracer, leaves, arrays, ports, batch, keywords)
             return _first(found[0], has_aux), found
 

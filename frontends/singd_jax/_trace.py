@@ -17,17 +17,19 @@ from singd_core._array import Array
 from singd_jax import _calls, _compat
 from singd_jax._axes import Group, Key, View, axes_of, rearranged
 from singd_jax._calls import Call, Cut
-from singd_jax._enter import CALLS, reaches
 from singd_jax._joins import Join, cuts
 from singd_jax._lookups import gather
-from singd_jax._product import Bias, Origin, Path, Piece, Product
+from singd_jax._product import Noted, Origin, Path, Piece, Product, views_of
 from singd_jax._ragged import ragged_dot
 from singd_jax._reasons import reason
 from singd_jax._spread import Perturbed, Spread
+from singd_jax._tap import Ports
 
-Ports: TypeAlias = Mapping[Key, Any]
 # Takes a product, its operand, itself and the ports; returns the product, tapped or not.
 Visit: TypeAlias = Callable[[Key, Call, Any, Array, Ports], Array]
+Results: TypeAlias = tuple[list[Any], list[Origin]]  # with where they come from
+# Takes the tracer, an equation, the values and origins of its operands, and the ports among them.
+Enter: TypeAlias = "Callable[[Tracer, Any, Sequence[Any], Sequence[Origin], Ports], Results]"
 
 
 class Tracer:
@@ -37,11 +39,8 @@ class Tracer:
     their operands are entered (see `_enter`).
 
     Attributes:
-        calls: The products found of each weight, by the path of their equations.
-        biases: What was added to them.
-        reads: For each leaf the other equations that read it.
+        noted: What is noted of the parameters.
         scans: The lengths of the scans that were entered.
-        steps: The weights that every step of such a scan multiplies with.
         leading: The lengths of the first axes of what parameters multiply.
         spread: Along which axes of a mesh data differ between devices.
         perturbed: Which values change with the parameters.
@@ -51,18 +50,20 @@ class Tracer:
 
     def __init__(
         self,
+        calls: Mapping[str, Enter],
         batch_size: int | None,
-        visit: Visit,
+        visit: Visit = lambda key, call, x, y, ports: y,
         stacks: Mapping[Key, Sequence[Group]] = MappingProxyType({}),
         look: Callable[[Key, Call], Any] = lambda key, call: None,
     ) -> None:
-        """`stacks`: a port's axes that stack layers; `look`: what a product's visit depends on."""
-        self.batch_size, self.visit, self.look, self.stacks = batch_size, visit, look, stacks
-        self.calls: dict[Key, dict[Path, Call]] = collections.defaultdict(dict)
-        self.biases: dict[Key, dict[Path, Bias]] = collections.defaultdict(dict)
-        self.reads: dict[int, dict[str, None]] = collections.defaultdict(dict)
+        """`calls`: how equations are entered, by name; `stacks`: a port's axes that stack layers.
+
+        `look`: what a product's visit depends on.
+        """
+        self.calls, self.batch_size, self.visit = calls, batch_size, visit
+        self.look, self.stacks = look, stacks
+        self.noted = Noted()
         self.scans: dict[int, int] = {}
-        self.steps: set[Key] = set()
         self.leading: set[int | None] = set()
         self.spread, self.perturbed = Spread(), Perturbed()
         self.within: Path = ()
@@ -82,7 +83,7 @@ class Tracer:
         origins: Sequence[Origin],
         ports: Ports,
         differentiated: Sequence[Any] | None = None,
-    ) -> tuple[list[Any], list[Origin]]:
+    ) -> Results:
         """The results of a jaxpr, and where they come from; `differentiated` are all or some."""
         # a constant of NumPy, which jax 0.8 has a class for, has no gradient, and functions with
         # rules of their own want one
@@ -119,15 +120,15 @@ class Tracer:
 
     def _equation(
         self, eqn: Any, values: list[Any], origins: list[Origin], ports: Ports
-    ) -> tuple[list[Any], list[Origin]]:
+    ) -> Results:
         none: list[Origin] = [None] * len(eqn.outvars)
         if all(o is None for o in origins):
             return _compat.evaluate(eqn, values), none
-        enter = CALLS.get(eqn.primitive.name)
-        if enter is not None and any(isinstance(o, (View, Join)) for o in origins):
+        enter, views = self.calls.get(eqn.primitive.name), views_of(*origins)
+        if enter is not None and views:
             within, self.within = self.within, (*self.within, id(eqn))
             try:
-                mine = {k: p for k, p in ports.items() if reaches(origins, k)}
+                mine = {k: p for k, p in ports.items() if any(view.holds(k) for view in views)}
                 return enter(self, eqn, values, origins, mine)
             finally:
                 self.within = within
@@ -204,7 +205,7 @@ class Tracer:
             self.note(origin, "multiplied with complex numbers")
             return None
         self.spread.refuse_shared(eqn.invars[1 - side], x, y)
-        views = origin.views if isinstance(origin, Join) else (origin,)
+        views = views_of(origin)
         joined = origin.axis if isinstance(origin, Join) else None
         for i, n in enumerate(eqn.invars[side].aval.shape):
             if n != 1 and i != joined and not views[0].dims[i]:
@@ -245,10 +246,10 @@ class Tracer:
             if n in lengths:  # a loop that picks one layer after the other
                 lengths.remove(n)
         if lengths:
-            self.steps.add(view.key)
+            self.noted.steps.add(view.key)
         steps = max(math.prod(lengths), 1)
         call = dataclasses.replace(call, times=steps * spread.devices(x, y))
-        self.calls[view.key][path] = call
+        self.noted.calls[view.key][path] = call
         self.leading.add(call.leading)
         return call
 
@@ -275,24 +276,20 @@ class Tracer:
                 self.note(o, "added to what is no layer's output")
                 continue
             for piece, bias in zip(products[0].pieces, biases, strict=True):
-                self.biases[piece.key][piece.path] = bias
+                self.noted.biases[piece.key][piece.path] = bias
         return None
 
     def closed(self, origin: Origin, name: str) -> Origin:
         """A parameter inside a call that can be given no further values: numbers, indices."""
-        views = origin.views if isinstance(origin, Join) else (origin,)
-        if all(isinstance(v, View) and not v.picks and _is_plain(v.factor) for v in views):
+        if all(
+            not view.picks and not isinstance(view.factor, jax.core.Tracer)
+            for view in views_of(origin)
+        ):
             return origin
         self.note(origin, f"multiplied or indexed by what is computed outside of a `{name}`")
-        return origin if isinstance(origin, Product) else None
+        return None
 
     def note(self, origin: Origin, reason: str) -> None:
         """Remember how a parameter is read besides."""
-        views = origin.views if isinstance(origin, Join) else (origin,)
-        for view in views:
-            if isinstance(view, View):
-                self.reads[view.leaf][reason] = None
-
-
-def _is_plain(factor: Any) -> bool:
-    return factor is None or isinstance(factor, float) or not isinstance(factor, jax.core.Tracer)
+        for view in views_of(origin):
+            self.noted.reads[view.leaf][reason] = None

@@ -6,17 +6,15 @@ function. So equal calls call the same, and what was found in the first one is n
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from singd_jax._axes import Key, View
 from singd_jax._joins import Join
-from singd_jax._product import Origin, Path, Product
-
-if TYPE_CHECKING:
-    from singd_jax._trace import Ports, Tracer
+from singd_jax._product import Noted, Origin, Path, Product, views_of
+from singd_jax._tap import Ports
+from singd_jax._trace import Results, Tracer
 
 Leaves: TypeAlias = Mapping[int, int]  # the new number of each leaf
 
@@ -38,7 +36,7 @@ class Twin:
     leaves: tuple[int, ...]
     within: Path
     found: list[Origin]
-    noted: dict[str, Any]
+    noted: Noted
     looks: list[Any]
 
 
@@ -50,7 +48,7 @@ def run(
     values: Sequence[Any],
     origins: Sequence[Origin],
     ports: Ports,
-) -> tuple[list[Any], list[Origin]]:
+) -> Results:
     """The results of a call and their origins.
 
     Args:
@@ -63,7 +61,7 @@ def run(
         origins: Where they come from.
         ports: The ports of the weights among them.
     """
-    leaves = tuple(dict.fromkeys(view.leaf for view in _views(origins)))
+    leaves = tuple(dict.fromkeys(view.leaf for view in views_of(*origins)))
     number = {leaf: i for i, leaf in enumerate(leaves)}
     numbered = {(number[leaf], region): port for (leaf, region), port in ports.items()}
     stacks = {key: tuple(tracer.stacks[leaves[key[0]], key[1]]) for key in numbered}
@@ -77,7 +75,7 @@ def run(
     if twin is not None:
         twin = _as(twin, leaves, tracer.within)
         if twin.looks == _looks(tracer, twin.noted):
-            _note(tracer, twin.noted)
+            tracer.noted.update(twin.noted)
             return list(twin.function(values, numbered)), twin.found
     found: list[Origin] = []
 
@@ -86,53 +84,30 @@ def run(
         results, found[:] = body(values, origins, own)
         return results
 
-    kept, noted = {name: getattr(tracer, name) for name in _nothing()}, _nothing()
-    vars(tracer).update(noted)
+    kept, tracer.noted = tracer.noted, Noted()
     function = made(function)
     results = list(function(values, numbered))
-    vars(tracer).update(kept)
-    _note(tracer, noted)
+    noted, tracer.noted = tracer.noted, kept
+    tracer.noted.update(noted)
     if key is not None and _are_plain(found):
         looks = _looks(tracer, noted)
         tracer.twins[key] = Twin(function, leaves, tracer.within, found, noted, looks)
     return results, found
 
 
-def _views(origins: Sequence[Origin]) -> list[View]:
-    views = [o.views if isinstance(o, Join) else (o,) for o in origins]
-    return [v for some in views for v in some if isinstance(v, View)]
-
-
 def _are_plain(origins: Sequence[Origin]) -> bool:
     """Whether no value, which another call has not, belongs to them."""
-    return all(view.factor is None and not view.picks for view in _views(origins))
+    return all(view.factor is None and not view.picks for view in views_of(*origins))
 
 
-def _looks(tracer: Tracer, noted: Mapping[str, Any]) -> list[Any]:
+def _looks(tracer: Tracer, noted: Noted) -> list[Any]:
     """What the visits of all products depend on."""
-    return [tracer.look(k, call) for k, calls in noted["calls"].items() for call in calls.values()]
-
-
-def _nothing() -> dict[str, Any]:
-    """What a tracer notes, of nothing."""
-    found: dict[str, Any] = {n: collections.defaultdict(dict) for n in _BY_KEY}
-    return {**found, "steps": set()}
-
-
-_BY_KEY = "calls", "biases", "reads"
-
-
-def _note(tracer: Tracer, noted: Mapping[str, Any]) -> None:
-    for name in _BY_KEY:
-        for key, of_key in noted[name].items():
-            getattr(tracer, name)[key].update(of_key)
-    tracer.steps |= noted["steps"]
+    return [tracer.look(k, call) for k, calls in noted.calls.items() for call in calls.values()]
 
 
 def _as(twin: Twin, leaves: Sequence[int], within: Path) -> Twin:
     """What was found in a call, as in a call of other leaves."""
     to = dict(zip(twin.leaves, leaves, strict=True))
-
     n = len(twin.within)
 
     def renamed(old: Mapping[Key, Mapping[Path, Any]]) -> dict[Key, dict[Path, Any]]:
@@ -141,12 +116,12 @@ def _as(twin: Twin, leaves: Sequence[int], within: Path) -> Twin:
             for k, of_key in old.items()
         }
 
-    noted = {
-        "calls": renamed(twin.noted["calls"]),
-        "biases": renamed(twin.noted["biases"]),
-        "reads": {to[leaf]: of_leaf for leaf, of_leaf in twin.noted["reads"].items()},
-        "steps": {_key(k, to) for k in twin.noted["steps"]},
-    }
+    noted = Noted(
+        renamed(twin.noted.calls),
+        renamed(twin.noted.biases),
+        {to[leaf]: of_leaf for leaf, of_leaf in twin.noted.reads.items()},
+        {_key(k, to) for k in twin.noted.steps},
+    )
     found = [_renamed(o, to, within) for o in twin.found]
     return Twin(twin.function, tuple(leaves), within, found, noted, twin.looks)
 

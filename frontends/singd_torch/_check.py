@@ -55,13 +55,18 @@ def check(
     model = copy.deepcopy(model)
     model.zero_grad()
     optimizer = _Products(model)
+<<<<<<< HEAD
     _differentiate(model, loss)
+=======
+    watcher = optimizer._watcher
+    torch.autograd.backward(loss(model))
+>>>>>>> lean
     found, wrong = {}, []
     for layer in optimizer._layers:
-        sums = optimizer.sums.get(layer.name)
+        sums = watcher.sums.get(layer.name)
         if sums is None or layer.without_rows or layer.weight.grad is None:
             continue
-        if layer in optimizer.differentiated:
+        if layer in watcher.differentiated:
             continue
         gap, error = sums.compare(layer)
         limit = max(1e-4, 8 * sums.eps) if tolerance is None else tolerance
@@ -154,13 +159,3 @@ class _Products(SINGD):
 
     _watcher: _Multiplier
     _watches = _Multiplier
-
-    @property
-    def sums(self) -> dict[str, _Sums]:
-        """What is summed up of each layer, by the name of its weight."""
-        return self._watcher.sums
-
-    @property
-    def differentiated(self) -> set[Layer]:
-        """The layers whose derivatives the loss contains."""
-        return self._watcher.differentiated

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
@@ -133,6 +133,19 @@ def device_of_flags(group: dist.ProcessGroup, device: torch.device) -> torch.dev
     return torch.device("cpu") if "cpu:" in str(dist.get_backend_config(group)) else device
 
 
+def flattened(tensors: Sequence[Tensor]) -> Tensor:
+    """All numbers of tensors, in float32, or in float64 if some are."""
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    return torch.cat([t.reshape(-1).to(dtype) for t in tensors])
+
+
+def gathered(found: Any, group: dist.ProcessGroup) -> list[Any]:
+    """What each process of a group has found, on all of them, which all call this."""
+    every: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(every, found, group=group)
+    return every
+
+
 # That a process takes no rows of a layer, as derivatives of it are in the loss.
 _BY_CHOICE = 1
 
@@ -161,16 +174,11 @@ def reduce_rows(layers: Sequence[Layer], group: dist.ProcessGroup, *, summed: bo
     layers.
     """
     world = dist.get_world_size(group)
-    entries = [
-        (layer, key, layer.pending.get(key) or layer.no_rows(key))
-        for layer in layers
-        for key in layer.roles()
-    ]
+    entries = [(layer, *own) for layer in layers for own in layer.all_pending().items()]
     tensors = [t for _, _, pending in entries for t in pending.tensors()]
     if not tensors:
         return
-    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-    flat = torch.cat([t.reshape(-1).to(dtype) for t in tensors])
+    flat = flattened(tensors)
     dist.all_reduce(flat, group=group)
     parts = iter(torch.split(flat, [t.numel() for t in tensors]))
     for layer, key, pending in entries:

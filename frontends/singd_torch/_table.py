@@ -10,6 +10,7 @@ from torch import nn
 
 from singd_core import rules
 from singd_core._layer_state import LayerState, bytes_of
+from singd_core._table import rendered, times
 from singd_torch import _state
 from singd_torch._groups import settings_of
 from singd_torch.layers.layer import Layer
@@ -35,18 +36,20 @@ def table(
     lines: list[tuple[str, ...]] = [("parameter", "shape", "rule", "K", "C", _BYTES)]
     why = [_WHY]
     for layer in layers:
-        name = layer.name if layer.bias is None else f"{layer.name} + {_last(names, layer.bias)}"
+        name = layer.name
+        if layer.bias is not None:
+            name += f" + {names.get(layer.bias, 'bias').rpartition('.')[2]}"
         rule = rules.get(layer.group["rule"]).title
         rule += "" if layer.expects_rows else " without rows"
         K, C = (cls.name for cls in layer.structures)
-        lines.append((name, _shape(layer.weight), rule, K, C, f"{layer_bytes(layer):,}"))
+        lines.append((name, times(layer.weight.shape), rule, K, C, f"{layer_bytes(layer):,}"))
         unseen = "no call of its module was seen so far" if layer.has_modules else _NO_PRODUCT
         unseen = unseen if layer.by_gradient or layer.is_stack else ""
         reason = unseen if layer.is_stack else reasons.get(layer.weight, unseen)
         why.append("" if layer.expects_rows else reason)
     for p, group in fallback.items():
         name, size = names[p], fallback_bytes(p, group)
-        lines.append((name, _shape(p), "AdamW", "", "", f"{size:,}"))
+        lines.append((name, times(p.shape), "AdamW", "", "", f"{size:,}"))
         why.append(reasons.get(p, ""))
     if owners is not None:
         places = ["process", *(str(owners.get(layer.weight, "all")) for layer in layers)]
@@ -54,7 +57,7 @@ def table(
         lines = [(*line[:-1], place, line[-1]) for line, place in zip(lines, places, strict=True)]
     if any(why[1:]):
         lines = [(*line, reason) for line, reason in zip(lines, why, strict=True)]
-    return _render(lines)
+    return rendered(lines, _BYTES)
 
 
 def fallback_bytes(p: nn.Parameter, group: dict[str, Any]) -> int:
@@ -76,21 +79,3 @@ def factor_bytes(layer: Layer) -> int:
 
 def _before(layer: Layer) -> LayerState:
     return _state.before(layer, settings_of(layer.group), device=torch.device("meta"))
-
-
-def _render(lines: Sequence[Sequence[str]]) -> str:
-    """The lines in aligned columns, bytes to the right."""
-    columns = []
-    for column in zip(*lines, strict=True):
-        width = max(map(len, column))
-        right = column[0] == _BYTES
-        columns.append([x.rjust(width) if right else x.ljust(width) for x in column])
-    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
-
-
-def _last(names: dict[nn.Parameter, str], p: nn.Parameter) -> str:
-    return names.get(p, "bias").rpartition(".")[2]
-
-
-def _shape(p: Any) -> str:
-    return "×".join(map(str, p.shape)) or "1"

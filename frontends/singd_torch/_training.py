@@ -73,9 +73,9 @@ class Training(torch.optim.Optimizer):
             return
         if self._stepper.sharded is not None:  # lest one process alone find layers anew
             self._roster.check_parameters()
-        elif self._roster.is_other_model():
+        elif self._roster.makeup.is_other():
             self._renew()
-        names = self._roster.untrained()
+        names = self._roster.makeup.untrained()
         if names:
             self._roster.check_parameters()
             self._roster.warnings.once(

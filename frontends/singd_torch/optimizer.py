@@ -295,6 +295,5 @@ class SINGD(Saving):
         roster, sharded = self._roster, self._stepper.sharded
         owners = None if sharded is None else sharded.owners
         why = dict(reasons(roster.model, self.param_groups))
-        others = {p: roster.group_of[p] for p in roster.fallback}
-        table = _table.table(roster.layers, others, roster.names, why, owners)
+        table = _table.table(roster.layers, roster.fallback, roster.names, why, owners)
         return f"{type(self).__name__}\n{table}"

@@ -45,6 +45,19 @@ class Sample:
             return None
         return cls(max(int(rows), structure.width(d)), step)
 
+    @classmethod
+    def of_both(
+        cls,
+        rows: float | None,
+        structures: Sequence[type[Structure]],
+        shape: tuple[Any, int, int],
+        step: Any,
+    ) -> tuple[Sample | None, Sample | None]:
+        """Those of K and of C, of a matrix of this shape."""
+        _, d_out, d_in = shape
+        K, C = structures
+        return cls.of(rows, K, d_in, step), cls.of(rows, C, d_out, step)
+
     def counts(self, lengths: Sequence[int]) -> tuple[int, ...]:
         """How many of the examples, and how many along each axis of positions, are kept.
 

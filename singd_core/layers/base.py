@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from math import prod
-from typing import ClassVar
+from typing import Any, ClassVar, NoReturn
 
 from singd_core._array import Array, cast, concat
 from singd_core.layers._sampling import Sample
@@ -192,6 +192,16 @@ class LayerKind(ABC):
     def all_inputs(self, x: Array, *, bias: bool, like: Array) -> Array:
         """The rows `A` of all positions, one-hot ones in full, like an array: for checks."""
         return cast(self.inputs(x, bias=bias, kfac_approx="expand")[0], like)
+
+
+class WithoutRows(LayerKind):
+    """A kind whose rows are not made by it, if there are any."""
+
+    def inputs(self, *args: Any, **keywords: Any) -> NoReturn:
+        """Not to be asked for."""
+        raise NotImplementedError(f"{type(self).__name__} makes no rows")
+
+    outputs = inputs
 
 
 def is_expand(kfac_approx: str) -> bool:

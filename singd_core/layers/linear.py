@@ -18,24 +18,10 @@ from singd_core.layers.base import (
 )
 
 
-@dataclass(frozen=True)
-class Linear(LayerKind):
-    """`z = W a + b` on the last axis: input `(batch, *shared, d_in)`, weight `(d_out, d_in)`.
+class OnLastAxis(LayerKind):
+    """What linear maps of the last axis have in common, whose weight may be stored transposed."""
 
-    With `transposed` the weight is stored as `(d_in, d_out)`. The first axis is the batch; a single
-    vector counts as a batch of one. All axes between the first and the last share the weight.
-
-    Example:
-        >>> import numpy as np
-        >>> x, g = np.ones((8, 5, 3)), np.ones((8, 5, 2))  # a batch of 8 sequences of length 5
-        >>> A, N = Linear().inputs(x, bias=True, kfac_approx="expand")
-        >>> B, M = Linear().outputs(g, kfac_approx="expand", loss_average="batch")
-        >>> A.shape, N, B.shape, M
-        ((40, 4), 40, (40, 2), 8)
-    """
-
-    is_plain = True
-    transposed: bool = False
+    transposed: bool
 
     @property
     def is_turned(self) -> bool:
@@ -82,6 +68,30 @@ class Linear(LayerKind):
         B = _as_rows(g)
         return (B if factor == 1.0 else B * factor), M
 
+    def positions(self, x: Array) -> Shape | None:
+        """All axes but the last."""
+        return tuple(x.shape[:-1])
+
+
+@dataclass(frozen=True)
+class Linear(OnLastAxis):
+    """`z = W a + b` on the last axis: input `(batch, *shared, d_in)`, weight `(d_out, d_in)`.
+
+    With `transposed` the weight is stored as `(d_in, d_out)`. The first axis is the batch; a single
+    vector counts as a batch of one. All axes between the first and the last share the weight.
+
+    Example:
+        >>> import numpy as np
+        >>> x, g = np.ones((8, 5, 3)), np.ones((8, 5, 2))  # a batch of 8 sequences of length 5
+        >>> A, N = Linear().inputs(x, bias=True, kfac_approx="expand")
+        >>> B, M = Linear().outputs(g, kfac_approx="expand", loss_average="batch")
+        >>> A.shape, N, B.shape, M
+        ((40, 4), 40, (40, 2), 8)
+    """
+
+    is_plain = True
+    transposed: bool = False
+
     def matrix(self, weight: Array, bias: Array | None = None) -> Array:
         """The weight as `(d_out, d_in)` with the bias `(d_out,)` as its last column."""
         return append_bias(weight.mT if self.transposed else weight, bias)
@@ -110,10 +120,6 @@ class Linear(LayerKind):
     def has_rows_along(self, axis: int) -> bool | None:
         """Rows come first unless the weight is turned."""
         return axis == int(self.transposed)
-
-    def positions(self, x: Array) -> Shape | None:
-        """All axes but the last."""
-        return tuple(x.shape[:-1])
 
 
 def _batched(x: Array, name: str) -> Array:

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from singd_core._array import Array, namespace
-from singd_core.layers._sampling import Sample
 from singd_core.layers.base import LayerKind, Shape, append_bias, two_axes
-from singd_core.layers.linear import Linear
+from singd_core.layers.linear import Linear, OnLastAxis
 
 
 @dataclass(frozen=True)
-class StackedLinear(LayerKind):
+class StackedLinear(OnLastAxis):
     """`parts` linear layers in one weight `(parts · d_out, d_in)`: attention's query, key, value.
 
     Each part has factors of its own, on a batch axis. `inputs` and `outputs` take one part, because
@@ -31,39 +30,9 @@ class StackedLinear(LayerKind):
         return self.apart
 
     @property
-    def is_turned(self) -> bool:
-        """Whether the matrices are stored as (d_in, d_out)."""
-        return self.transposed
-
-    @property
     def row_parts(self) -> Sequence[int | None]:
         """Each part has rows of its own."""
         return range(self.parts)
-
-    def inputs(
-        self, x: Array, *, bias: bool, kfac_approx: str, sample: Sample | None = None
-    ) -> tuple[Array, int]:
-        """The rows `A`, shape `(N, d_in [+ 1])`, of one part's input; and `N`."""
-        return Linear().inputs(x, bias=bias, kfac_approx=kfac_approx, sample=sample)
-
-    def diagonal_rows(
-        self, x: Array, *, bias: bool, kfac_approx: str, sample: Sample | None = None
-    ) -> tuple[Array, int]:
-        """One row of the roots of the diagonal of `AᵀA` of one part's input."""
-        return Linear().diagonal_rows(x, bias=bias, kfac_approx=kfac_approx, sample=sample)
-
-    def outputs(
-        self,
-        g: Array,
-        *,
-        kfac_approx: str,
-        loss_average: str | int | None,
-        sample: Sample | None = None,
-    ) -> tuple[Array, int]:
-        """The rows `B`, shape `(N, d_out)`, of one part's output gradient; and `M`."""
-        return Linear().outputs(
-            g, kfac_approx=kfac_approx, loss_average=loss_average, sample=sample
-        )
 
     def matrix(self, weight: Array, bias: Array | None = None) -> Array:
         """The parts, `(parts, d_out, d_in)`, each with its bias as the last column."""
@@ -92,10 +61,6 @@ class StackedLinear(LayerKind):
             return (self.parts,), *((last, first) if self.transposed else (first, last))
         d_out, d_in = two_axes(weight_shape, self)
         return (self.parts,), d_out // self.parts, d_in + bias
-
-    def positions(self, x: Array) -> Shape | None:
-        """All axes but the last."""
-        return Linear().positions(x)
 
     def has_rows_along(self, axis: int) -> bool | None:
         """The rows of all parts come first, unless the parts have an axis of their own."""

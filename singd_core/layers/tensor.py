@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import NoReturn, Self
+from typing import Self
 
 from singd_core._array import Array, namespace
-from singd_core.layers._sampling import Sample
-from singd_core.layers.base import LayerKind, Shape
+from singd_core.layers.base import Shape, WithoutRows
 
 
 @dataclass(frozen=True)
-class Tensor(LayerKind):
+class Tensor(WithoutRows):
     """A parameter of two or more axes that is used where no layer can be watched.
 
     Its factors learn from its gradient alone (`singd_core.rules.shampoo`). The first `stack` axes
@@ -56,23 +55,6 @@ class Tensor(LayerKind):
         shorter = [min(prod(shape[:i]), prod(shape[i:])) for i in range(1, axes)]
         outs = 1 + shorter.index(max(shorter))
         return cls(0, outs, axes - outs)
-
-    def inputs(
-        self, x: Array, *, bias: bool, kfac_approx: str, sample: Sample | None = None
-    ) -> NoReturn:
-        """Not to be asked for."""
-        raise NotImplementedError("a tensor shows no rows")
-
-    def outputs(
-        self,
-        g: Array,
-        *,
-        kfac_approx: str,
-        loss_average: str | int | None,
-        sample: Sample | None = None,
-    ) -> NoReturn:
-        """Not to be asked for."""
-        raise NotImplementedError("a tensor shows no rows")
 
     def matrix(self, weight: Array, bias: Array | None = None) -> Array:
         """The tensor as `(*stack, d_out, d_in)`; a bias is a parameter of its own."""

@@ -84,15 +84,13 @@ def _torch_cuda() -> Backend:
 def _jax() -> Backend:
     jax = importlib.import_module("jax")
     jnp = importlib.import_module("jax.numpy")
-    new = hasattr(jax, "enable_x64")
-    x64 = jax.enable_x64 if new else importlib.import_module("jax.experimental").enable_x64
     return Backend(
         "jax",
         ALL,
         lambda x, dtype: jnp.asarray(x, dtype=dtype),
         _float64,
         # only within the context: the caller's configuration stays as it is
-        lambda: x64(True),
+        lambda: jax.enable_x64(True),
     )
 
 

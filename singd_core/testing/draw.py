@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from singd_core._array import Array
+from singd_core._tree import Tree
 from singd_core.structures.base import Structure
 from singd_core.testing.backends import EPS, Backend
 from singd_core.testing.mismatch import MismatchError, difference
@@ -170,6 +171,20 @@ class Case:
         tolerance = 4.0 * (self.d + 4) ** 0.5 * EPS[self.dtype] * max(bound, largest, scale)
         if not np.max(np.abs(got - expected)) <= tolerance:
             raise MismatchError(difference(expected, got, f"up to {tolerance:.2g}"))
+
+    def near(self, actual: Any, expected: Any, scale: float, what: str) -> None:
+        """Compare two results that have to agree up to roundings, of a value of this scale."""
+        try:
+            self.same(actual, lambda x: x, expected, exact=False, scale=scale)
+        except AssertionError as error:
+            raise AssertionError(f"{what}: {error}") from None
+
+    def near_entry(self, i: int, stacked: Tree, alone: Tree) -> None:
+        """Compare an entry of a stacked tree with what was computed of it alone."""
+        pairs = zip(stacked.named_arrays(), alone.named_arrays(), strict=True)
+        for (name, new), (_, old) in pairs:
+            size = float(np.max(np.abs(self.numpy(old)), initial=1.0))
+            self.near(new[i, ...], old, self.d * size, f"{name} at {i}")
 
     def equal(self, actual: Any, expected: Any, what: str = "") -> None:
         """Compare two results that have to agree to the last bit."""

@@ -5,12 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from singd_core.structures.base import Structure
-
-if TYPE_CHECKING:
-    from singd_core.testing.draw import Case
+from singd_core.testing.draw import Case
 
 
 def nightly() -> bool:

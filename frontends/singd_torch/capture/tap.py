@@ -85,7 +85,7 @@ class Tap:
 
         `owner.reach(weight)` is what the backward pass that runs does with a gradient.
         """
-        self._owner = None if owner is None else weakref.ref(owner)
+        self._owner: Callable[[], Any] = (lambda: None) if owner is None else weakref.ref(owner)
         self.source = source
         self.due = False
         if owner is not None:
@@ -106,7 +106,7 @@ class Tap:
 
     def _is_unseen(self, module: nn.Module) -> bool:
         """Whether a call was one of the layer that no mode has probed."""
-        owner = None if self._owner is None else self._owner()
+        owner = self._owner()
         if owner is None or self.source is None or "forward" in vars(module):
             return False
         if owner.weight_calls.has_probed(self.source.weight):
@@ -157,7 +157,7 @@ class Tap:
         Returns:
             Whether the owner took them.
         """
-        rows, owner = self._rows(), None if self._owner is None else self._owner()
+        rows, owner = self._rows(), self._owner()
         if rows is None or owner is None or owner.reach(self.source.weight) is Reach.NOT:
             return False
         with without_autocast([g]):
@@ -170,7 +170,7 @@ class Tap:
         """Hand on rows of some samples of a call; other processes have its other samples."""
         from singd_torch.sharding.meter import of_call
 
-        owner = None if self._owner is None or self.source is None else self._owner()
+        owner = None if self.source is None else self._owner()
         if owner is not None:
             weight, axis = owner.leaf(self.source.weight), self.source.samples_axis(x)
             mesh = (self.source.weight if weight is None else weight).device_mesh
@@ -182,7 +182,7 @@ class Tap:
 
         A backward pass that does so meets `g`, the gradient at an output.
         """
-        owner = None if self._owner is None else self._owner()
+        owner = self._owner()
         if owner is not None and self.source is not None:
             owner.differentiate(self.source)
             if g is not None and g.requires_grad:
@@ -190,13 +190,13 @@ class Tap:
 
     @uncompiled("a hook of backward passes")
     def _meet_derivative(self, _: Tensor) -> None:
-        owner = None if self._owner is None else self._owner()
+        owner = self._owner()
         if owner is not None:
             owner.pass_of_derivatives = backward_pass()
 
     def lose(self, reason: str) -> None:
         """Tell the owner that the layer gives no rows, if the backward pass is one of the loss."""
-        owner = None if self._owner is None or self._rows() is None else self._owner()
+        owner = None if self._rows() is None else self._owner()
         if owner is not None and owner.reach(self.source.weight) is not Reach.NOT:
             owner.lose(self.source, reason)
 
@@ -206,7 +206,7 @@ class Tap:
 
     def watch(self, source: Any) -> None:
         """Take rows of another source from now on, or of none."""
-        owner = None if self._owner is None else self._owner()
+        owner = self._owner()
         if owner is not None and source is not None and source.weight is not self._weight():
             compiled.tell_apart(owner, source.weight)
         self.source = source
@@ -220,7 +220,7 @@ class Tap:
         return None if self.source is None else self.source.weight
 
     def _rows(self) -> TakeRows | None:
-        owner = None if self._owner is None or self.source is None else self._owner()
+        owner = None if self.source is None else self._owner()
         return None if owner is None else owner.rows_wanted(self.source)
 
     @property

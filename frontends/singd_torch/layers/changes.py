@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -52,23 +52,6 @@ class Makeup:
     def untrained(self) -> list[str]:
         """The names of parameters that have a gradient and are in no group, if not by choice."""
         return [name for p, name in self._others.items() if p.grad is not None]
-
-
-def check_shapes(
-    params: Iterable[Tensor], shapes: dict[Tensor, torch.Size], names: dict[Any, str]
-) -> None:
-    """Refuse parameters whose data has another shape than when they were given.
-
-    Raises:
-        RuntimeError: Naming the first.
-    """
-    for p in params:
-        if p.shape != shapes[p]:
-            raise RuntimeError(
-                f"{names.get(p, 'a parameter')!r} has shape {tuple(p.shape)}, and had "
-                f"{tuple(shapes[p])} when it was given to the optimizer, whose state fits that: "
-                "build the optimizer after what resizes the model, such as resize_token_embeddings"
-            )
 
 
 def _made_of(module: nn.Module, known: bool) -> dict[str, Any]:

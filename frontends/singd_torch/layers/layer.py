@@ -275,6 +275,10 @@ class Layer:
         roles = {source.swapped for _, source in self.sources}
         return [(part, swapped) for part in self.kind.row_parts for swapped in sorted(roles)]
 
+    def all_pending(self) -> dict[Key, Pending]:
+        """What is pending of all parts and roles, also of those that were not used."""
+        return {key: self.pending.get(key) or self.no_rows(key) for key in self.roles()}
+
     def no_rows(self, key: Key) -> Pending:
         """What is pending of a part and role that was not used."""
         (part, swapped), (_, d_out, d_in) = key, self.shape

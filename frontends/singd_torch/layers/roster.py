@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from singd_torch._warnings import Warnings
-from singd_torch.layers.changes import Makeup, check_shapes
+from singd_torch.layers.changes import Makeup
 from singd_torch.layers.due import is_refresh
 from singd_torch.layers.layer import Layer
 from singd_torch.layers.matrices import find_all, parameter_names
@@ -32,22 +32,24 @@ class Roster:
         groups: The parameter groups of the optimizer.
         names: The names of parameters.
         layers: The layers.
-        fallback: The parameters that belong to none: AdamW trains them.
+        fallback: The groups of the parameters that belong to none: AdamW trains them.
         group_of: The group of each parameter.
         by_weight: The layer of each weight.
+        makeup: What the model was made of when layers were found.
         warnings: What was warned of.
     """
+
+    makeup: Makeup
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.groups = model, list[dict[str, Any]]()
         self.names: dict[Any, str] = {}
         self.layers: list[Layer] = []
-        self.fallback: list[nn.Parameter] = []
+        self.fallback: dict[nn.Parameter, dict[str, Any]] = {}
         self.group_of: dict[nn.Parameter, dict[str, Any]] = {}
         self.by_weight: dict[Tensor, Layer] = {}
         self.warnings = Warnings()
         self._shapes: dict[Tensor, torch.Size] = {}
-        self._makeup: Makeup | None = None
         self._idle_steps = 0
 
     def find(self) -> list[Layer]:
@@ -90,10 +92,10 @@ class Roster:
         for p in self.group_of:
             self._shapes.setdefault(p, p.shape)
         taken_out = before.keys() - self.group_of.keys()
-        left_out = None if self._makeup is None else {*self._makeup.left_out, *taken_out}
-        self._makeup = Makeup(self.model, self.group_of, left_out)
+        left_out = {*self.makeup.left_out, *taken_out} if hasattr(self, "makeup") else None
+        self.makeup = Makeup(self.model, self.group_of, left_out)
         owned = {p for layer in self.layers for p in layer.parameters}
-        self.fallback = [p for p in self.group_of if p not in owned]
+        self.fallback = {p: group for p, group in self.group_of.items() if p not in owned}
 
     # ---- what may have changed ------------------------------------------------------------------
 
@@ -140,23 +142,20 @@ class Roster:
         self._index()
         return new
 
-    def is_other_model(self) -> bool:
-        """Whether the model is made of other modules or parameters than when layers were found."""
-        assert self._makeup is not None
-        return self._makeup.is_other()
-
-    def untrained(self) -> list[str]:
-        """The names of parameters that have a gradient and are in no group, if not by choice."""
-        assert self._makeup is not None
-        return self._makeup.untrained()
-
     def check_shapes(self, params: Iterable[Tensor]) -> None:
         """Refuse parameters whose data has another shape than when they were given.
 
         Raises:
             RuntimeError: Naming the first.
         """
-        check_shapes(params, self._shapes, self.names)
+        for p in params:
+            if p.shape != self._shapes[p]:
+                name, before = self.names.get(p, "a parameter"), tuple(self._shapes[p])
+                raise RuntimeError(
+                    f"{name!r} has shape {tuple(p.shape)}, and had {before} when it was given to "
+                    "the optimizer, whose state fits that: build the optimizer after what resizes "
+                    "the model, such as resize_token_embeddings"
+                )
 
     def check_parameters(self) -> None:
         """Refuse to train nothing, as the model has other parameters by now.

@@ -33,7 +33,8 @@ def rows_of(
     diagonal = issubclass(layer.structures[source.swapped], Diagonal) and (
         kind.unfolded(x, g) is not None or x.numel() > SMALL
     )
-    sample = _sample(layer, source)
+    of_K, of_C = Sample.of_both(group["rows"], layer.structures, layer.shape, group["steps"])
+    sample = (of_C, of_K) if source.swapped else (of_K, of_C)
     whole = diagonal or sample[0] is not None or group["kfac_approx"] != "expand"
     first, *others = (x,) if whole else in_pieces(layer, kind, x, g)
     rows = Rows.of(
@@ -63,17 +64,6 @@ def rows_of(
         if not source.biased and layer.bias is not None:
             A = torch.nn.functional.pad(A, (0, 1))
         yield Rows(A, N, B, rows.M)
-
-
-def _sample(layer: Layer, source: Source) -> tuple[Sample | None, Sample | None]:
-    """Which rows of a call's inputs and of its gradients the factors want."""
-    _, d_out, d_in = layer.shape
-    most, step = layer.group["rows"], layer.group["steps"]
-    K, C = (
-        Sample.of(most, structure, d, step)
-        for structure, d in zip(layer.structures, (d_in, d_out), strict=True)
-    )
-    return (C, K) if source.swapped else (K, C)
 
 
 def in_pieces(layer: Layer, kind: LayerKind, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:

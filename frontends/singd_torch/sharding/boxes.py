@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from singd_core.rounding import Place
+from singd_torch._distributed import gathered
 from singd_torch.sharding.box import Box
 
 
@@ -33,8 +34,7 @@ def boxes(
     params: Sequence[nn.Parameter], group: dist.ProcessGroup
 ) -> dict[nn.Parameter, list[Box]]:
     """The boxes of each parameter on all processes of the group, which all call this."""
-    found: list[list[Box]] = [[] for _ in range(dist.get_world_size(group))]
-    dist.all_gather_object(found, [box_of(p) for p in params], group=group)
+    found = gathered([box_of(p) for p in params], group)
     return {p: list(each) for p, each in zip(params, zip(*found, strict=True), strict=True)}
 
 

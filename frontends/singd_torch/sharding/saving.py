@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from singd_core.rules import Factors, learns_from_gradients
 from singd_torch import _state
+from singd_torch._distributed import gathered
 from singd_torch._form import check_form
 from singd_torch._groups import settings_of
 from singd_torch._loading import (
@@ -46,13 +47,12 @@ def saved(
     What one process has is made a DTensor, parted along its first axis over all of them.
     """
     group = share.processes
-    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    rank = dist.get_rank(group)
     own = {p: share.state.get(stand_ins[p], {}) for p, owner in owners.items() if owner == rank}
     described = [
         {name: (tuple(t.shape), t.dtype) for name, t in own.get(p, {}).items()} for p in owners
     ]
-    every: list[Any] = [None] * world
-    dist.all_gather_object(every, described, group=group)
+    every = gathered(described, group)
     forms = {
         (p, name): form
         for i, (p, owner) in enumerate(owners.items())
@@ -271,8 +271,7 @@ def _check_alike(
         ValueError: On all processes.
     """
     mine = [(i, name) for i, (_, name, _) in enumerate(_values(groups, live, state))]
-    found: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, mine, group=group)
+    found = gathered(mine, group)
     if any(one != found[0] for one in found):
         raise ValueError(
             "the state that is loaded has other entries on this process than on another: all "
@@ -291,8 +290,6 @@ def _all_or_none(check: Callable[[], None], group: dist.ProcessGroup) -> None:
         check()
     except ValueError as error:
         text = str(error)
-    texts: list[str | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(texts, text, group=group)
-    failed = [text for text in texts if text is not None]
+    failed = [text for text in gathered(text, group) if text is not None]
     if failed:
         raise ValueError(failed[0])

@@ -18,6 +18,7 @@ from singd_torch._distributed import agree_on_rows
 from singd_torch._loading import Loaded
 from singd_torch.capture.scaling import Scales
 from singd_torch.layers.layer import Layer
+from singd_torch.layers.roster import Roster
 from singd_torch.sharding import saving
 from singd_torch.sharding.box import Box
 from singd_torch.sharding.boxes import boxes, local, local_gradient, place_of
@@ -59,23 +60,17 @@ class Sharded:
         self._resting: Resting | None = None
         self._stand_ins: dict[nn.Parameter, nn.Parameter] = {}
 
-    def arrange(
-        self,
-        groups: list[dict[str, Any]],
-        layers: Sequence[Layer],
-        fallback: Sequence[nn.Parameter],
-        names: Mapping[nn.Parameter, str],
-        compile: dict[str, Any] | None,
-    ) -> None:
+    def arrange(self, roster: Roster, compile: dict[str, Any] | None) -> None:
         """Part the work among the processes, which all call this with the same layers.
 
         What is known of layers that were there before stays.
         """
         if self._resting is not None:
             self._resting.visit()
-        self._layers, self._fallback, plain = list(layers), list(fallback), set(self._fallback)
-        self._kinds = {layer.weight: layer.kind for layer in layers}
-        self._places = boxes([p for group in groups for p in group["params"]], self.group)
+        group_of, names, plain = roster.group_of, roster.names, set(self._fallback)
+        self._layers, self._fallback = list(roster.layers), list(roster.fallback)
+        self._kinds = {layer.weight: layer.kind for layer in self._layers}
+        self._places = boxes(list(group_of), self.group)
         found = self.shares(self._layers)
         self._arrange_own(found, plain)
         self.owners = {p: found.owners[w.weight] for w in found.whole for p in w.parameters}
@@ -85,14 +80,13 @@ class Sharded:
         self._resting = Resting(self.share, at_rest, self._own, self.owners)
         for gone in set(self.share.state) - set(self._stand_ins.values()):
             del self.share.state[gone]
-        group_of = {p: group for group in groups for p in group["params"]}
         self.share.take_over(
-            groups,
+            roster.groups,
             list(self._own.values()),
-            [self._stand_ins[p] for p in fallback],
+            [self._stand_ins[p] for p in self._fallback],
             {s: group_of[p] for p, s in self._stand_ins.items()},
             {s: names.get(p, "") for p, s in self._stand_ins.items()},
-            {self._stand_ins[p]: place_of(p) for p in fallback},
+            {self._stand_ins[p]: place_of(p) for p in self._fallback},
             compile,
         )
 
@@ -177,10 +171,8 @@ class Sharded:
 
     def begin(self) -> None:
         """Have the state that the first steps would make."""
-        own = list(self._own.values())
-        share = self.share
-        others = {p: share.roster.group_of[p] for p in share.roster.fallback}
-        share.state.update(_state.before_any_step(own, others))
+        share, own = self.share, self._own.values()
+        share.state.update(_state.before_any_step(own, share.roster.fallback))
 
     def show(self, state: dict[Any, dict[str, Tensor]]) -> None:
         """Let a state have, by parameter, what this process has, and as `meta` what it has not.

@@ -59,7 +59,7 @@ class Share(Stepper):
         """Step these from now on, of these names; `places` says where others stand in the whole."""
         roster, self.compile, self.places = self.roster, compile, places
         roster.groups, roster.group_of, roster.names = groups, dict(group_of), dict(names)
-        roster.layers, roster.fallback = list(layers), list(fallback)
+        roster.layers, roster.fallback = list(layers), {p: group_of[p] for p in fallback}
         self.device = next((p.device for p in group_of), torch.device("cpu"))
         self.stack_up()
 

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
 from singd_core.rules import Factors
+from singd_torch._distributed import flattened
 from singd_torch.layers.due import is_due, is_refresh
 from singd_torch.layers.layer import Key, Layer, part_of
 from singd_torch.layers.pending import Pending
@@ -86,11 +87,7 @@ class Sums:
         """Let the layers of this process have the sums of all; all processes call it in a step."""
         due = self._due()
         sent = self.stream.sent(self._expected(), self.flags)
-        entries = [
-            (layer, key, layer.pending.get(key) or layer.no_rows(key))
-            for layer in due
-            for key in layer.roles()
-        ]
+        entries = [(layer, *own) for layer in due for own in layer.all_pending().items()]
         known = self._rows_known(entries)
         rest = [
             (layer, key, pending)
@@ -131,10 +128,7 @@ class Sums:
             if not own:
                 continue
             tensors = [t for layer, _, pending in own for t in self._contribution(layer, pending)]
-            wide = any(t.dtype == torch.float64 for t in tensors)
-            dtype = torch.float64 if wide else torch.float32
-            flat = torch.cat([t.reshape(-1).to(dtype) for t in tensors])
-            found.append(Flat(owner, own, flat))
+            found.append(Flat(owner, own, flattened(tensors)))
         return found
 
     def _contribution(self, layer: Layer, pending: Pending) -> list[Tensor]:

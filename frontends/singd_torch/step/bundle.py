@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -123,12 +124,8 @@ class Bundle:
 
     def hold(self, state: State) -> None:
         """Take what the stacks have into vectors, unless that is done."""
-        held = [(stack.momenta, stack.late, stack.averages) for stack in self.stacks]
-        if len(held) == len(self._held) and all(
-            a is b
-            for own, other in zip(held, self._held, strict=True)
-            for a, b in zip(own, other, strict=True)
-        ):
+        there = self._there()
+        if len(there) == len(self._held) and all(map(is_, there, self._held)):
             return
         s = settings_of(self.stacks[0].layers[0].group)
         like = self.stacks[0].averages.k
@@ -161,8 +158,12 @@ class Bundle:
                 self.joint.part(i, self.factors),
                 state,
             )
-        self._held = [(stack.momenta, stack.late, stack.averages) for stack in self.stacks]
+        self._held = self._there()
         self.measured()
+
+    def _there(self) -> list[Any]:
+        """What the stacks have."""
+        return [x for stack in self.stacks for x in (stack.momenta, stack.late, stack.averages)]
 
     def _hold_levels(self, like: Tensor) -> None:
         """Make room for levels, where somebody measures them."""

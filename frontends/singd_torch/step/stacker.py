@@ -129,8 +129,7 @@ class Stacker:
             given = roster.group_of, self.processes
             self.sharded = parted(*given, copies=self.shard, summed=self.summed)
         if self.sharded is not None:
-            layers, others = roster.layers, roster.fallback
-            self.sharded.arrange(roster.groups, layers, others, roster.names, self.compile)
+            self.sharded.arrange(roster, self.compile)
         self.stack_up()
 
     # ---- what steps now -------------------------------------------------------------------------
@@ -151,9 +150,7 @@ class Stacker:
             live = []
             for layer in stack.layers:
                 if layer.pending and None not in layer.kind.row_parts:
-                    for key in layer.roles():
-                        if key not in layer.pending:  # the output of that part has no gradient
-                            layer.pending[key] = layer.no_rows(key)
+                    layer.pending = layer.all_pending()  # an output may have no gradient
                 layer.unused = layer.weight.grad is None
                 known = layer.seen or layer.pending or not layer.has_rows
                 if layer.weight.grad is not None and known:

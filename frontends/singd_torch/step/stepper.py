@@ -57,8 +57,8 @@ class Stepper(Stacker):
             self.sharded.begin()
             self.sharded.show(self.state)
         else:
-            others = {p: self.roster.group_of[p] for p in self.roster.fallback}
-            self.state.update(_state.before_any_step(self.roster.layers, others))
+            roster = self.roster
+            self.state.update(_state.before_any_step(roster.layers, roster.fallback))
 
     def agree_on_rows(self) -> None:
         """Have the same rows on all processes as others have them."""
