@@ -55,12 +55,8 @@ def check(
     model = copy.deepcopy(model)
     model.zero_grad()
     optimizer = _Products(model)
-<<<<<<< HEAD
-    _differentiate(model, loss)
-=======
     watcher = optimizer._watcher
-    torch.autograd.backward(loss(model))
->>>>>>> lean
+    _differentiate(model, loss)
     found, wrong = {}, []
     for layer in optimizer._layers:
         sums = watcher.sums.get(layer.name)

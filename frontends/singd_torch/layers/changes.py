@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ class Makeup:
             return True
         return any(not _same(_made_of(m, known), made) for m, known, made in self._of)
 
-    def has_taken(self, now: Iterable[Tensor], before: Iterable[Tensor]) -> bool:
+    def has_taken(self, now: Sequence[Tensor], before: Sequence[Tensor]) -> bool:
         """Whether the modules have new parameters in the places of those before, one by one."""
         new = dict(zip(before, now, strict=True))
         return all(

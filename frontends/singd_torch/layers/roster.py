@@ -110,8 +110,7 @@ class Roster:
         now, known = [p for group in self.groups for p in group["params"]], [*self.group_of]
         if [p.shape for p in now] != [p.shape for p in known]:
             return self.group_of.keys().isdisjoint(now)  # it is refused
-        assert self._makeup is not None
-        return any(map(is_in_parts, now)) or self._makeup.has_taken(now, known)
+        return any(map(is_in_parts, now)) or self.makeup.has_taken(now, known)
 
     def _has_others(self) -> bool:
         """Whether the first parameter of a group is one that no group had."""
