@@ -176,3 +176,35 @@ def vmapped_convolutions() -> Case:
         return mean_square(jnp.moveaxis(jax.vmap(one, (0, None))(p["w"], x), 0, 1))
 
     return Case(loss, {"w": array(2, 2, 4, 3)}, (SEQUENCE,), {"w"})
+
+
+def concatenated_kernels(v, w, axis: int) -> Case:
+    """Two kernels that make one: beside each other in its outputs (3), or in its inputs (2)."""
+    numbers = ("NHWC", "HWIO", "NHWC")
+
+    def loss(p, x):
+        kernel = jnp.concatenate([p["v"], p["w"]], axis=axis)
+        y = lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)
+        return mean_square(jnp.tanh(y))
+
+    return Case(loss, {"v": array(*v), "w": array(*w, seed=1)}, (IMAGES,), {"v", "w"})
+
+
+@case
+def kernels_of_concatenated_outputs() -> Case:
+    return concatenated_kernels((3, 2, 2, 3), (3, 2, 2, 1), 3)
+
+
+@case
+def kernels_of_concatenated_inputs() -> Case:
+    return concatenated_kernels((3, 2, 1, 3), (3, 2, 1, 3), 2)
+
+
+@case
+def concatenated_kernels_of_one_position() -> Case:
+    def loss(p, x):
+        kernel = jnp.concatenate([p["v"], p["w"]], axis=3)
+        return mean_square(jnp.tanh(x @ jnp.squeeze(kernel, (0, 1))))
+
+    params = {"v": array(1, 1, 2, 3), "w": array(1, 1, 2, 2, seed=1)}
+    return Case(loss, params, (IMAGES,), {"v", "w"})
