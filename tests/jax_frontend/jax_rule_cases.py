@@ -82,6 +82,13 @@ def of_one(x, w, b):
     return x @ w + b
 
 
+@with_rule(
+    lambda x, w, g: (g @ w.T, jnp.concatenate([x.T @ g[:, :2], x.T @ g[:, 2:]], axis=1)),
+)
+def halves(x, w):
+    return jnp.concatenate([x @ w[:, :2], x @ w[:, 2:]], axis=1)
+
+
 @with_rule(lambda w, g: (2.0 * g,))
 def rounded(w):
     return jnp.round(8.0 * w) / 8.0
@@ -155,6 +162,10 @@ def losses(p, x, own):
     return own(by_rows)(x, p["by_rows"], Y) + 3.0 * own(saving)(x, p["saving"])
 
 
+def in_halves(p, x, own):
+    return mean_square(own(halves)(x, p["w"]))
+
+
 def solved(p, x, own):
     """Steps of an equation, as diffrax takes them by default, or one after the other."""
 
@@ -175,6 +186,7 @@ def solved(p, x, own):
     return mean_square(jax.vmap(from_one)(x))
 
 
+HALVES = {"w": array(4, 4)}
 SOLVED = {"v": array(4, 5), "a": array(5), "w": array(5, 4), "b": array(4)}
 LAYERS = {
     "mlp": [array(4, 5), array(5), array(5, 3), array(3)],

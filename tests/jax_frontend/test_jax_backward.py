@@ -9,11 +9,13 @@ import pytest
 from jax import lax
 from jax_cases import X, array, mean_square
 from jax_rule_cases import (
+    HALVES,
     LAYERS,
     LOSSES,
     SOLVED,
     Y,
     by_entries,
+    in_halves,
     layers,
     linear,
     losses,
@@ -140,13 +142,17 @@ def test_a_bias_whose_gradient_is_scaled_otherwise_is_none():
     singd_jax.check(loss, found)(params, X)
 
 
-@pytest.mark.parametrize(("loss", "params"), [(layers, LAYERS), (losses, LOSSES), (solved, SOLVED)])
+@pytest.mark.parametrize(
+    ("loss", "params"),
+    [(layers, LAYERS), (losses, LOSSES), (solved, SOLVED), (in_halves, HALVES)],
+)
 def test_the_curvature_is_that_of_the_function_without_its_rule(loss, params):
     found = []
     for own in (lambda f: f, same):
         function = functools.partial(loss, own=own)
         own_layers = singd_jax.find_layers(function)(params, X)
         assert not own_layers.others
+        assert singd_jax.check(function, own_layers)(params, X).keys() == set(own_layers)
         state = singd_jax.singd(layers=own_layers, T=1).init(params)
         measured = jax.jit(singd_jax.value_and_curvature(function, own_layers))
         found.append((set(own_layers), measured(params, state, X)))
@@ -178,24 +184,3 @@ def test_each_layer_of_a_scan_may_have_a_condition_of_its_own(multiply):
     )
     for a, b in zip(jax.tree.leaves(step), jax.tree.leaves(layer), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
-
-
-def test_a_gradient_of_products_beside_each_other_is_of_layers_beside_each_other():
-    def in_parts(x, w, g):
-        return g @ w.T, jnp.concatenate([x.T @ g[:, :2], x.T @ g[:, 2:]], axis=1)
-
-    def by_rule(p, x):
-        return mean_square(with_rule(in_parts)(lambda x, w: x @ w)(x, p["w"]))
-
-    def plain(p, x):
-        return mean_square(jnp.concatenate([x @ p["w"][:, :2], x @ p["w"][:, 2:]], axis=1))
-
-    params, measured = {"w": array(4, 4)}, []
-    for loss in (by_rule, plain):
-        found = singd_jax.find_layers(loss)(params, X)
-        assert set(found) == {"w[:,0:2]", "w[:,2:4]"}
-        assert singd_jax.check(loss, found)(params, X).keys() == set(found)
-        state = singd_jax.singd(layers=found, T=1).init(params)
-        measured.append(singd_jax.value_and_curvature(loss, found)(params, state, X))
-    for own, other in zip(*map(jax.tree.leaves, measured), strict=True):
-        np.testing.assert_allclose(own, other, rtol=1e-5, atol=1e-6)
