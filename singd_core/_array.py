@@ -178,7 +178,8 @@ def sums_of_squares(X: Array) -> Array:
 def multiply_add(x: Array, c: Scalar, y: Array, out: Array | None = None) -> Array:
     """`x c + y`, in one pass over memory where a frontend has said how; `out` may be overwritten.
 
-    x is an array of the shape of the result, c and y are numbers or arrays that broadcast.
+    x is an array, c and y are numbers or arrays. One of them has the shape of the result, and the
+    others broadcast.
     """
     fused = kernels_of(x).multiply_add
     return _multiply_add(x, c, y) if fused is None else fused(x, c, y, out)

@@ -35,12 +35,22 @@ def tensors_of(
     layers: Mapping[str, LayerKind], params: Mapping[str, Parameter]
 ) -> dict[str, LayerKind]:
     """The kinds of the other parameters whose gradients are all that their factors want."""
-    others: dict[str, Any] = {n: p for n, p in params.items() if n not in layers}
-    return {
-        n: Tensor.of(p.shape)
-        for n, p in others.items()
-        if Tensor.fits(getattr(p, "shape", ())) and is_inexact(p) and not is_complex(p)
-    }
+    others = ((name, p) for name, p in params.items() if name not in layers)
+    found = ((name, _tensor_of(p)) for name, p in others)
+    return {name: kind for name, kind in found if kind is not None}
+
+
+def _tensor_of(parameter: Parameter) -> LayerKind | None:
+    """How a parameter is a matrix, None if it is none; a tuple has a weight and its bias."""
+    arrays = parts(parameter)
+    if len(arrays) > 2 or not all(hasattr(a, "shape") for a in arrays):
+        return None
+    if not all(is_inexact(a) and not is_complex(a) for a in arrays):
+        return None
+    weight, bias = pair(parameter)
+    if bias is not None:
+        return Tensor.with_bias(weight.shape, bias.shape)
+    return Tensor.of(weight.shape) if Tensor.fits(weight.shape) else None
 
 
 def _is_matrix(weight: Array) -> bool:
@@ -104,7 +114,11 @@ def _check_parameter(name: str, parameter: Parameter, kind: LayerKind | None) ->
     if not all(map(is_inexact, parts(parameter))):
         raise ValueError(f"{name!r} is not of floating-point numbers: leave it out")
     if kind is None and isinstance(parameter, tuple):
-        raise ValueError(f"{name!r} has a bias but is no layer: name it in layers=")
+        raise ValueError(
+            f"{name!r} has a bias but is no layer: name it in layers=, or give the bias a name of "
+            'its own. Without layers, the recipe has to be "normalized", both have to be real, and '
+            "the bias has to have the shape of its weight's rows"
+        )
     if kind is None:
         return
     if any(map(is_complex, parts(parameter))):

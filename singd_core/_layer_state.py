@@ -143,9 +143,8 @@ def layer_state(
     shape = kind.shape(tuple(weight.shape), bias is not None)
     chosen = rule.choose(structures, shape, diagonal=(kind.diagonal_inputs, False))
     likes = [_empty(weight, dtype) for dtype in dtypes]
-    factors = rules.start(
-        chosen, shape, s, *likes, has_rows=kind.has_rows, one_hot=kind.diagonal_inputs
-    )
+    how = {"has_rows": kind.has_rows, "one_hot": kind.diagonal_inputs, "bias": bias is not None}
+    factors = rules.start(chosen, shape, s, *likes, **how)
     return begun(factors, parts(parameter), shape[0], s, momentum_dtype)
 
 
@@ -167,8 +166,13 @@ def begun(
     pairs = zip(parameters, dtypes, strict=True)
     zeros = (namespace(p).zeros_like(p, dtype=dtype) for p, dtype in pairs)
     buffers = [_of_reals("momentum_dtype", m) for m in zeros]
-    late = Late.zeros(batch, parameters[0]) if s.normalized else None
+    late = Late.zeros(late_shape(factors, batch), parameters[0]) if s.normalized else None
     return LayerState.of(factors, buffers, late, costs)
+
+
+def late_shape(factors: rules.Factors, batch: Shape) -> Shape:
+    """The shape of the sums over late gradients: of each matrix, or of it and its bias."""
+    return batch if rules.inputs_of(factors) is None else (*batch, 2)
 
 
 def no_cost(weight: Array, s: Settings) -> Array | None:

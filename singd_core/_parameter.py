@@ -8,7 +8,17 @@ from functools import partial
 from typing import Any
 
 from singd_core import rules
-from singd_core._array import Array, cast, device, expand, is_inexact, namespace, total, widen
+from singd_core._array import (
+    Array,
+    cast,
+    device,
+    expand,
+    is_inexact,
+    namespace,
+    sum_of_squares,
+    total,
+    widen,
+)
 from singd_core._layer_state import NAMES, LayerState, Parameter, like, pair, parts
 from singd_core._scalars import as_array
 from singd_core._settings import Rate, Settings, StepSettings
@@ -19,8 +29,15 @@ from singd_core.late import ROOM
 from singd_core.layers import LayerKind, Sample
 from singd_core.rounding import Rounding
 from singd_core.rules.shampoo import Shampoo
-from singd_core.step import couples_decay, direction, new_weight, squares_of, weight_change
+from singd_core.step import (
+    couples_decay,
+    direction,
+    new_weight,
+    squares_of,
+    weight_change,
+)
 from singd_core.structures import Diagonal
+from singd_core.without_mean import learned, without_mean
 
 
 def count_state(parameter: Parameter) -> Array:
@@ -91,11 +108,10 @@ def refreshed_by_gradient(
     s: Settings,
     rounding: Rounding | None,
     factors: Shampoo,
-    gradient: Array,
+    gradient: Parameter,
 ) -> Shampoo:
     """The factors of a tensor without rows one refresh later."""
-    curvature = factors.curvature(kind.matrix(gradient))
-    return factors.refresh(curvature, lr_cov, s, rounding=rounding)
+    return learned(factors, kind, parts(gradient), lr_cov, s, None, rounding)
 
 
 def layer_squares(
@@ -105,9 +121,12 @@ def layer_squares(
 
     And if sums over such squares are.
     """
-    squares = squares_of(kind, parts(gradient))
-    known = factors.averages
-    return squares, ROOM * total(squares) + total(known.t_U) + total(known.t_G)
+    _, bias = pair(gradient)
+    squares, known = squares_of(kind, parts(gradient)), factors.averages
+    size = ROOM * total(squares) + total(known.t_U) + total(known.t_G)
+    if bias is not None and rules.inputs_of(factors) is not None:  # it is no column
+        size = size + sum_of_squares(bias, bias.ndim)
+    return squares, size
 
 
 def squares(gradient: Array) -> Array:
@@ -137,25 +156,24 @@ def layer_change(
     """
     own, weights = old.momenta, parts(parameter)
     decay = [w * expand(s.weight_decay, w) for w in weights] if couples_decay(s) else None
-    found = direction(
-        kind,
-        s,
-        partial(factors.precondition, balanced=s.normalized),
-        factors.averages.t_U,
-        tuple(weights[0].shape),
-        parts(gradient),
-        decay,
-        own,
-        old.late,
-        squares,
-    )
+    precondition = partial(factors.precondition, balanced=s.normalized)
+    of_layer = tuple(weights[0].shape), parts(gradient), decay, own, old.late
+    inputs = rules.inputs_of(factors)
+    if inputs is None:
+        t_U = factors.averages.t_U
+        found = direction(kind, s, precondition, t_U, *of_layer, squares)
+    else:
+        column = factors.preconditioner(1, balanced=True).left
+        found = without_mean(kind, s, precondition, column, inputs, *of_layer)
     ok = namespace(ok).logical_and(ok, as_array(found.finite, ok))
     changes, costs = [], []
-    for name, u, w, cost in zip(NAMES, found.parts, weights, old.compensations, strict=False):
+    scales = found.scale, found.scale if found.of_bias is None else found.of_bias
+    each = zip(NAMES, found.parts, scales, weights, old.compensations, strict=False)
+    for name, u, c, w, cost in each:
         if rounding is None or not rounding.rounds(name):
-            change = weight_change(u, found.scale, w, s)
+            change = weight_change(u, c, w, s)
         else:
-            stored, cost = new_weight(u, found.scale, w, s, rounding, name, cost=cost)
+            stored, cost = new_weight(u, c, w, s, rounding, name, cost=cost)
             change = cast(stored - widen(w), w)
         changes.append(_or_zero(ok, change))
         costs.append(cost)

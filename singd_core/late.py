@@ -60,6 +60,19 @@ class Late(Tree):
         """With numbers in place of 0-d arrays, where the host need not wait for them."""
         return self.map(number)
 
+    def paired(self, of_weight: Self, of_bias: Self) -> Self:
+        """The sums of a weight and of its bias along a last axis, as arrays like these."""
+        one, two = self.part(0).written(of_weight), self.part(1).written(of_bias)
+        return one.map(lambda a, b: namespace(a).stack([a, b], axis=-1), two)
+
+    def parted(self) -> tuple[Self, Self]:
+        """The sums of a weight and of its bias, which are along a last axis, as `numbers`."""
+        return self.part(0).numbers(), self.part(1).numbers()
+
+    def part(self, i: int) -> Self:
+        """The sums that are in a place of the last axis."""
+        return self.map(lambda a: a[..., i])
+
     def written(self, sums: Self) -> Self:
         """What came of `numbers`, as arrays like these."""
         return self.map(lambda old, new: cast(as_array(new, old), old), sums)

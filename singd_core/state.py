@@ -24,7 +24,9 @@ from typing import Any
 from singd_core._array import Array, device, is_complex, is_inexact, namespace, widen
 from singd_core._given import a_state
 from singd_core._layer_state import State
+from singd_core.adamw import Moments
 from singd_core.late import begun_anew
+from singd_core.rules import inputs_of
 
 _NUMBERS = "step", "largest_lr"
 _FACTORS = "factors."
@@ -108,10 +110,17 @@ def _upgraded(template: State, flat: Mapping[str, Any]) -> dict[str, Any]:
 
     It had one momentum for a weight matrix and its bias, which averaged natural gradients: a rule
     that averages gradients begins anew with it. Later ones had no mean of
-    squared gradients, and none had the largest rate: these begin anew.
+    squared gradients, and none had the largest rate: these begin anew. So does a weight that learns
+    from gradients, and whose bias AdamW trained.
     """
     found = {"largest_lr": 0.0} | dict(flat)
     for name, layer in template.layers.items():
+        kept, mean = f"{name}.averages.k", f"{name}.inputs.mean"
+        if inputs_of(layer.factors) is not None and kept in flat and mean not in flat:
+            fresh = ((k.removeprefix(_FACTORS), a) for k, a in layer.named_arrays())
+            found |= {f"{name}.{k}": a for k, a in fresh}
+            found = {k: a for k, a in found.items() if not _is_left_over(k, template)}
+            continue
         if layer.late is not None:
             found |= begun_anew(layer.late, flat, f"{name}.{_LATE}")
         own = {k: a for k, a in layer.named_arrays() if not k.startswith(_FACTORS)}
@@ -127,6 +136,13 @@ def _upgraded(template: State, flat: Mapping[str, Any]) -> dict[str, Any]:
             for key, part in zip(("momentum_buffer", "bias_momentum_buffer"), parts, strict=True):
                 found[f"{name}.{key}"] = part.reshape(own[key].shape)
     return found
+
+
+def _is_left_over(name: str, template: State) -> bool:
+    """Whether an entry is what AdamW kept of a parameter that it does not train any more."""
+    parameter, _, entry = name.rpartition(".")
+    kept = parameter in {"", *template.fallback, *template.layers}
+    return entry in Moments.field_names() and not kept
 
 
 def _in_known_dtype(name: str, saved: Any, array: Array) -> Any:

@@ -46,6 +46,7 @@ class Direction(NamedTuple):
         late: The new sums over late gradients, arrays or `numbers`; None without.
         agreement: How much they agree, a number or of the batch axes' shape.
         natural: The natural gradient, times any number for each matrix; None if not `normalized`.
+        of_bias: The scale of the bias, None if it is c.
     """
 
     parts: Parts
@@ -55,6 +56,7 @@ class Direction(NamedTuple):
     late: Late | None
     agreement: Scalar = 1.0
     natural: Array | None = None
+    of_bias: Scalar | None = None
 
 
 def direction(
@@ -90,27 +92,16 @@ def direction(
     if not s.normalized:  # an average of natural gradients
         natural = precondition(kind.matrix(*gradient))
         own: Parts = [part for part in kind.split(natural, shape, bias) if part is not None]
-        finite = _finite(norm(natural))
+        finite = is_finite(norm(natural))
         if finite is False:  # before a momentum is overwritten
             return Direction(own, 0.0, finite, momenta, late)
-        own, momenta = _averaged(_plus(own, decay), momenta, s, donate=donate)
+        own, momenta = _averaged(plus(own, decay), momenta, s, donate=donate)
         return Direction(own, 1.0, finite, momenta, late)
 
     if decay is not None:
-        gradient = _plus(gradient, decay)
+        gradient = plus(gradient, decay)
         squares = squares_of(kind, gradient)
-    room = outs = None  # else the natural gradient of an average
-    if donate and momenta is not None:  # the average is written where it is joined
-        stack = gradient[0].shape[: gradient[0].ndim - len(shape)]
-        batch, d_out, d_in = kind.shape(shape, bias)
-        room = empty((*stack, *batch, d_out, d_in), like=momenta[0])
-    if room is not None:
-        outs = [r for r in kind.split(room, shape, bias) if r is not None]
-        if not all(is_view(r, room) for r in outs):  # of a kind that splits into copies
-            room = outs = None
-    ahead, momenta = _averaged(gradient, momenta, s, donate=donate, outs=outs)
-    written = outs is not None and all(a is out for a, out in zip(ahead, outs, strict=True))
-    matrix = room if written else kind.matrix(*ahead)  # a rate may make arrays of another type
+    matrix, momenta = joined(kind, s, shape, gradient, momenta, donate=donate)
     groups, d_out, d_in = kind.shape(shape, bias)
     own = size(sides(d_out, d_in, kind.overlap), number(t_U)), number(squares)
     sums = None if late is None else late.numbers()
@@ -118,7 +109,7 @@ def direction(
     if groups:  # a weight is several matrices
         natural, scale = times(scale, natural, in_place=donate), 1.0
     parts = [part for part in kind.split(natural, shape, bias) if part is not None]
-    return Direction(parts, scale, _finite(length), momenta, sums, agreement, natural)
+    return Direction(parts, scale, is_finite(length), momenta, sums, agreement, natural)
 
 
 def averaged(
@@ -245,6 +236,40 @@ def of_step(s: Settings, step: Scalar, largest_lr: Scalar) -> StepSettings:
     return StepSettings(**vars(s) | changed)
 
 
+def joined(
+    kind: LayerKind,
+    s: Settings,
+    shape: Sequence[int],
+    gradient: Parts,
+    momenta: Parts | None,
+    *,
+    donate: bool,
+    owned: bool = False,
+) -> tuple[Array, Parts | None]:
+    """The average of gradients as a matrix, and the new momenta.
+
+    If `donate`, the average is written where it is joined, or in the place of an `owned` gradient.
+    """
+    bias = len(gradient) > 1
+    room = outs = None
+    pairs = zip(gradient, momenta or (), strict=False)
+    if donate and owned and momenta and all(x.dtype == m.dtype for x, m in pairs):
+        outs = gradient
+    elif donate and momenta is not None:
+        stack = gradient[0].shape[: gradient[0].ndim - len(shape)]
+        batch, d_out, d_in = kind.shape(shape, bias)
+        room = empty((*stack, *batch, d_out, d_in), like=momenta[0])
+    if room is not None:
+        outs = [r for r in kind.split(room, shape, bias) if r is not None]
+        if not all(is_view(r, room) for r in outs):  # of a kind that splits into copies
+            room = outs = None
+    ahead, momenta = _averaged(gradient, momenta, s, donate=donate, outs=outs)
+    written = outs is not None and all(a is out for a, out in zip(ahead, outs, strict=True))
+    if room is not None and written:
+        return room, momenta
+    return kind.matrix(*ahead), momenta  # a rate may make arrays of another type
+
+
 def _averaged(
     xs: Parts, momenta: Parts | None, s: Settings, *, donate: bool, outs: Any = None
 ) -> tuple[Parts, Parts | None]:
@@ -258,11 +283,12 @@ def _averaged(
     return [u for u, _ in pairs], [m for _, m in pairs]
 
 
-def _plus(xs: Parts, decay: Parts | None) -> Parts:
+def plus(xs: Parts, decay: Parts | None) -> Parts:
+    """The gradients with what a decay adds to them."""
     return xs if decay is None else [x + cast(w, x) for x, w in zip(xs, decay, strict=True)]
 
 
-def _finite(x: Scalar) -> Array | bool:
+def is_finite(x: Scalar) -> Array | bool:
     """Whether a number, or all entries of a small array, are finite."""
     x = x if isinstance(x, (int, float)) else number(total(x))
     return math.isfinite(x) if isinstance(x, (int, float)) else namespace(x).isfinite(x)

@@ -13,7 +13,7 @@ RANKS: dict[str, list[str]] = {
     "singd_core": [
         *("_version", "_warnings", "_table", "_kernels", "_array", "_scalars", "_tree", "rounding"),
         *("_settings", "structures", "curvature", "levels", "preconditioner", "rules", "adamw"),
-        *("_recipes", "layers", "late", "length", "step"),
+        *("_recipes", "layers", "late", "length", "step", "without_mean"),
         *("_layer_state", "_given", "_given_rows", "_given_state", "_parameter", "optimizer"),
         *("_check", "state", "testing"),
     ],

@@ -10,6 +10,7 @@ from singd_core._tree import tree as rule
 from singd_core.curvature import Averages
 from singd_core.levels import Levels
 from singd_core.rules.base import Rule
+from singd_core.rules.centering import InputMean
 from singd_core.rules.inverse_free import IKFAC, SINGD, InverseFree
 from singd_core.rules.kfac import KFAC
 from singd_core.rules.registry import get, names, register
@@ -27,6 +28,7 @@ __all__ = [
     "Shampoo",
     "by_rows",
     "get",
+    "inputs_of",
     "learns_from_gradients",
     "names",
     "register",
@@ -51,6 +53,7 @@ def start(
     *,
     has_rows: bool = True,
     one_hot: bool = False,
+    bias: bool = False,
 ) -> Factors:
     """The factors before the first refresh: the identity.
 
@@ -63,6 +66,7 @@ def start(
         has_rows: Whether they will be refreshed by rows, or else by gradients.
         one_hot: Whether the inputs are one-hot: most columns of a gradient are then zero in most
             steps, and their levels tell nothing.
+        bias: Whether the weight has a bias that is no column of the matrix.
 
     Raises:
         ValueError: If a structure has no matrices of the side that is needed.
@@ -82,7 +86,15 @@ def start(
         levels = Levels.even(batch, d_out, d_in, like_C)
     own = get(settings.rule)
     averages, momentum = Averages.zeros(batch, like_K), own.keeps_momentum(settings)
-    return (own if has_rows else Shampoo).start(K, C, averages, levels, momentum)
+    if has_rows:
+        return own.start(K, C, averages, levels, momentum)
+    by_gradient = Shampoo.start(K, C, averages, levels, momentum)
+    return by_gradient.with_bias() if bias else by_gradient
+
+
+def inputs_of(factors: Factors) -> InputMean | None:
+    """The mean of the inputs that a step is without, None for a step as it is."""
+    return factors.inputs if isinstance(factors, Shampoo) else None
 
 
 def by_rows(factors: Shampoo, s: Settings) -> Factors:

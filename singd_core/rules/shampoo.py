@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Self
 
 from singd_core._array import Array, Scalar, cast, ranged, sum_of_squares
 from singd_core._scalars import at_least, number, where
-from singd_core._settings import Settings
+from singd_core._settings import Rate, Settings
 from singd_core._tree import tree
 from singd_core.curvature import TINY, Averages, Curvature, Rates
+from singd_core.rounding import Rounding
+from singd_core.rules.centering import InputMean, InputSums
 from singd_core.rules.factor_step import direction, half, stepped
 from singd_core.rules.inverse_free import InverseFree
 from singd_core.structures.base import Structure
@@ -23,9 +27,41 @@ class Shampoo(InverseFree):
     sense of the Kullback-Leibler divergence (Lin et al., arXiv 2402.03496). The number is taken
     out: ‖K‖² = d_in and ‖C‖² = d_out, so that G → c G changes nothing.
     `averages` has the mean square of G as t_G, and 0 as t_U, which is not known.
+
+    Attributes:
+        inputs: The mean of the inputs, if the weight has a bias: K and C are of gradients of inputs
+            without it. None without a bias.
     """
 
+    inputs: InputMean | None = None
+
     has_rows = False
+
+    def with_bias(self) -> Self:
+        """The factors of a weight that has a bias, before the first refresh."""
+        *batch, d_in = self.K.shape[:-1]
+        return dataclasses.replace(self, inputs=InputMean.zeros(batch, d_in, self.C.like))
+
+    def learned(
+        self,
+        gradient: Array,
+        of_bias: Array | None,
+        lr_cov: Rate,
+        s: Settings,
+        report: dict[str, Array] | None = None,
+        rounding: Rounding | None = None,
+    ) -> Self:
+        """One refresh with a gradient, shape (..., d_out, d_in).
+
+        `of_bias` is the gradient of its bias, shape (..., d_out, 1), None without.
+        """
+        inputs = self.inputs
+        if inputs is not None and of_bias is not None:
+            weight = at_least(1.0 / (self.averages.k + 1.0), lr_cov)
+            inputs = inputs.told(InputSums.of(gradient, of_bias, inputs.mean), weight)
+            gradient = inputs.centered(gradient, of_bias)
+        told = dataclasses.replace(self, inputs=inputs)
+        return told.refresh(told.curvature(gradient), lr_cov, s, report, rounding)
 
     def curvature(self, gradient: Array) -> Curvature:
         """What a refresh wants of a gradient, shape (..., d_out, d_in).
@@ -47,6 +83,19 @@ class Shampoo(InverseFree):
         sides = (self.m_K, self.K, curvature.H_K), (self.m_C, self.C, curvature.H_C)
         m_K, m_C = (_direction(*side, damping, s) for side in sides)
         return m_K, m_C
+
+    def moved(
+        self,
+        m: Sequence[Structure],
+        betas: Sequence[Scalar],
+        rates: Rates,
+        momenta: Sequence[Structure],
+        s: Settings,
+        rounding: Rounding | None = None,
+    ) -> Self:
+        """The factors one step later, with the same mean of the inputs."""
+        new = super().moved(m, betas, rates, momenta, s, rounding)
+        return dataclasses.replace(new, inputs=self.inputs)
 
     def side_moved(
         self, L: Structure, m: Structure, start: Scalar, beta: Scalar, s: Settings

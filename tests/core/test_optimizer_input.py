@@ -46,8 +46,12 @@ def test_an_unknown_layer_is_an_error() -> None:
 
 
 def test_a_bias_without_a_layer_is_an_error() -> None:
+    given = {"map": (np.ones((4, 3)), np.ones(5))}
+    for how in ({}, {"recipe": "paper"}):
+        with pytest.raises(ValueError, match="'map' has a bias but is no layer"):
+            Optimizer({}, **how).init(given)
     with pytest.raises(ValueError, match="'map' has a bias but is no layer"):
-        Optimizer({}).init(params())
+        Optimizer({}, recipe="paper").init({"map": (np.ones((4, 3)), np.ones(4))})
 
 
 @pytest.mark.parametrize(

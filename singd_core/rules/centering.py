@@ -1,0 +1,107 @@
+"""The inputs of a layer without their mean, which the gradients of its weight and bias tell.
+
+A layer W x + b is W (x − μ) + b', with b' = b + W μ. Section 6 of docs/mathematics.md has the
+equations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Self
+
+from singd_core._array import (
+    Array,
+    Scalar,
+    cast,
+    multiply_add,
+    namespace,
+    sum_of_squares,
+    wide_full,
+)
+from singd_core._scalars import at_least
+from singd_core._tree import Tree, tree
+from singd_core.curvature import TINY
+
+# The gradient of a bias tells nothing where it is smaller than this share of its weight's: it may
+# be the rounding of 8 bits, as of a bias whose layer is normalized afterwards.
+NOISE = 2.0**-8
+
+
+class InputSums(NamedTuple):
+    """Sums over the rows of the gradients G and g of a weight and its bias.
+
+    Attributes:
+        cross: Gᵀ g, shape (..., d_in).
+        own: ‖g‖², of the batch axes' shape.
+        all: ‖G‖².
+    """
+
+    cross: Array
+    own: Array
+    all: Array
+
+    @classmethod
+    def of(cls, G: Array, g: Array, like: Array) -> Self:
+        """Of G, shape (..., d_out, d_in), and g, shape (..., d_out, 1), in the dtype of `like`."""
+        G, g = cast(G, like), cast(g, like)
+        return cls((G.mT @ g)[..., 0], sum_of_squares(g, 2), sum_of_squares(G, 2))
+
+
+@tree
+class InputMean(Tree):
+    """The mean of a layer's inputs, as far as gradients tell it.
+
+    Attributes:
+        mean: μ, shape (..., d_in).
+        squares: The mean of ‖g‖² so far, of the batch axes' shape.
+        used: 1 where steps are without the mean, else 0: where the inputs are the same in all
+            examples, nothing is left of their gradient without it.
+    """
+
+    mean: Array
+    squares: Array
+    used: Array
+
+    @classmethod
+    def zeros(cls, batch: Sequence[int], d_in: int, like: Array) -> Self:
+        """Before the first refresh, on the device of `like`."""
+        numbers = (wide_full(batch, 0.0, like=like) for _ in range(2))
+        return cls(wide_full((*batch, d_in), 0.0, like=like), *numbers)
+
+    def told(self, sums: InputSums, weight: Scalar) -> Self:
+        """After one more gradient, which counts with this weight (6.2 and 6.3)."""
+        own, old = sums.own, self.mean
+        hat = sums.cross / at_least(own[..., None], TINY)
+        rest = sums.all - own * _squares(hat)
+        counts = (own > TINY) & (own > NOISE * NOISE * rest)
+        squares = self.squares + weight * (own - self.squares)
+        mean = old + (weight * own / at_least(squares, TINY))[..., None] * (hat - old)
+        left = at_least(rest, 0.0) + own * _squares(mean - hat)  # ‖G − g μᵀ‖²
+        used = cast(left > NOISE * NOISE * own * _squares(mean), old)
+        # what is not finite counts for nothing
+        xp = namespace(old)
+        return type(self)(
+            xp.where(counts[..., None], mean, old),
+            xp.where(counts, squares, self.squares),
+            xp.where(counts, used, self.used),
+        )
+
+    def centered(self, G: Array, g: Array, out: Array | None = None) -> Array:
+        """The gradient G − g μᵀ of W, where b' stays as it is and not b.
+
+        G has shape (..., d_out, d_in), g has shape (..., d_out, 1), and `out` may be overwritten.
+        """
+        return multiply_add(-1.0 * cast(g, G), cast(self._mean, G)[..., None, :], G, out)
+
+    def along(self, W: Array) -> Array:
+        """W μ, of W or of a change of it, shape (..., d_out, 1)."""
+        return W @ cast(self._mean, W)[..., None]
+
+    @property
+    def _mean(self) -> Array:
+        return self.mean * self.used[..., None]
+
+
+def _squares(x: Array) -> Array:
+    """The sums of the squares of vectors."""
+    return namespace(x).sum(x * x, axis=-1)
