@@ -127,6 +127,11 @@ def check_keys(group: dict[str, Any], known: Iterable[str]) -> None:
             )
 
 
+def bare(params: Iterable[Any]) -> list[Any]:
+    """The parameters, without the names that they may be given with."""
+    return [p[-1] if isinstance(p, tuple) and p else p for p in params]
+
+
 def parameters_of(params: Any) -> list[Any]:
     """The parameters of a group as a list.
 

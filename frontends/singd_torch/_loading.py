@@ -12,8 +12,9 @@ from torch.distributed.tensor import DTensor
 
 from singd_core._recipes import with_rule
 from singd_core._settings import Settings
-from singd_core.late import Late, begun_anew
+from singd_core.late import begun_anew
 from singd_core.rules import Factors, learns_from_gradients
+from singd_core.rules.centering import InputMean
 from singd_torch import _fallback, _state
 from singd_torch._form import check_form
 from singd_torch._groups import DTYPES, NOTES, check_counts, check_group, settings_of
@@ -97,11 +98,25 @@ def saved_factors(layer: Layer, entries: Mapping[str, Any], s: Settings) -> Fact
 
 
 def begin_anew(layer: Layer, entries: Mapping[nn.Parameter, Entries]) -> None:
-    """Begin anew with the sums that a layer keeps now, where they were not kept yet."""
+    """Begin anew with what a layer keeps now and did not keep yet.
+
+    These are sums over late gradients. They are all that a weight without rows keeps of its bias,
+    where AdamW trained that.
+    """
     own = entries[layer.weight]
+    k = own.get("averages.k")
+    is_apart = layer.bias_is_apart and "inputs.mean" not in own
+    if layer.bias is not None and is_apart and isinstance(k, Tensor) and not isinstance(k, DTensor):
+        (batch, _, d_in), like = layer.shape, k.reshape(-1)
+        own.update(InputMean.zeros(batch, d_in, like).named_arrays("inputs."))
+        entries[layer.bias].clear()
+        if _state.MOMENTUM in own:
+            own.update(_state.no_late(layer, like).named_arrays(_state.LATE))
+            zeros = torch.zeros_like(layer.bias, dtype=own[_state.MOMENTUM].dtype)
+            entries[layer.bias][_state.MOMENTUM] = zeros
     known = own.get(_state.LATE + "growth")
     if isinstance(known, Tensor) and not isinstance(known, DTensor):
-        sums = Late.zeros(layer.shape[0], known.reshape(-1))
+        sums = _state.no_late(layer, known.reshape(-1))
         own.update(begun_anew(sums, own, _state.LATE))
 
 

@@ -46,9 +46,15 @@ def factors_of(layer: Layer, state: Mapping[Any, Mapping[str, Any]]) -> Factors:
     return template.rebuild(kept[name].to(device, a.dtype) for name, a in arrays.items())
 
 
+def no_late(layer: Layer, like: Tensor) -> Late:
+    """Sums over no gradients yet, of each matrix or of it and its bias, on the device of `like`."""
+    batch, _, _ = layer.shape
+    return Late.zeros((*batch, 2) if layer.bias_is_apart else batch, like)
+
+
 def late_of(layer: Layer, state: Mapping[Any, Mapping[str, Any]]) -> Late:
     """The sums over late gradients that the state has of a layer, else zeros."""
-    zero, kept = Late.zeros(layer.shape[0], layer.weight), state.get(layer.weight, {})
+    zero, kept = no_late(layer, layer.weight), state.get(layer.weight, {})
     return zero.rebuild(kept.get(name, a).to(a) for name, a in zero.named_arrays(LATE))
 
 

@@ -53,8 +53,8 @@ class Training(torch.optim.Optimizer):
         self._place_rates()
         refuse_gathered(p for group in self.param_groups for p in group["params"])
         self._roster.groups, self._stepper.state = self.param_groups, self.state
-        for layer in self._roster.find():
-            self.state[layer.weight].clear()
+        for p in self._roster.find():
+            self.state[p].clear()
         self._stepper.arrange()
         self._watcher.watch()
         self._known = Known(self.param_groups)

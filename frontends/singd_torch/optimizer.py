@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parameter import is_lazy
 
 from singd_core._recipes import (
     DEFAULT,
@@ -28,7 +29,7 @@ from singd_core.structures import choose
 from singd_torch import _diagnostics, _table
 from singd_torch._distributed import group_of, unwrapped
 from singd_torch._estimate import automatic
-from singd_torch._groups import check_counts, check_group, check_keys, parameters_of
+from singd_torch._groups import bare, check_counts, check_group, check_keys, parameters_of
 from singd_torch._saving import Saving
 from singd_torch.layers.kinds import reasons
 from singd_torch.layers.matrices import without_model
@@ -234,17 +235,16 @@ class SINGD(Saving):
             ValueError: If a setting is wrong or a parameter is given twice.
         """
         group = {name: plain(value) for name, value in with_rule(param_group).items()}
-        group["params"] = params = parameters_of(group["params"])
+        group["params"] = parameters_of(group["params"])
+        params = bare(group["params"])
         if len({id(p) for p in params}) < len(params):
             raise ValueError("a parameter is given twice in one parameter group")
         roster = self._roster
         if roster.group_of:  # after construction
             part_again(roster.model)
         roster.names |= {p: name for name, p in roster.model.named_parameters()}
-        for p in params:
-            name = roster.names.get(p, "a parameter")
-            if nn.parameter.is_lazy(p):
-                raise ValueError(f"{name!r} has no shape yet: call the model once before")
+        for name in (roster.names.get(p, "a parameter") for p in params if is_lazy(p)):
+            raise ValueError(f"{name!r} has no shape yet: call the model once before")
         if is_zero(group.get("weight_decay")):  # of the whole group, its norms and biases included
             group.setdefault("fallback_weight_decay", 0.0)
         check_keys(group, self.defaults)

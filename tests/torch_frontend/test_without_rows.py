@@ -70,13 +70,11 @@ def test_the_table_says_what_shows_no_rows() -> None:
         "first.weight + bias": "SINGD",
         "experts": "SINGD without rows",
         "also": "SINGD without rows",
-        "cell.weight_ih_l0": "SINGD without rows",
-        "cell.weight_hh_l0": "SINGD without rows",
+        "cell.weight_ih_l0 + bias_ih_l0": "SINGD without rows",
+        "cell.weight_hh_l0 + bias_hh_l0": "SINGD without rows",
         "out.parametrizations.weight.original1": "SINGD without rows",
         "out.parametrizations.weight.original0": "AdamW",
         "scale": "AdamW",
-        "cell.bias_ih_l0": "AdamW",
-        "cell.bias_hh_l0": "AdamW",
         "out.bias": "AdamW",
     }
 

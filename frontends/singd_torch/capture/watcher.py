@@ -25,7 +25,8 @@ from singd_torch.capture.proof import Proofs
 from singd_torch.capture.queue import Call, Queue
 from singd_torch.capture.tap import TakeRows, Tap, after_pass, backward_pass, install
 from singd_torch.layers.due import is_due, is_refresh, may_be_due
-from singd_torch.layers.layer import IN_THE_LOSS, Layer, part_of
+from singd_torch.layers.layer import IN_THE_LOSS, Layer
+from singd_torch.layers.pending import part_of
 from singd_torch.layers.reach import Pass, Reach, is_in_parts, part_again
 from singd_torch.layers.roster import Roster
 from singd_torch.layers.rows import rows_of

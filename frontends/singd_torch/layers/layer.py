@@ -15,7 +15,7 @@ from singd_core.rules import Factors, learns_from_gradients
 from singd_core.rules.inverse_free import InverseFree
 from singd_core.structures import Diagonal, Structure
 from singd_torch._groups import note, settings_of
-from singd_torch.layers.pending import Pending, Rows
+from singd_torch.layers.pending import Pending, Rows, part_of
 from singd_torch.layers.reach import Pass
 from singd_torch.layers.source import Source
 from singd_torch.tensors.pieces import on_host
@@ -82,8 +82,8 @@ class Layer:
         the rule wants inverses.
         """
         narrower = g.dtype == torch.bfloat16 and self.weight.dtype == torch.float32
-        free = tuple(self.group["preconditioner_dtype"]) == (None, None)
-        free = free and issubclass(rules.get(self.group["rule"]), InverseFree)
+        free = issubclass(rules.get(self.group["rule"]), InverseFree)
+        free = free and tuple(self.group["preconditioner_dtype"]) == (None, None)
         self.autocast = narrower and free and not on_host(g)
 
     def wants_proof(self) -> bool:
@@ -194,7 +194,7 @@ class Layer:
     @property
     def expects_rows(self) -> bool:
         """Whether rows are known to come: for a stack, once a call has been seen."""
-        return self.has_rows and (self.seen or bool(self.sources) or not self.is_stack)
+        return self.has_rows and bool(self.seen or self.sources or not self.is_stack)
 
     def has_module(self, source: Source) -> bool:
         """Whether calls of a module may be what this is a source of."""
@@ -229,6 +229,11 @@ class Layer:
         return self.kind.shape(tuple(self.weight.shape), self.bias is not None)
 
     @property
+    def bias_is_apart(self) -> bool:
+        """Whether its bias is no column of the matrix."""
+        return self.bias is not None and not self.kind.has_rows
+
+    @property
     def dtypes(self) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
         """Of K, of C and of the momentum: float16 has no range for them."""
         own = self.weight.dtype if self.weight.dtype != torch.float16 else torch.float32
@@ -239,7 +244,8 @@ class Layer:
         """The factors before the first refresh, on the device of the weight or another."""
         device = device or self.weight.device
         like_K, like_C = (torch.empty(0, dtype=dtype, device=device) for dtype in self.dtypes[:2])
-        given, how = settings_of(self.group), {"has_rows": self.has_rows, "one_hot": self.one_hot}
+        how = {"has_rows": self.has_rows, "one_hot": self.one_hot, "bias": self.bias_is_apart}
+        given = settings_of(self.group)
         return rules.start(self.structures, self.shape, given, like_K, like_C, **how)
 
     def fits(self, factors: Factors) -> bool:
@@ -291,10 +297,5 @@ class Layer:
 
     def split(self, matrix: Tensor) -> tuple[Tensor, ...]:
         """The parts of a matrix that belong to `parameters`."""
-        parts = self.kind.split(matrix, tuple(self.weight.shape), self.bias is not None)
-        return tuple(part for part in parts if part is not None)
-
-
-def part_of(factors: Factors, part: int | None) -> Factors:
-    """The factors of one part of a stacked layer, or of the whole layer."""
-    return factors if part is None else factors.map(lambda a: a[part])
+        shape, bias = tuple(self.weight.shape), self.bias is not None
+        return tuple(part for part in self.kind.split(matrix, shape, bias) if part is not None)

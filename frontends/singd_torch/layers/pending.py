@@ -230,3 +230,8 @@ class Pending:
 
     def _counts(self) -> tuple[Any, Any]:
         return self.N, self.M + self.M_now
+
+
+def part_of(factors: Factors, part: int | None) -> Factors:
+    """The factors of one part of a stacked layer, or of the whole layer."""
+    return factors if part is None else factors.map(lambda a: a[part])

@@ -52,14 +52,17 @@ class Roster:
         self._shapes: dict[Tensor, torch.Size] = {}
         self._idle_steps = 0
 
-    def find(self) -> list[Layer]:
+    def find(self) -> list[nn.Parameter]:
         """Decide which parameters form layers, keeping what is known of those that stay.
 
         Returns:
-            The layers that begin anew, as they are used in another way than before.
+            The parameters that begin anew, as they are used in another way than before.
         """
         self._name()
-        self.layers, anew = find_all(self.model, self.groups), []
+        before = self._weights()
+        self.layers = find_all(self.model, self.groups)
+        now, trained = self._weights(), {p for group in self.groups for p in group["params"]}
+        anew = [p for p in self.group_of if p in trained and before.get(p) is not now.get(p)]
         for layer in self.layers:
             known = self.by_weight.get(layer.weight)
             layer.name = self.names.get(layer.weight, layer.name)
@@ -70,9 +73,13 @@ class Roster:
                     if module is None:  # it was met in calls
                         layer.know(source)
             elif known is not None:
-                anew.append(layer)
+                anew += layer.parameters
         self._index()
         return anew
+
+    def _weights(self) -> dict[nn.Parameter, nn.Parameter]:
+        """The weight of the layer of each parameter."""
+        return {p: layer.weight for layer in self.layers for p in layer.parameters}
 
     def _name(self) -> None:
         """Name the parameters, those that the model has no more by what they were."""

@@ -68,7 +68,12 @@ def local(
 
 
 def _parts(layer: Layer, places: Mapping[nn.Parameter, Sequence[Box]]) -> list[Blocks] | None:
-    """The parts of a layer on each process, None if they cannot be stepped by themselves."""
+    """The parts of a layer on each process, None if they cannot be stepped by themselves.
+
+    A bias that is no column of its matrix makes up for what all columns of the weight do.
+    """
+    if layer.bias_is_apart:
+        return None
     weights = _blocks(layer, places[layer.weight])
     if weights is None or len(set(places[layer.weight])) == 1:
         return None

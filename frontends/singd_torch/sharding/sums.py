@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor, Replicate
 from singd_core.rules import Factors
 from singd_torch._distributed import flattened
 from singd_torch.layers.due import is_due, is_refresh
-from singd_torch.layers.layer import Key, Layer, part_of
-from singd_torch.layers.pending import Pending
+from singd_torch.layers.layer import Key, Layer
+from singd_torch.layers.pending import Pending, part_of
 from singd_torch.layers.source import Source
 from singd_torch.sharding.meter import by_samples
 from singd_torch.sharding.share import Share

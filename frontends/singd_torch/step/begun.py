@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from singd_core._array import widen
 from singd_core._settings import Settings, StepSettings, is_due, rate_of_factors
 from singd_core.curvature import Curvature
-from singd_core.layers import LayerKind
 from singd_core.preconditioner import Preconditioner
 from singd_core.rounding import Rounding
 from singd_core.rules import Factors, Shampoo, by_rows
 from singd_core.step import couples_decay, has_momentum
+from singd_core.without_mean import learned
 from singd_torch.capture.scaling import Scales
 from singd_torch.step.curvatures import curvature as curvature_of
 from singd_torch.step.stack import Stack, State
@@ -68,12 +68,14 @@ class Begun(NamedTuple):
     preconditioner: Preconditioner | None
 
 
-def begin(stack: Stack, state: State, given: Gradients, learned: Curvature | None = None) -> Begun:
-    """Refresh the factors, and have what the direction is made of; `learned` as in `refreshed`."""
+def begin(stack: Stack, state: State, given: Gradients, known: Curvature | None = None) -> Begun:
+    """Refresh the factors, and have what the direction is made of; `known` as in `refreshed`."""
     own, ok = [given.settings(p) for p in stack.layers[0].parameters], given.ok
     s = own[0]
     gradient, rounding = stack.joined(given.of), stack.rounding(s)
-    factors, preconditioner = refreshed(stack, s, given.scales, gradient, rounding, learned)
+    if ok is not None:
+        gradient = [torch.where(ok, g, 0.0) for g in gradient]  # NaN times 0 is NaN
+    factors, preconditioner = refreshed(stack, s, given.scales, gradient, rounding, known)
     decay = None
     if any(map(couples_decay, own)):
         decay = stack.joined(partial(coupled_decay, given.settings))
@@ -81,7 +83,6 @@ def begin(stack: Stack, state: State, given: Gradients, learned: Curvature | Non
         stack.begin(state, s)
     if ok is not None:
         s = masked(s, ok, gradient[0])
-        gradient = [torch.where(ok, g, 0.0) for g in gradient]  # NaN times 0 is NaN
         if decay is not None:
             decay = [torch.where(ok, w, 0.0) for w in decay]
     return Begun(s, rounding, gradient, decay, factors, preconditioner)
@@ -105,11 +106,11 @@ def refreshed(
     scales: Scales,
     gradient: Sequence[Tensor],
     rounding: Rounding | None,
-    learned: Curvature | None = None,
+    known: Curvature | None = None,
 ) -> tuple[Factors, Preconditioner | None]:
     """The factors, refreshed by rows that are pending or by the gradient of what has none.
 
-    And what preconditions with them. What is `learned` of the gradient may be known.
+    And what preconditions with them. What the gradient tells may be `known`.
     """
     layer, factors = stack.layers[0], stack.factors
     assert factors is not None
@@ -118,16 +119,17 @@ def refreshed(
         lr_cov = rate_of_factors(steps, s)
         if stack.compile is not None:  # else each value of a schedule would be compiled anew
             lr_cov = torch.zeros_like(factors.averages.k) + lr_cov
-        if learned is not None:
-            curvature = learned
-        elif not layer.pending:
-            curvature = stack.run(_curvature, factors, layer.kind, *gradient)
-        else:
+        curvature = known
+        if layer.pending:
             curvature = curvature_of(stack.layers, scales.rows)
             factors = by_rows(factors, s) if isinstance(factors, Shampoo) else factors
         for one in stack.layers:  # its rows are as large as its factors, and so is the curvature
             one.pending = {}
-        factors = stack.run(_refresh, factors, curvature, lr_cov, s, stack.report, rounding)
+        how = lr_cov, s, stack.report, rounding
+        if curvature is None:
+            factors = stack.run(learned, factors, layer.kind, gradient, *how)
+        else:
+            factors = stack.run(_refresh, factors, curvature, *how)
         stack.preconditioner = None
     elif stack.preconditioner is not None:
         return factors, stack.preconditioner
@@ -143,10 +145,6 @@ def learns_now(stack: Stack, s: Settings) -> bool:
     if layer.pending or factors is None or factors.has_rows:
         return False
     return is_due(layer.group["steps"], s) or not layer.seen
-
-
-def _curvature(factors: Shampoo, kind: LayerKind, *gradient: Tensor) -> Curvature:
-    return factors.curvature(kind.matrix(*gradient))
 
 
 def _refresh(factors: Factors, curvature: Curvature, *given: Any) -> Factors:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import compress
 from typing import Any
@@ -13,15 +14,20 @@ from torch import Tensor
 from singd_core._array import sum_of_squares, widen
 from singd_core._layer_state import NAMES
 from singd_core._settings import StepSettings
+from singd_core.layers import LayerKind
+from singd_core.preconditioner import Preconditioner
 from singd_core.rounding import WHOLE, Place, Rounding, identity
+from singd_core.rules import Factors, inputs_of
+from singd_core.rules.centering import InputMean
 from singd_core.step import Direction, direction, weight_change
+from singd_core.without_mean import without_mean
 from singd_torch.step.begun import Gradients, begin, masked, on_device, settled
 from singd_torch.step.levels import level
 from singd_torch.step.rounding import compensations, round_to
 from singd_torch.step.solve import by_pieces
 from singd_torch.step.stack import Stack, State
 from singd_torch.tensors.join import join
-from singd_torch.tensors.pieces import cut, on_host
+from singd_torch.tensors.pieces import cut, on_host, placed
 from singd_torch.tensors.select import either
 
 # Weights of so many numbers, and stacks of smaller ones, are changed by one call.
@@ -38,14 +44,15 @@ def advance(stack: Stack, state: State, given: Gradients) -> Any:
     layer, ok = stack.layers[0], given.ok
     own = [given.settings(p) for p in layer.parameters]
     s, rounding, gradient, decay, factors, preconditioner = begin(stack, state, given)
-    compiled = stack.compile is not None
-    found = stack.run(
-        _direction_anew if compiled else _direction,
-        *(layer.kind, on_device(s, layer.weight) if compiled else s),
-        *(preconditioner or factors, factors.averages.t_U),
-        *(tuple(layer.weight.shape), gradient, decay, stack.momenta, stack.late),
-        _squares(stack, given, gradient),
-    )
+    compiled, inputs = stack.compile is not None, inputs_of(factors)
+    of_layer = tuple(layer.weight.shape), gradient, decay, stack.momenta, stack.late
+    how = layer.kind, on_device(s, layer.weight) if compiled else s, preconditioner or factors
+    if inputs is None:
+        t_U, squares = factors.averages.t_U, _squares(stack, given, gradient)
+        found = stack.run(_direction, *how, t_U, *of_layer, squares)
+    else:
+        inputs, ratio = _rates(own, inputs, compiled=compiled)
+        found = stack.run(_without_mean, *how, inputs, *of_layer, ratio)
     moves: Any
     if ok is None:
         moves = bool(found.finite)
@@ -65,7 +72,8 @@ def advance(stack: Stack, state: State, given: Gradients) -> Any:
             stack.precondition_with(made)
     level(stack, s, found.natural, moves)
     if stack.report is not None:
-        lengths = torch.stack([sum_of_squares(_rows(u, stack), 1) for u in found.parts]).sum(0)
+        of_matrix = found.parts if inputs is None else found.parts[:1]
+        lengths = torch.stack([sum_of_squares(_rows(u, stack), 1) for u in of_matrix]).sum(0)
         update = s.lr * found.scale * lengths.sqrt()
         stack.report |= {"agreement": found.agreement, "update": update}
     move(stack, found, own, None if ok is None else moves, rounding, state)
@@ -73,22 +81,59 @@ def advance(stack: Stack, state: State, given: Gradients) -> Any:
 
 
 def _direction(
-    kind: Any, s: StepSettings, factors: Any, t_U: Tensor, shape: Any, gradient: Any, decay: Any,
-    momenta: Any, late: Any, squares: Any,
-) -> Direction:  # fmt: skip
-    """`direction`, by pieces of large matrices, and with momenta written where they are."""
+    kind: LayerKind, s: StepSettings, by: Preconditioner | Factors, t_U: Tensor, *of_layer: Any
+) -> Direction:
+    """The direction of a stack."""
+    precondition, donate = _precondition(by, s, of_layer[3])
+    return direction(kind, s, precondition, t_U, *of_layer, donate=donate)
+
+
+def _without_mean(
+    kind: LayerKind, s: StepSettings, by: Preconditioner | Factors, inputs: Any, *of_layer: Any
+) -> Direction:
+    """The direction of weights that learn from gradients, with their biases."""
+    precondition, donate = _precondition(by, s, of_layer[3])
+    made = by if isinstance(by, Preconditioner) else by.preconditioner(1, balanced=True)
+    *known, ratio = of_layer
+    both = {"ratio": ratio, "donate": donate}
+    return without_mean(kind, s, precondition, made.left, inputs, *known, **both)
+
+
+def _precondition(
+    by: Preconditioner | Factors, s: StepSettings, momenta: Any
+) -> tuple[Callable[[Tensor], Tensor], bool]:
+    """What makes a natural gradient, and whether momenta are written where they are.
+
+    By pieces of large matrices. Compilers get the factors, and find that out by themselves.
+    """
+    if not isinstance(by, Preconditioner):
+        return partial(by.precondition, balanced=s.normalized), False
     owned = s.normalized and s.nesterov and momenta is not None  # an average of its own
-    precondition = partial(by_pieces, factors, owned)
-    arguments = precondition, t_U, shape, gradient, decay, momenta, late, squares
     # what products made is known to be finite only afterwards, on an accelerator
-    donate = s.normalized or not isinstance(s.lr, Tensor)
-    return direction(kind, s, *arguments, donate=donate)
+    return partial(by_pieces, by, owned), s.normalized or not isinstance(s.lr, Tensor)
 
 
-def _direction_anew(kind: Any, s: StepSettings, factors: Any, *arguments: Any) -> Direction:
-    """`_direction` for compilers, which find out by themselves what can be overwritten."""
-    precondition = partial(factors.precondition, balanced=s.normalized)
-    return direction(kind, s, precondition, *arguments)
+def _rates(
+    own: Sequence[StepSettings], inputs: InputMean, *, compiled: bool
+) -> tuple[InputMean, Any]:
+    """The mean of the inputs, and the rate of the weight in shares of the rate of the bias.
+
+    A bias that rests cannot make up for a mean: there is none for it.
+    """
+    of_weight, of_bias = own[0].lr, own[-1].lr
+    if of_bias is of_weight:
+        return inputs, 1.0
+    moves = of_bias > 0.0
+    ratio: Any
+    if isinstance(moves, Tensor):
+        ratio = torch.where(moves, of_weight / of_bias, 0.0)
+    else:
+        ratio = of_weight / of_bias if moves else 0.0
+        if isinstance(ratio, float) and ratio == 1.0:
+            return inputs, ratio
+        if compiled:  # else each value of a schedule would be compiled anew
+            ratio = placed(ratio, inputs.mean.dtype, inputs.mean.device)
+    return dataclasses.replace(inputs, mean=inputs.mean * moves), ratio
 
 
 def move(
@@ -103,20 +148,21 @@ def move(
     """Change the weights and biases; `parts` says where those stand that are parts of more."""
     places = zip(*(layer.parameters for layer in stack.layers), strict=True)
     roles = zip(NAMES, places, found.parts, settings, parts, strict=False)
-    for name, place, part, own, where in roles:
+    scales = found.scale, found.scale if found.of_bias is None else found.of_bias
+    for (name, place, part, own, where), scale in zip(roles, scales, strict=False):
         own = own if moves is None else masked(own, moves, part)
         trained = [p.grad is not None for p in place]  # one may have been frozen since
         rounded = rounding if rounding is not None and rounding.rounds(name) else None
         if len(place) > 1 and place[0].numel() <= _JOINED and all(trained):
             joined = join(place)
             if rounded is None:
-                weight_change(part, found.scale, joined, own, onto=joined)
+                weight_change(part, scale, joined, own, onto=joined)
             else:
                 lost = compensations(place, settings[0], state)
-                round_to(joined, part, found.scale, own, rounded, name, lost, moves)
+                round_to(joined, part, scale, own, rounded, name, lost, moves)
             torch._foreach_copy_(place, stack.split(joined))  # type: ignore[arg-type]
             continue
-        each = zip(stack.layers, stack.split(part), _each(found.scale, len(place)), strict=True)
+        each = zip(stack.layers, stack.split(part), _each(scale, len(place)), strict=True)
         for (layer, u, c), weight in compress(zip(each, place, strict=True), trained):
             if rounded is not None:
                 how = rounded._replace(owner=identity(layer.name))

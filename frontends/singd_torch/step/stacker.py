@@ -116,7 +116,8 @@ class Stacker:
 
     def begin_anew(self, layer: Layer) -> None:
         """Keep nothing of a layer."""
-        self.state[layer.weight].clear()
+        for p in layer.parameters:
+            self.state[p].clear()
         if self.sharded is None:
             self.stack_up()
         else:  # all processes arrange it anew in the step, when they all know
