@@ -92,7 +92,7 @@ class Start:
         owned = {name for layer in found.values() for name in layer.leaves}
         others_found = tensors(arrays, owned, s) if self.others else {}
         found |= others_found
-        owned |= set(others_found)
+        owned |= {leaf for layer in others_found.values() for leaf in layer.leaves}
         dtypes = {name: arrays[name].dtype for name in owned}
 
         # Compiled, so that no array is tied to a device: the core makes them on another array's
@@ -158,6 +158,7 @@ class Start:
             *likes,
             has_rows=layer.has_rows,
             one_hot=bool(layer.diagonal),
+            bias=layer.bias is not None,
         )
         return begun(factors, empty, layer.shape[0], s, optimizer.momentum_dtype)
 

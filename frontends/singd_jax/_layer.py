@@ -10,6 +10,7 @@ from singd_core import rules
 from singd_core._array import Array
 from singd_core._layer_state import Parameter, parts
 from singd_core.layers import Tensor
+from singd_core.layers.biases import biases
 from singd_core.structures import Structure, choose
 from singd_jax._calls import Call
 from singd_jax._part import Laid, Part
@@ -59,15 +60,37 @@ class Layer:
     runs: int = dataclasses.field(default=0, compare=False)
 
     @classmethod
-    def tensor(cls, name: str, shape: tuple[int, ...]) -> Self:
-        """A leaf that shows no rows, as a matrix or as a stack of matrices."""
-        kind = Tensor.of(shape)
-        axes = tuple((i, 1, n) for i, n in enumerate(shape))
-        last = kind.stack + kind.outs
-        stack = tuple((axis,) for axis in axes[: kind.stack])
-        region = tuple((0, n) for n in shape)
-        part = Part(name, shape, region, frozenset(), stack, axes[kind.stack : last], axes[last:])
-        return cls(name, "no rows", part, has_rows=False)
+    def tensor(
+        cls, name: str, shape: tuple[int, ...], bias: str = "", kind: Tensor | None = None
+    ) -> Self:
+        """A leaf that shows no rows, as a matrix or as a stack of matrices.
+
+        With a `bias`, `kind` says how the leaf is a matrix.
+        """
+        kind = kind or Tensor.of(shape)
+        axes, first = tuple((i, 1, n) for i, n in enumerate(shape)), kind.stack
+        middle = first + (kind.ins if kind.transposed else kind.outs)
+        outs, ins = axes[first:middle], axes[middle:]
+        outs, ins = (ins, outs) if kind.transposed else (outs, ins)
+        stack = tuple((axis,) for axis in axes[:first])
+        weight = Part.of_leaf(name, shape, stack, outs, ins)
+        if not bias:
+            return cls(name, "no rows", weight, has_rows=False)
+        lengths = (*shape[:first], *(n for *_, n in outs))
+        own = tuple((i, 1, n) for i, n in enumerate(lengths))
+        of_bias = Part.of_leaf(bias, lengths, tuple((axis,) for axis in own[:first]), own[first:])
+        return cls(name, "no rows", weight, of_bias, has_rows=False)
+
+    @classmethod
+    def tensors(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Self]:
+        """The leaves that are matrices, by name, with the biases that names and shapes tell."""
+        with_bias = {weight: (bias, kind) for weight, bias, kind in biases(shapes)}
+        taken = {bias for bias, _ in with_bias.values()}
+        return {
+            name: cls.tensor(name, shape, *with_bias.get(name, ()))
+            for name, shape in shapes.items()
+            if Tensor.fits(shape) and name not in taken
+        }
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -81,8 +104,12 @@ class Layer:
 
     @property
     def laid(self) -> Laid:
-        """How its parameter is a matrix; the same for equal layers."""
-        bias = None if self.bias is None else dataclasses.replace(self.bias, name="")
+        """How its parameter is a matrix; the same for equal layers.
+
+        Without rows a bias is no column.
+        """
+        bias = self.bias if self.has_rows else None
+        bias = None if bias is None else dataclasses.replace(bias, name="")
         return Laid(dataclasses.replace(self.weight, name=""), bias, self.overlap)
 
     @property
@@ -110,7 +137,10 @@ class Layer:
     def of(self, factors: rules.Factors) -> Layer:
         """The layer that the factors are of: with its bias only if they have a column for it."""
         K, _ = factors.sides
-        return self if K.shape[-1] == self.shape[-1] else self.without_bias()
+        fits = K.shape[-1] == self.shape[-1]
+        if not self.has_rows:
+            fits = rules.inputs_of(factors) is not None
+        return self if fits else self.without_bias()
 
     def parameter(self, leaves: Mapping[str, Array]) -> Parameter:
         """The regions of the leaves, or of their gradients, in their own axes: what is trained."""

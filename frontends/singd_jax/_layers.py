@@ -13,7 +13,6 @@ from singd_core._array import Array
 from singd_core._recipes import DEFAULT, STRUCTURES, settings
 from singd_core._settings import Settings
 from singd_core._table import rendered, times
-from singd_core.layers import Tensor
 from singd_jax._layer import Layer, Role, Wanted
 from singd_jax._reasons import COMPLEX
 
@@ -148,11 +147,18 @@ class Layers(Mapping[str, Layer]):
         body: list[tuple[str, ...]] = [header]
         for layer in self.found.values():
             body.append(self._row(layer, wanted, own))
+        real = {
+            n: self.shapes[n]
+            for n, why in self.others.items()
+            if n in self.shapes and why != COMPLEX
+        }
+        tensors = Layer.tensors(real) if rules.learns_from_gradients(own) else {}
+        biases = {layer.bias.name for layer in tensors.values() if layer.bias is not None}
         for name, reason in self.others.items():
-            learns = rules.learns_from_gradients(own) and reason != COMPLEX
-            if learns and Tensor.fits(self.shapes.get(name, ())):
-                layer = Layer.tensor(name, self.shapes[name])
-                body.append(self._row(dataclasses.replace(layer, notes=(reason,)), wanted, own))
+            if name in tensors:
+                layer = dataclasses.replace(tensors[name], notes=(reason,))
+                body.append(self._row(layer, wanted, own))
+            if name in tensors or name in biases:
                 continue
             trained = (times(self.shapes[name]), "AdamW") if name in self.shapes else ("", "")
             body.append((name, *trained, "", "", "", "", reason))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import jax.numpy as jnp
 
@@ -34,6 +34,18 @@ class Part:
     stack: tuple[Group, ...]
     outs: Group
     ins: Group
+
+    @classmethod
+    def of_leaf(
+        cls,
+        name: str,
+        shape: tuple[int, ...],
+        stack: tuple[Group, ...],
+        outs: Group,
+        ins: Group = (),
+    ) -> Self:
+        """A whole leaf."""
+        return cls(name, shape, tuple((0, n) for n in shape), frozenset(), stack, outs, ins)
 
     @property
     def numbers(self) -> int:
@@ -130,4 +142,4 @@ class Laid(WithoutRows):
     def shape(self, weight_shape: Sequence[int], bias: bool) -> tuple[tuple[int, ...], int, int]:
         """The stack, d_out and d_in [+ 1]."""
         *stack, d_out, d_in = self.weight.matrix_shape
-        return tuple(stack), d_out, d_in + bias
+        return tuple(stack), d_out, d_in + (bias and self.bias is not None)

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from singd_core._array import Array
 from singd_core._settings import Settings
-from singd_core.layers import Tensor
 from singd_core.rules import learns_from_gradients
 from singd_jax._layer import Layer
 from singd_jax._layers import Layers
@@ -25,16 +24,17 @@ def tensors(
     """The leaves that are matrices of real numbers and belong to no layer."""
     if not learns_from_gradients(settings):
         return {}
-    return {
-        name: Layer.tensor(name, tuple(a.shape))
+    shapes = {
+        name: tuple(a.shape)
         for name, a in arrays.items()
-        if name not in owned and Tensor.fits(a.shape) and jnp.issubdtype(a.dtype, jnp.floating)
+        if name not in owned and jnp.issubdtype(a.dtype, jnp.floating)
     }
+    return Layer.tensors(shapes)
 
 
 def extended(layers: Layers, found: Mapping[str, Layer], numbers: Sequence[str]) -> Layers:
     """The layers, what shows no rows, and Python numbers."""
-    shapes = {name: layer.weight.shape for name, layer in found.items()}
+    shapes = {part.name: part.shape for layer in found.values() for part in layer.parts}
     return dataclasses.replace(
         layers,
         found=layers.found | dict(found),

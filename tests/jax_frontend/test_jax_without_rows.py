@@ -47,12 +47,18 @@ def assert_close(found: Any, expected: Any) -> None:
 def test_steps_are_those_of_the_pure_optimizer() -> None:
     data = gradients(23)  # the third gap is of two steps
     found, _ = run(singd_jax.singd(), data)
-    pure, params = Optimizer({}), {k: np.asarray(a) for k, a in start().items()}
+
+    def paired(leaves: Any) -> dict[str, Any]:
+        """With the bias that names tell."""
+        arrays = {k: np.asarray(leaves[k]) for k in SHAPES}
+        return arrays | {"w": (arrays["w"], arrays.pop("b"))}
+
+    pure, params = Optimizer({}), paired(start())
     state = pure.init(params)
-    for grads in data:
+    for grads in map(paired, data):
         updates, state = pure.update(grads, state, params)
         params = pure.apply(params, updates)
-    assert_close({k: found[k] for k in SHAPES}, params)
+    assert_close(paired(found), params)
 
 
 def test_it_is_used_as_adamw_is() -> None:
@@ -148,3 +154,93 @@ def test_layers_and_others_learn_side_by_side() -> None:
 def test_adamw_trains_them_as_the_paper_does(given: dict[str, Any]) -> None:
     state = singd_jax.singd(**given).init(start())
     assert set(state.core.fallback) == set(SHAPES)
+
+
+def test_names_tell_biases() -> None:
+    """As flax has them: with heads, and along a first axis of a scan over layers."""
+    shapes: dict[str, Any] = {
+        "dense": {"kernel": (6, 4), "bias": (4,)},
+        "query": {"kernel": (6, 2, 3), "bias": (2, 3)},
+        "out": {"kernel": (2, 3, 6), "bias": (6,)},
+        "conv": {"kernel": (3, 3, 2, 4), "bias": (4,)},
+        "scanned": {"kernel": (5, 6, 8), "bias": (5, 8)},
+        "norm": {"scale": (4,), "bias": (4,)},
+        "alone": {"kernel": (6, 4)},
+    }
+    is_shape = lambda x: isinstance(x, tuple)  # noqa: E731
+    params = jax.tree.map(jnp.ones, shapes, is_leaf=is_shape)
+    state = singd_jax.singd().init(params)
+    expected = {
+        "dense.kernel": ((), 4, 6),
+        "query.kernel": ((), 6, 6),
+        "out.kernel": ((), 6, 6),
+        "conv.kernel": ((), 4, 18),
+        "scanned.kernel": ((5,), 8, 6),
+        "alone.kernel": ((), 6, 4),  # which side has the rows does not matter then
+    }
+    assert {name: layer.shape for name, layer in state.layers.items()} == expected
+    pairs = {name for name, layer in state.layers.items() if layer.bias is not None}
+    assert pairs == expected.keys() - {"alone.kernel"}
+    assert set(state.core.fallback) == {"norm.scale", "norm.bias"}
+    for name, own in state.core.layers.items():
+        if name in pairs:
+            stack, _, d_in = expected[name]
+            assert own.factors.inputs.mean.shape == (*stack, d_in)  # type: ignore[attr-defined]
+
+
+def test_a_shift_of_the_inputs_changes_no_step() -> None:
+    rng = np.random.default_rng(3)
+    x = jnp.asarray(rng.standard_normal((64, 8)), jnp.float32)
+    y = jnp.asarray(np.tanh(rng.standard_normal((64, 5))), jnp.float32)
+    found = []
+    for shift in (0.0, 3.0):
+        W = start()["w"][:, :5]
+        params = {"kernel": W, "bias": -shift * W.sum(0)}
+        tx = singd_jax.singd()
+        state = tx.init(params)
+
+        @jax.jit
+        def step(p: Any, state: Any, x: Any) -> Any:
+            grads = jax.grad(lambda p: jnp.mean((x @ p["kernel"] + p["bias"] - y) ** 2))(p)
+            updates, state = tx.update(grads, state, p)  # noqa: B023
+            return optax.apply_updates(p, updates), state
+
+        for _ in range(15):
+            params, state = step(params, state, x + shift)
+        mean = state.core.layers["kernel"].factors.inputs.mean - shift  # type: ignore[attr-defined]
+        found.append((params["kernel"], params["bias"] + shift * params["kernel"].sum(0), mean))
+    for a, b in zip(*found, strict=True):
+        np.testing.assert_allclose(b, a, atol=2e-3)
+
+
+def test_a_bias_that_is_left_out_is_none() -> None:
+    params = {"kernel": jnp.ones((6, 4)), "bias": jnp.ones(4)}
+    masked = optax.masked(singd_jax.singd(), {"kernel": True, "bias": False})
+    tx = optax.chain(masked, optax.masked(optax.set_to_zero(), {"kernel": False, "bias": True}))
+    state = tx.init(params)
+    updates, _ = tx.update(params, state, params)
+    assert np.any(updates["kernel"])
+    assert not np.any(updates["bias"])
+
+
+def test_a_state_of_before_begins_anew() -> None:
+    """AdamW trained the bias then."""
+    params = {"a": {"kernel": jnp.ones((6, 4)), "bias": jnp.ones(4)}, "v": jnp.ones(3)}
+    apart = {"a": {"kernel": params["a"]["kernel"]}, "bias": params["a"]["bias"], "v": params["v"]}
+    tx = singd_jax.singd()
+    state = tx.init(apart)
+    for _ in range(3):
+        _, state = tx.update(apart, state, apart)
+    before = flat(state)
+    before |= {f"a.{name}": before.pop(name) for name in list(before) if name.startswith("bias.")}
+    fresh = tx.init(params)
+    restored = singd_jax.unflatten(fresh, before)
+    assert int(restored.core.step) == 3
+    kernel = restored.core.layers["a.kernel"]
+    for (name, a), (_, b) in zip(
+        kernel.named_arrays(), fresh.core.layers["a.kernel"].named_arrays(), strict=True
+    ):
+        assert np.array_equal(a, b), name
+    assert np.any(restored.core.fallback["v"].exp_avg)
+    updates, _ = tx.update(params, restored, params)
+    assert all(np.all(np.isfinite(u)) for u in jax.tree.leaves(updates))
