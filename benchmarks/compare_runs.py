@@ -24,7 +24,7 @@ from singd_torch import SINGD
 
 RIVALS = {"AdamW": "AdamW", "Muon": "Muon", "SOAP": "SOAP/pytorch-optimizer"}  # entries by method
 OURS = "SINGD"
-GRADIENTS = "SINGD without rows"  # of the parameters alone
+GRADIENTS = "SINGD without rows"  # of the named parameters alone
 DIAGONAL = "SINGD without rows, diagonal"
 WITH_ROWS = "SINGD, diagonal"  # of the model
 OWN = OURS, GRADIENTS, DIAGONAL, WITH_ROWS  # whose rate is a setting
@@ -138,7 +138,7 @@ def resolved(given: dict[str, Any]) -> dict[str, Any]:
 def optimizer(run: Run, model: nn.Module, task: Task) -> torch.optim.Optimizer:
     """The optimizer of a run; those that refresh something do so at every step."""
     if run.method in (GRADIENTS, DIAGONAL):
-        return SINGD(model.parameters(), **json.loads(run.given))
+        return SINGD(model.named_parameters(), **json.loads(run.given))
     if run.method in (OURS, WITH_ROWS):
         return SINGD(model, loss_average=task.loss_average, **json.loads(run.given))
     assert run.rate is not None

@@ -112,6 +112,15 @@ def _default(
     return _singd(structures, model, lr, T, loss_average, growing_T=growing, **given)
 
 
+def _without_rows(
+    model: nn.Module, lr: float, T: int, loss_average: str, structures: str | None = None
+) -> Optimizer:
+    """SINGD of the parameters alone, as it is; the mean of the loss is not asked for."""
+    growing = settings().T == T
+    how = {"structures": structures, "lr": lr, "T": T, "growing_T": growing}
+    return SINGD(model.named_parameters(), **how)
+
+
 def _authors_singd(
     structure: str, model: nn.Module, lr: float, T: int, loss_average: str
 ) -> Optimizer:
@@ -232,6 +241,10 @@ ENTRIES: dict[str, Entry] = {
     "Muon": Entry(build=_muon, rates=(0.01, 0.03, 0.1, 0.3), refreshes=False),
     "SINGD/default": _as_it_is(build=_default),
     "SINGD/default, diagonal": _as_it_is(build=partial(_default, structures="diagonal")),
+    "SINGD/default, without rows": _as_it_is(build=_without_rows),
+    "SINGD/default, without rows, diagonal": _as_it_is(
+        build=partial(_without_rows, structures="diagonal")
+    ),
     "SINGD/compiled": Entry(
         build=partial(_default, compile_step=True),
         rates=(settings().lr,),
