@@ -166,13 +166,9 @@ def begun(
     pairs = zip(parameters, dtypes, strict=True)
     zeros = (namespace(p).zeros_like(p, dtype=dtype) for p, dtype in pairs)
     buffers = [_of_reals("momentum_dtype", m) for m in zeros]
-    late = Late.zeros(late_shape(factors, batch), parameters[0]) if s.normalized else None
+    paired = rules.inputs_of(factors) is not None
+    late = Late.zeros(batch, parameters[0], with_bias=paired) if s.normalized else None
     return LayerState.of(factors, buffers, late, costs)
-
-
-def late_shape(factors: rules.Factors, batch: Shape) -> Shape:
-    """The shape of the sums over late gradients: of each matrix, or of it and its bias."""
-    return batch if rules.inputs_of(factors) is None else (*batch, 2)
 
 
 def no_cost(weight: Array, s: Settings) -> Array | None:

@@ -167,8 +167,7 @@ def layer_change(
         found = without_mean(kind, s, precondition, column, inputs, *of_layer)
     ok = namespace(ok).logical_and(ok, as_array(found.finite, ok))
     changes, costs = [], []
-    scales = found.scale, found.scale if found.of_bias is None else found.of_bias
-    each = zip(NAMES, found.parts, scales, weights, old.compensations, strict=False)
+    each = zip(NAMES, found.parts, found.scales, weights, old.compensations, strict=False)
     for name, u, c, w, cost in each:
         if rounding is None or not rounding.rounds(name):
             change = weight_change(u, c, w, s)

@@ -52,9 +52,10 @@ class Late(Tree):
     steps: Array
 
     @classmethod
-    def zeros(cls, batch: Sequence[int], like: Array) -> Self:
-        """Before the first step, on the device of `like`."""
-        return cls(*(wide_full(batch, 0.0, like=like) for _ in cls.field_names()))
+    def zeros(cls, batch: Sequence[int], like: Array, *, with_bias: bool = False) -> Self:
+        """Before the first step, on the device of `like`; `with_bias` as `paired` makes them."""
+        shape = (*batch, 2) if with_bias else batch
+        return cls(*(wide_full(shape, 0.0, like=like) for _ in cls.field_names()))
 
     def numbers(self) -> Self:
         """With numbers in place of 0-d arrays, where the host need not wait for them."""

@@ -58,6 +58,11 @@ class Direction(NamedTuple):
     natural: Array | None = None
     of_bias: Scalar | None = None
 
+    @property
+    def scales(self) -> tuple[Scalar, Scalar]:
+        """What the weight's and the bias's part are multiplied by."""
+        return self.scale, self.scale if self.of_bias is None else self.of_bias
+
 
 def direction(
     kind: LayerKind,

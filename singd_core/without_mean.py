@@ -56,7 +56,7 @@ def without_mean(
     """
     weight, bias = plus(gradient, decay)
     G = kind.matrix(weight)
-    g = namespace(G).reshape(bias, (*G.shape[:-1], 1))
+    g = _column(bias, G)
     G = inputs.centered(G, g, empty(G.shape, like=G) if donate else None)
     squares = [number(sum_of_squares(x, 2)) for x in (G, g)]  # before it is overwritten
     own, _ = kind.split(G, shape, False)
@@ -64,7 +64,7 @@ def without_mean(
     alone = None if of_weight is None else [of_weight]
     matrix, kept = joined(kind, s, shape, [own], alone, donate=donate, owned=True)
     ahead, of_bias = averaged(bias, of_bias, s, donate=donate)
-    ahead = namespace(G).reshape(ahead, g.shape)
+    ahead = _column(ahead, G)
     before = [number(norm(x)) for x in (matrix, ahead)]
     natural, column = precondition(matrix), of_column(ahead)
     lengths = [number(norm(x)) for x in (natural, column)]
@@ -94,4 +94,9 @@ def learned(factors: Shampoo, kind: LayerKind, gradient: Parts, *given: Any) -> 
         return factors.learned(kind.matrix(*gradient), None, *given)
     weight, bias = gradient
     G = kind.matrix(weight)
-    return factors.learned(G, namespace(G).reshape(bias, (*G.shape[:-1], 1)), *given)
+    return factors.learned(G, _column(bias, G), *given)
+
+
+def _column(bias: Array, G: Array) -> Array:
+    """What belongs to a bias as a column beside what belongs to its weight."""
+    return namespace(G).reshape(bias, (*G.shape[:-1], 1))

@@ -48,8 +48,7 @@ def factors_of(layer: Layer, state: Mapping[Any, Mapping[str, Any]]) -> Factors:
 
 def no_late(layer: Layer, like: Tensor) -> Late:
     """Sums over no gradients yet, of each matrix or of it and its bias, on the device of `like`."""
-    batch, _, _ = layer.shape
-    return Late.zeros((*batch, 2) if layer.bias_is_apart else batch, like)
+    return Late.zeros(layer.shape[0], like, with_bias=layer.bias_is_apart)
 
 
 def late_of(layer: Layer, state: Mapping[Any, Mapping[str, Any]]) -> Late:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Self
@@ -162,7 +163,7 @@ class InverseFree(Rule):
         pairs = zip(momenta, (self.m_K, self.m_C), strict=True)
         m_K, m_C = (stored(new, old) for new, old in pairs)
         averages = self.averages.written(self.known(rates.averages))
-        return type(self)(K, C, m_K, m_C, averages, self.levels)
+        return dataclasses.replace(self, K=K, C=C, m_K=m_K, m_C=m_C, averages=averages)
 
     def side_moved(
         self, L: Structure, m: Structure, start: Scalar, beta: Scalar, s: Settings

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Self
 
 from singd_core._array import Array, Scalar, cast, ranged, sum_of_squares
@@ -12,6 +11,7 @@ from singd_core._scalars import at_least, number, where
 from singd_core._settings import Rate, Settings
 from singd_core._tree import tree
 from singd_core.curvature import TINY, Averages, Curvature, Rates
+from singd_core.levels import weight_of
 from singd_core.rounding import Rounding
 from singd_core.rules.centering import InputMean, InputSums
 from singd_core.rules.factor_step import direction, half, stepped
@@ -57,7 +57,7 @@ class Shampoo(InverseFree):
         """
         inputs = self.inputs
         if inputs is not None and of_bias is not None:
-            weight = at_least(1.0 / (self.averages.k + 1.0), lr_cov)
+            weight = weight_of(self.averages.k + 1.0, lr_cov)
             inputs = inputs.told(InputSums.of(gradient, of_bias, inputs.mean), weight)
             gradient = inputs.centered(gradient, of_bias)
         told = dataclasses.replace(self, inputs=inputs)
@@ -83,19 +83,6 @@ class Shampoo(InverseFree):
         sides = (self.m_K, self.K, curvature.H_K), (self.m_C, self.C, curvature.H_C)
         m_K, m_C = (_direction(*side, damping, s) for side in sides)
         return m_K, m_C
-
-    def moved(
-        self,
-        m: Sequence[Structure],
-        betas: Sequence[Scalar],
-        rates: Rates,
-        momenta: Sequence[Structure],
-        s: Settings,
-        rounding: Rounding | None = None,
-    ) -> Self:
-        """The factors one step later, with the same mean of the inputs."""
-        new = super().moved(m, betas, rates, momenta, s, rounding)
-        return dataclasses.replace(new, inputs=self.inputs)
 
     def side_moved(
         self, L: Structure, m: Structure, start: Scalar, beta: Scalar, s: Settings

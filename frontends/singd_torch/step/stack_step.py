@@ -148,8 +148,7 @@ def move(
     """Change the weights and biases; `parts` says where those stand that are parts of more."""
     places = zip(*(layer.parameters for layer in stack.layers), strict=True)
     roles = zip(NAMES, places, found.parts, settings, parts, strict=False)
-    scales = found.scale, found.scale if found.of_bias is None else found.of_bias
-    for (name, place, part, own, where), scale in zip(roles, scales, strict=False):
+    for (name, place, part, own, where), scale in zip(roles, found.scales, strict=False):
         own = own if moves is None else masked(own, moves, part)
         trained = [p.grad is not None for p in place]  # one may have been frozen since
         rounded = rounding if rounding is not None and rounding.rounds(name) else None
