@@ -2,7 +2,9 @@
 
 A transformer of equal blocks in a scan, with `jax.checkpoint` and without, in float32; with
 `--first` behind a linear layer, so that the scan does not begin with the batch itself; with
-`--unrolled` each block has parameters of its own. Steps of optax are timed beside them.
+`--unrolled` each block has parameters of its own. Steps of optax are timed beside them, and with
+`--unrolled` steps of kfac-jax, if it is installed (0.0.8 fails with jax 0.10; its repository's head
+of August 2026, babd853, works). kfac-jax does not find the layers of a scan.
 
     python benchmarks/jax_cost.py [--blocks 8] [--width 256] [--batch 8] [--length 256] [--steps 0]
         [--repeats 3] [--first] [--unrolled]
@@ -12,6 +14,7 @@ Times to compile are medians of the repeats, in which all are compiled in turn.
 
 import argparse
 import functools
+import importlib.util
 import statistics
 import time
 
@@ -33,7 +36,7 @@ def init(key, blocks, d, first):
     return {"blocks": params} | ({"first": jnp.eye(d)} if first else {})
 
 
-def make_loss(remat, heads=4):
+def make_loss(remat, heads=4, tell=lambda y: None):
     def dense(p, x):
         return x @ p["w"] + p["b"]
 
@@ -52,7 +55,9 @@ def make_loss(remat, heads=4):
             y = functools.reduce(lambda x, p: step(x, p)[0], params["blocks"], x)
         else:
             y, _ = jax.lax.scan(step, x, params["blocks"])
-        return jnp.mean(jnp.sum((jnp.tanh(y) - 0.3) ** 2, axis=(1, 2)))
+        y = jnp.tanh(y)
+        tell(y.reshape(len(y), -1))
+        return jnp.mean(jnp.sum((y - 0.3) ** 2, axis=(1, 2)))
 
     return loss
 
@@ -131,7 +136,8 @@ def of_optax():
     return found
 
 
-def step_time(loss, params, x, steps):
+def steps_of_optax(loss, params, x):
+    """Of each optimizer: its whole step and its first state. singd's gaps do not grow."""
     layers = singd_jax.find_layers(loss)(params, x)
     optimizers = of_optax()
     plain = list(optimizers)
@@ -152,14 +158,56 @@ def step_time(loss, params, x, steps):
                 updates, state = tx.update(grads, state, params, curvature=curvature)
             return optax.apply_updates(params, updates), state
 
-        run, state, now = jax.jit(step), tx.init(params), params
-        times = []
-        for _ in range(steps + 1):
-            start = time.process_time()  # others on the machine do not count
+        yield name, step, tx.init(params)
+
+
+def steps_of_kfac_jax(params, x):
+    """The same with kfac-jax, whose factors change in each step and whose inverses every T."""
+    import kfac_jax
+
+    def tell(y):
+        kfac_jax.register_normal_predictive_distribution(y, jnp.full(y.shape, 0.3))
+
+    for T in (1, 10):
+        tx = kfac_jax.Optimizer(
+            jax.value_and_grad(make_loss(remat=False, tell=tell)),
+            l2_reg=0.0,
+            learning_rate_schedule=lambda step: 1e-3,
+            momentum_schedule=lambda step: 0.9,
+            damping_schedule=lambda step: 1e-3,
+            inverse_update_period=T,
+            num_burnin_steps=0,
+            multi_device=False,
+        )
+        key = jax.random.key(2)
+
+        def step(params, state, x, tx=tx, key=key):
+            with tx.staging_context():  # it is compiled as part of this step
+                return tx.step(params, state, key, batch=x, global_step_int=1)[:2]
+
+        yield f"kfac-jax, T={T}", step, tx.init(params, key, x)
+
+
+def report_steps(cases, params, x, steps):
+    """A line for each: temporary memory, time to compile, and the mean of the steps after."""
+    for name, step, state in cases:
+        jax.clear_caches()
+        start = time.process_time()
+        run = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, x).compile()
+        first = time.process_time() - start
+        now = jax.tree.map(jnp.copy, params)  # as it is given away
+        now, state = jax.block_until_ready(run(now, state, x))
+        start = time.process_time()  # others on the machine do not count
+        for _ in range(steps):
             now, state = jax.block_until_ready(run(now, state, x))
-            times.append(time.process_time() - start)
-        mean = sum(times[1:]) / steps
-        print(f"{name:32} first step {times[0]:6.2f} s, then {1e3 * mean:8.1f} ms", flush=True)
+        mean = (time.process_time() - start) / steps
+        temp = run.memory_analysis().temp_size_in_bytes / 2**20
+        kept = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / 2**20
+        print(
+            f"{name:20} state {kept:6.1f} MiB  temporary {temp:7.1f} MiB"
+            f"  trace and compile {first:6.2f} s  a step {1e3 * mean:8.1f} ms",
+            flush=True,
+        )
 
 
 def main():
@@ -181,7 +229,10 @@ def main():
     print("without the gradient")
     report(updates(make_loss(remat=False), params, x), given.repeats)
     if given.steps:
-        step_time(make_loss(remat=False), params, x, given.steps)
+        print("whole steps")
+        report_steps(steps_of_optax(make_loss(remat=False), params, x), params, x, given.steps)
+        if given.unrolled and importlib.util.find_spec("kfac_jax"):
+            report_steps(steps_of_kfac_jax(params, x), params, x, given.steps)
 
 
 main()

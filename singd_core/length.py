@@ -16,10 +16,13 @@ from singd_core.curvature import TINY
 from singd_core.late import Late
 
 # The size of a step is the geometric mean of two sizes. With the first, the spectral norm of the
-# layer's step is about 2.26 lr √(d_out / d_in). With the second, the layer's outputs change by a
-# root mean square of 1.5 lr.
+# layer's step is about 2.26 lr. With the second, the layer's outputs change by a root mean square
+# of 1.5 lr.
 SPECTRAL = 2.26
 OUTPUTS = 1.5
+
+# The mean diagonal of U where no rows tell it: a little less than that of normalized inputs.
+TYPICAL = 0.7
 
 # A natural gradient whose norm is smaller has lost its digits, and makes a smaller step: what
 # multiplies it stays in the range of float32.
@@ -117,9 +120,7 @@ def sides(d_out: int, d_in: int, overlap: float) -> tuple[float, float]:
 def size(sides: tuple[Scalar, Scalar], t_U: Scalar) -> Scalar:
     """R √(d_out d_in), the Frobenius norm of a step of rate 1 if all late gradients are equal.
 
-    R = √(R_spectral R_outputs) (5.10). Where the mean diagonal t_U of U is not known, which is 0
-    then, R = R_spectral.
+    R = √(R_spectral R_outputs) (5.10). The mean diagonal t_U of U is 0 where it is not known.
     """
     spectral, outputs = sides
-    outputs = where(t_U > TINY, outputs * at_least(t_U, TINY) ** -0.5, spectral)
-    return (spectral * outputs) ** 0.5
+    return (spectral * outputs * where(t_U > TINY, t_U, TYPICAL) ** -0.5) ** 0.5

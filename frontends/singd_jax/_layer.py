@@ -89,7 +89,7 @@ class Layer:
         return {
             name: cls.tensor(name, shape, *with_bias.get(name, ()))
             for name, shape in shapes.items()
-            if Tensor.fits(shape) and name not in taken
+            if name in with_bias or (Tensor.fits(shape) and name not in taken)
         }
 
     @property

@@ -44,7 +44,10 @@ class Tensor(WithoutRows):
 
     @staticmethod
     def fits(shape: Sequence[int]) -> bool:
-        """Whether a shape holds matrices: two axes are longer than 1, and none is empty."""
+        """Whether a shape without a bias holds matrices: two axes are longer than 1, none is empty.
+
+        What is longer than 1 along a single axis may be a scale or a token, as well as a matrix.
+        """
         return sum(n > 1 for n in shape) > 1 and 0 not in shape
 
     @classmethod
@@ -78,7 +81,7 @@ class Tensor(WithoutRows):
             transposed: What a weight is that fits both ways, as a square one does.
         """
         shape, bias, axes = tuple(shape), tuple(bias), len(shape)
-        if not cls.fits(shape):
+        if axes < 2 or 0 in shape:
             return None
         stacks = [n for n in (0, 1) if n < len(bias) and shape[:n] == bias[:n]]
         if cls.of(shape).stack:

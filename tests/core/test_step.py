@@ -9,7 +9,7 @@ from optimizer_cases import LAYERS, leaves, mapped, params, steps, train
 
 from singd_core import Convolution, LayerKind, Optimizer, TransposedConvolution, settings
 from singd_core.late import BEGINNING, LONGEST, MEMORY, SHORTEST, Late, agreement_of_noise
-from singd_core.length import OUTPUTS, SPECTRAL
+from singd_core.length import OUTPUTS, SPECTRAL, TYPICAL
 from singd_core.levels import Levels
 
 STRUCTURES = ["dense", "diagonal", "blockdiagonal:2", "triltoeplitz", "hierarchical:1,1"]
@@ -93,8 +93,9 @@ def test_a_step_of_a_convolution_is_sized_by_the_norm_of_the_layer(
     g = {"W": rng.standard_normal(p["W"].shape)}
     optimizer = Optimizer({"W": kind}, lr=0.1, warmup=0)
     updates, _ = optimizer.update(g, optimizer.init(p), p)
-    _, *sides = kind.shape(p["W"].shape, False)
-    size = 0.1 * SPECTRAL / np.sqrt(overlap * max(sides))
+    _, d_out, d_in = kind.shape(p["W"].shape, False)
+    spectral = SPECTRAL / np.sqrt(overlap * max(d_out, d_in))
+    size = 0.1 * np.sqrt(spectral * OUTPUTS / np.sqrt(d_in * TYPICAL))
     np.testing.assert_allclose(np.sqrt(np.mean(updates["W"] ** 2)), size, rtol=1e-12)
 
 
@@ -108,12 +109,12 @@ def test_no_input_passes_a_convolution_larger_than_that(stride: int) -> None:
     assert 0.9 * bound < passed <= bound
 
 
-def test_without_rows_the_size_is_the_spectral_one() -> None:
+def test_without_rows_the_size_is_of_typical_inputs() -> None:
     """Factors that saw nothing are the identity, and the step is the momentum's alone."""
     optimizer, p = Optimizer(lr=0.1, warmup=0), {"W": np.zeros((5, 3))}
     g = np.random.default_rng(0).standard_normal((5, 3))
     updates, _ = optimizer.update({"W": g}, optimizer.init(p), p)
-    size = 0.1 * SPECTRAL / np.sqrt(5)
+    size = 0.1 * np.sqrt(SPECTRAL / np.sqrt(5) * OUTPUTS / np.sqrt(3 * TYPICAL))
     np.testing.assert_allclose(updates["W"], -size * g / np.sqrt(np.mean(g**2)), rtol=1e-12)
 
 

@@ -15,6 +15,7 @@ from singd_core.rules.shampoo import Shampoo
 # Relative to the largest entry, float32: products in another order, and divisions by small numbers.
 CLOSE = 1e-4
 SHAPES = {"w": (8, 16), "experts": (3, 16, 16), "kernel": (2, 2, 4, 4), "b": (16,), "o": (16, 4)}
+SHAPES |= {"w_out": (16, 1), "b_out": (1,)}
 
 
 def start() -> dict[str, Any]:
@@ -51,7 +52,8 @@ def test_steps_are_those_of_the_pure_optimizer() -> None:
     def paired(leaves: Any) -> dict[str, Any]:
         """With the bias that names tell."""
         arrays = {k: np.asarray(leaves[k]) for k in SHAPES}
-        return arrays | {"w": (arrays["w"], arrays.pop("b"))}
+        pairs = {"w": "b", "w_out": "b_out"}
+        return arrays | {w: (arrays[w], arrays.pop(b)) for w, b in pairs.items()}
 
     pure, params = Optimizer({}), paired(start())
     state = pure.init(params)
@@ -133,7 +135,7 @@ def test_layers_and_others_learn_side_by_side() -> None:
     by_gradients = {
         name for name, one in state.core.layers.items() if isinstance(one.factors, Shampoo)
     }
-    assert by_gradients == {"experts", "o", "kernel"}
+    assert by_gradients == {"experts", "o", "kernel", "w_out"}
     assert set(state.core.layers) == {"w", *by_gradients}
 
     @jax.jit
@@ -164,8 +166,11 @@ def test_names_tell_biases() -> None:
         "out": {"kernel": (2, 3, 6), "bias": (6,)},
         "conv": {"kernel": (3, 3, 2, 4), "bias": (4,)},
         "scanned": {"kernel": (5, 6, 8), "bias": (5, 8)},
+        "last": {"kernel": (6, 1), "bias": (1,)},
+        "first": {"kernel": (1, 6), "bias": (6,)},
         "norm": {"scale": (4,), "bias": (4,)},
         "alone": {"kernel": (6, 4)},
+        "token": {"kernel": (1, 6)},
     }
     is_shape = lambda x: isinstance(x, tuple)  # noqa: E731
     params = jax.tree.map(jnp.ones, shapes, is_leaf=is_shape)
@@ -176,12 +181,14 @@ def test_names_tell_biases() -> None:
         "out.kernel": ((), 6, 6),
         "conv.kernel": ((), 4, 18),
         "scanned.kernel": ((5,), 8, 6),
+        "last.kernel": ((), 1, 6),
+        "first.kernel": ((), 6, 1),
         "alone.kernel": ((), 6, 4),  # which side has the rows does not matter then
     }
     assert {name: layer.shape for name, layer in state.layers.items()} == expected
     pairs = {name for name, layer in state.layers.items() if layer.bias is not None}
     assert pairs == expected.keys() - {"alone.kernel"}
-    assert set(state.core.fallback) == {"norm.scale", "norm.bias"}
+    assert set(state.core.fallback) == {"norm.scale", "norm.bias", "token.kernel"}
     for name, own in state.core.layers.items():
         if name in pairs:
             stack, _, d_in = expected[name]

@@ -74,6 +74,8 @@ def test_steps_are_those_of_the_pure_optimizer(
         **dict.fromkeys("ab", ((6, 4), (6,))),
         "kernel": ((4, 3, 2, 2), (4,)),
         "stack": ((2, 3, 5), (2, 3)),
+        "last": ((1, 5), (1,)),  # a single output
+        "first": ((5, 1), (5,)),  # a single input
     }
     params = {
         f"{name}.{part}": nn.Parameter(torch.randn(shape, dtype=torch.float64))
@@ -115,6 +117,8 @@ def test_the_table_shows_pairs() -> None:
     assert all(" + bias_" in name for name in rules(SINGD(lstm.named_parameters())))
     assert all(" + bias_" in name for name in rules(SINGD(lstm)))
     assert len(rules(SINGD(lstm))) == 4
+    narrow = nn.Sequential(nn.Linear(1, 5), nn.Linear(5, 1))
+    assert set(rules(SINGD(narrow.named_parameters())).values()) == {"SINGD without rows"}
 
 
 def test_parameters_without_names_have_no_pairs() -> None:

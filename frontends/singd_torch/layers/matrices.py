@@ -47,7 +47,7 @@ def _tensors(
     for p, group in group_of.items():
         if not learns_from_gradients(settings_of(group)):
             continue
-        if p in owned or not Tensor.fits(p.shape) or not p.is_floating_point():
+        if p in owned or not (p in with_bias or Tensor.fits(p.shape)) or not p.is_floating_point():
             continue
         bias, kind = with_bias.get(p, (None, Tensor.of(p.shape)))
         if bias is None and kind.stack == 1 and len(p) > 1 and not is_in_parts(p) and p not in lost:
