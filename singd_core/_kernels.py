@@ -26,6 +26,7 @@ class Kernels:
         norms: The norms of the matrices of a list.
         constant: An array of one number everywhere.
         number: A 0-d array as a number, where the host need not wait for it.
+        numbers: A 1-d array as a list of numbers, likewise; None where it is no such array.
         empty: An array of any content, where arrays can be written to.
         is_view: Whether an array is in the memory of another.
         fuse: A function that runs a chain of operations as one kernel, of that chain.
@@ -42,6 +43,7 @@ class Kernels:
     norms: Callable[[Any], Any] | None = None
     constant: Callable[[float, Any], Any] | None = None
     number: Callable[[Any], Any] | None = None
+    numbers: Callable[[Any], list[float] | None] | None = None
     empty: Callable[[Sequence[int], Any], Any] | None = None
     is_view: Callable[[Any, Any], bool] | None = None
     fuse: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None

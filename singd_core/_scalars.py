@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from singd_core._array import Array, Scalar, cast, full, namespace
 from singd_core._kernels import kernels_of
@@ -16,6 +17,13 @@ def number(x: Array) -> Scalar:
     """
     read = kernels_of(x).number
     return x if read is None else read(x)
+
+
+def numbers(x: Array) -> Sequence[Scalar]:
+    """The entries along the last axis, each as `number` has it."""
+    read = kernels_of(x).numbers
+    found = None if read is None else read(x)
+    return [number(x[..., i]) for i in range(x.shape[-1])] if found is None else found
 
 
 def as_array(x: Scalar, like: Array) -> Array:

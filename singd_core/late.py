@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-from singd_core._array import Array, Scalar, cast, multiply_add, namespace, wide_full
-from singd_core._scalars import as_array, at_least, at_most, clip, exp, number, where
+from singd_core._array import Array, Scalar, cast, device, multiply_add, namespace, wide_full
+from singd_core._scalars import as_array, at_least, at_most, clip, exp, number, numbers, where
 from singd_core._settings import Settings
 from singd_core._tree import Tree, tree
 from singd_core.curvature import TINY
@@ -63,16 +63,13 @@ class Late(Tree):
 
     def paired(self, of_weight: Self, of_bias: Self) -> Self:
         """The sums of a weight and of its bias along a last axis, as arrays like these."""
-        one, two = self.part(0).written(of_weight), self.part(1).written(of_bias)
-        return one.map(lambda a, b: namespace(a).stack([a, b], axis=-1), two)
+        return self.map(_pair, of_weight, of_bias)
 
     def parted(self) -> tuple[Self, Self]:
         """The sums of a weight and of its bias, which are along a last axis, as `numbers`."""
-        return self.part(0).numbers(), self.part(1).numbers()
-
-    def part(self, i: int) -> Self:
-        """The sums that are in a place of the last axis."""
-        return self.map(lambda a: a[..., i])
+        pairs = [numbers(a) for _, a in self.named_arrays()]
+        one, two = (self.rebuild(pair[i] for pair in pairs) for i in (0, 1))
+        return one, two
 
     def written(self, sums: Self) -> Self:
         """What came of `numbers`, as arrays like these."""
@@ -124,6 +121,15 @@ class Late(Tree):
         if s.nesterov:
             squared, weights = self._added(squares, s)
         return at_most(ahead / at_least(squared * weights, TINY) ** 0.5, 1.0)
+
+
+def _pair(old: Array, one: Scalar, two: Scalar) -> Array:
+    """Two numbers along a last axis, as an array like the one that they came from."""
+    xp = namespace(old)
+    if isinstance(one, (int, float)) and isinstance(two, (int, float)):
+        return xp.asarray([one, two], dtype=old.dtype, device=device(old))
+    like = old[..., 0]
+    return xp.stack([cast(as_array(x, like), old) for x in (one, two)], axis=-1)
 
 
 def begun_anew(sums: Late, saved: Mapping[str, Any], prefix: str) -> dict[str, Array]:

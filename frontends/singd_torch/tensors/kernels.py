@@ -10,7 +10,7 @@ from torch import Tensor
 from singd_core._array import expand
 from singd_core._kernels import Kernels
 from singd_torch.tensors import scratch
-from singd_torch.tensors.pieces import cut, on_host, read
+from singd_torch.tensors.pieces import cut, on_host, read, read_all
 
 # In numbers: a piece of the rows whose squares are summed up.
 _SQUARED = 1 << 16
@@ -88,6 +88,7 @@ KERNELS = Kernels(
     sums_of_squares=_sums_of_squares,
     constant=scratch.constant,
     number=read,
+    numbers=read_all,
     empty=scratch.empty,
     is_view=_is_view,
 )

@@ -82,6 +82,11 @@ def read(x: Tensor) -> Any:
     return x.item() if x.ndim == 0 and on_host(x) else x
 
 
+def read_all(x: Tensor) -> list[float] | None:
+    """A 1-d tensor as numbers where the host need not wait for them, else None."""
+    return x.tolist() if x.ndim == 1 and on_host(x) else None
+
+
 def placed(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A number on a device, filled in there: a copy of it, as `as_tensor` makes, is a wait."""
     if isinstance(value, Tensor):
