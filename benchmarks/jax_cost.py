@@ -8,13 +8,17 @@ of August 2026, babd853, works). kfac-jax does not find the layers of a scan.
 
     python benchmarks/jax_cost.py [--blocks 8] [--width 256] [--batch 8] [--length 256] [--steps 0]
         [--repeats 3] [--first] [--unrolled]
+    python benchmarks/jax_cost.py --agent
 
-Times to compile are medians of the repeats, in which all are compiled in turn.
+Times to compile are medians of the repeats, in which all are compiled in turn; none with
+`--repeats 0`. `--agent` has the memory of the gradient of PPO alone, with an actor and a critic of
+two hidden layers.
 """
 
 import argparse
 import functools
 import importlib.util
+import itertools
 import statistics
 import time
 
@@ -210,24 +214,75 @@ def report_steps(cases, params, x, steps):
         )
 
 
+def agent(units, batch, observed=17, actions=6):
+    """The loss of PPO with a small network, its parameters and its batch."""
+
+    def mlp(key, d_out):
+        sides = (observed, units), (units, units), (units, d_out)
+        keys = jax.random.split(key, len(sides))
+        return [
+            {"w": jax.random.normal(k, own) / own[0] ** 0.5, "b": jnp.zeros(own[1])}
+            for k, own in zip(keys, sides, strict=True)
+        ]
+
+    def apply(layers, x):
+        for layer in layers[:-1]:
+            x = jnp.tanh(x @ layer["w"] + layer["b"])
+        return x @ layers[-1]["w"] + layers[-1]["b"]
+
+    def loss(params, x):
+        z = (x["action"] - apply(params["actor"], x["seen"])) * jnp.exp(-params["log_std"])
+        ratio = jnp.exp(jnp.sum(-0.5 * z**2 - params["log_std"], -1) - x["log_p"])
+        gain = jnp.minimum(x["gain"] * ratio, x["gain"] * jnp.clip(ratio, 0.8, 1.2))
+        value = apply(params["critic"], x["seen"])[:, 0]
+        near = x["value"] + jnp.clip(value - x["value"], -0.2, 0.2)
+        errors = jnp.maximum((value - x["return"]) ** 2, (near - x["return"]) ** 2)
+        return 0.5 * errors.mean() - gain.mean() - 0.01 * jnp.sum(params["log_std"])
+
+    keys = jax.random.split(jax.random.key(0), 2)
+    params = {"actor": mlp(keys[0], actions), "critic": mlp(keys[1], 1)}
+    shapes = {"seen": (batch, observed), "action": (batch, actions)}
+    shapes |= dict.fromkeys(("log_p", "gain", "value", "return"), (batch,))
+    x = {name: jax.random.normal(jax.random.key(1), shape) for name, shape in shapes.items()}
+    return loss, params | {"log_std": jnp.zeros(actions)}, x
+
+
+def report_agents():
+    """Temporary memory of the gradient, and how much more the curvature takes."""
+    for units, batch in itertools.product((64, 256), (128, 256, 512, 2048)):
+        loss, params, x = agent(units, batch)
+        base, *_ = compiled(jax.value_and_grad(loss), params, x)
+        told = []
+        for structures in (None, "diagonal", "dense"):
+            layers = singd_jax.find_layers(loss, structures=structures)(params, x)
+            state = jax.eval_shape(singd_jax.singd(layers=layers).init, params)
+            temp, *_ = compiled(singd_jax.value_and_curvature(loss, layers), params, state, x)
+            told.append(f"{structures or 'default'} {100 * (temp / base - 1):+5.1f} %")
+        print(f"{units:4} units, batch {batch:5} {base:7.2f} MiB", *told, sep="  ", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     sizes = {"blocks": 8, "width": 256, "batch": 8, "length": 256, "steps": 0, "repeats": 3}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--first", action="store_true")
-    parser.add_argument("--unrolled", action="store_true")
+    for name in ("first", "unrolled", "agent"):
+        parser.add_argument(f"--{name}", action="store_true")
     given = parser.parse_args()
+    if given.agent:
+        report_agents()
+        return
     params = init(jax.random.key(0), given.blocks, given.width, given.first)
     if given.unrolled:
         blocks = params["blocks"]
         params["blocks"] = [jax.tree.map(lambda a, i=i: a[i], blocks) for i in range(given.blocks)]
     x = jax.random.normal(jax.random.key(1), (given.batch, given.length, given.width))
-    for remat in (True, False):
-        print(f"{'with' if remat else 'without'} jax.checkpoint")
-        report(gradients(make_loss(remat), params, x), given.repeats)
-    print("without the gradient")
-    report(updates(make_loss(remat=False), params, x), given.repeats)
+    if given.repeats:
+        for remat in (True, False):
+            print(f"{'with' if remat else 'without'} jax.checkpoint")
+            report(gradients(make_loss(remat), params, x), given.repeats)
+        print("without the gradient")
+        report(updates(make_loss(remat=False), params, x), given.repeats)
     if given.steps:
         print("whole steps")
         report_steps(steps_of_optax(make_loss(remat=False), params, x), params, x, given.steps)
