@@ -111,12 +111,13 @@ def _upgraded(template: State, flat: Mapping[str, Any]) -> dict[str, Any]:
     It had one momentum for a weight matrix and its bias, which averaged natural gradients: a rule
     that averages gradients begins anew with it. Later ones had no mean of
     squared gradients, and none had the largest rate: these begin anew. So does a weight that learns
-    from gradients, and whose bias AdamW trained.
+    from gradients, if AdamW trained its bias or both of them.
     """
     found = {"largest_lr": 0.0} | dict(flat)
     for name, layer in template.layers.items():
-        kept, mean = f"{name}.averages.k", f"{name}.inputs.mean"
-        if inputs_of(layer.factors) is not None and kept in flat and mean not in flat:
+        was_there = any(f"{name}.{entry}" in flat for entry in ("averages.k", "exp_avg"))
+        has_mean = inputs_of(layer.factors) is None or f"{name}.inputs.mean" in flat
+        if was_there and not has_mean:
             fresh = ((k.removeprefix(_FACTORS), a) for k, a in layer.named_arrays())
             found |= {f"{name}.{k}": a for k, a in fresh}
             found = {k: a for k, a in found.items() if not _is_left_over(k, template)}
@@ -141,8 +142,7 @@ def _upgraded(template: State, flat: Mapping[str, Any]) -> dict[str, Any]:
 def _is_left_over(name: str, template: State) -> bool:
     """Whether an entry is what AdamW kept of a parameter that it does not train any more."""
     parameter, _, entry = name.rpartition(".")
-    kept = parameter in {"", *template.fallback, *template.layers}
-    return entry in Moments.field_names() and not kept
+    return entry in Moments.field_names() and parameter not in {"", *template.fallback}
 
 
 def _in_known_dtype(name: str, saved: Any, array: Array) -> Any:

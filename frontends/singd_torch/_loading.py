@@ -101,10 +101,14 @@ def begin_anew(layer: Layer, entries: Mapping[nn.Parameter, Entries]) -> None:
     """Begin anew with what a layer keeps now and did not keep yet.
 
     These are sums over late gradients. They are all that a weight without rows keeps of its bias,
-    where AdamW trained that.
+    where AdamW trained that. Where AdamW trained the weight too, all begins anew.
     """
     own = entries[layer.weight]
     k = own.get("averages.k")
+    if k is None and "exp_avg" in own:
+        for p in layer.parameters:
+            entries[p].clear()
+        return
     is_apart = layer.bias_is_apart and "inputs.mean" not in own
     if layer.bias is not None and is_apart and isinstance(k, Tensor) and not isinstance(k, DTensor):
         (batch, _, d_in), like = layer.shape, k.reshape(-1)

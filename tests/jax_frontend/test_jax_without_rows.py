@@ -231,23 +231,27 @@ def test_a_bias_that_is_left_out_is_none() -> None:
 
 
 def test_a_state_of_before_begins_anew() -> None:
-    """AdamW trained the bias then."""
-    params = {"a": {"kernel": jnp.ones((6, 4)), "bias": jnp.ones(4)}, "v": jnp.ones(3)}
-    apart = {"a": {"kernel": params["a"]["kernel"]}, "bias": params["a"]["bias"], "v": params["v"]}
+    """AdamW trained the bias then, and both of a layer to one output."""
+    params: dict[str, Any] = {"a": {"kernel": jnp.ones((6, 4)), "bias": jnp.ones(4)}}
+    params |= {"z": {"kernel": jnp.ones((6, 1)), "bias": jnp.ones(1)}, "v": jnp.ones(3)}
+    apart = {name: {"kernel": params[name]["kernel"]} for name in "az"}
+    apart |= {"bias": {name: params[name]["bias"] for name in "az"}, "v": params["v"]}
     tx = singd_jax.singd()
     state = tx.init(apart)
     for _ in range(3):
         _, state = tx.update(apart, state, apart)
     before = flat(state)
-    before |= {f"a.{name}": before.pop(name) for name in list(before) if name.startswith("bias.")}
+    for of in "az":  # as the names are now
+        mine = [name for name in before if name.startswith(f"bias.{of}.")]
+        before |= {f"{of}.bias.{name.rpartition('.')[2]}": before.pop(name) for name in mine}
+    assert "z.kernel.exp_avg" in before
     fresh = tx.init(params)
     restored = singd_jax.unflatten(fresh, before)
     assert int(restored.core.step) == 3
-    kernel = restored.core.layers["a.kernel"]
-    for (name, a), (_, b) in zip(
-        kernel.named_arrays(), fresh.core.layers["a.kernel"].named_arrays(), strict=True
-    ):
-        assert np.array_equal(a, b), name
+    for kernel in ("a.kernel", "z.kernel"):
+        both = (dict(own.core.layers[kernel].named_arrays()) for own in (restored, fresh))
+        for (name, a), b in zip(next(both).items(), next(both).values(), strict=True):
+            assert np.array_equal(a, b), name
     assert np.any(restored.core.fallback["v"].exp_avg)
     updates, _ = tx.update(params, restored, params)
     assert all(np.all(np.isfinite(u)) for u in jax.tree.leaves(updates))

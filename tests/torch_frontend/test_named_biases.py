@@ -244,6 +244,22 @@ def test_a_state_of_before_goes_on_with_a_mean_that_begins() -> None:
     again.load_state_dict(optimizer.state_dict())
 
 
+@pytest.mark.parametrize("by_rows", [False, True])
+def test_a_layer_to_one_output_begins_anew_where_adamw_trained_it(by_rows: bool) -> None:
+    model = nn.Linear(4, 1).double()
+    before = SINGD(model.parameters())
+    model(batch()[0]).sum().backward()
+    before.step()
+    assert "exp_avg" in before.state[model.weight]
+    optimizer = SINGD(model) if by_rows else SINGD(model.named_parameters())
+    optimizer.load_state_dict(before.state_dict())
+    assert not optimizer.state[model.weight]
+    assert not optimizer.state[model.bias]
+    losses = train(model, optimizer, range(40))
+    assert "K.matrix" in optimizer.state[model.weight]
+    assert losses[-1] < losses[0]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weights_of_sixteen_bits(dtype: torch.dtype) -> None:
     model = network().to(dtype)
