@@ -75,6 +75,8 @@ class Tensor(WithoutRows):
     ) -> Self | None:
         """How a shape is meant whose bias has this shape, None if that is no bias of it.
 
+        None also if the matrix is a single row: AdamW trains a vector and its number.
+
         Args:
             shape: The shape of the weight.
             bias: The shape of the bias: the rows, after the stack if there is one.
@@ -92,7 +94,9 @@ class Tensor(WithoutRows):
             for turned in (transposed, not transposed):
                 first = stack + ins if turned else stack
                 if ins > 0 and shape[first : first + outs] == bias[stack:]:
-                    return cls(stack, outs, ins, turned)
+                    # the gradient of a single row tells its bias from no scale of its inputs
+                    one_row = prod(bias[stack:]) == 1 and not cls.fits(shape)
+                    return None if one_row else cls(stack, outs, ins, turned)
         return None
 
     def matrix(self, weight: Array, bias: Array | None = None) -> Array:

@@ -26,6 +26,9 @@ from singd_core.curvature import TINY
 # be the rounding of 8 bits, as of a bias whose layer is normalized afterwards.
 NOISE = 2.0**-8
 
+# A gradient has rank one if it is so near to G = g μᵀ, of its squares.
+ONE_ROW = 2.0**-10
+
 
 class InputSums(NamedTuple):
     """Sums over the rows of the gradients G and g of a weight and its bias.
@@ -73,7 +76,9 @@ class InputMean(Tree):
         own, old = sums.own, self.mean
         hat = sums.cross / at_least(own[..., None], TINY)
         rest = sums.all - own * _squares(hat)
-        counts = (own > TINY) & (own > NOISE * NOISE * rest)
+        # of rank one there is no rest, and the mean is all that G could be compared with
+        of_weight = namespace(old).where(rest > ONE_ROW * sums.all, rest, sums.all)
+        counts = (own > TINY) & (own > NOISE * NOISE * of_weight)
         squares = self.squares + weight * (own - self.squares)
         mean = old + (weight * own / at_least(squares, TINY))[..., None] * (hat - old)
         left = at_least(rest, 0.0) + own * _squares(mean - hat)  # ‖G − g μᵀ‖²

@@ -15,7 +15,7 @@ from singd_core.rules.shampoo import Shampoo
 # Relative to the largest entry, float32: products in another order, and divisions by small numbers.
 CLOSE = 1e-4
 SHAPES = {"w": (8, 16), "experts": (3, 16, 16), "kernel": (2, 2, 4, 4), "b": (16,), "o": (16, 4)}
-SHAPES |= {"w_out": (16, 1), "b_out": (1,)}
+SHAPES |= {"w_in": (1, 16), "b_in": (16,)}
 
 
 def start() -> dict[str, Any]:
@@ -52,7 +52,7 @@ def test_steps_are_those_of_the_pure_optimizer() -> None:
     def paired(leaves: Any) -> dict[str, Any]:
         """With the bias that names tell."""
         arrays = {k: np.asarray(leaves[k]) for k in SHAPES}
-        pairs = {"w": "b", "w_out": "b_out"}
+        pairs = {"w": "b", "w_in": "b_in"}
         return arrays | {w: (arrays[w], arrays.pop(b)) for w, b in pairs.items()}
 
     pure, params = Optimizer({}), paired(start())
@@ -135,7 +135,7 @@ def test_layers_and_others_learn_side_by_side() -> None:
     by_gradients = {
         name for name, one in state.core.layers.items() if isinstance(one.factors, Shampoo)
     }
-    assert by_gradients == {"experts", "o", "kernel", "w_out"}
+    assert by_gradients == {"experts", "o", "kernel", "w_in"}
     assert set(state.core.layers) == {"w", *by_gradients}
 
     @jax.jit
@@ -181,14 +181,15 @@ def test_names_tell_biases() -> None:
         "out.kernel": ((), 6, 6),
         "conv.kernel": ((), 4, 18),
         "scanned.kernel": ((5,), 8, 6),
-        "last.kernel": ((), 1, 6),
         "first.kernel": ((), 6, 1),
         "alone.kernel": ((), 6, 4),  # which side has the rows does not matter then
     }
     assert {name: layer.shape for name, layer in state.layers.items()} == expected
     pairs = {name for name, layer in state.layers.items() if layer.bias is not None}
     assert pairs == expected.keys() - {"alone.kernel"}
-    assert set(state.core.fallback) == {"norm.scale", "norm.bias", "token.kernel"}
+    assert set(state.core.fallback) == {
+        *("norm.scale", "norm.bias", "token.kernel", "last.kernel", "last.bias"),
+    }
     for name, own in state.core.layers.items():
         if name in pairs:
             stack, _, d_in = expected[name]
@@ -231,9 +232,9 @@ def test_a_bias_that_is_left_out_is_none() -> None:
 
 
 def test_a_state_of_before_begins_anew() -> None:
-    """AdamW trained the bias then, and both of a layer to one output."""
+    """AdamW trained the bias then, and both of a layer of one input."""
     params: dict[str, Any] = {"a": {"kernel": jnp.ones((6, 4)), "bias": jnp.ones(4)}}
-    params |= {"z": {"kernel": jnp.ones((6, 1)), "bias": jnp.ones(1)}, "v": jnp.ones(3)}
+    params |= {"z": {"kernel": jnp.ones((1, 6)), "bias": jnp.ones(6)}, "v": jnp.ones(3)}
     apart = {name: {"kernel": params[name]["kernel"]} for name in "az"}
     apart |= {"bias": {name: params[name]["bias"] for name in "az"}, "v": params["v"]}
     tx = singd_jax.singd()

@@ -74,7 +74,6 @@ def test_steps_are_those_of_the_pure_optimizer(
         **dict.fromkeys("ab", ((6, 4), (6,))),
         "kernel": ((4, 3, 2, 2), (4,)),
         "stack": ((2, 3, 5), (2, 3)),
-        "last": ((1, 5), (1,)),  # a single output
         "first": ((5, 1), (5,)),  # a single input
     }
     params = {
@@ -118,7 +117,11 @@ def test_the_table_shows_pairs() -> None:
     assert all(" + bias_" in name for name in rules(SINGD(lstm)))
     assert len(rules(SINGD(lstm))) == 4
     narrow = nn.Sequential(nn.Linear(1, 5), nn.Linear(5, 1))
-    assert set(rules(SINGD(narrow.named_parameters())).values()) == {"SINGD without rows"}
+    assert rules(SINGD(narrow.named_parameters())) == {
+        "0.weight + bias": "SINGD without rows",
+        "1.weight": "AdamW",
+        "1.bias": "AdamW",
+    }
 
 
 def test_parameters_without_names_have_no_pairs() -> None:
@@ -244,19 +247,27 @@ def test_a_state_of_before_goes_on_with_a_mean_that_begins() -> None:
     again.load_state_dict(optimizer.state_dict())
 
 
+class First(nn.Module):
+    """The first feature alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :1]
+
+
 @pytest.mark.parametrize("by_rows", [False, True])
-def test_a_layer_to_one_output_begins_anew_where_adamw_trained_it(by_rows: bool) -> None:
-    model = nn.Linear(4, 1).double()
+def test_a_layer_of_one_input_begins_anew_where_adamw_trained_it(by_rows: bool) -> None:
+    model = nn.Sequential(First(), nn.Linear(1, 3).double())
     before = SINGD(model.parameters())
     model(batch()[0]).sum().backward()
     before.step()
-    assert "exp_avg" in before.state[model.weight]
+    weight, bias = model[1].parameters()
+    assert "exp_avg" in before.state[weight]
     optimizer = SINGD(model) if by_rows else SINGD(model.named_parameters())
     optimizer.load_state_dict(before.state_dict())
-    assert not optimizer.state[model.weight]
-    assert not optimizer.state[model.bias]
+    assert not optimizer.state[weight]
+    assert not optimizer.state[bias]
     losses = train(model, optimizer, range(40))
-    assert "K.matrix" in optimizer.state[model.weight]
+    assert "K.matrix" in optimizer.state[weight]
     assert losses[-1] < losses[0]
 
 

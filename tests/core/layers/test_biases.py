@@ -41,6 +41,9 @@ def test_names_tell_biases(weight: str, bias: str) -> None:
         {"new": (4, 3), "beb": (4,)},  # a letter of a word is no word
         {"weighted": (4, 3), "biased": (4,)},
         {"weight.bias": (4, 3), "bias.bias": (4,)},  # the last part tells
+        {"weight": (1, 64), "bias": (1,)},  # to a single output
+        {"kernel": (64, 1), "bias": (1,)},
+        {"weight": (1, 1), "bias": (1,)},
         {"weight": (8, 3, 3, 3), "bias": (3,)},  # of a transposed convolution, to three channels
     ],
     ids=str,
@@ -68,11 +71,8 @@ def test_a_bias_has_one_weight() -> None:
         ((8, 64, 32), (8, 64), ((8,), 64, 32)),
         ((6, 16, 2, 8), (6, 2, 8), ((6,), 16, 16)),  # a scan of projections to heads
         ((5, 6, 7), (5,), ((), 5, 42)),  # of nn.Bilinear
-        ((1, 64), (1,), ((), 1, 64)),  # to a single output
-        ((64, 1), (1,), ((), 1, 64)),
         ((64, 1), (64,), ((), 64, 1)),  # of a single input
         ((8, 64, 1), (8, 1), ((8,), 1, 64)),
-        ((1, 1), (1,), ((), 1, 1)),
     ],
     ids=str,
 )
