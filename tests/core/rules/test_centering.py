@@ -193,6 +193,22 @@ def test_rounding_in_the_gradient_of_a_bias_tells_no_mean(share: float) -> None:
     assert np.all(np.isfinite(b))
 
 
+@pytest.mark.parametrize("share", [1e-7, 1e-3, 1.0])
+def test_a_gradient_of_rank_one_is_compared_with_itself(share: float) -> None:
+    """As of two scores, where the loss knows their difference alone: G − g μᵀ is nothing."""
+    rng, given = np.random.default_rng(0), []
+    x = rng.standard_normal(D_IN)
+    for _ in range(20):
+        v = rng.standard_normal(D_OUT)
+        given.append((np.outer(v, x) / np.linalg.norm(x), share * v))
+    (W, b), state, _ = run(Optimizer({}), given, start())
+    mean = state.layers["p"].factors.inputs.mean
+    expected = x / np.linalg.norm(x) if share == 1.0 else 0.0
+    np.testing.assert_allclose(mean, expected, rtol=0, atol=1e-12)
+    assert np.max(np.abs(b)) < 100.0
+    assert np.all(np.isfinite(W))
+
+
 def test_a_stack_does_as_its_matrices_do() -> None:
     """Also where one has no gradient, and one a bias without any."""
     each = [gradients(10, seed=i) for i in range(4)]
