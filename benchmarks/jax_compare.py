@@ -70,7 +70,9 @@ TASKS = {
 }
 
 
+@functools.cache
 def data():
+    """The pixels and labels of the training examples."""
     digits = load_digits()
     order = np.random.default_rng(0).permutation(len(digits.target))[:1400]
     return jnp.asarray(digits.data[order] / 16, jnp.float32), jnp.asarray(digits.target[order])

@@ -120,7 +120,8 @@ def sides(d_out: int, d_in: int, overlap: float) -> tuple[float, float]:
 def size(sides: tuple[Scalar, Scalar], t_U: Scalar) -> Scalar:
     """R √(d_out d_in), the Frobenius norm of a step of rate 1 if all late gradients are equal.
 
-    R = √(R_spectral R_outputs) (5.10). The mean diagonal t_U of U is 0 where it is not known.
+    R = √(R_spectral R_outputs) (5.10). The mean diagonal t_U of U is 0 where it is not known, and
+    taken for `TYPICAL` then.
     """
     spectral, outputs = sides
     return (spectral * outputs * where(t_U > TINY, t_U, TYPICAL) ** -0.5) ** 0.5

@@ -94,7 +94,8 @@ class Tensor(WithoutRows):
             for turned in (transposed, not transposed):
                 first = stack + ins if turned else stack
                 if ins > 0 and shape[first : first + outs] == bias[stack:]:
-                    # the gradient of a single row tells its bias from no scale of its inputs
+                    # if the matrix is a single row, a gradient of its bias that is rounding alone
+                    # looks as any other does
                     one_row = prod(bias[stack:]) == 1 and not cls.fits(shape)
                     return None if one_row else cls(stack, outs, ins, turned)
         return None

@@ -26,8 +26,8 @@ from singd_core.curvature import TINY
 # be the rounding of 8 bits, as of a bias whose layer is normalized afterwards.
 NOISE = 2.0**-8
 
-# A gradient has rank one if it is so near to G = g μᵀ, of its squares.
-ONE_ROW = 2.0**-10
+# A gradient has rank one if G − g μᵀ has at most this share of its squares.
+RANK_ONE = 2.0**-10
 
 
 class InputSums(NamedTuple):
@@ -76,8 +76,8 @@ class InputMean(Tree):
         own, old = sums.own, self.mean
         hat = sums.cross / at_least(own[..., None], TINY)
         rest = sums.all - own * _squares(hat)
-        # of rank one there is no rest, and the mean is all that G could be compared with
-        of_weight = namespace(old).where(rest > ONE_ROW * sums.all, rest, sums.all)
+        # a gradient of rank one leaves no rest to compare g with: it is compared with G itself
+        of_weight = namespace(old).where(rest > RANK_ONE * sums.all, rest, sums.all)
         counts = (own > TINY) & (own > NOISE * NOISE * of_weight)
         squares = self.squares + weight * (own - self.squares)
         mean = old + (weight * own / at_least(squares, TINY))[..., None] * (hat - old)
