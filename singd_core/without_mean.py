@@ -71,7 +71,7 @@ def without_mean(
 
     groups, d_out, d_in = kind.shape(shape, False)
     length = size(sides(d_out, d_in, kind.overlap), 0.0)  # t_U is not known
-    sizes = length, OF_BIAS / math.sqrt(max(1, d_in)) * length
+    sizes = length, share_of_bias(d_in) * length
     sums = (None, None) if late is None else late.parted()
     each = zip(sizes, squares, zip(before, lengths, strict=True), sums, strict=True)
     (c, one, agreement), (c_bias, two, _) = (scaled(s, *numbers) for numbers in each)
@@ -86,6 +86,11 @@ def without_mean(
     kept = None if kept is None or of_bias is None else [*kept, of_bias]
     finite = is_finite(lengths[0]) & is_finite(lengths[1])
     return Direction(parts, c, finite, kept, late, agreement, natural, 1.0)
+
+
+def share_of_bias(d_in: int) -> float:
+    """The norm of a bias's step of rate 1, in shares of the norm that its weight's step has."""
+    return OF_BIAS / math.sqrt(max(1, d_in))
 
 
 def learned(factors: Shampoo, kind: LayerKind, gradient: Parts, *given: Any) -> Shampoo:

@@ -6,7 +6,7 @@ equations.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Self
 
 from singd_core._array import (
@@ -47,7 +47,7 @@ class InputSums(NamedTuple):
     def of(cls, G: Array, g: Array, like: Array) -> Self:
         """Of G, shape (..., d_out, d_in), and g, shape (..., d_out, 1), in the dtype of `like`."""
         G, g = cast(G, like), cast(g, like)
-        return cls((G.mT @ g)[..., 0], sum_of_squares(g, 2), sum_of_squares(G, 2))
+        return cls(cross(G, g), sum_of_squares(g, 2), sum_of_squares(G, 2))
 
 
 @tree
@@ -71,22 +71,32 @@ class InputMean(Tree):
         numbers = (wide_full(batch, 0.0, like=like) for _ in range(2))
         return cls(wide_full((*batch, d_in), 0.0, like=like), *numbers)
 
-    def told(self, sums: InputSums, weight: Scalar) -> Self:
-        """After one more gradient, which counts with this weight (6.2 and 6.3)."""
+    def told(
+        self,
+        sums: InputSums,
+        weight: Scalar,
+        spread: Callable[[Array], Array] = lambda c: c[..., None],
+        squares_of: Callable[[Array], Array] = lambda x: sum_of_squares(x, 1),
+    ) -> Self:
+        """After one more gradient, which counts with this weight (6.2 and 6.3).
+
+        Means of matrices of several shapes may stand in one vector. Then `spread` says how a number
+        of each matrix is one of each column, and `squares_of` sums the squares of its columns.
+        """
         own, old = sums.own, self.mean
-        hat = sums.cross / at_least(own[..., None], TINY)
-        rest = sums.all - own * _squares(hat)
+        hat = sums.cross / spread(at_least(own, TINY))
+        rest = sums.all - own * squares_of(hat)
         # a gradient of rank one leaves no rest to compare g with: it is compared with G itself
         of_weight = namespace(old).where(rest > RANK_ONE * sums.all, rest, sums.all)
         counts = (own > TINY) & (own > NOISE * NOISE * of_weight)
         squares = self.squares + weight * (own - self.squares)
-        mean = old + (weight * own / at_least(squares, TINY))[..., None] * (hat - old)
-        left = at_least(rest, 0.0) + own * _squares(mean - hat)  # ‖G − g μᵀ‖²
-        used = cast(left > NOISE * NOISE * own * _squares(mean), old)
+        mean = old + spread(weight * own / at_least(squares, TINY)) * (hat - old)
+        left = at_least(rest, 0.0) + own * squares_of(mean - hat)  # ‖G − g μᵀ‖²
+        used = cast(left > NOISE * NOISE * own * squares_of(mean), old)
         # what is not finite counts for nothing
         xp = namespace(old)
         return type(self)(
-            xp.where(counts[..., None], mean, old),
+            xp.where(spread(counts), mean, old),
             xp.where(counts, squares, self.squares),
             xp.where(counts, used, self.used),
         )
@@ -96,17 +106,27 @@ class InputMean(Tree):
 
         G has shape (..., d_out, d_in), g has shape (..., d_out, 1), and `out` may be overwritten.
         """
-        return multiply_add(-1.0 * cast(g, G), cast(self._mean, G)[..., None, :], G, out)
+        return centered(G, g, -1.0 * self._mean, out)
 
     def along(self, W: Array) -> Array:
         """W μ, of W or of a change of it, shape (..., d_out, 1)."""
-        return W @ cast(self._mean, W)[..., None]
+        return along(W, self._mean)
 
     @property
     def _mean(self) -> Array:
         return self.mean * self.used[..., None]
 
 
-def _squares(x: Array) -> Array:
-    """The sums of the squares of vectors."""
-    return namespace(x).sum(x * x, axis=-1)
+def cross(G: Array, g: Array) -> Array:
+    """Gᵀ g, shape (..., d_in)."""
+    return (G.mT @ g)[..., 0]
+
+
+def centered(G: Array, g: Array, minus: Array, out: Array | None = None) -> Array:
+    """`InputMean.centered`, of `minus` μ."""
+    return multiply_add(cast(g, G), cast(minus, G)[..., None, :], G, out)
+
+
+def along(W: Array, mean: Array) -> Array:
+    """W μ, shape (..., d_out, 1)."""
+    return W @ cast(mean, W)[..., None]

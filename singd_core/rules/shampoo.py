@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Self
 
 from singd_core._array import Array, Scalar, cast, ranged, sum_of_squares
@@ -66,22 +65,30 @@ class Shampoo(InverseFree):
     def curvature(self, gradient: Array) -> Curvature:
         """What a refresh wants of a gradient, shape (..., d_out, d_in).
 
-        The d_out rows of K are Cᵀ G, and the d_in rows of C are (G K)ᵀ: both have X = Cᵀ G K.
+        The d_out rows of K are Cᵀ G, and the d_in rows of C are (G K)ᵀ: both have X = Cᵀ G K. In
+        the place of t_U stands the mean square of X, which is the mean diagonal of H_K and of H_C.
         """
         d_out, d_in = gradient.shape[-2:]
-        t = sum_of_squares(gradient, 2) * (1.0 / (d_out * d_in))
+        share = 1.0 / (d_out * d_in)
         K, C = (L.astype(ranged(L.like[..., :0])) for L in (self.K, self.C))
         X = C.apply_t(cast(K.apply_t(cast(gradient.mT, K.like)).mT, C.like))
         H_K = K.outer(cast(X.mT, K.like)).scale(1.0 / d_out)
-        return Curvature(H_K, C.outer(X).scale(1.0 / d_in), t, t)
+        h, t = (sum_of_squares(x, 2) * share for x in (X, gradient))
+        return Curvature(H_K, C.outer(X).scale(1.0 / d_in), h, t)
 
     def directions(
         self, curvature: Curvature, rates: Rates, s: Settings
     ) -> tuple[Structure, Structure]:
         """The directions in which K and C step, m of both (docs/mathematics.md, section 6)."""
         damping = s.damping * curvature.t_G if s.relative_damping else s.damping
-        sides = (self.m_K, self.K, curvature.H_K), (self.m_C, self.C, curvature.H_C)
-        m_K, m_C = (_direction(*side, damping, s) for side in sides)
+        mean = curvature.t_U + damping  # the mean diagonal of M = H + λ Π̂(KᵀK)
+        sides = zip(
+            (self.m_K, self.m_C),
+            (curvature.H_K, curvature.H_C),
+            self.grams(curvature),
+            strict=True,
+        )
+        m_K, m_C = (_direction(*side, mean, damping, s) for side in sides)
         return m_K, m_C
 
     def side_moved(
@@ -89,18 +96,22 @@ class Shampoo(InverseFree):
     ) -> Structure:
         """L Expm(−β₁ m), divided by its root mean square over the rows; L itself if β₁ is 0."""
         moves, L = beta > 0.0, stepped(L, m, 1.0, -1.0 * beta, s)
-        size = math.sqrt(L.shape[-1]) / at_least(number(L.norm()), TINY)
+        size = at_least(number(L.row_size()), TINY) ** -1.0
         return L.scale(where(moves, size, 1.0))
 
     def known(self, averages: Averages) -> Averages:
         """Without the mean diagonal of U."""
-        return dataclasses.replace(averages, t_U=averages.t_U * 0.0)
+        return dataclasses.replace(averages, t_U=self.averages.t_U)
 
 
 def _direction(
-    m: Structure | None, K: Structure, H: Structure, damping: Scalar, s: Settings
+    m: Structure | None,
+    H: Structure,
+    gram: Structure,
+    mean: Scalar,
+    damping: Scalar,
+    s: Settings,
 ) -> Structure:
-    """½ (M / h − I) with M = H + λ Π̂(KᵀK) and h its mean diagonal."""
-    h = number(H.trace()) / H.shape[-1] + damping
-    of_H = half(m, s) / at_least(h, TINY)
-    return direction(m, H, K.astype(H.like).gram(), of_H, of_H * damping, s)
+    """½ (M / h − I) with M = H + λ Π̂(KᵀK), and h its `mean` diagonal."""
+    of_H = half(m, s) / at_least(mean, TINY)
+    return direction(m, H, gram, of_H, of_H * damping, s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
 
@@ -241,6 +242,10 @@ class Structure(Tree):
     def norm(self) -> Array:
         """The Frobenius norm, of the batch axes' shape, in at least float32."""
         return namespace(self.like).sqrt(sum_of_squares(self.dense(), 2))
+
+    def row_size(self) -> Array:
+        """The root mean square of the norms of the rows, as `norm` has it."""
+        return self.norm() * (1.0 / math.sqrt(max(1, self.shape[-1])))
 
     def max_abs(self) -> Array:
         """The largest absolute value of an entry, of the batch axes' shape."""

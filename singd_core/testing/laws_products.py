@@ -175,6 +175,13 @@ def norm(case: Case) -> None:
 
 
 @law()
+def row_size(case: Case) -> None:
+    """`L.row_size()` is the root mean square of the norms of the rows."""
+    L = case.member()
+    case.same(L.row_size(), lambda L: np.linalg.norm(L) / np.sqrt(len(L)), L, exact=False)
+
+
+@law()
 def max_abs(case: Case) -> None:
     """`L.max_abs()` is the largest absolute value of an entry."""
     L = case.member()

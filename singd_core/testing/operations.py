@@ -57,13 +57,14 @@ OPERATIONS: dict[str, Operation] = {
     "astype": lambda L, R, X, M, c: L.astype(other(X)),
     "trace": lambda L, R, X, M, c: L.trace(),
     "norm": lambda L, R, X, M, c: L.norm(),
+    "row_size": lambda L, R, X, M, c: L.row_size(),
     "max_abs": lambda L, R, X, M, c: L.max_abs(),
 }
 
 # what may form d × d matrices: the three whose argument or result is one
 DENSE = ("restrict", "dense", "project")
 # what sums up all entries, in at least float32
-SUMS = ("trace", "norm", "row_norms", "measured, ‖X‖²")
+SUMS = ("trace", "norm", "row_size", "row_norms", "measured, ‖X‖²")
 
 
 def dtype_of(name: str, leaf: Array) -> Any:

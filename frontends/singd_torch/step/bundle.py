@@ -21,8 +21,9 @@ from singd_core.late import Late
 from singd_core.length import sides, size
 from singd_core.levels import EVEN
 from singd_core.rounding import WHOLE
-from singd_core.rules import InverseFree
+from singd_core.rules import InverseFree, Shampoo, inputs_of
 from singd_core.step import has_momentum
+from singd_core.without_mean import share_of_bias
 from singd_torch._groups import settings_of
 from singd_torch.step.joint import Joint
 from singd_torch.step.rounding import Row
@@ -53,14 +54,19 @@ class Part:
 
 
 class Bundle:
-    """Stacks of one parameter group that share a device and dtypes.
+    """Stacks of one parameter group that share a device, dtypes and a rule.
+
+    The biases of weights that learn from gradients are apart: each has numbers of its own. A vector
+    of numbers has two columns then, of the weights and of the biases.
 
     Attributes:
+        learns: Whether gradients refresh the factors, and not rows.
+        apart: Whether biases are apart.
         parts: The stacks: first weights with a bias, then weights without, and last weights that
             are several matrices each.
         parameters: All weights, then all biases, in the order of the parts.
         sizes: The numbers of each.
-        size: What `singd_core.length.size` returns, for all matrices.
+        size: What `singd_core.length.size` returns, for all matrices; as `by_kind` has numbers.
         momentum: The momenta of all parameters, None without.
         late: The sums over late gradients of all matrices, None without.
         joint: How the factors of all are one.
@@ -82,6 +88,9 @@ class Bundle:
 
     def __init__(self, stacks: Iterable[Stack]) -> None:
         ordered = sorted(stacks, key=lambda s: (bool(s.groups), s.layers[0].bias is None))
+        factors = ordered[0].factors
+        self.learns = isinstance(factors, Shampoo)
+        self.apart = factors is not None and inputs_of(factors) is not None
         self.parts, self.parameters = [], []
         where: dict[Stack, list[slice]] = {stack: [] for stack in ordered}
         start = 0
@@ -136,7 +145,8 @@ class Bundle:
         self.momentum = self.late = None
         if has_momentum(s):
             self.momentum = like.new_zeros(sum(self.sizes), dtype=self.dtype)
-            self.late = Late.zeros((n,), self.stacks[0].layers[0].weight)
+            like_late = self.stacks[0].layers[0].weight
+            self.late = Late.zeros((n,), like_late, with_bias=self.apart)
         of_sides = [
             sides(*layer.shape[1:], layer.kind.overlap)
             for layer in (part.stack.layers[0] for part in self.parts)
@@ -145,7 +155,13 @@ class Bundle:
         for place, own in zip(numbers, of_sides, strict=True):
             for vector, value in zip((spectral, outputs), own, strict=True):
                 vector[place].fill_(value)
-        self._sides, self.size = (spectral, outputs), like.new_empty(n)
+        self._sides, self._share = (spectral, outputs), None
+        if self.apart:
+            each = [share_of_bias(part.stack.layers[0].shape[2]) for part in self.parts]
+            self._share = like.new_empty(n)
+            for place, share in zip(numbers, each, strict=True):
+                self._share[place].fill_(share)
+        self.size = like.new_empty((2, n) if self.apart else n)
         self._hold_levels(like)
         levels = None if self.levels is None else self.joint.as_levels(self.levels)
         self.factors = self.joint.factors(averages, levels)
@@ -171,19 +187,35 @@ class Bundle:
         if not any(map(joint.measures, range(len(self.parts)))):
             return
         self.levels = like.new_full((joint.K.rows[-1].stop + joint.C.rows[-1].stop,), EVEN)
+        self.matrix_of = torch.cat([joint.K.matrix_of, joint.C.matrix_of])
         self.length_of = torch.empty_like(self.levels)
-        self.matrix_of = torch.empty_like(self.levels, dtype=torch.int64)
-        lengths, matrices = map(joint.as_levels, (self.length_of, self.matrix_of))
-        for i, place in enumerate(joint.K.numbers):
-            numbers = torch.arange(place.start, place.stop, device=like.device)[:, None]
+        lengths = joint.as_levels(self.length_of)
+        for i in range(len(self.parts)):
             for side in joint.levels(i, lengths).sides:
                 side.fill_(side.shape[-1])
-            for side in joint.levels(i, matrices).sides:
-                side.view(len(numbers), -1).copy_(numbers)
 
     def measured(self) -> None:
         """Have the sizes that follow from the averages."""
-        self.size.copy_(size(self._sides, self.factors.averages.t_U))
+        of_weights = size(self._sides, self.factors.averages.t_U)
+        if self._share is not None:
+            of_weights = torch.stack([of_weights, of_weights * self._share])
+        self.size.copy_(of_weights)
+
+    def by_kind(self, late: Late) -> Late:
+        """Sums with the numbers of weights and the numbers of biases in rows, if these are apart."""
+        return late.map(lambda t: t.mT) if self.apart else late
+
+    def matrices(self, flat: Tensor) -> list[Tensor]:
+        """What all parameters have as matrices, views; without the biases if these are apart."""
+        return [part.stack.layers[0].kind.matrix(*part.joined(flat)) for part in self.parts]
+
+    def columns(self, flat: Tensor) -> list[Tensor]:
+        """What biases have that are apart, as columns."""
+        found = []
+        for part in self.parts:
+            stack = part.stack
+            found.append(part.joined(flat)[1].view(*stack.batch, stack.layers[0].shape[1], 1))
+        return found
 
 
 def bundled(
@@ -221,4 +253,6 @@ def bundled(
 def _likeness(stack: Stack) -> Any:
     layer = stack.layers[0]
     dtypes = (layer.parameters[0].dtype, layer.parameters[-1].dtype, *layer.dtypes)
-    return stack.visits, id(layer.group), layer.weight.device, dtypes
+    factors = stack.factors
+    apart = factors is not None and inputs_of(factors) is not None
+    return stack.visits, id(layer.group), layer.weight.device, dtypes, type(factors), apart

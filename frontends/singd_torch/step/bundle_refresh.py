@@ -4,33 +4,60 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from singd_core._settings import Settings, rate_of_factors
+from singd_core.curvature import Curvature
 from singd_core.preconditioner import Preconditioner
-from singd_torch.step.begun import Gradients
-from singd_torch.step.bundle import Bundle
+from singd_core.rules import InverseFree, Shampoo
+from singd_torch.step.begun import Gradients, learns_now
+from singd_torch.step.bundle import Bundle, Part
 from singd_torch.step.curvatures import curvatures
 from singd_torch.step.joint import Joint, inverse_free
 from singd_torch.step.stack import Stack, State
 from singd_torch.tensors.pieces import narrowed
 
 
-def refresh(bundle: Bundle, s: Settings, state: State, given: Gradients) -> None:
-    """Write the factors that the pending rows make, of the stacks that have rows."""
-    due = [part for part in bundle.parts if part.stack.layers[0].pending]
+def due_parts(bundle: Bundle, s: Settings) -> list[Part]:
+    """The stacks whose factors are refreshed in this step."""
+    if bundle.learns:
+        return [part for part in bundle.parts if learns_now(part.stack, s)]
+    return [part for part in bundle.parts if part.stack.layers[0].pending]
+
+
+def together(bundle: Bundle, due: Sequence[Part]) -> tuple[Joint, InverseFree]:
+    """The factors of some stacks as those of one layer, copies unless all stacks are due."""
+    if len(due) == len(bundle.parts):
+        return bundle.joint, bundle.factors
+    joint = Joint([part.stack for part in due])
+    return joint, joint.copied()
+
+
+def copy_back(bundle: Bundle, joint: Joint, due: Sequence[Part], factors: InverseFree) -> None:
+    """Let the stacks have what has been written to `together`."""
+    if joint is not bundle.joint:
+        for i, part in enumerate(due):
+            inverse_free(part.stack).map(Tensor.copy_, joint.part(i, factors))
+
+
+def refresh(
+    bundle: Bundle, s: Settings, state: State, given: Gradients, gradient: Tensor | None = None
+) -> None:
+    """Write the factors that pending rows make, or the gradients of all parameters."""
+    due = due_parts(bundle, s)
     if not due:
         return
-    found = curvatures([part.stack for part in due], given.scales.rows)
+    if gradient is None:
+        found = curvatures([part.stack for part in due], given.scales.rows)
+    else:
+        found = [_of_gradient(part, gradient) for part in due]
     for part in due:
         for layer in part.stack.layers:  # its rows are as large as its factors
             layer.pending = {}
-    joint, factors = bundle.joint, bundle.factors
-    if len(due) < len(bundle.parts):
-        joint = Joint([part.stack for part in due])
-        factors = joint.copied()
+    joint, factors = together(bundle, due)
     curvature = joint.curvature(found, factors.averages.k)
     report: dict[str, Any] = {}
     rate = rate_of_factors(due[0].stack.layers[0].group["steps"], s)
@@ -39,15 +66,20 @@ def refresh(bundle: Bundle, s: Settings, state: State, given: Gradients) -> None
     use = given.ok & (sum(report.values()) < math.inf)  # an infinite factor step is not taken
     joint.write(factors, new, use)
     made = joint.preconditioners(factors, due[0].stack.uses(s))
+    copy_back(bundle, joint, due, factors)
     for i, part in enumerate(due):
-        own = inverse_free(part.stack)
-        if joint is not bundle.joint:
-            own.map(Tensor.copy_, joint.part(i, factors))
-        part.stack.hold(own, state, seen=True)
+        part.stack.hold(inverse_free(part.stack), state, seen=True)
         _precondition_with(part.stack, made[i])
         if part.stack.report is not None:
             part.stack.report |= {name: joint.of(i, size) for name, size in report.items()}
-    bundle.measured()
+    if not bundle.learns:  # gradients do not tell the size of inputs
+        bundle.measured()
+
+
+def _of_gradient(part: Part, gradient: Tensor) -> Curvature:
+    factors, kind = inverse_free(part.stack), part.stack.layers[0].kind
+    assert isinstance(factors, Shampoo)
+    return factors.curvature(kind.matrix(*part.joined(gradient)))
 
 
 def precondition(stack: Stack, s: Settings) -> Preconditioner:

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from singd_core._array import widen
 from singd_core._settings import StepSettings, is_bound
-from singd_core.length import sized
+from singd_core.length import Sized, scaled, sized
 from singd_core.rounding import is_rounded
-from singd_core.rules import IKFAC
+from singd_core.rules import IKFAC, Shampoo, inputs_of
 from singd_core.step import averaged, couples_decay, decouples_decay, squares_of
 from singd_torch.step.begun import Gradients
 from singd_torch.step.bundle import Bundle
+from singd_torch.step.bundle_centering import norms, steps_of_biases, without_means
 from singd_torch.step.bundle_refresh import precondition, refresh
 from singd_torch.step.levels import measure
 from singd_torch.step.rounding import compensations
@@ -30,16 +31,22 @@ from singd_torch.tensors.select import spread
 def steps_so(stack: Stack, given: Gradients) -> bool:
     """Whether a stack can step in a bundle: under the rule of the default, and as it is."""
     layer, factors = stack.layers[0], stack.factors
-    s = given.settings(layer.weight)
+    own = [given.settings(p) for p in layer.parameters]
+    s = own[0]
+    if type(factors) is Shampoo:
+        # rows that have come make factors of another rule; a bias of another rate steps with a mean
+        fits = not layer.pending and (inputs_of(factors) is None or own[-1] is s)
+    else:
+        fits = type(factors) is IKFAC
     return (
         stack.compile is None
-        and type(factors) is IKFAC
+        and fits
         and layer.weight.numel() > 0
         and s.normalized
         and not s.normalize_lr_cov
         and is_bound(s.factor_bound)
         and all(type(p) is nn.Parameter for one in stack.layers for p in one.parameters)
-        and not any(couples_decay(given.settings(p)) for p in layer.parameters)
+        and not any(map(couples_decay, own))
     )
 
 
@@ -54,8 +61,17 @@ def advance(bundle: Bundle, state: State, given: Gradients) -> Tensor:
     assert ok is not None
     bundle.hold(state)
     s = given.settings(bundle.parameters[0])
-    refresh(bundle, s, state, given)
-    gradient, squares = _gradients(bundle, given)
+    minus: Sequence[Tensor] = ()
+    if not bundle.learns:
+        refresh(bundle, s, state, given)
+    gradient = _gradients(bundle, given)
+    if bundle.apart:
+        squares, minus = without_means(bundle, gradient, s, given)
+    else:
+        squares = _squares(bundle, gradient, given)
+    if bundle.learns:
+        refresh(bundle, s, state, given, gradient)
+    gradient = gradient.to(bundle.dtype)
     ahead = gradient
     if bundle.momentum is not None:
         # zeros in place of gradients, and 1 in place of α, change nothing
@@ -63,43 +79,80 @@ def advance(bundle: Bundle, state: State, given: Gradients) -> Tensor:
         alpha = s.momentum if isinstance(s.momentum, Tensor) else constant(s.momentum, like)
         masked = dataclasses.replace(s, momentum=torch.where(ok, alpha, constant(1.0, like)))
         ahead, _ = averaged(gradient, bundle.momentum, masked, donate=True, out=gradient)
-    matrices = [part.stack.layers[0].kind.matrix(*part.joined(ahead)) for part in bundle.parts]
-
-    def solve(matrices: Matrices) -> Matrices:
-        each = zip(bundle.parts, matrices, strict=True)
-        owned = ahead is gradient
-        return Matrices(by_pieces(precondition(part.stack, s), owned, own) for part, own in each)
-
-    natural, scale, length, late, agreement = sized(
-        s, Matrices(matrices), solve, bundle.size, squares, bundle.late
-    )
+    natural, scale, length, late, agreement = _sized(bundle, s, ahead, squares, gradient)
     moves = ok & (length < math.inf)
+    if bundle.apart:  # a weight moves with its bias
+        moves = moves.all(0)
     scale = scale * moves  # NaN stays until the weights are changed
     if late is not None and bundle.late is not None:
-        bundle.late.map(lambda old, new: torch.where(moves, new, old, out=old), late)
+        old = bundle.by_kind(bundle.late)
+        old.map(lambda old, new: torch.where(moves, new, old, out=old), late)
+    of_weights = [
+        x[0] if bundle.apart and isinstance(x, Tensor) else x for x in (agreement, scale, length)
+    ]
     for i, stack in enumerate(bundle.stacks):
         if stack.report is not None:
-            told = {"agreement": agreement, "update": s.lr * (scale * length)}
+            told = {"agreement": of_weights[0], "update": s.lr * (of_weights[1] * of_weights[2])}
             stack.report |= {name: bundle.joint.of(i, values) for name, values in told.items()}
+    columns = natural[len(bundle.parts) :]
+    del natural[len(bundle.parts) :]
     measure(bundle, s, natural, moves)
     everything: Tensor = moves.all()
     room, dtype = gradient, bundle.parameters[0].dtype
     if room.element_size() < dtype.itemsize:  # of momenta that are kept in fewer bits than weights
         room = torch.empty_like(room, dtype=dtype)
+    if bundle.apart:
+        scales = scale * (-1.0 * s.lr)
+        biases = steps_of_biases(bundle, natural, columns, minus, scales)
+        room[-biases.numel() :].copy_(biases)
+        scale = scale[0]
     _move(bundle, natural, scale, room, given, everything, state)
     return everything
 
 
-def _gradients(bundle: Bundle, given: Gradients) -> tuple[Tensor, Tensor]:
-    """The gradients of all parameters, or zeros unless ok; and ‖∇W‖² of each matrix.
+def _sized(
+    bundle: Bundle, s: StepSettings, ahead: Tensor, squares: Tensor, gradient: Tensor
+) -> Sized:
+    """The natural gradients of averages of gradients, and how far they move the parameters.
 
-    The gradients are in one array of their own, in the dtype of the momenta.
+    Where biases are apart, their natural gradients come after those of the weights, and numbers
+    are in two rows.
     """
-    flat = torch.cat([given.raw(p).reshape(-1) for p in bundle.parameters]).to(bundle.dtype)
+    made = [precondition(part.stack, s) for part in bundle.parts]
+    matrices = Matrices(bundle.matrices(ahead))
+
+    def solve(matrices: Matrices) -> Matrices:
+        each, owned = zip(made, matrices, strict=True), ahead is gradient
+        return Matrices(by_pieces(own, owned, matrix) for own, matrix in each)
+
+    if not bundle.apart:
+        return sized(s, matrices, solve, bundle.size, squares, bundle.late)
+    biases = bundle.columns(ahead)
+    before = norms(matrices, biases)
+    natural = solve(matrices)
+    columns = [own.left(bias) for own, bias in zip(made, biases, strict=True)]
+    lengths = before, norms(natural, columns)
+    late = None if bundle.late is None else bundle.by_kind(bundle.late)
+    scale, late, agreement = scaled(s, bundle.size, squares, lengths, late)
+    return Sized([*natural, *columns], scale, lengths[1], late, agreement)
+
+
+def _gradients(bundle: Bundle, given: Gradients) -> Tensor:
+    """The gradients of all parameters in one array of their own, or zeros unless ok.
+
+    They are in the dtype of the momenta, unless something has to learn from them before.
+    """
+    flat = torch.cat([given.raw(p).reshape(-1) for p in bundle.parameters])
+    if not bundle.learns:
+        flat = flat.to(bundle.dtype)
     if given.scales.grads is not None:
         flat.div_(given.scales.grads)
     assert given.bad is not None
-    flat.masked_fill_(given.bad, 0.0)
+    return flat.masked_fill_(given.bad, 0.0)
+
+
+def _squares(bundle: Bundle, flat: Tensor, given: Gradients) -> Tensor:
+    """‖∇W‖² of each matrix."""
     like = bundle.factors.averages.k
     zero = constant(0.0, like)
     simple = [part.stack for part in bundle.parts if not part.stack.groups]
@@ -118,7 +171,7 @@ def _gradients(bundle: Bundle, given: Gradients) -> tuple[Tensor, Tensor]:
         own = each[: len(weights)]
         own[: len(biases)].add_(each[len(weights) :])
         squares.insert(0, own)
-    return flat, torch.cat(squares) if len(squares) > 1 else squares[0]
+    return torch.cat(squares) if len(squares) > 1 else squares[0]
 
 
 def _move(
@@ -130,11 +183,14 @@ def _move(
     moves: Tensor,
     state: State,
 ) -> None:
-    """Change the weights and biases; the changes are written to the `room` of gradients."""
+    """Change the weights and biases; the changes are written to the `room` of gradients.
+
+    The changes of biases that are apart are there.
+    """
     rates: dict[int, Tensor] = {}
     for i, (part, n) in enumerate(zip(bundle.parts, natural, strict=True)):
         layer = part.stack.layers[0]
-        for k, out in enumerate(part.joined(room)):
+        for k, out in enumerate(part.joined(room)[: 1 if bundle.apart else None]):
             own = given.settings(layer.parameters[k])
             if id(own) not in rates:
                 rates[id(own)] = scale * (-1.0 * own.lr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,11 +10,13 @@ import torch
 from torch import Tensor
 
 from singd_core._settings import Settings
+from singd_core._tree import T_Tree
 from singd_core.curvature import Averages, Curvature
 from singd_core.levels import EVEN, Levels
 from singd_core.preconditioner import Preconditioner, Side
 from singd_core.rounding import Rounding
-from singd_core.rules import IKFAC, InverseFree
+from singd_core.rules import InverseFree, inputs_of
+from singd_core.rules.centering import InputMean
 from singd_torch.step.stack import Stack
 from singd_torch.tensors.layout import Group, Layout
 from singd_torch.tensors.many import Many
@@ -43,13 +46,13 @@ class Joint:
         each = [inverse_free(stack) for stack in self.stacks]
         K: Any = Many.joined(self.K, [own.K for own in each], owned=True)
         C: Any = Many.joined(self.C, [own.C for own in each], owned=True)
-        return IKFAC(K, C, None, None, averages, levels)
+        means = [inputs for inputs in map(inputs_of, each) if inputs is not None]
+        return _with(each[0], K, C, averages, levels, _in_a_row(means) if means else None)
 
     def copied(self) -> InverseFree:
         """The factors of all, in memory of their own, with the numbers and levels of the stacks."""
         each = [inverse_free(stack) for stack in self.stacks]
-        first, *others = [own.averages for own in each]
-        averages = first.map(lambda *ts: torch.cat([t.reshape(-1) for t in ts]), *others)
+        averages = _in_a_row([own.averages for own in each])
         if all(own.levels is None for own in each):
             return self.factors(averages, None)
         rows, columns = (first.k.new_full((side.rows[-1].stop,), EVEN) for side in (self.C, self.K))
@@ -71,8 +74,14 @@ class Joint:
 
     def of(self, i: int, numbers: Any) -> Any:
         """The numbers of the matrices of a stack, a view, where matrices have their own."""
-        several = isinstance(numbers, Tensor) and numbers.ndim
-        return numbers[self.K.numbers[i]].view(self.stacks[i].batch) if several else numbers
+        if not (isinstance(numbers, Tensor) and numbers.ndim):
+            return numbers
+        own = numbers[self.K.numbers[i]]
+        return own.view((*self.stacks[i].batch, *own.shape[1:]))
+
+    def columns(self, i: int, of_all: Tensor) -> Tensor:
+        """What the columns of the matrices of a stack have, a view."""
+        return of_all[self.K.rows[i]].view((*self.stacks[i].batch, -1))
 
     def part(self, i: int, factors: InverseFree) -> InverseFree:
         """The factors of a stack, views."""
@@ -80,7 +89,11 @@ class Joint:
         averages, levels = factors.averages.map(lambda t: self.of(i, t)), None
         if factors.levels is not None and self.measures(i):
             levels = self.levels(i, factors.levels)
-        return IKFAC(K.part(i), C.part(i), None, None, averages, levels)
+        inputs = inputs_of(factors)
+        if inputs is not None:
+            numbers = (self.of(i, t) for t in (inputs.squares, inputs.used))
+            inputs = InputMean(self.columns(i, inputs.mean), *numbers)
+        return _with(factors, K.part(i), C.part(i), averages, levels, inputs)
 
     def measures(self, i: int) -> bool:
         """Whether the factors of a stack have levels."""
@@ -91,7 +104,7 @@ class Joint:
         batch = self.stacks[i].batch
         return Levels(
             levels.rows[self.C.rows[i]].view(*batch, -1),
-            levels.columns[self.K.rows[i]].view(*batch, -1),
+            self.columns(i, levels.columns),
         )
 
     def as_levels(self, vector: Tensor) -> Levels:
@@ -122,7 +135,7 @@ class Joint:
         known: Any = of_all.L
         if of_all.whole and known.known[i]:
             return Side(known.part(i), True)
-        return Side(L.part(i), False, scale[layout.rows[i]].view(*self.stacks[i].batch, -1))
+        return Side(L.part(i), False, scale[layout.rows[i]].view((*self.stacks[i].batch, -1)))
 
 
 class _Rounding:
@@ -135,6 +148,27 @@ class _Rounding:
         """The matrices, rounded."""
         pairs = zip(self._each, new.parts(), strict=True)
         return Many.joined(new.layout, [rounding.tree(own, name) for rounding, own in pairs])
+
+
+def _with(
+    like: InverseFree,
+    K: Any,
+    C: Any,
+    averages: Averages,
+    levels: Levels | None,
+    inputs: InputMean | None,
+) -> InverseFree:
+    """Factors of the same rule, without Riemannian momenta."""
+    means = {} if inputs is None else {"inputs": inputs}
+    return dataclasses.replace(
+        like, K=K, C=C, m_K=None, m_C=None, averages=averages, levels=levels, **means
+    )
+
+
+def _in_a_row(trees: Sequence[T_Tree]) -> T_Tree:
+    """The arrays of several trees, flat and one behind the other."""
+    first, *others = trees
+    return first.map(lambda *ts: torch.cat([t.reshape(-1) for t in ts]), *others)
 
 
 def inverse_free(stack: Stack) -> InverseFree:

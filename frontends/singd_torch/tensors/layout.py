@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from itertools import accumulate
 from math import prod
 from typing import Any
@@ -100,7 +101,7 @@ class Layout:
     """
 
     def __init__(self, groups: Sequence[Group], device: torch.device) -> None:
-        self.groups, self.pools = groups, list[_Pool]()
+        self.groups, self.pools, self._device = groups, list[_Pool](), device
         self.numbers = slices(group.count for group in groups)
         self.rows = slices(group.count * group.side for group in groups)
         nothing = torch.empty(0, device="meta")
@@ -179,6 +180,35 @@ class Layout:
         return self.templates[i].rebuild(
             (pools[p.pool].like[p.blocks] if p.pool >= 0 else nothing).view(p.shape) for p in places
         )
+
+    @cached_property
+    def matrix_of(self) -> Tensor:
+        """The number of the matrix of each row."""
+        sides = [group.side for group in self.groups for _ in range(group.count)]
+        numbers = np.repeat(np.arange(len(sides)), sides)
+        return torch.from_numpy(numbers).to(self._device, non_blocking=True)
+
+    @cached_property
+    def _root_shares(self) -> dict[torch.dtype, Tensor]:
+        return {}
+
+    def root_shares(self, like: Tensor) -> Tensor:
+        """1 / √d of each matrix of side d, in the dtype of `like`."""
+        if like.dtype not in self._root_shares:
+            shares = [group.side**-0.5 for group in self.groups for _ in range(group.count)]
+            made = torch.tensor(shares, dtype=like.dtype, device="cpu")
+            self._root_shares[like.dtype] = made.to(self._device, non_blocking=True)
+        return self._root_shares[like.dtype]
+
+    def on_rows(self, c: Tensor) -> Tensor:
+        """The numbers of matrices, for each of their rows."""
+        return c.index_select(0, self.matrix_of)
+
+    def squares_of(self, rows: Tensor) -> Tensor:
+        """The sums of the squares of what the rows of each matrix have."""
+        each = zip(self.groups, self.rows, strict=True)
+        norms = norms_of([v for group, own in each for v in rows[own].view(group.count, -1)])
+        return norms * norms
 
     def spread(self, k: int, c: Any) -> Any:
         """The numbers of the blocks of a pool, where matrices have numbers of their own."""

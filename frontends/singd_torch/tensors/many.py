@@ -135,3 +135,8 @@ class Many:
     def norm(self) -> Tensor:
         """The Frobenius norm of each."""
         return self.layout.norms(self.pools)
+
+    def row_size(self) -> Tensor:
+        """The root mean square of the norms of the rows of each."""
+        norms = self.norm()
+        return norms * self.layout.root_shares(norms)
