@@ -65,16 +65,21 @@ class Shampoo(InverseFree):
     def curvature(self, gradient: Array) -> Curvature:
         """What a refresh wants of a gradient, shape (..., d_out, d_in).
 
-        The d_out rows of K are Cᵀ G, and the d_in rows of C are (G K)ᵀ: both have X = Cᵀ G K. In
-        the place of t_U stands the mean square of X, which is the mean diagonal of H_K and of H_C.
+        In the place of t_U stands the mean square of X, the mean diagonal of H_K and of H_C.
         """
         d_out, d_in = gradient.shape[-2:]
-        share = 1.0 / (d_out * d_in)
+        X, H_K, H_C = self.products(gradient)
+        h, t = (sum_of_squares(x, 2) * (1.0 / (d_out * d_in)) for x in (X, gradient))
+        return Curvature(H_K.scale(1.0 / d_out), H_C.scale(1.0 / d_in), h, t)
+
+    def products(self, gradient: Array) -> tuple[Array, Structure, Structure]:
+        """X = Cᵀ G K of a gradient G, with Π̂(Xᵀ X) and Π̂(X Xᵀ).
+
+        The d_out rows of K are Cᵀ G, and the d_in rows of C are (G K)ᵀ.
+        """
         K, C = (L.astype(ranged(L.like[..., :0])) for L in (self.K, self.C))
         X = C.apply_t(cast(K.apply_t(cast(gradient.mT, K.like)).mT, C.like))
-        H_K = K.outer(cast(X.mT, K.like)).scale(1.0 / d_out)
-        h, t = (sum_of_squares(x, 2) * share for x in (X, gradient))
-        return Curvature(H_K, C.outer(X).scale(1.0 / d_in), h, t)
+        return X, K.outer(cast(X.mT, K.like)), C.outer(X)
 
     def directions(
         self, curvature: Curvature, rates: Rates, s: Settings

@@ -63,6 +63,15 @@ def groups(model: nn.Module) -> list[dict[str, Any]]:
     return [{"params": others, "weight_decay": 0.1}, {"params": biases, "lr": 0.03}]
 
 
+# What an optimizer is given. All but the first two learn from gradients.
+GIVEN: dict[str, Callable[[nn.Module], tuple[Any, ...]]] = {
+    "model": lambda model: (model,),
+    "groups": lambda model: (model, groups(model)),
+    "parameters": lambda model: (model.parameters(),),
+    "names": lambda model: (model.named_parameters(),),
+}
+
+
 def leave_out(step: int, model: Network, optimizer: SINGD) -> None:
     model.used -= {"grouped"} if step == 2 else set()
     model.used |= {"grouped"} if step == 4 else set()
@@ -105,12 +114,12 @@ CHANGES = [nothing, leave_out, freeze, report, replace_state, resume]
 
 
 def trained(
-    given: dict[str, Any], change: Callable[[int, Network, SINGD], None], *, parts: bool
+    given: dict[str, Any], change: Callable[[int, Network, SINGD], None], of: str
 ) -> tuple[Network, SINGD]:
     torch.manual_seed(0)
     model = Network().double()
     # of an accelerator, torch's AdamW has powers in float32
-    optimizer = SINGD(model, groups(model) if parts else None, fallback_lr=0.0, **given)
+    optimizer = SINGD(*GIVEN[of](model), fallback_lr=0.0, **given)
     for step in range(6):
         change(step, model, optimizer)
         optimizer.zero_grad()
@@ -128,23 +137,26 @@ def same(found: tuple[Network, SINGD], expected: tuple[Network, SINGD]) -> None:
             torch.testing.assert_close(value, other[key], rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("parts", [False, True], ids=["one group", "groups"])
+@pytest.mark.parametrize("of", GIVEN)
 @pytest.mark.parametrize("case", CASES)
 def test_all_layers_step_as_each_alone(
-    case: str, parts: bool, monkeypatch: pytest.MonkeyPatch
+    case: str, of: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = trained(CASES[case], nothing, parts=parts)
+    expected = trained(CASES[case], nothing, of)
     monkeypatch.setattr(pieces, "on_host", lambda x: False)
-    same(trained(CASES[case], nothing, parts=parts), expected)
+    found = trained(CASES[case], nothing, of)
+    same(found, expected)
+    assert bool(found[1]._stepper.bundles) == (case != "coupled decay")
 
 
+@pytest.mark.parametrize("of", ["groups", "names"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_happens_between_steps(
-    change: Callable[[int, Network, SINGD], None], monkeypatch: pytest.MonkeyPatch
+    change: Callable[[int, Network, SINGD], None], of: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = trained({}, change, parts=True)
+    expected = trained({}, change, of)
     monkeypatch.setattr(pieces, "on_host", lambda x: False)
-    found = trained({}, change, parts=True)
+    found = trained({}, change, of)
     same(found, expected)
     if change is report:
         pairs = found[1].diagnostics(), expected[1].diagnostics()
@@ -168,40 +180,48 @@ def test_a_scale_of_the_loss_is_taken_out(monkeypatch: pytest.MonkeyPatch) -> No
     same((models[1], optimizers[1]), (models[0], optimizers[0]))
 
 
-def test_products_out_of_range_stop_their_matrix_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["wide.weight", "last.weight"])
+@pytest.mark.parametrize("of", ["model", "names"])
+def test_products_out_of_range_stop_their_matrix_alone(
+    name: str, of: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pieces, "on_host", lambda x: False)
     torch.manual_seed(0)
     model = Network()
-    optimizer = SINGD(model, T=100, growing_T=False)
+    optimizer = SINGD(*GIVEN[of](model), T=100, growing_T=False)
     for _ in range(3):
         optimizer.zero_grad()
         backward(model)
         optimizer.step()
     before = copy.deepcopy(model)
-    factor = optimizer.state[model.wide.weight]["C.matrix"]
-    factor.fill_(1e38)
+    weight = model.get_parameter(name)
+    next(a for n, a in optimizer.state[weight].items() if n.startswith("C.")).fill_(1e38)
     optimizer.load_state_dict(optimizer.state_dict())  # nothing is kept that was made of factors
     optimizer.zero_grad()
     backward(model)
     optimizer.step()
     moved = {
-        name: not torch.equal(p, q)
-        for (name, p), q in zip(model.named_parameters(), before.parameters(), strict=True)
+        key: not torch.equal(p, q)
+        for (key, p), q in zip(model.named_parameters(), before.parameters(), strict=True)
     }
-    assert not moved.pop("wide.weight")
+    stopped = [key for key in moved if key.startswith(name.removesuffix("weight"))]
+    assert not any(moved.pop(key) for key in stopped)
     assert all(moved.values())
 
 
 def test_bundles_are_of_a_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = trained({}, nothing, parts=True)
+    expected = trained({}, nothing, "groups")
     monkeypatch.setattr(pieces, "on_host", lambda x: False)
     monkeypatch.setattr(bundle, "_LARGEST", 100)
-    found = trained({}, nothing, parts=True)
+    found = trained({}, nothing, "groups")
     same(found, expected)
     assert len(found[1]._stepper.bundles) > 2
 
 
-def test_weights_in_bfloat16_step_nearly_as_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("of", ["model", "names"])
+def test_weights_in_bfloat16_step_nearly_as_on_the_host(
+    of: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     models = []
     for masked in (False, True):
         if masked:
@@ -209,7 +229,7 @@ def test_weights_in_bfloat16_step_nearly_as_on_the_host(monkeypatch: pytest.Monk
         torch.manual_seed(0)
         model = Network().bfloat16()
         before = copy.deepcopy(model)
-        optimizer = SINGD(model, warmup=0)
+        optimizer = SINGD(*GIVEN[of](model), warmup=0)
         backward(model)
         optimizer.step()
         assert optimizer.skipped == 0

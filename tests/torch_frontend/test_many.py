@@ -71,8 +71,26 @@ def test_norms_of_matrices_and_of_rows() -> None:
     A = draw(of.groups)
     both = Many.joined(of, A)
     torch.testing.assert_close(both.norm(), torch.cat([a.norm().reshape(-1) for a in A]))
+    sizes = torch.cat([a.row_size().reshape(-1) for a in A])
+    torch.testing.assert_close(both.row_size(), sizes)
     rows = torch.cat([a.row_norms().reshape(-1) for a in A])
     torch.testing.assert_close(both.row_norms(), rows)
+
+
+@pytest.mark.parametrize("several", [len(POOLED) + len(APART), 3])
+def test_numbers_on_rows_and_sums_of_squares_are_of_all_groups_or_of_the_first(
+    several: int,
+) -> None:
+    of = layout(POOLED + APART)
+    rows = torch.randn(of.rows[several - 1].stop, dtype=torch.float64)
+    numbers = torch.randn(of.numbers[several - 1].stop, dtype=torch.float64)
+    each = [rows[of.rows[i]].view(of.groups[i].count, -1) for i in range(several)]
+    squares = torch.cat([own.square().sum(1) for own in each])
+    torch.testing.assert_close(of.squares_of(rows), squares)
+    spread = [
+        numbers[of.numbers[i]][:, None].expand_as(own).reshape(-1) for i, own in enumerate(each)
+    ]
+    torch.testing.assert_close(of.on_rows(numbers), torch.cat(spread))
 
 
 def test_squares_with_scaled_rows() -> None:

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from singd_core._layer_state import NAMES
 from singd_core.curvature import Averages
-from singd_core.late import Late
 from singd_core.length import sides, size
 from singd_core.levels import EVEN
 from singd_core.rounding import WHOLE
-from singd_core.rules import InverseFree, Shampoo, inputs_of
+from singd_core.rules import InverseFree, Shampoo
 from singd_core.step import has_momentum
 from singd_core.without_mean import share_of_bias
 from singd_torch._groups import settings_of
+from singd_torch.step.bundle_sums import Sums
 from singd_torch.step.joint import Joint
 from singd_torch.step.rounding import Row
 from singd_torch.step.stack import Stack, State
@@ -56,19 +56,20 @@ class Part:
 class Bundle:
     """Stacks of one parameter group that share a device, dtypes and a rule.
 
-    The biases of weights that learn from gradients are apart: each has numbers of its own. A vector
-    of numbers has two columns then, of the weights and of the biases.
+    Biases that are apart (`Layer.bias_is_apart`) have numbers of their own, which come after the
+    numbers of all weights.
 
     Attributes:
         learns: Whether gradients refresh the factors, and not rows.
-        apart: Whether biases are apart.
-        parts: The stacks: first weights with a bias, then weights without, and last weights that
-            are several matrices each.
+        parts: The stacks: first those whose biases are apart, then weights with a bias, then
+            weights without, and last weights that are several matrices each.
+        apart: How many of them have biases that are apart.
+        several: How many matrices the weights are.
         parameters: All weights, then all biases, in the order of the parts.
         sizes: The numbers of each.
-        size: What `singd_core.length.size` returns, for all matrices; as `by_kind` has numbers.
+        size: What `singd_core.length.size` returns, for all matrices.
         momentum: The momenta of all parameters, None without.
-        late: The sums over late gradients of all matrices, None without.
+        sums: The sums over late gradients of all matrices, None without.
         joint: How the factors of all are one.
         factors: They, whose numbers are of all matrices.
         levels: The levels of the columns of all matrices, then of their rows; levels that nobody
@@ -81,16 +82,16 @@ class Bundle:
     matrix_of: Tensor
     length_of: Tensor
     momentum: Tensor | None
-    late: Late | None
+    sums: Sums | None
     joint: Joint
     factors: InverseFree
     size: Tensor
 
     def __init__(self, stacks: Iterable[Stack]) -> None:
-        ordered = sorted(stacks, key=lambda s: (bool(s.groups), s.layers[0].bias is None))
-        factors = ordered[0].factors
-        self.learns = isinstance(factors, Shampoo)
-        self.apart = factors is not None and inputs_of(factors) is not None
+        ordered = sorted(stacks, key=_order)
+        self.learns = isinstance(ordered[0].factors, Shampoo)
+        self.apart = sum(stack.is_apart for stack in ordered)
+        self.several = sum(stack.numbers for stack in ordered)
         self.parts, self.parameters = [], []
         where: dict[Stack, list[slice]] = {stack: [] for stack in ordered}
         start = 0
@@ -140,13 +141,12 @@ class Bundle:
         like = self.stacks[0].averages.k
         self.joint = Joint(self.stacks)
         numbers = self.joint.K.numbers
-        n = numbers[-1].stop
+        n = self.several
         averages = Averages(*(like.new_zeros(n) for _ in range(3)))
-        self.momentum = self.late = None
+        self.momentum = self.sums = None
         if has_momentum(s):
             self.momentum = like.new_zeros(sum(self.sizes), dtype=self.dtype)
-            like_late = self.stacks[0].layers[0].weight
-            self.late = Late.zeros((n,), like_late, with_bias=self.apart)
+            self.sums = Sums(self.stacks, self.apart, self.stacks[0].layers[0].weight)
         of_sides = [
             sides(*layer.shape[1:], layer.kind.overlap)
             for layer in (part.stack.layers[0] for part in self.parts)
@@ -155,22 +155,18 @@ class Bundle:
         for place, own in zip(numbers, of_sides, strict=True):
             for vector, value in zip((spectral, outputs), own, strict=True):
                 vector[place].fill_(value)
-        self._sides, self._share = (spectral, outputs), None
-        if self.apart:
-            each = [share_of_bias(part.stack.layers[0].shape[2]) for part in self.parts]
-            self._share = like.new_empty(n)
-            for place, share in zip(numbers, each, strict=True):
-                self._share[place].fill_(share)
-        self.size = like.new_empty((2, n) if self.apart else n)
+        self._sides = spectral, outputs
+        self._shares = like.new_empty(sum(s.numbers for s in self.stacks[: self.apart]))
+        for part, place in zip(self.parts[: self.apart], numbers, strict=False):
+            self._shares[place].fill_(share_of_bias(part.stack.layers[0].shape[2]))
+        self.size = like.new_empty(n + len(self._shares))
         self._hold_levels(like)
         levels = None if self.levels is None else self.joint.as_levels(self.levels)
         self.factors = self.joint.factors(averages, levels)
         for i, part in enumerate(self.parts):
             part.stack.move(
                 part.joined(self.momentum) if self.momentum is not None else None,
-                self.late.map(functools.partial(self.joint.of, i))
-                if self.late is not None
-                else None,
+                self.sums.part(i) if self.sums is not None else None,
                 self.joint.part(i, self.factors),
                 state,
             )
@@ -197,25 +193,25 @@ class Bundle:
     def measured(self) -> None:
         """Have the sizes that follow from the averages."""
         of_weights = size(self._sides, self.factors.averages.t_U)
-        if self._share is not None:
-            of_weights = torch.stack([of_weights, of_weights * self._share])
-        self.size.copy_(of_weights)
+        self.size[: self.several].copy_(of_weights)
+        if self.apart:
+            of_biases = of_weights[: len(self._shares)] * self._shares
+            self.size[self.several :].copy_(of_biases)
 
-    def by_kind(self, late: Late) -> Late:
-        """Sums with the numbers of weights and the numbers of biases in rows, if these are apart."""
-        return late.map(lambda t: t.mT) if self.apart else late
-
-    def matrices(self, flat: Tensor) -> list[Tensor]:
-        """What all parameters have as matrices, views; without the biases if these are apart."""
+    def weights(self, flat: Tensor) -> list[Tensor]:
+        """What all parameters have as matrices, without the biases that are apart."""
         return [part.stack.layers[0].kind.matrix(*part.joined(flat)) for part in self.parts]
 
-    def columns(self, flat: Tensor) -> list[Tensor]:
-        """What biases have that are apart, as columns."""
-        found = []
-        for part in self.parts:
-            stack = part.stack
-            found.append(part.joined(flat)[1].view(*stack.batch, stack.layers[0].shape[1], 1))
-        return found
+    def of_biases(self, flat: Tensor) -> Tensor:
+        """What the biases have that are apart, in a row."""
+        apart = self.parts[: self.apart]
+        return flat[apart[0].places[1].start : apart[-1].places[1].stop]
+
+    def biases(self, flat: Tensor) -> list[Tensor]:
+        """What the biases have that are apart, as columns."""
+        apart = self.parts[: self.apart]
+        shapes = ((*part.stack.batch, part.stack.layers[0].shape[1], 1) for part in apart)
+        return [part.joined(flat)[1].view(own) for part, own in zip(apart, shapes, strict=True)]
 
 
 def bundled(
@@ -253,6 +249,8 @@ def bundled(
 def _likeness(stack: Stack) -> Any:
     layer = stack.layers[0]
     dtypes = (layer.parameters[0].dtype, layer.parameters[-1].dtype, *layer.dtypes)
-    factors = stack.factors
-    apart = factors is not None and inputs_of(factors) is not None
-    return stack.visits, id(layer.group), layer.weight.device, dtypes, type(factors), apart
+    return stack.visits, id(layer.group), layer.weight.device, dtypes, type(stack.factors)
+
+
+def _order(stack: Stack) -> Any:
+    return not stack.is_apart, bool(stack.groups), stack.layers[0].bias is None

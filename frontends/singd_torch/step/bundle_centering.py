@@ -1,12 +1,11 @@
 """Bundles of weights that learn from gradients and of their biases: steps without a mean.
 
-It is `singd_core.without_mean` for all stacks of a bundle together.
+It is `singd_core.without_mean` for all stacks of a bundle that have such biases.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,33 +21,21 @@ from singd_torch.step.bundle_refresh import copy_back, due_parts, together
 from singd_torch.tensors.matrices import Matrices
 
 
-def without_means(
+def take_out_means(
     bundle: Bundle, gradient: Tensor, s: StepSettings, given: Gradients
-) -> tuple[Tensor, list[Tensor]]:
-    """Take the means of the inputs out of the gradients of all weights.
+) -> list[Tensor]:
+    """Take the means of the inputs out of the gradients of the weights; return −μ of each stack.
 
     Gradients that are to refresh the factors tell the means first.
-
-    Returns:
-        The squares of the gradients of weights and of biases, and −μ of each stack.
     """
-    assert given.ok is not None
-    G, g = bundle.matrices(gradient), bundle.columns(gradient)
-    squares = None
-    if due_parts(bundle, s):
-        squares = norms(G, g).square()
-        _tell(bundle, G, g, squares, s, given.ok)
-    inputs = _inputs(bundle)
+    G, g = bundle.weights(gradient)[: bundle.apart], bundle.biases(gradient)
+    _tell(bundle, G, g, s, given)
+    inputs = _means(bundle.factors)
     flat = inputs.mean * bundle.joint.K.on_rows(inputs.used * -1.0)
-    minus = [bundle.joint.columns(i, flat) for i in range(len(bundle.parts))]
+    minus = [bundle.joint.columns(i, flat) for i in range(bundle.apart)]
     for own, of_bias, mean in zip(G, g, minus, strict=True):
         centered(own, of_bias, mean, own)
-    return norms(G, g).square(), minus
-
-
-def norms(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-    """The norms of matrices, and in a second row the norms of columns."""
-    return Matrices([*weights, *biases]).norms().view(2, -1)
+    return minus
 
 
 def steps_of_biases(
@@ -56,7 +43,7 @@ def steps_of_biases(
     natural: Sequence[Tensor],
     columns: Sequence[Tensor],
     minus: Sequence[Tensor],
-    scales: Tensor,
+    scale: Tensor,
 ) -> Tensor:
     """The steps of all biases in a row: those of b' = b + W μ, and what W μ changes by (6.4).
 
@@ -64,43 +51,43 @@ def steps_of_biases(
         bundle: The bundle.
         natural: The natural gradients of the weights.
         columns: The natural gradients of the biases.
-        minus: −μ.
-        scales: What multiplies weights, and what multiplies biases.
+        minus: −μ of each stack.
+        scale: What multiplies all weights, then all biases.
     """
-    moved = [along(n, mean) for n, mean in zip(natural, minus, strict=True)]
+    moved = [along(n, mean) for n, mean in zip(natural, minus, strict=False)]
     of_weight, of_bias = (torch.cat([x.reshape(-1) for x in some]) for some in (moved, columns))
-    c, c_bias = map(bundle.joint.C.on_rows, scales)
-    return torch.addcmul(of_bias * c_bias, of_weight, c)
+    n = bundle.several
+    of_biases = scale[n:]
+    c, c_bias = (bundle.joint.C.on_rows(x) for x in (scale[: len(of_biases)], of_biases))
+    return of_bias * c_bias + of_weight * c
 
 
 def _tell(
-    bundle: Bundle,
-    G: Sequence[Tensor],
-    g: Sequence[Tensor],
-    squares: Tensor,
-    s: StepSettings,
-    ok: Tensor,
+    bundle: Bundle, G: Sequence[Tensor], g: Sequence[Tensor], s: StepSettings, given: Gradients
 ) -> None:
     """Tell the means of the inputs what gradients know of them."""
-    due = due_parts(bundle, s)
-    joint, factors = together(bundle, due)
-    some = set(map(id, due))
-    live = [i for i, part in enumerate(bundle.parts) if id(part) in some]
-    inputs = inputs_of(factors)
-    assert inputs is not None
-    of = inputs.mean
-    crosses = torch.cat([cross(cast(G[i], of), cast(g[i], of)).reshape(-1) for i in live])
-    if len(live) < len(bundle.parts):
-        squares = torch.cat([squares[:, bundle.joint.K.numbers[i]] for i in live], 1)
-    sums = InputSums(crosses, *cast(squares, of).flip(0))
+    apart, now = bundle.parts[: bundle.apart], due_parts(bundle, s)
+    live = [i for i, part in enumerate(apart) if part in now]
+    if not live:
+        return
+    due = [apart[i] for i in live]
+    every = due == apart
+    joint, factors = (bundle.joint, bundle.factors) if every else together(bundle, due)
+    inputs, ok = _means(factors), given.ok
+    assert ok is not None
+    G, g = ([some[i] for i in live] for some in (G, g))
+    n, of = joint.K.numbers[len(due) - 1].stop, inputs.mean
+    crosses = [cross(cast(own, of), cast(of_bias, of)) for own, of_bias in zip(G, g, strict=True)]
+    squares = cast(Matrices([*G, *g]).norms().square(), of)
+    sums = InputSums(torch.cat([x.reshape(-1) for x in crosses]), squares[n:], squares[:n])
     rate = rate_of_factors(due[0].stack.layers[0].group["steps"], s)
-    weight = weight_of(factors.averages.k + 1.0, rate)
+    weight = weight_of(factors.averages.k[:n] + 1.0, rate)
     new = inputs.told(sums, weight, joint.K.on_rows, joint.K.squares_of)
     inputs.map(lambda old, new: torch.where(ok, new, old, out=old), new)
     copy_back(bundle, joint, due, factors)
 
 
-def _inputs(bundle: Bundle) -> InputMean:
-    found = inputs_of(bundle.factors)
+def _means(factors: object) -> InputMean:
+    found = inputs_of(factors)  # type: ignore[arg-type]
     assert found is not None
     return found

@@ -7,8 +7,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from singd_core._array import norm
 from singd_core._settings import Settings, rate_of_factors
 from singd_core.curvature import Curvature
 from singd_core.preconditioner import Preconditioner
@@ -44,21 +46,26 @@ def copy_back(bundle: Bundle, joint: Joint, due: Sequence[Part], factors: Invers
 
 
 def refresh(
-    bundle: Bundle, s: Settings, state: State, given: Gradients, gradient: Tensor | None = None
+    bundle: Bundle,
+    s: Settings,
+    state: State,
+    given: Gradients,
+    gradient: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """Write the factors that pending rows make, or the gradients of all parameters."""
+    """Write the factors that pending rows make, or the gradients of all, with their squares."""
     due = due_parts(bundle, s)
     if not due:
         return
     if gradient is None:
         found = curvatures([part.stack for part in due], given.scales.rows)
-    else:
-        found = [_of_gradient(part, gradient) for part in due]
     for part in due:
         for layer in part.stack.layers:  # its rows are as large as its factors
             layer.pending = {}
     joint, factors = together(bundle, due)
-    curvature = joint.curvature(found, factors.averages.k)
+    if gradient is None:
+        curvature = joint.curvature(found, factors.averages.k)
+    else:
+        curvature = _of_gradients(bundle, joint, due, *gradient)
     report: dict[str, Any] = {}
     rate = rate_of_factors(due[0].stack.layers[0].group["steps"], s)
     new = factors.refresh(curvature, rate, s, report, joint.rounding(s))
@@ -76,10 +83,26 @@ def refresh(
         bundle.measured()
 
 
-def _of_gradient(part: Part, gradient: Tensor) -> Curvature:
-    factors, kind = inverse_free(part.stack), part.stack.layers[0].kind
-    assert isinstance(factors, Shampoo)
-    return factors.curvature(kind.matrix(*part.joined(gradient)))
+def _of_gradients(
+    bundle: Bundle, joint: Joint, due: Sequence[Part], gradient: Tensor, squares: Tensor
+) -> Curvature:
+    """`Shampoo.curvature` of the gradients of some stacks."""
+    if joint is not bundle.joint:
+        places = zip(bundle.parts, bundle.joint.K.numbers, strict=True)
+        squares = torch.cat([squares[place] for part, place in places if part in due])
+    found = []
+    for part in due:
+        factors, kind = inverse_free(part.stack), part.stack.layers[0].kind
+        assert isinstance(factors, Shampoo)
+        X, H_K, H_C = factors.products(kind.matrix(*part.joined(gradient)))
+        root = norm(X, 2)
+        found.append(Curvature(H_K, H_C, root, root))
+    like = bundle.factors.averages.k
+    sums = joint.curvature(found, like)
+    of_rows, of_columns = (side.powers(-1.0, like) for side in (joint.C, joint.K))
+    share = of_rows * of_columns
+    h, t = sums.t_U * sums.t_U * share, squares[: len(share)].to(like) * share
+    return Curvature(sums.H_K.scale(of_rows), sums.H_C.scale(of_columns), h, t)
 
 
 def precondition(stack: Stack, s: Settings) -> Preconditioner:

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from singd_core._array import widen
 from singd_core._settings import StepSettings, is_bound
-from singd_core.length import Sized, scaled, sized
+from singd_core.length import sized
 from singd_core.rounding import is_rounded
 from singd_core.rules import IKFAC, Shampoo, inputs_of
 from singd_core.step import averaged, couples_decay, decouples_decay, squares_of
 from singd_torch.step.begun import Gradients
 from singd_torch.step.bundle import Bundle
-from singd_torch.step.bundle_centering import norms, steps_of_biases, without_means
+from singd_torch.step.bundle_centering import steps_of_biases, take_out_means
 from singd_torch.step.bundle_refresh import precondition, refresh
 from singd_torch.step.levels import measure
 from singd_torch.step.rounding import compensations
@@ -62,16 +62,17 @@ def advance(bundle: Bundle, state: State, given: Gradients) -> Tensor:
     bundle.hold(state)
     s = given.settings(bundle.parameters[0])
     minus: Sequence[Tensor] = ()
-    if not bundle.learns:
-        refresh(bundle, s, state, given)
-    gradient = _gradients(bundle, given)
-    if bundle.apart:
-        squares, minus = without_means(bundle, gradient, s, given)
-    else:
-        squares = _squares(bundle, gradient, given)
     if bundle.learns:
-        refresh(bundle, s, state, given, gradient)
-    gradient = gradient.to(bundle.dtype)
+        gradient = _gradients(bundle, given)
+        if bundle.apart:
+            minus = take_out_means(bundle, gradient, s, given)
+        squares = Matrices([*bundle.weights(gradient), *bundle.biases(gradient)]).norms().square()
+        refresh(bundle, s, state, given, (gradient, squares))
+        gradient = gradient.to(bundle.dtype)
+    else:
+        refresh(bundle, s, state, given)
+        gradient = _gradients(bundle, given)
+        squares = _squares(bundle, gradient, given)
     ahead = gradient
     if bundle.momentum is not None:
         # zeros in place of gradients, and 1 in place of α, change nothing
@@ -79,68 +80,48 @@ def advance(bundle: Bundle, state: State, given: Gradients) -> Tensor:
         alpha = s.momentum if isinstance(s.momentum, Tensor) else constant(s.momentum, like)
         masked = dataclasses.replace(s, momentum=torch.where(ok, alpha, constant(1.0, like)))
         ahead, _ = averaged(gradient, bundle.momentum, masked, donate=True, out=gradient)
-    natural, scale, length, late, agreement = _sized(bundle, s, ahead, squares, gradient)
-    moves = ok & (length < math.inf)
+    made = [precondition(part.stack, s) for part in bundle.parts]
+
+    def solve(matrices: Matrices) -> Matrices:
+        weights, biases = matrices[: len(made)], matrices[len(made) :]
+        columns = [own.left(bias) for own, bias in zip(made, biases, strict=False)]
+        own, owned = zip(made, weights, strict=True), ahead is gradient
+        return Matrices([*(by_pieces(P, owned, matrix) for P, matrix in own), *columns])
+
+    matrices = Matrices([*bundle.weights(ahead), *bundle.biases(ahead)])
+    late = None if bundle.sums is None else bundle.sums.late
+    found = sized(s, matrices, solve, bundle.size, squares, late)
+    natural, columns = found.natural[: len(made)], found.natural[len(made) :]
+    moves = ok & (found.length < math.inf)
+    of_weights = moves[: bundle.several]
     if bundle.apart:  # a weight moves with its bias
-        moves = moves.all(0)
-    scale = scale * moves  # NaN stays until the weights are changed
-    if late is not None and bundle.late is not None:
-        old = bundle.by_kind(bundle.late)
-        old.map(lambda old, new: torch.where(moves, new, old, out=old), late)
-    of_weights = [
-        x[0] if bundle.apart and isinstance(x, Tensor) else x for x in (agreement, scale, length)
-    ]
+        first = of_weights[: len(moves) - bundle.several]
+        first &= moves[bundle.several :]
+        moves = torch.cat([of_weights, first])
+    scale = found.scale * moves  # NaN stays until the weights are changed
+    if found.late is not None and bundle.sums is not None:
+        bundle.sums.write(found.late, moves)
     for i, stack in enumerate(bundle.stacks):
         if stack.report is not None:
-            told = {"agreement": of_weights[0], "update": s.lr * (of_weights[1] * of_weights[2])}
+            told = {"agreement": found.agreement, "update": s.lr * (scale * found.length)}
             stack.report |= {name: bundle.joint.of(i, values) for name, values in told.items()}
-    columns = natural[len(bundle.parts) :]
-    del natural[len(bundle.parts) :]
-    measure(bundle, s, natural, moves)
-    everything: Tensor = moves.all()
+    measure(bundle, s, natural, of_weights)
+    everything: Tensor = of_weights.all()
     room, dtype = gradient, bundle.parameters[0].dtype
     if room.element_size() < dtype.itemsize:  # of momenta that are kept in fewer bits than weights
         room = torch.empty_like(room, dtype=dtype)
     if bundle.apart:
-        scales = scale * (-1.0 * s.lr)
-        biases = steps_of_biases(bundle, natural, columns, minus, scales)
-        room[-biases.numel() :].copy_(biases)
-        scale = scale[0]
+        rates = scale * (-1.0 * s.lr)
+        steps = steps_of_biases(bundle, natural, columns, minus, rates)
+        bundle.of_biases(room).copy_(steps)
     _move(bundle, natural, scale, room, given, everything, state)
     return everything
-
-
-def _sized(
-    bundle: Bundle, s: StepSettings, ahead: Tensor, squares: Tensor, gradient: Tensor
-) -> Sized:
-    """The natural gradients of averages of gradients, and how far they move the parameters.
-
-    Where biases are apart, their natural gradients come after those of the weights, and numbers
-    are in two rows.
-    """
-    made = [precondition(part.stack, s) for part in bundle.parts]
-    matrices = Matrices(bundle.matrices(ahead))
-
-    def solve(matrices: Matrices) -> Matrices:
-        each, owned = zip(made, matrices, strict=True), ahead is gradient
-        return Matrices(by_pieces(own, owned, matrix) for own, matrix in each)
-
-    if not bundle.apart:
-        return sized(s, matrices, solve, bundle.size, squares, bundle.late)
-    biases = bundle.columns(ahead)
-    before = norms(matrices, biases)
-    natural = solve(matrices)
-    columns = [own.left(bias) for own, bias in zip(made, biases, strict=True)]
-    lengths = before, norms(natural, columns)
-    late = None if bundle.late is None else bundle.by_kind(bundle.late)
-    scale, late, agreement = scaled(s, bundle.size, squares, lengths, late)
-    return Sized([*natural, *columns], scale, lengths[1], late, agreement)
 
 
 def _gradients(bundle: Bundle, given: Gradients) -> Tensor:
     """The gradients of all parameters in one array of their own, or zeros unless ok.
 
-    They are in the dtype of the momenta, unless something has to learn from them before.
+    They are in the dtype of the momenta, unless the factors learn from them.
     """
     flat = torch.cat([given.raw(p).reshape(-1) for p in bundle.parameters])
     if not bundle.learns:
@@ -190,7 +171,7 @@ def _move(
     rates: dict[int, Tensor] = {}
     for i, (part, n) in enumerate(zip(bundle.parts, natural, strict=True)):
         layer = part.stack.layers[0]
-        for k, out in enumerate(part.joined(room)[: 1 if bundle.apart else None]):
+        for k, out in enumerate(part.joined(room)[: 1 if part.stack.is_apart else None]):
             own = given.settings(layer.parameters[k])
             if id(own) not in rates:
                 rates[id(own)] = scale * (-1.0 * own.lr)

@@ -15,7 +15,7 @@ from singd_core.curvature import Averages, Curvature
 from singd_core.levels import EVEN, Levels
 from singd_core.preconditioner import Preconditioner, Side
 from singd_core.rounding import Rounding
-from singd_core.rules import InverseFree, inputs_of
+from singd_core.rules import InverseFree, Shampoo, inputs_of
 from singd_core.rules.centering import InputMean
 from singd_torch.step.stack import Stack
 from singd_torch.tensors.layout import Group, Layout
@@ -46,7 +46,7 @@ class Joint:
         each = [inverse_free(stack) for stack in self.stacks]
         K: Any = Many.joined(self.K, [own.K for own in each], owned=True)
         C: Any = Many.joined(self.C, [own.C for own in each], owned=True)
-        means = [inputs for inputs in map(inputs_of, each) if inputs is not None]
+        means = [inputs for inputs in map(inputs_of, each) if inputs is not None]  # of the first
         return _with(each[0], K, C, averages, levels, _in_a_row(means) if means else None)
 
     def copied(self) -> InverseFree:
@@ -55,8 +55,8 @@ class Joint:
         averages = _in_a_row([own.averages for own in each])
         if all(own.levels is None for own in each):
             return self.factors(averages, None)
-        rows, columns = (first.k.new_full((side.rows[-1].stop,), EVEN) for side in (self.C, self.K))
-        levels = Levels(rows, columns)
+        like, ends = averages.k, (side.rows[-1].stop for side in (self.C, self.K))
+        levels = Levels(*(like.new_full((end,), EVEN) for end in ends))
         for i, own in enumerate(each):
             if own.levels is not None:
                 self.levels(i, levels).map(Tensor.copy_, own.levels)
@@ -76,8 +76,7 @@ class Joint:
         """The numbers of the matrices of a stack, a view, where matrices have their own."""
         if not (isinstance(numbers, Tensor) and numbers.ndim):
             return numbers
-        own = numbers[self.K.numbers[i]]
-        return own.view((*self.stacks[i].batch, *own.shape[1:]))
+        return numbers[self.K.numbers[i]].view(self.stacks[i].batch)
 
     def columns(self, i: int, of_all: Tensor) -> Tensor:
         """What the columns of the matrices of a stack have, a view."""
@@ -89,10 +88,12 @@ class Joint:
         averages, levels = factors.averages.map(lambda t: self.of(i, t)), None
         if factors.levels is not None and self.measures(i):
             levels = self.levels(i, factors.levels)
-        inputs = inputs_of(factors)
-        if inputs is not None:
-            numbers = (self.of(i, t) for t in (inputs.squares, inputs.used))
-            inputs = InputMean(self.columns(i, inputs.mean), *numbers)
+        inputs = None
+        if self.stacks[i].is_apart:
+            means = inputs_of(factors)
+            assert means is not None
+            numbers = (self.of(i, t) for t in (means.squares, means.used))
+            inputs = InputMean(self.columns(i, means.mean), *numbers)
         return _with(factors, K.part(i), C.part(i), averages, levels, inputs)
 
     def measures(self, i: int) -> bool:
@@ -159,7 +160,7 @@ def _with(
     inputs: InputMean | None,
 ) -> InverseFree:
     """Factors of the same rule, without Riemannian momenta."""
-    means = {} if inputs is None else {"inputs": inputs}
+    means = {"inputs": inputs} if isinstance(like, Shampoo) else {}
     return dataclasses.replace(
         like, K=K, C=C, m_K=None, m_C=None, averages=averages, levels=levels, **means
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, MutableMapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
@@ -76,6 +77,16 @@ class Stack:
         """The axes of all its matrices: of its layers if there are several, and of their groups."""
         n = len(self.layers)
         return (n, *self.groups) if n > 1 else self.groups
+
+    @property
+    def numbers(self) -> int:
+        """How many matrices there are."""
+        return math.prod(self.batch)
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether its biases are no columns of its matrices."""
+        return self.layers[0].bias_is_apart
 
     def rounding(self, s: Settings) -> Rounding | None:
         """How its arrays are stored after this step, None if to the nearest number."""

@@ -102,6 +102,7 @@ class Layout:
 
     def __init__(self, groups: Sequence[Group], device: torch.device) -> None:
         self.groups, self.pools, self._device = groups, list[_Pool](), device
+        self._powers: dict[tuple[float, torch.dtype], Tensor] = {}
         self.numbers = slices(group.count for group in groups)
         self.rows = slices(group.count * group.side for group in groups)
         nothing = torch.empty(0, device="meta")
@@ -188,26 +189,25 @@ class Layout:
         numbers = np.repeat(np.arange(len(sides)), sides)
         return torch.from_numpy(numbers).to(self._device, non_blocking=True)
 
-    @cached_property
-    def _root_shares(self) -> dict[torch.dtype, Tensor]:
-        return {}
-
-    def root_shares(self, like: Tensor) -> Tensor:
-        """1 / √d of each matrix of side d, in the dtype of `like`."""
-        if like.dtype not in self._root_shares:
-            shares = [group.side**-0.5 for group in self.groups for _ in range(group.count)]
-            made = torch.tensor(shares, dtype=like.dtype, device="cpu")
-            self._root_shares[like.dtype] = made.to(self._device, non_blocking=True)
-        return self._root_shares[like.dtype]
+    def powers(self, p: float, like: Tensor) -> Tensor:
+        """d^p of each matrix of side d, in the dtype of `like`."""
+        key = p, like.dtype
+        if key not in self._powers:
+            powers = [group.side**p for group in self.groups for _ in range(group.count)]
+            made = torch.tensor(powers, dtype=like.dtype, device="cpu")
+            self._powers[key] = made.to(self._device, non_blocking=True)
+        return self._powers[key]
 
     def on_rows(self, c: Tensor) -> Tensor:
-        """The numbers of matrices, for each of their rows."""
-        return c.index_select(0, self.matrix_of)
+        """The numbers of all matrices, or of the first groups alone, for each of their rows."""
+        ends = (own.stop for own, n in zip(self.rows, self.numbers, strict=True) if n.stop <= len(c))
+        return c.index_select(0, self.matrix_of[: max(ends)])
 
     def squares_of(self, rows: Tensor) -> Tensor:
-        """The sums of the squares of what the rows of each matrix have."""
+        """The sums of the squares of what the rows have, of all groups or of the first alone."""
         each = zip(self.groups, self.rows, strict=True)
-        norms = norms_of([v for group, own in each for v in rows[own].view(group.count, -1)])
+        some = (rows[own].view(group.count, -1) for group, own in each if own.stop <= len(rows))
+        norms = norms_of([vector for own in some for vector in own.unbind()])
         return norms * norms
 
     def spread(self, k: int, c: Any) -> Any:

@@ -139,4 +139,4 @@ class Many:
     def row_size(self) -> Tensor:
         """The root mean square of the norms of the rows of each."""
         norms = self.norm()
-        return norms * self.layout.root_shares(norms)
+        return norms * self.layout.powers(-0.5, norms)
