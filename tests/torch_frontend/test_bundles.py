@@ -139,9 +139,7 @@ def same(found: tuple[Network, SINGD], expected: tuple[Network, SINGD]) -> None:
 
 @pytest.mark.parametrize("of", GIVEN)
 @pytest.mark.parametrize("case", CASES)
-def test_all_layers_step_as_each_alone(
-    case: str, of: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_layers_step_as_each_alone(case: str, of: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = trained(CASES[case], nothing, of)
     monkeypatch.setattr(pieces, "on_host", lambda x: False)
     found = trained(CASES[case], nothing, of)

@@ -229,6 +229,11 @@ class Layer:
         return self.kind.shape(tuple(self.weight.shape), self.bias is not None)
 
     @property
+    def has_bias_column(self) -> bool:
+        """Whether the last column of the matrix is the bias."""
+        return self.bias is not None and self.kind.has_rows
+
+    @property
     def bias_is_apart(self) -> bool:
         """Whether its bias is no column of the matrix."""
         return self.bias is not None and not self.kind.has_rows

@@ -18,7 +18,7 @@ from singd_torch.sharding.box import Box
 _SMALL = 4096
 # The bytes of all others, in shares of the bytes of all state.
 _MOST = 0.1
-# What a step sums of each matrix over the processes.
+# What a step sums of each matrix over the processes, and of each bias that is apart.
 NORMS = 3
 
 
@@ -68,21 +68,22 @@ def local(
 
 
 def _parts(layer: Layer, places: Mapping[nn.Parameter, Sequence[Box]]) -> list[Blocks] | None:
-    """The parts of a layer on each process, None if they cannot be stepped by themselves.
-
-    A bias that is no column of its matrix makes up for what all columns of the weight do.
-    """
-    if layer.bias_is_apart:
-        return None
+    """The parts of a layer on each process, None if they cannot be stepped by themselves."""
     weights = _blocks(layer, places[layer.weight])
     if weights is None or len(set(places[layer.weight])) == 1:
         return None
     batch, d_out, d_in = layer.shape
     matrices = math.prod(batch)
-    if batch and NORMS * matrices * len(weights) > layer.weight.numel():
+    if batch and norms(layer) * len(weights) > layer.weight.numel():
         return None  # the norms of matrices so small are more than their gradients
     parts: list[Blocks] = [(block,) for block in weights]
-    if layer.bias is not None:
+    if layer.bias is not None and layer.bias_is_apart:
+        # a bias makes up for what all columns of the same rows do
+        of_biases = _rows_of_bias(places[layer.bias], layer.bias, matrices * d_out)
+        of_weights = [b.rows if _all(b.columns, d_in) else None for b in weights]
+        if of_biases != of_weights:
+            return None
+    elif layer.bias is not None:
         biases = _bias_blocks(places[layer.bias], layer.bias, d_in - 1)
         if biases is None:
             return None
@@ -103,7 +104,7 @@ def _blocks(layer: Layer, boxes: Sequence[Box]) -> list[Block] | None:
     shape, (batch, d_out, d_in) = layer.weight.shape, layer.shape
     if not _cover(boxes, shape):
         return None
-    rows, columns = math.prod(batch) * d_out, d_in - (layer.bias is not None)
+    rows, columns = math.prod(batch) * d_out, d_in - layer.has_bias_column
     counts, found = Counter(boxes), []
     for box in boxes:
         of_rows, of_columns = slice(0, rows), slice(0, columns)
@@ -121,6 +122,23 @@ def _blocks(layer: Layer, boxes: Sequence[Box]) -> list[Block] | None:
                 of_columns = slice(start, start + n * each)
         found.append(Block(of_rows, of_columns, counts[box]))
     return found
+
+
+def norms(layer: Layer) -> int:
+    """How many numbers a step sums of a layer over the processes."""
+    return NORMS * math.prod(layer.shape[0]) * (2 if layer.bias_is_apart else 1)
+
+
+def _rows_of_bias(boxes: Sequence[Box], bias: nn.Parameter, rows: int) -> list[slice] | None:
+    """Which rows of the matrices the parts of a bias belong to, None if they are none."""
+    shape = bias.shape
+    if not _cover(boxes, shape) or any(box.shape[1:] != shape[1:] for box in boxes):
+        return None
+    each = rows // shape[0]
+    starts = (box.offset[0] * each for box in boxes)
+    return [
+        slice(start, start + box.shape[0] * each) for start, box in zip(starts, boxes, strict=True)
+    ]
 
 
 def _bias_blocks(boxes: Sequence[Box], bias: nn.Parameter, column: int) -> list[Block] | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from singd_core.layers.base import append_bias
 from singd_core.preconditioner import Preconditioner, Side
 from singd_core.rounding import Place
+from singd_core.rules.centering import InputMean
 from singd_core.structures import Structure
 from singd_torch.layers.layer import Layer
 from singd_torch.sharding.local import Blocks
@@ -47,6 +48,10 @@ class Piece:
         pairs = (of_rows, self.rows), (of_columns, self.columns)
         of_rows, of_columns = (_part(self._own(t), j) for t, j in pairs)
         return of_rows, of_columns
+
+    def of_matrices(self, inputs: InputMean) -> InputMean:
+        """The means of the inputs of its matrices."""
+        return inputs.map(self._own)
 
     def factor(self, L: Structure, j: slice | None) -> Structure:
         """A factor of its matrices, or of their rows or columns `j`."""
@@ -113,21 +118,28 @@ class Slab(Layer):
                 at += n
 
     def joined(self, weight: Tensor, bias: Tensor | None = None) -> list[Tensor]:
-        """The blocks, from what belongs to the parts of the weight and of the bias."""
+        """The blocks, from what belongs to the parts of the weight and of the bias.
+
+        A bias that is apart is in none.
+        """
         first, *others = self.blocks
         rows, columns = _length(first.rows), _length(first.columns)
-        if bias is None or others:
+        if bias is None or others or self.bias_is_apart:
             W = self._matrix(weight, rows, columns)
-            return [W] if bias is None else [W, bias[:, None]]
+            return [W] if bias is None or self.bias_is_apart else [W, bias[:, None]]
         return [append_bias(self._matrix(weight, rows, columns - 1), bias)]
 
     def parted(self, blocks: Sequence[Tensor]) -> list[Tensor]:
         """The inverse of `joined`."""
         first, *others = blocks
-        if self.bias is not None and not others:
+        if self.has_bias_column and not others:
             first, others = first[:, :-1], [first[:, -1]]
         W = first.mT if self._is_turned else first
         return [W.reshape(self.weight.shape), *(b.reshape(-1) for b in others)]
+
+    def column(self, bias: Tensor) -> Tensor:
+        """What belongs to the part of a bias that is apart, beside the rows of its weight."""
+        return bias.reshape(-1, 1)
 
     @property
     def _is_turned(self) -> bool:

@@ -17,7 +17,6 @@ from singd_core.levels import FLOOR, sums
 from singd_core.rules import Shampoo
 from singd_core.structures import Structure
 from singd_torch.sharding.slab import Slab
-from singd_torch.step.begun import Gradients
 from singd_torch.step.levels import due_levels, hold_levels
 from singd_torch.step.stack import Stack
 
@@ -69,15 +68,17 @@ def level(moved: Sequence[tuple[Stack, Settings, Sequence[Tensor], Any]], total:
         hold_levels(stack, levels, new, moves)
 
 
-def learned_of(stacks: Sequence[Stack], given: Gradients, total: Total) -> dict[Stack, Curvature]:
+def learned_of(
+    stacks: Sequence[Stack], gradient_of: Callable[[Stack], Sequence[Tensor]], total: Total
+) -> dict[Stack, Curvature]:
     """What refreshes of slabs without rows want of the gradients of all parts."""
     found: dict[Stack, Curvature] = {}
     for stack in stacks:
         slab, factors = slab_in(stack), stack.factors
         assert isinstance(factors, Shampoo)
         _, d_out, d_in = slab.shape
-        blocks = slab.joined(*stack.joined(given.of))
-        t = torch.zeros_like(factors.averages.t_G)
+        blocks = slab.joined(*gradient_of(stack))
+        h, t = (torch.zeros_like(factors.averages.t_G) for _ in range(2))
         H_K, H_C = (L.map(partial(torch.zeros_like, dtype=t.dtype)) for L in factors.sides)
         for piece in slab.pieces:
             K, C = piece.factor(factors.K, piece.columns), piece.factor(factors.C, piece.rows)
@@ -89,9 +90,10 @@ def learned_of(stacks: Sequence[Stack], given: Gradients, total: Total) -> dict[
             rows, columns = own.shape[-2] / d_out * n, own.shape[-1] / d_in * n
             _add(piece.factor(H_K, piece.columns), part.H_K, rows)
             _add(piece.factor(H_C, piece.rows), part.H_C, columns)
-            place = t if piece.matrices is None else t[piece.matrices]
-            place += part.t_G * (rows * columns / n)
-        found[stack] = Curvature(H_K, H_C, t, t.clone())
+            for place, mean in ((h, part.t_U), (t, part.t_G)):
+                of_piece = place if piece.matrices is None else place[piece.matrices]
+                of_piece += mean * (rows * columns / n)
+        found[stack] = Curvature(H_K, H_C, h, t)
     if not found:
         return {}
     arrays = [a for own in found.values() for _, a in own.named_arrays()]

@@ -19,14 +19,17 @@ from singd_core.curvature import Curvature
 from singd_core.late import Late
 from singd_core.length import scaled, sides, size
 from singd_core.preconditioner import Preconditioner
-from singd_core.rules import Factors
+from singd_core.rules import Factors, Shampoo, inputs_of
+from singd_core.rules.centering import InputMean
 from singd_core.step import Direction, averaged
+from singd_core.without_mean import share_of_bias
+from singd_torch.sharding import slab_centering
 from singd_torch.sharding.slab import Slab
 from singd_torch.sharding.slab_sums import Total, learned_of, level, slab_in, squares_of
 from singd_torch.step.begun import Gradients, begin, learns_now, masked, settled
 from singd_torch.step.solve import by_pieces
 from singd_torch.step.stack import Stack, State
-from singd_torch.step.stack_step import move
+from singd_torch.step.stack_step import move, rates
 from singd_torch.tensors.pieces import placed
 from singd_torch.tensors.select import either
 
@@ -36,7 +39,9 @@ class _Begun:
     """A slab in a step: its new factors, its natural gradient, and squares that processes sum.
 
     Each matrix has the squares of the gradient, of the average of gradients, and of its natural
-    gradient. Natural gradients are of blocks.
+    gradient. Natural gradients are of blocks. A bias that is apart has such numbers beside the
+    numbers of its weight, and `apart`: its natural gradient, what the weight moves along the mean
+    of the inputs, and the rate of the weight in shares of its own.
     """
 
     slab: Slab
@@ -47,6 +52,7 @@ class _Begun:
     decay: Sequence[Tensor] | None
     natural: Sequence[Tensor]
     squares: Tensor
+    apart: tuple[Tensor, Tensor, Any] | None
 
 
 def advance(
@@ -67,8 +73,18 @@ def advance(
     if not stacks:
         return []
     learning = [one for one in stacks if learns_now(one, given.settings(slab_in(one).weight))]
-    learned = learned_of(learning, given, total)
-    begun = [_begin(stack, state, given, learned.get(stack), wide) for stack in stacks]
+    means = slab_centering.told(learning, given, total)
+
+    def gradient_of(stack: Stack) -> Sequence[Tensor]:
+        gradient = stack.joined(given.of)
+        if stack not in means:
+            return gradient
+        return slab_centering.centered(slab_in(stack), means[stack], gradient)
+
+    learned = learned_of(learning, gradient_of, total)
+    begun = [
+        _begin(stack, state, given, learned.get(stack), means.get(stack), wide) for stack in stacks
+    ]
     counts = [one.squares.shape[1] for one in begun]
     squares = torch.split(total(torch.cat([one.squares for one in begun], 1)), counts, 1)
     alike: dict[int, list[int]] = {}
@@ -85,29 +101,49 @@ def advance(
 
 
 def _begin(
-    stack: Stack, state: State, given: Gradients, learned: Curvature | None, wide: torch.dtype
+    stack: Stack,
+    state: State,
+    given: Gradients,
+    learned: Curvature | None,
+    told: InputMean | None,
+    wide: torch.dtype,
 ) -> _Begun:
     """Its natural gradient; a momentum of gradients is written, as those are finite."""
     slab = slab_in(stack)
     s, _, gradient, decay, factors, preconditioner = begin(stack, state, given, learned)
     assert preconditioner is not None  # nothing is compiled
+    if isinstance(factors, Shampoo) and told is not None:
+        factors = dataclasses.replace(factors, inputs=told)
+    inputs, ratio = inputs_of(factors), None
+    if inputs is not None:
+        inputs, ratio = rates([given.settings(p) for p in slab.parameters], inputs, compiled=False)
     ahead = gradient
     if s.normalized:
         if decay is not None:
             ahead = gradient = [g + w.to(g.dtype) for g, w in zip(gradient, decay, strict=True)]
+        if inputs is not None:
+            ahead = gradient = slab_centering.centered(slab, inputs, gradient)
         if stack.momenta is not None:
             pairs = zip(gradient, stack.momenta, strict=True)
             ahead = [averaged(g, m, s, donate=True)[0] for g, m in pairs]
     blocks = slab.joined(*ahead)
     of_gradient = before = None  # as nobody asks for them
     if s.normalized:
-        of_gradient = _squares_of_gradient(slab, given, None if decay is None else gradient, wide)
+        changed = decay is not None or inputs is not None
+        of_gradient = _squares_of_gradient(slab, given, gradient if changed else None, wide)
         before = squares_of(slab, blocks, wide)
     owned = s.normalized and s.nesterov and stack.momenta is not None  # an average of its own
     natural = _natural(slab, preconditioner, blocks, owned)
     after = squares_of(slab, natural, wide)
     squares = torch.stack([after if x is None else x for x in (of_gradient, before, after)])
-    return _Begun(slab, stack, s, factors, preconditioner, decay, natural, squares)
+    apart = None
+    if inputs is not None:
+        of_bias = slab_centering.column(slab, preconditioner, ahead[-1])
+        columns = slab.column(gradient[-1]), slab.column(ahead[-1]), of_bias
+        own = torch.stack([squares_of(slab, [x], wide) for x in columns])
+        squares = torch.stack([squares, own], -1).flatten(1)
+        apart = of_bias, slab_centering.along(slab, inputs, natural[0]), ratio
+    return _Begun(slab, stack, s, factors, preconditioner, decay, natural, squares, apart)
 
 
 def _natural(
@@ -179,13 +215,7 @@ def _scaled(
         return ones, no_late, ones
     on_device = partial(placed, dtype=squares.dtype, device=squares.device)
     late = _joined([one.stack.late for one in some if one.stack.late is not None])
-    t_U = torch.cat([one.factors.averages.t_U.reshape(-1) for one in some])
-    each = zip(*(_sides(one.slab) for one in some), strict=True)
-    spectral, outputs = (
-        torch.cat([on_device(x).expand(n) for x, n in zip(side, counts, strict=True)])
-        for side in each
-    )
-    of_steps = size((spectral, outputs), t_U)
+    of_steps = torch.cat([_sizes(one).to(squares) for one in some])
     lengths = ahead.sqrt(), natural.sqrt()
     scale, late, agreement = scaled(s, of_steps, of_gradient, lengths, late)
     scale, agreement = (on_device(x).expand_as(natural) for x in (scale, agreement))
@@ -206,13 +236,22 @@ def _report(
     for (one, agreement, found), length in zip(reports, lengths, strict=True):
         report, shape = one.stack.report, one.factors.averages.k.shape
         assert report is not None
+        agreement = agreement if one.apart is None else agreement.view(-1, 2)[:, 0]
         report["agreement"] = agreement.reshape(shape)
         report["update"] = (one.s.lr * found.scale * length).reshape(shape)
 
 
-def _sides(slab: Slab) -> tuple[float, float]:
-    _, d_out, d_in = slab.shape
-    return sides(d_out, d_in, slab.kind.overlap)
+def _sizes(one: _Begun) -> Tensor:
+    """What `singd_core.length.size` returns of each matrix, with its bias beside it if apart."""
+    _, d_out, d_in = one.slab.shape
+    t_U = one.factors.averages.t_U.reshape(-1)
+    spectral, outputs = (
+        placed(x, t_U.dtype, t_U.device) for x in sides(d_out, d_in, one.slab.kind.overlap)
+    )
+    of_weights = size((spectral, outputs), t_U)
+    if one.apart is None:
+        return of_weights
+    return torch.stack([of_weights, share_of_bias(d_in) * of_weights], -1).reshape(-1)
 
 
 def _joined(late: Sequence[Late]) -> Late | None:
@@ -233,13 +272,19 @@ def _write(
         scale = torch.where(moves, scale, 0.0)
         natural = [torch.where(moves, n, 0.0) for n in natural]
         s = masked(s, moves, natural[0])
-    momenta = stack.momenta
+    momenta, bias = stack.momenta, None
+    if one.apart is not None:
+        scale, of_bias = scale.view(-1, 2).unbind(1)
+        bias = slab_centering.step_of_bias(slab, *one.apart[:2], (scale, of_bias), one.apart[2])
+        bias = bias if on_host else torch.where(moves, bias, 0.0)
     if s.normalized and batch:  # a weight is several matrices
         for piece in slab.pieces:
             own = piece.view(natural[piece.block])
             own *= scale[piece.matrices, None, None].to(own.dtype)
         scale = torch.ones_like(scale[0])
     u: Sequence[Tensor] = slab.parted(natural)
+    if bias is not None:
+        u = [*u, bias.reshape(slab.parameters[1].shape)]
     if not s.normalized:  # an average of natural gradients
         scale = torch.ones_like(scale[0])
         if one.decay is not None:
@@ -255,7 +300,8 @@ def _write(
         known = one.preconditioner if on_host else None
         stack.hold(factors, state, seen=True, preconditioner=known)
     c = scale.reshape(())
-    found = Direction(u, c.item() if on_host else c, True, None, None)
+    of_biases = None if bias is None else 1.0
+    found = Direction(u, c.item() if on_host else c, True, None, None, of_bias=of_biases)
     settings = [given.settings(p) for p in slab.parameters]
     rounding = stack.rounding(settings[0])
     move(stack, found, settings, None if on_host else moves, rounding, state, slab.places)

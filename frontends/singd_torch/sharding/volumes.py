@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 from singd_core.step import decouples_decay
 from singd_torch._groups import settings_of
 from singd_torch._table import factor_bytes, layer_bytes
 from singd_torch.layers.layer import Layer
-from singd_torch.sharding.local import NORMS
+from singd_torch.sharding.local import norms
 from singd_torch.sharding.owners import Shares
 from singd_torch.sharding.stream import bytes_of_sums
-
-# Norms of a matrix that all processes step, in float64.
-_NORMS = 8 * NORMS
 
 
 def volumes(layers: Iterable[Layer], shares: Shares, processes: int) -> tuple[int, int]:
@@ -22,12 +18,12 @@ def volumes(layers: Iterable[Layer], shares: Shares, processes: int) -> tuple[in
 
     The gradients of the model are in parts.
     """
-    step = refresh = norms = 0.0
+    step = refresh = sums = 0.0
     for layer in layers:
-        if layer.has_rows:
+        if layer.has_rows or layer.weight in shares.parts:  # else its owner learns alone
             refresh += bytes_of_sums(layer)
         if layer.weight in shares.parts:
-            norms += _NORMS * math.prod(layer.shape[0])
+            sums += 8 * norms(layer)  # in float64
             continue
         parameters = sum(p.numel() * p.element_size() for p in layer.parameters)
         ways = 3 if decouples_decay(settings_of(layer.group)) else 2  # its weights, too
@@ -37,4 +33,4 @@ def volumes(layers: Iterable[Layer], shares: Shares, processes: int) -> tuple[in
             step += (2 * layer_bytes(layer) - factors) / processes
             refresh += factors / processes
     to_others = (processes - 1) / processes
-    return round(step * to_others + norms), round(refresh * to_others)
+    return round(step * to_others + sums), round(refresh * to_others)

@@ -51,7 +51,7 @@ def advance(stack: Stack, state: State, given: Gradients) -> Any:
         t_U, squares = factors.averages.t_U, _squares(stack, given, gradient)
         found = stack.run(_direction, *how, t_U, *of_layer, squares)
     else:
-        inputs, ratio = _rates(own, inputs, compiled=compiled)
+        inputs, ratio = rates(own, inputs, compiled=compiled)
         found = stack.run(_without_mean, *how, inputs, *of_layer, ratio)
     moves: Any
     if ok is None:
@@ -113,7 +113,7 @@ def _precondition(
     return partial(by_pieces, by, owned), s.normalized or not isinstance(s.lr, Tensor)
 
 
-def _rates(
+def rates(
     own: Sequence[StepSettings], inputs: InputMean, *, compiled: bool
 ) -> tuple[InputMean, Any]:
     """The mean of the inputs, and the rate of the weight in shares of the rate of the bias.

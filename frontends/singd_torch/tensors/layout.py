@@ -200,8 +200,9 @@ class Layout:
 
     def on_rows(self, c: Tensor) -> Tensor:
         """The numbers of all matrices, or of the first groups alone, for each of their rows."""
-        ends = (own.stop for own, n in zip(self.rows, self.numbers, strict=True) if n.stop <= len(c))
-        return c.index_select(0, self.matrix_of[: max(ends)])
+        each = zip(self.rows, self.numbers, strict=True)
+        end = max(rows.stop for rows, numbers in each if numbers.stop <= len(c))
+        return c.index_select(0, self.matrix_of[:end])
 
     def squares_of(self, rows: Tensor) -> Tensor:
         """The sums of the squares of what the rows have, of all groups or of the first alone."""

@@ -1,0 +1,116 @@
+"""Slabs of weights that learn from gradients and whose bias is known: steps without a mean.
+
+It is `singd_core.without_mean` for the rows of a weight and of its bias that a process has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from singd_core._array import cast
+from singd_core._settings import rate_of_factors
+from singd_core.levels import weight_of
+from singd_core.preconditioner import Preconditioner
+from singd_core.rules import Shampoo, inputs_of
+from singd_core.rules.centering import InputMean, InputSums
+from singd_torch.sharding.slab import Piece, Slab
+from singd_torch.sharding.slab_sums import Total, slab_in
+from singd_torch.step.begun import Gradients
+from singd_torch.step.stack import Stack
+
+
+def told(stacks: Sequence[Stack], given: Gradients, total: Total) -> dict[Stack, InputMean]:
+    """The means of the inputs, told by the gradients of all parts, of stacks that refresh now."""
+    found, flats = [], []
+    for stack in stacks:
+        inputs = inputs_of(stack.factors)  # type: ignore[arg-type]
+        if inputs is None:
+            continue
+        slab = slab_in(stack)
+        weight, bias = stack.joined(given.of)
+        G, g = slab.joined(weight)[0], slab.column(bias)
+        sums = InputSums(*(torch.zeros_like(t) for t in (inputs.mean, inputs.squares, inputs.used)))
+        for piece in slab.pieces:
+            own = InputSums.of(piece.view(G), piece.view(g), inputs.mean)
+            for place, part in zip(sums, own, strict=True):
+                of_piece = place if piece.matrices is None else place[piece.matrices]
+                of_piece += part / slab.blocks[piece.block].copies
+        found.append((stack, inputs, sums))
+        flats.append(torch.cat([t.reshape(-1) for t in sums]))
+    if not found:
+        return {}
+    means: dict[Stack, InputMean] = {}
+    each = torch.split(total(torch.cat(flats)), [len(flat) for flat in flats])
+    for (stack, inputs, sums), flat in zip(found, each, strict=True):
+        parts = torch.split(flat, [t.numel() for t in sums])
+        all_sums = InputSums(*(new.view_as(t) for t, new in zip(sums, parts, strict=True)))
+        layer, factors = slab_in(stack), stack.factors
+        assert isinstance(factors, Shampoo)
+        rate = rate_of_factors(layer.group["steps"], given.settings(layer.weight))
+        means[stack] = inputs.told(all_sums, weight_of(factors.averages.k + 1.0, rate))
+    return means
+
+
+def centered(slab: Slab, inputs: InputMean, gradient: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of weight and bias, the first without the mean, in memory of its own."""
+    weight, bias = gradient
+    (G,), g = slab.joined(weight), slab.column(bias)
+
+    def without(piece: Piece, out: Tensor) -> None:
+        own = piece.of_matrices(inputs)
+        own.centered(piece.view(G), piece.view(g), piece.view(out))
+
+    return [*slab.parted([_by_pieces(slab, torch.empty_like(G), without)]), bias]
+
+
+def column(slab: Slab, preconditioner: Preconditioner, bias: Tensor) -> Tensor:
+    """P_C g of the part of a bias that is here, as a column."""
+    g = slab.column(bias)
+
+    def solve(piece: Piece, out: Tensor) -> None:
+        out_piece = piece.view(out)
+        out_piece.copy_(piece.preconditioner(preconditioner).left(piece.view(g)))
+
+    return _by_pieces(slab, torch.empty_like(g, dtype=preconditioner.C.L.like.dtype), solve)
+
+
+def along(slab: Slab, inputs: InputMean, natural: Tensor) -> Tensor:
+    """n μ of the natural gradient of a block, as a column."""
+
+    def product(piece: Piece, out: Tensor) -> None:
+        piece.view(out).copy_(piece.of_matrices(inputs).along(piece.view(natural)))
+
+    return _by_pieces(slab, natural.new_empty(len(natural), 1), product)
+
+
+def step_of_bias(
+    slab: Slab, of_bias: Tensor, moved: Tensor, scales: tuple[Tensor, Tensor], ratio: object
+) -> Tensor:
+    """What a step subtracts of a bias, in shares of its rate (6.4).
+
+    Args:
+        slab: The slab.
+        of_bias: `column`.
+        moved: `along`.
+        scales: What multiplies the weight, and what multiplies the bias, for each matrix.
+        ratio: As for `without_mean`.
+    """
+
+    def step(piece: Piece, out: Tensor) -> None:
+        own = slice(None) if piece.matrices is None else piece.matrices
+        shape = (1, 1) if piece.matrices is None else (-1, 1, 1)
+        c, c_bias = (scale[own].reshape(shape) for scale in scales)
+        new = piece.view(of_bias) * c_bias - piece.view(moved) * (c * ratio)
+        piece.view(out).copy_(new)
+
+    return _by_pieces(slab, torch.empty_like(of_bias), step)
+
+
+def _by_pieces(slab: Slab, out: Tensor, write: Callable[[Piece, Tensor], None]) -> Tensor:
+    for piece in slab.pieces:
+        write(piece, out)
+    return out
