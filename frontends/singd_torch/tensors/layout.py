@@ -106,6 +106,9 @@ class Layout:
         self.numbers = slices(group.count for group in groups)
         self.rows = slices(group.count * group.side for group in groups)
         nothing = torch.empty(0, device="meta")
+        self._ends = {
+            numbers.stop: rows.stop for numbers, rows in zip(self.numbers, self.rows, strict=True)
+        }
         self.templates = [
             group.structure.identity(group.side, like=nothing, batch=group.batch)
             for group in groups
@@ -200,9 +203,7 @@ class Layout:
 
     def on_rows(self, c: Tensor) -> Tensor:
         """The numbers of all matrices, or of the first groups alone, for each of their rows."""
-        each = zip(self.rows, self.numbers, strict=True)
-        end = max(rows.stop for rows, numbers in each if numbers.stop <= len(c))
-        return c.index_select(0, self.matrix_of[:end])
+        return c.index_select(0, self.matrix_of[: self._ends[len(c)]])
 
     def squares_of(self, rows: Tensor) -> Tensor:
         """The sums of the squares of what the rows have, of all groups or of the first alone."""
