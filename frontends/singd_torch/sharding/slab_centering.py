@@ -5,13 +5,12 @@ It is `singd_core.without_mean` for the rows of a weight and of its bias that a 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from singd_core._array import cast
 from singd_core._settings import rate_of_factors
 from singd_core.levels import weight_of
 from singd_core.preconditioner import Preconditioner
@@ -79,7 +78,7 @@ def column(slab: Slab, preconditioner: Preconditioner, bias: Tensor) -> Tensor:
 
 
 def along(slab: Slab, inputs: InputMean, natural: Tensor) -> Tensor:
-    """n μ of the natural gradient of a block, as a column."""
+    """N μ of the natural gradient of a block, as a column."""
 
     def product(piece: Piece, out: Tensor) -> None:
         piece.view(out).copy_(piece.of_matrices(inputs).along(piece.view(natural)))
@@ -88,7 +87,7 @@ def along(slab: Slab, inputs: InputMean, natural: Tensor) -> Tensor:
 
 
 def step_of_bias(
-    slab: Slab, of_bias: Tensor, moved: Tensor, scales: tuple[Tensor, Tensor], ratio: object
+    slab: Slab, of_bias: Tensor, moved: Tensor, scales: tuple[Tensor, Tensor], ratio: Any
 ) -> Tensor:
     """What a step subtracts of a bias, in shares of its rate (6.4).
 

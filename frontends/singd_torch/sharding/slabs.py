@@ -248,7 +248,7 @@ def _sizes(one: _Begun) -> Tensor:
     spectral, outputs = (
         placed(x, t_U.dtype, t_U.device) for x in sides(d_out, d_in, one.slab.kind.overlap)
     )
-    of_weights = size((spectral, outputs), t_U)
+    of_weights: Tensor = size((spectral, outputs), t_U)
     if one.apart is None:
         return of_weights
     return torch.stack([of_weights, share_of_bias(d_in) * of_weights], -1).reshape(-1)
