@@ -78,7 +78,7 @@ def column(slab: Slab, preconditioner: Preconditioner, bias: Tensor) -> Tensor:
 
 
 def along(slab: Slab, inputs: InputMean, natural: Tensor) -> Tensor:
-    """N μ of the natural gradient of a block, as a column."""
+    """The product n μ of the natural gradient n of a block, as a column."""
 
     def product(piece: Piece, out: Tensor) -> None:
         piece.view(out).copy_(piece.of_matrices(inputs).along(piece.view(natural)))
