@@ -84,7 +84,7 @@ class InputMean(Tree):
         of each matrix is one of each column, and `squares_of` sums the squares of its columns.
         """
         own, old = sums.own, self.mean
-        hat = sums.cross / spread(at_least(own, TINY))
+        hat = sums.cross / at_least(spread(own), TINY)
         rest = sums.all - own * squares_of(hat)
         # a gradient of rank one leaves no rest to compare g with: it is compared with G itself
         of_weight = namespace(old).where(rest > RANK_ONE * sums.all, rest, sums.all)

@@ -33,13 +33,22 @@ class HugeScalarsBounded(Dense):
 
 @bug("gradients_keep_factors_regular")
 class SmallRange(Dense):
-    """Squares beyond it are infinite, as they are in float16 beyond 65504."""
+    """Squares beyond it are infinite, and a number below it is taken for its smallest."""
 
     @classmethod
     def outer(cls, X):
         square = super().outer(X).matrix
         return cls(
             array_namespace(X).where(abs(square) > 1e27, 0.0 * square + float("inf"), square)
+        )
+
+    def scale(self, c):
+        smallest = 1e-27 * (self.matrix * 0.0 + 1.0)
+        c = c[..., None, None] if getattr(c, "ndim", 0) else c
+        c = self.matrix * 0.0 + c
+        xp = array_namespace(c)
+        return type(self)(
+            self.matrix * xp.where((abs(c) < 1e-27) & (c != 0.0), xp.sign(c) * smallest, c)
         )
 
 

@@ -212,6 +212,12 @@ class NormSquared(Diagonal):
         return sum_of_squares(self.diag, 1)
 
 
+@bug("row_size")
+class SizeOfAllRows(Diagonal):
+    def row_size(self):
+        return self.norm()
+
+
 @bug("max_abs")
 class LargestWithoutAbs(Diagonal):
     def max_abs(self):
