@@ -132,6 +132,10 @@ class Bundle:
         names, roles = zip(*(known[p] for p in self.parameters), strict=True)
         return Row(self.parameters, names, roles, [WHOLE] * len(names))
 
+    def fits(self) -> bool:
+        """Whether all stacks have the rule that they had: rows may have come since."""
+        return all(isinstance(stack.factors, Shampoo) is self.learns for stack in self.stacks)
+
     def hold(self, state: State) -> None:
         """Take what the stacks have into vectors, unless that is done."""
         there = self._there()
@@ -223,7 +227,7 @@ def bundled(
     """
     stepping, waiting, alive = set(ready), [], set(alive)
     found, fresh = [], dict.fromkeys(ready)
-    for bundle in before:
+    for bundle in filter(Bundle.fits, before):
         own = [stack for stack in bundle.stacks if stack in stepping]
         if len(own) == len(bundle.parts):
             found.append(bundle)
