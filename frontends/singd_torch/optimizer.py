@@ -31,6 +31,7 @@ from singd_torch._distributed import group_of, unwrapped
 from singd_torch._estimate import automatic
 from singd_torch._groups import bare, check_counts, check_group, check_keys, parameters_of
 from singd_torch._saving import Saving
+from singd_torch.layers.find import by_choice
 from singd_torch.layers.kinds import reasons
 from singd_torch.layers.matrices import without_model
 from singd_torch.layers.reach import part_again
@@ -294,6 +295,7 @@ class SINGD(Saving):
         """The rule that trains each parameter, its structures, and its bytes of state."""
         roster, sharded = self._roster, self._stepper.sharded
         owners = None if sharded is None else sharded.owners
-        why = dict(reasons(roster.model, self.param_groups))
+        why = by_choice(roster.model, roster.layers)
+        why |= dict(reasons(roster.model, self.param_groups))
         table = _table.table(roster.layers, roster.fallback, roster.names, why, owners)
         return f"{type(self).__name__}\n{table}"

@@ -166,6 +166,13 @@ class LayerKind(ABC):
         """The kind of the same layer by the transpose of its weight; None if there is none."""
         return None
 
+    def of_gradients(self) -> LayerKind | None:
+        """The kind of the same matrix that learns from gradients alone, with the bias apart.
+
+        None if there is none.
+        """
+        return None
+
     def with_average_groups(self) -> LayerKind:
         """The same kind with one factor K for all channel groups, if it has such."""
         return self

@@ -17,6 +17,7 @@ from singd_core.layers.base import (
     is_expand,
     loss_terms,
 )
+from singd_core.layers.tensor import Tensor
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,10 @@ class Convolution(LayerKind):
         N = prod(x.shape[3:])
         columns = xp.reshape(x, (groups, x.shape[1] * x.shape[2], N))
         return self._ungrouped(columns[:, : d_in + bias, :].mT), N
+
+    def of_gradients(self) -> LayerKind | None:
+        """The kernel alone; channel groups have several matrices, whose inputs differ."""
+        return Tensor(ins=1 + len(self.windows)) if self.groups == 1 else None
 
     def of_call(self, kind: LayerKind) -> LayerKind | None:
         """A convolution with as many axes and groups, whatever its stride and padding."""

@@ -16,6 +16,7 @@ from singd_core.layers.base import (
     loss_terms,
     two_axes,
 )
+from singd_core.layers.tensor import Tensor
 
 
 class OnLastAxis(LayerKind):
@@ -112,6 +113,10 @@ class Linear(OnLastAxis):
     def of_call(self, kind: LayerKind) -> LayerKind | None:
         """A linear map, or a look-up in the same table."""
         return kind if isinstance(kind, Linear) or kind.diagonal_inputs else None
+
+    def of_gradients(self) -> LayerKind | None:
+        """The weight alone."""
+        return Tensor(transposed=self.transposed)
 
     def of_transpose(self) -> LayerKind | None:
         """The linear map whose weight is stored the other way."""

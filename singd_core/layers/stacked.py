@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from singd_core._array import Array, namespace
 from singd_core.layers.base import LayerKind, Shape, append_bias, two_axes
 from singd_core.layers.linear import Linear, OnLastAxis
+from singd_core.layers.tensor import Tensor
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,10 @@ class StackedLinear(OnLastAxis):
         """A linear map by one of the matrices, where those have an axis of their own."""
         fits = self.apart and isinstance(kind, Linear) and kind.transposed is self.transposed
         return Linear() if fits else None
+
+    def of_gradients(self) -> LayerKind | None:
+        """One matrix of all parts, unless they have an axis of their own."""
+        return None if self.apart else Tensor()
 
     def of_transpose(self) -> LayerKind | None:
         """The matrices stored the other way, where they have an axis of their own."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeAlias
 
 from singd_core._array import Array
@@ -34,6 +35,7 @@ __all__ = [
     "register",
     "rule",
     "start",
+    "wants_rows",
 ]
 
 Factors: TypeAlias = Rule  # what a rule keeps of a layer
@@ -42,6 +44,11 @@ Factors: TypeAlias = Rule  # what a rule keeps of a layer
 def learns_from_gradients(s: Settings) -> bool:
     """Whether matrices that show no rows have factors; else AdamW trains them."""
     return s.normalized and get(s.rule).without_rows
+
+
+def wants_rows(s: Settings, structures: Sequence[type[Structure]]) -> bool:
+    """Whether a layer that has rows learns from them under these settings, or from gradients."""
+    return not learns_from_gradients(s) or get(s.rule).wants_rows(structures)
 
 
 def start(

@@ -59,6 +59,11 @@ class Rule(Tree, ABC):
         return resolve(structures, shape, dense_for=dense_for, diagonal=diagonal)
 
     @classmethod
+    def wants_rows(cls, structures: Sequence[type[Structure]]) -> bool:
+        """Whether factors of these structures learn better from rows than from gradients."""
+        return True
+
+    @classmethod
     def keeps_momentum(cls, s: Settings) -> bool:
         """Whether the factors have a Riemannian momentum."""
         return False

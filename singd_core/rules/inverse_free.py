@@ -26,6 +26,7 @@ from singd_core.rules.factor_step import (
     stored,
 )
 from singd_core.structures.base import Structure
+from singd_core.structures.diagonal import Diagonal
 
 
 @tree
@@ -184,6 +185,11 @@ class InverseFree(Rule):
 class IKFAC(InverseFree):
     """The IKFAC form: no Riemannian momentum, and 1 in place of the adaptive curvature."""
 
+    @classmethod
+    def wants_rows(cls, structures: Sequence[type[Structure]]) -> bool:
+        """Unless both are diagonal: docs/rows.md has what was measured."""
+        return not all(issubclass(S, Diagonal) for S in structures)
+
     def directions(
         self, curvature: Curvature, rates: Rates, s: Settings
     ) -> tuple[Structure, Structure]:
@@ -215,6 +221,11 @@ class IKFAC(InverseFree):
 @tree
 class SINGD(IKFAC):
     """SINGD, and INGD with dense factors: the other side's curvature weighs a factor's own."""
+
+    @classmethod
+    def wants_rows(cls, structures: Sequence[type[Structure]]) -> bool:
+        """Always: the update by gradients is another."""
+        return True
 
     @classmethod
     def keeps_momentum(cls, s: Settings) -> bool:

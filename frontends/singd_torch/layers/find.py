@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
 from singd_core import rules
-from singd_core.layers import LayerKind, Linear
-from singd_torch._groups import noted
+from singd_core._settings import Settings
+from singd_core.layers import LayerKind, Linear, Tensor
+from singd_core.structures import Structure
+from singd_torch._groups import noted, settings_of
 from singd_torch.layers.kinds import Use, uses
 from singd_torch.layers.layer import Layer
 from singd_torch.layers.source import Source
@@ -72,6 +74,11 @@ def find(model: nn.Module, groups: Sequence[dict[str, Any]]) -> list[Layer]:
         structures = rule.choose(
             group["structures"], shape, diagonal=(common.diagonal_inputs, tied)
         )
+        given = _of_gradients(common, weight, bias, settings_of(group), structures, tied=tied)
+        if given is not None:
+            of_bias = None if bias is None else group_of[bias]
+            layers.append(Layer(shared.name, given, weight, bias, [], group, structures, of_bias))
+            continue
         sources: list[tuple[nn.Module | None, Source]] = [
             (
                 m,
@@ -90,6 +97,36 @@ def find(model: nn.Module, groups: Sequence[dict[str, Any]]) -> list[Layer]:
         of_bias = None if bias is None else group_of[bias]
         layers.append(Layer(shared.name, common, weight, bias, sources, group, structures, of_bias))
     return layers
+
+
+def _of_gradients(
+    kind: LayerKind,
+    weight: nn.Parameter,
+    bias: nn.Parameter | None,
+    s: Settings,
+    structures: tuple[type[Structure], type[Structure]],
+    *,
+    tied: bool,
+) -> LayerKind | None:
+    """The kind of a layer that learns from gradients though it has rows; None if it learns by rows.
+
+    A single row learns by rows: AdamW would train it otherwise.
+    """
+    found = None if tied or rules.wants_rows(s, structures) else kind.of_gradients()
+    if found is None or found.shape(weight.shape, bias=False)[1] == 1:
+        return None
+    return found if bias is not None or Tensor.fits(weight.shape) else None
+
+
+def by_choice(model: nn.Module, layers: Iterable[Layer]) -> dict[nn.Parameter, str]:
+    """Why weights of a model learn from gradients that could have rows."""
+    own = set(model.parameters())
+    return {
+        layer.weight: "diagonal factors learn from gradients"
+        for layer in layers
+        if layer.weight in own and not layer.kind.has_rows
+        if not rules.wants_rows(settings_of(layer.group), layer.structures)
+    }
 
 
 def _sequence_first(model: nn.Module) -> Iterator[nn.Module]:

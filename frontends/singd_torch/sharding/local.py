@@ -27,11 +27,20 @@ class Block:
     """Rows and columns of the matrices of a layer, and how many processes have the same.
 
     The rows of several matrices are counted one matrix after the other.
+
+    Attributes:
+        rows: The rows.
+        columns: The columns.
+        copies: How many processes have the same.
+        copies_of_bias: How many have the same rows of a bias that is apart.
+        in_columns: Whether some process has only some of the columns of the layer.
     """
 
     rows: slice
     columns: slice
     copies: int = 1
+    copies_of_bias: int = 1
+    in_columns: bool = False
 
 
 # What a process has of a layer: of its matrices [W | b], or of W and of b each.
@@ -78,11 +87,17 @@ def _parts(layer: Layer, places: Mapping[nn.Parameter, Sequence[Box]]) -> list[B
         return None  # the norms of matrices so small are more than their gradients
     parts: list[Blocks] = [(block,) for block in weights]
     if layer.bias is not None and layer.bias_is_apart:
-        # a bias makes up for what all columns of the same rows do
-        of_biases = _rows_of_bias(places[layer.bias], layer.bias, matrices * d_out)
-        of_weights = [b.rows if _all(b.columns, d_in) else None for b in weights]
-        if of_biases != of_weights:
+        # a bias makes up for what its weight does in the same rows
+        of_bias = _rows_of_bias(places[layer.bias], layer.bias, matrices * d_out)
+        if of_bias != [b.rows for b in weights]:
             return None
+        in_columns = not all(_all(b.columns, d_in) for b in weights)
+        counts = Counter(places[layer.bias])
+        of_copies = (counts[box] for box in places[layer.bias])
+        parts = [
+            (dataclasses.replace(b, copies_of_bias=n, in_columns=in_columns),)
+            for b, n in zip(weights, of_copies, strict=True)
+        ]
     elif layer.bias is not None:
         biases = _bias_blocks(places[layer.bias], layer.bias, d_in - 1)
         if biases is None:

@@ -50,8 +50,9 @@ class Piece:
         return of_rows, of_columns
 
     def of_matrices(self, inputs: InputMean) -> InputMean:
-        """The means of the inputs of its matrices."""
-        return inputs.map(self._own)
+        """The means of the inputs of its matrices, of its columns."""
+        own = inputs.map(self._own)
+        return dataclasses.replace(own, mean=_part(own.mean, self.columns))
 
     def factor(self, L: Structure, j: slice | None) -> Structure:
         """A factor of its matrices, or of their rows or columns `j`."""

@@ -5,6 +5,7 @@ It is `singd_core.without_mean` for the rows of a weight and of its bias that a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,10 +35,12 @@ def told(stacks: Sequence[Stack], given: Gradients, total: Total) -> dict[Stack,
         G, g = slab.joined(weight)[0], slab.column(bias)
         sums = InputSums(*(torch.zeros_like(t) for t in (inputs.mean, inputs.squares, inputs.used)))
         for piece in slab.pieces:
-            own = InputSums.of(piece.view(G), piece.view(g), inputs.mean)
-            for place, part in zip(sums, own, strict=True):
-                of_piece = place if piece.matrices is None else place[piece.matrices]
-                of_piece += part / slab.blocks[piece.block].copies
+            own, block = InputSums.of(piece.view(G), piece.view(g), inputs.mean), slab.blocks[0]
+            places = (t if piece.matrices is None else t[piece.matrices] for t in sums)
+            counts = block.copies, block.copies_of_bias, block.copies
+            for place, part, n in zip(places, own, counts, strict=True):
+                of_columns = place[..., block.columns] if part is own.cross else place
+                of_columns += part / n
         found.append((stack, inputs, sums))
         flats.append(torch.cat([t.reshape(-1) for t in sums]))
     if not found:
@@ -78,12 +81,23 @@ def column(slab: Slab, preconditioner: Preconditioner, bias: Tensor) -> Tensor:
 
 
 def along(slab: Slab, inputs: InputMean, natural: Tensor) -> Tensor:
-    """The product n μ of the natural gradient n of a block, as a column."""
+    """The product n μ of the natural gradient n of a block, as a column.
+
+    If other processes have other columns, the products of all are to be summed.
+    """
 
     def product(piece: Piece, out: Tensor) -> None:
         piece.view(out).copy_(piece.of_matrices(inputs).along(piece.view(natural)))
 
     return _by_pieces(slab, natural.new_empty(len(natural), 1), product)
+
+
+def in_all_rows(slab: Slab, moved: Tensor, wide: torch.dtype) -> Tensor:
+    """What this process adds to the sum of such products, for all rows of the layer."""
+    block, (batch, d_out, _) = slab.blocks[0], slab.shape
+    found = torch.zeros(math.prod(batch) * d_out, dtype=wide, device=moved.device)
+    found[block.rows] = moved[:, 0].to(wide) / block.copies
+    return found
 
 
 def step_of_bias(

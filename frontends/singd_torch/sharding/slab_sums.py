@@ -30,13 +30,17 @@ def slab_in(stack: Stack) -> Slab:
     return slab
 
 
-def squares_of(slab: Slab, blocks: Sequence[Tensor], wide: torch.dtype) -> Tensor:
-    """What this process adds to the sums of squares of the matrices."""
+def squares_of(
+    slab: Slab, blocks: Sequence[Tensor], wide: torch.dtype, *, of_bias: bool = False
+) -> Tensor:
+    """What this process adds to the sums of squares of the matrices, or of biases as columns."""
     batch, _, _ = slab.shape
     found = torch.zeros(math.prod(batch), dtype=wide, device=slab.weight.device)
     for piece in slab.pieces:
         own = torch.linalg.vector_norm(piece.view(blocks[piece.block]), dim=(-2, -1), dtype=wide)
-        found[piece.matrices or slice(None)] += own.square() / slab.blocks[piece.block].copies
+        block = slab.blocks[piece.block]
+        n = block.copies_of_bias if of_bias else block.copies
+        found[piece.matrices or slice(None)] += own.square() / n
     return found
 
 

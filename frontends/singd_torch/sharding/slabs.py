@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,14 +34,27 @@ from singd_torch.tensors.pieces import placed
 from singd_torch.tensors.select import either
 
 
+class _Apart(NamedTuple):
+    """What a step has of a bias that is apart.
+
+    Attributes:
+        natural: Its natural gradient, as a column.
+        moved: What the natural gradient of the weight is along the mean of the inputs.
+        ratio: The rate of the weight in shares of its own.
+    """
+
+    natural: Tensor
+    moved: Tensor
+    ratio: Any
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Begun:
     """A slab in a step: its new factors, its natural gradient, and squares that processes sum.
 
     Each matrix has the squares of the gradient, of the average of gradients, and of its natural
     gradient. Natural gradients are of blocks. A bias that is apart has such numbers beside the
-    numbers of its weight, and `apart`: its natural gradient, what the weight moves along the mean
-    of the inputs, and the rate of the weight in shares of its own.
+    numbers of its weight.
     """
 
     slab: Slab
@@ -52,7 +65,7 @@ class _Begun:
     decay: Sequence[Tensor] | None
     natural: Sequence[Tensor]
     squares: Tensor
-    apart: tuple[Tensor, Tensor, Any] | None
+    apart: _Apart | None
 
 
 def advance(
@@ -86,7 +99,8 @@ def advance(
         _begin(stack, state, given, learned.get(stack), means.get(stack), wide) for stack in stacks
     ]
     counts = [one.squares.shape[1] for one in begun]
-    squares = torch.split(total(torch.cat([one.squares for one in begun], 1)), counts, 1)
+    begun, of_all = _summed(begun, total, wide)
+    squares = torch.split(of_all, counts, 1)
     alike: dict[int, list[int]] = {}
     for i, one in enumerate(begun):
         alike.setdefault(id(one.slab.group), []).append(i)
@@ -98,6 +112,27 @@ def advance(
     moved = ((one, moves[i]) for i, one in enumerate(begun) if moves[i] is not False)
     level([(one.stack, one.s, one.natural, how) for one, how in moved], total)
     return [moves[i] for i in range(len(begun))]
+
+
+def _summed(
+    begun: Sequence[_Begun], total: Total, wide: torch.dtype
+) -> tuple[list[_Begun], Tensor]:
+    """The squares of all processes, and what weights move along means where these have columns."""
+    flat = torch.cat([one.squares for one in begun], 1)
+    moved = {
+        i: slab_centering.in_all_rows(one.slab, one.apart.moved, wide)
+        for i, one in enumerate(begun)
+        if one.apart is not None and one.slab.blocks[0].in_columns
+    }
+    sums = total(torch.cat([flat.reshape(-1), *moved.values()]))
+    of_all, *others = torch.split(sums, [flat.numel(), *(x.numel() for x in moved.values())])
+    found = list(begun)
+    for i, all_rows in zip(moved, others, strict=True):
+        one = begun[i]
+        assert one.apart is not None
+        own = all_rows[one.slab.blocks[0].rows, None].to(one.apart.moved.dtype)
+        found[i] = dataclasses.replace(one, apart=one.apart._replace(moved=own))
+    return found, of_all.view_as(flat)
 
 
 def _begin(
@@ -140,9 +175,9 @@ def _begin(
     if inputs is not None:
         of_bias = slab_centering.column(slab, preconditioner, ahead[-1])
         columns = slab.column(gradient[-1]), slab.column(ahead[-1]), of_bias
-        own = torch.stack([squares_of(slab, [x], wide) for x in columns])
+        own = torch.stack([squares_of(slab, [x], wide, of_bias=True) for x in columns])
         squares = torch.stack([squares, own], -1).flatten(1)
-        apart = of_bias, slab_centering.along(slab, inputs, natural[0]), ratio
+        apart = _Apart(of_bias, slab_centering.along(slab, inputs, natural[0]), ratio)
     return _Begun(slab, stack, s, factors, preconditioner, decay, natural, squares, apart)
 
 
@@ -275,7 +310,8 @@ def _write(
     momenta, bias = stack.momenta, None
     if one.apart is not None:
         scale, of_bias = scale.view(-1, 2).unbind(1)
-        bias = slab_centering.step_of_bias(slab, *one.apart[:2], (scale, of_bias), one.apart[2])
+        of_column, moved, ratio = one.apart
+        bias = slab_centering.step_of_bias(slab, of_column, moved, (scale, of_bias), ratio)
         bias = bias if on_host else torch.where(moves, bias, 0.0)
     if s.normalized and batch:  # a weight is several matrices
         for piece in slab.pieces:
