@@ -1,7 +1,6 @@
 """Layers whose factor along the parted axis is diagonal: nothing but numbers are sent in a step."""
 
 import copy
-import math
 from typing import Any
 from unittest import mock
 
@@ -14,6 +13,7 @@ from test_fully_shard import check
 from test_meshes import parted
 
 from singd_torch import SINGD
+from singd_torch.sharding.local import norms
 from singd_torch.tensors import pieces
 
 DIAGONAL: dict[str, Any] = {"structures": ("diagonal", "diagonal"), "T": 3, "growing_T": False}
@@ -56,19 +56,24 @@ def alone(name: str, given: dict[str, Any]) -> Any:
     return models.weights(model)
 
 
-def check_local(world: int, name: str, how: str, given: dict[str, Any], others: int = 0) -> None:
-    """All but so many layers are stepped by all processes."""
+def check_local(
+    world: int, name: str, how: str, given: dict[str, Any], others: int = 0, moved: int = 0
+) -> None:
+    """All but so many layers are stepped by all processes.
+
+    A step sums norms of matrices and of biases that are apart. `moved` are the rows of weights that
+    are parted by columns, beside such biases: what they move along the means of their inputs.
+    """
     found = gloo.run(world, trained, name, how, given)
     check([weights for weights, *_ in found], alone(name, given))
     for _, (calls, numbers), text in found:
-        layers = [line for line in text.splitlines() if "  SINGD  " in line]
+        layers = [line for line in text.splitlines() if "  SINGD" in line]
         by_all = [line for line in layers if "  all  " in line]
         assert len(by_all) == len(layers) - others
         if not others:
             assert calls == {"all_reduce": 2}
             matrices = watched.layers(SINGD(models.new(name), **models.settings(name, **given)))
-            total = sum(math.prod(layer.shape[0]) for layer in matrices)
-            assert numbers == {"all_reduce": 1 + 3 * total}
+            assert numbers == {"all_reduce": 1 + sum(map(norms, matrices)) + moved}
 
 
 def test_two_processes_send_nothing_but_numbers() -> None:
@@ -91,16 +96,24 @@ def test_two_processes_with_other_models(name: str, recipe: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("how", "others"), [("columns", 0), ("replicate", 14), ("tensor", 0), ("sequence", 0)]
+    ("how", "others", "moved"),
+    [
+        ("columns", 6, 0),  # biases by rows, beside weights by columns: these have owners
+        ("replicate", 14, 0),
+        ("tensor", 0, 2 * (16 + 16)),
+        ("sequence", 0, 2 * (16 + 16)),
+    ],
 )
-def test_two_processes_on_other_meshes(how: str, others: int) -> None:
-    check_local(2, "characters", how, DIAGONAL, others)
+def test_two_processes_on_other_meshes(how: str, others: int, moved: int) -> None:
+    check_local(2, "characters", how, DIAGONAL, others, moved)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["parts", "hybrid", "data and tensor"])
-def test_four_processes(how: str) -> None:
-    check_local(4, "characters", how, DIAGONAL)
+@pytest.mark.parametrize(
+    ("how", "moved"), [("parts", 0), ("hybrid", 0), ("data and tensor", 2 * (16 + 16))]
+)
+def test_four_processes(how: str, moved: int) -> None:
+    check_local(4, "characters", how, DIAGONAL, moved=moved)
 
 
 @pytest.mark.slow
