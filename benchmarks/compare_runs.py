@@ -26,11 +26,11 @@ RIVALS = {"AdamW": "AdamW", "Muon": "Muon", "SOAP": "SOAP/pytorch-optimizer"}  #
 OURS = "SINGD"
 GRADIENTS = "SINGD without rows"  # of the named parameters alone
 DIAGONAL = "SINGD without rows, diagonal"
-WITH_ROWS = "SINGD, diagonal"  # of the model
-OWN = OURS, GRADIENTS, DIAGONAL, WITH_ROWS  # whose rate is a setting
+OF_MODEL = "SINGD, diagonal"  # of the model
+OWN = OURS, GRADIENTS, DIAGONAL, OF_MODEL  # whose rate is a setting
 # Methods of docs/rows.md alone. That page shows a linear decay and no other schedule.
 BESIDES = {"PSGD": "PSGD/pytorch-optimizer", "Adafactor": "Adafactor"}
-LINEAR = GRADIENTS, DIAGONAL, WITH_ROWS, *BESIDES
+LINEAR = GRADIENTS, DIAGONAL, OF_MODEL, *BESIDES
 WARM_UP = 20  # steps in which the rate of a rival grows
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -101,7 +101,7 @@ class Result:
 
 def make(task: str, method: str, rate: float | None, seed: int, schedule: str, **given: Any) -> Run:
     """A run of a task as it is, SINGD's with the settings that follow from those given."""
-    if method in (DIAGONAL, WITH_ROWS):
+    if method in (DIAGONAL, OF_MODEL):
         given = {"structures": ["diagonal", "diagonal"]} | given
     return Run(
         task=task,
@@ -139,7 +139,7 @@ def optimizer(run: Run, model: nn.Module, task: Task) -> torch.optim.Optimizer:
     """The optimizer of a run; those that refresh something do so at every step."""
     if run.method in (GRADIENTS, DIAGONAL):
         return SINGD(model.named_parameters(), **json.loads(run.given))
-    if run.method in (OURS, WITH_ROWS):
+    if run.method in (OURS, OF_MODEL):
         return SINGD(model, loss_average=task.loss_average, **json.loads(run.given))
     assert run.rate is not None
     return ENTRIES[(RIVALS | BESIDES)[run.method]].build(model, run.rate, 1, task.loss_average)

@@ -161,12 +161,13 @@ def test_what_happens_between_steps(
         assert pairs[0] == pytest.approx(pairs[1], rel=1e-8)
 
 
-def test_a_scale_of_the_loss_is_taken_out(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("of", ["model", "names"])
+def test_a_scale_of_the_loss_is_taken_out(of: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pieces, "on_host", lambda x: False)
     torch.manual_seed(0)
     models = [Network().double()]
     models.append(copy.deepcopy(models[0]))
-    optimizers = [SINGD(model, fallback_lr=0.0) for model in models]
+    optimizers = [SINGD(*GIVEN[of](model), fallback_lr=0.0) for model in models]
     scale = torch.tensor(1024.0, dtype=torch.float64)  # a scaler's own is in float32
     optimizers[1].grad_scale = scale  # type: ignore[attr-defined]
     for step in range(4):
@@ -176,6 +177,27 @@ def test_a_scale_of_the_loss_is_taken_out(monkeypatch: pytest.MonkeyPatch) -> No
             backward(model, scale)
             optimizer.step()
     same((models[1], optimizers[1]), (models[0], optimizers[0]))
+
+
+def test_a_gradient_in_float16_is_divided_by_its_scale_in_float32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pieces, "on_host", lambda x: False)
+    steps = []
+    for scale in (1.0, 2.0**30):  # in float16 the quotient would be zero
+        torch.manual_seed(0)
+        layer = nn.Linear(8, 4).half()
+        before = copy.deepcopy(layer)
+        optimizer = SINGD(layer.named_parameters(), warmup=0)
+        optimizer.grad_scale = torch.tensor(scale)  # type: ignore[attr-defined]
+        for p in layer.parameters():
+            p.grad = torch.randn(p.shape).half()
+        optimizer.step()
+        pairs = zip(layer.parameters(), before.parameters(), strict=True)
+        steps.append([p.detach() - q.detach() for p, q in pairs])
+    for one, other in zip(*steps, strict=True):
+        assert one.any()
+        torch.testing.assert_close(other, one)
 
 
 @pytest.mark.parametrize("name", ["wide.weight", "last.weight"])

@@ -13,7 +13,7 @@ from torch import Tensor
 from singd_core._array import cast
 from singd_core._settings import StepSettings, rate_of_factors
 from singd_core.levels import weight_of
-from singd_core.rules import inputs_of
+from singd_core.rules import Factors, inputs_of
 from singd_core.rules.centering import InputMean, InputSums, along, centered, cross
 from singd_torch.step.begun import Gradients
 from singd_torch.step.bundle import Bundle
@@ -56,8 +56,7 @@ def steps_of_biases(
     """
     moved = [along(n, mean) for n, mean in zip(natural, minus, strict=False)]
     of_weight, of_bias = (torch.cat([x.reshape(-1) for x in some]) for some in (moved, columns))
-    n = bundle.several
-    of_biases = scale[n:]
+    of_biases = scale[bundle.several :]
     c, c_bias = (bundle.joint.C.on_rows(x) for x in (scale[: len(of_biases)], of_biases))
     return of_bias * c_bias + of_weight * c
 
@@ -87,7 +86,7 @@ def _tell(
     copy_back(bundle, joint, due, factors)
 
 
-def _means(factors: object) -> InputMean:
-    found = inputs_of(factors)  # type: ignore[arg-type]
+def _means(factors: Factors) -> InputMean:
+    found = inputs_of(factors)
     assert found is not None
     return found

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from singd_core._array import widen
+from singd_core._array import ranged, widen
 from singd_core._settings import StepSettings, is_bound
 from singd_core.length import sized
 from singd_core.rounding import is_rounded
@@ -121,11 +121,11 @@ def advance(bundle: Bundle, state: State, given: Gradients) -> Tensor:
 def _gradients(bundle: Bundle, given: Gradients) -> Tensor:
     """The gradients of all parameters in one array of their own, or zeros unless ok.
 
-    They are in the dtype of the momenta, unless the factors learn from them.
+    They are in the dtype of the momenta. If the factors learn from them, they keep their own
+    precision, with the range of float32.
     """
     flat = torch.cat([given.raw(p).reshape(-1) for p in bundle.parameters])
-    if not bundle.learns:
-        flat = flat.to(bundle.dtype)
+    flat = ranged(flat) if bundle.learns else flat.to(bundle.dtype)
     if given.scales.grads is not None:
         flat.div_(given.scales.grads)
     assert given.bad is not None
