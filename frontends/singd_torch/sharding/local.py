@@ -66,9 +66,7 @@ def local(
         parts = _parts(layer, places)
         if parts is None:
             continue
-        batch, d_out, d_in = layer.shape
-        K, C = layer.structures
-        if math.prod(batch) * (K.numbers(d_in) + C.numbers(d_out)) > _SMALL:
+        if numbers(layer) > _SMALL:
             if factors[layer.weight] > left:
                 continue
             left -= factors[layer.weight]
@@ -137,6 +135,17 @@ def _blocks(layer: Layer, boxes: Sequence[Box]) -> list[Block] | None:
                 of_columns = slice(start, start + n * each)
         found.append(Block(of_rows, of_columns, counts[box]))
     return found
+
+
+def numbers(layer: Layer) -> int:
+    """How many numbers its factors have, with the mean of its inputs if a bias tells it.
+
+    As many are summed over the processes when gradients refresh them.
+    """
+    batch, d_out, d_in = layer.shape
+    K, C = layer.structures
+    mean = d_in if layer.bias_is_apart else 0
+    return math.prod(batch) * (K.numbers(d_in) + C.numbers(d_out) + mean)
 
 
 def norms(layer: Layer) -> int:

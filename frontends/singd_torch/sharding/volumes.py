@@ -8,7 +8,7 @@ from singd_core.step import decouples_decay
 from singd_torch._groups import settings_of
 from singd_torch._table import factor_bytes, layer_bytes
 from singd_torch.layers.layer import Layer
-from singd_torch.sharding.local import norms
+from singd_torch.sharding.local import norms, numbers
 from singd_torch.sharding.owners import Shares
 from singd_torch.sharding.stream import bytes_of_sums
 
@@ -20,8 +20,10 @@ def volumes(layers: Iterable[Layer], shares: Shares, processes: int) -> tuple[in
     """
     step = refresh = sums = 0.0
     for layer in layers:
-        if layer.has_rows or layer.weight in shares.parts:  # else its owner learns alone
+        if layer.has_rows:
             refresh += bytes_of_sums(layer)
+        elif layer.weight in shares.parts:  # else its owner learns alone
+            refresh += numbers(layer) * max(4, layer.weight.dtype.itemsize)
         if layer.weight in shares.parts:
             sums += 8 * norms(layer)  # in float64
             continue
