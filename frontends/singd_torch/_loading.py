@@ -101,7 +101,8 @@ def begin_anew(layer: Layer, entries: Mapping[nn.Parameter, Entries]) -> None:
     """Begin anew with what a layer keeps now and did not keep yet.
 
     These are sums over late gradients. They are all that a weight without rows keeps of its bias,
-    where AdamW trained that. Where AdamW trained the weight too, all begins anew.
+    where AdamW trained that. Where AdamW trained the weight too, all begins anew. Factors of rows
+    that learn from gradients now keep no averages, and begin anew if they have a bias as a column.
     """
     own = entries[layer.weight]
     k = own.get("averages.k")
@@ -109,12 +110,23 @@ def begin_anew(layer: Layer, entries: Mapping[nn.Parameter, Entries]) -> None:
         for p in layer.parameters:
             entries[p].clear()
         return
+    k = k if isinstance(k, Tensor) and not isinstance(k, DTensor) else None
+    by_rows = k is not None and not layer.kind.has_rows and bool(own["averages.t_U"].any())
     is_apart = layer.bias_is_apart and "inputs.mean" not in own
-    if layer.bias is not None and is_apart and isinstance(k, Tensor) and not isinstance(k, DTensor):
+    if by_rows and layer.bias is None:
+        for name in [name for name in own if name.startswith("averages.")]:
+            own[name] = torch.zeros_like(own[name])
+    if layer.bias is not None and is_apart and k is not None:
         (batch, _, d_in), like = layer.shape, k.reshape(-1)
-        own.update(InputMean.zeros(batch, d_in, like).named_arrays("inputs."))
-        entries[layer.bias].clear()
-        if _state.MOMENTUM in own:
+        if by_rows:
+            for name in [name for name in own if "." in name]:
+                del own[name]
+        else:
+            own.update(InputMean.zeros(batch, d_in, like).named_arrays("inputs."))
+            entries[layer.bias].clear()
+        if by_rows and _state.MOMENTUM in own:  # of the weight and of the bias
+            own.update(_state.no_late(layer, like).named_arrays(_state.LATE))
+        elif _state.MOMENTUM in own:
             own.update(_state.no_late(layer, like).named_arrays(_state.LATE))
             zeros = torch.zeros_like(layer.bias, dtype=own[_state.MOMENTUM].dtype)
             entries[layer.bias][_state.MOMENTUM] = zeros

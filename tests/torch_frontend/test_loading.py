@@ -18,6 +18,7 @@ from test_checkpoint import (
 )
 from torch import nn
 
+from singd_core import rules
 from singd_torch import SINGD
 
 
@@ -253,3 +254,40 @@ def test_a_schedule_goes_on_from_the_rate_of_a_checkpoint() -> None:
     other.load_state_dict(through_a_file(optimizer.state_dict()))
     resumed = torch.optim.lr_scheduler.StepLR(other, 1, gamma=0.5, last_epoch=2)
     assert resumed.get_last_lr() == [0.12 / 8]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_diagonal_factors_that_learned_from_rows_begin_anew_with_their_momenta(
+    bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 6, bias=bias), nn.Tanh(), nn.Linear(6, 3))
+
+    def train(model: nn.Module, optimizer: SINGD, steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(torch.randn(16, 8)).square().mean().backward()
+            optimizer.step()
+
+    with monkeypatch.context() as before:
+        before.setattr(rules.IKFAC, "wants_rows", rules.Rule.wants_rows)
+        model = make()
+        optimizer = SINGD(model, **DIAGONAL)
+        train(model, optimizer, 3)
+        saved = through_a_file(optimizer.state_dict())
+    momentum = saved["state"][0]["momentum_buffer"].clone()
+    assert saved["state"][0]["averages.t_U"] > 0.0
+    model = make()
+    optimizer = SINGD(model, **DIAGONAL)
+    optimizer.load_state_dict(saved)
+    own = optimizer.state[model[0].weight]
+    assert torch.equal(own["momentum_buffer"], momentum)
+    train(model, optimizer, 2)
+    assert "SINGD without rows" in repr(optimizer)
+    own = optimizer.state[model[0].weight]
+    assert own["K.diag"].shape == (8,)
+    assert own["averages.t_U"] == 0.0
+    assert own["averages.k"] == 2.0
+    assert (own["late.weights"].shape == (2,)) is bias
+    assert optimizer.skipped == 0
