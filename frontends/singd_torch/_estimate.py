@@ -148,13 +148,13 @@ def automatic(model: nn.Module, groups: Sequence[dict[str, Any]], budget: int | 
         ]
         return _cost(find_all(model, auto), auto)
 
-    if cost(1) > budget:
-        raise ValueError(
-            f"memory_budget={budget:,}: diagonal factors already need {cost(1):,} bytes"
-        )
-    layers = find_all(model, [group | {"structures": "auto:1"} for group in groups])
+    # diagonal factors that learn from gradients have the means of inputs beside them
+    least = min(cost(1), cost(2))
+    if least > budget:
+        raise ValueError(f"memory_budget={budget:,}: diagonal factors already need {least:,} bytes")
+    layers = find_all(model, [group | {"structures": "auto:2"} for group in groups])
     low, high = 1, max((max(layer.shape[1:]) for layer in layers), default=1)
-    while low < high:  # the cost grows with b
+    while low < high:  # the cost grows with b from 2 on
         middle = (low + high + 1) // 2
         low, high = (middle, high) if cost(middle) <= budget else (low, middle - 1)
     return f"auto:{low}"

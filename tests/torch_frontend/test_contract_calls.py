@@ -155,9 +155,11 @@ def test_one_structure_is_taken_for_both(one: Any) -> None:
 
 def table(optimizer: SINGD) -> dict[str, list[str]]:
     _, header, *rows = repr(optimizer).splitlines()
-    assert re.split(r"  +", header) == ["parameter", "shape", "rule", "K", "C", "bytes of state"]
+    columns = ["parameter", "shape", "rule", "K", "C", "bytes of state"]
+    found = re.split(r"  +", header)
+    assert found in (columns, [*columns, "why without rows"])
     cells = [re.split(r"  +", row.strip()) for row in rows]
-    return {name: rest for name, *rest in cells}
+    return {name: rest[: 3 if rest[1] == "AdamW" else 5] for name, *rest in cells}
 
 
 def test_print_shows_who_owns_each_parameter() -> None:

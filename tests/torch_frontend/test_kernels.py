@@ -94,7 +94,7 @@ class Transformer(nn.Module):
 DIAGONAL = {"structures": ("diagonal", "diagonal")}
 LIMITS: dict[str, tuple[Callable[[nn.Module], Any], dict[str, Any], int, int, int]] = {
     "default": (lambda model: model, {}, 115, 155, 417),
-    "diagonal": (lambda model: model, DIAGONAL, 105, 145, 320),
+    "diagonal": (lambda model: model, DIAGONAL, 186, 226, 629),  # tables have rows
     "decay": (lambda model: model, {"weight_decay": 0.01}, 119, 159, 421),
     "parameters": (nn.Module.parameters, {}, 98, 141, 415),
     "names": (nn.Module.named_parameters, {}, 133, 179, 518),
