@@ -111,23 +111,24 @@ def begin_anew(layer: Layer, entries: Mapping[nn.Parameter, Entries]) -> None:
             entries[p].clear()
         return
     k = k if isinstance(k, Tensor) and not isinstance(k, DTensor) else None
-    by_rows = k is not None and not layer.kind.has_rows and bool(own["averages.t_U"].any())
+    t_U, K = own.get("averages.t_U"), own.get("K.diag")
+    by_rows = not layer.kind.has_rows and isinstance(t_U, Tensor) and bool(t_U.any())
     is_apart = layer.bias_is_apart and "inputs.mean" not in own
-    if by_rows and layer.bias is None:
+    if k is not None and by_rows and layer.bias is None:
         for name in [name for name in own if name.startswith("averages.")]:
             own[name] = torch.zeros_like(own[name])
     if layer.bias is not None and is_apart and k is not None:
         (batch, _, d_in), like = layer.shape, k.reshape(-1)
-        if by_rows:
+        has_column = isinstance(K, Tensor) and K.shape[-1:] == (d_in + 1,)
+        if has_column:
             for name in [name for name in own if "." in name]:
                 del own[name]
         else:
             own.update(InputMean.zeros(batch, d_in, like).named_arrays("inputs."))
             entries[layer.bias].clear()
-        if by_rows and _state.MOMENTUM in own:  # of the weight and of the bias
+        if _state.MOMENTUM in own:
             own.update(_state.no_late(layer, like).named_arrays(_state.LATE))
-        elif _state.MOMENTUM in own:
-            own.update(_state.no_late(layer, like).named_arrays(_state.LATE))
+        if _state.MOMENTUM in own and not has_column:
             zeros = torch.zeros_like(layer.bias, dtype=own[_state.MOMENTUM].dtype)
             entries[layer.bias][_state.MOMENTUM] = zeros
     known = own.get(_state.LATE + "growth")

@@ -19,8 +19,10 @@ from singd_core._array import (
     wide_full,
 )
 from singd_core._scalars import at_least
+from singd_core._settings import Rate
 from singd_core._tree import Tree, tree
 from singd_core.curvature import TINY
+from singd_core.levels import weight_of
 
 # The gradient of a bias tells nothing where it is smaller than this share of its weight's: it may
 # be the rounding of 8 bits, as of a bias whose layer is normalized afterwards.
@@ -74,16 +76,17 @@ class InputMean(Tree):
     def told(
         self,
         sums: InputSums,
-        weight: Scalar,
+        k: Scalar,
+        lr_cov: Rate,
         spread: Callable[[Array], Array] = lambda c: c[..., None],
         squares_of: Callable[[Array], Array] = lambda x: sum_of_squares(x, 1),
     ) -> Self:
-        """After one more gradient, which counts with this weight (6.2 and 6.3).
+        """After one more gradient at a refresh, after k refreshes (6.2 and 6.3).
 
         Means of matrices of several shapes may stand in one vector. Then `spread` says how a number
         of each matrix is one of each column, and `squares_of` sums the squares of its columns.
         """
-        own, old = sums.own, self.mean
+        own, old, weight = sums.own, self.mean, weight_of(k + 1.0, lr_cov)
         hat = sums.cross / at_least(spread(own), TINY)
         rest = sums.all - own * squares_of(hat)
         # a gradient of rank one leaves no rest to compare g with: it is compared with G itself

@@ -187,8 +187,8 @@ class IKFAC(InverseFree):
 
     @classmethod
     def wants_rows(cls, structures: Sequence[type[Structure]]) -> bool:
-        """Unless both are diagonal: docs/rows.md has what was measured."""
-        return not all(issubclass(S, Diagonal) for S in structures)
+        """Unless both are diagonal: docs/rows.md says why. Rules that derive from it want rows."""
+        return cls is not IKFAC or not all(issubclass(S, Diagonal) for S in structures)
 
     def directions(
         self, curvature: Curvature, rates: Rates, s: Settings
@@ -221,11 +221,6 @@ class IKFAC(InverseFree):
 @tree
 class SINGD(IKFAC):
     """SINGD, and INGD with dense factors: the other side's curvature weighs a factor's own."""
-
-    @classmethod
-    def wants_rows(cls, structures: Sequence[type[Structure]]) -> bool:
-        """Always: the update by gradients is another."""
-        return True
 
     @classmethod
     def keeps_momentum(cls, s: Settings) -> bool:

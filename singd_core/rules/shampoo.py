@@ -10,7 +10,6 @@ from singd_core._scalars import at_least, number, where
 from singd_core._settings import Rate, Settings
 from singd_core._tree import tree
 from singd_core.curvature import TINY, Averages, Curvature, Rates
-from singd_core.levels import weight_of
 from singd_core.rounding import Rounding
 from singd_core.rules.centering import InputMean, InputSums
 from singd_core.rules.factor_step import direction, half, stepped
@@ -56,8 +55,8 @@ class Shampoo(InverseFree):
         """
         inputs = self.inputs
         if inputs is not None and of_bias is not None:
-            weight = weight_of(self.averages.k + 1.0, lr_cov)
-            inputs = inputs.told(InputSums.of(gradient, of_bias, inputs.mean), weight)
+            sums = InputSums.of(gradient, of_bias, inputs.mean)
+            inputs = inputs.told(sums, self.averages.k, lr_cov)
             gradient = inputs.centered(gradient, of_bias)
         told = dataclasses.replace(self, inputs=inputs)
         return told.refresh(told.curvature(gradient), lr_cov, s, report, rounding)
@@ -105,7 +104,7 @@ class Shampoo(InverseFree):
         return L.scale(where(moves, size, 1.0))
 
     def known(self, averages: Averages) -> Averages:
-        """Without the mean diagonal of U."""
+        """Without a new mean diagonal of U: the mean square of X stands in its place."""
         return dataclasses.replace(averages, t_U=self.averages.t_U)
 
 

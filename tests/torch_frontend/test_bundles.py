@@ -69,6 +69,16 @@ GIVEN: dict[str, Callable[[nn.Module], tuple[Any, ...]]] = {
     "groups": lambda model: (model, groups(model)),
     "parameters": lambda model: (model.parameters(),),
     "names": lambda model: (model.named_parameters(),),
+    "named groups": lambda model: (
+        [
+            {
+                "params": [
+                    (n, p) for n, p in model.named_parameters() if n.endswith("bias") is biases
+                ]
+            }
+            for biases in (False, True)
+        ],
+    ),
 }
 
 
@@ -96,6 +106,18 @@ def resume(step: int, model: Network, optimizer: SINGD) -> None:
         optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
 
 
+def begin_momentum(step: int, model: Network, optimizer: SINGD) -> None:
+    for group in optimizer.param_groups:
+        group["momentum"] = 0.0 if step < 3 else 0.9
+
+
+def couple(step: int, model: Network, optimizer: SINGD) -> None:
+    """In some steps the stacks step alone, with refreshes of their own."""
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.1
+        group["decoupled_weight_decay"] = step not in (2, 3)
+
+
 def nothing(step: int, model: Network, optimizer: SINGD) -> None:
     pass
 
@@ -110,7 +132,7 @@ CASES: dict[str, dict[str, Any]] = {
     "order": {"order": 2, "T": 2, "growing_T": False},
     "coupled decay": {"weight_decay": 0.1, "decoupled_weight_decay": False},
 }
-CHANGES = [nothing, leave_out, freeze, report, replace_state, resume]
+CHANGES = [nothing, leave_out, freeze, report, replace_state, resume, begin_momentum, couple]
 
 
 def trained(
@@ -177,6 +199,43 @@ def test_a_scale_of_the_loss_is_taken_out(of: str, monkeypatch: pytest.MonkeyPat
             backward(model, scale)
             optimizer.step()
     same((models[1], optimizers[1]), (models[0], optimizers[0]))
+
+
+@pytest.mark.parametrize("of", ["parameters", "names"])
+@pytest.mark.parametrize(
+    ("of_bias", "given"),
+    [
+        (torch.float64, {}),
+        (torch.bfloat16, {"rounding": "kahan"}),
+        (torch.float32, {"momentum_dtype": torch.float64}),
+        (torch.float32, {"preconditioner_dtype": (torch.float64, None)}),
+        (torch.float32, {"preconditioner_dtype": (torch.bfloat16, torch.bfloat16)}),
+    ],
+    ids=str,
+)
+def test_layers_of_several_precisions_step_alone(
+    of_bias: torch.dtype, given: dict[str, Any], of: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for masked in (False, True):
+        if masked:
+            monkeypatch.setattr(pieces, "on_host", lambda x: False)
+        torch.manual_seed(0)
+        layer = nn.Linear(6, 4)
+        layer.bias.data = layer.bias.data.to(of_bias)
+        optimizer = SINGD(*GIVEN[of](layer), warmup=0, T=2, growing_T=False, **given)
+        for _ in range(4):
+            layer.weight.grad = torch.randn(4, 6)
+            layer.bias.grad = torch.randn(4).to(of_bias)
+            optimizer.step()
+        assert optimizer.skipped == 0
+        kept = {
+            k: (v.dtype, v.shape) for p in layer.parameters() for k, v in optimizer.state[p].items()
+        }
+        found.append(([p.detach().clone() for p in layer.parameters()], kept))
+    assert found[0][1] == found[1][1]
+    for p, q in zip(found[0][0], found[1][0], strict=True):
+        torch.testing.assert_close(p, q, rtol=2e-2, atol=2e-2)
 
 
 def test_a_gradient_in_float16_is_divided_by_its_scale_in_float32(

@@ -1,5 +1,6 @@
 """What cannot be loaded is an error that names it and changes nothing; hooks are obeyed."""
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -256,9 +257,11 @@ def test_a_schedule_goes_on_from_the_rate_of_a_checkpoint() -> None:
     assert resumed.get_last_lr() == [0.12 / 8]
 
 
+@pytest.mark.filterwarnings("ignore:no rows of .* have been seen")
+@pytest.mark.parametrize("seen", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 def test_diagonal_factors_that_learned_from_rows_begin_anew_with_their_momenta(
-    bias: bool, monkeypatch: pytest.MonkeyPatch
+    bias: bool, seen: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def make() -> nn.Module:
         torch.manual_seed(0)
@@ -267,7 +270,8 @@ def test_diagonal_factors_that_learned_from_rows_begin_anew_with_their_momenta(
     def train(model: nn.Module, optimizer: SINGD, steps: int) -> None:
         for _ in range(steps):
             optimizer.zero_grad()
-            model(torch.randn(16, 8)).square().mean().backward()
+            with contextlib.nullcontext() if seen else optimizer.no_rows():
+                model(torch.randn(16, 8)).square().mean().backward()
             optimizer.step()
 
     with monkeypatch.context() as before:
@@ -277,7 +281,7 @@ def test_diagonal_factors_that_learned_from_rows_begin_anew_with_their_momenta(
         train(model, optimizer, 3)
         saved = through_a_file(optimizer.state_dict())
     momentum = saved["state"][0]["momentum_buffer"].clone()
-    assert saved["state"][0]["averages.t_U"] > 0.0
+    assert (saved["state"][0]["averages.t_U"] > 0.0) == seen
     model = make()
     optimizer = SINGD(model, **DIAGONAL)
     optimizer.load_state_dict(saved)
@@ -288,6 +292,6 @@ def test_diagonal_factors_that_learned_from_rows_begin_anew_with_their_momenta(
     own = optimizer.state[model[0].weight]
     assert own["K.diag"].shape == (8,)
     assert own["averages.t_U"] == 0.0
-    assert own["averages.k"] == 2.0
+    assert own["averages.k"] == (2.0 if bias or seen else 5.0)
     assert (own["late.weights"].shape == (2,)) is bias
     assert optimizer.skipped == 0

@@ -119,7 +119,7 @@ def _of_gradients(
 
 
 def by_choice(model: nn.Module, layers: Iterable[Layer]) -> dict[nn.Parameter, str]:
-    """Why weights of a model learn from gradients that could have rows."""
+    """Why weights of a model learn from gradients: by their structures, whatever else there is."""
     own = set(model.parameters())
     return {
         layer.weight: "diagonal factors learn from gradients"

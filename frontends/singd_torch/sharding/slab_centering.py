@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from singd_core._settings import rate_of_factors
-from singd_core.levels import weight_of
 from singd_core.preconditioner import Preconditioner
 from singd_core.rules import Shampoo, inputs_of
 from singd_core.rules.centering import InputMean, InputSums
@@ -53,7 +52,7 @@ def told(stacks: Sequence[Stack], given: Gradients, total: Total) -> dict[Stack,
         layer, factors = slab_in(stack), stack.factors
         assert isinstance(factors, Shampoo)
         rate = rate_of_factors(layer.group["steps"], given.settings(layer.weight))
-        means[stack] = inputs.told(all_sums, weight_of(factors.averages.k + 1.0, rate))
+        means[stack] = inputs.told(all_sums, factors.averages.k, rate)
     return means
 
 

@@ -70,6 +70,7 @@ class Bundle:
         size: What `singd_core.length.size` returns, for all matrices.
         momentum: The momenta of all parameters, None without.
         sums: The sums over late gradients of all matrices, None without.
+        waited: Whether there was a step without it since it stepped.
         joint: How the factors of all are one.
         factors: They, whose numbers are of all matrices.
         levels: The levels of the columns of all matrices, then of their rows; levels that nobody
@@ -108,6 +109,7 @@ class Bundle:
             shapes = [(*axis, *p.shape) for p in stack.layers[0].parameters]
             self.parts.append(Part(stack, where[stack], shapes))
         self.sizes = [p.numel() for p in self.parameters]
+        self.momentum, self.waited = None, False
         self._held: list[Any] = []
 
     @property
@@ -138,10 +140,13 @@ class Bundle:
 
     def hold(self, state: State) -> None:
         """Take what the stacks have into vectors, unless that is done."""
-        there = self._there()
-        if len(there) == len(self._held) and all(map(is_, there, self._held)):
+        there, s = self._there(), settings_of(self.stacks[0].layers[0].group)
+        begins = has_momentum(s) and self.momentum is None
+        if len(there) == len(self._held) and all(map(is_, there, self._held)) and not begins:
+            if self.waited:  # its stacks may have had refreshes apart
+                self.measured()
+                self.waited = False
             return
-        s = settings_of(self.stacks[0].layers[0].group)
         like = self.stacks[0].averages.k
         self.joint = Joint(self.stacks)
         numbers = self.joint.K.numbers
@@ -234,6 +239,7 @@ def bundled(
         elif own:
             found.append(Bundle(own))
         elif alive.issuperset(bundle.stacks):
+            bundle.waited = True
             waiting.append(bundle)
         for stack in own:
             del fresh[stack]

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from singd_core._array import cast
 from singd_core._settings import StepSettings, rate_of_factors
-from singd_core.levels import weight_of
 from singd_core.rules import Factors, inputs_of
 from singd_core.rules.centering import InputMean, InputSums, along, centered, cross
 from singd_torch.step.begun import Gradients
@@ -80,8 +79,7 @@ def _tell(
     squares = cast(Matrices([*G, *g]).norms().square(), of)
     sums = InputSums(torch.cat([x.reshape(-1) for x in crosses]), squares[n:], squares[:n])
     rate = rate_of_factors(due[0].stack.layers[0].group["steps"], s)
-    weight = weight_of(factors.averages.k[:n] + 1.0, rate)
-    new = inputs.told(sums, weight, joint.K.on_rows, joint.K.squares_of)
+    new = inputs.told(sums, factors.averages.k[:n], rate, joint.K.on_rows, joint.K.squares_of)
     inputs.map(lambda old, new: torch.where(ok, new, old, out=old), new)
     copy_back(bundle, joint, due, factors)
 

@@ -65,7 +65,7 @@ def refresh(
     if gradient is None:
         curvature = joint.curvature(found, factors.averages.k)
     else:
-        curvature = _of_gradients(bundle, joint, due, *gradient)
+        curvature = _curvature_of(bundle, joint, due, *gradient)
     report: dict[str, Any] = {}
     rate = rate_of_factors(due[0].stack.layers[0].group["steps"], s)
     new = factors.refresh(curvature, rate, s, report, joint.rounding(s))
@@ -83,7 +83,7 @@ def refresh(
         bundle.measured()
 
 
-def _of_gradients(
+def _curvature_of(
     bundle: Bundle, joint: Joint, due: Sequence[Part], gradient: Tensor, squares: Tensor
 ) -> Curvature:
     """`Shampoo.curvature` of the gradients of some stacks."""

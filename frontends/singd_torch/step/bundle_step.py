@@ -15,6 +15,7 @@ from singd_core.length import sized
 from singd_core.rounding import is_rounded
 from singd_core.rules import IKFAC, Shampoo, inputs_of
 from singd_core.step import averaged, couples_decay, decouples_decay, squares_of
+from singd_torch.layers.layer import Layer
 from singd_torch.step.begun import Gradients
 from singd_torch.step.bundle import Bundle
 from singd_torch.step.bundle_centering import steps_of_biases, take_out_means
@@ -35,12 +36,14 @@ def steps_so(stack: Stack, given: Gradients) -> bool:
     s = own[0]
     if type(factors) is Shampoo:
         # rows that have come make factors of another rule; a bias of another rate steps with a mean
-        fits = not layer.pending and (inputs_of(factors) is None or own[-1] is s)
+        alike = inputs_of(factors) is None or _same(own[-1].lr, s.lr)
+        fits = alike and not layer.pending
     else:
         fits = type(factors) is IKFAC
     return (
         stack.compile is None
         and fits
+        and _has_one_precision(layer)
         and layer.weight.numel() > 0
         and s.normalized
         and not s.normalize_lr_cov
@@ -50,12 +53,26 @@ def steps_so(stack: Stack, given: Gradients) -> bool:
     )
 
 
+def _same(rate: float | Tensor, other: float | Tensor) -> bool:
+    """Whether two rates are known to be the same without a wait for the device."""
+    if isinstance(rate, Tensor) or isinstance(other, Tensor):
+        return rate is other
+    return rate == other
+
+
+def _has_one_precision(layer: Layer) -> bool:
+    """Whether weight and bias have one dtype, and nothing is kept in a wider one."""
+    dtypes = {p.dtype for p in layer.parameters}
+    wide = {torch.promote_types(d, torch.float32) for d in (*dtypes, *layer.dtypes)}
+    return len(dtypes) == len(wide) == 1
+
+
 def advance(bundle: Bundle, state: State, given: Gradients) -> Tensor:
     """Write the new factors, momenta and weights of a bundle.
 
     Returns:
         Whether all of it moved, 0-d. If products left the range of their dtype, their matrices do
-        not move, and nothing but momenta has changed.
+        not move.
     """
     ok = given.ok
     assert ok is not None

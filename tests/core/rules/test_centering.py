@@ -254,7 +254,7 @@ def test_sums_of_parts_add_up() -> None:
     halves = [InputSums.of(G[j], g[j][:, None], like) for j in (slice(0, 2), slice(2, None))]
     for name, one, *two in zip(whole._fields, whole, *halves, strict=True):
         np.testing.assert_allclose(one, sum(two), err_msg=name)
-    assert InputMean.zeros((), D_IN, like).told(whole, 1.0).mean.shape == (D_IN,)
+    assert InputMean.zeros((), D_IN, like).told(whole, 0.0, 1.0).mean.shape == (D_IN,)
 
 
 def test_a_tuple_that_is_no_pair_is_refused() -> None:

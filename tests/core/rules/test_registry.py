@@ -70,6 +70,16 @@ def test_it_is_a_rule_of_torch() -> None:
     assert "m_K.matrix" in optimizer.state[model.weight]
 
 
+def test_a_rule_that_derives_from_the_default_keeps_its_rows() -> None:
+    class Other(rules.IKFAC):
+        pass
+
+    structures = (Diagonal, Diagonal)
+    assert not rules.IKFAC.wants_rows(structures)
+    assert rules.IKFAC.wants_rows((Diagonal, Dense))
+    assert all(rule.wants_rows(structures) for rule in (Other, rules.SINGD, rules.KFAC))
+
+
 def test_it_is_a_rule_of_jax() -> None:
     jax = pytest.importorskip("jax")
     from singd_jax import singd, value_and_grad
