@@ -7,6 +7,7 @@ import pytest
 
 from singd_core import Optimizer, rules
 from singd_core.rules import registry
+from singd_core.structures import Dense, Diagonal
 
 
 @rules.rule
