@@ -126,11 +126,11 @@ def begin_anew(layer: Layer, entries: Mapping[nn.Parameter, Entries]) -> None:
         else:
             own.update(InputMean.zeros(batch, d_in, like).named_arrays("inputs."))
             entries[layer.bias].clear()
+            if _state.MOMENTUM in own:
+                zeros = torch.zeros_like(layer.bias, dtype=own[_state.MOMENTUM].dtype)
+                entries[layer.bias][_state.MOMENTUM] = zeros
         if _state.MOMENTUM in own:
             own.update(_state.no_late(layer, like).named_arrays(_state.LATE))
-        if _state.MOMENTUM in own and not has_column:
-            zeros = torch.zeros_like(layer.bias, dtype=own[_state.MOMENTUM].dtype)
-            entries[layer.bias][_state.MOMENTUM] = zeros
     known = own.get(_state.LATE + "growth")
     if isinstance(known, Tensor) and not isinstance(known, DTensor):
         sums = _state.no_late(layer, known.reshape(-1))

@@ -74,9 +74,9 @@ def find(model: nn.Module, groups: Sequence[dict[str, Any]]) -> list[Layer]:
         structures = rule.choose(
             group["structures"], shape, diagonal=(common.diagonal_inputs, tied)
         )
+        of_bias = None if bias is None else group_of[bias]
         given = _of_gradients(common, weight, bias, settings_of(group), structures, tied=tied)
         if given is not None:
-            of_bias = None if bias is None else group_of[bias]
             layers.append(Layer(shared.name, given, weight, bias, [], group, structures, of_bias))
             continue
         sources: list[tuple[nn.Module | None, Source]] = [
@@ -94,7 +94,6 @@ def find(model: nn.Module, groups: Sequence[dict[str, Any]]) -> list[Layer]:
             )
             for m, use, _ in shared.uses
         ]
-        of_bias = None if bias is None else group_of[bias]
         layers.append(Layer(shared.name, common, weight, bias, sources, group, structures, of_bias))
     return layers
 

@@ -28,6 +28,7 @@ from singd_torch.step.bundle_sums import Sums
 from singd_torch.step.joint import Joint
 from singd_torch.step.rounding import Row
 from singd_torch.step.stack import Stack, State
+from singd_torch.tensors.matrices import Matrices
 
 # Numbers of the parameters of a bundle, if it has several stacks: their gradients are copied.
 _LARGEST = 1 << 26
@@ -193,11 +194,8 @@ class Bundle:
             return
         self.levels = like.new_full((joint.K.rows[-1].stop + joint.C.rows[-1].stop,), EVEN)
         self.matrix_of = torch.cat([joint.K.matrix_of, joint.C.matrix_of])
-        self.length_of = torch.empty_like(self.levels)
-        lengths = joint.as_levels(self.length_of)
-        for i in range(len(self.parts)):
-            for side in joint.levels(i, lengths).sides:
-                side.fill_(side.shape[-1])
+        lengths = [side.on_rows(side.powers(1.0, like)) for side in (joint.K, joint.C)]
+        self.length_of = torch.cat(lengths)
 
     def measured(self) -> None:
         """Have the sizes that follow from the averages."""
@@ -206,6 +204,10 @@ class Bundle:
         if self.apart:
             of_biases = of_weights[: len(self._shares)] * self._shares
             self.size[self.several :].copy_(of_biases)
+
+    def matrices(self, flat: Tensor) -> Matrices:
+        """What all parameters have as matrices: the weights, then the biases that are apart."""
+        return Matrices([*self.weights(flat), *self.biases(flat)])
 
     def weights(self, flat: Tensor) -> list[Tensor]:
         """What all parameters have as matrices, without the biases that are apart."""

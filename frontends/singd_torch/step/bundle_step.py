@@ -83,7 +83,7 @@ def advance(bundle: Bundle, state: State, given: Gradients) -> Tensor:
         gradient = _gradients(bundle, given)
         if bundle.apart:
             minus = take_out_means(bundle, gradient, s, given)
-        squares = Matrices([*bundle.weights(gradient), *bundle.biases(gradient)]).norms().square()
+        squares = bundle.matrices(gradient).norms().square()
         refresh(bundle, s, state, given, (gradient, squares))
         gradient = gradient.to(bundle.dtype)
     else:
@@ -105,9 +105,8 @@ def advance(bundle: Bundle, state: State, given: Gradients) -> Tensor:
         own, owned = zip(made, weights, strict=True), ahead is gradient
         return Matrices([*(by_pieces(P, owned, matrix) for P, matrix in own), *columns])
 
-    matrices = Matrices([*bundle.weights(ahead), *bundle.biases(ahead)])
     late = None if bundle.sums is None else bundle.sums.late
-    found = sized(s, matrices, solve, bundle.size, squares, late)
+    found = sized(s, bundle.matrices(ahead), solve, bundle.size, squares, late)
     natural, columns = found.natural[: len(made)], found.natural[len(made) :]
     moves = ok & (found.length < math.inf)
     of_weights = moves[: bundle.several]

@@ -80,7 +80,11 @@ class Joint:
 
     def columns(self, i: int, of_all: Tensor) -> Tensor:
         """What the columns of the matrices of a stack have, a view."""
-        return of_all[self.K.rows[i]].view((*self.stacks[i].batch, -1))
+        return self._along(i, self.K, of_all)
+
+    def _along(self, i: int, side: Layout, of_all: Tensor) -> Tensor:
+        """What the columns or the rows of the matrices of a stack have, a view."""
+        return of_all[side.rows[i]].view((*self.stacks[i].batch, -1))
 
     def part(self, i: int, factors: InverseFree) -> InverseFree:
         """The factors of a stack, views."""
@@ -102,11 +106,7 @@ class Joint:
 
     def levels(self, i: int, levels: Levels) -> Levels:
         """The levels of a stack, views."""
-        batch = self.stacks[i].batch
-        return Levels(
-            levels.rows[self.C.rows[i]].view(*batch, -1),
-            self.columns(i, levels.columns),
-        )
+        return Levels(self._along(i, self.C, levels.rows), self.columns(i, levels.columns))
 
     def as_levels(self, vector: Tensor) -> Levels:
         """What all columns have, then all rows, as levels, views."""
@@ -136,7 +136,7 @@ class Joint:
         known: Any = of_all.L
         if of_all.whole and known.known[i]:
             return Side(known.part(i), True)
-        return Side(L.part(i), False, scale[layout.rows[i]].view((*self.stacks[i].batch, -1)))
+        return Side(L.part(i), False, self._along(i, layout, scale))
 
 
 class _Rounding:
