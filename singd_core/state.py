@@ -111,7 +111,8 @@ def _upgraded(template: State, flat: Mapping[str, Any]) -> dict[str, Any]:
     It had one momentum for a weight matrix and its bias, which averaged natural gradients: a rule
     that averages gradients begins anew with it. Later ones had no mean of
     squared gradients, and none had the largest rate: these begin anew. So does a weight that learns
-    from gradients, if AdamW trained its bias or both of them.
+    from gradients, if AdamW trained its bias or both of them, or if the bias was a column. The
+    averages of rows begin anew, where factors learn from gradients now.
     """
     found = {"largest_lr": 0.0} | dict(flat)
     for name, layer in template.layers.items():
@@ -122,6 +123,10 @@ def _upgraded(template: State, flat: Mapping[str, Any]) -> dict[str, Any]:
             found |= {f"{name}.{k}": a for k, a in fresh}
             found = {k: a for k, a in found.items() if not _is_left_over(k, template)}
             continue
+        t_U = flat.get(f"{name}.averages.t_U")
+        if not layer.factors.has_rows and t_U is not None and bool((t_U > 0.0).any()):
+            averages = layer.factors.averages.named_arrays(f"{name}.averages.")
+            found |= {k: namespace(a).zeros_like(a) for k, a in averages}
         if layer.late is not None:
             found |= begun_anew(layer.late, flat, f"{name}.{_LATE}")
         own = {k: a for k, a in layer.named_arrays() if not k.startswith(_FACTORS)}

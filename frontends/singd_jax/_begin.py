@@ -90,9 +90,8 @@ class Start:
             self.layers.refuse_further(arrays, self.layers.shapes)
         found, s = self._present(arrays), self.rates.settings
         owned = {name for layer in found.values() for name in layer.leaves}
-        others_found = tensors(arrays, owned, s) if self.others else {}
-        found |= others_found
-        owned |= {leaf for layer in others_found.values() for leaf in layer.leaves}
+        found |= tensors(arrays, owned, s) if self.others else {}
+        owned |= {leaf for layer in found.values() for leaf in layer.leaves}
         dtypes = {name: arrays[name].dtype for name in owned}
 
         # Compiled, so that no array is tied to a device: the core makes them on another array's
@@ -109,9 +108,8 @@ class Start:
         largest_lr = jnp.zeros((), jnp.float32)
         core = State(count, largest_lr, skipped, states, rest)  # type: ignore[arg-type]
         hold = {k: [a.shape for a in jax.tree.leaves(own.factors)] for k, own in shapes.items()}
-        fixed = Fixed(
-            extended(self.layers, others_found, leaves.numbers), s.growing_T, s.rows, hold
-        )
+        blind = {name: layer for name, layer in found.items() if not layer.has_rows}
+        fixed = Fixed(extended(self.layers, blind, leaves.numbers), s.growing_T, s.rows, hold)
         state = numbers_everywhere(SingdState.of(core, params, self.rates.T, fixed), arrays)
         self.known |= {"rest": jax.tree.map(lambda _: 0, state.rest), "fixed": fixed}
         return state
@@ -128,13 +126,18 @@ class Start:
     def _present(self, arrays: Mapping[str, Array]) -> dict[str, Layer]:
         """The layers whose weight is there, and their bias if it is: masks leave some out.
 
-        One-hot rows have no dense factors, which some rules want.
+        One-hot rows have no dense factors, which some rules want. A bare preconditioner, which
+        trains no others, has rows alone.
         """
-        dense = self.rates.rule.only_dense
-        return {
+        dense, s = self.rates.rule.only_dense, self.rates.settings
+        found = {
             name: layer if layer.leaves[-1] in arrays else layer.without_bias()
             for name, layer in self.layers.items()
             if layer.weight.name in arrays and not (dense and layer.diagonal)
+        }
+        return {
+            name: layer.learning(self._structures, s) if self.others else layer
+            for name, layer in found.items()
         }
 
     @property

@@ -84,6 +84,10 @@ def value_and_curvature(
         trained.refuse_others(
             leaves.named, [leaf for layer in trained.values() for leaf in layer.leaves]
         )
+        if not kept:
+            value, grads, changed = value_and_grad(loss, leaves, batch, keywords, has_aux)
+            leaves.keep(changed)
+            return value, grads, {}
         needed = layers.loss_average == "batch" or layers.kfac_approx == "reduce"
         first = functools.partial(leading, loss, leaves, batch, keywords)
         n = size_of_batch(layers.batch_size, batch, keywords, first) if needed else None
@@ -114,7 +118,7 @@ def value_and_curvature(
             value, grads, changed, found = measured()
         else:
             value, grads, changed, found = jax.lax.cond(jnp.any(jnp.stack(dues)), measured, plain)
-        if kept and not used:
+        if not used:
             raise ValueError(
                 f"the loss uses none of {', '.join(kept)} as in the loss that the layers were "
                 "found in: find the layers of this loss, or give that one"

@@ -9,6 +9,7 @@ from typing import Self, TypeAlias
 from singd_core import rules
 from singd_core._array import Array
 from singd_core._layer_state import Parameter, parts
+from singd_core._settings import Settings
 from singd_core.layers import Tensor
 from singd_core.layers.biases import biases
 from singd_core.structures import Structure, choose
@@ -133,6 +134,19 @@ class Layer:
     def without_bias(self) -> Layer:
         """The layer of the weight alone, where the bias is trained by another transformation."""
         return dataclasses.replace(self, bias=None)
+
+    def learning(self, wanted: Wanted, s: Settings) -> Layer:
+        """The layer without its rows, where factors of these structures learn from gradients.
+
+        Tables of embeddings keep their rows, and so do vectors and layers to one output, which have
+        a factor with nothing to learn.
+        """
+        _, d_out, d_in = self.shape
+        fixed = not self.has_rows or self.transposed or self.diagonal or 1 in (d_out, d_in)
+        fixed = fixed or (self.bias is not None and not self.bias.is_in_order)
+        if fixed or rules.wants_rows(s, self.structures(wanted, rules.get(s.rule))):
+            return self
+        return dataclasses.replace(self, has_rows=False, notes=(*self.notes, rules.BY_CHOICE))
 
     def of(self, factors: rules.Factors) -> Layer:
         """The layer that the factors are of: with its bias only if they have a column for it."""

@@ -77,7 +77,7 @@ class Layers(Mapping[str, Layer]):
         trained = {
             name: self[name].of(own)
             for name, own in factors.items()
-            if name in self and self[name].has_rows
+            if name in self and self[name].has_rows and own.has_rows
         }
         return dataclasses.replace(self, found=trained)
 
@@ -146,7 +146,7 @@ class Layers(Mapping[str, Layer]):
         header = ("parameter", "shape", "kind", "matrix", "K", "C", _BYTES, "")
         body: list[tuple[str, ...]] = [header]
         for layer in self.found.values():
-            body.append(self._row(layer, wanted, own))
+            body.append(self._row(layer.learning(wanted, own), wanted, own))
         real = {
             n: self.shapes[n]
             for n, why in self.others.items()

@@ -58,6 +58,11 @@ class Part:
         return self.region == tuple((0, n) for n in self.shape)
 
     @property
+    def is_in_order(self) -> bool:
+        """Whether its matrix is the region in another shape."""
+        return not self.flips and self._order()[1] == list(range(len(self._order()[1])))
+
+    @property
     def layout(self) -> tuple[Any, ...]:
         """How it lies in its region: products of the same layout are uses of one matrix."""
         return self.stack, self.outs, self.ins, self.flips

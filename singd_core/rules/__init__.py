@@ -20,6 +20,7 @@ from singd_core.structures.base import Structure
 from singd_core.structures.choose import MatrixShape
 
 __all__ = [
+    "BY_CHOICE",
     "IKFAC",
     "KFAC",
     "SINGD",
@@ -44,6 +45,9 @@ Factors: TypeAlias = Rule  # what a rule keeps of a layer
 def learns_from_gradients(s: Settings) -> bool:
     """Whether matrices that show no rows have factors; else AdamW trains them."""
     return s.normalized and get(s.rule).without_rows
+
+
+BY_CHOICE = "diagonal factors learn from gradients"  # why a layer has no rows, in tables
 
 
 def wants_rows(s: Settings, structures: Sequence[type[Structure]]) -> bool:

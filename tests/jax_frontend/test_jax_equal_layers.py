@@ -120,7 +120,8 @@ def test_a_step_of_many_copies_none_and_computes_nothing_in_every_kernel() -> No
 
 
 @pytest.mark.parametrize(
-    ("structures", "copies", "branches"), [("diagonal", 16, 0), ("diagonal", 1, 1), ("dense", 1, 1)]
+    ("structures", "copies", "branches"),
+    [("blockdiagonal:1", 16, 0), ("blockdiagonal:1", 1, 1), ("dense", 1, 1), ("diagonal", 1, 0)],
 )
 def test_curvature_that_costs_little_is_measured_in_every_step(
     structures: str, copies: int, branches: int

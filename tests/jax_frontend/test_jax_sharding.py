@@ -16,7 +16,11 @@ from singd_jax import find_layers
 FLAGS = "--xla_force_host_platform_device_count=8"
 
 
-@pytest.fixture(scope="module", params=["diagonal", pytest.param("dense", marks=pytest.mark.slow)])
+# Diagonal factors learn from gradients, and all others from rows.
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("diagonal", "dense")]
+
+
+@pytest.fixture(scope="module", params=["hierarchical:1,1", *SLOW])
 def found(request):
     """What `sharded_run.py` found in a process of its own: devices are made at start."""
     script = Path(__file__).with_name("sharded_run.py")
@@ -57,10 +61,11 @@ def test_curvature_needs_no_further_all_reduces(found):
     assert sometimes <= 2 * gradient, found["all-reduces"]  # in two branches: one of them runs
 
 
+@pytest.mark.parametrize("found", ["hierarchical:1,1", SLOW[1]], indirect=True)
 def test_each_device_measures_some_of_its_own_rows(found):
     full, some = found["few rows"]["all-reduces"]
     assert some == full
-    assert found["few rows"]["gap"] < 0.05
+    assert found["few rows"]["gap"] < 0.2  # of off-diagonal entries, which differ in sign
     assert found["few rows"]["spread"] > 0.01 or found["structures"] == "dense"
 
 

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import singd_jax
-from singd_core import Optimizer
+from singd_core import Optimizer, rules
 from singd_core.rules.shampoo import Shampoo
 
 # Relative to the largest entry, float32: products in another order, and divisions by small numbers.
@@ -255,4 +255,150 @@ def test_a_state_of_before_begins_anew() -> None:
             assert np.array_equal(a, b), name
     assert np.any(restored.core.fallback["v"].exp_avg)
     updates, _ = tx.update(params, restored, params)
+    assert all(np.all(np.isfinite(u)) for u in jax.tree.leaves(updates))
+
+
+# ---- layers of a loss whose factors are diagonal ------------------------------------------------
+
+_DIAGONAL = {"structures": "diagonal"}
+
+
+def _network(p: Any, x: Any) -> Any:
+    """A linear layer, packed projections, a scan of layers, a table that is tied, a last row."""
+    h = jnp.tanh(p["table"][x["token"]] + x["data"] @ p["in"]["kernel"] + p["in"]["bias"])
+    q, k = h @ p["packed"][:, :6], h @ p["packed"][:, 6:]
+    h, _ = jax.lax.scan(
+        lambda h, own: (jnp.tanh(h @ own["kernel"] + own["bias"]), None), q * k, p["scanned"]
+    )
+    logits = h @ p["table"].T
+    score = h @ p["last"]["kernel"] + p["last"]["bias"]
+    return -jnp.mean(jax.nn.log_softmax(logits)[:, 0]) + jnp.mean((score - 1.0) ** 2)
+
+
+def _diagonal_case() -> tuple[Any, Any]:
+    rng = np.random.default_rng(5)
+    shapes = {
+        "table": (9, 6),
+        "in": {"kernel": (4, 6), "bias": (6,)},
+        "packed": (6, 12),
+        "scanned": {"kernel": (3, 6, 6), "bias": (3, 6)},
+        "last": {"kernel": (6, 1), "bias": (1,)},
+    }
+    params = jax.tree.map(
+        lambda s: jnp.asarray(rng.standard_normal(s) / 2, jnp.float32),
+        shapes,
+        is_leaf=lambda s: isinstance(s, tuple),
+    )
+    x = {"token": rng.integers(0, 9, 32), "data": rng.standard_normal((32, 4)).astype("float32")}
+    return params, jax.tree.map(jnp.asarray, x)
+
+
+def test_layers_with_diagonal_factors_learn_from_gradients() -> None:
+    params, x = _diagonal_case()
+    tx = singd_jax.singd(loss=_network, **_DIAGONAL)
+    state = tx.init(params, x)
+    kinds = {name: isinstance(f, Shampoo) for name, f in state.factors.items()}
+    rows = {name for name, by_gradients in kinds.items() if not by_gradients}
+    assert rows == {"table", "last.kernel"}
+    assert len(kinds) == 6  # the packed weight is two layers
+    layers = singd_jax.find_layers(_network)(params, x)
+    assert layers.table("diagonal").count(rules.BY_CHOICE) == 4
+    assert layers.table("dense").count(rules.BY_CHOICE) == 0
+
+    @jax.jit
+    def step(p: Any, state: Any) -> Any:
+        value, grads = singd_jax.value_and_grad(_network)(p, state, x)
+        updates, state = tx.update(grads, state, p)
+        return optax.apply_updates(p, updates), state, value
+
+    values = []
+    for _ in range(60):
+        params, state, value = step(params, state)
+        values.append(float(value))
+    assert values[-1] < 0.3 * values[0]
+    assert int(state.core.skipped) == 0
+    means = {n: f.inputs is not None for n, f in state.factors.items() if isinstance(f, Shampoo)}
+    assert {name for name, known in means.items() if known} == {"in.kernel", "scanned.kernel"}
+
+
+def test_without_any_rows_the_gradients_of_jax_are_all_it_takes() -> None:
+    rng = np.random.default_rng(6)
+    x = jnp.asarray(rng.standard_normal((32, 8)), jnp.float32)
+    params = {"a": {"kernel": start()["w"], "bias": start()["b"]}}
+    # names tell which axis of a weight is its outputs only if it has a bias
+    params["o"] = {"kernel": start()["o"], "bias": jnp.zeros(4)}
+
+    def loss(p: Any, x: Any) -> Any:
+        h = jnp.tanh(x @ p["a"]["kernel"] + p["a"]["bias"])
+        return jnp.mean((h @ p["o"]["kernel"] + p["o"]["bias"] - x[:, :4]) ** 2)
+
+    def trained(tx: Any, init: Any, gradients: Any) -> Any:
+        p, state = params, init(tx)
+        step = jax.jit(lambda p, state: tx.update(gradients(p, state), state, p))
+        for _ in range(12):
+            updates, state = step(p, state)
+            p = optax.apply_updates(p, updates)
+        return p
+
+    of_jax = lambda p, _: jax.grad(loss)(p, x)  # noqa: E731
+    with_curvature = singd_jax.value_and_grad(loss)
+    expected = trained(singd_jax.singd(**_DIAGONAL), lambda tx: tx.init(params), of_jax)
+    for gradients in (of_jax, lambda p, state: with_curvature(p, state, x)[1]):
+        own = singd_jax.singd(loss=loss, **_DIAGONAL)
+        assert_close(trained(own, lambda tx: tx.init(params, x), gradients), expected)
+
+
+_ROWS = {"rule": "singd"}, {"recipe": "paper"}, {"structures": ("diagonal", "dense")}
+
+
+@pytest.mark.parametrize("given", _ROWS, ids=str)
+def test_others_keep_their_rows(given: dict[str, Any]) -> None:
+    params, x = _diagonal_case()
+    state = singd_jax.singd(loss=_network, **_DIAGONAL | given).init(params, x)
+    assert not any(isinstance(f, Shampoo) for f in state.factors.values())
+    layers = singd_jax.find_layers(_network)(params, x)
+    bare = singd_jax.scale_by_singd(layers=layers, **_DIAGONAL).init(params)
+    assert not any(isinstance(f, Shampoo) for f in bare.factors.values())
+
+
+def test_a_bias_in_another_order_than_its_outputs_keeps_the_rows() -> None:
+    """The gradients of weight and bias tell the mean of the inputs only row by row."""
+    x = jnp.asarray(np.random.default_rng(7).standard_normal((16, 4)), jnp.float32)
+    params = {"w": jnp.ones((4, 2, 3)), "b": jnp.ones((3, 2)), "c": jnp.ones((2, 3))}
+
+    def loss(p: Any, name: str, x: Any) -> Any:
+        bias = p["b"].T if name == "b" else p["c"]
+        return jnp.mean((jnp.einsum("ni,iab->nab", x, p["w"]) + bias - 1.0) ** 2)
+
+    for name, by_gradients in (("b", False), ("c", True)):
+        layers = singd_jax.find_layers(lambda p, x, name=name: loss(p, name, x))(params, x)
+        assert layers["w"].bias is not None
+        state = singd_jax.singd(layers=layers, **_DIAGONAL).init(params)
+        assert isinstance(state.factors["w"], Shampoo) == by_gradients
+
+
+def test_a_state_of_rows_begins_anew_with_gradients() -> None:
+    params, x = _diagonal_case()
+    layers = singd_jax.find_layers(_network)(params, x)
+    # factors of rows have one more column for a bias, and averages of both sides
+    old = singd_jax.singd(layers=layers, structures=("diagonal", "dense"))
+    tx = singd_jax.singd(layers=layers, **_DIAGONAL)
+    state = old.init(params)
+    _, grads, curvature = singd_jax.value_and_curvature(_network, layers)(params, state, x)
+    _, state = old.update(grads, state, params, curvature=curvature)
+    saved = flat(state)
+    fresh = tx.init(params)
+    for name, own in fresh.factors.items():  # the same with a diagonal C
+        saved = {k: a for k, a in saved.items() if not k.startswith(f"{name}.C.")}
+        saved[f"{name}.C.diag"] = np.ones(own.sides[1].shape[:-1], np.float32)
+    restored = singd_jax.unflatten(fresh, saved)
+    for name, own in restored.factors.items():
+        assert bool(jnp.all(own.averages.k == 0.0)) == isinstance(own, Shampoo), name
+        has_mean = isinstance(own, Shampoo) and own.inputs is not None
+        kept = np.array_equal(
+            restored.core.layers[name].momenta[0], state.core.layers[name].momenta[0]
+        )
+        assert kept != has_mean, name
+    _, grads, curvature = singd_jax.value_and_curvature(_network, layers)(params, restored, x)
+    updates, _ = tx.update(grads, restored, params, curvature=curvature)
     assert all(np.all(np.isfinite(u)) for u in jax.tree.leaves(updates))

@@ -109,7 +109,7 @@ def test_what_was_learned_from_half_of_the_rows_begins_anew() -> None:
     optimizer = SINGD(model)
     train(model, optimizer, loss_of, 4)
     old = optimizer.state[model.head.weight]["K.matrix"]
-    optimizer.param_groups[0]["steps"] = 7  # the next that is looked at
+    optimizer.param_groups[0]["steps"] = 8  # the next that is looked at
     with warned("head.weight"):
         train(model, optimizer, in_the_loss, 1)
     assert optimizer.state[model.head.weight]["K.matrix"] is not old

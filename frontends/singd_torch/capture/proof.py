@@ -176,7 +176,6 @@ class Proofs:
                 return
             if leaf is None or not _can_be_proved(layer, leaf):
                 return
-            layer.proved_in = layer.group["steps"]
             proofs.append(proof := Proof(layer, leaf))
         if source.kept is None:
             proof.add(source, x, g)

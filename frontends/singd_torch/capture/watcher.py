@@ -24,7 +24,7 @@ from singd_torch.capture.now import Now
 from singd_torch.capture.proof import Proofs
 from singd_torch.capture.queue import Call, Queue
 from singd_torch.capture.tap import TakeRows, Tap, after_pass, backward_pass, install
-from singd_torch.layers.due import is_due, is_refresh, may_be_due
+from singd_torch.layers.due import is_due, is_refresh, may_be_due, wants_proof
 from singd_torch.layers.layer import IN_THE_LOSS, Layer
 from singd_torch.layers.pending import part_of
 from singd_torch.layers.reach import Pass, Reach, is_in_parts, part_again
@@ -196,7 +196,7 @@ class Watcher:
         for part, own_x, own_g, kept in rows:
             part = source.part if part is None else part
             own = source if product is None else dataclasses.replace(source, part=part, kept=kept)
-            if layer.wants_proof() and self._takes_rows():
+            if wants_proof(layer) and self._takes_rows():
                 self._proofs.add(layer, own, own_x, own_g, self.leaf(layer.weight))
             self.take_rows(layer, own, own_x, own_g)
         return self._takes_rows()

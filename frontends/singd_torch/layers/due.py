@@ -21,6 +21,23 @@ def may_be_due(layer: Layer) -> bool:
     return not layer.seen or is_refresh(layer.group)
 
 
+def wants_proof(layer: Layer) -> bool:
+    """Whether it is to be found out in this step if the rows of a layer tell its gradient.
+
+    It is with the first rows, and in the first refresh from each power of two of steps on. A run
+    that was saved or copied does the same.
+    """
+    group = layer.group
+    return not layer.seen or _is_proof(group["steps"], group["T"], group["growing_T"])
+
+
+@lru_cache(maxsize=16, typed=True)
+def _is_proof(steps: int, T: int, growing_T: bool) -> bool:
+    begin = 1 << (steps.bit_length() - 1) if steps else 0
+    earlier = (_is_due(step, T, growing_T) for step in range(begin, steps))
+    return _is_due(steps, T, growing_T) and not any(earlier)
+
+
 def is_refresh(group: dict[str, Any]) -> bool:
     """Whether the next step of a group refreshes the factors that there are."""
     return _is_due(group["steps"], group["T"], group["growing_T"])

@@ -121,7 +121,7 @@ def by_choice(model: nn.Module, layers: Iterable[Layer]) -> dict[nn.Parameter, s
     """Why weights of a model learn from gradients: by their structures, whatever else there is."""
     own = set(model.parameters())
     return {
-        layer.weight: "diagonal factors learn from gradients"
+        layer.weight: rules.BY_CHOICE
         for layer in layers
         if layer.weight in own and not layer.kind.has_rows
         if not rules.wants_rows(settings_of(layer.group), layer.structures)

@@ -47,7 +47,6 @@ class Layer:
         by_gradient: Whether gradients refresh them, as no rows have been seen so far.
         meter: What measures rows where the factors are on another process, else None.
         without_rows: Why the rows do not tell the gradient, so that none are taken; or None.
-        proved_in: The last step that found out whether the rows tell the gradient.
         unused: Whether the last step had no gradient of the weight.
         called_in: The last step with a backward pass through a call that has rows.
         missed: Refreshes in a row without rows, for which there was a gradient.
@@ -69,7 +68,6 @@ class Layer:
     by_gradient: bool = False
     meter: Any = None
     without_rows: str | None = None
-    proved_in: int = -1
     unused: bool = False
     called_in: int = -1
     missed: int = 0
@@ -85,11 +83,6 @@ class Layer:
         free = issubclass(rules.get(self.group["rule"]), InverseFree)
         free = free and tuple(self.group["preconditioner_dtype"]) == (None, None)
         self.autocast = narrower and free and not on_host(g)
-
-    def wants_proof(self) -> bool:
-        """Whether it is to be found out in this step: at ever larger distances, from the first."""
-        steps = self.group["steps"]
-        return bool(steps == self.proved_in or steps > 2 * self.proved_in)
 
     @property
     def has_rows(self) -> bool:

@@ -68,7 +68,7 @@ class Roster:
             layer.name = self.names.get(layer.weight, layer.name)
             if known is not None and known.is_found_as(layer):
                 layer.pending, layer.seen = known.pending, known.seen
-                layer.by_gradient, layer.proved_in = known.by_gradient, known.proved_in
+                layer.by_gradient, layer.missed = known.by_gradient, known.missed
                 for module, source in known.sources:
                     if module is None:  # it was met in calls
                         layer.know(source)

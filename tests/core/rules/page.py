@@ -42,7 +42,7 @@ class Page:
     def step(self, grad: np.ndarray, A: np.ndarray, B: np.ndarray) -> np.ndarray:
         s = self.s
         gap = self.gap(self.t)
-        if self.t % gap == 0:
+        if self.is_due(self.t):
             U, G = A.T @ A / len(A), len(B) * B.T @ B
             if s["rule"] == "kfac":
                 self.kfac(U, G)
@@ -69,6 +69,13 @@ class Page:
         gap: int = self.s.get("T", 1)
         return min(gap, 2 ** int(np.log2(max(1, t // 10)))) if self.s.get("growing_T") else gap
 
+    def is_due(self, t: int) -> bool:
+        gap = self.gap(t)
+        if not self.s.get("growing_T"):
+            return t % gap == 0
+        golden = (1 + np.sqrt(5)) / 2
+        return bool(t % gap == int(t // gap * golden % 1 * (gap // 2 + 1)))
+
     def normalized(self, grad: np.ndarray) -> np.ndarray:
         s, d_o, d_i = self.s, self.d_out, self.d_in
         self.largest = max(self.largest, s["lr"])
@@ -87,7 +94,7 @@ class Page:
         balanced = P_C @ ahead @ P_K / np.sqrt(np.outer(np.diag(P_C), np.diag(P_K)))
         n = balanced / np.sqrt(np.outer(self.r + 0.1, self.c + 0.1))
         gap = self.gap(self.t)  # of the step that follows
-        if self.t % gap == 0:  # it refreshes the factors
+        if self.is_due(self.t):  # it refreshes the factors
             rate = 1 - (1 - s["lr_cov"]) ** gap if s["growing_T"] else s["lr_cov"]
             weight, squares = max(1 / self.k, rate), balanced**2
             self.r = self.r + weight * (squares.mean(1) / squares.mean() - self.r)
