@@ -100,7 +100,7 @@ def direction(
         finite = is_finite(norm(natural))
         if finite is False:  # before a momentum is overwritten
             return Direction(own, 0.0, finite, momenta, late)
-        own, momenta = _averaged(plus(own, decay), momenta, s, donate=donate)
+        own, momenta = averages(plus(own, decay), momenta, s, donate=donate)
         return Direction(own, 1.0, finite, momenta, late)
 
     if decay is not None:
@@ -268,16 +268,17 @@ def joined(
         outs = [r for r in kind.split(room, shape, bias) if r is not None]
         if not all(is_view(r, room) for r in outs):  # of a kind that splits into copies
             room = outs = None
-    ahead, momenta = _averaged(gradient, momenta, s, donate=donate, outs=outs)
+    ahead, momenta = averages(gradient, momenta, s, donate=donate, outs=outs)
     written = outs is not None and all(a is out for a, out in zip(ahead, outs, strict=True))
     if room is not None and written:
         return room, momenta
     return kind.matrix(*ahead), momenta  # a rate may make arrays of another type
 
 
-def _averaged(
+def averages(
     xs: Parts, momenta: Parts | None, s: Settings, *, donate: bool, outs: Any = None
 ) -> tuple[Parts, Parts | None]:
+    """`averaged` of a weight and its bias, written to `outs` if given."""
     if momenta is None:
         return xs, None
     outs = (None,) * len(xs) if outs is None else outs

@@ -19,7 +19,7 @@ RANKS: dict[str, list[str]] = {
     ],
     "singd_torch": [
         *("_warnings", "_pytree", "_uncompiled", "_fallback", "_groups", "_form", "_changed"),
-        *("sharding.guards", "sharding.switched", "sharding.__init__", "tensors", "layers"),
+        *("sharding.guards", "sharding.__init__", "tensors", "layers"),
         *("_distributed", "_state", "_table", "_loading", "capture", "step", "_diagnostics"),
         *("_training", "_saving", "sharding", "_estimate", "optimizer", "_check"),
     ],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from singd_torch._groups import settings_of
 from singd_torch.layers.layer import Layer
 from singd_torch.step.stack import Stack
 from singd_torch.tensors.join import join
+from singd_torch.tensors.pieces import placed
 
 
 def read(stacks: Iterable[Stack], sizes: Mapping[str, Tensor] | None = None) -> dict[str, float]:
@@ -34,12 +34,6 @@ def read(stacks: Iterable[Stack], sizes: Mapping[str, Tensor] | None = None) -> 
     return dict(zip(names, joined.tolist(), strict=True))
 
 
-def _as(like: Tensor, value: Any) -> Tensor:
-    """A value of each matrix, or a number for all of them, in the shape of `like`."""
-    found = torch.as_tensor(value, device=like.device).to(like)
-    return found.expand(like.shape) if found.ndim == 0 else found
-
-
 def norm(layer: Layer, parameters: Iterable[Tensor]) -> Tensor:
     """The norms of the matrices of a layer. Its parameters may be a stack."""
     matrix: Tensor = widen(layer.kind.matrix(*parameters))
@@ -52,7 +46,8 @@ def _quantities(stack: Stack, sizes: Mapping[str, Tensor] | None) -> dict[str, T
     assert factors is not None
     s = settings_of(stack.layers[0].group)
     like = factors.averages.k
-    found = factors.norms() | {k: _as(like, v) for k, v in report.items()}
+    found = factors.norms()
+    found |= {k: placed(v, like.dtype, like.device).expand(like.shape) for k, v in report.items()}
     t = factors.averages
     for name, t_U, damping in zip("KC", (t.t_U, t.t_G), t.damping(s), strict=True):
         if name == "C" or factors.has_rows:  # else t_U is not known

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,34 +16,32 @@ from singd_core._settings import StepSettings
 RATES = "fallback_lr", "fallback_eps", "fallback_weight_decay"
 
 
-def step_all(
+def step(
     group_of: Mapping[nn.Parameter, dict[str, Any]],
     params: Sequence[nn.Parameter],
     grads: Sequence[Tensor],
     state: dict[Any, dict[str, Any]],
     skip: Tensor | None,
     chosen: Mapping[int, StepSettings],
-    store: Callable[..., None],
-) -> None:
-    """`step` of each group with its own of the parameters; `chosen` settings by id of group."""
+) -> Iterator[tuple[dict[str, Any], Sequence[nn.Parameter], Sequence[Tensor]]]:
+    """One step of the fallback parameters of each group: the group, these, and what they become."""
     parted: dict[int, list[tuple[nn.Parameter, Tensor]]] = {}
     for pair in zip(params, grads, strict=True):
         parted.setdefault(id(group_of[pair[0]]), []).append(pair)
     for pairs in parted.values():
         mine, their = zip(*pairs, strict=True)
         group = group_of[mine[0]]
-        step(group, mine, their, state, skip, chosen[id(group)].warm, store)
+        yield group, mine, _stepped(group, mine, their, state, skip, chosen[id(group)].warm)
 
 
-def step(
+def _stepped(
     group: dict[str, Any],
     params: Sequence[nn.Parameter],
     grads: Sequence[Tensor],
     state: dict[Any, dict[str, Any]],
     skip: Tensor | None,
     warm: Any,
-    store: Callable[..., None],
-) -> None:
+) -> Sequence[Tensor]:
     """One step of the group's fallback parameters.
 
     Args:
@@ -89,7 +87,7 @@ def step(
         eps=group["fallback_eps"],
         maximize=False,
     )
-    store(params, wide, group)
+    return wide
 
 
 def real(x: Tensor) -> Tensor:

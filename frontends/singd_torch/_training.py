@@ -24,6 +24,7 @@ from singd_torch.layers.roster import GONE, Roster
 from singd_torch.sharding.guards import refuse_gathered, refuse_stages
 from singd_torch.step.stepper import Stepper
 from singd_torch.tensors.exact import without_autocast
+from singd_torch.tensors.pieces import placed
 
 
 class Training(torch.optim.Optimizer):
@@ -63,7 +64,9 @@ class Training(torch.optim.Optimizer):
         """Have rates in the memory of devices, where a CUDA graph reads them as they are then."""
         for group in self.param_groups if self._stepper.capturable else ():
             for p in group["params"][:1]:
-                group |= {name: _placed(group[name], p) for name in ("lr", "largest_lr")}
+                for name in ("lr", "largest_lr"):
+                    dtype = getattr(group[name], "dtype", torch.float32)
+                    group[name] = placed(group[name], dtype, p.device)
 
     # ---- what happened to the model -------------------------------------------------------------
 
@@ -291,10 +294,3 @@ class Training(torch.optim.Optimizer):
         if mask is not None and mask.dtype != torch.bool:
             raise TypeError(f"mask_rows wants a boolean mask, not {mask.dtype}: give mask.bool()")
         self._watcher.mask = mask
-
-
-def _placed(rate: Any, p: Tensor) -> Tensor:
-    """A rate as a tensor, on the device of a parameter."""
-    if isinstance(rate, Tensor):
-        return rate.to(p.device)
-    return torch.full((), rate, dtype=torch.float32, device=p.device)

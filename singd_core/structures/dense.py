@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import ClassVar, Self
 
 from singd_core._array import (
     Array,
@@ -89,41 +89,38 @@ class Dense(_Square):
     project = restrict
 
 
+class _Triangular(_Square):
+    """Held in d² numbers. Π̂ doubles the entries beside the diagonal."""
+
+    upper: ClassVar[bool]
+
+    @classmethod
+    def restrict(cls, M: Array, k: int = 0) -> Self:
+        xp = namespace(M)
+        return cls(xp.triu(M, k=k) if cls.upper else xp.tril(M, k=-k))
+
+    @classmethod
+    def project(cls, M: Array) -> Self:
+        return cls.restrict(M) + cls.restrict(M, 1)
+
+
 @structure
-class Tril(_Square):
+class Tril(_Triangular):
     """Lower triangular, held in d² numbers. Π̂ doubles the entries below the diagonal.
 
     Attributes:
         matrix: Shape (..., d, d), zero above the diagonal.
     """
 
-    matrix: Array
-
-    @classmethod
-    def restrict(cls, M: Array) -> Self:
-        return cls(namespace(M).tril(M))
-
-    @classmethod
-    def project(cls, M: Array) -> Self:
-        xp = namespace(M)
-        return cls(xp.tril(M) + xp.tril(M, k=-1))
+    upper = False
 
 
 @structure
-class Triu(_Square):
+class Triu(_Triangular):
     """Upper triangular, held in d² numbers. Π̂ doubles the entries above the diagonal.
 
     Attributes:
         matrix: Shape (..., d, d), zero below the diagonal.
     """
 
-    matrix: Array
-
-    @classmethod
-    def restrict(cls, M: Array) -> Self:
-        return cls(namespace(M).triu(M))
-
-    @classmethod
-    def project(cls, M: Array) -> Self:
-        xp = namespace(M)
-        return cls(xp.triu(M) + xp.triu(M, k=1))
+    upper = True

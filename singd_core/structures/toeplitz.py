@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Self
+from typing import ClassVar, Self
 
 from singd_core._array import (
     Array,
@@ -24,6 +24,8 @@ from singd_core.structures.base import Structure, structure
 @structure
 class _Toeplitz(Structure):
     """Entry j is the value on the j-th off-diagonal; entry 0 is the value on the diagonal."""
+
+    upper: ClassVar[bool]
 
     entries: Array
 
@@ -94,21 +96,32 @@ class _Toeplitz(Structure):
         c, xp = widen(self.entries), namespace(self.entries)
         return xp.sqrt(sum_of_squares(c * xp.sqrt(_lengths(c)), 1))
 
-    def _norms(self) -> Array:
-        """The norms of the rows with one entry, two, ..., all d."""
+    def row_norms(self) -> Array:
         c, xp = widen(self.entries), namespace(self.entries)
-        return xp.sqrt(cumulative_sum(c * c))
+        norms = xp.sqrt(cumulative_sum(c * c))  # of rows with one entry, two, ..., all d
+        return xp.flip(norms, axis=-1) if self.upper else norms
 
     def max_abs(self) -> Array:
         return namespace(self.entries).max(namespace(self.entries).abs(self.entries), axis=-1)
 
-    def _upper(self) -> Array:
-        """The upper triangular Toeplitz matrix of the entries (`project` the other way round)."""
+    @classmethod
+    def restrict(cls, M: Array) -> Self:
+        return cls(M[..., 0, :] if cls.upper else M[..., 0])
+
+    def apply(self, X: Array) -> Array:
+        return _convolve(self.entries, X, adjoint=self.upper)
+
+    def apply_t(self, X: Array) -> Array:
+        return _convolve(self.entries, X, adjoint=not self.upper)
+
+    def dense(self) -> Array:
+        """`project` the other way round."""
         c, xp = self.entries, namespace(self.entries)
         *batch, d = c.shape
         row = xp.concat([c, full(c.shape, 0.0, like=c)], axis=-1)[..., None, :]
         flat = xp.reshape(xp.broadcast_to(row, (*batch, d, 2 * d)), (*batch, 2 * d * d))
-        return xp.reshape(flat[..., : d * (2 * d - 1)], (*batch, d, 2 * d - 1))[..., :d]
+        T = xp.reshape(flat[..., : d * (2 * d - 1)], (*batch, d, 2 * d - 1))[..., :d]
+        return T if self.upper else T.mT
 
 
 @structure
@@ -119,23 +132,7 @@ class TrilToeplitz(_Toeplitz):
         entries: The first column, shape (..., d).
     """
 
-    entries: Array
-
-    def row_norms(self) -> Array:
-        return self._norms()
-
-    @classmethod
-    def restrict(cls, M: Array) -> Self:
-        return cls(M[..., 0])
-
-    def dense(self) -> Array:
-        return self._upper().mT
-
-    def apply(self, X: Array) -> Array:
-        return _convolve(self.entries, X, adjoint=False)
-
-    def apply_t(self, X: Array) -> Array:
-        return _convolve(self.entries, X, adjoint=True)
+    upper = False
 
 
 @structure
@@ -146,23 +143,7 @@ class TriuToeplitz(_Toeplitz):
         entries: The first row, shape (..., d).
     """
 
-    entries: Array
-
-    def row_norms(self) -> Array:
-        return namespace(self.entries).flip(self._norms(), axis=-1)
-
-    @classmethod
-    def restrict(cls, M: Array) -> Self:
-        return cls(M[..., 0, :])
-
-    def dense(self) -> Array:
-        return self._upper()
-
-    def apply(self, X: Array) -> Array:
-        return _convolve(self.entries, X, adjoint=True)
-
-    def apply_t(self, X: Array) -> Array:
-        return _convolve(self.entries, X, adjoint=False)
+    upper = True
 
 
 def _lengths(c: Array) -> Array:

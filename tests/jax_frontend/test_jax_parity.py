@@ -90,6 +90,13 @@ def test_reduced_rows_are_those_of_torch(make):
     compare(make(), **PAPER, T=2, kfac_approx="reduce")
 
 
+@pytest.mark.parametrize(
+    "make", cases([mlp, cnn, transformer, attention, tied, table], fast=[mlp, attention])
+)
+def test_the_same_layers_learn_from_gradients_as_in_torch(make):
+    compare(make(), recipe="normalized", structures="diagonal")
+
+
 @pytest.mark.parametrize("given", [{"recipe": "normalized"}, PAPER | {"T": 1}])
 def test_a_tied_table_takes_the_steps_of_torch(given):
     compare(tied(), **given)
@@ -102,25 +109,24 @@ def test_every_structure_takes_the_steps_of_torch(make, structure):
     compare(make(), **PAPER, T=2, structures=(structure, structure))
 
 
-FAST = {("normalized", tied), ("paper", attention), ("paper", table)}
+NORMALIZED, OF_GRADIENTS = {"recipe": "normalized"}, {"structures": "diagonal"}
+SAVED = {"normalized": NORMALIZED, "diagonal": NORMALIZED | OF_GRADIENTS, "paper": PAPER}
+FAST = {("normalized", tied), ("paper", attention), ("paper", table), ("diagonal", transformer)}
 
 
 @pytest.mark.parametrize(
     ("recipe", "make"),
-    cases(
-        itertools.product(["normalized", "paper"], [transformer, attention, cnn, tied, table]),
-        fast=FAST,
-    ),
+    cases(itertools.product(SAVED, [transformer, attention, cnn, tied, table]), fast=FAST),
 )
 def test_a_run_saved_by_torch_goes_on_in_jax(recipe, make):
-    twin = make()
+    twin, given = make(), SAVED[recipe] | {"T": 3}
     x, torch_x = batches(twin)
-    optimizer = SINGD(twin.model, lr=0.05, recipe=recipe, T=3)
+    optimizer = SINGD(twin.model, lr=0.05, **given)
     torch_steps(twin, optimizer, torch_x, 4)
 
     params = twin.params
     layers = singd_jax.find_layers(twin.loss)(params, x)
-    tx = singd_jax.singd(0.05, layers=layers, recipe=recipe, T=3)
+    tx = singd_jax.singd(0.05, layers=layers, **given)
     packed = [name for name in layers if name.startswith("w[")]
     names = [packed or name if name == "w" else name for name, _ in twin.leaves]
     flat = singd_jax.from_torch(optimizer.state_dict(), names, layers)

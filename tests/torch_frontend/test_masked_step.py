@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import singd_torch.optimizer
 from singd_torch import SINGD, _fallback
+from singd_torch._groups import settings_of_step
 
 BF16 = torch.bfloat16
 
@@ -195,7 +196,9 @@ def test_the_state_of_adamw_moves_to_a_device_with_its_parameter() -> None:
     state = {p: _fallback.initial(nn.Parameter(torch.zeros(3)), on_device=False)}
     (group,) = SINGD(nn.Linear(1, 1)).param_groups
     skip = torch.zeros((), device="meta")
-    _fallback.step(group, [p], [torch.empty_like(p)], state, skip, 1.0, lambda *_: None)
+    chosen = {id(group): settings_of_step(group)}
+    ((_, _, new),) = _fallback.step({p: group}, [p], [torch.empty_like(p)], state, skip, chosen)
+    assert [value.device.type for value in new] == ["meta"]
     assert {name: value.device.type for name, value in state[p].items()} == dict.fromkeys(
         ("step", "exp_avg", "exp_avg_sq"), "meta"
     )

@@ -14,7 +14,6 @@ from singd_torch.layers.due import is_refresh
 from singd_torch.layers.layer import Layer
 from singd_torch.layers.matrices import find_all, parameter_names
 from singd_torch.layers.reach import Pass, is_in_parts
-from singd_torch.sharding.switched import switched
 
 # What the names of parameters have behind them that are not in the model any more.
 GONE = " (replaced)"
@@ -139,7 +138,13 @@ class Roster:
         Returns:
             The parameters by those in whose places they are.
         """
-        new = switched(self.groups, list(self.group_of))
+        now, known = [p for group in self.groups for p in group["params"]], list(self.group_of)
+        if [p.shape for p in now] != [p.shape for p in known]:
+            raise ValueError(
+                "the parameters of the groups were replaced by others that are not of the same "
+                "number and shapes: build the optimizer again, or call add_param_group"
+            )
+        new: dict[Tensor, nn.Parameter] = dict(zip(known, now, strict=True))
         for layer in self.layers:
             layer.weight = new[layer.weight]
             layer.bias = None if layer.bias is None else new[layer.bias]

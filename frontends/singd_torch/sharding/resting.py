@@ -81,7 +81,7 @@ class Resting:
         self._forms |= {half: _form(of[half[0]], moves=half[1]) for half in halves}
         world = dist.get_world_size(self._share.processes)
         for half in halves:
-            self._boxes[half] = rows((sum(_bytes(t) for *_, t in self._forms[half]),), world)
+            self._boxes[half] = rows((sum(t.nbytes for *_, t in self._forms[half]),), world)
         leaving = {
             weight
             for weight in (layer.weight for layer in self._layers if layer.weight in self._own)
@@ -137,7 +137,7 @@ class Resting:
 
     def _places(self, half: Half, flat: Tensor) -> Sequence[Tensor]:
         """The bytes of each tensor."""
-        return torch.split(flat, [_bytes(t) for *_, t in self._forms[half]])
+        return torch.split(flat, [t.nbytes for *_, t in self._forms[half]])
 
     def _leave(self, weight: nn.Parameter) -> None:
         """Keep nothing of a layer."""
@@ -158,10 +158,6 @@ def _form(layer: Layer, *, moves: bool) -> Form:
         for name, t in state.get(p, {}).items()
         if (name == _state.MOMENTUM or name.startswith(_state.LATE)) == moves
     ]
-
-
-def _bytes(t: Tensor) -> int:
-    return t.numel() * t.element_size()
 
 
 def _factors_change(layer: Layer) -> bool:

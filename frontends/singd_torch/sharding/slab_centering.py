@@ -14,17 +14,18 @@ from torch import Tensor
 
 from singd_core._settings import rate_of_factors
 from singd_core.preconditioner import Preconditioner
-from singd_core.rules import Shampoo, inputs_of
+from singd_core.rules import inputs_of
 from singd_core.rules.centering import InputMean, InputSums
 from singd_torch.sharding.slab import Piece, Slab
-from singd_torch.sharding.slab_sums import Total, slab_in
+from singd_torch.sharding.slab_sums import Total, slab_in, totals
 from singd_torch.step.begun import Gradients
 from singd_torch.step.stack import Stack
 
 
 def told(stacks: Sequence[Stack], given: Gradients, total: Total) -> dict[Stack, InputMean]:
     """The means of the inputs, told by the gradients of all parts, of stacks that refresh now."""
-    found, flats = [], []
+    found: dict[Stack, InputMean] = {}
+    flats: list[Tensor] = []
     for stack in stacks:
         inputs = inputs_of(stack.factors)  # type: ignore[arg-type]
         if inputs is None:
@@ -40,19 +41,12 @@ def told(stacks: Sequence[Stack], given: Gradients, total: Total) -> dict[Stack,
             for place, part, n in zip(places, own, counts, strict=True):
                 of_columns = place[..., block.columns] if part is own.cross else place
                 of_columns += part / n
-        found.append((stack, inputs, sums))
-        flats.append(torch.cat([t.reshape(-1) for t in sums]))
-    if not found:
-        return {}
-    means: dict[Stack, InputMean] = {}
-    each = torch.split(total(torch.cat(flats)), [len(flat) for flat in flats])
-    for (stack, inputs, sums), flat in zip(found, each, strict=True):
-        parts = torch.split(flat, [t.numel() for t in sums])
-        all_sums = InputSums(*(new.view_as(t) for t, new in zip(sums, parts, strict=True)))
-        layer, factors = slab_in(stack), stack.factors
-        assert isinstance(factors, Shampoo)
+        found[stack], flats = inputs, [*flats, *sums]
+    means, of_all = {}, iter(totals(flats, total))
+    for stack, inputs in found.items():
+        layer, sums = slab_in(stack), InputSums(*(next(of_all) for _ in range(3)))
         rate = rate_of_factors(layer.group["steps"], given.settings(layer.weight))
-        means[stack] = inputs.told(all_sums, factors.averages.k, rate)
+        means[stack] = inputs.told(sums, stack.averages.k, rate)
     return means
 
 
@@ -61,22 +55,18 @@ def centered(slab: Slab, inputs: InputMean, gradient: Sequence[Tensor]) -> list[
     weight, bias = gradient
     (G,), g = slab.joined(weight), slab.column(bias)
 
-    def without(piece: Piece, out: Tensor) -> None:
-        own = piece.of_matrices(inputs)
-        own.centered(piece.view(G), piece.view(g), piece.view(out))
-
-    return [*slab.parted([_by_pieces(slab, torch.empty_like(G), without)]), bias]
+    out = torch.empty_like(G)
+    for piece in slab.pieces:
+        piece.of_matrices(inputs).centered(piece.view(G), piece.view(g), piece.view(out))
+    return [*slab.parted([out]), bias]
 
 
 def column(slab: Slab, preconditioner: Preconditioner, bias: Tensor) -> Tensor:
     """P_C g of the part of a bias that is here, as a column."""
     g = slab.column(bias)
-
-    def solve(piece: Piece, out: Tensor) -> None:
-        out_piece = piece.view(out)
-        out_piece.copy_(piece.preconditioner(preconditioner).left(piece.view(g)))
-
-    return _by_pieces(slab, torch.empty_like(g, dtype=preconditioner.C.L.like.dtype), solve)
+    out = torch.empty_like(g, dtype=preconditioner.C.L.like.dtype)
+    of = lambda piece: piece.preconditioner(preconditioner).left(piece.view(g))  # noqa: E731
+    return _by_pieces(slab, out, of)
 
 
 def along(slab: Slab, inputs: InputMean, natural: Tensor) -> Tensor:
@@ -84,11 +74,8 @@ def along(slab: Slab, inputs: InputMean, natural: Tensor) -> Tensor:
 
     If other processes have other columns, the products of all are to be summed.
     """
-
-    def product(piece: Piece, out: Tensor) -> None:
-        piece.view(out).copy_(piece.of_matrices(inputs).along(piece.view(natural)))
-
-    return _by_pieces(slab, natural.new_empty(len(natural), 1), product)
+    of = lambda piece: piece.of_matrices(inputs).along(piece.view(natural))  # noqa: E731
+    return _by_pieces(slab, natural.new_empty(len(natural), 1), of)
 
 
 def in_all_rows(slab: Slab, moved: Tensor, wide: torch.dtype) -> Tensor:
@@ -112,17 +99,17 @@ def step_of_bias(
         ratio: As for `without_mean`.
     """
 
-    def step(piece: Piece, out: Tensor) -> None:
+    def step(piece: Piece) -> Tensor:
         own = slice(None) if piece.matrices is None else piece.matrices
         shape = (1, 1) if piece.matrices is None else (-1, 1, 1)
         c, c_bias = (scale[own].reshape(shape) for scale in scales)
-        new = piece.view(of_bias) * c_bias - piece.view(moved) * (c * ratio)
-        piece.view(out).copy_(new)
+        new: Tensor = piece.view(of_bias) * c_bias - piece.view(moved) * (c * ratio)
+        return new
 
     return _by_pieces(slab, torch.empty_like(of_bias), step)
 
 
-def _by_pieces(slab: Slab, out: Tensor, write: Callable[[Piece, Tensor], None]) -> Tensor:
+def _by_pieces(slab: Slab, out: Tensor, of: Callable[[Piece], Tensor]) -> Tensor:
     for piece in slab.pieces:
-        write(piece, out)
+        piece.view(out).copy_(of(piece))
     return out

@@ -23,6 +23,16 @@ from singd_torch.step.stack import Stack
 Total: TypeAlias = Callable[[Tensor], Tensor]
 
 
+def totals(tensors: Sequence[Tensor], total: Total) -> list[Tensor]:
+    """The sums of tensors over the processes, in one call."""
+    if not tensors:
+        return []
+    parts = torch.split(
+        total(torch.cat([t.reshape(-1) for t in tensors])), [t.numel() for t in tensors]
+    )
+    return [part.view_as(t) for part, t in zip(parts, tensors, strict=True)]
+
+
 def slab_in(stack: Stack) -> Slab:
     """The slab of a stack, which is alone in it."""
     (slab,) = stack.layers
@@ -49,7 +59,7 @@ def level(moved: Sequence[tuple[Stack, Settings, Sequence[Tensor], Any]], total:
 
     `moved` has stacks, their settings, the natural gradients of blocks, and whether they moved.
     """
-    found, flats = [], []
+    found, own_sums = [], []
     for stack, s, natural, moves in moved:
         asked = due_levels(stack, s)
         if asked is None:
@@ -61,15 +71,11 @@ def level(moved: Sequence[tuple[Stack, Settings, Sequence[Tensor], Any]], total:
             both = sums(piece.view(natural[piece.block]), *weights)
             for place, own in zip(piece.at(rows, columns), both, strict=True):
                 place += own / slab.blocks[piece.block].copies
-        flats.append(torch.cat([rows.reshape(-1), columns.reshape(-1)]))
+        own_sums += [rows, columns]
         found.append((stack, moves, levels, weight))
-    if not found:
-        return
-    parts = torch.split(total(torch.cat(flats)), [flat.numel() for flat in flats])
-    for (stack, moves, levels, weight), flat in zip(found, parts, strict=True):
-        rows, columns = torch.split(flat, [levels.rows.numel(), levels.columns.numel()])
-        new = levels.updated(rows.view_as(levels.rows), columns.view_as(levels.columns), weight)
-        hold_levels(stack, levels, new, moves)
+    of_all = iter(totals(own_sums, total))
+    for stack, moves, levels, weight in found:
+        hold_levels(stack, levels, levels.updated(next(of_all), next(of_all), weight), moves)
 
 
 def learned_of(
@@ -98,12 +104,8 @@ def learned_of(
                 of_piece = place if piece.matrices is None else place[piece.matrices]
                 of_piece += mean * (rows * columns / n)
         found[stack] = Curvature(H_K, H_C, h, t)
-    if not found:
-        return {}
-    arrays = [a for own in found.values() for _, a in own.named_arrays()]
-    summed = total(torch.cat([a.reshape(-1) for a in arrays]))
-    parts = iter(torch.split(summed, [a.numel() for a in arrays]))
-    return {stack: own.map(lambda a: next(parts).view_as(a)) for stack, own in found.items()}
+    sums = iter(totals([a for own in found.values() for _, a in own.named_arrays()], total))
+    return {stack: own.map(lambda _: next(sums)) for stack, own in found.items()}
 
 
 def _add(place: Structure, new: Structure, share: float) -> None:

@@ -21,15 +21,16 @@ from singd_core.length import scaled, sides, size
 from singd_core.preconditioner import Preconditioner
 from singd_core.rules import Factors, Shampoo, inputs_of
 from singd_core.rules.centering import InputMean
-from singd_core.step import Direction, averaged
+from singd_core.step import Direction, averages, plus
 from singd_core.without_mean import share_of_bias
 from singd_torch.sharding import slab_centering
 from singd_torch.sharding.slab import Slab
-from singd_torch.sharding.slab_sums import Total, learned_of, level, slab_in, squares_of
+from singd_torch.sharding.slab_sums import Total, learned_of, level, slab_in, squares_of, totals
 from singd_torch.step.begun import Gradients, begin, learns_now, masked, settled
 from singd_torch.step.solve import by_pieces
 from singd_torch.step.stack import Stack, State
 from singd_torch.step.stack_step import move, rates
+from singd_torch.tensors.join import in_a_row
 from singd_torch.tensors.pieces import placed
 from singd_torch.tensors.select import either
 
@@ -118,21 +119,20 @@ def _summed(
     begun: Sequence[_Begun], total: Total, wide: torch.dtype
 ) -> tuple[list[_Begun], Tensor]:
     """The squares of all processes, and what weights move along means where these have columns."""
-    flat = torch.cat([one.squares for one in begun], 1)
+    squares = torch.cat([one.squares for one in begun], 1)
     moved = {
         i: slab_centering.in_all_rows(one.slab, one.apart.moved, wide)
         for i, one in enumerate(begun)
         if one.apart is not None and one.slab.blocks[0].in_columns
     }
-    sums = total(torch.cat([flat.reshape(-1), *moved.values()]))
-    of_all, *others = torch.split(sums, [flat.numel(), *(x.numel() for x in moved.values())])
+    of_all, *others = totals([squares, *moved.values()], total)
     found = list(begun)
     for i, all_rows in zip(moved, others, strict=True):
         one = begun[i]
         assert one.apart is not None
         own = all_rows[one.slab.blocks[0].rows, None].to(one.apart.moved.dtype)
         found[i] = dataclasses.replace(one, apart=one.apart._replace(moved=own))
-    return found, of_all.view_as(flat)
+    return found, of_all
 
 
 def _begin(
@@ -154,13 +154,10 @@ def _begin(
         inputs, ratio = rates([given.settings(p) for p in slab.parameters], inputs, compiled=False)
     ahead = gradient
     if s.normalized:
-        if decay is not None:
-            ahead = gradient = [g + w.to(g.dtype) for g, w in zip(gradient, decay, strict=True)]
+        gradient = plus(gradient, decay)
         if inputs is not None:
-            ahead = gradient = slab_centering.centered(slab, inputs, gradient)
-        if stack.momenta is not None:
-            pairs = zip(gradient, stack.momenta, strict=True)
-            ahead = [averaged(g, m, s, donate=True)[0] for g, m in pairs]
+            gradient = slab_centering.centered(slab, inputs, gradient)
+        ahead, _ = averages(gradient, stack.momenta, s, donate=True)
     blocks = slab.joined(*ahead)
     of_gradient = before = None  # as nobody asks for them
     if s.normalized:
@@ -249,7 +246,8 @@ def _scaled(
     if not s.normalized:
         return ones, no_late, ones
     on_device = partial(placed, dtype=squares.dtype, device=squares.device)
-    late = _joined([one.stack.late for one in some if one.stack.late is not None])
+    kept = [one.stack.late for one in some if one.stack.late is not None]
+    late = in_a_row(kept) if kept else None
     of_steps = torch.cat([_sizes(one).to(squares) for one in some])
     lengths = ahead.sqrt(), natural.sqrt()
     scale, late, agreement = scaled(s, of_steps, of_gradient, lengths, late)
@@ -264,35 +262,23 @@ def _report(
     reports: Sequence[tuple[_Begun, Tensor, Direction]], wide: torch.dtype, total: Total
 ) -> None:
     """Tell the diagnostics of slabs that moved."""
-    if not reports:
-        return
     own = [squares_of(one.slab, one.slab.joined(*found.parts), wide) for one, _, found in reports]
-    lengths = torch.split(total(torch.cat(own)).sqrt(), [len(x) for x in own])
-    for (one, agreement, found), length in zip(reports, lengths, strict=True):
+    for (one, agreement, found), squares in zip(reports, totals(own, total), strict=True):
         report, shape = one.stack.report, one.factors.averages.k.shape
         assert report is not None
         agreement = agreement if one.apart is None else agreement.view(-1, 2)[:, 0]
         report["agreement"] = agreement.reshape(shape)
-        report["update"] = (one.s.lr * found.scale * length).reshape(shape)
+        report["update"] = (one.s.lr * found.scale * squares.sqrt()).reshape(shape)
 
 
 def _sizes(one: _Begun) -> Tensor:
     """What `singd_core.length.size` returns of each matrix, with its bias beside it if apart."""
     _, d_out, d_in = one.slab.shape
     t_U = one.factors.averages.t_U.reshape(-1)
-    spectral, outputs = (
-        placed(x, t_U.dtype, t_U.device) for x in sides(d_out, d_in, one.slab.kind.overlap)
-    )
-    of_weights: Tensor = size((spectral, outputs), t_U)
+    of_weights: Tensor = size(sides(d_out, d_in, one.slab.kind.overlap), t_U)
     if one.apart is None:
         return of_weights
     return torch.stack([of_weights, share_of_bias(d_in) * of_weights], -1).reshape(-1)
-
-
-def _joined(late: Sequence[Late]) -> Late | None:
-    if not late:
-        return None
-    return late[0].map(lambda *of: torch.cat([t.reshape(-1) for t in of]), *late[1:])
 
 
 def _write(
@@ -323,10 +309,7 @@ def _write(
         u = [*u, bias.reshape(slab.parameters[1].shape)]
     if not s.normalized:  # an average of natural gradients
         scale = torch.ones_like(scale[0])
-        if one.decay is not None:
-            u = [x + w.to(x.dtype) for x, w in zip(u, one.decay, strict=True)]
-        if momenta is not None:
-            u = [averaged(x, m, s, donate=True)[0] for x, m in zip(u, momenta, strict=True)]
+        u, _ = averages(plus(u, one.decay), momenta, s, donate=True)
     if stack.momenta is not None and momenta is not None:
         if late is not None and stack.late is not None:
             late = late.map(lambda new, old: new.reshape(old.shape), stack.late)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from singd_core._settings import Settings
-from singd_core._tree import T_Tree
 from singd_core.curvature import Averages, Curvature
 from singd_core.levels import EVEN, Levels
 from singd_core.preconditioner import Preconditioner, Side
@@ -18,6 +17,7 @@ from singd_core.rounding import Rounding
 from singd_core.rules import InverseFree, Shampoo, inputs_of
 from singd_core.rules.centering import InputMean
 from singd_torch.step.stack import Stack
+from singd_torch.tensors.join import in_a_row
 from singd_torch.tensors.layout import Group, Layout
 from singd_torch.tensors.many import Many
 
@@ -47,12 +47,12 @@ class Joint:
         K: Any = Many.joined(self.K, [own.K for own in each], owned=True)
         C: Any = Many.joined(self.C, [own.C for own in each], owned=True)
         means = [inputs for inputs in map(inputs_of, each) if inputs is not None]  # of the first
-        return _with(each[0], K, C, averages, levels, _in_a_row(means) if means else None)
+        return _with(each[0], K, C, averages, levels, in_a_row(means) if means else None)
 
     def copied(self) -> InverseFree:
         """The factors of all, in memory of their own, with the numbers and levels of the stacks."""
         each = [inverse_free(stack) for stack in self.stacks]
-        averages = _in_a_row([own.averages for own in each])
+        averages = in_a_row([own.averages for own in each])
         if all(own.levels is None for own in each):
             return self.factors(averages, None)
         like, ends = averages.k, (side.rows[-1].stop for side in (self.C, self.K))
@@ -164,12 +164,6 @@ def _with(
     return dataclasses.replace(
         like, K=K, C=C, m_K=None, m_C=None, averages=averages, levels=levels, **means
     )
-
-
-def _in_a_row(trees: Sequence[T_Tree]) -> T_Tree:
-    """The arrays of several trees, flat and one behind the other."""
-    first, *others = trees
-    return first.map(lambda *ts: torch.cat([t.reshape(-1) for t in ts]), *others)
 
 
 def inverse_free(stack: Stack) -> InverseFree:

@@ -121,13 +121,10 @@ class Stepper(Stacker):
             return
         skip = found[0] if found else None
         grads = [_unscaled(scales.grads, p) for p in others]
-        known: dict[str, Any] = {
-            "names": self.roster.names,
-            "places": self.places,
-            "rows": self._rows,
-        }
-        store = partial(rounding.store, **known, state=self.state, skip=skip)
-        _fallback.step_all(self.roster.group_of, others, grads, self.state, skip, chosen, store)
+        given = self.roster.group_of, others, grads, self.state, skip, chosen
+        more = self.roster.names, self.places, self._rows, self.state, skip
+        for group, params, wide in _fallback.step(*given):
+            rounding.store(params, wide, group, *more)
 
     def _change(
         self,
@@ -216,16 +213,11 @@ class Stepper(Stacker):
         self, norms: Mapping[nn.Parameter, Any], layers: Sequence[Layer]
     ) -> dict[str, list[str]]:
         """What of gradients and rows is not finite. The host may have to wait to know."""
+        names = {p: self.roster.names.get(p, "a parameter") for p in norms}
         return {
-            "gradient": [
-                self.roster.names.get(p, "a parameter")
-                for p, norm in norms.items()
-                if not math.isfinite(norm)
-            ],
+            "gradient": [names[p] for p, norm in norms.items() if not math.isfinite(norm)],
             "squared gradient": [
-                self.roster.names.get(p, "a parameter")
-                for p, norm in norms.items()
-                if not finite.has_room(norm, p.dtype)
+                names[p] for p, norm in norms.items() if not finite.has_room(norm, p.dtype)
             ],
             "curvature": [
                 layer.name

@@ -50,6 +50,12 @@ def join_trees(trees: Sequence[T]) -> T:
     return first.map(lambda *tensors: join(tensors), *others) if others else first
 
 
+def in_a_row(trees: Sequence[T]) -> T:
+    """The arrays of several trees, flat and one behind the other."""
+    first, *others = trees
+    return first.map(lambda *ts: torch.cat([t.reshape(-1) for t in ts]), *others)
+
+
 def are_equal(one: Tree, other: Tree) -> bool:
     """Whether all arrays of two alike trees have the same numbers."""
     pairs = zip(one.named_arrays(), other.named_arrays(), strict=True)

@@ -60,12 +60,8 @@ def narrowed(L: Structure) -> Structure:
 
 def cut(x: Tensor, most: int | None = None) -> Sequence[Tensor]:
     """A matrix in pieces of its rows, views of at most so many numbers; one on an accelerator."""
-    most = most or _PIECE
-    if x.ndim != 2 or x.numel() <= most or not on_host(x):
-        return (x,)
-    n = max(1, most // x.shape[1])
-    n = n // _ALIGNED * _ALIGNED or n
-    return [x[i : i + n] for i in range(0, len(x), n)]
+    places = rows_of_pieces(x, most or _PIECE, 1)
+    return [x[j] for j in places] if len(places) > 1 else (x,)
 
 
 def rows_of_pieces(x: Tensor, most: int, block: int) -> Sequence[slice]:
