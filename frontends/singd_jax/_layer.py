@@ -146,7 +146,8 @@ class Layer:
         fixed = fixed or (self.bias is not None and not self.bias.is_in_order)
         if fixed or rules.wants_rows(s, self.structures(wanted, rules.get(s.rule))):
             return self
-        return dataclasses.replace(self, has_rows=False, notes=(*self.notes, rules.BY_CHOICE))
+        notes = *self.notes, rules.BY_CHOICE
+        return dataclasses.replace(self, has_rows=False, overlap=1.0, notes=notes)
 
     def of(self, factors: rules.Factors) -> Layer:
         """The layer that the factors are of: with its bias only if they have a column for it."""

@@ -90,10 +90,10 @@ def test_reduced_rows_are_those_of_torch(make):
     compare(make(), **PAPER, T=2, kfac_approx="reduce")
 
 
-@pytest.mark.parametrize(
-    "make", cases([mlp, cnn, transformer, attention, tied, table], fast=[mlp, attention])
-)
+@pytest.mark.parametrize("make", cases([mlp, tied, table], fast=[mlp]))
 def test_the_same_layers_learn_from_gradients_as_in_torch(make):
+    # Not the others: the gradient of a bias of keys is rounding, the groups of a convolution keep
+    # their rows in torch, and packed projections are one matrix there.
     compare(make(), recipe="normalized", structures="diagonal")
 
 
@@ -109,15 +109,14 @@ def test_every_structure_takes_the_steps_of_torch(make, structure):
     compare(make(), **PAPER, T=2, structures=(structure, structure))
 
 
-NORMALIZED, OF_GRADIENTS = {"recipe": "normalized"}, {"structures": "diagonal"}
-SAVED = {"normalized": NORMALIZED, "diagonal": NORMALIZED | OF_GRADIENTS, "paper": PAPER}
-FAST = {("normalized", tied), ("paper", attention), ("paper", table), ("diagonal", transformer)}
+SAVED = {"normalized": {"recipe": "normalized"}, "paper": {"recipe": "paper"}}
+OTHERS = itertools.product(SAVED, [transformer, attention, cnn, tied, table])
+SAVED |= {"diagonal": {"structures": "diagonal"}}
+FAST = {("normalized", tied), ("paper", attention), ("paper", table), ("diagonal", mlp)}
+DIAGONAL = itertools.product(["diagonal"], [mlp, tied])
 
 
-@pytest.mark.parametrize(
-    ("recipe", "make"),
-    cases(itertools.product(SAVED, [transformer, attention, cnn, tied, table]), fast=FAST),
-)
+@pytest.mark.parametrize(("recipe", "make"), cases([*OTHERS, *DIAGONAL], fast=FAST))
 def test_a_run_saved_by_torch_goes_on_in_jax(recipe, make):
     twin, given = make(), SAVED[recipe] | {"T": 3}
     x, torch_x = batches(twin)
