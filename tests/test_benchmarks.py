@@ -230,3 +230,23 @@ def test_the_graphs_whose_kernels_are_counted_can_be_of_a_gpu():
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     assert len(placeholders) == len(inputs)
     assert all(node.op != "get_attr" for node in graph.graph.nodes)
+
+
+# ---- noisy.py and finetune.py -------------------------------------------------------------------
+
+
+def test_noisy_gradients_are_measured_for_all_settings():
+    noisy = importlib.import_module("noisy")
+    shown = noisy.main(["--tasks", "physics", "gan", "--seeds", "0", "--share", "0.01"])
+    lines = shown.splitlines()
+    assert len(lines) == 2 + len(noisy.OPTIMIZERS)
+    assert "nan" not in shown
+    assert " inf" not in shown
+
+
+@pytest.mark.slow
+def test_fine_tuning_is_measured_for_all_rates():
+    finetune = importlib.import_module("finetune")
+    shown = finetune.main(["--seeds", "0"])
+    assert len(shown.splitlines()) == 2 + len(finetune.OPTIMIZERS)
+    assert "nan" not in shown
