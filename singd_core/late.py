@@ -14,9 +14,13 @@ from singd_core._settings import Settings
 from singd_core._tree import Tree, tree
 from singd_core.curvature import TINY
 
-# Where late gradients agree that much more than noise, steps are too short: each makes the next
-# ones longer by up to this, to at most 55 times. Where they agree less than noise, shorter again.
-CLEARLY = 3.0
+# Where late gradients agree so much more than noise, steps are too short: each makes the next ones
+# longer by up to `GROWTH`, to at most 55 times. Where they agree less than this share of noise,
+# steps are too long. The first numbers are of steps as they are. The second are of steps that have
+# become longer by `SURE`, in logarithms: longer ones take clearer signs.
+AGREE = 1.8, 3.0
+OPPOSE = 0.6, 1.0
+SURE = 2.0
 GROWTH = 0.15
 LONGEST = 4.0
 # It begins when the sums have forgotten that they began with nothing.
@@ -90,8 +94,11 @@ class Late(Tree):
     def grown(self, agreement: Scalar, s: Settings) -> Self:
         """With steps that are longer or shorter, after the agreement of this step."""
         ratio = agreement * agreement / agreement_of_noise(s)
-        # above CLEARLY up by at most 1, below 1 down by at most 1
-        change = clip(ratio, CLEARLY, CLEARLY + 1.0) + at_most(ratio, 1.0) - (CLEARLY + 1.0)
+        grown = at_most(self.growth * (1.0 / SURE), 1.0)
+        # how far it is above and below what is asked for, up and down by at most 1
+        above, below = (multiply_add(grown, a - b, ratio) for a, b in (AGREE, OPPOSE))
+        low, high = AGREE[0], OPPOSE[0]
+        change = clip(above, low, low + 1.0) + at_most(below, high) - (low + high)
         change = where(self.weights > _FORGOTTEN / (1.0 - s.momentum), change, 0.0)
         growth = clip(multiply_add(change, GROWTH, self.growth), 0.0, LONGEST)
         return type(self)(self.squares, self.weights, growth, self.mean, self.steps)

@@ -184,6 +184,23 @@ def test_steps_grow_while_gradients_agree_and_shrink_where_they_oppose() -> None
     assert growths[-1] == 0.0
 
 
+def test_longer_steps_take_clearer_signs() -> None:
+    """A little more agreement than noise makes steps longer, but not much; noise keeps them so."""
+    s, late = settings("normalized"), nothing_late()
+    noise = agreement_of_noise(s)
+
+    def after(ratio: float, late: Late) -> Late:
+        for _ in range(300):
+            late = late.update(1.0, s).grown((ratio * noise) ** 0.5, s)
+        return late
+
+    assert float(after(1.7, late).growth) == float(after(0.7, late).growth) == 0.0
+    longer = after(2.4, late)
+    assert float(longer.growth) == pytest.approx(0.6 / 1.2 * 2.0, rel=1e-3)
+    assert after(1.0, longer).growth == longer.growth
+    assert float(after(0.7, longer).growth) == pytest.approx(0.1 / 0.4 * 2.0, rel=1e-3)
+
+
 def test_noise_does_not_change_the_size() -> None:
     s, late = settings("normalized"), nothing_late()
     for _ in range(60):

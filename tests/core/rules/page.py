@@ -101,7 +101,9 @@ class Page:
             self.c = self.c + weight * (squares.mean(0) / squares.mean() - self.c)
         if self.w * (1 - alpha) > 0.88:
             ratio = agreement**2 / NOISE[s["nesterov"]](alpha)
-            change = np.clip(ratio - 3, 0, 1) - np.clip(1 - ratio, 0, 1)
+            grown = min(self.growth / 2, 1)
+            change = np.clip(ratio - (1.8 + 1.2 * grown), 0, 1)
+            change -= np.clip(0.6 + 0.4 * grown - ratio, 0, 1)
             self.growth = np.clip(self.growth + 0.15 * change, 0, 4)
         self.mean += max(1 / self.t, 1 / 1000) * (square - self.mean)
         most = max(0.14, share)
