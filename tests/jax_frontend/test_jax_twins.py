@@ -102,7 +102,7 @@ def test_one_of_them_is_tapped(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_those_of_two_groups_are_due_by_themselves() -> None:
     of = functools.partial(loss, f=jax.checkpoint(block))
-    layers = singd_jax.find_layers(of, structures="diagonal")(params(2), X)
+    layers = singd_jax.find_layers(of, structures=("dense", "diagonal"))(params(2), X)
     make = functools.partial(singd_jax.singd, layers=layers, growing_T=False)
     tx = optax.multi_transform(
         {2: make(T=2), 3: make(T=3)}, [dict.fromkeys("wbs", 2), dict.fromkeys("wbs", 3)]

@@ -186,7 +186,7 @@ def test_refreshes_have_a_graph_when_the_gaps_between_them_have_grown() -> None:
     counted, given = Counted(), {"T": 2, "growing_T": True}
     model, _ = train(small, given | {"compile_step": {"backend": counted}}, 50)
     assert_equal(model, train(small, given, 50)[0])
-    assert counted.graphs == 2  # each second step is one before a refresh
+    assert counted.graphs == 4  # a step refreshes, or is before one that does, or both, or neither
 
 
 def cycled(step: int, model: nn.Module, optimizer: SINGD) -> None:
