@@ -23,7 +23,7 @@ from singd_torch import _fallback
 _SETTINGS = tuple(f.name for f in dataclasses.fields(Settings))
 
 # What training finds out about parameters. A group has it by their places, and so has a checkpoint.
-NOTES: dict[str, type] = {"without_rows": str, "turned": bool, "missed": int}
+NOTES: dict[str, type] = {"without_rows": str, "turned": bool}
 
 # What a group has beside its settings.
 _OWN = {"params", "param_names", "steps", "base_lr", "largest_lr"}

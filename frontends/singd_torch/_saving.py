@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from singd_core.rules import Factors
 from singd_torch import _state
-from singd_torch._groups import note, noted, settings_of
+from singd_torch._groups import settings_of
 from singd_torch._loading import Loaded, loaded, saved_factors
 from singd_torch._training import Training
 from singd_torch.capture.copies import when_complete
@@ -30,7 +30,6 @@ class Saving(Training):
         is left out: the optimizer that loads the state keeps its own.
         With a model in parts, all processes must call this method, and its tensors are DTensors.
         """
-        self._note_missed()
         trained = {p for group in self.param_groups for p in group["params"]}
         state: dict[Any, Any] = self.state
         gone = [p for p in state if isinstance(p, Tensor) and p not in trained]
@@ -70,7 +69,6 @@ class Saving(Training):
                 for layer in self._layers:
                     layer.by_gradient = layer.weight in found[0].lost
                 self._route()
-                self._recall_missed()
                 sharded.go_on_from(found[0])
                 sharded.show(self.state)
                 return
@@ -89,19 +87,6 @@ class Saving(Training):
             for hook in hooks:
                 hook.remove()
 
-    def _note_missed(self) -> None:
-        """Have the groups say which layers miss rows: after some refreshes they do without."""
-        for group in self.param_groups:
-            group.pop("missed", None)
-        for layer in self._layers:
-            if layer.missed:
-                note(layer.group, layer.weight, "missed", layer.missed)
-
-    def _recall_missed(self) -> None:
-        known = noted(self.param_groups, "missed")
-        for layer in self._layers:
-            layer.missed = known.get(layer.weight, 0)
-
     def __getstate__(self) -> dict[str, Any]:
         """What a copy is made of, by `copy.deepcopy` or `pickle`; pending rows are left behind.
 
@@ -109,7 +94,6 @@ class Saving(Training):
         """
         if self._stepper.sharded is not None:
             raise TypeError("an optimizer of a model in parts cannot be copied: build another")
-        self._note_missed()
         own = {name: getattr(self._stepper, name) for name in _COPIED}
         return super().__getstate__() | {"model": self._roster.model, "stepper": own}
 
@@ -139,7 +123,6 @@ class Saving(Training):
 
     def _go_on_from(self, factors: Mapping[nn.Parameter, Factors | None]) -> None:
         """Have layers with these factors, which the state has."""
-        self._recall_missed()
         for layer in self._layers:
             known = factors[layer.weight]  # they are made when rows are first seen
             layer.pending, layer.seen = {}, known is not None

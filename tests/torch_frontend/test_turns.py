@@ -94,38 +94,3 @@ def test_a_run_that_goes_on_compares_rows_with_gradients_in_the_same_steps(how: 
         assert _train(model, optimizer, range(at, 30)) == expected[at:], at
         lost = lost or "no rows" in str(optimizer) or "without rows" in str(optimizer)
     assert lost
-
-
-@pytest.mark.filterwarnings("ignore:no rows of")
-def test_refreshes_without_rows_are_counted_on_in_a_run_that_goes_on() -> None:
-    """After three of them gradients refresh the factors, wherever the run was saved."""
-
-    def train(model: nn.Linear, optimizer: SINGD, steps: range) -> list[float]:
-        losses = []
-        for step in steps:
-            optimizer.zero_grad()
-            x = torch.linspace(-1.0, 1.0, 12).reshape(4, 3)
-            # first by a call, then by a function that no hook sees
-            y = model(x) if step < 2 else x @ model.weight.detach().requires_grad_().mT
-            loss = (y - 1.0).square().mean()
-            loss.backward()
-            if step >= 2:
-                G = 2.0 * (x @ model.weight.detach().mT - 1.0) / y.numel()
-                model.weight.grad, model.bias.grad = G.mT @ x, G.sum(0)
-            optimizer.step()
-            losses.append(loss.item())
-        return losses
-
-    def start() -> tuple[nn.Linear, SINGD]:
-        torch.manual_seed(2)
-        model = nn.Linear(3, 2)
-        return model, SINGD(model)
-
-    expected = train(*start(), range(12))
-    for at in range(1, 7):
-        first, optimizer = start()
-        train(first, optimizer, range(at))
-        model, again = start()
-        model.load_state_dict(first.state_dict())
-        again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-        assert train(model, again, range(at, 12)) == expected[at:], at

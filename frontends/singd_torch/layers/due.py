@@ -28,7 +28,7 @@ def wants_proof(layer: Layer) -> bool:
     that was saved or copied does the same.
     """
     group = layer.group
-    return not layer.seen or _is_proof(group["steps"], group["T"], group["growing_T"])
+    return not layer.rows_seen or _is_proof(group["steps"], group["T"], group["growing_T"])
 
 
 @lru_cache(maxsize=16, typed=True)
