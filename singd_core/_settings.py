@@ -39,7 +39,7 @@ class Settings:
         decoupled_weight_decay: Shrink the weights by lr · γ, as AdamW does. Otherwise the momentum
             averages γ W too (5.15).
         T: Steps between two refreshes of the factors (2.1, 3.4).
-        growing_T: Refresh more often at first: after t steps the gap is at most t / 10 (5.6).
+        growing_T: Refresh more often at first: after t steps the gap is about t / 10 (5.6).
         rows: The number of rows that measure a factor, at least as many as its blocks are wide.
             Each refresh takes other rows (5.7). Infinite takes all.
         lr_cov: Step size of the factors (β₁; 2.1, 3.4), or a function of the number of steps taken.
@@ -111,7 +111,7 @@ def rate(value: Rate | Callable[[int], Rate], step: int) -> Rate:
 
 
 def gap(step: Any, s: Settings, T: Any = None) -> Any:
-    """Steps between two refreshes after `step` steps: T, or with `growing_T` less at first.
+    """Mean steps between two refreshes after `step` steps: T, or with `growing_T` less at first.
 
     It is the largest power of two that is at most t / 10, and at most T. It depends only on the
     number of steps. So nothing has to be kept, and every frontend finds the same gap.
@@ -135,8 +135,8 @@ def is_due(step: Any, s: Settings, T: Any = None) -> Any:
     """Whether the factors are refreshed in a step, counted from 0.
 
     With `growing_T` there is one refresh in each window of a gap, in its first half: multiples of
-    the golden ratio say where. So no layer that is used in every second or tenth step, and no data
-    that come in turns, miss all refreshes or have them all.
+    the golden ratio say where. So no layer and no data that come in turns, every second or tenth
+    step, miss all refreshes or have them all. Turns longer than half of a gap may.
     """
     n = gap(step, s, T)
     if not s.growing_T:
@@ -145,7 +145,7 @@ def is_due(step: Any, s: Settings, T: Any = None) -> Any:
 
 
 def rate_of_factors(step: Any, s: Settings) -> Rate:
-    """β₁ of a refresh: with `growing_T` for all steps since the last one.
+    """β₁ of a refresh: with `growing_T` for as many steps as its gap.
 
     Raises:
         ValueError: If the function `lr_cov` returns no rate.

@@ -123,10 +123,12 @@ def _upgraded(template: State, flat: Mapping[str, Any]) -> dict[str, Any]:
             found |= {f"{name}.{k}": a for k, a in fresh}
             found = {k: a for k, a in found.items() if not _is_left_over(k, template)}
             continue
-        t_U = flat.get(f"{name}.averages.t_U")
-        if not layer.factors.has_rows and t_U is not None and bool((t_U > 0.0).any()):
-            averages = layer.factors.averages.named_arrays(f"{name}.averages.")
-            found |= {k: namespace(a).zeros_like(a) for k, a in averages}
+        t_U, averages = flat.get(f"{name}.averages.t_U"), layer.factors.averages
+        if not layer.factors.has_rows and t_U is not None:
+            xp = namespace(averages.t_U)
+            if bool(xp.any(xp.asarray(t_U, device=device(averages.t_U)) > 0.0)):
+                zeros = averages.map(xp.zeros_like)
+                found |= dict(zeros.named_arrays(f"{name}.averages."))
         if layer.late is not None:
             found |= begun_anew(layer.late, flat, f"{name}.{_LATE}")
         own = {k: a for k, a in layer.named_arrays() if not k.startswith(_FACTORS)}

@@ -142,9 +142,9 @@ class Layer:
         a factor with nothing to learn.
         """
         _, d_out, d_in = self.shape
-        fixed = not self.has_rows or self.transposed or self.diagonal or 1 in (d_out, d_in)
-        fixed = fixed or (self.bias is not None and not self.bias.is_in_order)
-        if fixed or rules.wants_rows(s, self.structures(wanted, rules.get(s.rule))):
+        stays = not self.has_rows or self.transposed or self.diagonal or 1 in (d_out, d_in)
+        stays = stays or (self.bias is not None and not self.bias.is_in_order)
+        if stays or rules.wants_rows(s, self.structures(wanted, rules.get(s.rule))):
             return self
         notes = *self.notes, rules.BY_CHOICE
         return dataclasses.replace(self, has_rows=False, overlap=1.0, notes=notes)

@@ -60,7 +60,8 @@ class Part:
     @property
     def is_in_order(self) -> bool:
         """Whether its matrix is the region in another shape."""
-        return not self.flips and self._order()[1] == list(range(len(self._order()[1])))
+        _, order = self._order()
+        return not self.flips and order == sorted(order)
 
     @property
     def layout(self) -> tuple[Any, ...]:

@@ -107,7 +107,7 @@ def singd(
             AdamW's decay, unless `fallback` is given.
         decoupled_weight_decay: Shrink the weights as AdamW does.
         T: Steps between two refreshes of the factors.
-        growing_T: Refresh more often at first: after t steps the gap is at most t / 10.
+        growing_T: Refresh more often at first: after t steps the gap is about t / 10.
         rows: The number of rows that measure a factor, at least as many as its blocks are wide.
             Each refresh takes other rows. Infinite takes all.
         lr_cov: Step size of the factors (β₁). With `growing_T` it is for one step, and a refresh
@@ -180,7 +180,7 @@ def scale_by_singd(
             `layers`, or else of the recipe.
         recipe: "normalized" or "paper": the values of all settings not given.
         T: Steps between two refreshes of the factors.
-        growing_T: Refresh more often at first: after t steps the gap is at most t / 10.
+        growing_T: Refresh more often at first: after t steps the gap is about t / 10.
         rows: The number of rows that measure a factor, at least as many as its blocks are wide.
             Each refresh takes other rows. Infinite takes all.
         lr_cov: Step size of the factors (β₁), as in `singd`.

@@ -65,8 +65,9 @@ class Training(torch.optim.Optimizer):
         for group in self.param_groups if self._stepper.capturable else ():
             for p in group["params"][:1]:
                 for name in ("lr", "largest_lr"):
-                    dtype = getattr(group[name], "dtype", torch.float32)
-                    group[name] = placed(group[name], dtype, p.device)
+                    rate = group[name]
+                    dtype = rate.dtype if isinstance(rate, Tensor) else torch.float32
+                    group[name] = placed(rate, dtype, p.device)
 
     # ---- what happened to the model -------------------------------------------------------------
 

@@ -40,14 +40,12 @@ __all__ = [
 ]
 
 Factors: TypeAlias = Rule  # what a rule keeps of a layer
+BY_CHOICE = "diagonal factors learn from gradients"  # why a layer has no rows, in tables
 
 
 def learns_from_gradients(s: Settings) -> bool:
     """Whether matrices that show no rows have factors; else AdamW trains them."""
     return s.normalized and get(s.rule).without_rows
-
-
-BY_CHOICE = "diagonal factors learn from gradients"  # why a layer has no rows, in tables
 
 
 def wants_rows(s: Settings, structures: Sequence[type[Structure]]) -> bool:

@@ -113,10 +113,14 @@ class Roster:
         """
         if not self._has_others():
             return False
-        now, known = [p for group in self.groups for p in group["params"]], [*self.group_of]
-        if [p.shape for p in now] != [p.shape for p in known]:
+        now, known = self._places()
+        if not _alike(now, known):
             return self.group_of.keys().isdisjoint(now)  # it is refused
         return any(map(is_in_parts, now)) or self.makeup.has_taken(now, known)
+
+    def _places(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """The parameters that the groups have now, and those that they had."""
+        return [p for group in self.groups for p in group["params"]], [*self.group_of]
 
     def _has_others(self) -> bool:
         """Whether the first parameter of a group is one that no group had."""
@@ -138,8 +142,8 @@ class Roster:
         Returns:
             The parameters by those in whose places they are.
         """
-        now, known = [p for group in self.groups for p in group["params"]], list(self.group_of)
-        if [p.shape for p in now] != [p.shape for p in known]:
+        now, known = self._places()
+        if not _alike(now, known):
             raise ValueError(
                 "the parameters of the groups were replaced by others that are not of the same "
                 "number and shapes: build the optimizer again, or call add_param_group"
@@ -213,3 +217,8 @@ class Roster:
         """Have no rows of any layer."""
         for layer in self.layers:
             layer.pending, layer.last_pass, layer.called_in = {}, Pass(), -1
+
+
+def _alike(now: Iterable[Tensor], known: Iterable[Tensor]) -> bool:
+    """Whether there are as many parameters as before, of the same shapes."""
+    return [p.shape for p in now] == [p.shape for p in known]

@@ -44,7 +44,7 @@ def told(stacks: Sequence[Stack], given: Gradients, total: Total) -> dict[Stack,
         found[stack], flats = inputs, [*flats, *sums]
     means, of_all = {}, iter(totals(flats, total))
     for stack, inputs in found.items():
-        layer, sums = slab_in(stack), InputSums(*(next(of_all) for _ in range(3)))
+        layer, sums = slab_in(stack), InputSums(*(next(of_all) for _ in InputSums._fields))
         rate = rate_of_factors(layer.group["steps"], given.settings(layer.weight))
         means[stack] = inputs.told(sums, stack.averages.k, rate)
     return means
@@ -65,8 +65,12 @@ def column(slab: Slab, preconditioner: Preconditioner, bias: Tensor) -> Tensor:
     """P_C g of the part of a bias that is here, as a column."""
     g = slab.column(bias)
     out = torch.empty_like(g, dtype=preconditioner.C.L.like.dtype)
-    of = lambda piece: piece.preconditioner(preconditioner).left(piece.view(g))  # noqa: E731
-    return _by_pieces(slab, out, of)
+
+    def solved(piece: Piece) -> Tensor:
+        found: Tensor = piece.preconditioner(preconditioner).left(piece.view(g))
+        return found
+
+    return _by_pieces(slab, out, solved)
 
 
 def along(slab: Slab, inputs: InputMean, natural: Tensor) -> Tensor:
@@ -74,8 +78,12 @@ def along(slab: Slab, inputs: InputMean, natural: Tensor) -> Tensor:
 
     If other processes have other columns, the products of all are to be summed.
     """
-    of = lambda piece: piece.of_matrices(inputs).along(piece.view(natural))  # noqa: E731
-    return _by_pieces(slab, natural.new_empty(len(natural), 1), of)
+
+    def product(piece: Piece) -> Tensor:
+        found: Tensor = piece.of_matrices(inputs).along(piece.view(natural))
+        return found
+
+    return _by_pieces(slab, natural.new_empty(len(natural), 1), product)
 
 
 def in_all_rows(slab: Slab, moved: Tensor, wide: torch.dtype) -> Tensor:

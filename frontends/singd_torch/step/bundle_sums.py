@@ -33,6 +33,7 @@ class Sums:
         batch, place, n = self._stacks[i].batch, self._places[i], self._places[-1].stop
         if i >= self._apart:
             return Late(*(own[place].view(batch) for own in self._all.unbind()))
+        # of the n + 1 numbers from a weight's on, the first is its own and the last its bias's
         pairs = self._all.unfold(1, n + 1, 1)[:, place, ::n] if n else self._all
         return Late(*(own.view(*batch, 2) for own in pairs.unbind()))
 

@@ -209,6 +209,7 @@ def store(
     params: Sequence[nn.Parameter],
     wide: Sequence[Tensor],
     group: dict[str, Any],
+    *,
     names: Mapping[nn.Parameter, str],
     places: Mapping[nn.Parameter, Place],
     rows: MutableMapping[Any, Row],

@@ -122,9 +122,10 @@ class Stepper(Stacker):
         skip = found[0] if found else None
         grads = [_unscaled(scales.grads, p) for p in others]
         given = self.roster.group_of, others, grads, self.state, skip, chosen
-        more = self.roster.names, self.places, self._rows, self.state, skip
+        known: dict[str, Any] = {"names": self.roster.names, "places": self.places}
+        known |= {"rows": self._rows, "state": self.state, "skip": skip}
         for group, params, wide in _fallback.step(*given):
-            rounding.store(params, wide, group, *more)
+            rounding.store(params, wide, group, **known)
 
     def _change(
         self,
