@@ -13,9 +13,9 @@ from singd_core._scalars import at_most
 
 # With `growing_T`, a gap of n steps begins after so many times n steps.
 _PACE = 10
-# The golden ratio, in parts of 2^16. Only the last 16 bits of its multiples count, so integers of
-# 32 bits may overflow.
-_GOLDEN = 40503
+# The golden ratio less 1, in parts of 2^15. Only the last 15 bits of its multiples count, so
+# integers of 32 bits may overflow.
+_GOLDEN = 20251
 
 Rate: TypeAlias = Any  # a number, or a 0-d array where a schedule runs on the device
 
@@ -134,14 +134,14 @@ def gap(step: Any, s: Settings, T: Any = None) -> Any:
 def is_due(step: Any, s: Settings, T: Any = None) -> Any:
     """Whether the factors are refreshed in a step, counted from 0.
 
-    With `growing_T` there is one refresh in each window of a gap, in its first half: multiples of
-    the golden ratio say where. So no layer and no data that come in turns, every second or tenth
-    step, miss all refreshes or have them all. Turns longer than half of a gap may.
+    With `growing_T` there is one refresh in each window of a gap, and multiples of the golden ratio
+    say where. So no layer and no data that come in turns miss all refreshes or have them all,
+    whatever the turns are: every second step, 25 and 25 steps, or epochs of 50 batches.
     """
     n = gap(step, s, T)
     if not s.growing_T:
         return step % n == 0
-    return step % n == (step // n * _GOLDEN % 2**16) * (n // 2 + 1) // 2**16
+    return step % n == (step // n * _GOLDEN % 2**15) * n // 2**15
 
 
 def rate_of_factors(step: Any, s: Settings) -> Rate:

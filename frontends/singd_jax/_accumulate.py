@@ -108,17 +108,18 @@ class MultiSteps(optax.MultiSteps):  # type: ignore[misc]
         """The changes after the last micro-batch of a step, zeros after the others.
 
         Raises:
-            ValueError: If no curvature is given, or the curvature of other layers.
+            ValueError: If no curvature is given and layers have rows, or if it is of other layers.
         """
         updates, curvature = parted(updates, curvature)
-        if curvature is None or curvature is MISSING:
+        wanted = state.acc_grads.curvature
+        if wanted and (curvature is None or curvature is MISSING):
             raise ValueError(
                 "singd_jax.MultiSteps accumulates the curvature: give tx.update(grads, state, "
                 "params, curvature=curvature) the curvature of value_and_curvature, and put its "
                 "gradient_transformation() where it is part of another transformation"
             )
         own = {}
-        for name in state.acc_grads.curvature:  # of several groups the own one
+        for name in wanted:  # of several groups the own one
             if name not in curvature:
                 raise ValueError(
                     f"the curvature has no {name!r}, which singd_jax.MultiSteps accumulates: give "

@@ -65,7 +65,10 @@ def value_and_curvature(
     ) -> tuple[Any, Any, dict[str, Curvature]]:
         state = _nnx.pure(state)
         states = find_states(state)
-        refuse_lost_curvature(state)
+        known = {k: layer for own in states for k, layer in own.layers.items()}
+        with_rows = [name for name, layer in known.items() if layer.has_rows]
+        if with_rows:
+            refuse_lost_curvature(state)
         if not any(own.fixed.layers.searched for own in states):
             raise ValueError(
                 "singd was given no layers and no loss, so there is nothing to measure: give it "
@@ -74,8 +77,8 @@ def value_and_curvature(
             )
         trained, kept, slots = _ports(layers, states)
         factors = {name: own.measuring() for name, own in kept.items() if not is_blind(own)}
-        known = [k for own in states for k, layer in own.layers.items() if layer.has_rows]
-        if known and len(layers) and not kept:
+        is_one = kept if with_rows else known.keys() & layers.keys()
+        if known and len(layers) and not is_one:
             raise ValueError(
                 f"the state has the layers {', '.join(known)}, and the layers are "
                 f"{', '.join(layers)}: give both the same layers"

@@ -15,7 +15,7 @@ import optax  # type: ignore[import-untyped]
 from singd_core._array import Array
 from singd_jax._blind import Curvature
 from singd_jax._curvature import value_and_curvature
-from singd_jax._state import Both, SingdState, find_state, holds_state
+from singd_jax._state import Both, SingdState, find_state, find_states, holds_state
 
 # So small that no norm of a gradient sees it beside the gradient, and so large that float32 holds
 # the curvature times it.
@@ -159,7 +159,13 @@ def _refuse_pairing(state: Any, params: Any) -> None:
         return isinstance(node, _PAIRING) and not ours and holds_state(node)
 
     around = [n for n in jax.tree.leaves(state, is_leaf=is_in_the_way) if is_in_the_way(n)]
+    has_rows = any(layer.has_rows for own in find_states(state) for layer in own.layers.values())
     for node in [*around, *_paired_before(state, jax.tree.structure(params))]:
+        if not has_rows:
+            raise ValueError(
+                f"{type(node).__name__}: optax maps gradients together with other trees there. No "
+                "layer has rows, so there is no curvature: take the gradients of jax.value_and_grad"
+            )
         steps = isinstance(node, optax.MultiStepsState)
         instead = "take singd_jax.MultiSteps(..., layers=layers) in its place, or "
         raise ValueError(

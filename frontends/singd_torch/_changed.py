@@ -12,7 +12,7 @@ from singd_torch._groups import NOTES, check_counts, check_group, readable
 # What layers were found with, and what their state has the form of.
 _FIXED = "rule", "structures", "average_groups", "preconditioner_dtype", "momentum_dtype"
 # What is no setting, or counted.
-_OTHERS = {"params", "param_names", "steps", "largest_lr", *NOTES}
+_OTHERS = {"params", "param_names", "steps", "largest_lr", NOTES}
 _GONE = object()
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from singd_torch._groups import NOTES
+from singd_torch._groups import FOUND, NOTES
+
+# What groups had in the place of NOTES before 0.1: values by the places of parameters.
+_BEFORE = {"without_rows", "turned"}
 
 
 def check_form(state_dict: Any) -> None:
@@ -34,18 +38,52 @@ def check_form(state_dict: Any) -> None:
                 raise ValueError(f"{name!r} of parameter {index!r} is {what} in the checkpoint")
 
 
+def with_notes(group: Mapping[str, Any], title: str = "'{}'") -> dict[str, Any]:
+    """A saved group with what was found out about its parameters as it is kept now.
+
+    Raises:
+        ValueError: Naming what of that is wrong.
+    """
+    found = {name: value for name, value in group.items() if name not in _BEFORE}
+    count, title_of_notes = len(group["params"]), title.format(NOTES)
+    if NOTES in found:
+        try:
+            found[NOTES] = json.loads(found[NOTES])
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"{title_of_notes} is {found[NOTES]!r} in the checkpoint, not a text in JSON"
+            ) from None
+        _check_kind(title_of_notes, found[NOTES], Sequence)
+        if len(found[NOTES]) != count:
+            raise ValueError(
+                f"{title_of_notes} has {len(found[NOTES])} entries in the checkpoint, not one for "
+                f"each of {count} parameters"
+            )
+    else:
+        found[NOTES] = [{} for _ in range(count)]
+        for name in sorted(_BEFORE & group.keys()):
+            _check_kind(title.format(name), group[name], Mapping)
+            for place, value in group[name].items():
+                if not str(place).isdecimal() or int(place) >= count:
+                    raise ValueError(
+                        f"{title.format(name)} has {place!r}: {value!r} in the checkpoint, not the "
+                        f"place of one of {count} parameters"
+                    )
+                found[NOTES][int(place)][name] = value
+    for own in found[NOTES]:
+        _check_kind(f"an entry of {title_of_notes}", own, Mapping)
+        for name, kind in FOUND.items():
+            if name in own and type(own[name]) is not kind:
+                raise ValueError(
+                    f"{title_of_notes} has {name!r} of {own[name]!r} in the checkpoint, not of "
+                    f"type {kind.__name__}"
+                )
+    return found
+
+
 def _check_group(title: str, group: Mapping[str, Any]) -> None:
     _check_kind(title.format("params"), group.get("params"), Sequence)
-    for name, kind in NOTES.items():
-        found = group.get(name, {})
-        _check_kind(title.format(name), found, Mapping)
-        for place, value in found.items():
-            fits = isinstance(place, int) and 0 <= place < len(group["params"])
-            if not fits or not isinstance(value, kind):
-                raise ValueError(
-                    f"{title.format(name)} has {place!r}: {value!r} in the checkpoint, not the "
-                    f"place of a parameter with a {kind.__name__}"
-                )
+    with_notes(group, title)
     for name, value in group.items():
         if isinstance(value, Tensor) and not torch.isfinite(value).all():
             raise ValueError(f"{title.format(name)} is not finite in the checkpoint")

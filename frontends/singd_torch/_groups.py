@@ -22,8 +22,11 @@ from singd_torch import _fallback
 
 _SETTINGS = tuple(f.name for f in dataclasses.fields(Settings))
 
-# What training finds out about parameters. A group has it by their places, and so has a checkpoint.
-NOTES: dict[str, type] = {"without_rows": str, "turned": bool}
+# What training finds out about a parameter: why it has no rows, whether its matrices are transposed
+# ones, how many refreshes its rows have made, and how many in a row there were without rows.
+FOUND: dict[str, type] = {"without_rows": str, "turned": bool, "refreshes": int, "missed": int}
+# Where a group has that: a dictionary for each of its parameters. A checkpoint has it as a text.
+NOTES = "layer_notes"
 
 # What a group has beside its settings.
 _OWN = {"params", "param_names", "steps", "base_lr", "largest_lr"}
@@ -48,15 +51,10 @@ def settings_of(group: dict[str, Any]) -> Settings:
     return Settings(**{name: group[name] for name in _SETTINGS})
 
 
-def note(group: dict[str, Any], p: Tensor, name: str, value: Any) -> None:
-    """Keep what was found out about a parameter of a group."""
-    place = next(i for i, one in enumerate(group["params"]) if one is p)
-    group.setdefault(name, {})[place] = value
-
-
 def noted(groups: Iterable[Mapping[str, Any]], name: str) -> dict[nn.Parameter, Any]:
     """What was found out about parameters under this name."""
-    return {g["params"][i]: value for g in groups for i, value in g.get(name, {}).items()}
+    pairs = [pair for g in groups for pair in zip(g["params"], g.get(NOTES, ()), strict=False)]
+    return {p: found[name] for p, found in pairs if name in found}
 
 
 def check_group(group: dict[str, Any]) -> None:

@@ -16,8 +16,8 @@ from singd_core.late import begun_anew
 from singd_core.rules import Factors, learns_from_gradients
 from singd_core.rules.centering import InputMean
 from singd_torch import _fallback, _state
-from singd_torch._form import check_form
-from singd_torch._groups import DTYPES, NOTES, check_counts, check_group, settings_of
+from singd_torch._form import check_form, with_notes
+from singd_torch._groups import DTYPES, check_counts, check_group, settings_of
 from singd_torch.layers.layer import Layer
 from singd_torch.layers.matrices import find_all
 
@@ -213,7 +213,7 @@ def completed(
     Raises:
         ValueError: If the groups do not fit, have a wrong setting or are of another optimizer.
     """
-    groups = [with_rule(group) for group in saved]
+    groups = [with_rule(with_notes(group)) for group in saved]
     sizes = [[len(group["params"]) for group in several] for several in (groups, live)]
     if sizes[0] != sizes[1]:
         raise ValueError(
@@ -231,8 +231,7 @@ def completed(
             del group["base_lr"]
         group["largest_lr"] = _number(group.get("largest_lr", 0.0))  # not that of other steps
         for name, value in own.items():  # settings that are younger than the checkpoint
-            if name not in NOTES:
-                group.setdefault(name, value)
+            group.setdefault(name, value)
         if group["structures"] == _state.structure_names(own["structures"]):
             group["structures"] = own["structures"]
         try:

@@ -30,6 +30,7 @@ class Saving(Training):
         is left out: the optimizer that loads the state keeps its own.
         With a model in parts, all processes must call this method, and its tensors are DTensors.
         """
+        self._roster.align_notes()
         trained = {p for group in self.param_groups for p in group["params"]}
         state: dict[Any, Any] = self.state
         gone = [p for p in state if isinstance(p, Tensor) and p not in trained]
@@ -94,6 +95,7 @@ class Saving(Training):
         """
         if self._stepper.sharded is not None:
             raise TypeError("an optimizer of a model in parts cannot be copied: build another")
+        self._roster.align_notes()
         own = {name: getattr(self._stepper, name) for name in _COPIED}
         return super().__getstate__() | {"model": self._roster.model, "stepper": own}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from singd_core._settings import Settings
 from singd_core.late import Late
 from singd_core.rules import Factors
 from singd_torch import _fallback
-from singd_torch._groups import settings_of
+from singd_torch._groups import NOTES, settings_of
 from singd_torch.layers.layer import Layer
 
 MOMENTUM = "momentum_buffer"
@@ -109,13 +110,15 @@ def portable(state_dict: dict[str, Any]) -> dict[str, Any]:
     """A state dict of tensors and plain values alone: structures by name, without functions.
 
     It has an entry for each parameter, empty if nothing is kept for it, as for the bias of a layer:
-    torch.distributed.checkpoint takes one that is absent for one that was lost.
+    torch.distributed.checkpoint takes one that is absent for one that was lost. It also looks into
+    lists and dictionaries, which have to be of the same form in what it loads into.
     """
     groups = [dict(group) for group in state_dict["param_groups"]]
     indices = [index for group in groups for index in group["params"]]
     state = {index: {} for index in indices} | state_dict["state"]
     for group in groups:
         group["structures"] = structure_names(group["structures"])
+        group[NOTES] = json.dumps(group[NOTES])
         if callable(group["lr_cov"]):
             group["lr_cov"] = None
     return state_dict | {"state": state, "param_groups": groups}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from singd_core import _settings
 from singd_torch._changed import Known
-from singd_torch._groups import note, settings_of
+from singd_torch._groups import settings_of
 from singd_torch._uncompiled import uncompiled
 from singd_torch._warnings import listed
 from singd_torch.capture import scaling
@@ -97,6 +97,7 @@ class Training(torch.optim.Optimizer):
         found = [(layer, before.get(layer.weight)) for layer in self._layers]
         others = [one for one, old in found if old is not None and not old.is_found_as(one)]
         for layer in [*others, *(one for one, old in found if old is None)]:
+            layer.refreshes = layer.missed = 0
             layer.by_gradient = layer.can_do_without()  # its rows come with the next step
         self._stepper.stack_up()
         names = [one.name for one in others if not one.name.endswith(GONE)]
@@ -111,11 +112,11 @@ class Training(torch.optim.Optimizer):
     def _part_with_rows(self) -> None:
         """Train layers without rows from now on, whose rows would not tell the gradient.
 
-        That is kept in their groups, and so in checkpoints.
+        Checkpoints have that.
         """
         lost = [layer for layer in self._layers if layer.without_rows]
         for layer in lost:
-            note(layer.group, layer.weight, "without_rows", layer.without_rows)
+            layer.notes["without_rows"] = layer.without_rows
         expected = [
             layer
             for layer in lost

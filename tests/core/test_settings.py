@@ -157,7 +157,7 @@ def test_gaps_grow_with_the_steps_taken_and_up_to_T() -> None:
     due = [t for t in range(1000) if is_due(t, s)]
     assert due[:20] == list(range(20))
     for t, following in itertools.pairwise(due):
-        assert 1 <= following - t <= max(1, 1.5 * min(following / 10, 50))
+        assert 1 <= following - t <= max(1, 2.0 * min(following / 10, 50))
     windows = [t // 50 for t in due if t >= 650]
     assert windows == list(range(13, 20))
     assert gap(10**6, settings("normalized", T=7)) == 7
@@ -165,14 +165,22 @@ def test_gaps_grow_with_the_steps_taken_and_up_to_T() -> None:
 
 
 @pytest.mark.parametrize("T", [50, 32, 7])
-@pytest.mark.parametrize("period", [2, 3, 4, 5, 8, 10])
-def test_refreshes_keep_no_time_with_what_comes_in_turns(period: int, T: int) -> None:
-    """Two networks in turns, or data in turns: each has its share of the refreshes."""
+@pytest.mark.parametrize("turn", [1, 3, 25, 50])
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 8, 10])
+def test_refreshes_keep_no_time_with_what_comes_in_turns(count: int, turn: int, T: int) -> None:
+    """Networks in turns, or data in turns: each has its share of the refreshes."""
     s = settings("normalized", T=T)
-    due = [t % period for t in range(640, 20_000) if is_due(t, s)]
-    counts = [due.count(phase) for phase in range(period)]
-    # of 26 places in a window of 50 some ends of ten are there two times, others three times
-    assert min(counts) > 0.7 * len(due) / period, counts
+    due = [t // turn % count for t in range(640, 20_000) if is_due(t, s)]
+    counts = [due.count(phase) for phase in range(count)]
+    assert min(counts) > 0.7 * len(due) / count, counts
+
+
+@pytest.mark.parametrize("batches", [32, 50, 64, 100, 469])
+def test_refreshes_see_all_parts_of_an_epoch_that_has_one_order(batches: int) -> None:
+    s = settings("normalized")
+    due = [t % batches * 8 // batches for t in range(640, 40_000) if is_due(t, s)]
+    counts = [due.count(part) for part in range(8)]
+    assert min(counts) > 0.7 * len(due) / 8, counts
 
 
 def test_gaps_of_arrays_are_those_of_numbers() -> None:

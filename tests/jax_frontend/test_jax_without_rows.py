@@ -348,6 +348,38 @@ def test_without_any_rows_the_gradients_of_jax_are_all_it_takes() -> None:
         assert_close(trained(own, lambda tx: tx.init(params, x), gradients), expected)
 
 
+def test_without_any_rows_wrappers_want_no_curvature() -> None:
+    rng = np.random.default_rng(7)
+    params = {"a": {"kernel": start()["w"], "bias": start()["b"]}}
+    x = jnp.asarray(rng.standard_normal((32, 8)), jnp.float32)
+    loss = lambda p, x: jnp.mean((x @ p["a"]["kernel"] + p["a"]["bias"] - 1) ** 2)  # noqa: E731
+    layers = singd_jax.find_layers(loss)(params, x)
+    tx = singd_jax.singd(layers=layers, **_DIAGONAL)
+    updates, _ = tx.update(jax.grad(loss)(params, x), tx.init(params), params)
+    for wrapped in (singd_jax.MultiSteps(tx, 2, layers=layers), optax.MultiSteps(tx, 2)):
+        state = wrapped.init(params)
+        for half in (x[:16], x[16:]):
+            given, state = wrapped.update(jax.grad(loss)(params, half), state, params)
+        assert_close(given, updates)
+    in_chain = optax.chain(optax.identity(), optax.MultiSteps(tx, 2).gradient_transformation())
+    measured = singd_jax.value_and_curvature(loss, layers)
+    assert measured(params, in_chain.init(params), x)[2] == {}
+    with pytest.raises(ValueError, match=r"take the gradients of jax\.value_and_grad"):
+        singd_jax.value_and_grad(loss)(params, in_chain.init(params), x)
+
+
+def test_without_any_rows_layers_of_other_parameters_are_refused() -> None:
+    params, x = {"a": {"kernel": start()["w"], "bias": start()["b"]}}, jnp.ones((4, 8))
+    loss = lambda p, x: jnp.mean((x @ p["a"]["kernel"] + p["a"]["bias"]) ** 2)  # noqa: E731
+    layers, others = (
+        singd_jax.find_layers(one)(p, x)
+        for one, p in ((loss, params), (lambda p, x: loss(p["q"], x), {"q": params}))
+    )
+    state = singd_jax.singd(layers=layers, **_DIAGONAL).init(params)
+    with pytest.raises(ValueError, match="give both the same layers"):
+        singd_jax.value_and_curvature(loss, others)(params, state, x)
+
+
 _ROWS = {"rule": "singd"}, {"recipe": "paper"}, {"structures": ("diagonal", "dense")}
 
 

@@ -87,7 +87,7 @@ def test_what_a_group_lacks_is_named_and_changes_nothing(name: str) -> None:
 def test_a_state_that_is_reset_begins_anew_with_the_next_rows(how: str) -> None:
     model: Any = network()
     optimizer: Any = SINGD(model)
-    for _ in range(120):  # far from a refresh
+    for _ in range(124):  # far from a refresh
         step(model, optimizer, X)
     if how == "another":
         optimizer.state = defaultdict(dict)

@@ -1,6 +1,7 @@
 """A checkpoint with a hole is an error that names it and changes nothing."""
 
 import copy
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,12 @@ def entries_of(state: dict[str, Any], name: str) -> Any:
 
 def group_of(state: dict[str, Any]) -> Any:
     return state["param_groups"][0]
+
+
+def noted_of(state: dict[str, Any], first: Any) -> None:
+    group = group_of(state)
+    others = json.loads(group["layer_notes"])[1:]
+    group["layer_notes"] = json.dumps([first, *others])
 
 
 NAN = float("nan")
@@ -111,6 +118,22 @@ HOLES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "no reasons": (
         lambda s: group_of(s).update(without_rows=None),
         "'without_rows' of parameter group 0 is None in the checkpoint, not a mapping",
+    ),
+    "notes that are no text": (
+        lambda s: group_of(s).update(layer_notes=None),
+        "'layer_notes' of parameter group 0 is None in the checkpoint, not a text in JSON",
+    ),
+    "notes of too few": (
+        lambda s: group_of(s).update(layer_notes="[{}]"),
+        "'layer_notes' of parameter group 0 has 1 entries in the checkpoint, not one for each",
+    ),
+    "no notes of a parameter": (
+        lambda s: noted_of(s, None),
+        "an entry of 'layer_notes' of parameter group 0 is None in the checkpoint, not a mapping",
+    ),
+    "a count that is none": (
+        lambda s: noted_of(s, {"missed": "2"}),
+        "'layer_notes' of parameter group 0 has 'missed' of '2' in the checkpoint, not of type int",
     ),
     "a square below 0": (
         lambda s: entries_of(s, "norm.bias")["exp_avg_sq"].neg_(),

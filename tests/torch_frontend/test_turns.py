@@ -1,15 +1,20 @@
 """Layers and data that come in turns, and runs that go on from what was saved in between."""
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from singd_torch import SINGD
 
 STEPS = 400
+MISSES = "ignore:no rows of"
 
 
 def _refreshes(optimizer: SINGD, weight: Tensor) -> float:
@@ -75,7 +80,7 @@ def _loaded(saved: dict[str, Any]) -> tuple[nn.Module, SINGD]:
 
 
 @pytest.mark.parametrize("how", ["loaded", "copied", "rolled back"])
-@pytest.mark.filterwarnings("ignore:no rows of")
+@pytest.mark.filterwarnings(MISSES)
 def test_a_run_that_goes_on_compares_rows_with_gradients_in_the_same_steps(how: str) -> None:
     expected = _train(*_start(), range(30))
     lost = False
@@ -94,3 +99,135 @@ def test_a_run_that_goes_on_compares_rows_with_gradients_in_the_same_steps(how: 
         assert _train(model, optimizer, range(at, 30)) == expected[at:], at
         lost = lost or "no rows" in str(optimizer) or "without rows" in str(optimizer)
     assert lost
+
+
+class _Doubled(torch.autograd.Function):
+    """A product with a weight that nobody sees."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight.mT
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, weight = ctx.saved_tensors
+        return grads[0] @ weight, grads[0].mT @ x
+
+
+def _one_step(model: nn.Linear, optimizer: SINGD, *, unseen: bool) -> None:
+    optimizer.zero_grad()
+    x = torch.randn(16, 5)
+    loss = (model(x) - 1.0).square().mean()
+    if unseen:
+        loss = loss + (3.0 * _Doubled.apply(torch.randn(16, 5), model.weight)).square().mean()
+    loss.backward()
+    optimizer.step()
+
+
+@pytest.mark.filterwarnings(MISSES)
+@pytest.mark.parametrize("T", [1, 3])
+def test_rows_are_compared_with_gradients_after_1_2_4_8_refreshes(T: int) -> None:
+    torch.manual_seed(0)
+    found = []
+    for at in range(17):
+        model = nn.Linear(5, 3)
+        optimizer = SINGD(model, T=T, growing_T=False)
+        for step in range(at * T + 1):
+            _one_step(model, optimizer, unseen=step == at * T)
+        if "used where no call is seen" in str(optimizer):
+            found.append(at)
+    assert found == [0, 1, 2, 4, 8, 16]
+
+
+@pytest.mark.filterwarnings(MISSES)
+@pytest.mark.parametrize(
+    "settings", [{}, {"T": 11, "growing_T": False}, {"recipe": "paper", "T": 11}]
+)
+@pytest.mark.parametrize("period", [2, 3, 5, 7])
+def test_a_use_that_nobody_sees_is_found_in_a_layer_of_every_nth_step(
+    period: int, settings: dict[str, Any]
+) -> None:
+    torch.manual_seed(0)
+    heads = nn.ModuleList(nn.Linear(5, 3) for _ in range(2))
+    optimizer = SINGD(heads, **settings)
+    for step in range(500):
+        optimizer.zero_grad()
+        head = heads[0 if step % period == 1 else 1]
+        loss = (head(torch.randn(16, 5)) - 1.0).square().mean()
+        if step > 20:  # later than the first refreshes
+            loss = loss + (3.0 * _Doubled.apply(torch.randn(16, 5), head.weight)).square().mean()
+        loss.backward()
+        optimizer.step()
+    assert str(optimizer).count("used where no call is seen") == 2
+
+
+def _by_hand(model: nn.Linear, optimizer: SINGD) -> None:
+    """A step whose gradient comes from no call of the layer."""
+    optimizer.zero_grad()
+    weight, bias = (p.detach().requires_grad_() for p in (model.weight, model.bias))
+    loss = (torch.randn(16, 5) @ weight.mT + bias - 1.0).square().mean()
+    model.weight.grad, model.bias.grad = torch.autograd.grad(loss, (weight, bias))
+    optimizer.step()
+
+
+@pytest.mark.filterwarnings(MISSES, "ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("how", ["copied", "saved", "by torch.distributed.checkpoint"])
+def test_missed_refreshes_count_on_in_a_run_that_goes_on(how: str, tmp_path: Path) -> None:
+    def begin() -> tuple[nn.Linear, SINGD]:
+        torch.manual_seed(3)
+        model = nn.Linear(5, 3)
+        return model, SINGD(model)
+
+    def train(model: nn.Linear, optimizer: SINGD, steps: range) -> Tensor:
+        for step in steps:
+            torch.manual_seed(step)
+            if step < 3:
+                _one_step(model, optimizer, unseen=False)
+            else:
+                _by_hand(model, optimizer)
+        return model.weight.detach().clone()
+
+    expected = train(*begin(), range(12))
+    for at in (4, 5, 6, 8):
+        model, optimizer = begin()
+        train(model, optimizer, range(at))
+        if how == "copied":
+            model, optimizer = copy.deepcopy((model, optimizer))
+        elif how == "saved":
+            saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+            model, optimizer = begin()
+            model.load_state_dict(saved[0])
+            optimizer.load_state_dict(saved[1])
+        else:
+            dcp.save(dict(zip("mo", get_state_dict(model, optimizer), strict=True)),
+                     checkpoint_id=tmp_path / str(at))  # fmt: skip
+            model, optimizer = begin()
+            state = dict(zip("mo", get_state_dict(model, optimizer), strict=True))
+            dcp.load(state, checkpoint_id=tmp_path / str(at))
+            set_state_dict(
+                model, optimizer, model_state_dict=state["m"], optim_state_dict=state["o"]
+            )
+        assert torch.equal(train(model, optimizer, range(at, 12)), expected), at
+
+
+@pytest.mark.filterwarnings(MISSES)
+def test_what_was_found_out_stays_with_a_parameter_whose_place_in_a_group_is_another() -> None:
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
+    optimizer = SINGD(model)
+    for _ in range(2):
+        optimizer.zero_grad()
+        unseen = _Doubled.apply(torch.randn(16, 4), model[1].weight)
+        (model(torch.randn(16, 5)).square().mean() + (3.0 * unseen).square().mean()).backward()
+        optimizer.step()
+    assert "used where no call is seen" in str(optimizer)
+    group = optimizer.param_groups[0]
+    group["params"] = [*model[1].parameters(), *model[0].parameters()]
+    saved = json.loads(optimizer.state_dict()["param_groups"][0]["layer_notes"])
+    assert ["without_rows" in found for found in saved] == [True, False, False, False]
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(16, 5)).square().mean().backward()
+        optimizer.step()
+    (line,) = (line for line in str(optimizer).splitlines() if "used where no call" in line)
+    assert "1.weight" in line

@@ -14,7 +14,7 @@ from singd_core.layers import LayerKind
 from singd_core.rules import Factors, learns_from_gradients
 from singd_core.rules.inverse_free import InverseFree
 from singd_core.structures import Diagonal, Structure
-from singd_torch._groups import note, settings_of
+from singd_torch._groups import settings_of
 from singd_torch.layers.pending import Pending, Rows, part_of
 from singd_torch.layers.reach import Pass
 from singd_torch.layers.source import Source
@@ -49,8 +49,8 @@ class Layer:
         without_rows: Why the rows do not tell the gradient, so that none are taken; or None.
         unused: Whether the last step had no gradient of the weight.
         called_in: The last step with a backward pass through a call that has rows.
-        missed: Refreshes in a row without rows, for which there was a gradient.
         autocast: Whether products are in bfloat16 and the weight is not, on an accelerator.
+        notes: What was found out, and is kept in the group and in checkpoints (`FOUND`).
     """
 
     name: str
@@ -70,8 +70,8 @@ class Layer:
     without_rows: str | None = None
     unused: bool = False
     called_in: int = -1
-    missed: int = 0
     autocast: bool = False
+    notes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def tell_autocast(self, g: Tensor) -> None:
         """Find out from the gradient at an output whether the model's products are in bfloat16.
@@ -93,6 +93,24 @@ class Layer:
     def rows_seen(self) -> bool:
         """Whether rows have ever reached the factors."""
         return self.seen and self.has_rows
+
+    @property
+    def refreshes(self) -> int:
+        """Refreshes with a call that has rows."""
+        return int(self.notes.get("refreshes", 0))
+
+    @refreshes.setter
+    def refreshes(self, count: int) -> None:
+        self.notes["refreshes"] = count
+
+    @property
+    def missed(self) -> int:
+        """Refreshes in a row without rows, for which there was a gradient."""
+        return int(self.notes.get("missed", 0))
+
+    @missed.setter
+    def missed(self, count: int) -> None:
+        self.notes["missed"] = count
 
     def is_lost(self) -> bool:
         """Whether its factors are to learn from gradients from now on: no rows come, or no more."""
@@ -122,6 +140,7 @@ class Layer:
         """Count a refresh. Some process may have had calls for it, or gradients without calls."""
         if called:
             self.called_in = self.group["steps"]
+            self.refreshes += 1
         if called and self.seen:
             self.missed = 0
         elif missed:
@@ -174,15 +193,16 @@ class Layer:
     def turn(self) -> None:
         """Begin anew with the matrices of a stack as `(d_in, d_out)`, which its calls tell.
 
-        That is kept in its group, and so in checkpoints.
+        Checkpoints have that.
         """
-        note(self.group, self.weight, "turned", True)
+        self.notes["turned"] = True
         turned = self.kind.of_transpose()
         assert turned is not None
         self.kind = turned
         rule, wanted = rules.get(self.group["rule"]), self.group["structures"]
         self.structures = rule.choose(wanted, self.shape, diagonal=(False, False))
         self.seen = self.by_gradient = False
+        self.refreshes = self.missed = 0
 
     @property
     def expects_rows(self) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from singd_torch._groups import NOTES
 from singd_torch._warnings import Warnings
 from singd_torch.layers.changes import Makeup
 from singd_torch.layers.due import is_refresh
@@ -49,6 +50,7 @@ class Roster:
         self.by_weight: dict[Tensor, Layer] = {}
         self.warnings = Warnings()
         self._shapes: dict[Tensor, torch.Size] = {}
+        self._notes: dict[Any, dict[str, Any]] = {}
         self._idle_steps = 0
 
     def find(self) -> list[nn.Parameter]:
@@ -58,6 +60,7 @@ class Roster:
             The parameters that begin anew, as they are used in another way than before.
         """
         self._name()
+        self.align_notes()
         before = self._weights()
         self.layers = find_all(self.model, self.groups)
         now, trained = self._weights(), {p for group in self.groups for p in group["params"]}
@@ -65,9 +68,10 @@ class Roster:
         for layer in self.layers:
             known = self.by_weight.get(layer.weight)
             layer.name = self.names.get(layer.weight, layer.name)
+            layer.notes = self._notes[layer.weight]
             if known is not None and known.is_found_as(layer):
                 layer.pending, layer.seen = known.pending, known.seen
-                layer.by_gradient, layer.missed = known.by_gradient, known.missed
+                layer.by_gradient = known.by_gradient
                 for module, source in known.sources:
                     if module is None:  # it was met in calls
                         layer.know(source)
@@ -75,6 +79,19 @@ class Roster:
                 anew += layer.parameters
         self._index()
         return anew
+
+    def align_notes(self) -> None:
+        """Have what is known of each parameter in its place: scripts put others into groups.
+
+        A group that was loaded has its own.
+        """
+        known = {id(group) for group in self.group_of.values()}
+        for group in self.groups:
+            params, notes = group["params"], group.get(NOTES)
+            if notes is None or id(group) in known or len(notes) != len(params):
+                group[NOTES] = [self._notes.get(p, {}) for p in params]
+        pairs = [pair for g in self.groups for pair in zip(g["params"], g[NOTES], strict=True)]
+        self._notes = dict(pairs)
 
     def _weights(self) -> dict[nn.Parameter, nn.Parameter]:
         """The weight of the layer of each parameter."""
@@ -154,6 +171,7 @@ class Roster:
             layer.bias = None if layer.bias is None else new[layer.bias]
             layer.sources = [(module, source.of(new)) for module, source in layer.sources]
         self.names = {new.get(p, p): name for p, name in self.names.items()}
+        self._notes = {new.get(p, p): found for p, found in self._notes.items()}
         self._index()
         return new
 

@@ -214,8 +214,7 @@ class Sharded:
         for layer in self._layers:
             if layer.weight in self._own:
                 own = self._own[layer.weight]
-                own.called_in, own.missed = layer.called_in, layer.missed
-                own.autocast = layer.autocast
+                own.called_in, own.autocast = layer.called_in, layer.autocast
         self.sums.give(self.share, self._own)
         for layer in self._layers:
             if layer.is_lost():  # as its owner finds

@@ -74,7 +74,7 @@ class Page:
         if not self.s.get("growing_T"):
             return t % gap == 0
         golden = (1 + np.sqrt(5)) / 2
-        return bool(t % gap == int(t // gap * golden % 1 * (gap // 2 + 1)))
+        return bool(t % gap == int(t // gap * golden % 1 * gap))
 
     def normalized(self, grad: np.ndarray) -> np.ndarray:
         s, d_o, d_i = self.s, self.d_out, self.d_in
