@@ -29,9 +29,12 @@ from singd_torch import SINGD
 
 STEPS, EXAMPLES, BATCH = 120, 100, 25
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
-    **{f"`AdamW(lr={lr:g})`": (torch.optim.AdamW, {"lr": lr}) for lr in (3e-4, 1e-3, 3e-3, 1e-2)},
+    **{
+        f"`AdamW(lr={lr:g})`": (torch.optim.AdamW, {"lr": lr})
+        for lr in (1e-3, 3e-3, 1e-2, 3e-2, 0.1)
+    },
     "`SINGD(model)`": (SINGD, {}),
-    **{f"`lr={lr:g}`": (SINGD, {"lr": lr}) for lr in (0.04, 0.012, 0.004)},
+    **{f"`lr={lr:g}`": (SINGD, {"lr": lr}) for lr in (0.4, 0.04, 0.012, 0.004)},
     '`structures="diagonal"`': (SINGD, {"structures": "diagonal"}),
     '`structures="diagonal", lr=0.012`': (SINGD, {"structures": "diagonal", "lr": 0.012}),
 }

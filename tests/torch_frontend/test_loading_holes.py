@@ -22,6 +22,13 @@ def group_of(state: dict[str, Any]) -> Any:
     return state["param_groups"][0]
 
 
+def as_before(state: dict[str, Any], **notes: Any) -> None:
+    """What was found out about parameters as versions before 0.1 kept it."""
+    group = group_of(state)
+    del group["layer_notes"]
+    group.update(notes)
+
+
 def noted_of(state: dict[str, Any], first: Any) -> None:
     group = group_of(state)
     others = json.loads(group["layer_notes"])[1:]
@@ -112,11 +119,11 @@ HOLES: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "no parameters": (lambda s: group_of(s).pop("params"), "'params' of parameter group 0 is None"),
     "reasons of no parameter": (
-        lambda s: group_of(s).update(without_rows={99: "used elsewhere"}),
+        lambda s: as_before(s, without_rows={99: "used elsewhere"}),
         "'without_rows' of parameter group 0 has 99: 'used elsewhere'",
     ),
     "no reasons": (
-        lambda s: group_of(s).update(without_rows=None),
+        lambda s: as_before(s, without_rows=None),
         "'without_rows' of parameter group 0 is None in the checkpoint, not a mapping",
     ),
     "notes that are no text": (

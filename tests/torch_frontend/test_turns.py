@@ -231,3 +231,18 @@ def test_what_was_found_out_stays_with_a_parameter_whose_place_in_a_group_is_ano
         optimizer.step()
     (line,) = (line for line in str(optimizer).splitlines() if "used where no call" in line)
     assert "1.weight" in line
+
+
+@pytest.mark.filterwarnings(MISSES)
+@pytest.mark.parametrize("key", [int, str])
+def test_what_older_checkpoints_have_found_out_is_kept(key: Any) -> None:
+    model = nn.Linear(5, 3)
+    optimizer = SINGD(model)
+    for _ in range(2):
+        _one_step(model, optimizer, unseen=True)
+    saved = optimizer.state_dict()
+    found = json.loads(saved["param_groups"][0].pop("layer_notes"))
+    saved["param_groups"][0]["without_rows"] = {key(0): found[0]["without_rows"]}
+    again = SINGD(nn.Linear(5, 3))
+    again.load_state_dict(saved)
+    assert "used where no call is seen" in str(again)
