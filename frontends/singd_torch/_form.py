@@ -38,52 +38,50 @@ def check_form(state_dict: Any) -> None:
                 raise ValueError(f"{name!r} of parameter {index!r} is {what} in the checkpoint")
 
 
-def with_notes(group: Mapping[str, Any], title: str = "'{}'") -> dict[str, Any]:
-    """A saved group with what was found out about its parameters as it is kept now.
+def notes_of(group: Mapping[str, Any], title: str = "'{}'") -> dict[str | int, dict[str, Any]]:
+    """What a saved group notes of parameters, by their names, or as before by their places in it.
 
     Raises:
         ValueError: Naming what of that is wrong.
     """
-    found = {name: value for name, value in group.items() if name not in _BEFORE}
-    count, title_of_notes = len(group["params"]), title.format(NOTES)
-    if NOTES in found:
+    found: dict[str | int, dict[str, Any]] = {}
+    if NOTES in group:
         try:
-            found[NOTES] = json.loads(found[NOTES])
+            found = json.loads(group[NOTES])
         except (TypeError, ValueError):
             raise ValueError(
-                f"{title_of_notes} is {found[NOTES]!r} in the checkpoint, not a text in JSON"
+                f"{title.format(NOTES)} is {group[NOTES]!r} in the checkpoint, not a text in JSON"
             ) from None
-        _check_kind(title_of_notes, found[NOTES], Sequence)
-        if len(found[NOTES]) != count:
-            raise ValueError(
-                f"{title_of_notes} has {len(found[NOTES])} entries in the checkpoint, not one for "
-                f"each of {count} parameters"
-            )
-    else:
-        found[NOTES] = [{} for _ in range(count)]
-        for name in sorted(_BEFORE & group.keys()):
-            _check_kind(title.format(name), group[name], Mapping)
-            for place, value in group[name].items():
-                if not str(place).isdecimal() or int(place) >= count:
-                    raise ValueError(
-                        f"{title.format(name)} has {place!r}: {value!r} in the checkpoint, not the "
-                        f"place of one of {count} parameters"
-                    )
-                found[NOTES][int(place)][name] = value
-    for own in found[NOTES]:
-        _check_kind(f"an entry of {title_of_notes}", own, Mapping)
+        _check_kind(title.format(NOTES), found, Mapping)
+    for name in sorted(_BEFORE & group.keys()) if NOTES not in group else ():
+        _check_kind(title.format(name), group[name], Mapping)
+        for place, value in group[name].items():
+            if not str(place).isdecimal() or int(place) >= len(group["params"]):
+                raise ValueError(
+                    f"{title.format(name)} has {place!r}: {value!r} in the checkpoint, not the "
+                    f"place of one of {len(group['params'])} parameters"
+                )
+            found.setdefault(int(place), {})[name] = value
+    for key, own in found.items():
+        _check_kind(f"{key!r} in {title.format(NOTES)}", own, Mapping)
         for name, kind in FOUND.items():
             if name in own and type(own[name]) is not kind:
                 raise ValueError(
-                    f"{title_of_notes} has {name!r} of {own[name]!r} in the checkpoint, not of "
-                    f"type {kind.__name__}"
+                    f"{title.format(NOTES)} has {name!r} of {own[name]!r} for {key!r} in the "
+                    f"checkpoint, not of type {kind.__name__}"
                 )
     return found
 
 
+def without_notes(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved group without what it notes of parameters."""
+    notes = {NOTES} if NOTES in group else _BEFORE
+    return {name: value for name, value in group.items() if name not in notes}
+
+
 def _check_group(title: str, group: Mapping[str, Any]) -> None:
     _check_kind(title.format("params"), group.get("params"), Sequence)
-    with_notes(group, title)
+    notes_of(group, title)
     for name, value in group.items():
         if isinstance(value, Tensor) and not torch.isfinite(value).all():
             raise ValueError(f"{title.format(name)} is not finite in the checkpoint")

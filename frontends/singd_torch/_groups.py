@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +23,13 @@ from singd_torch import _fallback
 _SETTINGS = tuple(f.name for f in dataclasses.fields(Settings))
 
 # What training finds out about a parameter: why it has no rows, whether its matrices are transposed
-# ones, how many refreshes its rows have made, and how many in a row there were without rows.
-FOUND: dict[str, type] = {"without_rows": str, "turned": bool, "refreshes": int, "missed": int}
-# Where a group has that: a dictionary for each of its parameters. A checkpoint has it as a text.
+# ones, and how many refreshes in a row there were without rows.
+FOUND: dict[str, type] = {"without_rows": str, "turned": bool, "missed": int}
+Notes: TypeAlias = Mapping[Any, Mapping[str, Any]]  # of parameters
+# The key of groups under which checkpoints have the notes of all parameters, as a text in JSON with
+# their names: torch.distributed.checkpoint puts together groups anew, and wants the key in all.
 NOTES = "layer_notes"
+NO_NOTES = "{}"
 
 # What a group has beside its settings.
 _OWN = {"params", "param_names", "steps", "base_lr", "largest_lr"}
@@ -51,10 +54,14 @@ def settings_of(group: dict[str, Any]) -> Settings:
     return Settings(**{name: group[name] for name in _SETTINGS})
 
 
-def noted(groups: Iterable[Mapping[str, Any]], name: str) -> dict[nn.Parameter, Any]:
+def plain_name(name: str) -> str:
+    """The name of a parameter without what torch.compile and checkpointing put into it."""
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+
+
+def noted(notes: Notes, name: str) -> dict[Any, Any]:
     """What was found out about parameters under this name."""
-    pairs = [pair for g in groups for pair in zip(g["params"], g.get(NOTES, ()), strict=False)]
-    return {p: found[name] for p, found in pairs if name in found}
+    return {p: found[name] for p, found in notes.items() if found.get(name)}
 
 
 def check_group(group: dict[str, Any]) -> None:

@@ -16,8 +16,8 @@ from singd_core.late import begun_anew
 from singd_core.rules import Factors, learns_from_gradients
 from singd_core.rules.centering import InputMean
 from singd_torch import _fallback, _state
-from singd_torch._form import check_form, with_notes
-from singd_torch._groups import DTYPES, check_counts, check_group, settings_of
+from singd_torch._form import check_form, notes_of, without_notes
+from singd_torch._groups import DTYPES, check_counts, check_group, plain_name, settings_of
 from singd_torch.layers.layer import Layer
 from singd_torch.layers.matrices import find_all
 
@@ -36,14 +36,18 @@ class Loaded:
         entries: The state of each parameter.
         factors: The factors of each layer by its weight, None where none were saved.
         others: Entries of the saved state that belong to no parameter.
+        notes: What was found out about parameters.
         lost: Of a model in parts, weights of layers with rows that were never seen.
+        refreshes: Of a model in parts, how many refreshes the factors of weights have had.
     """
 
     groups: list[dict[str, Any]]
     entries: dict[nn.Parameter, Entries]
     factors: dict[nn.Parameter, Factors | None]
     others: dict[Any, Any]
+    notes: dict[Any, dict[str, Any]]
     lost: Collection[nn.Parameter] = ()
+    refreshes: Mapping[Any, int] = dataclasses.field(default_factory=dict)
 
 
 def loaded(
@@ -64,7 +68,8 @@ def loaded(
     older = any("normalized" not in group for group in state_dict["param_groups"])
     factors = {}
     own = [g | {"params": mine["params"]} for g, mine in zip(groups, live, strict=True)]
-    for layer in find_all(model, own):
+    notes = saved_notes(state_dict["param_groups"], live, names)
+    for layer in find_all(model, own, notes):
         s = settings_of(layer.group)
         if older:
             upgrade(layer, entries, normalized=s.normalized)
@@ -76,7 +81,7 @@ def loaded(
         if _state.COMPENSATION in found:
             _check(names.get(p, "a parameter"), {_state.COMPENSATION: p}, found)
     others = {key: value for key, value in state_dict["state"].items() if key not in known}
-    return Loaded(groups, entries, factors, others)
+    return Loaded(groups, entries, factors, others, notes)
 
 
 def saved_factors(layer: Layer, entries: Mapping[str, Any], s: Settings) -> Factors | None:
@@ -213,7 +218,7 @@ def completed(
     Raises:
         ValueError: If the groups do not fit, have a wrong setting or are of another optimizer.
     """
-    groups = [with_rule(with_notes(group)) for group in saved]
+    groups = [with_rule(without_notes(group)) for group in saved]
     sizes = [[len(group["params"]) for group in several] for several in (groups, live)]
     if sizes[0] != sizes[1]:
         raise ValueError(
@@ -240,6 +245,21 @@ def completed(
         except ValueError as error:
             raise ValueError(f"parameter group {i} of the checkpoint: {error}") from None
     return groups
+
+
+def saved_notes(
+    saved: Sequence[Mapping[str, Any]],
+    live: Sequence[dict[str, Any]],
+    names: Mapping[nn.Parameter, str],
+) -> dict[Any, dict[str, Any]]:
+    """What saved groups note of the parameters of the live ones."""
+    by_name, notes = {plain_name(name): p for p, name in names.items()}, dict[Any, dict[str, Any]]()
+    for group, own in zip(saved, live, strict=True):
+        for key, found in notes_of(group).items():
+            p = own["params"][key] if isinstance(key, int) else by_name.get(key)
+            if p is not None:
+                notes[p] = dict(found)
+    return notes
 
 
 def _number(value: Any) -> Any:

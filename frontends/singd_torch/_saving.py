@@ -18,6 +18,8 @@ from singd_torch.layers.reach import part_again
 
 # What a copy has of what takes steps.
 _COPIED = "skipped", "compile", "capturable"
+# What a copy is made of beside what torch's optimizers have.
+_APART = "model", "stepper", "notes"
 
 
 class Saving(Training):
@@ -30,7 +32,6 @@ class Saving(Training):
         is left out: the optimizer that loads the state keeps its own.
         With a model in parts, all processes must call this method, and its tensors are DTensors.
         """
-        self._roster.align_notes()
         trained = {p for group in self.param_groups for p in group["params"]}
         state: dict[Any, Any] = self.state
         gone = [p for p in state if isinstance(p, Tensor) and p not in trained]
@@ -47,7 +48,7 @@ class Saving(Training):
             packed["state"] = {
                 index: found[p] for index, p in zip(indices, params, strict=True) if found[p]
             }
-        return _state.portable(packed)
+        return _state.portable(packed, self._roster.noted())
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -66,6 +67,7 @@ class Saving(Training):
             return {"param_groups": found[0].groups, "state": found[0].others}
 
         def go_on(_: Any) -> None:  # torch would cast every tensor to its parameter's dtype
+            self._roster.notes = found[0].notes
             if sharded is not None:
                 for layer in self._layers:
                     layer.by_gradient = layer.weight in found[0].lost
@@ -95,16 +97,17 @@ class Saving(Training):
         """
         if self._stepper.sharded is not None:
             raise TypeError("an optimizer of a model in parts cannot be copied: build another")
-        self._roster.align_notes()
         own = {name: getattr(self._stepper, name) for name in _COPIED}
-        return super().__getstate__() | {"model": self._roster.model, "stepper": own}
+        own_state = {"model": self._roster.model, "stepper": own, "notes": self._roster.notes}
+        return super().__getstate__() | own_state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        model, own = (state.get(key) for key in ("model", "stepper"))
-        super().__setstate__({k: v for k, v in state.items() if k not in ("model", "stepper")})
+        model, own, notes = (state.get(key) for key in _APART)
+        super().__setstate__({k: v for k, v in state.items() if k not in _APART})
         if model is None or own is None:  # a part of torch's load_state_dict
             return
         self._begin(model)
+        self._roster.notes = notes or {}
         vars(self._stepper).update(own)
         if "_modules" in vars(model):
             self._go_on_as_copied()
@@ -129,5 +132,6 @@ class Saving(Training):
             known = factors[layer.weight]  # they are made when rows are first seen
             layer.pending, layer.seen = {}, known is not None
             layer.by_gradient = layer.kind.has_rows and known is not None and not known.has_rows
+            layer.refreshes = 0 if known is None else int(known.averages.k.max())
             layer.unused = layer.group["steps"] > 0 and not self.state.get(layer.weight)
         self._watcher.tell()

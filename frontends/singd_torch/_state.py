@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
 
@@ -106,19 +105,19 @@ def before_any_step(
     return state
 
 
-def portable(state_dict: dict[str, Any]) -> dict[str, Any]:
+def portable(state_dict: dict[str, Any], notes: str) -> dict[str, Any]:
     """A state dict of tensors and plain values alone: structures by name, without functions.
 
     It has an entry for each parameter, empty if nothing is kept for it, as for the bias of a layer:
-    torch.distributed.checkpoint takes one that is absent for one that was lost. It also looks into
-    lists and dictionaries, which have to be of the same form in what it loads into.
+    torch.distributed.checkpoint takes one that is absent for one that was lost. All groups have the
+    `notes` of all parameters.
     """
     groups = [dict(group) for group in state_dict["param_groups"]]
     indices = [index for group in groups for index in group["params"]]
     state = {index: {} for index in indices} | state_dict["state"]
     for group in groups:
         group["structures"] = structure_names(group["structures"])
-        group[NOTES] = json.dumps(group[NOTES])
+        group[NOTES] = notes
         if callable(group["lr_cov"]):
             group["lr_cov"] = None
     return state_dict | {"state": state, "param_groups": groups}

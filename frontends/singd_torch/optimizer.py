@@ -296,6 +296,6 @@ class SINGD(Saving):
         roster, sharded = self._roster, self._stepper.sharded
         owners = None if sharded is None else sharded.owners
         why = by_choice(roster.model, roster.layers)
-        why |= dict(reasons(roster.model, self.param_groups))
+        why |= dict(reasons(roster.model, roster.notes))
         table = _table.table(roster.layers, roster.fallback, roster.names, why, owners)
         return f"{type(self).__name__}\n{table}"

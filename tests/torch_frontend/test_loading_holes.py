@@ -1,7 +1,6 @@
 """A checkpoint with a hole is an error that names it and changes nothing."""
 
 import copy
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -27,12 +26,6 @@ def as_before(state: dict[str, Any], **notes: Any) -> None:
     group = group_of(state)
     del group["layer_notes"]
     group.update(notes)
-
-
-def noted_of(state: dict[str, Any], first: Any) -> None:
-    group = group_of(state)
-    others = json.loads(group["layer_notes"])[1:]
-    group["layer_notes"] = json.dumps([first, *others])
 
 
 NAN = float("nan")
@@ -130,17 +123,17 @@ HOLES: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda s: group_of(s).update(layer_notes=None),
         "'layer_notes' of parameter group 0 is None in the checkpoint, not a text in JSON",
     ),
-    "notes of too few": (
+    "notes without names": (
         lambda s: group_of(s).update(layer_notes="[{}]"),
-        "'layer_notes' of parameter group 0 has 1 entries in the checkpoint, not one for each",
+        r"'layer_notes' of parameter group 0 is \[{}\] in the checkpoint, not a mapping",
     ),
     "no notes of a parameter": (
-        lambda s: noted_of(s, None),
-        "an entry of 'layer_notes' of parameter group 0 is None in the checkpoint, not a mapping",
+        lambda s: group_of(s).update(layer_notes='{"out.weight": null}'),
+        "'out.weight' in 'layer_notes' of parameter group 0 is None in the checkpoint, not a map",
     ),
     "a count that is none": (
-        lambda s: noted_of(s, {"missed": "2"}),
-        "'layer_notes' of parameter group 0 has 'missed' of '2' in the checkpoint, not of type int",
+        lambda s: group_of(s).update(layer_notes='{"out.weight": {"missed": "2"}}'),
+        "'layer_notes' of parameter group 0 has 'missed' of '2' for 'out.weight' in the checkpoint",
     ),
     "a square below 0": (
         lambda s: entries_of(s, "norm.bias")["exp_avg_sq"].neg_(),

@@ -9,7 +9,13 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
 
 from singd_torch import SINGD
 
@@ -211,26 +217,98 @@ def test_missed_refreshes_count_on_in_a_run_that_goes_on(how: str, tmp_path: Pat
         assert torch.equal(train(model, optimizer, range(at, 12)), expected), at
 
 
-@pytest.mark.filterwarnings(MISSES)
-def test_what_was_found_out_stays_with_a_parameter_whose_place_in_a_group_is_another() -> None:
-    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
+def _with_a_lost_layer() -> tuple[nn.Sequential, SINGD]:
+    """Three layers, of which the middle one has lost its rows."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 4), nn.Linear(4, 3))
     optimizer = SINGD(model)
     for _ in range(2):
-        optimizer.zero_grad()
-        unseen = _Doubled.apply(torch.randn(16, 4), model[1].weight)
-        (model(torch.randn(16, 5)).square().mean() + (3.0 * unseen).square().mean()).backward()
-        optimizer.step()
-    assert "used where no call is seen" in str(optimizer)
-    group = optimizer.param_groups[0]
-    group["params"] = [*model[1].parameters(), *model[0].parameters()]
-    saved = json.loads(optimizer.state_dict()["param_groups"][0]["layer_notes"])
-    assert ["without_rows" in found for found in saved] == [True, False, False, False]
+        _step_of(model, optimizer, unseen=True)
+    assert _lost(optimizer) == ["1.weight"]
+    return model, optimizer
+
+
+def _step_of(model: nn.Sequential, optimizer: SINGD, *, unseen: bool = False) -> None:
+    optimizer.zero_grad()
+    loss = model(torch.randn(16, 5)).square().mean()
+    if unseen:
+        loss = loss + (3.0 * _Doubled.apply(torch.randn(16, 4), model[1].weight)).square().mean()
+    loss.backward()
+    optimizer.step()
+
+
+def _lost(optimizer: SINGD) -> list[str]:
+    lines = str(optimizer).splitlines()
+    return [line.split()[0] for line in lines if "used where no call is seen" in line]
+
+
+def _reordered(groups: list[Any]) -> None:
+    groups[0]["params"] = [*groups[0]["params"][2:], *groups[0]["params"][:2]]
+
+
+def _copied(groups: list[Any]) -> None:
+    _reordered(groups)
+    groups[0] = dict(groups[0])
+
+
+@pytest.mark.filterwarnings(MISSES, "ignore:the model was changed")
+@pytest.mark.parametrize("change", [_reordered, _copied])
+def test_what_was_found_out_stays_with_its_parameter(change: Any) -> None:
+    model, optimizer = _with_a_lost_layer()
+    change(optimizer.param_groups)
+    saved = optimizer.state_dict()["param_groups"][0]["layer_notes"]
+    assert list(json.loads(saved)) == ["1.weight"]
+    _step_of(model, optimizer)
+    assert _lost(optimizer) == ["1.weight"]
+
+
+@pytest.mark.filterwarnings(MISSES, "ignore:the model was changed")
+def test_a_parameter_may_be_taken_out_and_put_back() -> None:
+    model, optimizer = _with_a_lost_layer()
+    params = optimizer.param_groups[0]["params"]
+    taken = [params.pop(2), params.pop(2)]
+    _step_of(model, optimizer)
+    params += taken
     for _ in range(2):
-        optimizer.zero_grad()
-        model(torch.randn(16, 5)).square().mean().backward()
-        optimizer.step()
-    (line,) = (line for line in str(optimizer).splitlines() if "used where no call" in line)
-    assert "1.weight" in line
+        _step_of(model, optimizer)
+    assert _lost(optimizer) == ["1.weight"]
+
+
+@pytest.mark.filterwarnings(MISSES, "ignore:torch.distributed is disabled")
+@pytest.mark.parametrize(  # nested checkpoints want the same groups
+    ("flat", "groups"), [(False, 1), (True, 1), (True, 3)]
+)
+def test_a_checkpoint_by_names_goes_to_other_places(
+    flat: bool, groups: int, tmp_path: Path
+) -> None:
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Linear(5, 4, False), nn.Linear(4, 4, False), nn.Linear(4, 3, False))]
+    models.append(copy.deepcopy(models[0]))
+    optimizers = [SINGD(models[0])]
+    for _ in range(3):
+        _step_of(models[0], optimizers[0], unseen=True)
+    dcp.save(
+        get_optimizer_state_dict(models[0], optimizers[0], options=options), checkpoint_id=tmp_path
+    )
+    models[1].load_state_dict(models[0].state_dict())
+    params = [models[1][i].weight for i in (2, 0, 1)]
+    given = params if groups == 1 else [{"params": [p]} for p in params]
+    optimizers.append(SINGD(models[1], given))
+    _step_of(models[1], optimizers[1], unseen=True)
+    _step_of(models[1], optimizers[1], unseen=True)  # the state has the same entries
+    state = get_optimizer_state_dict(models[1], optimizers[1], options=options)
+    dcp.load(state, checkpoint_id=tmp_path)
+    models[1].load_state_dict(models[0].state_dict())
+    set_optimizer_state_dict(models[1], optimizers[1], state, options=options)
+    assert _lost(optimizers[1]) == ["1.weight"]
+    for _ in range(6):
+        random = torch.get_rng_state()
+        for model, optimizer in zip(models, optimizers, strict=True):
+            torch.set_rng_state(random)
+            _step_of(model, optimizer)
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(p, q)
 
 
 @pytest.mark.filterwarnings(MISSES)
@@ -242,7 +320,7 @@ def test_what_older_checkpoints_have_found_out_is_kept(key: Any) -> None:
         _one_step(model, optimizer, unseen=True)
     saved = optimizer.state_dict()
     found = json.loads(saved["param_groups"][0].pop("layer_notes"))
-    saved["param_groups"][0]["without_rows"] = {key(0): found[0]["without_rows"]}
+    saved["param_groups"][0]["without_rows"] = {key(0): found["weight"]["without_rows"]}
     again = SINGD(nn.Linear(5, 3))
     again.load_state_dict(saved)
     assert "used where no call is seen" in str(again)

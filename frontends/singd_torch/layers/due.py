@@ -24,8 +24,8 @@ def may_be_due(layer: Layer) -> bool:
 def wants_proof(layer: Layer) -> bool:
     """Whether it is to be found out in this step if the rows of a layer tell its gradient.
 
-    It is with the first rows, and after 1, 2, 4, 8, ... refreshes by rows. Checkpoints have this
-    number, so that a run that goes on does the same.
+    It is with the first rows, and after 1, 2, 4, 8, ... refreshes by rows. A run that goes on does
+    the same, as its factors know their number.
     """
     return not layer.rows_seen or not layer.refreshes & (layer.refreshes - 1)
 

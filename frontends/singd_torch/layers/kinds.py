@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import torch
@@ -18,7 +18,7 @@ from singd_core.layers import (
     StackedLinear,
     Tensor,
 )
-from singd_torch._groups import noted
+from singd_torch._groups import Notes, noted
 from singd_torch.layers.functions import transposed
 
 # The kind of a module, or None for one that cannot be treated as a layer after all.
@@ -164,9 +164,7 @@ def _find(module: nn.Module) -> tuple[type[nn.Module], Entry] | None:
     return None
 
 
-def reasons(
-    model: nn.Module, groups: Iterable[Mapping[str, Any]]
-) -> Iterator[tuple[nn.Parameter, str]]:
+def reasons(model: nn.Module, notes: Notes) -> Iterator[tuple[nn.Parameter, str]]:
     """Why there are no rows of matrices: of modules that are no layers, or used in other ways."""
     lists = [m for m in model.modules() if isinstance(m, ParametrizationList)]
     computing = {module for one in lists for module in one.modules()}
@@ -176,7 +174,7 @@ def reasons(
             if p is not None and Tensor.fits(p.shape) and name not in known:
                 computes = module in computing
                 yield p, "a parametrization computes with it" if computes else _why(module, name)
-    yield from noted(groups, "without_rows").items()
+    yield from noted(notes, "without_rows").items()
 
 
 def _why(module: nn.Module, name: str) -> str:

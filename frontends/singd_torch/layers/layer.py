@@ -50,7 +50,8 @@ class Layer:
         unused: Whether the last step had no gradient of the weight.
         called_in: The last step with a backward pass through a call that has rows.
         autocast: Whether products are in bfloat16 and the weight is not, on an accelerator.
-        notes: What was found out, and is kept in the group and in checkpoints (`FOUND`).
+        refreshes: Refreshes with a call that has rows.
+        notes: What was found out, and is kept in checkpoints (`FOUND`).
     """
 
     name: str
@@ -71,6 +72,7 @@ class Layer:
     unused: bool = False
     called_in: int = -1
     autocast: bool = False
+    refreshes: int = 0
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def tell_autocast(self, g: Tensor) -> None:
@@ -93,15 +95,6 @@ class Layer:
     def rows_seen(self) -> bool:
         """Whether rows have ever reached the factors."""
         return self.seen and self.has_rows
-
-    @property
-    def refreshes(self) -> int:
-        """Refreshes with a call that has rows."""
-        return int(self.notes.get("refreshes", 0))
-
-    @refreshes.setter
-    def refreshes(self, count: int) -> None:
-        self.notes["refreshes"] = count
 
     @property
     def missed(self) -> int:

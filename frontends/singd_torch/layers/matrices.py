@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -12,21 +13,26 @@ from singd_core import rules
 from singd_core.layers import StackedLinear, Tensor
 from singd_core.layers.biases import biases
 from singd_core.rules import learns_from_gradients
-from singd_torch._groups import noted, parameters_of, settings_of
+from singd_torch._groups import Notes, noted, parameters_of, settings_of
 from singd_torch.layers.find import find
 from singd_torch.layers.layer import Layer
 from singd_torch.layers.reach import is_in_parts
 
 
-def find_all(model: nn.Module, groups: Sequence[dict[str, Any]]) -> list[Layer]:
-    """What `find` finds, and the other parameters that have factors."""
-    layers = find(model, groups)
+def find_all(
+    model: nn.Module, groups: Sequence[dict[str, Any]], notes: Notes = MappingProxyType({})
+) -> list[Layer]:
+    """What `find` finds, and the other parameters that have factors, by what is known of them."""
+    layers = find(model, groups, noted(notes, "without_rows"))
     owned = {p for layer in layers for p in layer.parameters}
-    return [*layers, *_tensors(model, groups, owned)]
+    return [*layers, *_tensors(model, groups, owned, notes)]
 
 
 def _tensors(
-    model: nn.Module, groups: Sequence[dict[str, Any]], owned: Collection[nn.Parameter]
+    model: nn.Module,
+    groups: Sequence[dict[str, Any]],
+    owned: Collection[nn.Parameter],
+    notes: Notes,
 ) -> Iterator[Layer]:
     """The matrices that belong to no layer, as layers without sources.
 
@@ -36,7 +42,7 @@ def _tensors(
     factor.
     """
     names = parameter_names(model, groups)
-    turned, lost = noted(groups, "turned"), noted(groups, "without_rows")
+    turned, lost = noted(notes, "turned"), noted(notes, "without_rows")
     tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     group_of = {p: group for group in groups for p in group["params"]}
     with_bias = _with_bias(groups, names, {*owned, *_without_pairs(model)})

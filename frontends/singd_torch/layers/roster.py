@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from singd_torch._groups import NOTES
+from singd_torch._groups import NO_NOTES, NOTES, plain_name
 from singd_torch._warnings import Warnings
 from singd_torch.layers.changes import Makeup
 from singd_torch.layers.due import is_refresh
@@ -31,6 +32,7 @@ class Roster:
         model: The model, an empty one where parameters were given alone.
         groups: The parameter groups of the optimizer.
         names: The names of parameters.
+        notes: What was found out about parameters, also about those that were taken out of groups.
         layers: The layers.
         fallback: The groups of the parameters that belong to none: AdamW trains them.
         group_of: The group of each parameter.
@@ -44,13 +46,13 @@ class Roster:
     def __init__(self, model: nn.Module) -> None:
         self.model, self.groups = model, list[dict[str, Any]]()
         self.names: dict[Any, str] = {}
+        self.notes: dict[Any, dict[str, Any]] = {}
         self.layers: list[Layer] = []
         self.fallback: dict[nn.Parameter, dict[str, Any]] = {}
         self.group_of: dict[nn.Parameter, dict[str, Any]] = {}
         self.by_weight: dict[Tensor, Layer] = {}
         self.warnings = Warnings()
         self._shapes: dict[Tensor, torch.Size] = {}
-        self._notes: dict[Any, dict[str, Any]] = {}
         self._idle_steps = 0
 
     def find(self) -> list[nn.Parameter]:
@@ -60,18 +62,19 @@ class Roster:
             The parameters that begin anew, as they are used in another way than before.
         """
         self._name()
-        self.align_notes()
+        for group in self.groups:
+            group.setdefault(NOTES, NO_NOTES)
         before = self._weights()
-        self.layers = find_all(self.model, self.groups)
+        self.layers = find_all(self.model, self.groups, self.notes)
         now, trained = self._weights(), {p for group in self.groups for p in group["params"]}
         anew = [p for p in self.group_of if p in trained and before.get(p) is not now.get(p)]
         for layer in self.layers:
             known = self.by_weight.get(layer.weight)
             layer.name = self.names.get(layer.weight, layer.name)
-            layer.notes = self._notes[layer.weight]
+            layer.notes = self.notes.setdefault(layer.weight, {})
             if known is not None and known.is_found_as(layer):
                 layer.pending, layer.seen = known.pending, known.seen
-                layer.by_gradient = known.by_gradient
+                layer.by_gradient, layer.refreshes = known.by_gradient, known.refreshes
                 for module, source in known.sources:
                     if module is None:  # it was met in calls
                         layer.know(source)
@@ -80,18 +83,11 @@ class Roster:
         self._index()
         return anew
 
-    def align_notes(self) -> None:
-        """Have what is known of each parameter in its place: scripts put others into groups.
-
-        A group that was loaded has its own.
-        """
-        known = {id(group) for group in self.group_of.values()}
-        for group in self.groups:
-            params, notes = group["params"], group.get(NOTES)
-            if notes is None or id(group) in known or len(notes) != len(params):
-                group[NOTES] = [self._notes.get(p, {}) for p in params]
-        pairs = [pair for g in self.groups for pair in zip(g["params"], g[NOTES], strict=True)]
-        self._notes = dict(pairs)
+    def noted(self) -> str:
+        """What was found out about the parameters that are trained, by their names, in JSON."""
+        known = ((p, self.notes.get(p, {}).items()) for p in self.group_of)
+        found = {plain_name(self.names[p]): {name: x for name, x in own if x} for p, own in known}
+        return json.dumps({name: own for name, own in found.items() if own})
 
     def _weights(self) -> dict[nn.Parameter, nn.Parameter]:
         """The weight of the layer of each parameter."""
@@ -171,7 +167,7 @@ class Roster:
             layer.bias = None if layer.bias is None else new[layer.bias]
             layer.sources = [(module, source.of(new)) for module, source in layer.sources]
         self.names = {new.get(p, p): name for p, name in self.names.items()}
-        self._notes = {new.get(p, p): found for p, found in self._notes.items()}
+        self.notes = {new.get(p, p): found for p, found in self.notes.items()}
         self._index()
         return new
 

@@ -25,6 +25,7 @@ from singd_torch._loading import (
     check_moments,
     completed,
     saved_factors,
+    saved_notes,
     upgrade,
 )
 from singd_torch.layers.layer import Layer
@@ -138,14 +139,14 @@ def loaded(
     check_form(state_dict)
     groups = completed(state_dict["param_groups"], live)
     _check_alike(groups, live, state_dict["state"], share.processes)
-    layers = find_all(
-        model, [g | {"params": mine["params"]} for g, mine in zip(groups, live, strict=True)]
-    )
+    notes = saved_notes(state_dict["param_groups"], live, names)
+    own_groups = [g | {"params": mine["params"]} for g, mine in zip(groups, live, strict=True)]
+    layers = find_all(model, own_groups, notes)
     lost = set()
-    gradients_only = _learned_from_gradients(_values(groups, live, state_dict["state"]))
+    refreshes, by_rows = _refreshes(_values(groups, live, state_dict["state"]))
     for layer in layers:
         if layer.kind.has_rows and learns_from_gradients(settings_of(layer.group)):
-            layer.by_gradient = layer.weight in gradients_only
+            layer.by_gradient = layer.weight in refreshes and layer.weight not in by_rows
             lost |= {layer.weight} if layer.by_gradient else set()
     parted = shares(layers)
     wanted = {p: parted.owners[one.weight] for one in parted.whole for p in one.parameters}
@@ -183,20 +184,21 @@ def loaded(
     _all_or_none(check, share.processes)
     known = {index for group in groups for index in group["params"]}
     others = {key: value for key, value in state_dict["state"].items() if key not in known}
-    return Loaded(groups, entries, factors, others, lost)
+    return Loaded(groups, entries, factors, others, notes, lost, refreshes)
 
 
-def _learned_from_gradients(
+def _refreshes(
     values: Iterable[tuple[nn.Parameter, str, Any]],
-) -> set[nn.Parameter]:
-    """The weights whose factors were refreshed, but never by rows."""
-    known: dict[str, set[nn.Parameter]] = {"averages.k": set(), "averages.t_U": set()}
+) -> tuple[dict[nn.Parameter, int], set[nn.Parameter]]:
+    """How many refreshes the factors of weights have had, if any, and which of them had rows."""
+    counts, by_rows = dict[nn.Parameter, int](), set[nn.Parameter]()
     for p, name, value in values:
-        if name in known and isinstance(value, Tensor):
+        if name in ("averages.k", "averages.t_U") and isinstance(value, Tensor):
             whole = value.full_tensor() if isinstance(value, DTensor) else value
             if bool(whole.any()):
-                known[name].add(p)
-    return known["averages.k"] - known["averages.t_U"]
+                by_rows |= {p} if name == "averages.t_U" else set()
+                counts |= {p: int(whole.max())} if name == "averages.k" else {}
+    return counts, by_rows
 
 
 def _values(

@@ -122,7 +122,7 @@ class Sharded:
             if own is None or own.kind != layer.kind or not stands_for(own, stands, part):
                 own = stand_ins([layer])[0] if part is None else slab_of(layer, part)
             own.group, own.bias_group = layer.group, layer.bias_group
-            own.structures = layer.structures
+            own.structures, own.notes = layer.structures, layer.notes
             self._own[layer.weight] = own
             self._stand_ins |= zip(layer.parameters, own.parameters, strict=True)
 
@@ -160,6 +160,7 @@ class Sharded:
         for layer in self._layers:
             layer.pending, layer.seen = {}, layer.weight in found.factors
             layer.by_gradient = layer.weight in found.lost
+            layer.refreshes = found.refreshes.get(layer.weight, 0)
         for p, part in self._stand_ins.items():
             own = found.entries.get(p)
             if own:

@@ -40,6 +40,7 @@ class Stacker:
         compile: Arguments of torch.compile, None to run things as they are.
         capturable: Whether what a step reads stays where it is, as a CUDA graph needs it.
         graphs: The graphs of whole steps, where these are compiled.
+        is_shown: Whether the state shows what `sharded` has arranged.
     """
 
     state: dict[Any, dict[str, Any]]
@@ -51,6 +52,7 @@ class Stacker:
     compile: dict[str, Any] | None = None
     capturable: bool = False
     graphs: Graphs | None = None
+    is_shown: bool = False
 
     def __init__(self, roster: Roster, state: dict[Any, dict[str, Any]]) -> None:
         self.roster, self.state = roster, state
@@ -131,6 +133,7 @@ class Stacker:
             self.sharded = parted(*given, copies=self.shard, summed=self.summed)
         if self.sharded is not None:
             self.sharded.arrange(roster, self.compile)
+            self.is_shown = False
         self.stack_up()
 
     # ---- what steps now -------------------------------------------------------------------------

@@ -88,8 +88,9 @@ class Stepper(Stacker):
             if self.processes is None and self.sharded.world < dist.get_world_size():
                 self.roster.warnings.once(APART)
             self.skipped = self.sharded.step(scales)
-            if not self.state:
+            if not (self.state and self.is_shown):
                 self.sharded.show(self.state)
+                self.is_shown = True
             return
         layers = self.roster.layers
         if self.processes is not None:
