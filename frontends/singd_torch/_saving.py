@@ -132,6 +132,8 @@ class Saving(Training):
             known = factors[layer.weight]  # they are made when rows are first seen
             layer.pending, layer.seen = {}, known is not None
             layer.by_gradient = layer.kind.has_rows and known is not None and not known.has_rows
-            layer.refreshes = 0 if known is None else int(known.averages.k.max())
+            layer.refreshes = 0
+            if known is not None and known.has_rows:
+                layer.refreshes = int(known.averages.k.max())
             layer.unused = layer.group["steps"] > 0 and not self.state.get(layer.weight)
         self._watcher.tell()

@@ -188,14 +188,16 @@ def test_missed_refreshes_count_on_in_a_run_that_goes_on(how: str, tmp_path: Pat
     def train(model: nn.Linear, optimizer: SINGD, steps: range) -> Tensor:
         for step in steps:
             torch.manual_seed(step)
-            if step < 3:
-                _one_step(model, optimizer, unseen=False)
-            else:
+            if 3 <= step < 10:
                 _by_hand(model, optimizer)
+            else:  # rows come again, and then do not tell the gradient
+                _one_step(model, optimizer, unseen=step > 12)
         return model.weight.detach().clone()
 
-    expected = train(*begin(), range(12))
-    for at in (4, 5, 6, 8):
+    expected = train(*begin(), range(24))
+    # a state without rows has another form, which torch.distributed.checkpoint does not load anew
+    last = () if how.startswith("by") else (13, 15)
+    for at in (4, 5, 6, 8, 11, *last):
         model, optimizer = begin()
         train(model, optimizer, range(at))
         if how == "copied":
@@ -214,7 +216,7 @@ def test_missed_refreshes_count_on_in_a_run_that_goes_on(how: str, tmp_path: Pat
             set_state_dict(
                 model, optimizer, model_state_dict=state["m"], optim_state_dict=state["o"]
             )
-        assert torch.equal(train(model, optimizer, range(at, 12)), expected), at
+        assert torch.equal(train(model, optimizer, range(at, 24)), expected), at
 
 
 def _with_a_lost_layer() -> tuple[nn.Sequential, SINGD]:

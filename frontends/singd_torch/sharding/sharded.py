@@ -160,7 +160,7 @@ class Sharded:
         for layer in self._layers:
             layer.pending, layer.seen = {}, layer.weight in found.factors
             layer.by_gradient = layer.weight in found.lost
-            layer.refreshes = found.refreshes.get(layer.weight, 0)
+            layer.refreshes = 0 if layer.by_gradient else found.refreshes.get(layer.weight, 0)
         for p, part in self._stand_ins.items():
             own = found.entries.get(p)
             if own:
@@ -220,6 +220,7 @@ class Sharded:
         for layer in self._layers:
             if layer.is_lost():  # as its owner finds
                 layer.seen = layer.by_gradient = True
+                layer.refreshes = 0
         sent = [layer for layer in self._layers if layer.weight in self.owners]
         trained = [p for layer in sent for p in layer.parameters if p.grad is not None]
         whole = {p for layer in sent if _wants_weights(layer) for p in layer.parameters}

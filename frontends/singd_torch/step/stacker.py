@@ -172,7 +172,7 @@ class Stacker:
 
     def _go_on_by_gradients(self, layer: Layer) -> None:
         """Have the same factors, whose averages begin with the next gradient."""
-        layer.by_gradient = True
+        layer.by_gradient, layer.refreshes = True, 0
         own = self.state.get(layer.weight, {})
         for name in [name for name in own if name.startswith("averages.")]:
             own[name] = torch.zeros_like(own[name])
