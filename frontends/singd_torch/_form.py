@@ -38,13 +38,15 @@ def check_form(state_dict: Any) -> None:
                 raise ValueError(f"{name!r} of parameter {index!r} is {what} in the checkpoint")
 
 
-def notes_of(group: Mapping[str, Any], title: str = "'{}'") -> dict[str | int, dict[str, Any]]:
-    """What a saved group notes of parameters, by their names, or as before by their places in it.
+def notes_of(group: Mapping[str, Any], title: str = "'{}'") -> list[tuple[int, str | None, Any]]:
+    """What a saved group notes of parameters: their places, their names and the notes.
+
+    Before there were places in the group, and no names.
 
     Raises:
         ValueError: Naming what of that is wrong.
     """
-    found: dict[str | int, dict[str, Any]] = {}
+    found: list[Any] = []
     if NOTES in group:
         try:
             found = json.loads(group[NOTES])
@@ -52,7 +54,7 @@ def notes_of(group: Mapping[str, Any], title: str = "'{}'") -> dict[str | int, d
             raise ValueError(
                 f"{title.format(NOTES)} is {group[NOTES]!r} in the checkpoint, not a text in JSON"
             ) from None
-        _check_kind(title.format(NOTES), found, Mapping)
+        _check_kind(title.format(NOTES), found, Sequence)
     for name in sorted(_BEFORE & group.keys()) if NOTES not in group else ():
         _check_kind(title.format(name), group[name], Mapping)
         for place, value in group[name].items():
@@ -61,15 +63,16 @@ def notes_of(group: Mapping[str, Any], title: str = "'{}'") -> dict[str | int, d
                     f"{title.format(name)} has {place!r}: {value!r} in the checkpoint, not the "
                     f"place of one of {len(group['params'])} parameters"
                 )
-            found.setdefault(int(place), {})[name] = value
-    for key, own in found.items():
-        _check_kind(f"{key!r} in {title.format(NOTES)}", own, Mapping)
-        for name, kind in FOUND.items():
-            if name in own and type(own[name]) is not kind:
-                raise ValueError(
-                    f"{title.format(NOTES)} has {name!r} of {own[name]!r} for {key!r} in the "
-                    f"checkpoint, not of type {kind.__name__}"
-                )
+            found.append((int(place), None, {name: value}))
+    for entry in found:
+        fits = isinstance(entry, Sequence) and len(entry) == 3 and isinstance(entry[2], Mapping)
+        known = entry[2] if fits else {}
+        wrong = any(type(known[k]) is not kind for k, kind in FOUND.items() if k in known)
+        if not fits or type(entry[0]) is not int or wrong:
+            raise ValueError(
+                f"{title.format(NOTES)} has {entry!r} in the checkpoint, not the place of a "
+                "parameter, its name and what is known of it"
+            )
     return found
 
 

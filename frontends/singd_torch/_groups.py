@@ -23,13 +23,15 @@ from singd_torch import _fallback
 _SETTINGS = tuple(f.name for f in dataclasses.fields(Settings))
 
 # What training finds out about a parameter: why it has no rows, whether its matrices are transposed
-# ones, and how many refreshes in a row there were without rows.
-FOUND: dict[str, type] = {"without_rows": str, "turned": bool, "missed": int}
+# ones, how many refreshes in a row there were without rows, and how many with, where its factors do
+# not know it.
+FOUND: dict[str, type] = {"without_rows": str, "turned": bool, "missed": int, "refreshes": int}
 Notes: TypeAlias = Mapping[Any, Mapping[str, Any]]  # of parameters
 # The key of groups under which checkpoints have the notes of all parameters, as a text in JSON with
-# their names: torch.distributed.checkpoint puts together groups anew, and wants the key in all.
+# their places and names. torch.distributed.checkpoint puts parameters into other places, puts
+# together groups anew, and wants the key in all.
 NOTES = "layer_notes"
-NO_NOTES = "{}"
+NO_NOTES = "[]"
 
 # What a group has beside its settings.
 _OWN = {"params", "param_names", "steps", "base_lr", "largest_lr"}

@@ -17,7 +17,15 @@ from singd_core.rules import Factors, learns_from_gradients
 from singd_core.rules.centering import InputMean
 from singd_torch import _fallback, _state
 from singd_torch._form import check_form, notes_of, without_notes
-from singd_torch._groups import DTYPES, check_counts, check_group, plain_name, settings_of
+from singd_torch._groups import (
+    DTYPES,
+    NOTES,
+    check_counts,
+    check_group,
+    noted,
+    plain_name,
+    settings_of,
+)
 from singd_torch.layers.layer import Layer
 from singd_torch.layers.matrices import find_all
 
@@ -68,12 +76,16 @@ def loaded(
     older = any("normalized" not in group for group in state_dict["param_groups"])
     factors = {}
     own = [g | {"params": mine["params"]} for g, mine in zip(groups, live, strict=True)]
-    notes = saved_notes(state_dict["param_groups"], live, names)
+    groups_saved = state_dict["param_groups"]
+    notes = saved_notes(groups_saved, live, names)
+    # layers without rows, of which all that is kept now was kept when that was noted
+    whole = noted(notes, "without_rows") if all(NOTES in group for group in groups_saved) else ()
     for layer in find_all(model, own, notes):
         s = settings_of(layer.group)
         if older:
             upgrade(layer, entries, normalized=s.normalized)
-        begin_anew(layer, entries)
+        if layer.weight not in whole:
+            begin_anew(layer, entries)
         check_momenta(layer, entries, s)
         factors[layer.weight] = saved_factors(layer, entries[layer.weight], s)
     for p, found in entries.items():
@@ -252,13 +264,21 @@ def saved_notes(
     live: Sequence[dict[str, Any]],
     names: Mapping[nn.Parameter, str],
 ) -> dict[Any, dict[str, Any]]:
-    """What saved groups note of the parameters of the live ones."""
-    by_name, notes = {plain_name(name): p for p, name in names.items()}, dict[Any, dict[str, Any]]()
+    """What saved groups note of the parameters of the live ones.
+
+    Names tell which are meant, or else places: models may have been renamed, or share names.
+    """
+    params, notes = [p for group in live for p in group["params"]], dict[Any, dict[str, Any]]()
+    by_name = {plain_name(names[p]): p for p in params if p in names}
+    by_place = {i: name for group in saved for i, name, _ in notes_of(group) if name is not None}
+    are_told = len(by_name) == len(params) and len(set(by_place.values())) == len(by_place)
+    are_told = are_told and by_name.keys() >= set(by_place.values())
     for group, own in zip(saved, live, strict=True):
-        for key, found in notes_of(group).items():
-            p = own["params"][key] if isinstance(key, int) else by_name.get(key)
-            if p is not None:
-                notes[p] = dict(found)
+        for place, name, found in notes_of(group):
+            if name is None:
+                notes.setdefault(own["params"][place], {}).update(found)
+            elif are_told or place < len(params):
+                notes[by_name[name] if are_told else params[place]] = dict(found)
     return notes
 
 
@@ -277,6 +297,7 @@ def _by_parameter(
             entries[p] = {
                 name: value.detach().to(p.device, copy=True) if isinstance(value, Tensor) else value
                 for name, value in state.get(index, {}).items()
+                if not isinstance(value, Mapping)  # torch's, where a flat checkpoint has nothing
             }
     return entries
 

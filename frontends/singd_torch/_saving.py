@@ -32,6 +32,7 @@ class Saving(Training):
         is left out: the optimizer that loads the state keeps its own.
         With a model in parts, all processes must call this method, and its tensors are DTensors.
         """
+        self._note_refreshes()
         trained = {p for group in self.param_groups for p in group["params"]}
         state: dict[Any, Any] = self.state
         gone = [p for p in state if isinstance(p, Tensor) and p not in trained]
@@ -62,6 +63,7 @@ class Saving(Training):
         sharded = self._stepper.sharded
 
         def check(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+            self._roster.name()
             given = self._roster.model, self.param_groups, self._roster.names, state_dict
             found.append(loaded(*given) if sharded is None else sharded.loaded(*given))
             return {"param_groups": found[0].groups, "state": found[0].others}
@@ -97,6 +99,7 @@ class Saving(Training):
         """
         if self._stepper.sharded is not None:
             raise TypeError("an optimizer of a model in parts cannot be copied: build another")
+        self._note_refreshes()
         own = {name: getattr(self._stepper, name) for name in _COPIED}
         own_state = {"model": self._roster.model, "stepper": own, "notes": self._roster.notes}
         return super().__getstate__() | own_state
@@ -113,6 +116,17 @@ class Saving(Training):
             self._go_on_as_copied()
         else:  # the model holds its optimizer, and is being copied around it
             when_complete(model, self._go_on_as_copied)
+
+    def _note_refreshes(self) -> None:
+        """Note how many refreshes layers have had, where their factors do not know it.
+
+        These do not count what was not finite. Of a model in parts one process alone has them.
+        """
+        for layer in self._layers:
+            k = self.state.get(layer.weight, {}).get("averages.k")
+            told = self._stepper.sharded is None and k is not None and bool(k.numel())
+            known = int(k.max()) if told else 0
+            layer.notes["refreshes"] = layer.refreshes if layer.refreshes != known else 0
 
     def _go_on_as_copied(self) -> None:
         self._roster.names = {p: name for name, p in self._roster.model.named_parameters()}
@@ -132,8 +146,8 @@ class Saving(Training):
             known = factors[layer.weight]  # they are made when rows are first seen
             layer.pending, layer.seen = {}, known is not None
             layer.by_gradient = layer.kind.has_rows and known is not None and not known.has_rows
-            layer.refreshes = 0
-            if known is not None and known.has_rows:
+            layer.refreshes = layer.notes.get("refreshes", 0)
+            if known is not None and known.has_rows and not layer.refreshes:
                 layer.refreshes = int(known.averages.k.max())
             layer.unused = layer.group["steps"] > 0 and not self.state.get(layer.weight)
         self._watcher.tell()

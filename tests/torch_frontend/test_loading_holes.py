@@ -123,17 +123,17 @@ HOLES: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda s: group_of(s).update(layer_notes=None),
         "'layer_notes' of parameter group 0 is None in the checkpoint, not a text in JSON",
     ),
-    "notes without names": (
-        lambda s: group_of(s).update(layer_notes="[{}]"),
-        r"'layer_notes' of parameter group 0 is \[{}\] in the checkpoint, not a mapping",
+    "notes that are no list": (
+        lambda s: group_of(s).update(layer_notes="{}"),
+        r"'layer_notes' of parameter group 0 is {} in the checkpoint, not a sequence",
     ),
     "no notes of a parameter": (
-        lambda s: group_of(s).update(layer_notes='{"out.weight": null}'),
-        "'out.weight' in 'layer_notes' of parameter group 0 is None in the checkpoint, not a map",
+        lambda s: group_of(s).update(layer_notes='[[0, "out.weight", null]]'),
+        r"'layer_notes' of parameter group 0 has \[0, 'out.weight', None\] in the checkpoint, not",
     ),
     "a count that is none": (
-        lambda s: group_of(s).update(layer_notes='{"out.weight": {"missed": "2"}}'),
-        "'layer_notes' of parameter group 0 has 'missed' of '2' for 'out.weight' in the checkpoint",
+        lambda s: group_of(s).update(layer_notes='[[0, "out.weight", {"missed": "2"}]]'),
+        r"'layer_notes' of parameter group 0 has \[0, 'out.weight', {'missed': '2'}\] in the check",
     ),
     "a square below 0": (
         lambda s: entries_of(s, "norm.bias")["exp_avg_sq"].neg_(),

@@ -259,7 +259,7 @@ def test_what_was_found_out_stays_with_its_parameter(change: Any) -> None:
     model, optimizer = _with_a_lost_layer()
     change(optimizer.param_groups)
     saved = optimizer.state_dict()["param_groups"][0]["layer_notes"]
-    assert list(json.loads(saved)) == ["1.weight"]
+    assert [name for _, name, _ in json.loads(saved)] == ["1.weight"]
     _step_of(model, optimizer)
     assert _lost(optimizer) == ["1.weight"]
 
@@ -322,7 +322,73 @@ def test_what_older_checkpoints_have_found_out_is_kept(key: Any) -> None:
         _one_step(model, optimizer, unseen=True)
     saved = optimizer.state_dict()
     found = json.loads(saved["param_groups"][0].pop("layer_notes"))
-    saved["param_groups"][0]["without_rows"] = {key(0): found["weight"]["without_rows"]}
+    saved["param_groups"][0]["without_rows"] = {key(0): found[0][2]["without_rows"]}
     again = SINGD(nn.Linear(5, 3))
     again.load_state_dict(saved)
     assert "used where no call is seen" in str(again)
+
+
+class _Wrapper(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+@pytest.mark.filterwarnings(MISSES)
+def test_what_was_found_out_goes_to_a_model_of_other_names() -> None:
+    """A state goes by places, as with any torch optimizer."""
+    model, optimizer = _with_a_lost_layer()
+    wrapped = SINGD(_Wrapper(copy.deepcopy(model)))
+    wrapped.load_state_dict(optimizer.state_dict())
+    assert _lost(wrapped) == ["module.1.weight"]
+
+
+@pytest.mark.filterwarnings(MISSES)
+def test_two_models_with_the_same_names_keep_what_was_found_out() -> None:
+    torch.manual_seed(0)
+    models = [nn.Sequential(*(nn.Linear(4, 4) for _ in range(2))) for _ in range(2)]
+    given = [{"params": list(model.named_parameters())} for model in models]
+    optimizer = SINGD(models[1], given)
+    for _ in range(2):
+        optimizer.zero_grad()
+        x = torch.randn(16, 4)
+        unseen = (3.0 * _Doubled.apply(torch.randn(16, 4), models[1][1].weight)).square().mean()
+        (models[0](x).square().mean() + models[1](x).square().mean() + unseen).backward()
+        optimizer.step()
+    assert _lost(optimizer) == ["1.weight"]
+    before = str(optimizer)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert str(optimizer) == before
+
+
+@pytest.mark.filterwarnings(MISSES, "ignore:the gradients? of .* NaN")
+@pytest.mark.parametrize("how", ["copied", "saved"])
+def test_steps_that_change_nothing_count_in_a_run_that_goes_on(how: str) -> None:
+    def train(model: nn.Linear, optimizer: SINGD, steps: range) -> Tensor:
+        for step in steps:
+            torch.manual_seed(step)
+            if step == 2:
+                optimizer.zero_grad()
+                (model(torch.randn(16, 5)).sum() * torch.nan).backward()
+                optimizer.step()
+            else:
+                _one_step(model, optimizer, unseen=step > 4)
+        return model.weight.detach().clone()
+
+    def begin() -> tuple[nn.Linear, SINGD]:
+        torch.manual_seed(3)
+        model = nn.Linear(5, 3)
+        return model, SINGD(model)
+
+    expected = train(*begin(), range(16))
+    for at in (3, 4, 5):
+        model, optimizer = begin()
+        train(model, optimizer, range(at))
+        if how == "copied":
+            model, optimizer = copy.deepcopy((model, optimizer))
+        else:
+            saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+            model, optimizer = begin()
+            model.load_state_dict(saved[0])
+            optimizer.load_state_dict(saved[1])
+        assert torch.equal(train(model, optimizer, range(at, 16)), expected), at

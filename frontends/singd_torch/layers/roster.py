@@ -61,7 +61,7 @@ class Roster:
         Returns:
             The parameters that begin anew, as they are used in another way than before.
         """
-        self._name()
+        self.name()
         for group in self.groups:
             group.setdefault(NOTES, NO_NOTES)
         before = self._weights()
@@ -84,16 +84,17 @@ class Roster:
         return anew
 
     def noted(self) -> str:
-        """What was found out about the parameters that are trained, by their names, in JSON."""
-        known = ((p, self.notes.get(p, {}).items()) for p in self.group_of)
-        found = {plain_name(self.names[p]): {name: x for name, x in own if x} for p, own in known}
-        return json.dumps({name: own for name, own in found.items() if own})
+        """What was found out about the parameters that are trained, in JSON: place, name, notes."""
+        params = [p for group in self.groups for p in group["params"]]
+        of_all = [{name: x for name, x in self.notes.get(p, {}).items() if x} for p in params]
+        known = [(i, p, own) for i, (p, own) in enumerate(zip(params, of_all, strict=True)) if own]
+        return json.dumps([(i, plain_name(self.names.get(p, "")), own) for i, p, own in known])
 
     def _weights(self) -> dict[nn.Parameter, nn.Parameter]:
         """The weight of the layer of each parameter."""
         return {p: layer.weight for layer in self.layers for p in layer.parameters}
 
-    def _name(self) -> None:
+    def name(self) -> None:
         """Name the parameters, those that the model has no more by what they were."""
         now = parameter_names(self.model, self.groups)
         for i, p in enumerate(p for group in self.groups for p in group["params"]):

@@ -160,7 +160,8 @@ class Sharded:
         for layer in self._layers:
             layer.pending, layer.seen = {}, layer.weight in found.factors
             layer.by_gradient = layer.weight in found.lost
-            layer.refreshes = 0 if layer.by_gradient else found.refreshes.get(layer.weight, 0)
+            known = 0 if layer.by_gradient else found.refreshes.get(layer.weight, 0)
+            layer.refreshes = layer.notes.get("refreshes", 0) or known
         for p, part in self._stand_ins.items():
             own = found.entries.get(p)
             if own:
