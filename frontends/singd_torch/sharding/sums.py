@@ -101,7 +101,8 @@ class Sums:
                 found |= flat.read()
         for layer, key, pending in entries:
             mine = own.get(layer.weight)
-            if mine is not None and (layer.rows_seen or (layer, key) in known):
+            goes_on = layer.rows_seen and not layer.is_lost()  # else its gradient refreshes
+            if mine is not None and (goes_on or (layer, key) in known):
                 each = [s[layer.weight, key] for s in (sent, found) if s.get((layer.weight, key))]
                 total = [sum(tensors[1:], tensors[0]) for tensors in zip(*each, strict=True)]
                 by = part_of(share.factors(mine), key[0])

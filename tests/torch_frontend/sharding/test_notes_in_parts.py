@@ -101,7 +101,7 @@ def _resumed(rank: int, world: int, how: str, flat: bool, at: int, fresh: bool) 
     return max(gaps)
 
 
-@pytest.mark.parametrize("at", [2, 5])
+@pytest.mark.parametrize("at", [2, 5, 6])
 def test_missed_refreshes_count_on_where_the_state_is_parted(at: int) -> None:
     assert gloo.run(2, _resumed, "copies", False, at, True) == [0.0, 0.0]
 
