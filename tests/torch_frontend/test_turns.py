@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
     set_state_dict,
 )
+from watched import Product
 
 from singd_torch import SINGD
 
@@ -107,26 +108,12 @@ def test_a_run_that_goes_on_compares_rows_with_gradients_in_the_same_steps(how: 
     assert lost
 
 
-class _Doubled(torch.autograd.Function):
-    """A product with a weight that nobody sees."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return x @ weight.mT
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        x, weight = ctx.saved_tensors
-        return grads[0] @ weight, grads[0].mT @ x
-
-
 def _one_step(model: nn.Linear, optimizer: SINGD, *, unseen: bool) -> None:
     optimizer.zero_grad()
     x = torch.randn(16, 5)
     loss = (model(x) - 1.0).square().mean()
     if unseen:
-        loss = loss + (3.0 * _Doubled.apply(torch.randn(16, 5), model.weight)).square().mean()
+        loss = loss + (3.0 * Product.apply(torch.randn(16, 5), model.weight)).square().mean()
     loss.backward()
     optimizer.step()
 
@@ -162,7 +149,7 @@ def test_a_use_that_nobody_sees_is_found_in_a_layer_of_every_nth_step(
         head = heads[0 if step % period == 1 else 1]
         loss = (head(torch.randn(16, 5)) - 1.0).square().mean()
         if step > 20:  # later than the first refreshes
-            loss = loss + (3.0 * _Doubled.apply(torch.randn(16, 5), head.weight)).square().mean()
+            loss = loss + (3.0 * Product.apply(torch.randn(16, 5), head.weight)).square().mean()
         loss.backward()
         optimizer.step()
     assert str(optimizer).count("used where no call is seen") == 2
@@ -234,7 +221,7 @@ def _step_of(model: nn.Sequential, optimizer: SINGD, *, unseen: bool = False) ->
     optimizer.zero_grad()
     loss = model(torch.randn(16, 5)).square().mean()
     if unseen:
-        loss = loss + (3.0 * _Doubled.apply(torch.randn(16, 4), model[1].weight)).square().mean()
+        loss = loss + (3.0 * Product.apply(torch.randn(16, 4), model[1].weight)).square().mean()
     loss.backward()
     optimizer.step()
 
@@ -352,7 +339,7 @@ def test_two_models_with_the_same_names_keep_what_was_found_out() -> None:
     for _ in range(2):
         optimizer.zero_grad()
         x = torch.randn(16, 4)
-        unseen = (3.0 * _Doubled.apply(torch.randn(16, 4), models[1][1].weight)).square().mean()
+        unseen = (3.0 * Product.apply(torch.randn(16, 4), models[1][1].weight)).square().mean()
         (models[0](x).square().mean() + models[1](x).square().mean() + unseen).backward()
         optimizer.step()
     assert _lost(optimizer) == ["1.weight"]

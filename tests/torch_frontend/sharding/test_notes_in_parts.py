@@ -15,25 +15,12 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
+from watched import Product
 
 from singd_torch import SINGD
 
 pytestmark = pytest.mark.filterwarnings("ignore:no rows of")
 STEPS = 12
-
-
-class _Twice(torch.autograd.Function):
-    """A product with a weight that nobody sees."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return 3.0 * x @ weight.mT
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        x, weight = ctx.saved_tensors
-        return 3.0 * grads[0] @ weight, 3.0 * grads[0].mT @ x
 
 
 class _Last(nn.Linear):
@@ -43,7 +30,7 @@ class _Last(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
-        return y + _Twice.apply(x.flip(0), self.weight) if self.late else y
+        return y + 3.0 * Product.apply(x.flip(0), self.weight) if self.late else y
 
 
 def _begin(how: str, world: int) -> tuple[nn.Sequential, SINGD]:
