@@ -78,8 +78,7 @@ def loaded(
     own = [g | {"params": mine["params"]} for g, mine in zip(groups, live, strict=True)]
     groups_saved = state_dict["param_groups"]
     notes = saved_notes(groups_saved, live, names)
-    # layers without rows, of which all that is kept now was kept when that was noted
-    whole = noted(notes, "without_rows") if all(NOTES in group for group in groups_saved) else ()
+    whole = kept_whole(groups_saved, notes)
     for layer in find_all(model, own, notes):
         s = settings_of(layer.group)
         if older:
@@ -94,6 +93,18 @@ def loaded(
             _check(names.get(p, "a parameter"), {_state.COMPENSATION: p}, found)
     others = {key: value for key, value in state_dict["state"].items() if key not in known}
     return Loaded(groups, entries, factors, others, notes)
+
+
+def kept_whole(
+    saved: Sequence[Mapping[str, Any]], notes: Mapping[Any, Mapping[str, Any]]
+) -> Collection[Any]:
+    """Weights without rows of which all that is kept now was kept when that was noted."""
+    return noted(notes, "without_rows") if all(NOTES in group for group in saved) else ()
+
+
+def is_absent(value: Any) -> bool:
+    """Whether a saved value stands for none: torch's, where a flat checkpoint has nothing."""
+    return isinstance(value, Mapping)
 
 
 def saved_factors(layer: Layer, entries: Mapping[str, Any], s: Settings) -> Factors | None:
@@ -297,7 +308,7 @@ def _by_parameter(
             entries[p] = {
                 name: value.detach().to(p.device, copy=True) if isinstance(value, Tensor) else value
                 for name, value in state.get(index, {}).items()
-                if not isinstance(value, Mapping)  # torch's, where a flat checkpoint has nothing
+                if not is_absent(value)
             }
     return entries
 

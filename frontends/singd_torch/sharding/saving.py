@@ -24,6 +24,8 @@ from singd_torch._loading import (
     check_momenta,
     check_moments,
     completed,
+    is_absent,
+    kept_whole,
     saved_factors,
     saved_notes,
     upgrade,
@@ -162,19 +164,21 @@ def loaded(
         if p not in wanted and not of_factors:
             kept[name] = _part(p, name, value)
             continue
-        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        full = value.full_tensor() if isinstance(value, DTensor) else value
         if wanted.get(p, rank) == rank:
-            kept[name] = whole.detach().to(p.device, copy=True)
+            kept[name] = full.detach().to(p.device, copy=True)
     mine = [(one, stand_ins([one])[0]) for one in parted.whole if wanted[one.weight] == rank]
     for layer in layers:
         if layer.weight in parted.parts:
             mine.append((layer, slab_of(layer, parted.parts[layer.weight][rank])))
-    older = any("normalized" not in group for group in state_dict["param_groups"])
+    groups_saved = state_dict["param_groups"]
+    older = any("normalized" not in group for group in groups_saved)
+    whole = kept_whole(groups_saved, notes)
     factors: dict[nn.Parameter, Factors | None] = dict.fromkeys(seen)
 
     def check() -> None:
         for layer, plain in mine:
-            own = _checked(layer, plain, entries, older=older)
+            own = _checked(layer, plain, entries, older=older, is_whole=layer.weight in whole)
             if own is not None:
                 factors[layer.weight] = own
         for p, kept in entries.items():
@@ -194,10 +198,10 @@ def _refreshes(
     counts, by_rows = dict[nn.Parameter, int](), set[nn.Parameter]()
     for p, name, value in values:
         if name in ("averages.k", "averages.t_U") and isinstance(value, Tensor):
-            whole = value.full_tensor() if isinstance(value, DTensor) else value
-            if bool(whole.any()):
+            full = value.full_tensor() if isinstance(value, DTensor) else value
+            if bool(full.any()):
                 by_rows |= {p} if name == "averages.t_U" else set()
-                counts |= {p: int(whole.max())} if name == "averages.k" else {}
+                counts |= {p: int(full.max())} if name == "averages.k" else {}
     return counts, by_rows
 
 
@@ -210,7 +214,7 @@ def _values(
     for group, own in zip(groups, live, strict=True):
         for index, p in zip(group["params"], own["params"], strict=True):
             found = state.get(index, {})
-            yield from ((p, name, found[name]) for name in sorted(found))
+            yield from ((p, name, x) for name, x in sorted(found.items()) if not is_absent(x))
 
 
 def _part(p: nn.Parameter, name: str, value: Any) -> Any:
@@ -228,7 +232,12 @@ def _part(p: nn.Parameter, name: str, value: Any) -> Any:
 
 
 def _checked(
-    layer: Layer, plain: Layer, entries: dict[nn.Parameter, Entries], *, older: bool
+    layer: Layer,
+    plain: Layer,
+    entries: dict[nn.Parameter, Entries],
+    *,
+    older: bool,
+    is_whole: bool,
 ) -> Factors | None:
     """The saved factors of a layer, None if it had none yet.
 
@@ -240,7 +249,8 @@ def _checked(
     of_plain = {part: entries.setdefault(p, {}) for p, part in pairs}
     if older:
         _upgrade(layer, entries, in_parts=isinstance(plain, Slab), normalized=s.normalized)
-    begin_anew(plain, of_plain)
+    if not is_whole:
+        begin_anew(plain, of_plain)
     check_momenta(plain, of_plain, s)
     return saved_factors(plain, of_plain[plain.weight], s)
 

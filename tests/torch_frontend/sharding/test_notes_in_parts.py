@@ -64,8 +64,13 @@ def _train(model: Any, optimizer: SINGD, steps: range, how: str, rank: int) -> l
     return [getattr(p, "full_tensor", lambda p=p: p)().detach().clone() for p in model.parameters()]
 
 
-def _resumed(rank: int, world: int, how: str, flat: bool, at: int, fresh: bool) -> float:
-    """How far a run that goes on at a step is from one without an interruption."""
+def _resumed(
+    rank: int, world: int, how: str, flat: bool, at: int, fresh: bool, back: int = 0
+) -> float:
+    """How far a run that goes on at a step is from one without an interruption.
+
+    The optimizer has taken `back` more steps, which are taken back.
+    """
     expected = _train(*_begin(how, world), range(STEPS), how, rank)
     model, optimizer = _begin(how, world)
     _train(model, optimizer, range(at), how, rank)
@@ -74,6 +79,7 @@ def _resumed(rank: int, world: int, how: str, flat: bool, at: int, fresh: bool) 
         saved: Any = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     else:
         saved = copy.deepcopy(get_state_dict(model, optimizer, options=options))
+    _train(model, optimizer, range(at, at + back), how, rank)
     if fresh:
         model, optimizer = _begin(how, world)
     if how == "copies":
@@ -97,3 +103,9 @@ def test_missed_refreshes_count_on_where_the_state_is_parted(at: int) -> None:
 def test_a_layer_that_has_lost_its_rows_keeps_its_state(flat: bool) -> None:
     """A checkpoint goes back into the optimizer that it is of."""
     assert gloo.run(2, _resumed, "parts", flat, 8, False) == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
+@pytest.mark.parametrize("at", [1, 3, 5])
+def test_steps_are_taken_back_in_which_a_layer_lost_its_rows(at: int, flat: bool) -> None:
+    assert gloo.run(2, _resumed, "parts", flat, at, False, 8) == [0.0, 0.0]
