@@ -1,7 +1,9 @@
 """What happens to a model after its optimizer was built: right from the next step on, or said."""
 
 import copy
+import gc
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -209,3 +211,34 @@ def test_what_leaves_layers_what_they_are_is_not_warned_about(
     assert table(optimizer) == before
     for name, p in model.named_parameters():
         assert torch.equal(p, old[name]) is not p.requires_grad
+
+
+@pytest.mark.parametrize("kind", ["Linear", "MultiheadAttention", "Bilinear"])
+def test_a_head_that_is_replaced_is_let_go(kind: str) -> None:
+    def head() -> Any:
+        if kind == "MultiheadAttention":
+            return nn.MultiheadAttention(6, 2, batch_first=True)
+        return nn.Linear(6, 3) if kind == "Linear" else nn.Bilinear(6, 6, 3)
+
+    def step() -> None:
+        h = model[0](torch.randn(5, 6))
+        y = model[1](h) if kind == "Linear" else model[1](h, *[h] * (2 - (kind == "Bilinear")))
+        (y[0] if kind == "MultiheadAttention" else y).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model = nn.ModuleList([nn.Linear(6, 6), head()])
+    optimizer = SINGD(model)
+    gone: list[weakref.ref[Any]] = []
+    for _ in range(4):
+        step()
+        for p in model[1].parameters():
+            gone.append(weakref.ref(p))
+            optimizer.state.pop(p, None)
+        gone.append(weakref.ref(model[1]))
+        del p
+        model[1] = head()
+        optimizer.param_groups[0]["params"][2:] = model[1].parameters()
+    step()
+    gc.collect()
+    assert [one() for one in gone] == [None] * len(gone)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
+import weakref
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -50,10 +51,10 @@ class Watcher:
         self.queue = Queue()
         self.pass_of_derivatives: int | None = None
         self._roster, self._keeper = roster, keeper
-        self._taps: dict[nn.Module, list[Tap]] = {}
+        self._taps = weakref.WeakKeyDictionary[nn.Module, list[Tap]]()
         self._now = Now()
         self._hooks = Hooks(self, self._now)
-        self._hooked: set[nn.Module] = set()
+        self._hooked = weakref.WeakSet[nn.Module]()
         self._proofs = Proofs()
         self._sampled: str | None = None
         self._refused = False

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from singd_torch._groups import NO_NOTES, NOTES, plain_name
 from singd_torch._warnings import Warnings
@@ -32,7 +32,8 @@ class Roster:
         model: The model, an empty one where parameters were given alone.
         groups: The parameter groups of the optimizer.
         names: The names of parameters.
-        notes: What was found out about parameters, also about those that were taken out of groups.
+        notes: What was found out about parameters, also about those that were taken out of groups,
+            as long as anything else has them.
         layers: The layers.
         fallback: The groups of the parameters that belong to none: AdamW trains them.
         group_of: The group of each parameter.
@@ -46,13 +47,13 @@ class Roster:
     def __init__(self, model: nn.Module) -> None:
         self.model, self.groups = model, list[dict[str, Any]]()
         self.names: dict[Any, str] = {}
-        self.notes: dict[Any, dict[str, Any]] = {}
+        self.know({})
         self.layers: list[Layer] = []
         self.fallback: dict[nn.Parameter, dict[str, Any]] = {}
         self.group_of: dict[nn.Parameter, dict[str, Any]] = {}
         self.by_weight: dict[Tensor, Layer] = {}
         self.warnings = Warnings()
-        self._shapes: dict[Tensor, torch.Size] = {}
+        self._shapes: Any = WeakTensorKeyDictionary()  # of torch.Size
         self._idle_steps = 0
 
     def find(self) -> list[nn.Parameter]:
@@ -83,6 +84,10 @@ class Roster:
         self._index()
         return anew
 
+    def know(self, notes: Mapping[Any, dict[str, Any]]) -> None:
+        """Have notes of parameters in place of those that there were."""
+        self.notes: Any = WeakTensorKeyDictionary(notes)
+
     def noted(self) -> str:
         """What was found out about the parameters that are trained, in JSON: place, name, notes."""
         params = [p for group in self.groups for p in group["params"]]
@@ -112,7 +117,7 @@ class Roster:
         for p in self.group_of:
             self._shapes.setdefault(p, p.shape)
         taken_out = before.keys() - self.group_of.keys()
-        left_out = {*self.makeup.left_out, *taken_out} if hasattr(self, "makeup") else None
+        left_out = [*self.makeup.left_out, *taken_out] if hasattr(self, "makeup") else None
         self.makeup = Makeup(self.model, self.group_of, left_out)
         owned = {p for layer in self.layers for p in layer.parameters}
         self.fallback = {p: group for p, group in self.group_of.items() if p not in owned}
@@ -168,7 +173,7 @@ class Roster:
             layer.bias = None if layer.bias is None else new[layer.bias]
             layer.sources = [(module, source.of(new)) for module, source in layer.sources]
         self.names = {new.get(p, p): name for p, name in self.names.items()}
-        self.notes = {new.get(p, p): found for p, found in self.notes.items()}
+        self.know({new.get(p, p): found for p, found in self.notes.items()})
         self._index()
         return new
 
