@@ -23,7 +23,7 @@ class Kernels:
         take: Entries along an axis.
         inverse: The inverse of a matrix.
         sums_of_squares: Sums of squares over rows.
-        norms: The norms of the matrices of a list.
+        norm: The Frobenius norm over last axes, or the norms of the matrices of a list.
         constant: An array of one number everywhere.
         number: A 0-d array as a number, where the host need not wait for it.
         numbers: A 1-d array as a list of numbers, likewise; None where it is no such array.
@@ -40,7 +40,7 @@ class Kernels:
     take: Callable[[Any, Any, int], Any] | None = None
     inverse: Callable[[Any], Any] | None = None
     sums_of_squares: Callable[[Any], Any] | None = None
-    norms: Callable[[Any], Any] | None = None
+    norm: Callable[[Any, int], Any] | None = None
     constant: Callable[[float, Any], Any] | None = None
     number: Callable[[Any], Any] | None = None
     numbers: Callable[[Any], list[float] | None] | None = None

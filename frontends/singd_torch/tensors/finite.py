@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from singd_core.late import ROOM
 from singd_torch.tensors import pieces
+from singd_torch.tensors.norms import each_norm
 
 
 def norms(
@@ -28,8 +29,7 @@ def norms(
     rows: list[Any] = []
     for params in alike.values():
         given = [gradients[p] for p in params]
-        wide = torch.float32 if given[0].dtype.itemsize < 4 else None
-        each = torch._foreach_norm(given, 2, wide)
+        each = each_norm(given)
         row = torch.stack(each)
         if scale is not None:
             row = row / (scale.to(row.device) if isinstance(scale, Tensor) else scale)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from singd_core._array import expand
 from singd_core._kernels import Kernels
-from singd_torch.tensors import scratch
+from singd_torch.tensors import norms, scratch
 from singd_torch.tensors.pieces import cut, on_host, read, read_all
 
 # In numbers: a piece of the rows whose squares are summed up.
@@ -86,6 +86,7 @@ KERNELS = Kernels(
     take=_take,
     inverse=_inverse,
     sums_of_squares=_sums_of_squares,
+    norm=norms.norm,
     constant=scratch.constant,
     number=read,
     numbers=read_all,

@@ -25,4 +25,4 @@ def norms_of(tensors: Sequence[Tensor], order: int = 2) -> Tensor:
     return torch.stack(torch._foreach_norm(list(tensors), order, dtype))
 
 
-KERNELS = Kernels(norms=Matrices.norms)
+KERNELS = Kernels(norm=lambda matrices, axes: matrices.norms())
