@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -53,7 +54,8 @@ class Roster:
         self.group_of: dict[nn.Parameter, dict[str, Any]] = {}
         self.by_weight: dict[Tensor, Layer] = {}
         self.warnings = Warnings()
-        self._shapes: Any = WeakTensorKeyDictionary()  # of torch.Size
+        self._shapes = dict[Tensor, torch.Size]()
+        self._given: Any = WeakTensorKeyDictionary()  # the shapes of all that there were
         self._idle_steps = 0
 
     def find(self) -> list[nn.Parameter]:
@@ -114,8 +116,7 @@ class Roster:
         self.by_weight = {layer.weight: layer for layer in self.layers}
         before = self.group_of
         self.group_of = {p: group for group in self.groups for p in group["params"]}
-        for p in self.group_of:
-            self._shapes.setdefault(p, p.shape)
+        self._shapes = {p: self._given.setdefault(p, p.shape) for p in self.group_of}
         taken_out = before.keys() - self.group_of.keys()
         left_out = [*self.makeup.left_out, *taken_out] if hasattr(self, "makeup") else None
         self.makeup = Makeup(self.model, self.group_of, left_out)
