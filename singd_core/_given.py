@@ -8,7 +8,6 @@ from typing import Any
 
 from singd_core._array import Array, is_complex, is_inexact
 from singd_core._layer_state import Parameter, State, pair, parts
-from singd_core._recipes import check_fallback
 from singd_core.layers import LayerKind, Linear, Tensor
 from singd_core.layers.base import is_expand, loss_terms
 
@@ -67,19 +66,15 @@ def check_pair(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value!r}: give two, one for K and one for C")
 
 
-def check_options(
-    kfac_approx: str, loss_average: str | int | None, dtypes: Any, fallback: Any
-) -> None:
+def check_options(kfac_approx: str, loss_average: str | int | None, dtypes: Any) -> None:
     """Check what an optimizer has beside its settings, before any rows come.
 
     Raises:
-        TypeError: If `fallback` is no `Fallback`.
         ValueError: Naming the argument and its value.
     """
     is_expand(kfac_approx)
     loss_terms(loss_average, 1, ())
     check_pair("preconditioner_dtype", dtypes)
-    check_fallback(fallback)
 
 
 def check_named(params: Any) -> None:

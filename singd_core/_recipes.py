@@ -42,8 +42,9 @@ DEFAULT = "normalized"
 # Other names of what `rule` says.
 ALIASES = "kfac_like", "kfac"
 
-# The rate of AdamW for all other parameters, where none is given.
+# The rate and the decay of AdamW for all other parameters, where none are given.
 _FALLBACK_RATES = {"paper": 1e-3, DEFAULT: 1e-2}
+_FALLBACK_DECAY = 0.01
 
 # Below it are AdamW's rates; the recipe "normalized" hardly trains with one of them.
 _LEAST_STEP = 0.003
@@ -69,10 +70,20 @@ def settings(recipe: str = DEFAULT, **given: Any) -> Settings:
     return chosen
 
 
-def fallback_of(recipe: str, weight_decay: Any) -> Fallback:
-    """AdamW's settings where none are given; a decay of 0 that is given holds for all."""
-    decay = 0.0 if is_zero(weight_decay) else Fallback.weight_decay
-    return Fallback(lr=_FALLBACK_RATES[recipe], weight_decay=decay)
+def fallback_of(recipe: str, weight_decay: Any, given: Any = None) -> Fallback:
+    """The settings of AdamW: those given, and for those that are None the recipe's.
+
+    A decay of 0 that is given for the matrices holds for all.
+
+    Raises:
+        TypeError: If what is given is no `Fallback`.
+        ValueError: Naming the setting that is out of range.
+    """
+    chosen = Fallback() if given is None else given
+    check_fallback(chosen)
+    decay = 0.0 if is_zero(weight_decay) else _FALLBACK_DECAY
+    own = {"lr": _FALLBACK_RATES[recipe], "weight_decay": decay}
+    return dataclasses.replace(chosen, **{k: v for k, v in own.items() if vars(chosen)[k] is None})
 
 
 def with_rule(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,7 +212,8 @@ def check_fallback(fallback: Any) -> None:
     """
     if not isinstance(fallback, Fallback):
         raise TypeError(f"fallback={fallback!r}: give Fallback(lr=...), or None")
-    check_adamw({n: v for n, v in vars(fallback).items() if not callable(v)}, "fallback.")
+    known = {n: v for n, v in vars(fallback).items() if v is not None and not callable(v)}
+    check_adamw(known, "fallback.")
 
 
 # Names that other optimizers have for a setting, or for a setting of the matrices and of AdamW.

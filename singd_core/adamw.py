@@ -12,12 +12,20 @@ from singd_core._tree import Tree, tree
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fallback:
-    """The settings of AdamW, with the names and defaults of torch.optim.AdamW."""
+    """The settings of AdamW, with the names of torch.optim.AdamW.
 
-    lr: Rate = 1e-3
+    Attributes:
+        lr: The rate. None is the rate of the recipe: 0.01 for "normalized", and 0.001 for "paper".
+        betas: The rates at which the average of gradients and of their squares forget.
+        eps: ε, what is added to the root of the average of squares.
+        weight_decay: The decoupled decay. None is 0.01, or 0 where `weight_decay=0.0` is given for
+            the matrices.
+    """
+
+    lr: Rate | None = None
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-    weight_decay: Rate = 0.01
+    weight_decay: Rate | None = None
 
 
 @tree

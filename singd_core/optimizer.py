@@ -48,8 +48,7 @@ class Optimizer:
             None for a sum (M of equation 1.1).
         preconditioner_dtype: Dtypes of K and of C. None is the weight's, and float32 for float16.
         momentum_dtype: Dtype of layers' momenta. None is the weight's, and float32 for float16.
-        fallback: Settings of AdamW. None is AdamW's own defaults with the rate of the recipe, and
-            without decay if `weight_decay=0.0` is given.
+        fallback: Settings of AdamW, see `Fallback`.
         **given: Settings that win over the recipe, e.g. `lr=0.01` or `T=10`.
 
     Raises:
@@ -91,8 +90,8 @@ class Optimizer:
         self.structures = STRUCTURES[recipe] if structures is None else structures
         self.kfac_approx, self.loss_average = kfac_approx, loss_average
         self.preconditioner_dtype, self.momentum_dtype = preconditioner_dtype, momentum_dtype
-        self.fallback = fallback or fallback_of(recipe, given.get("weight_decay"))
-        _given.check_options(kfac_approx, loss_average, preconditioner_dtype, self.fallback)
+        self.fallback = fallback_of(recipe, given.get("weight_decay"), fallback)
+        _given.check_options(kfac_approx, loss_average, preconditioner_dtype)
         if self.settings.normalized and (small := small_step([self.settings.lr])):
             warn(small)
 

@@ -242,6 +242,15 @@ def test_a_rate_of_adamw_is_warned_about() -> None:
 def test_an_explicit_decay_of_zero_holds_for_what_adamw_trains() -> None:
     assert Optimizer(weight_decay=0.0).fallback.weight_decay == 0.0
     own = Fallback(weight_decay=0.2)
-    assert Optimizer(weight_decay=0.0, fallback=own).fallback is own
+    assert Optimizer(weight_decay=0.0, fallback=own).fallback.weight_decay == 0.2
     for given in ({}, {"weight_decay": 0.1}):
         assert Optimizer(**given).fallback.weight_decay == 0.01
+
+
+@pytest.mark.parametrize(("recipe", "rate"), [("normalized", 0.01), ("paper", 0.001)])
+def test_what_is_not_given_for_adamw_is_as_without(recipe: str, rate: float) -> None:
+    for given in ({"weight_decay": 0.0}, {"eps": 1e-6}, {"betas": (0.8, 0.9)}, {}):
+        found = Optimizer(recipe=recipe, fallback=Fallback(**given)).fallback
+        expected = {"lr": rate, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01} | given
+        assert vars(found) == expected
+    assert Optimizer(weight_decay=0.0, fallback=Fallback(lr=0.5)).fallback.weight_decay == 0.0
