@@ -184,6 +184,8 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--no-page", action="store_true", help="only keep the results")
     args = parser.parse_args(given)
     names = chosen(args.optimizers, args.device)
+    if args.device.type == "cpu":
+        torch.set_num_threads(1)
     console = Console(stderr=True)
     for problem in [] if args.report else args.models:
         start = time.perf_counter()

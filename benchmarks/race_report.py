@@ -46,7 +46,12 @@ def tables(curves: Curves, raced: dict[str, dict[Entrant, list[Curve]]]) -> list
         header = [*HEADER, "of seeds", f"test {race.metric_name}"]
         parts += [title, table(header, [row for _, row in rows])]
     machines = {c.environment for found in raced.values() for mine in found.values() for c in mine}
-    return [*parts, "Measured on " + "; ".join(sorted(machines)) + " for each training."]
+    told = "Measured on " + "; ".join(sorted(machines)) + " for each training."
+    runs = [run for task, found in raced.items() for e in found for run in tuning(curves, task, e)]
+    others = {curves[run].environment for run in runs if run in curves} - machines
+    if others:
+        told += " Some rates were chosen by runs on " + "; ".join(sorted(others)) + "."
+    return [*parts, told]
 
 
 def complete(curves: Curves) -> dict[str, dict[Entrant, list[Curve]]]:
