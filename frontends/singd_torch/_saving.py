@@ -69,7 +69,7 @@ class Saving(Training):
             return {"param_groups": found[0].groups, "state": found[0].others}
 
         def go_on(_: Any) -> None:  # torch would cast every tensor to its parameter's dtype
-            self._roster.know(found[0].notes)
+            self._roster.notes = found[0].notes
             if sharded is not None:
                 for layer in self._layers:
                     layer.by_gradient = layer.weight in found[0].lost
@@ -101,7 +101,7 @@ class Saving(Training):
             raise TypeError("an optimizer of a model in parts cannot be copied: build another")
         self._note_refreshes()
         own = {name: getattr(self._stepper, name) for name in _COPIED}
-        own_state = {"model": self._roster.model, "stepper": own, "notes": dict(self._roster.notes)}
+        own_state = {"model": self._roster.model, "stepper": own, "notes": self._roster.notes}
         return super().__getstate__() | own_state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -110,7 +110,7 @@ class Saving(Training):
         if model is None or own is None:  # a part of torch's load_state_dict
             return
         self._begin(model)
-        self._roster.know(notes or {})
+        self._roster.notes = notes or {}
         vars(self._stepper).update(own)
         if "_modules" in vars(model):
             self._go_on_as_copied()

@@ -56,6 +56,7 @@ class Training(torch.optim.Optimizer):
         self._roster.groups, self._stepper.state = self.param_groups, self.state
         for p in self._roster.find():
             self.state[p].clear()
+        self._roster.let_go(self.state)
         self._stepper.arrange()
         self._watcher.watch()
         self._known = Known(self.param_groups)

@@ -242,3 +242,24 @@ def test_a_head_that_is_replaced_is_let_go(kind: str) -> None:
     step()
     gc.collect()
     assert [one() for one in gone] == [None] * len(gone)
+
+
+def test_parameters_may_be_swapped() -> None:
+    """As models in parts do it to be cast and moved: a parameter with weak references cannot be."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    twin = copy.deepcopy(model)
+    optimizer, other = SINGD(model), SINGD(twin)
+    for t in range(30):
+        x = torch.sin(torch.arange(30.0, dtype=torch.float64).view(5, 6) + t)
+        for one, own in ((model, optimizer), (twin, other)):
+            own.zero_grad()
+            one(x).square().sum().backward()
+            own.step()
+        torch.__future__.set_swap_module_params_on_conversion(True)
+        try:
+            model.to(torch.float64)
+            model.load_state_dict(copy.deepcopy(model.state_dict()))
+        finally:
+            torch.__future__.set_swap_module_params_on_conversion(False)
+    assert all(map(torch.equal, model.parameters(), twin.parameters()))

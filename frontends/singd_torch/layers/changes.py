@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from singd_torch.layers.kinds import hooks_of_all, is_known, methods
 from singd_torch.layers.reach import is_in_parts
@@ -17,20 +16,18 @@ class Makeup:
     """What the modules of a model have: modules and parameters, and methods where it is a layer.
 
     Attributes:
-        left_out: Parameters that required a gradient and were given to no group at construction,
-            as keys that keep none of them alive.
+        left_out: Parameters that required a gradient and were given to no group at construction.
     """
 
     def __init__(
-        self, model: nn.Module, trained: Collection[Tensor], left_out: Collection[Tensor] | None
+        self, model: nn.Module, trained: Collection[Tensor], left_out: set[Tensor] | None
     ) -> None:
         """`left_out` is None at construction."""
         modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
         self._of = [(m, is_known(m), _made_of(m, is_known(m))) for m in modules]
         self._hooks = hooks_of_all()
         names = {p: name for name, p in model.named_parameters() if p not in trained}
-        left_out = [p for p in names if p.requires_grad] if left_out is None else left_out
-        self.left_out: Any = WeakTensorKeyDictionary(dict.fromkeys(left_out))
+        self.left_out = {p for p in names if p.requires_grad} if left_out is None else left_out
         self._others = {p: name for p, name in names.items() if p not in self.left_out}
 
     def is_other(self) -> bool:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from singd_torch._groups import NO_NOTES, NOTES, plain_name
 from singd_torch._warnings import Warnings
@@ -34,7 +33,7 @@ class Roster:
         groups: The parameter groups of the optimizer.
         names: The names of parameters.
         notes: What was found out about parameters, also about those that were taken out of groups,
-            as long as anything else has them.
+            as long as the model or the state has them.
         layers: The layers.
         fallback: The groups of the parameters that belong to none: AdamW trains them.
         group_of: The group of each parameter.
@@ -48,14 +47,13 @@ class Roster:
     def __init__(self, model: nn.Module) -> None:
         self.model, self.groups = model, list[dict[str, Any]]()
         self.names: dict[Any, str] = {}
-        self.know({})
+        self.notes: dict[Any, dict[str, Any]] = {}
         self.layers: list[Layer] = []
         self.fallback: dict[nn.Parameter, dict[str, Any]] = {}
         self.group_of: dict[nn.Parameter, dict[str, Any]] = {}
         self.by_weight: dict[Tensor, Layer] = {}
         self.warnings = Warnings()
         self._shapes = dict[Tensor, torch.Size]()
-        self._given: Any = WeakTensorKeyDictionary()  # the shapes of all that there were
         self._idle_steps = 0
 
     def find(self) -> list[nn.Parameter]:
@@ -86,9 +84,16 @@ class Roster:
         self._index()
         return anew
 
-    def know(self, notes: Mapping[Any, dict[str, Any]]) -> None:
-        """Have notes of parameters in place of those that there were."""
-        self.notes: Any = WeakTensorKeyDictionary(notes)
+    def let_go(self, state: Collection[Any]) -> None:
+        """Keep nothing of parameters that neither groups, nor the model, nor the state has.
+
+        They are not kept by weak references: torch swaps no parameter that has one.
+        """
+        known = {*self.group_of, *self.model.parameters(), *state}
+        self.makeup.left_out &= known
+        for kept in (self._shapes, self.notes):
+            for p in [p for p in kept if p not in known]:
+                del kept[p]
 
     def noted(self) -> str:
         """What was found out about the parameters that are trained, in JSON: place, name, notes."""
@@ -116,9 +121,10 @@ class Roster:
         self.by_weight = {layer.weight: layer for layer in self.layers}
         before = self.group_of
         self.group_of = {p: group for group in self.groups for p in group["params"]}
-        self._shapes = {p: self._given.setdefault(p, p.shape) for p in self.group_of}
+        for p in self.group_of:
+            self._shapes.setdefault(p, p.shape)
         taken_out = before.keys() - self.group_of.keys()
-        left_out = [*self.makeup.left_out, *taken_out] if hasattr(self, "makeup") else None
+        left_out = {*self.makeup.left_out, *taken_out} if hasattr(self, "makeup") else None
         self.makeup = Makeup(self.model, self.group_of, left_out)
         owned = {p for layer in self.layers for p in layer.parameters}
         self.fallback = {p: group for p, group in self.group_of.items() if p not in owned}
@@ -174,7 +180,7 @@ class Roster:
             layer.bias = None if layer.bias is None else new[layer.bias]
             layer.sources = [(module, source.of(new)) for module, source in layer.sources]
         self.names = {new.get(p, p): name for p, name in self.names.items()}
-        self.know({new.get(p, p): found for p, found in self.notes.items()})
+        self.notes = {new.get(p, p): found for p, found in self.notes.items()}
         self._index()
         return new
 
