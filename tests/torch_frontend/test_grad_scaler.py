@@ -157,6 +157,34 @@ def test_overflow_skips_the_step_and_lowers_the_scale(before_step: Any) -> None:
     assert_same(model, plain, twin, optimizer)
 
 
+@pytest.mark.parametrize("on_host", [True, False])
+@pytest.mark.parametrize("rows", [True, False])
+def test_an_overflow_that_was_made_finite_again_skips_the_step(
+    rows: bool, on_host: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not on_host:
+        monkeypatch.setattr(pieces, "on_host", lambda x: False)
+    model = network()
+    optimizer, amp = SINGD(model if rows else model.parameters()), scaler()
+    for i in range(12):
+        optimizer.zero_grad()
+        overflows = i % 3 == 2
+        amp.scale(loss_of(model, batches(1)[0]) * (float("inf") if overflows else 1.0)).backward()
+        amp.unscale_(optimizer)
+        for p in model.parameters():
+            p.grad.nan_to_num_(0.5, 0.5, 0.5)
+        before = [p.clone() for p in model.parameters()]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            amp.step(optimizer)
+        amp.update()
+        moved = [not torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True)]
+        assert all(moved) if not overflows else not any(moved)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert int(optimizer.skipped) == 4
+
+
 @pytest.mark.parametrize("recipe", ["normalized", "paper"])
 @pytest.mark.parametrize("by_hand", [False, True])
 @pytest.mark.parametrize("kind", [float, torch.tensor], ids=["number", "tensor"])

@@ -3,19 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from singd_torch.tensors import pieces
 
 
 @dataclasses.dataclass(frozen=True)
 class Scales:
-    """The scale of the loss that is still in the gradients, and the one in the captured rows."""
+    """The scale of the loss that is still in the gradients, and the one in the captured rows.
+
+    Attributes:
+        grads: The first of them, None if there is none.
+        rows: The second.
+        found_inf: A number that is not 0 if the scaler found gradients that were not finite, which
+            they may be again by now, or None.
+    """
 
     grads: Any = None
     rows: Any = 1.0
+    found_inf: Any = None
+
+    def sizes(self) -> list[Any]:
+        """What is infinite if the scaler found gradients that were not finite."""
+        if self.found_inf is None:
+            return []
+        if not isinstance(self.found_inf, Tensor) or pieces.on_host(self.found_inf):
+            return [math.inf if float(self.found_inf) else 0.0]
+        return [torch.where(self.found_inf != 0.0, math.inf, 0.0)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +52,12 @@ def scales(optimizer: Any, given: Given | None) -> Scales:
     A scaler sets `optimizer.grad_scale` and `optimizer.found_inf` for the time of the step; after
     `scaler.unscale_` it no longer hands its scale over, but the rows still have it.
     """
-    scale = getattr(optimizer, "grad_scale", None)
+    scale, found_inf = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
     if scale is not None:
-        return Scales(scale, scale)
-    if getattr(optimizer, "found_inf", None) is not None:  # the gradients are without it
-        return Scales(None, _scale_of_caller() if given is None else given.scale)
+        return Scales(scale, scale, found_inf)
+    if found_inf is not None:  # the gradients are without it
+        rows = _scale_of_caller() if given is None else given.scale
+        return Scales(None, rows, found_inf)
     if given is None:
         return Scales()
     return Scales(None if given.unscaled else given.scale, given.scale)

@@ -136,7 +136,7 @@ def kind_of(
     gradients = [p.grad for p in parameters]
     inputs = [*rates, *(g for g in gradients if g is not None)]
     numbers: list[Any] = [g is None for g in gradients]
-    sums: list[Any] = [scales.grads, scales.rows]
+    sums: list[Any] = [scales.grads, scales.rows, scales.found_inf]
     for layer in (layer for stack in stacks for layer in stack.layers):
         for key, pending in sorted(layer.pending.items(), key=str):
             sums += [*tree_leaves((pending.inputs, pending.outputs)), pending.N]

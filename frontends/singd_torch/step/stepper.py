@@ -147,7 +147,7 @@ class Stepper(Stacker):
         of = partial(_unscaled, scales.grads)
         raw = partial(_unscaled, None)
         norms, rows = finite.norms({p: raw(p) for p in moving}, scales.grads)
-        sizes = [x for layer in layers for x in layer.sizes()]
+        sizes = [x for layer in layers for x in layer.sizes()] + scales.sizes()
         rates = [s.lr for s in chosen.values() if isinstance(s.lr, Tensor)]
         size = self._of_all(finite.total([*rows, *sizes, *rates]))
         ok = bad = None
