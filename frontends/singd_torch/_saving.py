@@ -32,7 +32,7 @@ class Saving(Training):
         is left out: the optimizer that loads the state keeps its own.
         With a model in parts, all processes must call this method, and its tensors are DTensors.
         """
-        self._note_refreshes()
+        self._note()
         trained = {p for group in self.param_groups for p in group["params"]}
         state: dict[Any, Any] = self.state
         gone = [p for p in state if isinstance(p, Tensor) and p not in trained]
@@ -99,7 +99,7 @@ class Saving(Training):
         """
         if self._stepper.sharded is not None:
             raise TypeError("an optimizer of a model in parts cannot be copied: build another")
-        self._note_refreshes()
+        self._note()
         own = {name: getattr(self._stepper, name) for name in _COPIED}
         own_state = {"model": self._roster.model, "stepper": own, "notes": self._roster.notes}
         return super().__getstate__() | own_state
@@ -117,12 +117,14 @@ class Saving(Training):
         else:  # the model holds its optimizer, and is being copied around it
             when_complete(model, self._go_on_as_copied)
 
-    def _note_refreshes(self) -> None:
-        """Note how many refreshes layers have had, where their factors do not know it.
+    def _note(self) -> None:
+        """Note of layers what the state does not know.
 
-        These do not count what was not finite. Of a model in parts one process alone has them.
+        How many refreshes they have had: factors do not count what was not finite, and of a model
+        in parts one process alone has them. And whether they are not used yet.
         """
         for layer in self._layers:
+            layer.notes["unused"] = layer.unused and not layer.seen
             k = self.state.get(layer.weight, {}).get("averages.k")
             told = self._stepper.sharded is None and k is not None and bool(k.numel())
             known = int(k.max()) if told else 0
@@ -149,5 +151,5 @@ class Saving(Training):
             layer.refreshes = layer.notes.get("refreshes", 0)
             if known is not None and known.has_rows and not layer.refreshes:
                 layer.refreshes = int(known.averages.k.max())
-            layer.unused = layer.group["steps"] > 0 and not self.state.get(layer.weight)
+            layer.unused = layer.notes.get("unused", False)
         self._watcher.tell()

@@ -232,3 +232,32 @@ def test_a_call_that_is_interrupted_leaves_no_mode_behind(*, anew: bool) -> None
             its.step()
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+def test_a_hook_that_comes_before_may_hand_on_an_output_that_is_kept() -> None:
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)).double()
+    optimizer = SINGD(model)
+    model[0].register_forward_hook(lambda module, args, z: torch.exp(3.0 * z), prepend=True)
+    loss_of(model(draw(9, 5))).backward()
+    with pytest.warns(UserWarning, match=r"no rows of '0\.weight' are taken"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("how", ["functional_call", "another parameter"])
+def test_calls_with_other_weights_are_not_of_the_layer(how: str) -> None:
+    """As an actor's loss goes through the critic, whose weights it does not train."""
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3, bias=False)).double()
+
+    def loss(model: Any) -> Tensor:
+        actor, critic = model
+        through = actor(draw(9, 5))
+        if how == "functional_call":
+            fixed = {name: p.detach() for name, p in critic.named_parameters()}
+            told = torch.func.functional_call(critic, fixed, (through,))
+        else:
+            own, critic.weight = critic.weight, nn.Parameter(2.0 * critic.weight.detach())
+            told = critic(through)
+            critic.weight = own
+        return loss_of(critic(draw(9, 4))) + loss_of(told)
+
+    check_rows(model, loss)

@@ -110,6 +110,26 @@ def test_a_state_that_is_reset_begins_anew_with_the_next_rows(how: str) -> None:
     SINGD(again).load_state_dict(copy.deepcopy(optimizer.state_dict()))
 
 
+@pytest.mark.parametrize("structures", ["dense", "diagonal"])
+def test_tensors_of_the_state_may_get_other_memory(structures: str) -> None:
+    """As scripts move a state to another device: `v.data = v.data.to(device)`."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(6, 6) for _ in range(3)]).double()
+    twin = copy.deepcopy(model)
+    optimizer, other = SINGD(model, structures=structures), SINGD(twin, structures=structures)
+    for t in range(30):
+        x = torch.sin(torch.arange(54.0, dtype=torch.float64).view(9, 6) + t)
+        for one, own in ((model, optimizer), (twin, other)):
+            step(one, own, x)
+        if t == 20:  # a checkpoint has what is learned
+            other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        if t % 7 == 5:
+            for v in [v for own in optimizer.state.values() for v in own.values()]:
+                v.data = v.data.clone()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-10)
+
+
 NUMBERS = {
     "lr": np.float32(0.1),
     "momentum": np.float32(0.5),

@@ -379,3 +379,40 @@ def test_steps_that_change_nothing_count_in_a_run_that_goes_on(how: str) -> None
             model.load_state_dict(saved[0])
             optimizer.load_state_dict(saved[1])
         assert torch.equal(train(model, optimizer, range(at, 16)), expected), at
+
+
+class _ByFunction(nn.Module):
+    """Experts, and a layer whose weight is handed to a function: modes see them, and no hooks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack, self.linear = nn.Parameter(torch.randn(2, 5, 5) / 2), nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(torch.bmm(x.expand(2, *x.shape), self.stack)).sum(0)
+        return nn.functional.linear(x, self.linear.weight, self.linear.bias)
+
+
+@pytest.mark.filterwarnings("ignore:the gradients? of .* NaN")
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("first", ["NaN", "no gradient"])
+def test_a_first_step_that_changes_nothing_is_none(first: str, saved: bool) -> None:
+    torch.manual_seed(3)
+    models = [_ByFunction()]
+    models.append(copy.deepcopy(models[0]))
+    optimizers = [SINGD(model, warmup=0) for model in models]
+    if first == "NaN":
+        (models[0](torch.randn(9, 5)).sum() * torch.nan).backward()
+    optimizers[0].step()
+    if saved:
+        state = copy.deepcopy(optimizers[0].state_dict())
+        optimizers[0] = SINGD(models[0], warmup=0)
+        optimizers[0].load_state_dict(state)
+    for model, optimizer in zip(models, optimizers, strict=True):
+        torch.manual_seed(4)
+        optimizer.zero_grad()
+        (model(torch.randn(9, 5)) - 1.0).square().sum().backward()
+        optimizer.step()
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(p, q)
+        assert optimizers[0].state[p].keys() == optimizers[1].state[q].keys()

@@ -111,8 +111,10 @@ class Tap:
             return False
         if owner.weight_calls.has_probed(self.source.weight):
             return False
-        own = module._parameters.get(self.source.name)
-        return own is not None and own.is_leaf  # else it is computed, or functional_call's
+        own, weight = module._parameters.get(self.source.name), self.source.weight
+        if own is None or own is weight:  # if there is none, it is computed
+            return own is not None
+        return is_in_parts(weight) and own.is_leaf  # gathered; else another's, of functional_call
 
     def wanted(self) -> bool:
         """Whether a call of the module now should be probed."""
@@ -138,7 +140,8 @@ class Tap:
             return None  # the call returned its input, or torch lets nobody see the shape
         x = x.detach() if x.requires_grad else x
         x = x.clone() if x.is_inference() else x  # torch saves none, and autocast a copy
-        if _is_watched() or (not self.source.is_open and _is_kept(output)):
+        is_view = output._is_view() and not self.source.is_open
+        if _is_watched() or is_view or _is_kept(output):  # a hook before may have made it
             with _disable_current_modes():
                 output = output.clone()
         base = _base(output)
@@ -246,9 +249,9 @@ def _is_watched() -> bool:
 
 
 def _is_kept(output: Tensor) -> bool:
-    """Whether autograd forbids changes in place, or may have kept an output for what made it."""
+    """Whether autograd may have kept an output for what made it, and forbids changes in place."""
     node: Any = type(output.grad_fn)
-    return output._is_view() or hasattr(node, "_saved_result") or hasattr(node, "_saved_output")
+    return hasattr(node, "_saved_result") or hasattr(node, "_saved_output")
 
 
 def _plain(x: Tensor) -> Tensor:

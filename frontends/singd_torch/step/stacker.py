@@ -150,12 +150,13 @@ class Stacker:
         warnings.unseen(unseen, "gradients alone refresh the factors")
         if lost or not all(stack.fits() for stack in self.stacks):
             self.stack_up()  # or the model was moved or cast
+        has_any = any(p.grad is not None for p in self.roster.group_of)
         for stack in list(self.stacks):
             live = []
             for layer in stack.layers:
                 if layer.pending and None not in layer.kind.row_parts:
                     layer.pending = layer.all_pending()  # an output may have no gradient
-                layer.unused = layer.weight.grad is None
+                layer.unused = has_any and layer.weight.grad is None
                 known = layer.seen or layer.pending or not layer.has_rows
                 if layer.weight.grad is not None and known:
                     live.append(layer)
