@@ -22,7 +22,7 @@ from singd_core.curvature import Curvature
 from singd_core.layers import LayerKind
 from singd_core.levels import leveled
 from singd_core.rounding import Rounding
-from singd_core.step import largest_rate, of_step
+from singd_core.step import largest_rate, next_step, of_step
 from singd_core.structures import choose
 
 Rows: TypeAlias = tuple[Array, Array]  # a layer's input, and the loss's gradient at its output
@@ -231,7 +231,7 @@ class Optimizer:
             sizes.append(self._run(_parameter.squares, params[name], grads[name]))
         ok = self._run(_parameter.all_finite, first, sizes, arrays_of(s, others))
 
-        following = state.step + 1
+        following = next_step(state.step)
         rate = rate_of_factors(following, s) if s.normalized else 0.0
         level = partial(self._if, is_due(following, s), partial(leveled, lr_cov=rate))
         updates: dict[str, Parameter] = {}
@@ -251,7 +251,7 @@ class Optimizer:
             found = self._run(adamw, p, moments, g, p, ok, like=(p, moments))
             updates[name], fallback[name] = found
         skipped = self._run(_parameter.count_failed, first, state.skipped, moved)
-        return updates, State(state.step + 1, largest_lr, skipped, layers, fallback)
+        return updates, State(following, largest_lr, skipped, layers, fallback)
 
     def apply(
         self, params: Mapping[str, Parameter], updates: Mapping[str, Parameter]

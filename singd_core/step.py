@@ -32,6 +32,9 @@ from singd_core.layers import LayerKind
 from singd_core.length import sides, size, sized
 from singd_core.rounding import WHOLE, Place, Rounding
 
+# The step after which arrays of 32 bits count from the middle on.
+_LAST = 2**30
+
 Parts: TypeAlias = Sequence[Array]  # a weight, or a weight and its bias; or their gradients
 
 
@@ -210,6 +213,16 @@ def decouples_decay(s: Settings) -> bool:
 def warmed(s: Settings, step: Scalar) -> Scalar:
     """The share of the rates in a step, counted from 0: it grows to 1 in `warmup` steps."""
     return 1.0 if s.warmup == 0 else at_most((step + 1) / s.warmup, 1.0)
+
+
+def next_step(step: Scalar) -> Scalar:
+    """The number of the step after this one.
+
+    An array of 32 bits has no larger numbers than 2^31 − 1: at 2^30 it goes back to 2^29. What
+    depends on the number, the refreshes and the random bits, begins there again.
+    """
+    following = step + 1
+    return following if isinstance(step, int) else where(following < _LAST, following, _LAST // 2)
 
 
 def largest_rate(largest: Scalar, lr: Scalar) -> Scalar:

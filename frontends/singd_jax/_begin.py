@@ -115,8 +115,18 @@ class Start:
         return state
 
     def _placeholder(self, params: Any) -> SingdState:
-        """A state of the same structure, with what `optax.tree.map_params` gives for parameters."""
+        """A state of the same structure, with what `optax.tree.map_params` gives for parameters.
+
+        Raises:
+            ValueError: If nothing tells the structure.
+        """
         if "rest" not in self.known:
+            if not self.layers.searched:
+                raise ValueError(
+                    "optax.tree.map_params asks for a state like the last one that this singd() "
+                    "has begun, and there is none: call jax.eval_shape(tx.init, params) before, "
+                    "with the batch if there is a loss"
+                )
             shapes = self.layers.shapes.items()
             jax.eval_shape(lambda: self({k: jnp.zeros(n) for k, n in shapes}))
         costs = params if self.rates.settings.rounding == "kahan" else None

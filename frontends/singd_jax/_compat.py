@@ -194,9 +194,30 @@ def whole(x: Any) -> Any:
 
 
 def auto_sharded(f: Callable[..., Any], like: Any) -> Callable[..., Any]:
-    """`f` with its shardings left to XLA, the result sharded like `like`, on explicit meshes."""
+    """`f` with its shardings left to XLA, the result sharded like `like`, on explicit meshes.
+
+    The mesh is of the context, or else the types of the arrays have it.
+    """
     sharding: Any = jax.sharding
-    if not sharding.get_abstract_mesh().explicit_axes:
-        return f
-    specs = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, like)
-    return sharding.auto_axes(f, out_sharding=specs)  # type: ignore[no-any-return]
+
+    def run(*args: Any) -> Any:
+        meshes = [sharding.get_abstract_mesh(), *map(_mesh, jax.tree.leaves((args, like)))]
+        mesh = next((m for m in meshes if m is not None and m.explicit_axes), None)
+        if mesh is None:
+            return f(*args)
+
+        def spec(leaf: Any) -> Any:
+            known = _mesh(leaf) is not None
+            own = jax.typeof(leaf).sharding.spec if known else sharding.PartitionSpec()
+            return own if mesh is meshes[0] else sharding.NamedSharding(mesh, own)
+
+        return sharding.auto_axes(f, out_sharding=jax.tree.map(spec, like))(*args)
+
+    return run
+
+
+def _mesh(x: Any) -> Any:
+    """The mesh that the type of an array has, None if it has none."""
+    typed = getattr(getattr(x, "aval", x), "sharding", None)
+    mesh = getattr(typed, "mesh", None)
+    return None if mesh is None or mesh.empty else getattr(mesh, "abstract_mesh", mesh)

@@ -175,6 +175,12 @@ def evaluate(
         args, named = tree.unflatten(full)
         model = params.join(leaves)
         result = loss(model, *args, **named)
+        for x in jax.tree.leaves(result):
+            if not _is_array(x) and not isinstance(x, (int, float, complex)):
+                raise TypeError(
+                    f"the loss returns {x!r} beside its value, which is no array: return arrays "
+                    "alone, and make what is none outside of the loss"
+                )
         return result, params.changed(model)
 
     arrays = [flat[i] for i in which]

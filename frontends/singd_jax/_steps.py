@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from singd_core._array import Array, widen
 from singd_core._layer_state import LayerState, Parameter, State, like, parts
 from singd_core.rules import Factors
+from singd_core.step import next_step
 from singd_jax import _compat
 from singd_jax._blind import Curvature
 from singd_jax._curvature import joined, seen
@@ -96,7 +97,7 @@ class Steps:
         return tree(changes), self._counted(state, dataclasses.replace(stepped, skipped=skipped))
 
     def _counted(self, state: SingdState, stepped: State) -> SingdState:
-        step = state.rest.step + 1  # also where nothing else has changed
+        step = next_step(state.rest.step)  # also where nothing else has changed
         return state.with_core(dataclasses.replace(stepped, step=step))._replace(T=self.rates.T)
 
 

@@ -62,7 +62,7 @@ class Stack:
     _fixed: Preconditioner | None = None
     _factors: Sequence[Factors] = ()
     _handed_out: Sequence[Tensor] = ()
-    _shown: list[tuple[nn.Parameter, str, Tensor, int]] = dataclasses.field(default_factory=list)
+    _shown: Sequence[tuple[nn.Parameter, list[tuple[str, Tensor, int]]]] = ()
     _owners: Tensor | None = None
     _compiled: dict[Callable[..., Any], Callable[..., Any]] = dataclasses.field(
         default_factory=dict
@@ -209,8 +209,7 @@ class Stack:
     def let_go(self) -> None:
         """Have nothing of the state."""
         self.factors = self.momenta = self.late = self.preconditioner = None
-        self._factors = self._handed_out = ()
-        self._shown = []
+        self._factors = self._handed_out = self._shown = ()
 
     def factors_of(self, layer: Layer) -> Factors:
         """The factors of one of the layers, views."""
@@ -246,9 +245,11 @@ class Stack:
         """
         if self.factors is None:
             return False
-        for p, name, shown, place in self._shown:
-            if state.get(p, {}).get(name) is not shown or shown.data_ptr() != place:
-                return False
+        for p, shown in self._shown:
+            own = state.get(p, {})
+            for name, t, place in shown:
+                if own.get(name) is not t or t.data_ptr() != place:
+                    return False
         shows_factors = all(
             state.get(layer.weight, {}).get("averages.k")
             is (own.averages.k if layer.seen else None)
@@ -283,20 +284,23 @@ class Stack:
 
     def _publish(self, state: State) -> None:
         """Let the state have views of what is here. It shows factors that have been refreshed."""
-        shown: list[tuple[nn.Parameter, str, Tensor]] = []
+        shown: dict[nn.Parameter, dict[str, Tensor]] = {p: {} for p in self._parameters()}
         for layer, own in zip(self.layers, self._factors, strict=True):
             if layer.seen:
-                shown += [(layer.weight, name, t) for name, t in own.named_arrays()]
+                shown[layer.weight].update(own.named_arrays())
         if self.momenta is not None:
             for p, part in zip(self._parameters(), self._handed_out, strict=True):
-                shown.append((p, _state.MOMENTUM, part))
+                shown[p][_state.MOMENTUM] = part
         if self.late is not None:
             sums = tree_parts(self.late, len(self.layers))
             for layer, of_layer in zip(self.layers, sums, strict=True):
-                shown += [(layer.weight, *named) for named in of_layer.named_arrays(_state.LATE)]
-        for p, name, t in shown:
-            state[p][name] = t
-        self._shown = [(p, name, t, t.data_ptr()) for p, name, t in shown]
+                shown[layer.weight].update(of_layer.named_arrays(_state.LATE))
+        for p, new in shown.items():
+            if new:
+                state[p].update(new)
+        self._shown = [
+            (p, [(name, t, t.data_ptr()) for name, t in new.items()]) for p, new in shown.items()
+        ]
 
     def joined(self, of: Callable[[nn.Parameter], Tensor]) -> list[Tensor]:
         """What the weights have, and what the biases have, such as their gradients."""
