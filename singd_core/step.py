@@ -221,8 +221,9 @@ def next_step(step: Scalar) -> Scalar:
     An array of 32 bits has no larger numbers than 2^31 − 1: at 2^30 it goes back to 2^29. What
     depends on the number, the refreshes and the random bits, begins there again.
     """
-    following = step + 1
-    return following if isinstance(step, int) else where(following < _LAST, following, _LAST // 2)
+    if isinstance(step, int):
+        return step + 1
+    return where(step < _LAST - 1, step + 1, _LAST // 2)
 
 
 def largest_rate(largest: Scalar, lr: Scalar) -> Scalar:

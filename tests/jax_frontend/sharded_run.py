@@ -59,6 +59,14 @@ def explicit(structures):
         return steps(loss, params, x, structures)
 
 
+def explicit_without_context(structures):
+    """The types of the arrays have the mesh."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    specs = dict.fromkeys(SPECS, P()) | {"w": P(None, "data")}
+    params, x = placed(mesh, P("data"), specs)
+    return steps(loss, params, x, structures)
+
+
 def explicit_parameters(structures):
     """Parameters and factors are sharded in the type system; products say how their results are."""
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
@@ -189,6 +197,7 @@ RUNS = (
     gspmd,
     few_rows_of_divided_data,
     explicit,
+    explicit_without_context,
     explicit_parameters,
     shard_map_in_the_loss,
     unchecked_shard_map_in_the_loss,

@@ -166,3 +166,14 @@ def test_a_filtered_equinox_module_is_told_of():
     filtered = eqx.filter(case.params, eqx.is_inexact_array)
     with pytest.raises(TypeError, match=r"model itself, .* not a filtered one"):
         singd_jax.singd(loss=case.loss).init(filtered, *case.batch)
+
+
+def test_what_comes_with_the_value_has_to_be_arrays():
+    def named(params, x):
+        return jnp.mean((x @ params["w"]) ** 2), "a name"
+
+    params, x = {"w": jnp.ones((3, 2))}, jnp.ones((8, 3))
+    tx = singd_jax.singd(loss=named)
+    state = tx.init(params, x)
+    with pytest.raises(TypeError, match="the loss returns 'a name' beside its value, which is no"):
+        singd_jax.value_and_grad(named, has_aux=True)(params, state, x)

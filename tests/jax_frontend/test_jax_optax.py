@@ -1,5 +1,6 @@
 """What optax, flax and orbax ask of every transformation and of its state."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -73,6 +74,33 @@ def test_parameters_in_the_state_are_mapped(make, wrap):
     )
     flags = [a for a in jax.tree.leaves(told) if isinstance(a, bool)]
     assert all(flags)
+
+
+def test_parameters_in_a_state_of_an_unknown_structure_are_an_error():
+    state = singd_jax.singd().init(start())
+    tx = singd_jax.singd()
+    with pytest.raises(ValueError, match=r"call jax\.eval_shape\(tx\.init, params\) before"):
+        optax.tree.map_params(tx, lambda a: a, state)
+    jax.eval_shape(tx.init, start())
+    optax.tree.map_params(tx, lambda a: a, state)
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_more_steps_than_an_integer_counts(rows):
+    tx = singd_jax.singd(layers=LAYERS) if rows else singd_jax.singd()
+    params, state, norms = start(), tx.init(start()), []
+    step = stepper(tx) if rows else None
+    for count in (0, 2**30 - 2, 2**31 - 2):
+        state = state._replace(rest=dataclasses.replace(state.rest, step=jnp.int32(count)))
+        for _ in range(3):
+            if rows:
+                new, state, _ = step(params, state)
+            else:
+                updates, state = tx.update(jax.grad(loss)(params, X), state, params)
+                new = optax.apply_updates(params, updates)
+            norms.append(float(optax.tree.norm(optax.tree.sub(new, params))))
+        assert 0 < int(state.rest.step) < 2**30
+    assert max(norms) < 20.0 * np.median(norms)
 
 
 @wrapped

@@ -42,6 +42,7 @@ def found(request):
         "gspmd",
         "few_rows_of_divided_data",
         "explicit",
+        "explicit_without_context",
         "explicit_parameters",
         "shard_map_in_the_loss",
         "unchecked_shard_map_in_the_loss",
