@@ -195,6 +195,7 @@ class Training(torch.optim.Optimizer):
         if stepper.sharded is not None:
             part_again(roster.model)  # lest modules keep weights that are old then
         self._follow_model()
+        watcher.leave_joined()
         watcher.end_proofs()
         stepper.agree_on_rows()
         self._warn_missed()
@@ -206,7 +207,7 @@ class Training(torch.optim.Optimizer):
     def _count(self) -> None:
         for group in self.param_groups:
             group["steps"] += 1
-        self._watcher.forget()
+        self._watcher.forget(stepped=True)
 
     @property
     def replayable(self) -> bool:

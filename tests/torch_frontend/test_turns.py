@@ -416,3 +416,28 @@ def test_a_first_step_that_changes_nothing_is_none(first: str, saved: bool) -> N
     for p, q in zip(*(model.parameters() for model in models), strict=True):
         assert torch.equal(p, q)
         assert optimizers[0].state[p].keys() == optimizers[1].state[q].keys()
+
+
+@pytest.mark.filterwarnings("ignore:no rows of .* have (been seen|come)")
+@pytest.mark.parametrize("how", ["zero_grad", "model.zero_grad", "none between"])
+def test_rows_of_the_last_of_several_tasks_do_not_stand_for_all(how: str) -> None:
+    """Their gradients are joined by hand. A batch that is left out is no task."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4))
+    optimizer = SINGD(model)
+    for _ in range(12):
+        joined = [torch.zeros_like(p) for p in model.parameters()]
+        for _ in range(2):
+            if how == "model.zero_grad":
+                model.zero_grad()
+            else:
+                optimizer.zero_grad()
+            (model(torch.randn(9, 5)) - 1.0).square().mean().backward()
+            for p, own in zip(model.parameters(), joined, strict=True):
+                own += p.grad
+        if how != "none between":
+            for p, own in zip(model.parameters(), joined, strict=True):
+                p.grad = own
+        optimizer.step()
+    by_rows = [optimizer.state[p]["averages.t_U"].any() for p in model.parameters() if p.ndim > 1]
+    assert any(by_rows) is (how == "none between")

@@ -32,6 +32,7 @@ from singd_torch.layers.reach import Pass, Reach, is_in_parts, part_again
 from singd_torch.layers.roster import Roster
 from singd_torch.layers.rows import rows_of
 from singd_torch.layers.source import Source
+from singd_torch.sharding.guards import is_one_of_several
 
 
 class Watcher:
@@ -57,6 +58,7 @@ class Watcher:
         self._hooked = weakref.WeakSet[nn.Module]()
         self._proofs = Proofs()
         self._sampled: str | None = None
+        self._forgotten: set[Layer] = set()
         self._refused = False
         self._lock = threading.RLock()
         self._calls_are_due = False
@@ -250,6 +252,7 @@ class Watcher:
         reach = self.reach(layer.weight)
         gone = self._sampled is None and layer.last_pass.is_dropped(layer.weight, reach)
         if gone:  # `sampled_labels` takes gradients away itself
+            self._forgotten.add(layer)
             self.queue.forget(layer)
             self._proofs.forget_earlier(layer)
             layer.pending = {}
@@ -260,9 +263,23 @@ class Watcher:
         layer.last_pass = Pass(backward, reach)
         after_pass(partial(layer.last_pass.end, layer.weight))
 
-    def forget(self) -> None:
-        """Have no rows, and begin with the rows of the next step."""
+    def leave_joined(self) -> None:
+        """Take no rows of gradients that were joined by hand, as of several tasks.
+
+        Rows of earlier passes were forgotten, and the gradient is another than the last one's.
+        """
+        if self._sampled is None and not is_one_of_several():  # which moves gradients
+            for layer in self._forgotten:
+                if layer.last_pass.is_replaced(layer.weight):
+                    self.queue.forget(layer)
+                    self._proofs.leave_out(layer)
+                    layer.pending = {}
+
+    def forget(self, *, stepped: bool = False) -> None:
+        """Have no rows, and begin with the rows of the next step, or of one that was `stepped`."""
         leave_ended()
+        told = [one for one in self._roster.layers if one.last_pass.reach is Reach.ADDED]
+        self._forgotten = set() if stepped else self._forgotten.union(told)
         self._sampled = None
         self._proofs.forget()
         self.queue.forget()

@@ -75,6 +75,13 @@ class Pass:
             return self.reach is Reach.ADDED
         return self.left != _version(weight) and not bool(weight.grad.any())
 
+    def is_replaced(self, weight: Tensor) -> bool:
+        """Whether somebody has put another gradient in the place of the one that it left."""
+        now = _version(weight)
+        if self.reach is not Reach.ADDED or self.left is None or now is None:
+            return False
+        return now[0] != self.left[0] or now[1] < self.left[1]
+
 
 def _version(weight: Tensor) -> tuple[int, int] | None:
     """The gradient of a weight and how often it was changed; None of none, and of one in parts."""
