@@ -212,8 +212,9 @@ def check_fallback(fallback: Any) -> None:
     """
     if not isinstance(fallback, Fallback):
         raise TypeError(f"fallback={fallback!r}: give Fallback(lr=...), or None")
-    known = {n: v for n, v in vars(fallback).items() if v is not None and not callable(v)}
-    check_adamw(known, "fallback.")
+    left_out = {n for n in ("lr", "weight_decay") if getattr(fallback, n) is None}
+    given = {n: v for n, v in vars(fallback).items() if n not in left_out and not callable(v)}
+    check_adamw(given, "fallback.")
 
 
 # Names that other optimizers have for a setting, or for a setting of the matrices and of AdamW.

@@ -223,6 +223,9 @@ def next_step(step: Scalar) -> Scalar:
     """
     if isinstance(step, int):
         return step + 1
+    xp = namespace(step)
+    if not xp.isdtype(step.dtype, xp.int32):
+        return step + 1
     return where(step < _LAST - 1, step + 1, _LAST // 2)
 
 

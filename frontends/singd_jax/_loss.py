@@ -178,8 +178,8 @@ def evaluate(
         for x in jax.tree.leaves(result):
             if not _is_array(x) and not isinstance(x, (int, float, complex)):
                 raise TypeError(
-                    f"the loss returns {x!r} beside its value, which is no array: return arrays "
-                    "alone, and make what is none outside of the loss"
+                    f"the loss returns {x!r}, which is no array: return arrays alone, and make "
+                    "what is none outside of the loss"
                 )
         return result, params.changed(model)
 

@@ -25,8 +25,13 @@ _SETTINGS = tuple(f.name for f in dataclasses.fields(Settings))
 # What training finds out about a parameter: why it has no rows, whether its matrices are transposed
 # ones, how many refreshes in a row there were without rows, how many with, where its factors do not
 # know it, and whether it was not used yet when others were.
-FOUND: dict[str, type] = {"without_rows": str, "turned": bool, "missed": int, "refreshes": int}
-FOUND |= {"unused": bool}
+FOUND: dict[str, type] = {
+    "without_rows": str,
+    "turned": bool,
+    "missed": int,
+    "refreshes": int,
+    "unused": bool,
+}
 Notes: TypeAlias = Mapping[Any, Mapping[str, Any]]  # of parameters
 # The key of groups under which checkpoints have the notes of all parameters, as a text in JSON with
 # their places and names. torch.distributed.checkpoint puts parameters into other places, puts

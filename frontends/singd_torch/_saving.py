@@ -32,7 +32,7 @@ class Saving(Training):
         is left out: the optimizer that loads the state keeps its own.
         With a model in parts, all processes must call this method, and its tensors are DTensors.
         """
-        self._note()
+        self._note_unknown()
         trained = {p for group in self.param_groups for p in group["params"]}
         state: dict[Any, Any] = self.state
         gone = [p for p in state if isinstance(p, Tensor) and p not in trained]
@@ -99,7 +99,7 @@ class Saving(Training):
         """
         if self._stepper.sharded is not None:
             raise TypeError("an optimizer of a model in parts cannot be copied: build another")
-        self._note()
+        self._note_unknown()
         own = {name: getattr(self._stepper, name) for name in _COPIED}
         own_state = {"model": self._roster.model, "stepper": own, "notes": self._roster.notes}
         return super().__getstate__() | own_state
@@ -117,7 +117,7 @@ class Saving(Training):
         else:  # the model holds its optimizer, and is being copied around it
             when_complete(model, self._go_on_as_copied)
 
-    def _note(self) -> None:
+    def _note_unknown(self) -> None:
         """Note of layers what the state does not know.
 
         How many refreshes they have had: factors do not count what was not finite, and of a model

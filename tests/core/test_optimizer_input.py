@@ -72,6 +72,8 @@ def test_a_bias_without_a_layer_is_an_error() -> None:
         ({"kfac_approx": "shrink"}, "kfac_approx = 'shrink'"),
         ({"loss_average": "mean"}, "loss_average = 'mean'"),
         ({"fallback": Fallback(lr=-1.0)}, r"fallback\.lr=-1\.0: must be at least 0"),
+        ({"fallback": Fallback(eps=None)}, r"fallback\.eps=None: must be a number"),  # type: ignore[arg-type]
+        ({"fallback": Fallback(betas=None)}, r"fallback\.betas=None: give two numbers"),  # type: ignore[arg-type]
         (
             {"fallback": Fallback(betas=(0.9, 1.0))},
             r"fallback\.betas=1\.0: must be two in \[0, 1\)",

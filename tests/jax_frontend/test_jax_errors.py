@@ -175,5 +175,5 @@ def test_what_comes_with_the_value_has_to_be_arrays():
     params, x = {"w": jnp.ones((3, 2))}, jnp.ones((8, 3))
     tx = singd_jax.singd(loss=named)
     state = tx.init(params, x)
-    with pytest.raises(TypeError, match="the loss returns 'a name' beside its value, which is no"):
+    with pytest.raises(TypeError, match="the loss returns 'a name', which is no array"):
         singd_jax.value_and_grad(named, has_aux=True)(params, state, x)

@@ -234,13 +234,27 @@ def test_a_call_that_is_interrupted_leaves_no_mode_behind(*, anew: bool) -> None
         assert torch.equal(p, q)
 
 
-def test_a_hook_that_comes_before_may_hand_on_an_output_that_is_kept() -> None:
+KEPT: dict[str, Callable[[Tensor], Tensor]] = {
+    "a result": lambda z: torch.exp(3.0 * z),
+    "a part": lambda z: z.repeat(1, 2).pow(3).chunk(2, 1)[0],
+}
+
+
+@pytest.mark.parametrize("how", KEPT)
+def test_a_hook_that_comes_before_may_hand_on_an_output_that_is_kept(how: str) -> None:
     model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)).double()
     optimizer = SINGD(model)
-    model[0].register_forward_hook(lambda module, args, z: torch.exp(3.0 * z), prepend=True)
+    model[0].register_forward_hook(lambda module, args, z: KEPT[how](z), prepend=True)
     loss_of(model(draw(9, 5))).backward()
     with pytest.warns(UserWarning, match=r"no rows of '0\.weight' are taken"):
         optimizer.step()
+
+
+def test_a_hook_that_comes_before_may_keep_the_output() -> None:
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)).double()
+    kept: list[Tensor] = []
+    model[0].register_forward_hook(lambda module, args, z: kept.append(z.square()), prepend=True)
+    check_rows(model, lambda m: loss_of(m(draw(9, 5))) + 0.0 * kept.pop().sum())
 
 
 @pytest.mark.parametrize("how", ["functional_call", "another parameter"])

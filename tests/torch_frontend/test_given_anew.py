@@ -13,6 +13,7 @@ from small_network import assert_same, everything, network, step
 from torch import nn
 
 from singd_torch import SINGD
+from singd_torch.tensors import pieces
 
 X = torch.randn(9, 6)
 
@@ -110,18 +111,26 @@ def test_a_state_that_is_reset_begins_anew_with_the_next_rows(how: str) -> None:
     SINGD(again).load_state_dict(copy.deepcopy(optimizer.state_dict()))
 
 
+@pytest.mark.parametrize("given", [{}, {"capturable": True}, {"compile_step": True}])
 @pytest.mark.parametrize("structures", ["dense", "diagonal"])
-def test_tensors_of_the_state_may_get_other_memory(structures: str) -> None:
+def test_tensors_of_the_state_may_get_other_memory(
+    structures: str, given: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As scripts move a state to another device: `v.data = v.data.to(device)`."""
+    if given:
+        monkeypatch.setattr(pieces, "on_host", lambda x: False)
+    if given == {"compile_step": True}:
+        given = {"compile_step": {"backend": "eager"}}  # type: ignore[dict-item]
     torch.manual_seed(0)
     model = nn.Sequential(*[nn.Linear(6, 6) for _ in range(3)]).double()
     twin = copy.deepcopy(model)
-    optimizer, other = SINGD(model, structures=structures), SINGD(twin, structures=structures)
+    optimizer = SINGD(model, structures=structures, **given)
+    other = SINGD(twin, structures=structures, **given)
     for t in range(30):
         x = torch.sin(torch.arange(54.0, dtype=torch.float64).view(9, 6) + t)
         for one, own in ((model, optimizer), (twin, other)):
             step(one, own, x)
-        if t == 20:  # a checkpoint has what is learned
+        if t in (12, 20):  # a checkpoint has what is learned
             other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         if t % 7 == 5:
             for v in [v for own in optimizer.state.values() for v in own.values()]:

@@ -263,3 +263,17 @@ def test_parameters_may_be_swapped() -> None:
         finally:
             torch.__future__.set_swap_module_params_on_conversion(False)
     assert all(map(torch.equal, model.parameters(), twin.parameters()))
+
+
+def test_the_first_pass_of_parameters_that_took_the_places_of_others_has_rows() -> None:
+    """Also without a zero_grad before it. The others are let go."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
+    optimizer = SINGD(model)
+    gone = [weakref.ref(p) for p in model.parameters()]
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    model(torch.randn(5, 6)).square().sum().backward()
+    optimizer.step()
+    assert all(optimizer.state[m.weight]["averages.t_U"].any() for m in (model[0], model[2]))
+    gc.collect()
+    assert [one() for one in gone] == [None] * len(gone)

@@ -102,6 +102,8 @@ class Tap:
             return None
         if not torch.compiler.is_compiling() and not self._is_unseen(module):
             return None
+        if _is_made_by_hooks(module, self) and self.wanted():
+            output = output.clone()  # autograd may have kept it, or forbid changes in place
         return self.probed(x, output)
 
     def _is_unseen(self, module: nn.Module) -> bool:
@@ -111,10 +113,14 @@ class Tap:
             return False
         if owner.weight_calls.has_probed(self.source.weight):
             return False
-        own, weight = module._parameters.get(self.source.name), self.source.weight
-        if own is None or own is weight:  # if there is none, it is computed
-            return own is not None
-        return is_in_parts(weight) and own.is_leaf  # gathered; else another's, of functional_call
+        own = module._parameters.get(self.source.name)
+        if own is None:  # it is computed
+            return False
+        if own is not self.source.weight:
+            owner.follow_switched()
+        # else it is gathered, or another's, of functional_call
+        gathered = is_in_parts(self.source.weight) and isinstance(own, nn.Parameter)
+        return own is self.source.weight or gathered
 
     def wanted(self) -> bool:
         """Whether a call of the module now should be probed."""
@@ -140,8 +146,7 @@ class Tap:
             return None  # the call returned its input, or torch lets nobody see the shape
         x = x.detach() if x.requires_grad else x
         x = x.clone() if x.is_inference() else x  # torch saves none, and autocast a copy
-        is_view = output._is_view() and not self.source.is_open
-        if _is_watched() or is_view or _is_kept(output):  # a hook before may have made it
+        if _is_watched() or (not self.source.is_open and _is_kept(output)):
             with _disable_current_modes():
                 output = output.clone()
         base = _base(output)
@@ -249,9 +254,15 @@ def _is_watched() -> bool:
 
 
 def _is_kept(output: Tensor) -> bool:
-    """Whether autograd may have kept an output for what made it, and forbids changes in place."""
+    """Whether autograd forbids changes in place, or may have kept an output for what made it."""
     node: Any = type(output.grad_fn)
-    return hasattr(node, "_saved_result") or hasattr(node, "_saved_output")
+    return output._is_view() or hasattr(node, "_saved_result") or hasattr(node, "_saved_output")
+
+
+def _is_made_by_hooks(module: nn.Module, tap: Tap) -> bool:
+    """Whether other hooks have seen the output of a module before a tap, and may have made it."""
+    first = next(iter(module._forward_hooks.values()), tap)
+    return first is not tap or bool(nn.modules.module._global_forward_hooks)
 
 
 def _plain(x: Tensor) -> Tensor:

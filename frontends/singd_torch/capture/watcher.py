@@ -125,12 +125,16 @@ class Watcher:
 
     # ---- what is asked by calls -----------------------------------------------------------------
 
+    def follow_switched(self) -> None:
+        """Watch the parameters that groups and model have now, if others took their places."""
+        if self._roster.is_switched:
+            self.follow()
+
     def calls_wanted(self) -> bool:
         """Whether calls that are handed a weight itself should be seen now."""
         if not self._calls_are_due or not torch.is_grad_enabled() or torch._C._is_tracing():
             return False
-        if self._roster.is_switched:  # no call of this pass may be missed
-            self.follow()
+        self.follow_switched()  # no call of this pass may be missed
         return True
 
     def rows_wanted(self, source: Source) -> TakeRows | None:

@@ -47,7 +47,7 @@ class Layer:
         by_gradient: Whether gradients refresh them, as no rows have been seen so far.
         meter: What measures rows where the factors are on another process, else None.
         without_rows: Why the rows do not tell the gradient, so that none are taken; or None.
-        unused: Whether the last step had no gradient of the weight.
+        unused: Whether the last step had gradients of others, and none of the weight.
         called_in: The last step with a backward pass through a call that has rows.
         autocast: Whether products are in bfloat16 and the weight is not, on an accelerator.
         refreshes: Refreshes with a call that has rows.

@@ -53,7 +53,7 @@ class Roster:
         self.group_of: dict[nn.Parameter, dict[str, Any]] = {}
         self.by_weight: dict[Tensor, Layer] = {}
         self.warnings = Warnings()
-        self._shapes = dict[Tensor, torch.Size]()
+        self._shapes: dict[Tensor, torch.Size] = {}
         self._idle_steps = 0
 
     def find(self) -> list[nn.Parameter]:
@@ -90,10 +90,11 @@ class Roster:
         They are not kept by weak references: torch swaps no parameter that has one.
         """
         known = {*self.group_of, *self.model.parameters(), *state}
-        self.makeup.left_out &= known
-        for kept in (self._shapes, self.notes):
-            for p in [p for p in kept if p not in known]:
-                del kept[p]
+        gone = self._shapes.keys() - known  # of those that were ever in groups
+        self.makeup.left_out -= gone
+        for p in gone:
+            del self._shapes[p]
+            self.notes.pop(p, None)
 
     def noted(self) -> str:
         """What was found out about the parameters that are trained, in JSON: place, name, notes."""

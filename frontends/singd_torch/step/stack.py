@@ -62,7 +62,8 @@ class Stack:
     _fixed: Preconditioner | None = None
     _factors: Sequence[Factors] = ()
     _handed_out: Sequence[Tensor] = ()
-    _shown: Sequence[tuple[nn.Parameter, list[tuple[str, Tensor, int]]]] = ()
+    _shown: Sequence[Tensor] = ()
+    _places: list[int] = dataclasses.field(default_factory=list)
     _owners: Tensor | None = None
     _compiled: dict[Callable[..., Any], Callable[..., Any]] = dataclasses.field(
         default_factory=dict
@@ -117,7 +118,10 @@ class Stack:
     def tie(self, state: State) -> None:
         """Join what the state has of the layers, in the dtypes and on the device of the weights."""
         factors = [_state.factors_of(layer, state) for layer in self.layers]
-        measured = not self._factors or all(map(are_equal, self._factors, factors))
+        known = self._factors  # whose tensors may have got other memory
+        if self.factors is not None:
+            known = tree_parts(self.factors, len(self.layers))
+        measured = not known or all(map(are_equal, known, factors))
         for layer in self.layers:
             layer.seen = "averages.k" in state.get(layer.weight, {})
             layer.pending = layer.pending if measured else {}  # by factors that are no more
@@ -159,7 +163,7 @@ class Stack:
                 torch._foreach_copy_(list(momenta), list(self.momenta))
             if self.late is not None and late is not None:
                 late.map(Tensor.copy_, self.late)
-            self.late = None
+            self.late = self.momenta = None  # else it would go on in the memory that it had
             self.hold_momenta(momenta, late, state)
         assert self.factors is not None
         factors.map(Tensor.copy_, self.factors)
@@ -210,6 +214,7 @@ class Stack:
         """Have nothing of the state."""
         self.factors = self.momenta = self.late = self.preconditioner = None
         self._factors = self._handed_out = self._shown = ()
+        self._places = []
 
     def factors_of(self, layer: Layer) -> Factors:
         """The factors of one of the layers, views."""
@@ -243,13 +248,8 @@ class Stack:
 
         Others may also have put other tensors into the state, or other memory into its tensors.
         """
-        if self.factors is None:
+        if self.factors is None or [*map(Tensor.data_ptr, self._shown)] != self._places:
             return False
-        for p, shown in self._shown:
-            own = state.get(p, {})
-            for name, t, place in shown:
-                if own.get(name) is not t or t.data_ptr() != place:
-                    return False
         shows_factors = all(
             state.get(layer.weight, {}).get("averages.k")
             is (own.averages.k if layer.seen else None)
@@ -298,9 +298,8 @@ class Stack:
         for p, new in shown.items():
             if new:
                 state[p].update(new)
-        self._shown = [
-            (p, [(name, t, t.data_ptr()) for name, t in new.items()]) for p, new in shown.items()
-        ]
+        self._shown = [t for new in shown.values() for t in new.values()]
+        self._places = [*map(Tensor.data_ptr, self._shown)]
 
     def joined(self, of: Callable[[nn.Parameter], Tensor]) -> list[Tensor]:
         """What the weights have, and what the biases have, such as their gradients."""

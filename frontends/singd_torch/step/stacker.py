@@ -114,6 +114,7 @@ class Stacker:
         for p, q in new.items():
             if p in self.state:
                 self.state[q] = self.state.pop(p)
+        self.roster.let_go(self.state)
         self.arrange()
 
     def begin_anew(self, layer: Layer) -> None:

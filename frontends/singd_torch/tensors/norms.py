@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from singd_core._array import widen
 from singd_torch.tensors import pieces
@@ -21,14 +21,14 @@ def norm(x: Tensor, axes: int) -> Tensor:
     """The Frobenius norm over the last `axes` axes, in at least float32."""
     batch = x.shape[: x.ndim - axes]
     if batch.numel() == 1 and _is_large(x):
-        return _norm(x).reshape(batch)
+        return _by_dot(x).reshape(batch)
     found: Tensor = torch.linalg.vector_norm(widen(x), dim=tuple(range(-axes, 0)))
     return found
 
 
 def each_norm(tensors: Sequence[Tensor]) -> list[Tensor] | tuple[Tensor, ...]:
     """The norm of each of some tensors of one dtype, in at least float32."""
-    large = {i: _norm(x) for i, x in enumerate(tensors) if _is_large(x)}
+    large = {i: _by_dot(x) for i, x in enumerate(tensors) if _is_large(x)}
     rest = [x for i, x in enumerate(tensors) if i not in large]
     wide = torch.float32 if tensors[0].dtype.itemsize < 4 else None
     others = iter(torch._foreach_norm(rest, 2, wide) if rest else ())
@@ -37,8 +37,10 @@ def each_norm(tensors: Sequence[Tensor]) -> list[Tensor] | tuple[Tensor, ...]:
 
 def _is_large(x: Tensor) -> bool:
     """Whether one dot product is faster."""
+    plain = type(x) in (Tensor, nn.Parameter) and not torch._C._are_functorch_transforms_active()
     return (
-        x.nbytes >= _LARGE
+        plain
+        and x.nbytes >= _LARGE
         and pieces.on_host(x)
         and x.dtype in (torch.float32, torch.float64)
         and x.is_contiguous()
@@ -46,6 +48,6 @@ def _is_large(x: Tensor) -> bool:
     )
 
 
-def _norm(x: Tensor) -> Tensor:
+def _by_dot(x: Tensor) -> Tensor:
     flat = x.view(-1)
     return torch.dot(flat, flat).sqrt_()
