@@ -90,10 +90,20 @@ class Optimizer:
         self.structures = STRUCTURES[recipe] if structures is None else structures
         self.kfac_approx, self.loss_average = kfac_approx, loss_average
         self.preconditioner_dtype, self.momentum_dtype = preconditioner_dtype, momentum_dtype
-        self.fallback = fallback_of(recipe, given.get("weight_decay"), fallback)
+        self._of_recipe = recipe, given.get("weight_decay")
+        self.fallback = fallback
         _given.check_options(kfac_approx, loss_average, preconditioner_dtype)
         if self.settings.normalized and (small := small_step([self.settings.lr])):
             warn(small)
+
+    @property
+    def fallback(self) -> Fallback:
+        """The settings of AdamW. What another `Fallback` leaves out has the recipe's value."""
+        return self._fallback
+
+    @fallback.setter
+    def fallback(self, given: Fallback | None) -> None:
+        self._fallback = fallback_of(*self._of_recipe, given)
 
     def init(self, params: Mapping[str, Parameter]) -> State:
         """The state before the first step.

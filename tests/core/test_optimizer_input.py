@@ -255,4 +255,7 @@ def test_what_is_not_given_for_adamw_is_as_without(recipe: str, rate: float) -> 
         found = Optimizer(recipe=recipe, fallback=Fallback(**given)).fallback
         expected = {"lr": rate, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01} | given
         assert vars(found) == expected
-    assert Optimizer(weight_decay=0.0, fallback=Fallback(lr=0.5)).fallback.weight_decay == 0.0
+    optimizer = Optimizer(weight_decay=0.0, fallback=Fallback(lr=0.5))
+    assert optimizer.fallback.weight_decay == 0.0
+    optimizer.fallback = Fallback(eps=1e-6)  # as a loop has a schedule
+    assert (optimizer.fallback.lr, optimizer.fallback.weight_decay) == (0.01, 0.0)

@@ -265,6 +265,24 @@ def test_parameters_may_be_swapped() -> None:
     assert all(map(torch.equal, model.parameters(), twin.parameters()))
 
 
+def test_a_head_that_is_replaced_far_from_a_refresh_trains_at_once() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
+    optimizer = SINGD(model, warmup=0)
+    for _ in range(400):  # the next refresh is some steps away
+        model(torch.randn(5, 6)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    old = model[2].weight
+    model[2] = nn.Linear(6, 3)
+    optimizer.param_groups[0]["params"][2:] = model[2].parameters()
+    optimizer.state.pop(old, None)
+    before = model[2].weight.detach().clone()
+    model(torch.randn(5, 6)).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(before, model[2].weight)
+    assert old not in optimizer.state
+
+
 def test_the_first_pass_of_parameters_that_took_the_places_of_others_has_rows() -> None:
     """Also without a zero_grad before it. The others are let go."""
     model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))

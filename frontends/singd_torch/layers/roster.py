@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -155,10 +156,12 @@ class Roster:
 
     def is_regrouped(self) -> bool:
         """Whether parameters were put into lists of the groups, or taken out, by hand."""
-        if sum(len(group["params"]) for group in self.groups) != len(self.group_of):
+        params, known = self._places()
+        if len(params) != len(known):
             return True
-        if not any(is_refresh(group) for group in self.groups):
-            return self._has_others()
+        if not any(is_refresh(group) for group in self.groups):  # a look-up costs more than `is`
+            same = all(map(operator.is_, params, known))
+            return not same and any(p not in self.group_of for p in params)
         return any(self.group_of.get(p) is not one for one in self.groups for p in one["params"])
 
     def follow(self) -> dict[Tensor, nn.Parameter]:
