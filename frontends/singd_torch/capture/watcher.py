@@ -282,8 +282,11 @@ class Watcher:
     def forget(self, *, stepped: bool = False) -> None:
         """Have no rows, and begin with the rows of the next step, or of one that was `stepped`."""
         leave_ended()
-        told = [one for one in self._roster.layers if one.last_pass.reach is Reach.ADDED]
-        self._forgotten = set() if stepped else self._forgotten.union(told)
+        if stepped:
+            self._forgotten = set()
+        else:
+            told = (one for one in self._roster.layers if one.last_pass.reach is Reach.ADDED)
+            self._forgotten.update(told)
         self._sampled = None
         self._proofs.forget()
         self.queue.forget()

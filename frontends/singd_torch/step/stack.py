@@ -284,21 +284,20 @@ class Stack:
 
     def _publish(self, state: State) -> None:
         """Let the state have views of what is here. It shows factors that have been refreshed."""
-        shown: dict[nn.Parameter, dict[str, Tensor]] = {p: {} for p in self._parameters()}
+        shown: list[tuple[nn.Parameter, str, Tensor]] = []
         for layer, own in zip(self.layers, self._factors, strict=True):
             if layer.seen:
-                shown[layer.weight].update(own.named_arrays())
+                shown += [(layer.weight, *named) for named in own.named_arrays()]
         if self.momenta is not None:
             for p, part in zip(self._parameters(), self._handed_out, strict=True):
-                shown[p][_state.MOMENTUM] = part
+                shown.append((p, _state.MOMENTUM, part))
         if self.late is not None:
             sums = tree_parts(self.late, len(self.layers))
             for layer, of_layer in zip(self.layers, sums, strict=True):
-                shown[layer.weight].update(of_layer.named_arrays(_state.LATE))
-        for p, new in shown.items():
-            if new:
-                state[p].update(new)
-        self._shown = [t for new in shown.values() for t in new.values()]
+                shown += [(layer.weight, *named) for named in of_layer.named_arrays(_state.LATE)]
+        for p, name, t in shown:
+            state[p][name] = t
+        self._shown = [t for _, _, t in shown]
         self._places = [*map(Tensor.data_ptr, self._shown)]
 
     def joined(self, of: Callable[[nn.Parameter], Tensor]) -> list[Tensor]:
