@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,11 +17,11 @@ class Homes:
         self._of: dict[Tensor, tuple[nn.Module, str]] = {}
         self._gathers = False
 
-    def learn(self, model: nn.Module) -> None:
-        """Know where parameters are; of those that are gathered now it is known from before."""
-        self._of = {p: home for p, home in self._of.items() if is_in_parts(p)}
-        for module in model.modules():
-            self._of |= {p: (module, key) for key, p in module._parameters.items() if p is not None}
+    def learn(self, model: nn.Module, trained: Container[Tensor]) -> None:
+        """Know where the trained parameters are; of those gathered now it is known from before."""
+        before = {p: home for p, home in self._of.items() if is_in_parts(p) and p in trained}
+        homes = ((p, (m, key)) for m in model.modules() for key, p in m._parameters.items())
+        self._of = before | {p: home for p, home in homes if p is not None and p in trained}
         self._gathers = gathers(model)
 
     def follow(self, new: Mapping[Tensor, Tensor], model: nn.Module) -> None:

@@ -75,7 +75,7 @@ class Watcher:
                 self._hooks.install(module, self)
                 self._hooked.add(module)
         leave_hooks_behind(model)
-        self._homes.learn(model)
+        self._homes.learn(model, self._roster.group_of)
         self.weight_calls = Calls(self, layers, self._homes, self._now)
         self.tell()
 

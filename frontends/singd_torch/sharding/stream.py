@@ -105,7 +105,7 @@ class Stream:
         All processes call it as `sent`, with the layers that were due so far.
         """
         self._finish(due, flags)
-        self._known, self._plans, self._buckets = {}, {}, None
+        self._known, self._plans, self._wanted, self._buckets = {}, {}, {}, None
 
     # ---- in a backward pass ---------------------------------------------------------------------
 
