@@ -153,6 +153,20 @@ class _Trained:
     value: Any
 
 
+# What a loss raises under jax.jit that asks for values of its arguments.
+_NEEDS_VALUES = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.NonConcreteBooleanIndexError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
+_IS_TRACED = (
+    "singd_jax traces the loss to find its layers, as jax.jit does: the loss may not ask for the "
+    "values of arrays. Write jnp.where or jax.lax.cond, make such values outside of the loss, or "
+    "train without rows, with singd_jax.singd() and jax.value_and_grad."
+)
+
+
 def evaluate(
     loss: Callable[..., Any],
     tracer: Tracer,
@@ -184,7 +198,11 @@ def evaluate(
         return result, params.changed(model)
 
     arrays = [flat[i] for i in which]
-    closed, shape = jax.make_jaxpr(function, return_shape=True)(list(leaves), arrays)
+    try:
+        closed, shape = jax.make_jaxpr(function, return_shape=True)(list(leaves), arrays)
+    except _NEEDS_VALUES as error:
+        error.add_note(_IS_TRACED)
+        raise
     closed = _compat.without_dead_equations(closed)
     views = [
         View.of_leaf(i, leaf.shape) if is_followed(leaf) else None for i, leaf in enumerate(leaves)

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen
 from jax_all_cases import CASES
@@ -177,3 +178,23 @@ def test_what_comes_with_the_value_has_to_be_arrays():
     state = tx.init(params, x)
     with pytest.raises(TypeError, match="the loss returns 'a name', which is no array"):
         singd_jax.value_and_grad(named, has_aux=True)(params, state, x)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        lambda x, y: y.mean() if y.sum() > 0 else -y.mean(),
+        lambda x, y: y[x[:, 0] > 0].mean(),
+        lambda x, y: y.mean() * np.asarray(x).max(),
+        lambda x, y: y.mean() * len(range(y.sum().astype(int))),
+    ],
+)
+def test_a_loss_that_asks_for_values_is_told_that_it_is_traced(value):
+    def asks(p, x):
+        return value(x, x @ p["w"])
+
+    params = {"w": array(4, 3)}
+    jax.value_and_grad(asks)(params, X)  # no fault where nothing is traced
+    with pytest.raises((TypeError, IndexError)) as caught:
+        singd_jax.singd(loss=asks).init(params, X)
+    assert any("Write jnp.where or jax.lax.cond" in note for note in caught.value.__notes__)
