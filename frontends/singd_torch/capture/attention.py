@@ -117,15 +117,24 @@ class _Fused(TorchFunctionMode):
         batch = query.shape[1] if query.ndim == 3 else 1
         active = [mode._taps for mode in _ACTIVE.modes if mode._module is self._module]
         for name in self._taps:
-            if not torch.compiler.is_compiling() and call[name] is not self._own(name):
-                continue  # computed in the forward of a subclass
-            taps = [list(each) for each in zip(*(own[name] for own in active), strict=True)]
-            call[name] = _Projection(call[name], taps, batch)
+            own = [taps[name] for taps in active if self._is_own(taps[name], name, call[name])]
+            if own:
+                taps = [list(each) for each in zip(*own, strict=True)]
+                call[name] = _Projection(call[name], taps, batch)
         return _COPY(**call)
 
-    def _own(self, name: str) -> Any:
-        module = self._module
-        return module.out_proj.weight if name == "out_proj_weight" else getattr(module, name)
+    def _is_own(self, taps: Sequence[Tap], name: str, weight: Any) -> bool:
+        """Whether the weight of a call is the module's and that of the taps.
+
+        It is not where a subclass computes it, or hooks were copied to another module.
+        """
+        if torch.compiler.is_compiling():
+            return weight is not None
+        if name == "out_proj_weight":
+            own = getattr(getattr(self._module, "out_proj", None), "weight", None)
+        else:
+            own = getattr(self._module, name, None)
+        return weight is own and taps[0].is_of(own)
 
 
 class _Hooks:
@@ -143,7 +152,8 @@ class _Hooks:
             _ACTIVE.modes.append(mode)
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        entered = [mode for mode in _ACTIVE.modes if mode._taps is self._taps]
+        called = [mode for mode in _ACTIVE.modes if mode._module is module]
+        entered = [mode for mode in called if mode._taps is self._taps]
         if entered:
             mode = entered[-1]
             mode.forget()

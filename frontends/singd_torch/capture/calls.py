@@ -226,7 +226,7 @@ class Hooks:
         if torch.compiler.is_compiling() or owner is None:
             return
         now = self._now
-        now.outer.append(now.mode)
+        now.outer.append((module, now.mode))
         if not owner.calls_wanted() or (now.mode is not None and now.mode.is_at_home()):
             return
         now.mode = _Mode(owner.weight_calls)
@@ -234,15 +234,20 @@ class Hooks:
         now.mode.__enter__()
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Leave the mode that was entered for this call, if one was."""
+        """Leave the mode that was entered for this call, if one was.
+
+        Copies of the hooks may have one of both alone, or not have it called after an error.
+        """
         now = self._now
-        if torch.compiler.is_compiling() or not now.outer:
+        if torch.compiler.is_compiling() or all(called is not module for called, _ in now.outer):
             return
-        outer = now.outer.pop()
-        if now.mode is not None and now.mode is not outer:
-            now.mode.__exit__(None, None, None)
-            now.mode = outer
-            now.settle()
+        called: Any = None
+        while called is not module:
+            called, outer = now.outer.pop()
+            if now.mode is not None and now.mode is not outer:
+                now.mode.__exit__(None, None, None)
+                now.mode = outer
+                now.settle()
 
     def install(self, module: nn.Module, owner: Any) -> None:
         """Hook a module until the end of the owner."""

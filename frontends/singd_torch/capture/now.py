@@ -15,7 +15,7 @@ class Now(threading.local):
 
     Attributes:
         mode: The mode that is active, or None.
-        outer: For each hooked module that is being called, what was active before it.
+        outer: Each hooked module that is being called, and what was active before it.
         probed: The weight that was handed to the last call, if that was probed.
         doubtful: The layer of that call and why it gives no rows, unless a module made the call.
     """
@@ -26,7 +26,7 @@ class Now(threading.local):
     def begin(self) -> None:
         """Have no call of a module."""
         self.mode: Any = None
-        self.outer: list[Any] = []
+        self.outer: list[tuple[Any, Any]] = []
         self.probed: Tensor | None = None
         self.doubtful: tuple[Layer, str] | None = None
 

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from singd_torch._uncompiled import uncompiled
 from singd_torch.capture import compiled
+from singd_torch.layers.kinds import methods
 from singd_torch.layers.reach import Reach, is_in_parts
 from singd_torch.tensors.exact import without_autocast
 
@@ -80,12 +81,14 @@ class Tap:
             without are told apart by it. What is not compiled asks the owner.
     """
 
-    def __init__(self, owner: Any, source: Any) -> None:
+    def __init__(self, owner: Any, source: Any, module: nn.Module | None = None) -> None:
         """`owner.rows_wanted(source)` returns what takes the rows, or None.
 
         `owner.reach(weight)` is what the backward pass that runs does with a gradient.
+        `module` is what it is a hook of.
         """
         self._owner: Callable[[], Any] = (lambda: None) if owner is None else weakref.ref(owner)
+        self._module = None if module is None else weakref.ref(module)
         self.source = source
         self.due = False
         if owner is not None:
@@ -93,10 +96,14 @@ class Tap:
             if source is not None:
                 compiled.tell_apart(owner, source.weight)
 
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Any:
-        """The probed output, or None to leave it as it is."""
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *others: Any) -> Any:
+        """The probed output, or None to leave it as it is.
+
+        `others` are the arguments by name and the output. What copies hooks to another module, as
+        quantization does, has them called with the output alone.
+        """
+        *named, output = others
+        kwargs = named[0] if named else {}
         x = args[0] if args else kwargs.get("input", kwargs.get("x"))
         if not isinstance(x, Tensor) or not isinstance(output, Tensor):
             return None
@@ -111,10 +118,19 @@ class Tap:
         owner = self._owner()
         if owner is None or self.source is None or "forward" in vars(module):
             return False
-        if owner.weight_calls.has_probed(self.source.weight):
+        if not self._does_as_its_own(module) or owner.weight_calls.has_probed(self.source.weight):
             return False
-        own = module._parameters.get(self.source.name)
-        if own is None:  # it is computed
+        return self.is_of(module._parameters.get(self.source.name))
+
+    def _does_as_its_own(self, module: nn.Module) -> bool:
+        """Whether a module is what it is a hook of, or does the same: hooks may be copied."""
+        own = None if self._module is None else self._module()
+        return module is own or (own is not None and methods(type(module)) == methods(type(own)))
+
+    def is_of(self, own: Any) -> bool:
+        """Whether what a module has for a weight is the layer's, or is gathered from its parts."""
+        owner = self._owner()
+        if owner is None or self.source is None or own is None:  # it is computed
             return False
         if own is not self.source.weight:
             owner.follow_switched()
@@ -228,7 +244,8 @@ class Tap:
         return None if self.source is None else self.source.weight
 
     def _rows(self) -> TakeRows | None:
-        owner = None if self.source is None else self._owner()
+        gone = self._module is not None and self._module() is None  # another has its hooks
+        owner = None if gone or self.source is None else self._owner()
         return None if owner is None else owner.rows_wanted(self.source)
 
     @property
@@ -290,7 +307,7 @@ def _base(output: Tensor) -> Tensor:
 
 def install(owner: Any, source: Any, module: nn.Module) -> list[Tap]:
     """Tap a module until the end of the owner."""
-    tap = Tap(owner, source)
+    tap = Tap(owner, source, module)
     # Other hooks may make the output another one, as tensor parallelism has.
     handle = module.register_forward_hook(tap, with_kwargs=True, prepend=True)
     weakref.finalize(owner, handle.remove)
