@@ -62,7 +62,8 @@ def _stepped(
             own.update(initial(p, on_device=skip is not None))
         for name in ("exp_avg", "exp_avg_sq"):  # where they are, unless the model was moved or cast
             own[name] = own[name].to(like)
-        own["step"] = own["step"].to("cpu" if skip is None else p.device)
+        # torch takes no count in 16 bits, as whoever casts a whole checkpoint makes it
+        own["step"] = own["step"].to("cpu" if skip is None else p.device, torch.float32)
     beta1, beta2 = group["fallback_betas"]
     ratio = warm * group["lr"] / group["base_lr"]
     fused = skip is not None

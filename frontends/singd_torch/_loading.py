@@ -192,6 +192,7 @@ def check_moments(name: str, p: nn.Parameter, entries: Entries) -> None:
     if isinstance(entries.get("step"), (int, float)):
         entries["step"] = torch.tensor(float(entries["step"]), device="cpu")
     _check(name, template, entries)
+    entries["step"] = entries["step"].float()  # whoever casts a whole checkpoint casts the count
 
 
 def _check(name: str, template: Mapping[str, Tensor], entries: Mapping[str, Any]) -> None:

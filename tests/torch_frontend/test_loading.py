@@ -184,6 +184,22 @@ def test_counts_may_be_numbers_as_torch_once_saved_them() -> None:
     assert all(map(torch.equal, twins[0].parameters(), twins[1].parameters()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_checkpoint_may_be_cast_as_a_whole(dtype: torch.dtype) -> None:
+    state = saved_by({})
+    for entries in state["state"].values():
+        entries |= {name: value.to(dtype) for name, value in entries.items()}
+    model = Network()
+    optimizer = SINGD(model)
+    optimizer.load_state_dict(state)
+    train(model, optimizer, batches(F32, 3))
+    assert optimizer.skipped == 0
+    assert {value.dtype for entries in optimizer.state.values() for value in entries.values()} == {
+        torch.float32
+    }
+    assert optimizer.state[model.scale]["step"] == 5
+
+
 # ---- hooks and keys of others ------------------------------------------------------------------
 
 
