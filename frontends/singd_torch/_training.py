@@ -197,6 +197,7 @@ class Training(torch.optim.Optimizer):
         self._follow_model()
         watcher.leave_joined()
         watcher.end_proofs()
+        watcher.warn_unused_mask()
         stepper.agree_on_rows()
         self._warn_missed()
         self._part_with_rows()
@@ -290,7 +291,8 @@ class Training(torch.optim.Optimizer):
         Args:
             mask: Boolean, shape (batch, ...), False at positions that are left out. It holds for
                 layers whose input has these first axes, and only for their factors: the loss has to
-                leave the positions out by itself. None is no mask.
+                leave the positions out by itself. A step warns of one that fits no layer. None is
+                no mask.
 
         Raises:
             TypeError: If the mask is not boolean.

@@ -1,6 +1,8 @@
 """Which rows reach the factors: masks, sampled labels, and layers that a user registers."""
 
 import copy
+import re
+import warnings
 from typing import Any
 
 import pytest
@@ -70,6 +72,69 @@ def test_a_mask_concerns_one_step() -> None:
     optimizer.step()
     model(torch.randn(4, 5, 3)).sum().backward()
     assert next(iter(layers(optimizer)[0].pending.values())).N == 20
+
+
+def masked_steps(
+    optimizer: SINGD, model: nn.Module, shapes: list[tuple[int, ...]], steps: int = 1
+) -> list[str]:
+    """Take steps with masks of these shapes, one for each micro-batch; return the warnings."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for _ in range(steps):
+            optimizer.zero_grad()
+            for shape in shapes:
+                optimizer.mask_rows(torch.rand(shape) < 0.5)
+                model(torch.randn(4, 5, 3)).square().mean().backward()
+            optimizer.step()
+    return [str(warning.message) for warning in found]
+
+
+class Flattened(nn.Module):
+    """A model that makes one axis of batch and length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x.flatten(0, 1)))
+
+
+@pytest.mark.parametrize(
+    ("model", "shapes", "warned"),
+    [
+        (Flattened, [(4, 5)], True),
+        (lambda: nn.Linear(3, 2), [(4, 4)], True),
+        (lambda: nn.Conv1d(5, 4, 1), [(4,)], True),
+        (lambda: nn.Linear(3, 2), [(4, 5), (5, 4)], True),
+        (Flattened, [(20,)], False),
+        (lambda: nn.Linear(3, 2), [(4, 5), (4, 5)], False),
+        (lambda: nn.Sequential(nn.Linear(3, 2), nn.Flatten(), nn.Linear(10, 2)), [(4, 5)], False),
+    ],
+)
+def test_a_mask_that_fits_no_layer_is_warned_about_once(
+    model: Any, shapes: list[tuple[int, ...]], warned: bool
+) -> None:
+    network = model()
+    found = masked_steps(SINGD(network, T=1), network, shapes, steps=3)
+    text = rf"the mask of rows of shape \({shapes[-1][0]},.*\) left nothing out"
+    assert [re.match(text, message) is not None for message in found] == [True] * warned
+
+
+def test_a_mask_is_not_asked_for_where_no_rows_are_due() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = SINGD(model, T=3, growing_T=False)
+    assert not masked_steps(optimizer, model, [(4, 5)])
+    assert not masked_steps(optimizer, model, [(4, 4)])  # no rows
+    assert not masked_steps(optimizer, model, [(4, 4)])
+    assert len(masked_steps(optimizer, model, [(4, 4)])) == 1
+
+
+def test_a_mask_may_be_of_layers_that_have_no_rows_in_a_step() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Flatten(), nn.Linear(10, 2))
+    groups = [{"params": model[i].parameters(), "T": T} for i, T in ((0, 2), (2, 1))]
+    optimizer = SINGD(model, groups, growing_T=False)
+    assert not masked_steps(optimizer, model, [(4, 5)], steps=4)
 
 
 def test_sampled_labels_give_the_rows_and_no_gradient() -> None:

@@ -30,7 +30,7 @@ from singd_torch.layers.layer import IN_THE_LOSS, Layer
 from singd_torch.layers.pending import part_of
 from singd_torch.layers.reach import Pass, Reach, is_in_parts, part_again
 from singd_torch.layers.roster import Roster
-from singd_torch.layers.rows import rows_of
+from singd_torch.layers.rows import is_masked, rows_of
 from singd_torch.layers.source import Source
 from singd_torch.sharding.guards import is_one_of_several
 
@@ -60,6 +60,7 @@ class Watcher:
         self._sampled: str | None = None
         self._forgotten: set[Layer] = set()
         self._refused = False
+        self._masks: dict[torch.Size, bool] = {}  # of this step, and whether calls took them
         self._lock = threading.RLock()
         self._calls_are_due = False
         self._homes = Homes()
@@ -242,6 +243,9 @@ class Watcher:
             factors = layer.meter or part_of(self._keeper.factors(layer), source.part)
             if not may_be_due(layer):  # it has factors that a script has given to the state
                 return
+            if self.mask is not None and source.kept is None:
+                fits = mask is not None and is_masked(source, x, mask)
+                self._masks[self.mask.shape] = self._masks.get(self.mask.shape, False) or fits
             layer.tell_autocast(g)
             key, backward = (source.part, source.swapped), backward_pass()
             if backward != layer.last_pass.number:
@@ -279,9 +283,22 @@ class Watcher:
                     self._proofs.leave_out(layer)
                     layer.pending = {}
 
+    def warn_unused_mask(self) -> None:
+        """Warn of a mask that no call took, where a step had the rows of all layers."""
+        unused = [shape for shape, took in self._masks.items() if not took]
+        trained = (one for one in self._roster.layers if one.weight.requires_grad)
+        if unused and all(may_be_due(layer) for layer in trained if layer.kind.has_rows):
+            self._roster.warnings.once(
+                f"the mask of rows of shape {tuple(unused[0])} left nothing out: no layer has an "
+                "input with these first axes; give mask_rows a mask that has the first axes of the "
+                "layers' inputs, such as (batch, length), or flatten it if the model flattens them",
+                about="mask",
+            )
+
     def forget(self, *, stepped: bool = False) -> None:
         """Have no rows, and begin with the rows of the next step, or of one that was `stepped`."""
         leave_ended()
+        self._masks = {}
         if stepped:
             self._forgotten = set()
         else:

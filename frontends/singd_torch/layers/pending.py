@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -48,12 +48,7 @@ class Rows:
         """
         of_inputs, of_outputs = sample
         positions, no_row = kind.positions(x), kind.no_row
-        if (
-            mask is None
-            or positions is None
-            or positions[: mask.ndim] != mask.shape
-            or 0 in positions
-        ):
+        if mask is None or not begins_as(positions, mask) or 0 in positions:
             inputs_of = kind.diagonal_rows if diagonal else kind.inputs
             A, N = inputs_of(x, bias=bias, kfac_approx=kfac_approx, sample=of_inputs)
             B, M = kind.outputs(
@@ -89,6 +84,11 @@ class Rows:
             for rows in (self.A, self.B)
         )
         return dataclasses.replace(self, A=A, B=B)
+
+
+def begins_as(positions: tuple[int, ...] | None, mask: Tensor) -> TypeGuard[tuple[int, ...]]:
+    """Whether the first axes of positions are those of a mask; positions may be None."""
+    return positions is not None and positions[: mask.ndim] == mask.shape
 
 
 def _thinned(mask: Tensor, sample: Sample | None) -> Tensor:

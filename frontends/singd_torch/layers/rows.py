@@ -12,7 +12,7 @@ from torch import Tensor
 from singd_core.layers import LayerKind, Sample
 from singd_core.structures import Diagonal
 from singd_torch.layers.layer import Layer
-from singd_torch.layers.pending import Rows
+from singd_torch.layers.pending import Rows, begins_as
 from singd_torch.layers.source import Source
 
 # Calls of fewer numbers are measured together.
@@ -64,6 +64,12 @@ def rows_of(
         if not source.biased and layer.bias is not None:
             A = torch.nn.functional.pad(A, (0, 1))
         yield Rows(A, N, B, rows.M)
+
+
+def is_masked(source: Source, x: Tensor, mask: Tensor) -> bool:
+    """Whether a mask is of the positions of an input, so that it can leave some out."""
+    x = x.transpose(0, 1) if source.samples_axis(x) == 1 else x
+    return begins_as(source.kind.positions(x), mask)
 
 
 def in_pieces(layer: Layer, kind: LayerKind, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
