@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from singd_core._recipes import SWITCHES
 from singd_core._settings import plain
-from singd_torch._groups import NOTES, check_counts, check_group, readable
+from singd_torch._groups import NOTES, check_counts, check_group, check_keys, readable
 
 # What layers were found with, and what their state has the form of.
 _FIXED = "rule", "structures", "average_groups", "preconditioner_dtype", "momentum_dtype"
@@ -19,8 +20,10 @@ _GONE = object()
 class Known:
     """The settings that groups had when they were last checked."""
 
-    def __init__(self, groups: Sequence[dict[str, Any]] = ()) -> None:
-        self._groups = list(groups)
+    def __init__(self, groups: Sequence[dict[str, Any]] = (), names: Iterable[str] = ()) -> None:
+        """`names` are the names of settings; groups may have other keys as well."""
+        self._groups, self._names = list(groups), set(names)
+        self._keys = [_said(group) for group in groups]
         self._of = [
             {name: value for name, value in group.items() if name not in _OTHERS}
             for group in groups
@@ -40,6 +43,7 @@ class Known:
         same = self.has(groups)
         for i, group in enumerate(groups):
             known = self._of[i] if same else self._of_copied(group)
+            keys = self._keys[i] if same else _said(known) | _OTHERS
             try:
                 _check(group, known, anew=not same)
             except KeyError as error:
@@ -49,6 +53,9 @@ class Known:
                 ) from None
             except ValueError as error:
                 raise ValueError(f"parameter group {i}: {error}") from None
+            if group.keys() != keys:
+                check_keys({key: group[key] for key in group.keys() - keys}, self._names)
+                keys |= _said(group)
 
     def _of_copied(self, group: dict[str, Any]) -> dict[str, Any]:
         """The settings of the group that had the first parameter of this one, if one had it."""
@@ -56,6 +63,11 @@ class Known:
             if known is group or any(p is q for q in known["params"] for p in group["params"][:1]):
                 return settings
         return {}
+
+
+def _said(group: dict[str, Any]) -> set[str]:
+    """The keys of a group, without switches that are off, which may be turned on."""
+    return {key for key, value in group.items() if key not in SWITCHES or value}
 
 
 def _check(group: dict[str, Any], known: dict[str, Any], *, anew: bool) -> None:

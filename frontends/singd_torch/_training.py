@@ -59,7 +59,7 @@ class Training(torch.optim.Optimizer):
         self._roster.let_go(self.state)
         self._stepper.arrange()
         self._watcher.watch()
-        self._known = Known(self.param_groups)
+        self._known = Known(self.param_groups, self.defaults)
 
     def _place_rates(self) -> None:
         """Have rates in the memory of devices, where a CUDA graph reads them as they are then."""

@@ -204,6 +204,42 @@ def test_a_key_of_a_group_that_may_be_meant_for_a_setting_is_warned_about(
     assert optimizer.param_groups[0][key] == 0.1
 
 
+@pytest.mark.parametrize("how", ["written", "in a copy"])
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("dampning", "was 'damping' meant"),
+        ("betas", "b1 is 'momentum' here"),
+        ("maximize", "SINGD has none: negate the loss"),
+    ],
+)
+def test_such_a_key_that_a_script_writes_later_is_warned_about_once(
+    key: str, meant: str, how: str
+) -> None:
+    model = network()
+    optimizer = SINGD(model, [{"params": model.parameters(), "maximize": False}])
+    step(model, optimizer)
+    if how == "written":
+        optimizer.param_groups[0][key] = 0.1
+    else:
+        optimizer.param_groups[0] = optimizer.param_groups[0] | {key: 0.1}
+    with pytest.warns(UserWarning, match=rf"'{key}', which is no setting.*{meant}"):
+        step(model, optimizer)
+    step(model, optimizer)
+    assert optimizer.param_groups[0][key] == 0.1
+
+
+def test_keys_that_others_write_are_carried_along() -> None:
+    model = network()
+    optimizer = SINGD(model)
+    step(model, optimizer)
+    names = "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"
+    for name in (*names, "name", "lr_scale", "layer_id", "weight_decay_scale", "foreach"):
+        optimizer.param_groups[0][name] = None
+        step(model, optimizer)
+    assert optimizer.param_groups[0]["lr_scale"] is None
+
+
 # Rates of the model, and of two groups; the largest that is given tells how they are meant.
 @pytest.mark.parametrize(
     ("given", "of_groups", "warned"),
