@@ -160,10 +160,22 @@ def rate_of_factors(step: Any, s: Settings) -> Rate:
 
 
 def arrays_of(s: Settings, fallback: Any) -> list[Any]:
-    """The rates by which weights move that are arrays: nobody has checked these."""
-    rates = s.lr, s.momentum, s.weight_decay, fallback.lr, fallback.weight_decay
+    """The settings that are arrays, whose values nobody has checked: finite ones, or none.
+
+    An infinite bound is a finite one here. A function of the number of steps is left out.
+
+    Args:
+        s: The settings of layers.
+        fallback: The settings of AdamW.
+    """
+    rates = [getattr(s, name) for name in RATES if name != "factor_bound"]
+    rates += at_most(s.factor_bound, 1.0), fallback.lr, fallback.weight_decay, fallback.eps
     # exactly these: an operation on a 0-d array of NumPy returns a float of its own
-    return [rate for rate in rates if type(rate) not in (int, float)]
+    return [
+        rate
+        for rate in (*rates, *fallback.betas)
+        if type(rate) not in (int, float) and not callable(rate)
+    ]
 
 
 def is_bound(value: Rate) -> bool:

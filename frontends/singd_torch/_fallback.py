@@ -12,8 +12,10 @@ from torch.optim.adamw import adamw
 from singd_core._array import cast, widen
 from singd_core._recipes import check_adamw
 from singd_core._settings import StepSettings
+from singd_core.adamw import Fallback
 
 RATES = "fallback_lr", "fallback_eps", "fallback_weight_decay"
+_NAMES = "lr", "betas", "eps", "weight_decay"
 
 
 def step(
@@ -109,5 +111,9 @@ def check(group: dict[str, Any]) -> None:
     Raises:
         ValueError: Naming the setting, its value and its range.
     """
-    names = "lr", "betas", "eps", "weight_decay"
-    check_adamw({name: group[f"fallback_{name}"] for name in names}, "fallback_")
+    check_adamw(vars(settings_of(group)), "fallback_")
+
+
+def settings_of(group: dict[str, Any]) -> Fallback:
+    """The settings of the fallback of a parameter group."""
+    return Fallback(**{name: group[f"fallback_{name}"] for name in _NAMES})

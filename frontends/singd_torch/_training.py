@@ -152,7 +152,7 @@ class Training(torch.optim.Optimizer):
     @uncompiled("SINGD steps outside of graphs; see SINGD(compile_step=True)")
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step. If a gradient or row is not finite, it changes nothing and is counted.
+        """Take one step. It changes nothing, and is counted, if what it is given is not finite.
 
         Args:
             closure: Evaluates the model, calls `backward` and returns the loss.
@@ -240,7 +240,7 @@ class Training(torch.optim.Optimizer):
 
     @property
     def skipped(self) -> int:
-        """How many steps changed nothing: a gradient or row was not finite (a host sync)."""
+        """How many steps changed nothing: gradients, rows or settings were not finite (a sync)."""
         return self._stepper.count_skipped()
 
     def set_current_grad_scale(self, scale: Any, *, unscaled: bool = False) -> None:

@@ -88,6 +88,24 @@ def test_a_kind_of_step_is_one_graph_and_the_step_it_was(given: dict[str, Any]) 
     assert_equal(model, expected)
 
 
+def test_a_tensor_that_is_not_finite_stops_a_graph_too() -> None:
+    def with_tensor(**given: Any) -> tuple[nn.Module, SINGD]:
+        rate = torch.tensor(0.1)
+
+        def spoil(step: int, model: nn.Module, optimizer: SINGD) -> None:
+            rate.fill_(torch.nan if step in (12, 15) else 0.1)
+
+        return train(small, given | {"weight_decay": 0.1, "fallback_lr": rate}, 18, spoil)
+
+    counted = Counted()
+    model, optimizer = with_tensor(compile_step={"backend": counted})
+    assert counted.graphs == 3
+    expected, other = with_tensor()
+    with pytest.warns(UserWarning, match="NaN or infinite"):
+        assert optimizer.skipped == other.skipped == 2
+    assert_equal(model, expected, 1e-6)  # the tensor is of float32
+
+
 @pytest.mark.parametrize(
     ("given", "combined"),
     [({}, True), ({"dynamic": None}, True), ({"mode": "default"}, None), ({"options": {}}, None)],

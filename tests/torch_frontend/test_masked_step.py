@@ -1,5 +1,6 @@
 """On an accelerator a step masks with `torch.where` and never waits: shown without one."""
 
+import contextlib
 import copy
 import warnings
 from typing import Any
@@ -224,7 +225,67 @@ def test_step_on_a_gpu_never_syncs_and_equals_the_host(case: str) -> None:
         torch.testing.assert_close(p, q.cpu(), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+RATES = {
+    "lr": 0.1,
+    "momentum": 0.9,
+    "weight_decay": 0.01,
+    "lr_cov": 0.05,
+    "damping": 0.001,
+    "alpha1": 0.5,
+    "factor_bound": 0.5,
+    "fallback_lr": 0.01,
+    "fallback_betas": 0.9,
+    "fallback_eps": 1e-8,
+    "fallback_weight_decay": 0.01,
+}
+WITH: dict[str, dict[str, Any]] = {
+    "normalized": {"T": 2, "growing_T": False, "weight_decay": 0.01},
+    "coupled decay": {"weight_decay": 0.01, "decoupled_weight_decay": False},
+    "paper": {"recipe": "paper", "T": 2, "weight_decay": 0.01, "decoupled_weight_decay": True},
+    "capturable": {"capturable": True},
+}
+
+
+@pytest.mark.parametrize("name", RATES)
+@pytest.mark.parametrize("case", WITH)
+def test_a_setting_that_is_not_finite_changes_no_bit(
+    case: str, name: str, masked: pytest.MonkeyPatch
+) -> None:
+    rate = torch.tensor(RATES[name])
+    given: Any = (rate, 0.999) if name == "fallback_betas" else rate
+    # torch's AdamW reads all but its rate
+    sync = name.startswith("fallback_") and name != "fallback_lr"
+    # with T=2 the next step refreshes, or it measures for that
+    for steps, wrong in ((2, NAN), (3, NAN), (3, -INF)):
+        model = network()
+        optimizer = SINGD(model, **WITH[case] | {name: given})
+        for _ in range(steps):
+            optimizer.zero_grad()
+            backward(model, *batch())
+            optimizer.step()
+        before = numbers(model, optimizer)
+        rate.fill_(wrong)
+        optimizer.zero_grad()
+        backward(model, *batch())
+        with contextlib.nullcontext() if sync else NoSync():
+            optimizer.step()
+        rate.fill_(RATES[name])
+        with pytest.warns(UserWarning, match="^a gradient, row or setting was NaN or infinite"):
+            assert optimizer.skipped == 1
+        for key, value in numbers(model, optimizer).items():
+            assert torch.equal(value, before[key]), key
+
+
+def test_a_bound_may_be_an_infinite_tensor(masked: pytest.MonkeyPatch) -> None:
+    given = {"T": 1, "growing_T": False, "warmup": 0}
+    ours, skipped = run(given | {"factor_bound": torch.tensor(INF)}, [0.0] * 3, sync=False)
+    expected, _ = run(given | {"factor_bound": 1e30}, [0.0] * 3, sync=False)
+    assert skipped == 0
+    for name, value in expected.items():
+        assert torch.equal(ours[name], value), name
+
+
+@pytest.mark.parametrize("wrong", [NAN, INF])
 def test_a_rate_that_is_not_finite_leaves_nothing_behind(
     masked: pytest.MonkeyPatch, wrong: float
 ) -> None:

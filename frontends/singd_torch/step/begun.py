@@ -163,9 +163,19 @@ def masked(s: StepSettings, ok: Tensor, like: Tensor) -> StepSettings:
     """The settings with which zeros in place of a gradient change nothing unless ok."""
     dtype = widen(like[..., :0]).dtype
     momentum, lr = (placed(v, dtype, ok.device) for v in (s.momentum, s.lr))
+    decay = s.weight_decay
     return dataclasses.replace(
-        s, momentum=torch.where(ok, momentum, 1.0), lr=torch.where(ok, lr, 0.0)
+        s,
+        momentum=torch.where(ok, momentum, 1.0),
+        lr=torch.where(ok, lr, 0.0),
+        weight_decay=zero_unless(ok, decay) if isinstance(decay, Tensor) else decay,
     )
+
+
+def zero_unless(ok: Tensor, rate: float | Tensor) -> Tensor:
+    """The rate, or zero: of a tensor that is not finite too, without a copy to the device."""
+    found = ok * rate
+    return found.nan_to_num_(0.0, 0.0, 0.0) if isinstance(rate, Tensor) else found
 
 
 def coupled_decay(settings_of: Callable[[nn.Parameter], Settings], p: nn.Parameter) -> Tensor:

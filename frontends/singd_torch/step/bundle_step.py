@@ -16,7 +16,7 @@ from singd_core.rounding import is_rounded
 from singd_core.rules import IKFAC, Shampoo, inputs_of
 from singd_core.step import averaged, couples_decay, decouples_decay, squares_of
 from singd_torch.layers.layer import Layer
-from singd_torch.step.begun import Gradients
+from singd_torch.step.begun import Gradients, zero_unless
 from singd_torch.step.bundle import Bundle
 from singd_torch.step.bundle_centering import steps_of_biases, take_out_means
 from singd_torch.step.bundle_refresh import precondition, refresh
@@ -235,5 +235,5 @@ def _decay(
         if decouples_decay(s):
             alike.setdefault(id(s), (s, []))[1].append(weight)
     for s, some in alike.values():
-        share = moves.to(widen(some[0][:0]).dtype) * (s.lr * s.weight_decay)
+        share = zero_unless(moves.to(widen(some[0][:0]).dtype), s.lr * s.weight_decay)
         torch._foreach_mul_(some, 1.0 - share)

@@ -13,6 +13,7 @@ from singd_core._array import Scalar
 from singd_core._scalars import number
 from singd_core._settings import Settings, is_due, rate_of_factors
 from singd_core.levels import FLOOR, Levels, multipliers, sums, weight_of
+from singd_torch.step.begun import zero_unless
 from singd_torch.step.bundle import Bundle
 from singd_torch.step.stack import Stack
 from singd_torch.tensors.matrices import norms_of
@@ -76,6 +77,8 @@ def measure(bundle: Bundle, s: Settings, natural: Sequence[Tensor], moves: Tenso
         for group, place in zip(joint.C.groups, joint.C.rows, strict=True)
         for matrix in of_rows[place].view(group.count, -1).unbind()
     ]
-    weight = weight_of(bundle.factors.averages.k, rate_of_factors(steps, s)) * moves
+    rate = rate_of_factors(steps, s)
+    rate = zero_unless(moves, rate) if isinstance(rate, Tensor) else rate
+    weight = weight_of(bundle.factors.averages.k, rate) * moves
     both = torch.stack(multipliers(norms_of(each, 1), weight)).index_select(1, bundle.matrix_of)
     torch.addcmul(bundle.levels * both[1], squares * both[0], bundle.length_of, out=bundle.levels)

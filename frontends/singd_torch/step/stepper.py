@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from singd_core._array import ranged
-from singd_core._settings import StepSettings
+from singd_core._settings import StepSettings, arrays_of
 from singd_core.rounding import Place
 from singd_torch import _fallback, _state
 from singd_torch._distributed import agree_on_rows, reduce_rows
@@ -108,25 +108,28 @@ class Stepper(Stacker):
         """Change the parameters of these stacks, and these others."""
         groups = [g for g in self.roster.groups if g["params"]]
         chosen = {id(g): settings_of_step(g) for g in groups}
+        given = [x for g in groups for x in arrays_of(chosen[id(g)], _fallback.settings_of(g))]
+        known = finite.total([x * 0.0 for x in given])
         kind, graphs = None, self.graphs
-        if graphs is not None and ready:
+        if graphs is not None and ready and (isinstance(known, Tensor) or known == 0.0):
             chosen = {id(g): on_device(chosen[id(g)], g["params"][0]) for g in groups}
             own = [p for stack in ready for layer in stack.layers for p in layer.parameters]
             rates = [x for s in chosen.values() for x in (s.lr, s.momentum, s.share)]
             inputs = [x for x in rates if isinstance(x, Tensor)]  # no momentum is none
+            inputs += [x for x in (known,) if isinstance(x, Tensor)]
             inputs.append(self._skipped_on(inputs[0].device))
             kind = kind_of(ready, own + others, groups, inputs, scales)
-        change = partial(self._change, ready, others, scales, chosen)
+        change = partial(self._change, ready, others, scales, chosen, known)
         found = change() if graphs is None or kind is None else graphs.take(kind, ready, change)
         if found is None:
             return
         skip = found[0] if found else None
         grads = [_unscaled(scales.grads, p) for p in others]
-        given = self.roster.group_of, others, grads, self.state, skip, chosen
-        known: dict[str, Any] = {"names": self.roster.names, "places": self.places}
-        known |= {"rows": self._rows, "state": self.state, "skip": skip}
-        for group, params, wide in _fallback.step(*given):
-            rounding.store(params, wide, group, **known)
+        of_adamw = self.roster.group_of, others, grads, self.state, skip, chosen
+        how: dict[str, Any] = {"names": self.roster.names, "places": self.places}
+        how |= {"rows": self._rows, "state": self.state, "skip": skip}
+        for group, params, wide in _fallback.step(*of_adamw):
+            rounding.store(params, wide, group, **how)
 
     def _change(
         self,
@@ -134,8 +137,11 @@ class Stepper(Stacker):
         others: list[nn.Parameter],
         scales: Scales,
         chosen: Mapping[int, StepSettings],
+        known: Any,
     ) -> list[Tensor] | None:
         """Change the parameters of these stacks, with these settings by the `id` of a group.
+
+        `known` is finite if all settings are.
 
         Returns:
             Of an accelerator, 1 where nothing may change, else 0. None if the host knows that
@@ -148,8 +154,7 @@ class Stepper(Stacker):
         raw = partial(_unscaled, None)
         norms, rows = finite.norms({p: raw(p) for p in moving}, scales.grads)
         sizes = [x for layer in layers for x in layer.sizes()] + scales.sizes()
-        rates = [s.lr for s in chosen.values() if isinstance(s.lr, Tensor)]
-        size = self._of_all(finite.total([*rows, *sizes, *rates]))
+        size = self._of_all(finite.total([*rows, *sizes, known]))
         ok = bad = None
         if isinstance(size, Tensor):
             ok = size < math.inf
@@ -233,7 +238,7 @@ class Stepper(Stacker):
         if len(names) > 1:
             text = f"the {kind}s of {listed(names)} were"
         else:
-            text = f"the {kind} of {names[0]!r} was" if names else "a gradient or row was"
+            text = f"the {kind} of {names[0]!r} was" if names else "a gradient, row or setting was"
         self.roster.warnings.once(
             f"{text} NaN or infinite: the step changed nothing. "
             "`optimizer.skipped` counts such steps",
