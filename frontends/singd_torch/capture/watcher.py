@@ -274,12 +274,12 @@ class Watcher:
     def leave_joined(self) -> None:
         """Take no rows of gradients that were joined by hand, as of several tasks.
 
-        Rows of earlier passes were forgotten, and the gradient is another than the last one's.
+        Rows of earlier passes were forgotten, and the gradient is another than the last one's. No
+        call waits to be measured.
         """
         if self._sampled is None and not is_one_of_several():  # which moves gradients
             for layer in self._forgotten:
                 if layer.last_pass.is_replaced(layer.weight):
-                    self.queue.forget(layer)
                     self._proofs.leave_out(layer)
                     layer.pending = {}
 
