@@ -56,6 +56,11 @@ class Standardized(nn.Conv2d):
         return self._conv_forward(x, weight.reshape_as(self.weight), self.bias)
 
 
+class BiasAdded(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T + self.bias
+
+
 class BiasApart(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight) * 2 + self.bias
@@ -66,6 +71,11 @@ COMPUTED = {
     "scaled": (Scaled(5, 4), (9, 5), "mul"),
     "standardized": (Standardized(3, 4, 2), (5, 3, 4, 4), "flatten"),
     "bias apart": (BiasApart(5, 4), (9, 5), "add"),
+    "bias added": (
+        BiasAdded(5, 4),
+        (9, 5),
+        "a bias that torch.Tensor.add is handed alone (hand both to one call, such as F.linear)",
+    ),
 }
 
 

@@ -168,7 +168,7 @@ class Calls:
             if asks_no_numbers(function, args[0] if args else None, tensor):
                 continue
             if _needs_gradient(output, tensor):
-                layer.lose_rows(f"used by {_name(function)}")
+                layer.lose_rows(_why(layer, view, function))
 
 
 class _Mode(TorchFunctionMode):
@@ -289,6 +289,14 @@ def _needs_gradient(output: Any, tensor: Tensor) -> bool:
     """Whether what a function returned depends on a tensor that it was handed, for autograd."""
     outputs = output if isinstance(output, (list, tuple)) else (output,)
     return any(isinstance(o, Tensor) and o.requires_grad and o is not tensor for o in outputs)
+
+
+def _why(layer: Layer, view: View | None, function: Callable[..., Any]) -> str:
+    """Why there are no rows of a layer whose weight or bias a function is handed."""
+    if view is None or view.weight is not layer.bias:
+        return f"used by {_name(function)}"
+    given = f"used with a bias that {_name(function)} is handed alone"
+    return f"{given} (hand both to one call, such as F.linear)"
 
 
 def _name(function: Callable[..., Any]) -> str:
