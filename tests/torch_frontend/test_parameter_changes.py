@@ -71,6 +71,35 @@ def test_parameters_that_were_left_out_by_choice_are_not() -> None:
     assert not train(twin, copied, 3)
 
 
+@pytest.mark.parametrize("replace", ["to_empty", "assign"])
+def test_a_model_with_other_parameters_alone_is_an_error_that_names_the_causes(
+    replace: str,
+) -> None:
+    with torch.device("meta"):
+        model = network()
+    optimizer, other = SINGD(model), network()
+    if replace == "to_empty":
+        model.to_empty(device="cpu")
+    model.load_state_dict(other.state_dict(), assign=replace == "assign")
+    with pytest.raises(RuntimeError, match=r"model\.to_empty\(\.\.\.\) and load_state_dict"):
+        train(model, optimizer)
+
+
+def test_a_gradient_moves_a_frozen_parameter_as_with_any_torch_optimizer() -> None:
+    """A loop may keep its own gradients; without one a frozen parameter stays."""
+    model = network()
+    optimizer = SINGD(model)
+    train(model, optimizer, 2)
+    model.requires_grad_(False)
+    old = copy.deepcopy(model.state_dict())
+    optimizer.step()
+    assert all(not torch.equal(p, old[name]) for name, p in model.named_parameters())
+    optimizer.zero_grad()
+    old = copy.deepcopy(model.state_dict())
+    optimizer.step()
+    assert all(torch.equal(p, old[name]) for name, p in model.named_parameters())
+
+
 def test_steps_without_any_gradient_are_warned_about_once() -> None:
     model = network()
     trained, optimizer = copy.deepcopy(model), SINGD(model)

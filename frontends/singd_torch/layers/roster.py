@@ -213,8 +213,8 @@ class Roster:
         if theirs and not theirs & set(self.group_of):
             raise RuntimeError(
                 "the model has none of the optimizer's parameters any more: build the optimizer "
-                "after what replaces them, such as fully_shard(model), model.to(...) and "
-                "load_state_dict(..., assign=True)"
+                "after what replaces them, such as fully_shard(model), model.to(...), "
+                "model.to_empty(...) and load_state_dict(..., assign=True)"
             )
 
     def warn_idle(self) -> None:
