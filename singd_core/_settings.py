@@ -99,10 +99,12 @@ class StepSettings(Settings):
     Attributes:
         share: The rate before any warm-up, over the largest such rate so far.
         warm: The share of the rates that the warm-up leaves.
+        depth: The share of R that each of many matrices has.
     """
 
     share: Rate = 1.0
     warm: Rate = 1.0
+    depth: float = 1.0
 
 
 def rate(value: Rate | Callable[[int], Rate], step: int) -> Rate:

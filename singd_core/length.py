@@ -104,7 +104,7 @@ def scaled(
         agreement = late.agreement(ahead, squares, s)
         late = late.grown(agreement, s)
         longer = late.longer(s.share)
-    scale = longer * (agreement * size) / at_least(natural, LEAST)
+    scale = longer * (agreement * size * s.depth) / at_least(natural, LEAST)
     return where(squares > 0.0, scale, 0.0), late, agreement
 
 

@@ -11,7 +11,14 @@ from singd_core import _given, _parameter, rules
 from singd_core._array import Array
 from singd_core._given_rows import check_made, rows_of
 from singd_core._given_state import check_state
-from singd_core._layer_state import Parameter, State, begun_moments, dtypes_of, layer_state
+from singd_core._layer_state import (
+    Parameter,
+    State,
+    begun_moments,
+    chosen_structures,
+    dtypes_of,
+    layer_state,
+)
 from singd_core._parameter import new_or_old
 from singd_core._recipes import DEFAULT, STRUCTURES, fallback_of, settings, small_step
 from singd_core._settings import arrays_of, is_due, rate_of_factors
@@ -23,7 +30,7 @@ from singd_core.layers import LayerKind
 from singd_core.levels import leveled
 from singd_core.rounding import Rounding
 from singd_core.step import largest_rate, next_step, of_step
-from singd_core.structures import choose
+from singd_core.structures import Structure, choose
 
 Rows: TypeAlias = tuple[Array, Array]  # a layer's input, and the loss's gradient at its output
 
@@ -215,7 +222,8 @@ class Optimizer:
 
         Returns:
             The changes, and the new state. `apply` adds the changes. If a gradient, a row or a rate
-            is not finite, the changes are zero, and the state keeps everything but its counts.
+            is not finite, or a rate is negative, the changes are zero, and the state keeps
+            everything but its counts.
 
         Raises:
             TypeError: If something is no array, or comes from another library than its parameter.
@@ -223,9 +231,10 @@ class Optimizer:
         """
         _given.check_update(grads, state, params, rows, curvature, refreshed)
         kinds, first = self._kinds(params), next(iter(params.values()))
-        check_state(state, params, kinds, self.settings, curvature or (), refreshed or {})
+        given = self.settings, curvature or (), refreshed or {}, self._chosen
+        check_state(state, params, kinds, *given)
         largest_lr = largest_rate(state.largest_lr, self.settings.lr)
-        s = of_step(self.settings, state.step, largest_lr)
+        s = of_step(self.settings, state.step, largest_lr, self._matrices(state))
         others = dataclasses.replace(self.fallback, lr=self.fallback.lr * s.warm)
         if curvature is None:
             curvature = {} if rows is None else self.curvature(rows, state, params)
@@ -239,10 +248,14 @@ class Optimizer:
             sizes.append(size)
         for name in state.fallback:
             sizes.append(self._run(_parameter.squares, params[name], grads[name]))
-        ok = self._run(_parameter.all_finite, first, sizes, arrays_of(s, others))
-
         following = next_step(state.step)
         rate = rate_of_factors(following, s) if s.normalized else 0.0
+        rates = arrays_of(s, others)
+        if callable(s.lr_cov):  # on a device
+            own = rate_of_factors(state.step, s), rate
+            rates += [x for x in own if not isinstance(x, (int, float))]
+        ok = self._run(_parameter.all_finite, first, sizes, rates)
+
         level = partial(self._if, is_due(following, s), partial(leveled, lr_cov=rate))
         updates: dict[str, Parameter] = {}
         layers, fallback, moved = {}, {}, [ok]
@@ -295,6 +308,19 @@ class Optimizer:
         if isinstance(condition, bool):
             return function(old, *arrays) if condition else old
         return new_or_old(condition, function(old, *arrays), old)
+
+    def _chosen(
+        self, kind: LayerKind, parameter: Parameter
+    ) -> tuple[type[Structure], type[Structure]] | None:
+        """What `init` would make K and C; a frontend that chooses by other means may say None."""
+        return chosen_structures(kind, parameter, self.structures, self.settings)
+
+    def _matrices(self, state: State) -> int:
+        """The number of weight matrices: of the parameters that have factors.
+
+        A frontend may override it, where a parameter has several matrices in turn.
+        """
+        return len(state.layers)
 
     def _rounding(self, state: State, name: str, dtypes: Mapping[str, Any]) -> Rounding | None:
         """How the arrays of a parameter are stored after this step."""

@@ -32,6 +32,9 @@ from singd_core.layers import LayerKind
 from singd_core.length import sides, size, sized
 from singd_core.rounding import WHOLE, Place, Rounding
 
+# So many matrices take steps of full size. More share what these change together.
+FEW = 12
+
 # The step after which arrays of 32 bits count from the middle on.
 _LAST = 2**30
 
@@ -241,13 +244,14 @@ def largest_rate(largest: Scalar, lr: Scalar) -> Scalar:
     return at_least(largest, where(namespace(lr).isfinite(lr), lr, 0.0))
 
 
-def of_step(s: Settings, step: Scalar, largest_lr: Scalar) -> StepSettings:
+def of_step(s: Settings, step: Scalar, largest_lr: Scalar, matrices: int) -> StepSettings:
     """With the warm-up (5.13), and a momentum that forgets faster where rates have decayed (5.8b).
 
     Args:
         s: The settings, with the rate of the step before any warm-up.
         step: The number of steps taken.
         largest_lr: The largest such rate so far, of this step included.
+        matrices: The number of weight matrices that are trained, for (5.10b).
     """
     share = at_most(number(s.lr) / at_least(number(largest_lr), TINY), 1.0)
     alpha = s.momentum
@@ -255,7 +259,7 @@ def of_step(s: Settings, step: Scalar, largest_lr: Scalar) -> StepSettings:
         alpha = alpha ** (2.0 - share)
     warm = warmed(s, step)
     changed = {"lr": s.lr * warm, "momentum": alpha, "share": share, "warm": warm}
-    return StepSettings(**vars(s) | changed)
+    return StepSettings(**vars(s) | changed, depth=min(1.0, FEW / max(1, matrices)))
 
 
 def joined(

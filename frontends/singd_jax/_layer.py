@@ -41,6 +41,7 @@ class Layer:
         notes: Further remarks for the table.
         has_rows: Whether products show its rows. Otherwise it learns from gradients alone.
         overlap: The number of rows of a product in which an entry of its input takes part.
+        in_turn: How many of its matrices are used one after the other, as scans take them.
         rows: The number of rows of all products, in the batch with which it was found.
         runs: How often a product runs.
     """
@@ -56,6 +57,7 @@ class Layer:
     notes: tuple[str, ...] = ()
     has_rows: bool = True
     overlap: float = 1.0
+    in_turn: int = 1
     # what another batch size changes, and nothing else: layers are equal all the same
     rows: int = dataclasses.field(default=0, compare=False)
     runs: int = dataclasses.field(default=0, compare=False)

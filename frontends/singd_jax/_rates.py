@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from singd_core import _parameter, rules
 from singd_core._array import Array
+from singd_core._layer_state import State
 from singd_core._settings import RATES, Settings
 from singd_core._tree import T_Tree
 from singd_core.adamw import Fallback
@@ -34,10 +35,12 @@ class Stepper(Optimizer):
     Attributes:
         shared: Runs what equal layers have in common.
         step: The number of steps taken.
+        matrices: The number of weight matrices.
     """
 
     shared: Shared
     step: Array
+    matrices: int
 
     def _if(
         self, condition: Any, function: Callable[..., T_Tree], old: T_Tree, *arrays: Array
@@ -53,6 +56,12 @@ class Stepper(Optimizer):
         found = self.shared(function, *arguments)
         # all that changes depends on it
         return _compat.kept(found, self.step) if function is _parameter.all_finite else found
+
+    def _matrices(self, state: State) -> int:
+        return self.matrices
+
+    def _chosen(self, *_: Any) -> None:
+        """Layers may have been found with structures of their own."""
 
 
 class Rates:
@@ -120,6 +129,8 @@ class Rates:
         step, optimizer = state.rest.step, copy.copy(self.optimizer)
         optimizer.shared, optimizer.step = Shared(), step
         optimizer.layers = {name: layer.laid for name, layer in layers.items()}
+        weights = {layer.weight.name: layer.in_turn for layer in layers.values()}
+        optimizer.matrices = sum(weights.values())
         rates = {name: schedule(step) for name, schedule in self.schedules.items()}
         if state.T is not None:  # maybe an array
             rates["T"] = state.T

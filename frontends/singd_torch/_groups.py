@@ -117,14 +117,17 @@ def check_counts(group: dict[str, Any]) -> None:
     check_rate("largest_lr", group["largest_lr"], lambda v: 0.0 <= v < math.inf, expected)
 
 
-def settings_of_step(group: dict[str, Any]) -> StepSettings:
-    """The settings of a group's next step, whose rate is noted where it is the largest so far."""
+def settings_of_step(group: dict[str, Any], matrices: int) -> StepSettings:
+    """The settings of a group's next step, in which so many weight matrices are trained.
+
+    Its rate is noted where it is the largest so far.
+    """
     s, largest = settings_of(group), group["largest_lr"]
     new = largest_rate(largest, s.lr)
     if isinstance(largest, Tensor) and isinstance(new, Tensor) and largest.dtype == new.dtype:
         new = largest.copy_(new)  # it stays where it is, for a CUDA graph
     group["largest_lr"] = new
-    return of_step(s, group["steps"], new)
+    return of_step(s, group["steps"], new, matrices)
 
 
 def check_keys(group: dict[str, Any], known: Iterable[str]) -> None:

@@ -32,10 +32,12 @@ def frozen_entries(model: Net, optimizer: SINGD) -> None:
 
 
 def scaled_before_it_is_added(model: Net, optimizer: SINGD) -> None:
-    node: Any = torch.autograd.graph.get_gradient_edge(model.head.weight).node
-    handle = node.register_prehook(lambda grads: tuple(0.1 * g for g in grads))
+    edges = map(torch.autograd.graph.get_gradient_edge, model.head.parameters())
+    nodes: list[Any] = [edge.node for edge in edges]
+    handles = [n.register_prehook(lambda grads: tuple(0.1 * g for g in grads)) for n in nodes]
     loss_of(model, tokens()).backward()
-    handle.remove()
+    for handle in handles:
+        handle.remove()
 
 
 def changed_where_it_is_added(model: Net, optimizer: SINGD) -> None:

@@ -20,12 +20,20 @@ from singd_torch.layers.layer import IN_THE_LOSS, Layer
 from singd_torch.layers.reach import is_in_parts
 from singd_torch.layers.rows import in_pieces
 from singd_torch.layers.source import Source
+from singd_torch.tensors.pieces import on_host
 
 # Why rows do not tell the gradient.
 NOT_SEEN = "used where no call is seen, or in the loss by itself"
+# Why rows do not tell what is stepped along.
+CLIPPED = (
+    "clipped by value, or by another number than its bias, where clip_grad_norm_ of all parameters "
+    "at once would keep its rows"
+)
 
 # Of the gradient, beyond which its other part is no rounding.
 _SHARE = 0.1
+# Of a gradient, beyond which its bias is not scaled alike, or its largest entries were cut.
+_APART = 0.2
 # Numbers that are compared, if the matrix has so many.
 _NUMBERS = 64
 # Backward passes of a step, such as of micro-batches, that are looked at.
@@ -37,7 +45,11 @@ class Proof:
 
     For a matrix V of a few columns of random signs, `Bᵀ (A V) = G V` costs next to nothing, where
     `Bᵀ A` costs as much as the gradient itself, and is as unlikely to hold by chance.
-    A factor between the two is no fault, so that hooks may scale a gradient.
+    A factor between the two is no fault, so that hooks may scale a gradient. But factors by rows
+    make steps that lead uphill of a gradient that is clipped by value or apart from its bias.
+
+    Attributes:
+        layer: The layer.
     """
 
     def __init__(self, layer: Layer, leaf: Tensor) -> None:
@@ -45,24 +57,39 @@ class Proof:
 
         The `leaf` is the weight, or what was gathered from its parts, which is gone after the pass.
         """
-        self._layer, self._leaf, self._pass = layer, leaf, backward_pass()
+        self.layer, self._leaf, self._pass = layer, leaf, backward_pass()
         self._V = _signs(layer)
         self._products: dict[int | None, Tensor] = {}
         self._terms: Tensor | float = 0.0
         self._eps = torch.finfo(layer.weight.dtype).eps
         self._gradient: Tensor | None = None
         self._of_decay: list[Tensor] = []
-        self._handle: Any = leaf.register_hook(self)  # type: ignore[no-untyped-call]
+        self._handles: list[Any] = [leaf.register_hook(self)]  # type: ignore[no-untyped-call]
+        self._of_bias: Tensor | None = None
+        # else what the gradient becomes is not what the pass adds
+        before = layer.weight.grad
+        self._is_first = leaf is layer.weight and (
+            before is None or (on_host(before) and not bool(before.any()))
+        )
+        bias = layer.bias if layer.has_bias_column and self._is_first else None
+        if bias is not None and bias.requires_grad:
+            self._handles.append(bias.register_hook(self._see_bias))  # type: ignore[no-untyped-call]
 
     @uncompiled("a hook of backward passes")
     def __call__(self, gradient: Tensor) -> None:
         """What autograd calls with all that the pass adds to the gradient."""
         if self.is_of_this_pass():  # else it is one inside that
-            self.end()
-            matrix = self._layer.kind.matrix(_whole(gradient.detach()))
+            self._handles[0].remove()
+            matrix = self.layer.kind.matrix(_whole(gradient.detach()))
             self._gradient = widen(matrix @ self._V.to(matrix.dtype))
-            if self._leaf is not self._layer.weight or is_in_parts(self._leaf):
+            if self._leaf is not self.layer.weight or is_in_parts(self._leaf):
                 self._of_decay = self._decays()
+
+    @uncompiled("a hook of backward passes")
+    def _see_bias(self, gradient: Tensor) -> None:
+        if self.is_of_this_pass():
+            self._handles[1].remove()
+            self._of_bias = widen(gradient.detach().clone())
 
     def is_of_this_pass(self) -> bool:
         """Whether the backward pass that runs is its own."""
@@ -70,13 +97,14 @@ class Proof:
 
     def end(self) -> None:
         """Listen no longer."""
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
 
     def add(self, source: Source, x: Tensor, g: Tensor) -> None:
         """Add the rows of a call."""
         x, g = _whole(x), _whole(g)
         whole = source.kind.is_convolution  # its patches are not made
-        pieces = (x,) if whole else in_pieces(self._layer, source.kind, x, g)
+        pieces = (x,) if whole else in_pieces(self.layer, source.kind, x, g)
         samples = [len(piece) for piece in pieces]
         gradients = torch.split(g, samples) if len(pieces) > 1 else [g]
         for own, own_g in zip(pieces, gradients, strict=True):
@@ -86,7 +114,7 @@ class Proof:
         B, _ = kind.outputs(g, kfac_approx="expand", loss_average=None)
         if swapped:
             right = B @ self._V.to(B)
-            product, other = transposed_times(kind, x, right, len(self._layer.weight))
+            product, other = transposed_times(kind, x, right, len(self.layer.weight))
         else:
             right = times(kind, x, self._V)
             product, other = transposed_product(B, right.to(B)), B
@@ -135,14 +163,44 @@ class Proof:
         rest = vector_norm(G - (columns @ found)[:, 0])
         return bool(rest > _SHARE * norm + float(self._rounding(norm)))
 
+    def changes(self) -> tuple[Tensor, Tensor] | None:
+        """What the gradient has become since: scaled row by row, and that the bias was not alike.
+
+        Two booleans, 0-d on the device; None where there was a gradient before the pass, and where
+        there is none now.
+        """
+        weight, G = self.layer.weight, self._gradient
+        if not self._is_first or G is None or weight.grad is None:
+            return None
+        matrix = self.layer.kind.matrix(weight.grad)
+        now = widen(matrix @ self._V.to(matrix.dtype))
+        size = G.abs().amax().clamp(min=torch.finfo(G.dtype).tiny)
+        G = G / size  # squares of tiny gradients leave the range
+        c = (now * G).sum(-1) / (G * G).sum(-1).clamp(min=torch.finfo(G.dtype).tiny)
+        scaled = _norm(now - c[..., None] * G) <= _SHARE * _norm(now)
+        bias = self.layer.bias
+        if self._of_bias is None or bias is None or bias.grad is None:
+            return scaled, torch.zeros_like(scaled)
+        expected, found = c.reshape(-1) / size * self._of_bias, widen(bias.grad)
+        most = torch.maximum(_norm(expected), _norm(found))
+        return scaled, scaled & (_norm(found - expected) > _APART * most)
+
+    def is_clipped_by_value(self) -> bool:
+        """Whether many entries of a gradient that is there have the size of the largest one."""
+        assert self.layer.weight.grad is not None
+        sizes = self.layer.weight.grad.detach().abs()
+        at_most = sizes == sizes.amax()
+        share = float(_norm(sizes * at_most) / _norm(sizes).clamp(min=1e-300)) ** 2
+        return int(at_most.sum()) > 1 and share > _APART
+
     def _decays(self) -> list[Tensor]:
-        weight = self._layer.kind.matrix(_whole(self._leaf.detach()))
+        weight = self.layer.kind.matrix(_whole(self._leaf.detach()))
         V = self._V.to(weight.dtype)
         return [widen(weight @ V), widen(weight.sign() @ V)]
 
     def _rounding(self, norm: Tensor) -> Any:
         """How far both may be apart by rounding, also of what is below the smallest number."""
-        dtype = self._layer.weight.dtype
+        dtype = self.layer.weight.dtype
         smallest = torch.finfo(dtype).tiny * torch.finfo(dtype).eps * self._V.numel() ** 0.5
         return 8 * self._eps * (self._terms + norm) + 8 * smallest
 
@@ -207,6 +265,23 @@ class Proofs:
             (layer, IN_THE_LOSS if layer in differentiated else NOT_SEEN)
             for (layer, proof), doubtful in zip(chain(*alike.values()), found, strict=True)
             if doubtful and proof.fails()
+        ]
+
+    def clipped(self) -> list[Layer]:
+        """The layers whose gradients have been clipped by parts between a pass and the step.
+
+        The host waits for an accelerator only where there are proofs.
+        """
+        known = [(own[0], own[0].changes()) for own in self._of.values() if len(own) == 1]
+        asked = [(proof, *found) for proof, found in known if found is not None]
+        if not asked:
+            return []
+        device = asked[0][1].device
+        told = torch.stack([torch.stack(found).to(device) for _, *found in asked]).tolist()
+        return [
+            proof.layer
+            for (proof, *_), (scaled, apart) in zip(asked, told, strict=True)
+            if apart or (not scaled and proof.is_clipped_by_value())
         ]
 
     def forget_earlier(self, layer: Layer) -> None:

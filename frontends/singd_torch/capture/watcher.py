@@ -22,7 +22,7 @@ from singd_torch.capture.ended import leave_ended
 from singd_torch.capture.handed import Homes
 from singd_torch.capture.keeper import Keeper
 from singd_torch.capture.now import Now
-from singd_torch.capture.proof import Proofs
+from singd_torch.capture.proof import CLIPPED, Proofs
 from singd_torch.capture.queue import Call, Queue
 from singd_torch.capture.tap import TakeRows, Tap, after_pass, backward_pass, install
 from singd_torch.layers.due import is_due, is_refresh, may_be_due, wants_proof
@@ -222,6 +222,9 @@ class Watcher:
     def end_proofs(self) -> None:
         """Take no rows of layers if rows do not tell the gradient, before a step."""
         differentiated = self._proofs.differentiated
+        if not is_one_of_several():  # which change gradients
+            for layer in self._proofs.clipped():
+                layer.lose_rows(CLIPPED)
         for layer, why in self._proofs.failed():
             layer.lose_rows(why)
         for layer in differentiated:

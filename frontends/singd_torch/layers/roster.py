@@ -26,6 +26,11 @@ _OUTSIDE = " (not of the model)"
 _IDLE = 10
 
 
+def matrices_of(layers: Iterable[Layer]) -> int:
+    """How many weights of layers are trained."""
+    return sum(layer.weight.requires_grad for layer in layers)
+
+
 class Roster:
     """Which parameters form layers, in which groups all are, and what they are called.
 

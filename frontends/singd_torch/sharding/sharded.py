@@ -18,7 +18,7 @@ from singd_torch._distributed import agree_on_rows
 from singd_torch._loading import Loaded
 from singd_torch.capture.scaling import Scales
 from singd_torch.layers.layer import Layer
-from singd_torch.layers.roster import Roster
+from singd_torch.layers.roster import Roster, matrices_of
 from singd_torch.sharding import saving
 from singd_torch.sharding.box import Box
 from singd_torch.sharding.boxes import boxes, local, local_gradient, place_of
@@ -234,7 +234,7 @@ class Sharded:
             if p.grad is not None:
                 part.grad = local_gradient(p)
         share = self.share
-        share.take_step(*share.ready(), scales)
+        share.take_step(*share.ready(), scales, matrices_of(self._layers))
         share.roster.forget_rows()
         self._resting.rest()
         self._return(trained, whole)

@@ -126,8 +126,12 @@ def kind_of(
     groups: Sequence[dict[str, Any]],
     rates: Sequence[Tensor],
     scales: Scales,
+    matrices: int,
 ) -> Kind | None:
-    """The kind of a step of stacks, by the gradients of these parameters; None if it has none."""
+    """The kind of a step of stacks, by the gradients of these parameters; None if it has none.
+
+    The model has so many `matrices` that are trained.
+    """
     if not all(stack.capturable and stack.report is None for stack in stacks):
         return None
     of_groups = [_of_group(group) for group in groups]
@@ -135,7 +139,7 @@ def kind_of(
         return None
     gradients = [p.grad for p in parameters]
     inputs = [*rates, *(g for g in gradients if g is not None)]
-    numbers: list[Any] = [g is None for g in gradients]
+    numbers: list[Any] = [matrices, *(g is None for g in gradients)]
     sums: list[Any] = [scales.grads, scales.rows, scales.found_inf]
     for layer in (layer for stack in stacks for layer in stack.layers):
         for key, pending in sorted(layer.pending.items(), key=str):

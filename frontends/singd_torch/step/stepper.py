@@ -22,6 +22,7 @@ from singd_torch._warnings import listed
 from singd_torch.capture.scaling import Scales
 from singd_torch.layers.due import is_due, may_be_due
 from singd_torch.layers.layer import Layer
+from singd_torch.layers.roster import matrices_of
 from singd_torch.sharding.guards import ALONE, APART, is_one_of_several
 from singd_torch.step import bundle_step, rounding
 from singd_torch.step.begun import Gradients, on_device
@@ -100,14 +101,16 @@ class Stepper(Stacker):
             self.roster.warnings.once(ALONE)
         ready, others = self.ready()
         if ready or others:
-            self.take_step(ready, others, scales)
+            self.take_step(ready, others, scales, matrices_of(layers))
         else:
             self.roster.check_parameters()
 
-    def take_step(self, ready: list[Stack], others: list[nn.Parameter], scales: Scales) -> None:
-        """Change the parameters of these stacks, and these others."""
+    def take_step(
+        self, ready: list[Stack], others: list[nn.Parameter], scales: Scales, matrices: int
+    ) -> None:
+        """Change the parameters of these stacks, and these others, of a model of `matrices`."""
         groups = [g for g in self.roster.groups if g["params"]]
-        chosen = {id(g): settings_of_step(g) for g in groups}
+        chosen = {id(g): settings_of_step(g, matrices) for g in groups}
         given = [x for g in groups for x in arrays_of(chosen[id(g)], _fallback.settings_of(g))]
         known = finite.total([x * 0.0 for x in given])
         kind, graphs = None, self.graphs
@@ -118,7 +121,7 @@ class Stepper(Stacker):
             inputs = [x for x in rates if isinstance(x, Tensor)]  # no momentum is none
             inputs += [x for x in (known,) if isinstance(x, Tensor)]
             inputs.append(self._skipped_on(inputs[0].device))
-            kind = kind_of(ready, own + others, groups, inputs, scales)
+            kind = kind_of(ready, own + others, groups, inputs, scales, matrices)
         change = partial(self._change, ready, others, scales, chosen, known)
         found = change() if graphs is None or kind is None else graphs.take(kind, ready, change)
         if found is None:
