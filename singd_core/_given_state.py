@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeAlias
 
 from singd_core import rules
 from singd_core._given_rows import check_made, check_rows
@@ -11,6 +12,10 @@ from singd_core._settings import Settings
 from singd_core.layers import LayerKind
 from singd_core.rules.shampoo import Shampoo
 from singd_core.step import has_momentum
+from singd_core.structures import Structure
+
+# What K and C are to be of a parameter, as a kind has it; None if nobody knows.
+Chosen: TypeAlias = Callable[[LayerKind, Parameter], tuple[type[Structure], type[Structure]] | None]
 
 
 def check_state(
@@ -20,6 +25,7 @@ def check_state(
     s: Settings,
     with_rows: Iterable[str],
     refreshed: Mapping[str, rules.Factors],
+    chosen: Chosen,
 ) -> None:
     """Refuse a state that `init` has not made of such parameters and settings.
 
@@ -37,7 +43,9 @@ def check_state(
             fits = tuple(state.fallback[name].exp_avg.shape) == _shapes(parameter)[0]
             why = "" if fits else "has another shape"
         else:
-            why = _misfit(layer, parameter, kinds[name], s)
+            why = _misfit(layer, parameter, kinds[name], s) or _other_structures(
+                layer.factors, chosen(kinds[name], parameter)
+            )
         if why:
             raise ValueError(
                 f"the state of {name!r} {why}: it is a state of other parameters or settings; "
@@ -61,6 +69,16 @@ def _misfit(layer: LayerState, parameter: Parameter, kind: LayerKind, s: Setting
     if layer.momenta is not None and (layer.late is not None) != s.normalized:
         return "has a momentum of another recipe"
     return ""
+
+
+def _other_structures(
+    factors: rules.Factors, chosen: tuple[type[Structure], type[Structure]] | None
+) -> str:
+    """That the factors have other structures than those chosen, "" if they have these."""
+    if chosen is None or factors.structures == chosen:
+        return ""
+    (K, C), (other_K, other_C) = ([S.name for S in pair] for pair in (factors.structures, chosen))
+    return f"has the structures {K!r} and {C!r}, not {other_K!r} and {other_C!r}"
 
 
 def _shapes(parameter: Parameter) -> list[tuple[int, ...]]:

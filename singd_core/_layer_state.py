@@ -24,6 +24,7 @@ from singd_core.late import Late
 from singd_core.layers import LayerKind
 from singd_core.layers.base import Shape
 from singd_core.step import has_momentum
+from singd_core.structures import Structure
 
 _SCALARS = "factors.averages.", "late."
 
@@ -87,7 +88,8 @@ class State(Tree):
     Attributes:
         step: Number of steps taken.
         largest_lr: The largest rate of these steps, before any warm-up.
-        skipped: How many steps changed nothing, because a gradient or row was not finite; 0-d.
+        skipped: How many steps changed nothing, because a gradient, row or rate was not finite, or
+            a rate negative; 0-d.
         layers: The state of each layer.
         fallback: The moments of each parameter that belongs to no layer.
     """
@@ -141,11 +143,21 @@ def layer_state(
         )
     weight, bias = pair(parameter)
     shape = kind.shape(tuple(weight.shape), bias is not None)
-    chosen = rule.choose(structures, shape, diagonal=(kind.diagonal_inputs, False))
+    chosen = chosen_structures(kind, parameter, structures, s)
     likes = [_empty(weight, dtype) for dtype in dtypes]
     how = {"has_rows": kind.has_rows, "one_hot": kind.diagonal_inputs, "bias": bias is not None}
     factors = rules.start(chosen, shape, s, *likes, **how)
     return begun(factors, parts(parameter), shape[0], s, momentum_dtype)
+
+
+def chosen_structures(
+    kind: LayerKind, parameter: Parameter, structures: Any, s: Settings
+) -> tuple[type[Structure], type[Structure]]:
+    """What K and C are of a parameter of this kind."""
+    weight, bias = pair(parameter)
+    shape = kind.shape(tuple(weight.shape), bias is not None)
+    diagonal = kind.diagonal_inputs, False
+    return rules.get(s.rule).choose(structures, shape, diagonal=diagonal)
 
 
 def begun(

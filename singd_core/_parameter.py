@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -20,7 +21,7 @@ from singd_core._array import (
     widen,
 )
 from singd_core._layer_state import NAMES, LayerState, Parameter, like, pair, parts
-from singd_core._scalars import as_array
+from singd_core._scalars import as_array, constant, where
 from singd_core._settings import Rate, Settings, StepSettings
 from singd_core._tree import T_Tree
 from singd_core.adamw import Fallback, Moments
@@ -217,11 +218,12 @@ def _or_zero(ok: Array, change: Array) -> Array:
 
 
 def all_finite(sizes: Sequence[Array], rates: Sequence[Array]) -> Array:
-    """Whether the sum of all sizes is finite, and each rate, 0-d."""
+    """Whether the sum of all sizes is finite, and each rate finite and not negative, 0-d."""
     xp = namespace(sizes[0])
     known = total(xp.stack(list(sizes)))  # XLA would fuse a chain of sums into all uses
     for rate in rates:
-        known = known + expand(rate * 0.0, known)
+        own = expand(rate, known)
+        known = where((own >= 0.0) & (own < math.inf), known, constant(math.nan, known))
     return xp.isfinite(known)
 
 

@@ -49,12 +49,20 @@ def test_arrays_of_two_libraries_are_named(backend: Backend, numpy_is: str) -> N
         (Optimizer(momentum=0.0), "'a' has no momentum"),
         (Optimizer(recipe="paper", rule="ikfac"), "'a' has a momentum of another recipe"),
         (Optimizer(kfac=True), "'a' has factors of KFAC, not of IKFAC"),
+        (
+            Optimizer(structures="diagonal"),
+            "'a' has the structures 'diagonal' and 'diagonal', not .*",
+        ),
+        (
+            Optimizer(structures=("tril", "dense")),
+            "'a' has the structures 'tril' and 'dense', not .*",
+        ),
     ],
 )
 def test_a_state_of_other_shapes_or_settings_is_named(before: Any, message: str) -> None:
     params = {"a": (W, B), "v": B}
     made_by, of = (Optimizer(), params | before) if isinstance(before, dict) else (before, params)
-    with pytest.raises(ValueError, match=f"the state of {message}: .*`init.params.` makes one"):
+    with pytest.raises(ValueError, match=f"the state of {message}.*: .*`init.params.` makes one"):
         Optimizer().update(params, made_by.init(of), params)
 
 

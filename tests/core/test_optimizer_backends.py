@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from optimizer_cases import LAYERS, leaves, mapped, params, steps, train
 
-from singd_core import Optimizer
+from singd_core import Fallback, Optimizer
 from singd_core.testing import Backend, backends, no_host_sync
 from singd_core.testing.pytree_jax import register_trees
 
@@ -127,6 +127,30 @@ def test_rates_may_be_arrays_on_the_device(backend: Backend) -> None:
             Optimizer(LAYERS, **arrays), data, params(), lambda x: backend.to(x, "float64")
         )
         assert_alike(backend, ours, expected)
+
+
+@pytest.mark.parametrize("backend", [NUMPY, *EAGER], ids=str)
+@pytest.mark.parametrize("name", ["lr", "weight_decay", "damping", "lr_cov", "lr of AdamW"])
+def test_a_negative_rate_in_an_array_changes_nothing_and_is_counted(
+    name: str, backend: Backend
+) -> None:
+    """As one that is not finite: a schedule may pass 0 by mistake, and weights would ascend."""
+    data = steps(2)
+    with backend.active():
+        arrays = mapped(lambda x: backend.to(x, "float64"), params())
+        (g, rows), (later, _) = (
+            tuple(mapped(lambda x: backend.to(x, "float64"), part) for part in one) for one in data
+        )
+        for value, skipped in ((-0.01, 1), (-0.0, 0)):
+            rate = backend.to(np.asarray(value), "float64")
+            given = {"fallback": Fallback(lr=rate)} if name == "lr of AdamW" else {name: rate}
+            optimizer = Optimizer(LAYERS, **given)
+            _, state = Optimizer(LAYERS).update(g, optimizer.init(arrays), arrays, rows)
+            updates, new = optimizer.update(later, state, arrays)
+            assert int(backend.back(new.skipped)) == skipped
+            moved = [bool(np.any(backend.back(leaf))) for leaf in leaves(updates)]
+            assert any(moved) != bool(skipped)
+            assert new.largest_lr == state.largest_lr
 
 
 @pytest.mark.parametrize("backend", [NUMPY, *EAGER], ids=str)
