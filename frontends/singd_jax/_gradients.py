@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax  # type: ignore[import-untyped]
 
 from singd_core._array import Array
+from singd_core.rounding import hashed
+from singd_jax import _compat
 from singd_jax._blind import Curvature
 from singd_jax._curvature import value_and_curvature
-from singd_jax._state import Both, SingdState, find_state, find_states, holds_state
+from singd_jax._loss import Leaves
+from singd_jax._pairing import refuse_pairing
+from singd_jax._state import find_state
 
 # So small that no norm of a gradient sees it beside the gradient, and so large that float32 holds
 # the curvature times it.
@@ -27,7 +29,9 @@ _TOLERANCE = 2.0**-5
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("tree", "carried", "unit"), meta_fields=()
+    jax.tree_util.register_dataclass,
+    data_fields=("tree", "carried", "unit", "signs"),
+    meta_fields=(),
 )
 @dataclass(frozen=True)
 class Gradients:
@@ -37,25 +41,28 @@ class Gradients:
     `unit` changes with them, and at the end the curvature is divided by it. So the mean curvature
     is left after a mean or a sum over micro-batches, after clipping by the norm, and after
     unscaling. It is also left after clipping by value, because the bound is far above the carried
-    numbers. Any other map, such as a sign or added noise, makes the curvature NaN. `tx.update` then
-    skips the step and counts it: apply such a map to `tree` alone. The norm of this pytree is the
-    norm of the gradients.
+    numbers. Any other map, such as a sign, added noise or 2 g - h, makes the curvature NaN.
+    `tx.update` then skips the step and counts it: apply such a map to `tree` alone. The norm of
+    this pytree is the norm of the gradients.
 
     Attributes:
         tree: The gradients, like the parameters.
         carried: The curvature of each layer times `unit`.
         unit: Small numbers, shape (2, 2). Multiples and sums keep their proportions.
+        signs: Plus or minus the first of them, shape (32,), other signs for other gradients. Their
+            sums are at most the sum of the first numbers, unless a weight is negative.
     """
 
     tree: Any
     carried: dict[str, Curvature]
     unit: Array
+    signs: Array
 
     @classmethod
-    def of(cls, tree: Any, curvature: Mapping[str, Curvature]) -> Gradients:
-        """Of gradients and the curvature that belongs to them."""
+    def of(cls, tree: Any, curvature: Mapping[str, Curvature], own: Sequence[Array]) -> Gradients:
+        """Of gradients, the curvature that belongs to them, and their arrays of its layers."""
         small = jax.tree.map(lambda a: a * _UNIT, dict(curvature))
-        return cls(tree, small, _UNIT * jnp.asarray(_PATTERN, jnp.float32))
+        return cls(tree, small, _UNIT * jnp.asarray(_PATTERN, jnp.float32), _UNIT * _signs(own))
 
     @property
     def curvature(self) -> dict[str, Curvature]:
@@ -71,6 +78,7 @@ class Gradients:
             )
         one, pattern = self.unit[:1, :1], jnp.asarray(_PATTERN, self.unit.dtype)
         kept = jnp.all(jnp.abs(self.unit - one * pattern) <= _TOLERANCE * jnp.abs(one * pattern))
+        kept &= jnp.all(jnp.abs(self.signs) <= (1.0 + _TOLERANCE) * jnp.abs(one[0]))
         unit = jnp.where(kept, one[0, 0], jnp.nan)
         return {
             name: jax.tree.map(lambda a: a / unit.astype(a.dtype), own)
@@ -85,6 +93,19 @@ class Gradients:
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.tree)
+
+
+@_compat.promoting
+def _signs(gradients: Sequence[Array]) -> Array:
+    """32 signs that are others for other gradients, as far as their smallest array tells."""
+    known = [a for a in gradients if a.size]
+    if not known:
+        return jnp.zeros(32, jnp.float32)
+    # no wider over a mesh than it must be, and next to nothing to read
+    least = min(known, key=lambda a: (len(_compat.varying(a)), a.size))
+    size = jnp.sum(jnp.abs(jax.lax.stop_gradient(least)).astype(jnp.float32))
+    bits = hashed(jax.lax.bitcast_convert_type(size, jnp.int32)) >> jnp.arange(32, dtype=jnp.int32)
+    return 1.0 - 2.0 * (bits & 1).astype(jnp.float32)
 
 
 MISSING: Any = object()  # where no curvature was given, not even None
@@ -131,71 +152,11 @@ def value_and_grad(
 
     def function(params: Any, state: Any, *batch: Any, **keywords: Any) -> tuple[Any, Gradients]:
         layers = find_state(state).fixed.layers
-        _refuse_pairing(state, params)
+        refuse_pairing(state, params)
         both = value_and_curvature(loss, layers, has_aux=has_aux, branch=branch)
         value, grads, curvature = both(params, state, *batch, **keywords)
-        return value, Gradients.of(grads, curvature)
+        own = {leaf for key in curvature for leaf in layers[layers.curvatures[key][0]].leaves}
+        named = Leaves.of(grads).named
+        return value, Gradients.of(grads, curvature, [named[n] for n in sorted(own & named.keys())])
 
     return function
-
-
-# What optax wraps around singd to map gradients together with a mask, with what it accumulates, or
-# with the updates.
-_PAIRING = (
-    optax.MaskedState,
-    optax.MultiStepsState,
-    optax.ApplyIfFiniteState,
-    optax.ConditionallyMaskState,
-    optax.ConditionallyTransformState,
-    optax.contrib.MechanicState,
-)
-
-
-def _refuse_pairing(state: Any, params: Any) -> None:
-    """Raise if optax would map the gradients together with other trees."""
-
-    def is_in_the_way(node: Any) -> bool:
-        ours = isinstance(node, optax.MultiStepsState) and isinstance(node.acc_grads, Both)
-        return isinstance(node, _PAIRING) and not ours and holds_state(node)
-
-    around = [n for n in jax.tree.leaves(state, is_leaf=is_in_the_way) if is_in_the_way(n)]
-    has_rows = any(layer.has_rows for own in find_states(state) for layer in own.layers.values())
-    for node in [*around, *_paired_before(state, jax.tree.structure(params))]:
-        if not has_rows:
-            raise ValueError(
-                f"{type(node).__name__}: optax maps gradients together with other trees there. No "
-                "layer has rows, so there is no curvature: take the gradients of jax.value_and_grad"
-            )
-        steps = isinstance(node, optax.MultiStepsState)
-        instead = "take singd_jax.MultiSteps(..., layers=layers) in its place, or "
-        raise ValueError(
-            f"{type(node).__name__}: optax maps gradients together with other trees there, and "
-            f"they cannot carry the curvature: {instead if steps else ''}give tx.update(grads, "
-            "state, params, curvature=curvature) what singd_jax.value_and_curvature returns"
-        )
-
-
-def _paired_before(state: Any, like: Any) -> list[Any]:
-    """The states of optax that come before singd's in chains and hold trees like the parameters.
-
-    So does `optax.masked`, while it maps. `optax.zero_nans` would put the gradients in the place of
-    such a tree, and would not leave NaN in the curvature, which skips a step.
-    """
-    one = jax.tree.structure(0)  # a number in a state is no sign that it is like one array
-
-    def is_like(part: Any) -> bool:
-        return like != one and bool(jax.tree.structure(part) == like)
-
-    def pairs(node: Any) -> bool:
-        of_optax = type(node).__module__.startswith("optax.")
-        known = isinstance(node, (optax.ZeroNansState, optax.MaskedState))
-        return of_optax and (known or any(map(is_like, jax.tree.leaves(node, is_leaf=is_like))))
-
-    if isinstance(state, SingdState) or not isinstance(state, (tuple, OrderedDict)):
-        return []
-    found: list[Any] = []
-    for part in state.values() if isinstance(state, OrderedDict) else state:
-        if holds_state(part):
-            return found + _paired_before(part, like)
-        found += [node for node in jax.tree.leaves(part, is_leaf=pairs) if pairs(node)]
-    return []

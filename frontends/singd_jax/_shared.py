@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -40,6 +41,15 @@ class Shared:
             # the function is kept alive too, so that what it holds keeps its id
             self._known[key] = jax.jit(of_arrays), function
         return self._known[key][0](bits, arguments)
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Let go of what is traced inside: what such functions hold may be of an inner trace."""
+        known, self._known = self._known, {}
+        try:
+            yield
+        finally:
+            self._known = known
 
 
 def _identity(given: Any) -> Any:

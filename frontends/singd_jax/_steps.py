@@ -12,6 +12,8 @@ import jax.numpy as jnp
 
 from singd_core._array import Array, widen
 from singd_core._layer_state import LayerState, Parameter, State, like, parts
+from singd_core._parameter import all_finite
+from singd_core._settings import arrays_of
 from singd_core.rules import Factors
 from singd_core.step import next_step
 from singd_jax import _compat
@@ -75,7 +77,8 @@ class Steps:
         known = _known(curvature, state)
         given = _parameters(layers, gradients)
         others = [a for name, a in gradients.items() if name not in _owned(layers)]
-        refreshed = _refreshed(self.rates.at(state, layers), state, core, known)
+        optimizer = self.rates.at(state, layers)
+        refreshed = _refreshed(optimizer, state, core, known)
         total = sum((jnp.sum(widen(a) ** 2) for a in others), jnp.zeros(()))
         new, kept = {}, {}
         for name, gradient in given.items():
@@ -87,7 +90,7 @@ class Steps:
             kept[name] = LayerState(factors, None)
             for g, n in zip(own, parts(new[name]), strict=True):
                 total = total + jnp.sum(widen(g) * widen(n))
-        ok = jnp.isfinite(total)
+        ok = all_finite([total], arrays_of(optimizer.settings, optimizer.fallback))
         stepped = State(core.step, core.largest_lr, core.skipped, kept, {}).map(
             lambda new, old: new if new is old else jnp.where(ok, new, old), core
         )
@@ -129,7 +132,7 @@ def _refreshed(
         return optimizer.refresh(core, {name: look(old[name], own) for name, own in known.items()})
 
     old = {name: own.factors for name, own in core.layers.items() if name in known}
-    return _if_due(state, refreshed, old)
+    return _if_due(optimizer, state, refreshed, old)
 
 
 def _learned(
@@ -145,15 +148,23 @@ def _learned(
         return optimizer.refresh_by_gradients(core, gradients, weights)
 
     old = {n: own.factors for n, own in core.layers.items() if not own.factors.has_rows}
-    return _if_due(state, refreshed, old)
+    return _if_due(optimizer, state, refreshed, old)
 
 
 def _if_due(
-    state: SingdState, refreshed: Callable[[], dict[str, Factors]], old: dict[str, Factors]
+    optimizer: Stepper,
+    state: SingdState,
+    refreshed: Callable[[], dict[str, Factors]],
+    old: dict[str, Factors],
 ) -> dict[str, Factors]:
     if not old or state.T is None:
         return refreshed() if old else {}
-    found: dict[str, Factors] = jax.lax.cond(state.due, refreshed, lambda: old)
+
+    def apart() -> dict[str, Factors]:
+        with optimizer.shared.apart():
+            return refreshed()
+
+    found: dict[str, Factors] = jax.lax.cond(state.due, apart, lambda: old)
     return found
 
 

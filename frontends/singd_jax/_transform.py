@@ -78,8 +78,9 @@ def singd(
 
     Structured factors of the inverse Fisher matrix precondition the layers. Other matrices learn
     their factors from gradients alone; with the recipe "paper" they have no factors. AdamW trains
-    the rest. `print(layers)` shows what trains each parameter. A step whose gradient or curvature
-    is not finite changes nothing, and `state.core.skipped` counts it.
+    the rest. `print(layers)` shows what trains each parameter. A step whose gradient, curvature or
+    rate is not finite changes nothing, nor does one with a negative rate. `state.core.skipped`
+    counts such steps.
 
     Without `layers` and `loss`, SINGD needs nothing but gradients: `singd()` takes the place of
     `optax.adamw`.

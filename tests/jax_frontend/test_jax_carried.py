@@ -87,6 +87,32 @@ def test_any_other_map_leaves_no_curvature():
     assert_close(apart.curvature, grads.curvature, 0.0)
 
 
+COMBINATIONS = {
+    "variance reduction": lambda new, old: 2 * new - old,
+    "with a snapshot": lambda new, old: new - old + (new + old) / 2 * 1.5,
+    "a tenth": lambda new, old: (1.1 * new - 0.1 * old) * 5,
+    "of opposite sign": lambda new, old: old - 3 * new,
+    "a difference": lambda new, old: new - old,
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_sum_with_a_negative_weight_leaves_no_curvature(dtype):
+    tx = singd_jax.singd(layers=LAYERS, T=1)
+    state, earlier = tx.init(start()), jax.tree.map(lambda p: p * 0.99, start())
+    gradient = jax.jit(singd_jax.value_and_grad(loss))
+    new, old = (
+        jax.tree.map(lambda g: g.astype(dtype), gradient(p, state, X)[1])
+        for p in (start(), earlier)
+    )
+    for name, combined in COMBINATIONS.items():
+        curvature = jax.tree.map(combined, new, old).curvature
+        assert all(np.isnan(a).all() for a in jax.tree.leaves(curvature)), name
+    for weights in ((0.9, 0.1), (3.0, 2.0), (-1.0, -1.0), (2.0, 0.0)):
+        both = jax.tree.map(lambda a, b, w=weights: w[0] * a + w[1] * b, new, old)
+        assert all(np.isfinite(a).all() for a in jax.tree.leaves(both.curvature)), weights
+
+
 def test_a_step_without_a_curvature_changes_nothing_and_is_counted():
     tx = singd_jax.singd(layers=LAYERS, T=1)
     params, state = trained(tx, lambda grads: jax.tree.map(jnp.sign, grads))
@@ -203,8 +229,32 @@ def test_what_cannot_carry_them_is_an_error_that_names_the_other_way():
             singd_jax.value_and_grad(loss)(start(), tx.init(start()), X)
 
 
+def test_sam_and_noise_are_errors_that_name_the_other_way():
+    plain, adversary = singd_jax.singd(layers=LAYERS), optax.sgd(0.1)
+    for tx, message in (
+        (optax.contrib.sam(plain, adversary), r"SAMState: .*put singd\(\) without layers into it"),
+        (optax.chain(optax.add_noise(0.1, 0.5, 0), plain), "AddNoiseState: .*add it to grads.tree"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            singd_jax.value_and_grad(loss)(start(), tx.init(start()), X)
+
+
+def test_lookahead_takes_them_for_its_fast_parameters():
+    tx = optax.lookahead(singd_jax.singd(layers=LAYERS, T=1), 2, 0.5)
+    params = optax.LookaheadParams.init_synced(start())
+    state = tx.init(params)
+    _, grads = singd_jax.value_and_grad(loss)(params.fast, state, X)
+    _, state = jax.jit(tx.update)(grads, state, params)
+    assert float(state.fast_state.core.layers["v"].factors.averages.k) == 1.0
+
+
 def test_what_comes_after_singd_may_map_other_trees():
-    after = optax.zero_nans(), optax.trace(0.5), optax.scale_by_schedule(lambda step: 0.5)
+    after = (
+        optax.add_noise(0.0, 0.5, 0),
+        optax.zero_nans(),
+        optax.trace(0.5),
+        optax.scale_by_schedule(lambda step: 0.5),
+    )
     tx = optax.chain(optax.clip_by_global_norm(1.0), singd_jax.singd(layers=LAYERS), *after)
     state = trained(tx, steps=2)[1]
     assert jax.tree.structure(state) == jax.tree.structure(tx.init(start()))

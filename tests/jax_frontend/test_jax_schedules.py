@@ -103,3 +103,25 @@ def test_a_rate_of_adamw_is_warned_about():
         assert [w.filename for w in seen] == [__file__]
     for rate in (jnp.asarray(1e-3), optax.linear_schedule(1e-3, 0.0, 9)):  # not looked into
         singd_jax.singd(rate)
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "lr_cov"])
+def test_a_negative_rate_of_a_schedule_changes_nothing_and_is_counted(name):
+    def passes_zero(count):
+        return 0.05 * (2.0 - count)
+
+    tx = singd_jax.singd(layers=LAYERS, T=1, **{name: passes_zero})
+    step = stepper(tx)
+    params, state = run(tx, steps=2, step=step)
+    assert int(state.core.skipped) == 0
+    params, state = run(tx, 1, params, state, step)
+    new, after = run(tx, 2, params, state, step)
+    assert_close(new, params, 0.0)
+    assert int(after.core.skipped) == int(state.core.skipped) + 2
+
+
+def test_a_negative_damping_of_the_bare_preconditioner_changes_nothing():
+    tx = singd_jax.scale_by_singd(layers=LAYERS, T=1, damping=jnp.asarray(-1.0))
+    params, state = run(tx, steps=1)
+    assert_close(params, start(), 0.0)
+    assert int(state.core.skipped) == 1

@@ -73,6 +73,16 @@ def test_a_step_is_compiled_once():
     assert step._cache_size() == 1
 
 
+def test_a_step_keeps_nothing_of_its_inner_traces():
+    """`jax_check_tracer_leaks` looks for it."""
+    with jax.checking_leaks():
+        for T in (1, 2):
+            run(singd_jax.singd(layers=LAYERS, T=T, structures="diagonal"), steps=1)
+            tx = singd_jax.singd(T=T)
+            params, grads = start(), jax.grad(loss)(start(), X)
+            jax.jit(tx.update)(grads, tx.init(params), params)
+
+
 def test_without_curvature_the_factors_stay():
     tx = singd_jax.singd(0.02, layers=LAYERS, T=1)
     params = start()
