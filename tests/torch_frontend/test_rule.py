@@ -117,3 +117,29 @@ def test_gradients_may_fade_to_nothing() -> None:
         optimizer.step()
     assert optimizer.skipped == 0
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("others", "frozen", "share"), [(0, 0, 1.0), (23, 0, 0.5), (23, 12, 1.0), (29, 12, 2 / 3)]
+)
+def test_many_trained_matrices_share_the_size_of_their_steps(
+    others: int, frozen: int, share: float
+) -> None:
+    """Equation (5.10b); frozen ones do not count, and a stack of experts counts once."""
+
+    def moved(others: int, frozen: int) -> Tensor:
+        torch.manual_seed(0)
+        weight = nn.Parameter(torch.randn(3, 4, 5, dtype=torch.float64))
+        weight.grad = torch.randn(3, 4, 5, dtype=torch.float64)
+        more = [nn.Parameter(torch.randn(4, 5, dtype=torch.float64)) for _ in range(others)]
+        for p in more:
+            p.grad = torch.randn_like(p)
+        optimizer = SINGD([weight, *more], warmup=0)
+        for p in more[:frozen]:
+            p.requires_grad_(False)
+            p.grad = None
+        before = weight.detach().clone()
+        optimizer.step()
+        return weight.detach() - before
+
+    assert torch.allclose(moved(others, frozen), share * moved(0, 0), rtol=1e-9)

@@ -1,0 +1,67 @@
+"""Many matrices share the size of their steps (5.10b), the matrices of a scan among them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax_cases import array, mean_square
+
+import singd_jax
+
+X = array(16, 4)
+
+
+def scanned(p, x):
+    return mean_square(lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["w"])[0])
+
+
+def experts(p, x):
+    inputs = jnp.stack([jnp.roll(x, i, 0) for i in range(len(p["w"]))])
+    return mean_square(jnp.tanh(jnp.einsum("eni,eio->eno", inputs, p["w"])))
+
+
+def vmapped(p, x):
+    inputs = jnp.stack([jnp.roll(x, i, 0) for i in range(len(p["w"]))])
+    return mean_square(jax.vmap(lambda x, w: jnp.tanh(x @ w))(inputs, p["w"]))
+
+
+def sizes(loss, n, rows=True):
+    """The norms of the first step of each of n matrices in one leaf."""
+    params = {"w": jnp.stack([array(4, 4, seed=i) for i in range(n)])}
+    tx = singd_jax.singd(warmup=0, **({"loss": loss} if rows else {}))
+    state = tx.init(params, X) if rows else tx.init(params)
+    if rows:
+        _, grads = singd_jax.value_and_grad(loss)(params, state, X)
+    else:
+        grads = jax.grad(loss)(params, X)
+    updates, _ = tx.update(grads, state, params)
+    return np.linalg.norm(updates["w"], axis=(1, 2))
+
+
+@pytest.mark.parametrize(("loss", "rows"), [(experts, True), (vmapped, True), (experts, False)])
+def test_a_stack_of_matrices_that_are_used_at_once_counts_once(loss, rows):
+    many, few = (np.median(sizes(loss, n, rows)) for n in (24, 6))
+    assert 0.8 < many / few < 1.25  # and not 1/2; the inputs differ in size
+
+
+def test_a_scan_steps_as_layers_of_their_own():
+    n = 16
+    stack = jnp.stack([array(4, 4, seed=i) for i in range(n)])
+    apart = {f"w{i:02}": w for i, w in enumerate(stack)}
+
+    def in_turn(p, x):
+        for w in p.values():
+            x = jnp.tanh(x @ w)
+        return mean_square(x)
+
+    found = []
+    for loss, params in ((scanned, {"w": stack}), (in_turn, apart)):
+        tx = singd_jax.singd(warmup=0, loss=loss)
+        state = tx.init(params, X)
+        for _ in range(3):
+            _, grads = singd_jax.value_and_grad(loss)(params, state, X)
+            updates, state = tx.update(grads, state, params)
+            params = jax.tree.map(jnp.add, params, updates)
+        found.append(params)
+    np.testing.assert_allclose(found[0]["w"], jnp.stack(list(found[1].values())), atol=2e-5)
