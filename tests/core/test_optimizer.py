@@ -151,6 +151,15 @@ def test_fallback_is_adamw(i: complex) -> None:
         np.testing.assert_allclose(w, theta, rtol=CLOSE)
 
 
+def test_a_warm_up_is_of_adamw_too() -> None:
+    p, g = {"vector": np.zeros(4)}, {"vector": np.ones(4)}
+    changes = []
+    for warmup in (0, 10):
+        optimizer = Optimizer({}, warmup=warmup)
+        changes.append(optimizer.update(g, optimizer.init(p), p)[0]["vector"])
+    np.testing.assert_allclose(changes[1], 0.1 * changes[0])
+
+
 def test_only_numpy_is_needed() -> None:
     import subprocess
     import sys

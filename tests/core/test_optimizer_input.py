@@ -1,5 +1,6 @@
 """What is wrong, not finite or empty: errors that name it, and steps that change nothing."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -209,6 +210,36 @@ def test_what_is_not_finite_changes_nothing_and_is_counted(where: str, value: fl
         updates, new = optimizer.update(g, new, p, rows)
         assert all(np.isfinite(leaf).all() and leaf.any() for leaf in leaves(updates))
         assert (new.step, new.skipped) == (4, 1)
+
+
+def test_products_out_of_range_stop_their_layer_alone() -> None:
+    optimizer = Optimizer(LAYERS, structures="dense")
+    p, state = train(optimizer, steps(1), params())
+    layer = state.layers["map"]
+    huge = layer.factors.C.map(lambda a: np.full_like(a, 1e308))
+    factors = dataclasses.replace(layer.factors, C=huge)
+    layers = state.layers | {"map": dataclasses.replace(layer, factors=factors)}
+    state = dataclasses.replace(state, layers=layers)
+    with np.errstate(all="ignore"):
+        updates, new = optimizer.update(steps(2)[1][0], state, p)
+    assert {name for name, u in updates.items() if not all(np.any(a) for a in leaves(u))} == {"map"}
+    assert not any(np.any(a) for a in leaves(updates["map"]))
+    assert new.skipped == 1
+    pairs = zip(layers["map"].named_arrays(), new.layers["map"].named_arrays(), strict=True)
+    for (key, a), (_, b) in pairs:
+        assert np.array_equal(a, b), key
+
+
+def test_a_bias_that_is_no_column_and_not_finite_stops_all() -> None:
+    """Also in a step that refreshes nothing."""
+    optimizer = Optimizer({}, T=2, growing_T=False)
+    (first, _), (g, _) = steps(2)
+    p, state = train(optimizer, [(first, None)], params())
+    g["map"][1][1] = NAN
+    with np.errstate(all="ignore"):
+        updates, new = optimizer.update(g, state, p)
+    assert not any(np.any(leaf) for leaf in leaves(updates))
+    assert new.skipped == 1
 
 
 @pytest.mark.parametrize("case", GIVEN)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from backends import BACKENDS, Backend
 
-from singd_core import rounding
+from singd_core import Optimizer, rounding
 from singd_core.rounding import Place, Rounding, format_of, hashed, identity, random_bits
 
 # NumPy's bfloat16 is another package's, which its own functions do not know.
@@ -210,3 +210,20 @@ def test_bits_depend_on_seed_step_layer_array_and_position() -> None:
     for other in others:
         assert (other == first).mean() < 0.1
     assert len(set(first.tolist())) > 60
+
+
+def test_what_rounding_costs_a_parameter_of_adamw_is_kept() -> None:
+    params = {"scale": np.ones(4, np.float16)}
+    optimizer = Optimizer(layers={}, rounding="kahan", warmup=0)
+    state = optimizer.init(params)
+    _, state = optimizer.update({"scale": np.linspace(1, 2, 4, dtype=np.float16)}, state, params)
+    kept = state.fallback["scale"].compensation
+    assert kept is not None
+    assert np.any(kept)
+
+
+def test_nothing_is_kept_of_what_rounding_costs_32_bits() -> None:
+    params = {"scale": np.ones(4, np.float32), "map": np.ones((3, 2), np.float32)}
+    state = Optimizer(rounding="kahan").init(params)
+    assert state.fallback["scale"].compensation is None
+    assert state.layers["map"].compensations == (None, None)

@@ -67,6 +67,15 @@ def test_the_mean_of_squares_begins_anew_where_it_was_not_kept() -> None:
         unflatten(optimizer.init(params()), flat)
 
 
+def test_averages_of_rows_begin_anew_where_gradients_refresh_now() -> None:
+    p = {"map": np.ones((3, 4))}
+    optimizer = Optimizer({})
+    _, state = optimizer.update({"map": np.eye(3, 4)}, optimizer.init(p), p)
+    flat = flatten(state) | {"map.averages.t_U": np.asarray(2.0)}
+    found = unflatten(optimizer.init(p), flat).layers["map"].factors.averages
+    assert not any(np.any(a) for _, a in found.named_arrays())
+
+
 def test_what_is_missing_else_is_an_error() -> None:
     optimizer = Optimizer(LAYERS)
     flat = flatten(optimizer.init(params()))

@@ -126,6 +126,17 @@ def test_the_bare_preconditioner_takes_settings_of_the_factors_alone():
         singd_jax.singd(0.02, layers=LAYERS, T=1.5)
 
 
+def test_the_bare_preconditioner_keeps_its_factors_where_a_step_is_not_finite():
+    tx, params = singd_jax.scale_by_singd(layers=LAYERS, T=1), start()
+    state = tx.init(params)
+    _, grads, curvature = jax.jit(singd_jax.value_and_curvature(loss, LAYERS))(params, state, X)
+    grads["w"] = grads["w"].at[0, 0].set(jnp.nan)
+    updates, new = jax.jit(tx.update)(grads, state, params, curvature=curvature)
+    assert all(not np.any(u) for u in jax.tree.leaves(updates))
+    assert_close(new.factors, state.factors, 0.0)
+    assert int(new.core.skipped) == 1
+
+
 def test_kfac_leaves_tables_of_embeddings_to_adamw():
     case = CASES["embedding"]()
     layers = singd_jax.find_layers(case.loss)(case.params, *case.batch)

@@ -118,6 +118,13 @@ def couple(step: int, model: Network, optimizer: SINGD) -> None:
         group["decoupled_weight_decay"] = step not in (2, 3)
 
 
+def couple_once(step: int, model: Network, optimizer: SINGD) -> None:
+    """In one step, which refreshes, the stacks step alone; the next one refreshes nothing."""
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.1
+        group["decoupled_weight_decay"] = step != 2
+
+
 def nothing(step: int, model: Network, optimizer: SINGD) -> None:
     pass
 
@@ -181,6 +188,16 @@ def test_what_happens_between_steps(
     if change is report:
         pairs = found[1].diagnostics(), expected[1].diagnostics()
         assert pairs[0] == pytest.approx(pairs[1], rel=1e-8)
+
+
+@pytest.mark.parametrize("of", ["model", "groups"])
+def test_sizes_follow_a_refresh_of_stacks_that_stepped_alone(
+    of: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"T": 2, "growing_T": False}
+    expected = trained(given, couple_once, of)
+    monkeypatch.setattr(pieces, "on_host", lambda x: False)
+    same(trained(given, couple_once, of), expected)
 
 
 @pytest.mark.parametrize("of", ["model", "names"])
@@ -316,3 +333,20 @@ def test_weights_in_bfloat16_step_nearly_as_on_the_host(
     for change, expected in zip(*models, strict=True):
         size = torch.linalg.vector_norm(expected.float())
         assert torch.linalg.vector_norm(change.float() - expected.float()) <= 0.03 * size
+
+
+@pytest.mark.parametrize("given", [{}, {"rounding": "kahan"}], ids=["stochastic", "kahan"])
+def test_a_bias_in_bfloat16_that_is_frozen_stays(
+    given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pieces, "on_host", lambda x: False)
+    model = Network().bfloat16()
+    optimizer = SINGD(model, warmup=0, weight_decay=0.1, **given)
+    for step in range(4):
+        model.last.bias.requires_grad_(step < 2)
+        before = copy.deepcopy(model.last)
+        optimizer.zero_grad()
+        backward(model)
+        optimizer.step()
+        assert torch.equal(before.bias, model.last.bias) is (step >= 2)
+        assert not torch.equal(before.weight, model.last.weight)

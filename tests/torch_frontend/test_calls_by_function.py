@@ -14,6 +14,7 @@ from uses import Does, draw, ids, loss_of, tables
 from watched import CLOSE, Watched, check_rows, layers
 
 from singd_torch import SINGD
+from singd_torch.capture import queue
 
 # ---- weights that are used by function -----------------------------------------------------------
 
@@ -69,6 +70,25 @@ def test_weight_and_its_transpose() -> None:
 
     model = Does(call, layer=nn.Linear(5, 4, bias=False))
     check_rows(model.double(), lambda m: loss_of(m(draw(9, 5))))
+
+
+def test_both_uses_of_a_square_weight_wait_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    def both(m: Any, x: Tensor) -> Tensor:
+        return torch.tanh(F.linear(x, m.inner.weight)) @ m.inner.weight
+
+    found = []
+    for small in (queue.SMALL, 0):  # at 0 no call waits for others
+        monkeypatch.setattr(queue, "SMALL", small)
+        torch.manual_seed(0)
+        model = Does(both, inner=nn.Linear(4, 4, bias=False)).double()
+        optimizer = SINGD(model, structures="dense", T=1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss_of(model(draw(9, 4))).backward()
+            optimizer.step()
+        found.append(optimizer.state[model.inner.weight])
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name])
 
 
 def test_a_part_of_a_model_is_called() -> None:

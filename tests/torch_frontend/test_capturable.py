@@ -120,6 +120,20 @@ def test_a_step_between_refreshes_leaves_no_memory_behind(monkeypatch: pytest.Mo
     assert all(p.grad is not None for p in network.parameters())
 
 
+def test_what_preconditions_stays_where_it_is_while_gaps_grow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pieces, "on_host", lambda x: False)
+    model = nn.Sequential(nn.Linear(40, 8), nn.Tanh(), nn.Linear(8, 3))
+    optimizer, kept = SINGD(model, capturable=True, structures="dense"), list[Any]()
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(torch.randn(6, 40)).square().sum().backward()
+        optimizer.step()
+        kept.append([stack._fixed for stack in optimizer._stepper.stacks])
+    assert all(a is b for one in kept for a, b in zip(one, kept[0], strict=True))
+
+
 def test_what_cannot_be_replayed_is_refused() -> None:
     model = nn.Linear(3, 2)
     optimizer = SINGD(model, capturable=True)

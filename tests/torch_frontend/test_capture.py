@@ -204,6 +204,14 @@ def test_deleting_the_optimizer_removes_its_hooks() -> None:
     loss_of(model(draw(9, 5))).backward()
 
 
+def test_deleting_the_optimizer_removes_its_hooks_of_attention() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.TransformerEncoderLayer(4, 2, 8, batch_first=True))
+    optimizer = SINGD(model)
+    step(model, optimizer, torch.randn(3, 5, 4))
+    del optimizer
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
 def test_second_optimizer_on_the_same_model() -> None:
     model = net(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
     first, second = Watched(model[:2]), Watched(model)

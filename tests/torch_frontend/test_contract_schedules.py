@@ -55,6 +55,15 @@ def test_a_rate_of_zero_moves_nothing_and_a_schedule_may_begin_at_it(
     assert max(begun_at_zero[-6:]) > 0.0
 
 
+def test_a_first_step_of_rate_zero_is_a_step() -> None:
+    model = Network()
+    optimizer = SINGD(model, lr=0.0)
+    step(model, optimizer, batch())
+    assert optimizer.param_groups[0]["steps"] == 1
+    layers = [p for p in model.parameters() if p.ndim > 1]
+    assert all(optimizer.state[p]["averages.k"].eq(1.0).all() for p in layers)
+
+
 def test_a_group_of_rate_zero_follows_the_rate_of_the_optimizer_when_it_rises() -> None:
     def change(of_norm: dict[str, Any]) -> float:
         model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))

@@ -47,6 +47,16 @@ def test_a_copy_of_model_and_optimizer_goes_on_as_they_do(
     assert (own.skipped, optimizer.skipped) == (0, 0)
 
 
+def test_a_copy_has_the_count_of_skipped_steps() -> None:
+    model, ((x, y),) = Network(), batches(F32, 1)
+    optimizer = SINGD(model)
+    with pytest.warns(UserWarning, match="NaN or infinite"):
+        train(model, optimizer, [(x * torch.nan, y)])
+    _, own = copy.deepcopy((model, optimizer))
+    with pytest.warns(UserWarning, match="NaN or infinite"):
+        assert own.skipped == 1
+
+
 def test_a_copy_of_the_optimizer_alone_leaves_the_model_alone() -> None:
     """As with any torch optimizer, it holds copies of the parameters."""
     model, data = Network(), batches(F32, 4)

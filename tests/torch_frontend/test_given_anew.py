@@ -72,6 +72,18 @@ def test_a_group_that_is_left_out_is_not_trained() -> None:
         assert torch.equal(p, q) is (name[0] < "4"), name
 
 
+def test_a_state_that_is_saved_keeps_what_was_taken_out_of_the_groups() -> None:
+    model = network()
+    optimizer = SINGD(model)
+    step(model, optimizer, X)
+    before = everything(model, optimizer)
+    params = optimizer.param_groups[0]["params"]
+    taken = [params.pop(), params.pop()]
+    optimizer.state_dict()
+    params += reversed(taken)
+    assert_same(before, everything(model, optimizer))
+
+
 @pytest.mark.parametrize("name", ["momentum", "fallback_lr", "base_lr", "largest_lr"])
 def test_what_a_group_lacks_is_named_and_changes_nothing(name: str) -> None:
     model = network()
@@ -191,6 +203,21 @@ def test_a_state_that_is_given_by_hand_is_gone_on_from(how: str) -> None:
         step(model, optimizer, X)
         step(twin, other, X)
     assert_same(everything(model, optimizer), everything(twin, other))
+
+
+def test_a_state_that_is_put_aside_is_not_written_to() -> None:
+    model = network()
+    optimizer = SINGD(model)
+    for _ in range(3):
+        step(model, optimizer, X)
+    aside, before = optimizer.state, everything(model, optimizer)
+    optimizer.state = defaultdict(dict)
+    for p, own in aside.items():
+        optimizer.state[p] = {name: value.clone() for name, value in own.items()}
+    step(model, optimizer, X)
+    optimizer.state = aside
+    after = everything(model, optimizer)
+    assert_same(*({k: v for k, v in found.items() if " | " in k} for found in (before, after)))
 
 
 @pytest.mark.parametrize("samples", [9, 9000], ids=["waiting", "measured at once"])

@@ -208,6 +208,20 @@ def test_a_told_scale_is_divided_out_and_holds_for_one_step(
     assert_same(model, plain, twin, optimizer)
 
 
+def test_what_a_scaler_has_found_elsewhere_stops_a_step_of_its_scale() -> None:
+    """As where other processes have other parts of the model."""
+    model, data = network(), batches(2)
+    optimizer: Any = plainly(model, data[:1])
+    twin, own = copy.deepcopy((model, optimizer))
+    optimizer.zero_grad()
+    loss_of(model, data[1]).mul(2.0).backward()
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(1.0)
+    with pytest.warns(UserWarning, match="NaN or infinite"):
+        optimizer.step()
+    assert_same(model, optimizer, twin, own)
+    assert optimizer.skipped == 1
+
+
 def test_float16_autocast_trains_with_the_full_recipe() -> None:
     """The first scale overflows float16: some steps are skipped, and the others train."""
     model, amp = network(), torch.amp.GradScaler("cpu", init_scale=2.0**40)

@@ -246,6 +246,16 @@ def test_what_a_hook_breaks_is_refused_and_changes_nothing() -> None:
     assert deep_equal(optimizer.state_dict(), kept)
 
 
+def test_a_second_state_is_loaded_as_the_first_was() -> None:
+    model, again = Network(), SINGD(Network())
+    optimizer = SINGD(model)
+    for _ in range(2):
+        train(model, optimizer, batches(F32, 1))
+        saved = through_a_file(optimizer.state_dict())
+        again.load_state_dict(copy.deepcopy(saved))
+        assert deep_equal(again.state_dict(), saved)
+
+
 def test_keys_of_others_are_carried_along_and_saved() -> None:
     """As `param_groups_layer_decay` of timm gives them, and schedules."""
     keys = {"name": "head", "lr_scale": 0.5, "initial_lr": 0.02, "alpha": 1, "dampening": 0.0}

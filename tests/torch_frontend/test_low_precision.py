@@ -204,3 +204,27 @@ def test_momenta_have_the_dtype_that_was_chosen(
     layers = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("3."))
     sizes = [estimate(network(torch.float32), momentum_dtype=d).total for d in (None, BF16)]
     assert sizes[0] - sizes[1] == 2 * layers
+
+
+def test_momenta_follow_a_model_that_is_cast_whose_factors_have_dtypes_of_their_own() -> None:
+    model = network(torch.float32)
+    optimizer = SINGD(model, preconditioner_dtype=(torch.float32, torch.float32))
+    step(model, optimizer, 0)
+    model.double()
+    step(model, optimizer, 1)
+    own = optimizer.state[model[0].weight]  # type: ignore[index]
+    assert {v.dtype for name, v in own.items() if name.startswith("K.")} == {torch.float32}
+    assert own["momentum_buffer"].dtype == torch.float64
+
+
+def test_parameters_of_16_bits_that_come_in_turns_are_each_their_own() -> None:
+    norms = nn.ModuleList(nn.LayerNorm(6) for _ in range(2)).bfloat16()
+    optimizer = SINGD(norms, warmup=0, fallback_lr=0.1)
+    for i in range(4):
+        used, rests = norms[i % 2], norms[1 - i % 2]
+        before = copy.deepcopy((used, rests))
+        optimizer.zero_grad()
+        (used(torch.randn(5, 6).bfloat16()).float() - 2.0).square().mean().backward()
+        optimizer.step()
+        assert not any(map(torch.equal, used.parameters(), before[0].parameters()))
+        assert all(map(torch.equal, rests.parameters(), before[1].parameters()))

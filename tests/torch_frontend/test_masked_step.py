@@ -25,6 +25,9 @@ CASES: dict[str, dict[str, Any]] = {
     "diagonal": {"structures": ("diagonal", "diagonal")},
     "hierarchical": {"structures": ("hierarchical:2,2", "hierarchical:1,1")},
     "toeplitz": {"structures": ("triltoeplitz", "triutoeplitz")},
+    "coupled decay": {"weight_decay": 0.1, "decoupled_weight_decay": False},
+    "decoupled decay": {"weight_decay": 0.1},
+    "default with normalized lr_cov": {"normalize_lr_cov": True},
     "no momentum, reduce": {"momentum": 0.0, "kfac_approx": "reduce"},
 }
 

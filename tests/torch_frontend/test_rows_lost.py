@@ -1,9 +1,11 @@
 """Layers whose rows came before, and come no longer, learn from their gradients."""
 
+import copy
 from typing import Any
 
 import pytest
 import torch
+from small_network import assert_same, everything, loss_of, network, step
 from test_rows_never_seen import rules, train
 from torch import Tensor, nn
 from watched import Product
@@ -99,3 +101,31 @@ def test_gradients_that_are_joined_by_hand_after_zero_grad(steps: int) -> None:
     K = optimizer.state[model.last.weight]["K.matrix"].clone()
     joined(1)
     assert not torch.equal(optimizer.state[model.last.weight]["K.matrix"], K)
+
+
+def test_a_gradient_that_is_replaced_after_backward_keeps_its_rows() -> None:
+    """No gradients were joined: a step has used those before."""
+    model, optimizer, (x, y) = switched(T=1)
+    for _ in range(4):
+        optimizer.zero_grad()
+        (model(x) - y).square().mean().backward()
+        for p in model.parameters():
+            p.grad = p.grad * 0.5
+        optimizer.step()
+    layers = model.first, model.last
+    assert [optimizer.state[m.weight]["averages.k"].item() for m in layers] == [4.0, 4.0]
+
+
+def test_levels_count_in_a_refresh_whose_rows_are_refused() -> None:
+    """A copy knows nothing that was made before."""
+    model = network()
+    optimizer = SINGD(model, T=3, growing_T=False, warmup=0)
+    for _ in range(6):  # the last one has measured levels for the next one
+        step(model, optimizer)
+    both, x = [(model, optimizer), copy.deepcopy((model, optimizer))], torch.randn(9, 6)
+    for one, own in both:
+        own.zero_grad()
+        with own.no_rows():
+            loss_of(one, x).backward()
+        own.step()
+    assert_same(*(everything(one, own) for one, own in both))

@@ -158,6 +158,16 @@ def test_rows_outside_of_the_block_are_taken() -> None:
     assert all(layer.pending for layer in layers(optimizer))
 
 
+def test_a_block_without_rows_inside_another_ends_alone() -> None:
+    model = network()
+    optimizer = SINGD(model)
+    with optimizer.no_rows():
+        with optimizer.no_rows():
+            pass
+        loss(model).backward()
+    assert not any(layer.pending for layer in layers(optimizer))
+
+
 def test_gradients_by_autograd_grad_accumulate() -> None:
     """They are never in `grad` during a pass, which is no sign that they were dropped."""
     model = network()

@@ -247,6 +247,17 @@ def test_what_is_not_finite_changes_nothing(bad: float, of_bias: bool) -> None:
             np.testing.assert_array_equal(new, old, err_msg=name)
 
 
+def test_a_bias_that_tells_nothing_leaves_the_mean_as_it_is() -> None:
+    rng = np.random.default_rng(0)
+    inputs = InputMean(rng.standard_normal(D_IN), np.asarray(2.0), np.asarray(1.0))
+    for own in (1e-12, math.nan):
+        sums = InputSums(rng.standard_normal(D_IN), np.asarray(own), np.asarray(1.0))
+        with np.errstate(all="ignore"):
+            new = inputs.told(sums, 3.0, 0.1)
+        for (name, a), (_, b) in zip(inputs.named_arrays(), new.named_arrays(), strict=True):
+            assert np.array_equal(a, b), name
+
+
 def test_sums_of_parts_add_up() -> None:
     (G, g), *_ = gradients(1)
     like = np.zeros(D_IN)
