@@ -200,7 +200,7 @@ def test_the_state_of_adamw_moves_to_a_device_with_its_parameter() -> None:
     state = {p: _fallback.initial(nn.Parameter(torch.zeros(3)), on_device=False)}
     (group,) = SINGD(nn.Linear(1, 1)).param_groups
     skip = torch.zeros((), device="meta")
-    chosen = {id(group): settings_of_step(group)}
+    chosen = {id(group): settings_of_step(group, 1)}
     ((_, _, new),) = _fallback.step({p: group}, [p], [torch.empty_like(p)], state, skip, chosen)
     assert [value.device.type for value in new] == ["meta"]
     assert {name: value.device.type for name, value in state[p].items()} == dict.fromkeys(
@@ -251,7 +251,7 @@ WITH: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", RATES)
 @pytest.mark.parametrize("case", WITH)
-def test_a_setting_that_is_not_finite_changes_no_bit(
+def test_a_setting_that_is_negative_or_not_finite_changes_no_bit(
     case: str, name: str, masked: pytest.MonkeyPatch
 ) -> None:
     rate = torch.tensor(RATES[name])
@@ -259,7 +259,7 @@ def test_a_setting_that_is_not_finite_changes_no_bit(
     # torch's AdamW reads all but its rate
     sync = name.startswith("fallback_") and name != "fallback_lr"
     # with T=2 the next step refreshes, or it measures for that
-    for steps, wrong in ((2, NAN), (3, NAN), (3, -INF)):
+    for steps, wrong in ((2, NAN), (3, NAN), (3, -INF), (2, -0.1)):
         model = network()
         optimizer = SINGD(model, **WITH[case] | {name: given})
         for _ in range(steps):

@@ -112,7 +112,7 @@ class Stepper(Stacker):
         groups = [g for g in self.roster.groups if g["params"]]
         chosen = {id(g): settings_of_step(g, matrices) for g in groups}
         given = [x for g in groups for x in arrays_of(chosen[id(g)], _fallback.settings_of(g))]
-        known = finite.total([x * 0.0 for x in given])
+        known = finite.total([x**0.5 * 0.0 for x in given])  # NaN where one is negative too
         kind, graphs = None, self.graphs
         if graphs is not None and ready and (isinstance(known, Tensor) or known == 0.0):
             chosen = {id(g): on_device(chosen[id(g)], g["params"][0]) for g in groups}
@@ -144,7 +144,7 @@ class Stepper(Stacker):
     ) -> list[Tensor] | None:
         """Change the parameters of these stacks, with these settings by the `id` of a group.
 
-        `known` is finite if all settings are.
+        `known` is finite if all settings are, and none is negative.
 
         Returns:
             Of an accelerator, 1 where nothing may change, else 0. None if the host knows that
