@@ -252,3 +252,14 @@ def test_fine_tuning_is_measured_for_all_rates(monkeypatch):
     shown = finetune.main(["--seeds", "0"])
     assert len(shown.splitlines()) == 2 + len(finetune.OPTIMIZERS)
     assert "nan" not in shown
+
+
+# ---- deep.py ------------------------------------------------------------------------------------
+
+
+def test_deep_networks_are_measured_with_full_steps_too():
+    deep = importlib.import_module("deep")
+    shown = deep.main(["--depths", "16", "--seeds", "0", "--steps", "6"])
+    rows = shown.splitlines()[2:]
+    assert len(rows) == len(deep.NETWORKS) * len(deep.SCHEDULES)
+    assert any(len({*row.split("|")[5:7]}) == 2 for row in rows)  # other losses

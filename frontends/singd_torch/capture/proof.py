@@ -176,12 +176,15 @@ class Proof:
         now = widen(matrix @ self._V.to(matrix.dtype))
         size = G.abs().amax().clamp(min=torch.finfo(G.dtype).tiny)
         G = G / size  # squares of tiny gradients leave the range
-        c = (now * G).sum(-1) / (G * G).sum(-1).clamp(min=torch.finfo(G.dtype).tiny)
-        scaled = _norm(now - c[..., None] * G) <= _SHARE * _norm(now)
+        squares = (G * G).sum(-1)
+        c = (now * G).sum(-1) / squares.clamp(min=torch.finfo(G.dtype).tiny)
+        scaled = ~(_norm(now - c[..., None] * G) > _SHARE * _norm(now))  # also where one is NaN
         bias = self.layer.bias
         if self._of_bias is None or bias is None or bias.grad is None:
             return scaled, torch.zeros_like(scaled)
-        expected, found = c.reshape(-1) / size * self._of_bias, widen(bias.grad)
+        told = squares.reshape(-1) > 0.0  # a row of zeros tells no number
+        expected = told * (c.reshape(-1) / size * self._of_bias)
+        found = told * widen(bias.grad)
         most = torch.maximum(_norm(expected), _norm(found))
         return scaled, scaled & (_norm(found - expected) > _APART * most)
 
