@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from singd_core._array import Array, Scalar, cast, device, multiply_add, namespace, wide_full
 from singd_core._scalars import as_array, at_least, at_most, clip, exp, number, numbers, where
-from singd_core._settings import Settings
+from singd_core._settings import Settings, StepSettings
 from singd_core._tree import Tree, tree
 from singd_core.curvature import TINY
 
@@ -23,6 +23,8 @@ OPPOSE = 0.6, 1.0
 SURE = 2.0
 GROWTH = 0.15
 LONGEST = 4.0
+# At a constant rate this share of it is forgotten in each step, or noise would keep it for good.
+FORGOTTEN = 0.03
 # It begins when the sums have forgotten that they began with nothing.
 _FORGOTTEN = 0.88
 
@@ -91,7 +93,7 @@ class Late(Tree):
             multiply_add(self.weights, s.momentum, 1.0),
         )
 
-    def grown(self, agreement: Scalar, s: Settings) -> Self:
+    def grown(self, agreement: Scalar, s: StepSettings) -> Self:
         """With steps that are longer or shorter, after the agreement of this step."""
         ratio = agreement * agreement / agreement_of_noise(s)
         grown = at_most(self.growth * (1.0 / SURE), 1.0)
@@ -100,7 +102,10 @@ class Late(Tree):
         low, high = AGREE[0], OPPOSE[0]
         change = clip(above, low, low + 1.0) + at_most(below, high) - (low + high)
         change = where(self.weights > _FORGOTTEN / (1.0 - s.momentum), change, 0.0)
-        growth = clip(multiply_add(change, GROWTH, self.growth), 0.0, LONGEST)
+        growth = self.growth
+        if not isinstance(s.share, (int, float)) or s.share == 1.0:
+            growth = growth * where(s.share < 1.0, 1.0, 1.0 - FORGOTTEN)
+        growth = clip(multiply_add(change, GROWTH, growth), 0.0, LONGEST)
         return type(self)(self.squares, self.weights, growth, self.mean, self.steps)
 
     def longer(self, share: Scalar = 1.0) -> Scalar:

@@ -64,7 +64,7 @@ def sized(
         s: The settings.
         ahead: The average of gradients, which `precondition` may overwrite.
         precondition: Makes n of it.
-        size: What `size` returns.
+        size: What `size` returns, times `s.depth`.
         squares: ‖∇W‖².
         late: The sums over late gradients, or None without momentum.
     """
@@ -88,7 +88,7 @@ def scaled(
 
     Args:
         s: The settings.
-        size: What `size` returns.
+        size: What `size` returns, times `s.depth`.
         squares: ‖∇W‖².
         lengths: The norms of the average of gradients and of its natural gradient n.
         late: The sums over late gradients, or None without momentum.
@@ -104,7 +104,7 @@ def scaled(
         agreement = late.agreement(ahead, squares, s)
         late = late.grown(agreement, s)
         longer = late.longer(s.share)
-    scale = longer * (agreement * size * s.depth) / at_least(natural, LEAST)
+    scale = longer * (agreement * size) / at_least(natural, LEAST)
     return where(squares > 0.0, scale, 0.0), late, agreement
 
 

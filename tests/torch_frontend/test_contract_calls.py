@@ -58,6 +58,7 @@ def test_a_closure_may_evaluate_the_model_several_times() -> None:
     assert all(map(torch.equal, model.parameters(), twin.parameters()))
 
 
+@pytest.mark.filterwarnings("ignore:no rows of .* clipped by value")
 @pytest.mark.parametrize("clip", [nn.utils.clip_grad_value_, nn.utils.clip_grad_norm_])
 def test_clipped_gradients_are_those_that_are_stepped_along(clip: Any) -> None:
     model, data = Network(), batch()

@@ -78,6 +78,9 @@ def advance(bundle: Bundle, state: State, given: Gradients) -> Tensor:
     assert ok is not None
     bundle.hold(state)
     s = given.settings(bundle.parameters[0])
+    if s.depth != bundle.depth:
+        bundle.depth = s.depth
+        bundle.measured()
     minus: Sequence[Tensor] = ()
     if bundle.learns:
         gradient = _gradients(bundle, given)
