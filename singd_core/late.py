@@ -23,8 +23,10 @@ OPPOSE = 0.6, 1.0
 SURE = 2.0
 GROWTH = 0.15
 LONGEST = 4.0
-# At a constant rate this share of it is forgotten in each step, or noise would keep it for good.
+# At a constant rate this share of it is forgotten in each step, or noise would keep it for good. A
+# rate is constant if it is this share of the largest, but for rounding.
 FORGOTTEN = 0.03
+CONSTANT = 0.999
 # It begins when the sums have forgotten that they began with nothing.
 _FORGOTTEN = 0.88
 
@@ -103,8 +105,8 @@ class Late(Tree):
         change = clip(above, low, low + 1.0) + at_most(below, high) - (low + high)
         change = where(self.weights > _FORGOTTEN / (1.0 - s.momentum), change, 0.0)
         growth = self.growth
-        if not isinstance(s.share, (int, float)) or s.share == 1.0:
-            growth = growth * where(s.share < 1.0, 1.0, 1.0 - FORGOTTEN)
+        if not isinstance(s.share, (int, float)) or s.share > CONSTANT:
+            growth = where(s.share > CONSTANT, growth * (1.0 - FORGOTTEN), growth)
         growth = clip(multiply_add(change, GROWTH, growth), 0.0, LONGEST)
         return type(self)(self.squares, self.weights, growth, self.mean, self.steps)
 

@@ -8,7 +8,16 @@ import pytest
 from optimizer_cases import LAYERS, leaves, mapped, params, steps, train
 
 from singd_core import Convolution, LayerKind, Optimizer, TransposedConvolution, settings
-from singd_core.late import BEGINNING, LONGEST, MEMORY, SHORTEST, Late, agreement_of_noise
+from singd_core._settings import StepSettings
+from singd_core.late import (
+    BEGINNING,
+    FORGOTTEN,
+    LONGEST,
+    MEMORY,
+    SHORTEST,
+    Late,
+    agreement_of_noise,
+)
 from singd_core.length import OUTPUTS, SPECTRAL, TYPICAL
 from singd_core.levels import Levels
 
@@ -17,6 +26,11 @@ STRUCTURES = ["dense", "diagonal", "blockdiagonal:2", "triltoeplitz", "hierarchi
 # Relative to the largest entry, float64: scales that are no powers of two round otherwise, and the
 # roots of sums of squares lose half of what leaves the range of neither.
 CLOSE = 1e-9
+
+
+def decayed() -> StepSettings:
+    """The settings of a step whose rate a schedule has halved, with the momentum of before."""
+    return StepSettings(**vars(settings("normalized")), share=0.5)
 
 
 def nothing_late() -> Late:
@@ -173,7 +187,7 @@ def test_the_agreement_of_noise_is_what_random_gradients_have(nesterov: bool) ->
 
 
 def test_steps_grow_while_gradients_agree_and_shrink_where_they_oppose() -> None:
-    s = settings("normalized")
+    s = decayed()
     late = nothing_late()
     growths = []
     for agreement in [1.0] * 60 + [0.0] * 60:
@@ -186,7 +200,7 @@ def test_steps_grow_while_gradients_agree_and_shrink_where_they_oppose() -> None
 
 def test_longer_steps_take_clearer_signs() -> None:
     """A little more agreement than noise makes steps longer, but not much; noise keeps them so."""
-    s, late = settings("normalized"), nothing_late()
+    s, late = decayed(), nothing_late()
     noise = agreement_of_noise(s)
 
     def after(ratio: float, late: Late) -> Late:
@@ -201,8 +215,22 @@ def test_longer_steps_take_clearer_signs() -> None:
     assert float(after(0.7, longer).growth) == pytest.approx(0.1 / 0.4 * 2.0, rel=1e-3)
 
 
+def test_at_a_constant_rate_noise_forgets_that_steps_were_longer() -> None:
+    s, late = StepSettings(**vars(settings("normalized"))), nothing_late()
+    for _ in range(200):
+        late = late.update(1.0, s).grown(1.0, s)
+    assert late.growth == LONGEST  # while gradients agree
+    grown = []
+    for _ in range(100):
+        late = late.update(1.0, s).grown(agreement_of_noise(s) ** 0.5, s)
+        grown.append(late.growth)
+    ratios = np.divide(grown[51:], grown[50:-1])
+    np.testing.assert_allclose(ratios, 1.0 - FORGOTTEN, rtol=1e-6)
+    assert grown[-1] < 0.1 * LONGEST
+
+
 def test_noise_does_not_change_the_size() -> None:
-    s, late = settings("normalized"), nothing_late()
+    s, late = decayed(), nothing_late()
     for _ in range(60):
         late = late.update(1.0, s).grown(agreement_of_noise(s) ** 0.5, s)
     assert late.growth == 0.0

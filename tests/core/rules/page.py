@@ -104,7 +104,8 @@ class Page:
             grown = min(self.growth / 2, 1)
             change = np.clip(ratio - (1.8 + 1.2 * grown), 0, 1)
             change -= np.clip(0.6 + 0.4 * grown - ratio, 0, 1)
-            self.growth = np.clip(self.growth + 0.15 * change, 0, 4)
+            old = self.growth * (0.97 if share > 0.999 else 1.0)
+            self.growth = np.clip(old + 0.15 * change, 0, 4)
         self.mean += max(1 / self.t, 1 / 1000) * (square - self.mean)
         most = max(0.14, share)
         f = np.clip(np.sqrt(self.Q / self.w / self.mean), 0.14, most) / most
