@@ -27,7 +27,7 @@ class Settings:
     In brackets are the letters of the paper and the equations of docs/mathematics.md.
 
     Attributes:
-        lr: Learning rate of the weights (β₂; 5.10, 5.14).
+        lr: Learning rate of the weights (β₂; 5.10, 5.10b, 5.14).
         momentum: Momentum of the weights (α₂; 5.8). With `normalized` it becomes smaller when the
             rate becomes smaller (5.8b).
         nesterov: Look ahead along the momentum (5.8).

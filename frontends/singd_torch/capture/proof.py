@@ -68,7 +68,7 @@ class Proof:
         self._of_bias: Tensor | None = None
         # else what the gradient becomes is not what the pass adds
         before = layer.weight.grad
-        self._is_first = leaf is layer.weight and (
+        self._is_first = (leaf is layer.weight and not is_in_parts(leaf)) and (
             before is None or (on_host(before) and not bool(before.any()))
         )
         bias = layer.bias if layer.has_bias_column and self._is_first else None
