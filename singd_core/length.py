@@ -64,7 +64,7 @@ def sized(
         s: The settings.
         ahead: The average of gradients, which `precondition` may overwrite.
         precondition: Makes n of it.
-        size: What `size` returns, times `s.depth`.
+        size: What `size` returns.
         squares: ‖∇W‖².
         late: The sums over late gradients, or None without momentum.
     """
@@ -88,7 +88,7 @@ def scaled(
 
     Args:
         s: The settings.
-        size: What `size` returns, times `s.depth`.
+        size: What `size` returns.
         squares: ‖∇W‖².
         lengths: The norms of the average of gradients and of its natural gradient n.
         late: The sums over late gradients, or None without momentum.
@@ -117,11 +117,12 @@ def sides(d_out: int, d_in: int, overlap: float) -> tuple[float, float]:
     return SPECTRAL * math.sqrt(min(d_out, d_in) / overlap), OUTPUTS * math.sqrt(d_out)
 
 
-def size(sides: tuple[Scalar, Scalar], t_U: Scalar) -> Scalar:
+def size(sides: tuple[Scalar, Scalar], t_U: Scalar, depth: float = 1.0) -> Scalar:
     """R √(d_out d_in), the Frobenius norm of a step of rate 1 if all late gradients are equal.
 
-    R = √(R_spectral R_outputs) (5.10). The mean diagonal t_U of U is 0 where it is not known, and
-    taken for `TYPICAL` then.
+    R = √(R_spectral R_outputs) (5.10), times the `depth` of (5.10b). The mean diagonal t_U of U is
+    0 where it is not known, and taken for `TYPICAL` then.
     """
     spectral, outputs = sides
-    return (spectral * outputs * where(t_U > TINY, t_U, TYPICAL) ** -0.5) ** 0.5
+    found = (spectral * outputs * where(t_U > TINY, t_U, TYPICAL) ** -0.5) ** 0.5
+    return found if depth == 1.0 else depth * found

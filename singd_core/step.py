@@ -114,7 +114,7 @@ def direction(
         squares = squares_of(kind, gradient)
     matrix, momenta = joined(kind, s, shape, gradient, momenta, donate=donate)
     groups, d_out, d_in = kind.shape(shape, bias)
-    own = s.depth * size(sides(d_out, d_in, kind.overlap), number(t_U)), number(squares)
+    own = size(sides(d_out, d_in, kind.overlap), number(t_U), s.depth), number(squares)
     sums = None if late is None else late.numbers()
     natural, scale, length, sums, agreement = sized(s, matrix, precondition, *own, sums)
     if groups:  # a weight is several matrices

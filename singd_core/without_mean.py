@@ -70,7 +70,7 @@ def without_mean(
     lengths = [number(norm(x)) for x in (natural, column)]
 
     groups, d_out, d_in = kind.shape(shape, False)
-    length = s.depth * size(sides(d_out, d_in, kind.overlap), 0.0)  # t_U is not known
+    length = size(sides(d_out, d_in, kind.overlap), 0.0, s.depth)  # t_U is not known
     sizes = length, share_of_bias(d_in) * length
     sums = (None, None) if late is None else late.parted()
     each = zip(sizes, squares, zip(before, lengths, strict=True), sums, strict=True)

@@ -48,6 +48,12 @@ class Part:
         return cls(name, shape, tuple((0, n) for n in shape), frozenset(), stack, outs, ins)
 
     @property
+    def matrix_of(self) -> tuple[str, Region]:
+        """What tells the matrices of a leaf apart that are taken by an index, as by a loop."""
+        lengths = zip(self.region, self.shape, strict=True)
+        return self.name, self.region if any(n == 1 < full for (_, n), full in lengths) else ()
+
+    @property
     def numbers(self) -> int:
         """How many entries it has."""
         return size((*(atom for group in self.stack for atom in group), *self.outs, *self.ins))

@@ -129,7 +129,7 @@ class Rates:
         step, optimizer = state.rest.step, copy.copy(self.optimizer)
         optimizer.shared, optimizer.step = Shared(), step
         optimizer.layers = {name: layer.laid for name, layer in layers.items()}
-        weights = {layer.weight.name: layer.in_turn for layer in layers.values()}
+        weights = {layer.weight.matrix_of: layer.in_turn for layer in layers.values()}
         optimizer.matrices = sum(weights.values())
         rates = {name: schedule(step) for name, schedule in self.schedules.items()}
         if state.T is not None:  # maybe an array

@@ -45,7 +45,13 @@ def test_a_stack_of_matrices_that_are_used_at_once_counts_once(loss, rows):
     assert 0.8 < many / few < 1.25  # and not 1/2; the inputs differ in size
 
 
-def test_a_scan_steps_as_layers_of_their_own():
+def in_a_loop(p, x):
+    for i in range(len(p["w"])):
+        x = jnp.tanh(x @ p["w"][i])
+    return mean_square(x)
+
+
+def test_a_scan_and_a_loop_step_as_layers_of_their_own():
     n = 16
     stack = jnp.stack([array(4, 4, seed=i) for i in range(n)])
     apart = {f"w{i:02}": w for i, w in enumerate(stack)}
@@ -56,7 +62,7 @@ def test_a_scan_steps_as_layers_of_their_own():
         return mean_square(x)
 
     found = []
-    for loss, params in ((scanned, {"w": stack}), (in_turn, apart)):
+    for loss, params in ((scanned, {"w": stack}), (in_a_loop, {"w": stack}), (in_turn, apart)):
         tx = singd_jax.singd(warmup=0, loss=loss)
         state = tx.init(params, X)
         for _ in range(3):
@@ -64,4 +70,5 @@ def test_a_scan_steps_as_layers_of_their_own():
             updates, state = tx.update(grads, state, params)
             params = jax.tree.map(jnp.add, params, updates)
         found.append(params)
-    np.testing.assert_allclose(found[0]["w"], jnp.stack(list(found[1].values())), atol=2e-5)
+    for own in found[:2]:
+        np.testing.assert_allclose(own["w"], jnp.stack(list(found[2].values())), atol=2e-5)

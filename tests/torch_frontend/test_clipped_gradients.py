@@ -57,6 +57,18 @@ def noisy(model: nn.Module) -> None:
             p.grad.add_(torch.randn_like(p), alpha=float(p.grad.std()))
 
 
+def bias_rests(model: nn.Module) -> None:
+    for p in model.parameters():
+        if p.ndim == 1 and p.grad is not None:
+            p.grad.zero_()
+
+
+def columns_rest(model: nn.Module) -> None:
+    for p in model.parameters():
+        if p.ndim > 1 and p.grad is not None:
+            p.grad[:, p.shape[1] // 2 :] = 0.0
+
+
 def zeroed(model: nn.Module) -> None:
     for p in model.parameters():
         if p.grad is not None:
@@ -84,25 +96,61 @@ def loss_of(model: nn.Module) -> Tensor:
 def rules(model: nn.Module, clip: Clip, passes: int = 1, *, keep: bool = False) -> set[str]:
     """What trains the weights after some steps."""
     optimizer = SINGD(model)
-    for _ in range(5):
+    for step in range(5):
         if not keep:
             optimizer.zero_grad()
         for _ in range(passes):
             loss_of(model).backward()
-        clip(model)
+        if step or not keep:  # then there was a gradient before
+            clip(model)
         optimizer.step()
     return {table(optimizer)[name] for name, p in model.named_parameters() if p.ndim > 1}
 
 
 @pytest.mark.parametrize("clip", [each_by_itself, unit_by_unit, by_value, signs])
 def test_where_gradients_are_cut_by_parts_the_factors_learn_from_them(clip: Clip) -> None:
-    with pytest.warns(UserWarning, match="clipped by value, or by another number than its bias"):
+    with pytest.warns(UserWarning, match="clipped by value or by parts"):
         found = rules(network(), clip)
     assert found == {"SINGD without rows"}
 
 
-def test_a_weight_alone_may_be_scaled() -> None:
+def test_a_weight_alone_may_be_scaled_as_a_whole() -> None:
     assert rules(network(bias=False), each_by_itself) == {"SINGD"}  # warnings are errors here
+    with pytest.warns(UserWarning, match="clipped by value or by parts"):
+        assert rules(network(bias=False), unit_by_unit) == {"SINGD without rows"}
+
+
+@pytest.mark.parametrize("inputs", [1, 2, 3])
+@pytest.mark.parametrize("change", [noisy, decayed, bias_rests, columns_rest])
+def test_small_layers_are_no_fault(inputs: int, change: Clip) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(inputs, 32), nn.Tanh(), nn.Linear(32, 2))
+    optimizer = SINGD(model)
+    for _ in range(5):  # warnings are errors here
+        optimizer.zero_grad()
+        x = torch.randn(64, inputs)
+        nn.functional.cross_entropy(model(x), (x[:, 0] > 0).long()).backward()
+        change(model)
+        optimizer.step()
+    assert {table(optimizer)[name] for name in ("0.weight", "2.weight")} == {"SINGD"}
+
+
+def test_labels_that_are_sampled_and_a_penalty_of_its_own_are_no_fault() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 3))
+    optimizer = SINGD(model)
+    for t in range(8):  # warnings are errors here
+        optimizer.zero_grad()
+        logits = model(torch.randn(16, 1))
+        if t < 4:
+            with optimizer.sampled_labels():
+                drawn = torch.randint(3, (16,))
+                nn.functional.cross_entropy(logits, drawn).backward(retain_graph=True)
+        nn.functional.cross_entropy(logits, torch.arange(16) % 3).backward()
+        if t >= 4:
+            (10.0 * model[0].weight.square().sum()).backward()
+        optimizer.step()
+    assert table(optimizer)["0.weight"] == "SINGD"
 
 
 @pytest.mark.parametrize(
@@ -114,7 +162,7 @@ def test_other_changes_of_gradients_are_no_fault(clip: Clip) -> None:
 
 @pytest.mark.parametrize("given", [{"passes": 3}, {"keep": True}])
 def test_nothing_is_known_of_a_sum_of_several_passes(given: dict[str, int]) -> None:
-    assert rules(network(), decayed, **given) == {"SINGD"}  # type: ignore[arg-type]
+    assert rules(network(), by_value, **given) == {"SINGD"}  # type: ignore[arg-type]
 
 
 def test_a_step_by_factors_of_rows_may_lead_uphill_of_a_gradient_that_is_cut() -> None:

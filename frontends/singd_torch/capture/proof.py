@@ -26,14 +26,15 @@ from singd_torch.tensors.pieces import on_host
 NOT_SEEN = "used where no call is seen, or in the loss by itself"
 # Why rows do not tell what is stepped along.
 CLIPPED = (
-    "clipped by value, or by another number than its bias, where clip_grad_norm_ of all parameters "
-    "at once would keep its rows"
+    "clipped by value or by parts (clip_grad_norm_ of all parameters at once would keep its rows)"
 )
 
 # Of the gradient, beyond which its other part is no rounding.
 _SHARE = 0.1
 # Of a gradient, beyond which its bias is not scaled alike, or its largest entries were cut.
 _APART = 0.2
+# Columns along which a row can tell whether it was scaled.
+_COLUMNS = 4
 # Numbers that are compared, if the matrix has so many.
 _NUMBERS = 64
 # Backward passes of a step, such as of micro-batches, that are looked at.
@@ -68,10 +69,10 @@ class Proof:
         self._of_bias: Tensor | None = None
         # else what the gradient becomes is not what the pass adds
         before = layer.weight.grad
-        self._is_first = (leaf is layer.weight and not is_in_parts(leaf)) and (
+        self._is_alone = (leaf is layer.weight and not is_in_parts(leaf)) and (
             before is None or (on_host(before) and not bool(before.any()))
         )
-        bias = layer.bias if layer.has_bias_column and self._is_first else None
+        bias = layer.bias if layer.has_bias_column and self._is_alone else None
         if bias is not None and bias.requires_grad:
             self._handles.append(bias.register_hook(self._see_bias))  # type: ignore[no-untyped-call]
 
@@ -164,29 +165,33 @@ class Proof:
         return bool(rest > _SHARE * norm + float(self._rounding(norm)))
 
     def changes(self) -> tuple[Tensor, Tensor] | None:
-        """What the gradient has become since: scaled row by row, and that the bias was not alike.
+        """What the gradient has become since: whether it was cut by parts, or may have been.
 
-        Two booleans, 0-d on the device; None where there was a gradient before the pass, and where
-        there is none now.
+        It was cut if its rows have been scaled by different numbers, or its bias by another one. It
+        may have been if it was not scaled at all. Two booleans, 0-d on the device. None where there
+        was a gradient before the pass, and where there is none now.
         """
         weight, G = self.layer.weight, self._gradient
-        if not self._is_first or G is None or weight.grad is None:
+        if not self._is_alone or G is None or weight.grad is None:
             return None
         matrix = self.layer.kind.matrix(weight.grad)
-        now = widen(matrix @ self._V.to(matrix.dtype))
-        size = G.abs().amax().clamp(min=torch.finfo(G.dtype).tiny)
+        now, tiny = widen(matrix @ self._V.to(matrix.dtype)), torch.finfo(G.dtype).tiny
+        size = G.abs().amax().clamp(min=tiny)
         G = G / size  # squares of tiny gradients leave the range
-        squares = (G * G).sum(-1)
-        c = (now * G).sum(-1) / squares.clamp(min=torch.finfo(G.dtype).tiny)
-        scaled = ~(_norm(now - c[..., None] * G) > _SHARE * _norm(now))  # also where one is NaN
-        bias = self.layer.bias
-        if self._of_bias is None or bias is None or bias.grad is None:
-            return scaled, torch.zeros_like(scaled)
-        told = squares.reshape(-1) > 0.0  # a row of zeros tells no number
-        expected = told * (c.reshape(-1) / size * self._of_bias)
-        found = told * widen(bias.grad)
-        most = torch.maximum(_norm(expected), _norm(found))
-        return scaled, scaled & (_norm(found - expected) > _APART * most)
+        c = (now * G).sum() / (G * G).sum().clamp(min=tiny)
+        other = _norm(now - c * G) > _SHARE * _norm(now)  # not where one is NaN
+        told = (G * G).sum(-1) > 0.0  # a row of zeros tells no number
+        of_rows = (now * G).sum(-1) / (G * G).sum(-1).clamp(min=tiny)
+        by_rows = ~(_norm(now - of_rows[..., None] * G) > _SHARE * _norm(now))
+        by_rows &= ((of_rows > 0.0) | ~told).all() & (G.shape[-1] >= _COLUMNS)
+        cut, bias = other & by_rows, self.layer.bias
+        if self._of_bias is not None and bias is not None and bias.grad is not None:
+            expected = told.reshape(-1) * (c / size * self._of_bias)
+            found = told.reshape(-1) * widen(bias.grad)
+            sizes = torch.stack([_norm(expected), _norm(found)])
+            apart = _norm(found - expected) > _APART * sizes.max()
+            cut = cut | (~other & apart & (sizes > 0.0).all())  # else one of them rests
+        return cut, other & ~by_rows
 
     def is_clipped_by_value(self) -> bool:
         """Whether many entries of a gradient that is there have the size of the largest one."""
@@ -194,7 +199,7 @@ class Proof:
         sizes = self.layer.weight.grad.detach().abs()
         at_most = sizes == sizes.amax()
         share = float(_norm(sizes * at_most) / _norm(sizes).clamp(min=1e-300)) ** 2
-        return int(at_most.sum()) > 1 and share > _APART
+        return int(at_most.sum()) > 2 and share > _APART  # two classes have pairs of equal ones
 
     def _decays(self) -> list[Tensor]:
         weight = self.layer.kind.matrix(_whole(self._leaf.detach()))
@@ -275,7 +280,12 @@ class Proofs:
 
         The host waits for an accelerator only where there are proofs.
         """
-        known = [(own[0], own[0].changes()) for own in self._of.values() if len(own) == 1]
+        alone = [
+            own[0]
+            for layer, own in self._of.items()
+            if len(own) == 1 and layer not in self._left_out
+        ]
+        known = [(proof, proof.changes()) for proof in alone]
         asked = [(proof, *found) for proof, found in known if found is not None]
         if not asked:
             return []
@@ -283,8 +293,8 @@ class Proofs:
         told = torch.stack([torch.stack(found).to(device) for _, *found in asked]).tolist()
         return [
             proof.layer
-            for (proof, *_), (scaled, apart) in zip(asked, told, strict=True)
-            if apart or (not scaled and proof.is_clipped_by_value())
+            for (proof, *_), (cut, may_be) in zip(asked, told, strict=True)
+            if cut or (may_be and proof.is_clipped_by_value())
         ]
 
     def forget_earlier(self, layer: Layer) -> None:
@@ -317,6 +327,8 @@ def _signs(layer: Layer) -> Tensor:
 
 @functools.lru_cache(maxsize=16)
 def _drawn(k: int, d_in: int, device: torch.device) -> Tensor:
+    if k == d_in:  # signs may be alike
+        return torch.eye(d_in, device=device)
     draw = torch.Generator(device).manual_seed(0)
     signs = torch.randint(2, (k, d_in), device=device, generator=draw)
     return ((2.0 * signs - 1.0) * 2.0 ** -(d_in.bit_length() // 2)).mT

@@ -222,7 +222,7 @@ class Watcher:
     def end_proofs(self) -> None:
         """Take no rows of layers if rows do not tell the gradient, before a step."""
         differentiated = self._proofs.differentiated
-        if not is_one_of_several():  # which change gradients
+        if self._sampled is None and not is_one_of_several():  # which change gradients
             for layer in self._proofs.clipped():
                 layer.lose_rows(CLIPPED)
         for layer, why in self._proofs.failed():
@@ -292,9 +292,10 @@ class Watcher:
         trained = (one for one in self._roster.layers if one.weight.requires_grad)
         if unused and all(may_be_due(layer) for layer in trained if layer.kind.has_rows):
             self._roster.warnings.once(
-                f"the mask of rows of shape {tuple(unused[0])} left nothing out: no layer has an "
-                "input with these first axes; give mask_rows a mask that has the first axes of the "
-                "layers' inputs, such as (batch, length), or flatten it if the model flattens them",
+                f"the mask of rows of shape {tuple(unused[0])} left nothing out: no layer whose "
+                "rows are taken has an input with these first axes; give mask_rows a mask that has "
+                "the first axes of the layers' inputs, such as (batch, length), or flatten it if "
+                "the model flattens them",
                 about="mask",
             )
 

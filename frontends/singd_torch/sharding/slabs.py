@@ -275,7 +275,7 @@ def _sizes(one: _Begun) -> Tensor:
     """What `scaled` takes of each matrix, with its bias beside it if apart."""
     _, d_out, d_in = one.slab.shape
     t_U = one.factors.averages.t_U.reshape(-1)
-    of_weights: Tensor = one.s.depth * size(sides(d_out, d_in, one.slab.kind.overlap), t_U)
+    of_weights: Tensor = size(sides(d_out, d_in, one.slab.kind.overlap), t_U, one.s.depth)
     if one.apart is None:
         return of_weights
     return torch.stack([of_weights, share_of_bias(d_in) * of_weights], -1).reshape(-1)

@@ -68,8 +68,7 @@ class Bundle:
         several: How many matrices the weights are.
         parameters: All weights, then all biases, in the order of the parts.
         sizes: The numbers of each.
-        size: What `singd_core.length.sized` takes, for all matrices.
-        depth: The share of R that each matrix has.
+        size: What `singd_core.length.size` returns, for all matrices.
         momentum: The momenta of all parameters, None without.
         sums: The sums over late gradients of all matrices, None without.
         waited: Whether there was a step without it since it stepped.
@@ -89,7 +88,6 @@ class Bundle:
     joint: Joint
     factors: InverseFree
     size: Tensor
-    depth = 1.0
 
     def __init__(self, stacks: Iterable[Stack]) -> None:
         ordered = sorted(stacks, key=_order)
@@ -201,11 +199,11 @@ class Bundle:
 
     def measured(self) -> None:
         """Have the sizes that follow from the averages."""
-        of_weights = self.size[: self.several]
-        torch.mul(size(self._sides, self.factors.averages.t_U), self.depth, out=of_weights)
+        of_weights = size(self._sides, self.factors.averages.t_U)
+        self.size[: self.several].copy_(of_weights)
         if self.apart:
-            some = of_weights[: len(self._shares)]
-            torch.mul(some, self._shares, out=self.size[self.several :])
+            of_biases = of_weights[: len(self._shares)] * self._shares
+            self.size[self.several :].copy_(of_biases)
 
     def matrices(self, flat: Tensor) -> Matrices:
         """What all parameters have as matrices: the weights, then the biases that are apart."""

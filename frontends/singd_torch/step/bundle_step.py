@@ -78,9 +78,6 @@ def advance(bundle: Bundle, state: State, given: Gradients) -> Tensor:
     assert ok is not None
     bundle.hold(state)
     s = given.settings(bundle.parameters[0])
-    if s.depth != bundle.depth:
-        bundle.depth = s.depth
-        bundle.measured()
     minus: Sequence[Tensor] = ()
     if bundle.learns:
         gradient = _gradients(bundle, given)
@@ -109,7 +106,8 @@ def advance(bundle: Bundle, state: State, given: Gradients) -> Tensor:
         return Matrices([*(by_pieces(P, owned, matrix) for P, matrix in own), *columns])
 
     late = None if bundle.sums is None else bundle.sums.late
-    found = sized(s, bundle.matrices(ahead), solve, bundle.size, squares, late)
+    size = bundle.size if s.depth == 1.0 else bundle.size * s.depth
+    found = sized(s, bundle.matrices(ahead), solve, size, squares, late)
     natural, columns = found.natural[: len(made)], found.natural[len(made) :]
     moves = ok & (found.length < math.inf)
     of_weights = moves[: bundle.several]

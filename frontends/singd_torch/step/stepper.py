@@ -241,7 +241,8 @@ class Stepper(Stacker):
         if len(names) > 1:
             text = f"the {kind}s of {listed(names)} were"
         else:
-            text = f"the {kind} of {names[0]!r} was" if names else "a gradient, row or setting was"
+            other = "a setting was negative, or it or a gradient or row was"
+            text = f"the {kind} of {names[0]!r} was" if names else other
         self.roster.warnings.once(
             f"{text} NaN or infinite: the step changed nothing. "
             "`optimizer.skipped` counts such steps",
