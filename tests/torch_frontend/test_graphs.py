@@ -229,3 +229,24 @@ def test_a_tensor_that_a_schedule_changes_in_place_compiles_nothing_again() -> N
         warnings.simplefilter("error")
         train(small, {"compile_step": {"backend": counted}, "momentum": momentum}, 20, cycled)
     assert counted.graphs == 3
+
+
+def test_layers_that_come_and_go_change_the_share_of_the_others_in_graphs_too() -> None:
+    """Of more than twelve matrices each has a share of the size (5.10b)."""
+
+    def trained(**given: Any) -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(*[nn.Linear(4, 4, bias=False) for _ in range(24)]).double()
+        first, last = list(model.parameters())[:12], list(model.parameters())[12:]
+        groups = [{"params": first}, {"params": last}]
+        own: dict[str, Any] = {"T": 5, "growing_T": False, "warmup": 0, "lr": 0.03}
+        optimizer = SINGD(model, groups, **own | given)
+        for step in range(24):
+            for p in last:
+                p.requires_grad_(step // 4 % 2 == 0)
+            optimizer.zero_grad()
+            model(torch.randn(8, 4, dtype=torch.float64)).square().mean().backward()
+            optimizer.step()
+        return model
+
+    assert_equal(trained(compile_step={"backend": Counted()}), trained(), rtol=1e-8)
