@@ -1,5 +1,6 @@
 """Processes that work on the same samples count each of them once, whatever a call looks like."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -102,7 +103,9 @@ def masked(world: int) -> dict[str, Tensor]:
 def mask_of_others(world: int) -> dict[str, Tensor]:
     """It is not as long as the batch, but as the samples that one process measures."""
     mask = torch.tensor([True, False])
-    return trained(network(world), PAPER, mean, lambda optimizer: optimizer.mask_rows(mask))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the mask of rows")
+        return trained(network(world), PAPER, mean, lambda optimizer: optimizer.mask_rows(mask))
 
 
 def without_a_batch(world: int) -> dict[str, Tensor]:
