@@ -25,7 +25,7 @@ GROWTH = 0.15
 LONGEST = 4.0
 # At a constant rate this share of it is forgotten in each step, or noise would keep it for good. A
 # rate is constant if it is this share of the largest, but for rounding.
-FORGOTTEN = 0.03
+FORGET = 0.03
 CONSTANT = 0.999
 # It begins when the sums have forgotten that they began with nothing.
 _FORGOTTEN = 0.88
@@ -106,7 +106,7 @@ class Late(Tree):
         change = where(self.weights > _FORGOTTEN / (1.0 - s.momentum), change, 0.0)
         growth = self.growth
         if not isinstance(s.share, (int, float)) or s.share > CONSTANT:
-            growth = where(s.share > CONSTANT, growth * (1.0 - FORGOTTEN), growth)
+            growth = where(s.share > CONSTANT, growth * (1.0 - FORGET), growth)
         growth = clip(multiply_add(change, GROWTH, growth), 0.0, LONGEST)
         return type(self)(self.squares, self.weights, growth, self.mean, self.steps)
 

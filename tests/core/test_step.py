@@ -11,7 +11,7 @@ from singd_core import Convolution, LayerKind, Optimizer, TransposedConvolution,
 from singd_core._settings import StepSettings
 from singd_core.late import (
     BEGINNING,
-    FORGOTTEN,
+    FORGET,
     LONGEST,
     MEMORY,
     SHORTEST,
@@ -225,7 +225,7 @@ def test_at_a_constant_rate_noise_forgets_that_steps_were_longer() -> None:
         late = late.update(1.0, s).grown(agreement_of_noise(s) ** 0.5, s)
         grown.append(late.growth)
     ratios = np.divide(grown[51:], grown[50:-1])
-    np.testing.assert_allclose(ratios, 1.0 - FORGOTTEN, rtol=1e-6)
+    np.testing.assert_allclose(ratios, 1.0 - FORGET, rtol=1e-6)
     assert grown[-1] < 0.1 * LONGEST
 
 

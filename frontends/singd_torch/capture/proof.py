@@ -178,11 +178,12 @@ class Proof:
         now, tiny = widen(matrix @ self._V.to(matrix.dtype)), torch.finfo(G.dtype).tiny
         size = G.abs().amax().clamp(min=tiny)
         G = G / size  # squares of tiny gradients leave the range
-        c = (now * G).sum() / (G * G).sum().clamp(min=tiny)
-        other = _norm(now - c * G) > _SHARE * _norm(now)  # not where one is NaN
-        told = (G * G).sum(-1) > 0.0  # a row of zeros tells no number
-        of_rows = (now * G).sum(-1) / (G * G).sum(-1).clamp(min=tiny)
-        by_rows = ~(_norm(now - of_rows[..., None] * G) > _SHARE * _norm(now))
+        products, squares, most = (now * G).sum(-1), (G * G).sum(-1), _SHARE * _norm(now)
+        c = products.sum() / squares.sum().clamp(min=tiny)
+        other = _norm(now - c * G) > most  # not where one is NaN
+        told = squares > 0.0  # a row of zeros tells no number
+        of_rows = products / squares.clamp(min=tiny)
+        by_rows = ~(_norm(now - of_rows[..., None] * G) > most)
         by_rows &= ((of_rows > 0.0) | ~told).all() & (G.shape[-1] >= _COLUMNS)
         cut, bias = other & by_rows, self.layer.bias
         if self._of_bias is not None and bias is not None and bias.grad is not None:
