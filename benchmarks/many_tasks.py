@@ -7,6 +7,7 @@ import math
 import many_tasks_fields
 import many_tasks_games
 import many_tasks_images
+import many_tasks_parameters
 import many_tasks_sequences
 import many_tasks_tables
 import torch
@@ -16,6 +17,7 @@ from noisy import Build
 TASKS: dict[str, Task] = {
     **many_tasks_fields.TASKS,
     **many_tasks_images.TASKS,
+    **many_tasks_parameters.TASKS,
     **many_tasks_tables.TASKS,
     **many_tasks_sequences.TASKS,
     **many_tasks_games.TASKS,

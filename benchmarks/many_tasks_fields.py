@@ -197,12 +197,12 @@ def hyper(build: Build, steps: int) -> float:
 
 TASKS = {
     "siren": Task("network of sines on an image", siren, 300),
-    "fourier": Task("network on Fourier features of an image", fourier, 600),
-    "rays": Task("field seen along rays", rays, 500),
+    "fourier": Task("network on Fourier features of an image", fourier, 1000),
+    "rays": Task("field seen along rays", rays, 800),
     "physics": Task("physics-informed, one dimension", physics, 600),
     "burgers": Task("physics-informed, Burgers", burgers, 400),
     "poisson": Task("physics-informed, Poisson on a square: error", poisson, 500),
-    "operator": Task("DeepONet that integrates", operator, 800),
+    "operator": Task("DeepONet that integrates", operator, 1500),
     "ode": Task("neural ODE", flow_of_time, 250),
-    "hyper": Task("hypernetwork of sines", hyper, 800),
+    "hyper": Task("hypernetwork of sines", hyper, 1200),
 }

@@ -203,7 +203,7 @@ def actor_critic(build: Build, steps: int) -> float:
 
 TASKS = {
     "flow": Task("RealNVP on two moons", flow, 400),
-    "diffusion": Task("diffusion on a spiral: error", diffusion, 800),
+    "diffusion": Task("diffusion on a spiral: error", diffusion, 1000),
     "gan": Task("GAN with a gradient penalty: energy distance", adversarial, 300),
     "logistic-gan": Task("GAN with the logistic loss: energy distance", logistic_game, 600),
     "ppo": Task("PPO: minus the reward", reinforced, 25),

@@ -208,6 +208,7 @@ def codebook(build: Build, steps: int) -> float:
     """A VQ-VAE (van den Oord et al., arXiv 1711.00937): its squared error at the end."""
     encoder, decoder, codes = relu(64, 64, 32), relu(32, 64, 64), nn.Embedding(32, 8)
     model = nn.ModuleDict({"encoder": encoder, "decoder": decoder, "codes": codes})
+    nn.init.uniform_(codes.weight, -1.0 / 32, 1.0 / 32)
 
     def found(x: Tensor) -> tuple[Tensor, Tensor]:
         z = encoder(x).view(-1, 8)
@@ -244,20 +245,20 @@ def of(make: type[nn.Module]) -> functools.partial[float]:
 
 TASKS = {
     "batch-1": Task("digits, batches of 1", functools.partial(few, 1), 1500),
-    "batch-4": Task("digits, batches of 4", functools.partial(few, 4), 1000),
-    "logistic": Task("logistic regression", logistic, 800),
-    "sum": Task("digits, loss is a sum", summed, 500),
-    "spectral": Task("spectral norm", spectral, 400),
-    "weight-norm": Task("weight norm", weight_norm, 400),
+    "batch-4": Task("digits, batches of 4", functools.partial(few, 4), 1200),
+    "logistic": Task("logistic regression", logistic, 1500),
+    "sum": Task("digits, loss is a sum", summed, 800),
+    "spectral": Task("spectral norm", spectral, 600),
+    "weight-norm": Task("weight norm", weight_norm, 600),
     "wrong-labels": Task("30 % wrong labels: test loss", wrong_labels, 600),
     "dropout": Task("convolutions with dropout", dropout, 400),
     "group-norm": Task("residual network with group norm", group_norm, 250),
-    "experts": Task("mixture of experts", of(Experts), 400),
-    "tied": Task("one layer, twelve times", of(Tied), 400),
+    "experts": Task("mixture of experts", of(Experts), 600),
+    "tied": Task("one layer, twelve times", of(Tied), 600),
     "changing": Task("four tasks, one after the other: all losses", changing, 800),
-    "two-heads": Task("two heads", two_heads, 500),
-    "contrastive": Task("contrastive, InfoNCE", contrastive, 500),
+    "two-heads": Task("two heads", two_heads, 800),
+    "contrastive": Task("contrastive, InfoNCE", contrastive, 600),
     "sigmoids": Task("autoencoder of sigmoids", sigmoids, 800),
     "codebook": Task("VQ-VAE: squared error", codebook, 500),
-    "deep-linear": Task("deep linear network", deep_linear, 500),
+    "deep-linear": Task("deep linear network", deep_linear, 800),
 }

@@ -241,7 +241,7 @@ TASKS = {
     "masked": Task("masked characters", masked, 400),
     "dilated": Task("dilated convolutions on characters", of(Dilated), 400),
     "state-space": Task("state space layer on characters", of(StateSpace), 400),
-    "skip-grams": Task("word2vec", skip_grams, 600),
+    "skip-grams": Task("word2vec", skip_grams, 1000),
     "adding": Task("GRU that adds", adding, 600),
     "copying": Task("LSTM that copies", copying, 600),
     "reversal": Task("encoder and decoder that reverse", reversal, 400),
