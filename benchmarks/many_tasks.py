@@ -37,5 +37,8 @@ def train(task: str, build: Build, seed: int, steps: int | None = None) -> float
         A loss, or another number of which less is better; infinite where the run went astray.
     """
     torch.manual_seed(seed)
-    found = TASKS[task].run(build, steps or TASKS[task].steps)
+    try:
+        found = TASKS[task].run(build, steps or TASKS[task].steps)
+    except torch.linalg.LinAlgError:  # of a kernel that is not finite
+        return math.inf
     return found if math.isfinite(found) else math.inf
