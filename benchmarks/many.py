@@ -7,7 +7,7 @@ makes its own runs anew. A task that is changed needs its folder there deleted.
 
     python benchmarks/many.py
 
-It writes the tables of docs/many_tasks.md. One thread takes about 40 minutes for all runs, and 25
+It writes the tables of docs/many_tasks.md. One thread takes about 30 minutes for all runs, and 20
 for those of SINGD.
 """
 

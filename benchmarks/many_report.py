@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from compare_report import Entry, is_ahead
 from compare_runs import OF_MODEL, OURS
 from many_runs import CONFIRM, RATES, RIVAL, SCHEDULES, SEARCH, Plan
@@ -57,6 +59,11 @@ def losses(plan: Plan, schedule: str) -> str:
         for method, said in verdicts.items()
         if said
     ]
+    edge = sum(plan.rate(task, schedule) == RATES[-1] for task in plan.tasks)
+    counts.append(
+        f"On {edge} tasks the largest rate, {RATES[-1]:g}, is the best of AdamW's: "
+        "a larger one may be better there."
+    )
     header = ["task", "AdamW, best of five"]
     header += [part for name in NAMES.values() for part in (name, "")]
     return "\n\n".join([table(header, lines), *counts])
@@ -72,7 +79,8 @@ def behind(plan: Plan) -> str:
             if OURS in found and RIVAL in found:
                 mine, rival = found[OURS], found[RIVAL]
                 if verdict(mine, rival) == "behind":
-                    cells = mine.cell(False, False, False), rival.cell(False, False, False)
+                    plain = (dataclasses.replace(entry, mark="") for entry in (mine, rival))
+                    cells = [entry.cell(False, False, False) for entry in plain]
                     parts.append(f"{BRIEFLY[schedule]} {cells[0]} against {cells[1]}")
         if parts:
             said.append(f"- **{TASKS[task].title}** (`{task}`): {', and '.join(parts)}.")
