@@ -16,17 +16,22 @@ from singd_core.curvature import TINY
 
 # Where late gradients agree so much more than noise, steps are too short: each makes the next ones
 # longer by up to `GROWTH`, to at most 55 times. Where they agree less than this share of noise,
-# steps are too long. The first numbers are of steps as they are. The second are of steps that have
-# become longer by `SURE`, in logarithms: longer ones take clearer signs.
+# steps that have become longer are too long. The first numbers are of steps as they are. The second
+# are of steps that have become longer by `SURE`, in logarithms: longer ones take clearer signs.
 AGREE = 1.8, 3.0
 OPPOSE = 0.6, 1.0
 SURE = 2.0
 GROWTH = 0.15
-LONGEST = 4.0
-# At a constant rate this share of it is forgotten in each step, or noise would keep it for good. A
-# rate is constant if it is this share of the largest, but for rounding.
-FORGET = 0.03
+LONGEST = 4.0  # and the shortest are as much shorter
+# Where they agree so little, they go to and fro, and steps as they are are too long.
+TURN = 0.05
+# A rate is constant if it is this share of the largest, but for rounding. At a constant rate this
+# share of longer steps is forgotten in each step, or noise would keep them for good. Where late
+# gradients agree no more than `NOISE`, steps become shorter as the power `SETTLE` of time.
 CONSTANT = 0.999
+FORGET = 0.03
+NOISE = 1.3
+SETTLE = 0.5
 # It begins when the sums have forgotten that they began with nothing.
 _FORGOTTEN = 0.88
 
@@ -95,33 +100,50 @@ class Late(Tree):
             multiply_add(self.weights, s.momentum, 1.0),
         )
 
-    def grown(self, agreement: Scalar, s: StepSettings) -> Self:
-        """With steps that are longer or shorter, after the agreement of this step."""
+    def smaller(self) -> Scalar:
+        """The mean square of late gradients over the mean of about the last thousand."""
+        return self.squares / at_least(self.weights * self.mean, TINY)
+
+    def grown(
+        self, agreement: Scalar, smaller: Scalar, moves: Array | bool, s: StepSettings
+    ) -> Self:
+        """With steps that are longer or shorter, after the agreement of this step.
+
+        Args:
+            agreement: It.
+            smaller: What `smaller` returns.
+            moves: Whether the gradient of this step is not zero.
+            s: The settings.
+        """
         ratio = agreement * agreement / agreement_of_noise(s)
-        grown = at_most(self.growth * (1.0 / SURE), 1.0)
+        longer = at_least(self.growth, 0.0)
+        sure = at_most(longer * (1.0 / SURE), 1.0)
         # how far it is above and below what is asked for, up and down by at most 1
-        above, below = (multiply_add(grown, a - b, ratio) for a, b in (AGREE, OPPOSE))
+        above, below = (multiply_add(sure, a - b, ratio) for a, b in (AGREE, OPPOSE))
         low, high = AGREE[0], OPPOSE[0]
-        change = clip(above, low, low + 1.0) + at_most(below, high) - (low + high)
-        change = where(self.weights > _FORGOTTEN / (1.0 - s.momentum), change, 0.0)
-        growth = self.growth
+        less = (low + high) - (clip(above, low, low + 1.0) + at_most(below, high))
+        less = at_most(less * GROWTH, longer)
+        less = less + at_least(multiply_add(ratio, -GROWTH / TURN, GROWTH), 0.0)
         if not isinstance(s.share, (int, float)) or s.share > CONSTANT:
-            growth = where(s.share > CONSTANT, growth * (1.0 - FORGET), growth)
-        growth = clip(multiply_add(change, GROWTH, growth), 0.0, LONGEST)
+            noise = clip(NOISE - ratio, 0.0, 1.0) * at_most(smaller, 1.0)
+            settled = multiply_add(longer, FORGET, noise * (SETTLE / self.steps))
+            less = less + where(s.share > CONSTANT, settled, 0.0)
+        begun = self.weights > _FORGOTTEN / (1.0 - s.momentum)
+        growth = clip(self.growth - where(begun & moves, less, 0.0), -LONGEST, LONGEST)
         return type(self)(self.squares, self.weights, growth, self.mean, self.steps)
 
-    def longer(self, share: Scalar = 1.0) -> Scalar:
+    def longer(self, smaller: Scalar, share: Scalar = 1.0) -> Scalar:
         """How much longer steps are than R a, or shorter: e^h f.
 
         Args:
+            smaller: What `smaller` returns.
             share: The rate of this step over the largest so far.
         """
-        squared = self.squares / at_least(self.weights * self.mean, TINY)
         most = at_least(share, SHORTEST)
-        smaller = clip(squared, SHORTEST**2, most * most) ** 0.5
+        f = clip(smaller, SHORTEST**2, most * most) ** 0.5
         if not isinstance(most, (int, float)) or most != 1.0:  # a constant rate costs nothing
-            smaller = smaller / most
-        return exp(self.growth) * where(self.steps > BEGINNING, smaller, 1.0)
+            f = f / most
+        return exp(self.growth) * where(self.steps > BEGINNING, f, 1.0)
 
     def agreement(self, ahead: Scalar, squares: Scalar, s: Settings) -> Scalar:
         """‖Σ bⱼ Gⱼ‖ / √(Σ bⱼ · Σ bⱼ ‖Gⱼ‖²), in [0, 1]: 1 if all late gradients are equal.

@@ -99,13 +99,15 @@ def scaled(
     agreement: Scalar = 1.0
     longer: Scalar = 1.0
     ahead, natural = lengths
+    moves = squares > 0.0
     if late is not None:
         late = late.update(squares, s)
         agreement = late.agreement(ahead, squares, s)
-        late = late.grown(agreement, s)
-        longer = late.longer(s.share)
+        smaller = late.smaller()
+        late = late.grown(agreement, smaller, moves, s)
+        longer = late.longer(smaller, s.share)
     scale = longer * (agreement * size) / at_least(natural, LEAST)
-    return where(squares > 0.0, scale, 0.0), late, agreement
+    return where(moves, scale, 0.0), late, agreement
 
 
 def sides(d_out: int, d_in: int, overlap: float) -> tuple[float, float]:

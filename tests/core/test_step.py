@@ -12,9 +12,13 @@ from singd_core._settings import StepSettings
 from singd_core.late import (
     BEGINNING,
     FORGET,
+    GROWTH,
     LONGEST,
     MEMORY,
+    NOISE,
+    SETTLE,
     SHORTEST,
+    TURN,
     Late,
     agreement_of_noise,
 )
@@ -191,11 +195,11 @@ def test_steps_grow_while_gradients_agree_and_shrink_where_they_oppose() -> None
     late = nothing_late()
     growths = []
     for agreement in [1.0] * 60 + [0.0] * 60:
-        late = late.update(1.0, s).grown(agreement, s)
+        late = late.update(1.0, s).grown(agreement, 1.0, True, s)
         growths.append(late.growth)
     assert growths[:15] == [0.0] * 15  # sums that have just begun say little
     assert growths[59] == LONGEST
-    assert growths[-1] == 0.0
+    assert growths[-1] == -LONGEST
 
 
 def test_longer_steps_take_clearer_signs() -> None:
@@ -205,7 +209,7 @@ def test_longer_steps_take_clearer_signs() -> None:
 
     def after(ratio: float, late: Late) -> Late:
         for _ in range(300):
-            late = late.update(1.0, s).grown((ratio * noise) ** 0.5, s)
+            late = late.update(1.0, s).grown((ratio * noise) ** 0.5, 1.0, True, s)
         return late
 
     assert float(after(1.7, late).growth) == float(after(0.7, late).growth) == 0.0
@@ -215,14 +219,59 @@ def test_longer_steps_take_clearer_signs() -> None:
     assert float(after(0.7, longer).growth) == pytest.approx(0.1 / 0.4 * 2.0, rel=1e-3)
 
 
+def test_steps_become_shorter_where_gradients_turn() -> None:
+    """Far below noise they go to and fro; above, short steps stay short until gradients agree."""
+    s, late = decayed(), nothing_late()
+    noise = agreement_of_noise(s)
+
+    def after(ratio: float, steps: int, late: Late) -> Late:
+        for _ in range(steps):
+            late = late.update(1.0, s).grown((ratio * noise) ** 0.5, 1.0, True, s)
+        return late
+
+    late = after(1.0, 30, late)
+    assert after(1.01 * TURN, 10, late).growth == 0.0
+    short = after(0.6 * TURN, 10, late)
+    assert float(short.growth) == pytest.approx(-10 * GROWTH * 0.4)
+    assert after(1.01 * TURN, 10, short).growth == short.growth == after(1.7, 10, short).growth
+    assert float(after(2.3, 2, short).growth - short.growth) == pytest.approx(2 * GROWTH * 0.5)
+
+
+def test_at_a_constant_rate_steps_settle_in_noise() -> None:
+    """They become shorter as a power of time, unless gradients become smaller by themselves."""
+    s, late = StepSettings(**vars(settings("normalized"))), nothing_late()
+    noise, found = agreement_of_noise(s), {}
+    for t in range(1, 801):
+        late = late.update(1.0, s).grown((0.3 * noise) ** 0.5, 1.0, True, s)
+        found[t] = late.growth
+    for t in (100, 400):
+        assert found[2 * t] - found[t] == pytest.approx(-SETTLE * np.log(2.0), rel=0.01)
+    before, smaller = late.growth, late
+    for _ in range(100):
+        smaller = smaller.update(1.0, s).grown((0.3 * noise) ** 0.5, 0.1, True, s)
+        late = late.update(1.0, s).grown((0.3 * noise) ** 0.5, 1.0, True, s)
+    assert before - smaller.growth == pytest.approx(0.1 * (before - late.growth))
+    assert late.grown((NOISE * noise) ** 0.5, 1.0, True, s).growth == late.growth
+
+
+def test_a_gradient_that_is_zero_says_nothing_of_the_size() -> None:
+    s, late = StepSettings(**vars(settings("normalized"))), nothing_late()
+    for agreement in (1.0, 0.0):
+        for _ in range(25):
+            late = late.update(1.0, s).grown(agreement, 1.0, True, s)
+        same = late.update(0.0, s).grown(0.0, 1.0, False, s)
+        assert same.growth == late.growth != 0.0
+
+
 def test_at_a_constant_rate_noise_forgets_that_steps_were_longer() -> None:
     s, late = StepSettings(**vars(settings("normalized"))), nothing_late()
+    noise = agreement_of_noise(s)
     for _ in range(200):
-        late = late.update(1.0, s).grown(1.0, s)
+        late = late.update(1.0, s).grown(1.0, 1.0, True, s)
     assert late.growth == LONGEST  # while gradients agree
     grown = []
     for _ in range(100):
-        late = late.update(1.0, s).grown(agreement_of_noise(s) ** 0.5, s)
+        late = late.update(1.0, s).grown((NOISE * noise) ** 0.5, 1.0, True, s)
         grown.append(late.growth)
     ratios = np.divide(grown[51:], grown[50:-1])
     np.testing.assert_allclose(ratios, 1.0 - FORGET, rtol=1e-6)
@@ -232,7 +281,7 @@ def test_at_a_constant_rate_noise_forgets_that_steps_were_longer() -> None:
 def test_noise_does_not_change_the_size() -> None:
     s, late = decayed(), nothing_late()
     for _ in range(60):
-        late = late.update(1.0, s).grown(agreement_of_noise(s) ** 0.5, s)
+        late = late.update(1.0, s).grown(agreement_of_noise(s) ** 0.5, 1.0, True, s)
     assert late.growth == 0.0
 
 
@@ -240,7 +289,7 @@ def test_steps_shrink_with_the_gradient_after_the_beginning() -> None:
     s, late, found = settings("normalized"), nothing_late(), []
     for t in range(1, 1001):
         late = late.update(10.0 ** (-2 * t / 200), s)  # ‖∇W‖ is a tenth after 200 steps
-        found.append(late.longer())
+        found.append(late.longer(late.smaller()))
         if t == BEGINNING + 1:
             squares = 10.0 ** (-2 * np.arange(1, t + 1) / 200)
             b = s.momentum ** np.arange(t)[::-1]
@@ -255,10 +304,10 @@ def test_a_schedule_takes_the_place_of_shorter_steps() -> None:
     s, late = settings("normalized"), nothing_late()
     for t in range(int(MEMORY)):
         late = late.update(1.0 if t < 500 else 0.09, s)
-    shorter = late.longer()
+    shorter = late.longer(late.smaller())
     assert SHORTEST < 0.3 < shorter < 0.5
-    assert late.longer(0.8) == pytest.approx(shorter / 0.8)
-    assert [late.longer(share) for share in (shorter, 0.3, 0.1, 0.0)] == [1.0] * 4
+    assert late.longer(late.smaller(), 0.8) == pytest.approx(shorter / 0.8)
+    assert [late.longer(late.smaller(), share) for share in (shorter, 0.3, 0.1, 0.0)] == [1.0] * 4
 
 
 def test_gradients_of_long_ago_are_forgotten() -> None:
@@ -266,14 +315,14 @@ def test_gradients_of_long_ago_are_forgotten() -> None:
     for t in range(3 * int(MEMORY)):
         late = late.update(100.0 if t < MEMORY else 1.0, s)
     mean = 1.0 + 99.0 * (1.0 - 1.0 / MEMORY) ** (2 * MEMORY)
-    assert late.longer() == pytest.approx(mean**-0.5, rel=1e-6)
+    assert late.longer(late.smaller()) == pytest.approx(mean**-0.5, rel=1e-6)
 
 
 def test_steps_do_not_shrink_while_gradients_keep_their_size_or_grow() -> None:
     s, late = settings("normalized"), nothing_late()
     for t in range(1000):
         late = late.update(1.0 + t, s)
-        assert late.longer() == 1.0
+        assert late.longer(late.smaller()) == 1.0
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
@@ -281,8 +330,8 @@ def test_how_much_they_shrink_does_not_depend_on_the_scale_of_the_loss(scale: fl
     s, late, other = settings("normalized"), nothing_late(), nothing_late()
     for t in range(int(BEGINNING) + 50):
         late, other = late.update(0.97**t, s), other.update(scale * 0.97**t, s)
-    assert 0.0 < late.longer() < 1.0
-    assert other.longer() == pytest.approx(late.longer(), rel=1e-6)
+    assert 0.0 < late.longer(late.smaller()) < 1.0
+    assert other.longer(other.smaller()) == pytest.approx(late.longer(late.smaller()), rel=1e-6)
 
 
 @pytest.mark.parametrize("scale", [2e-20, 1e-3, 1e16])

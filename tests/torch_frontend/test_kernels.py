@@ -93,12 +93,12 @@ class Transformer(nn.Module):
 # The whole of a step: 4-layer transformer, 19 layers in 7 stacks, and the norms by AdamW.
 DIAGONAL = {"structures": ("diagonal", "diagonal")}
 LIMITS: dict[str, tuple[Callable[[nn.Module], Any], dict[str, Any], int, int, int]] = {
-    "default": (lambda model: model, {}, 121, 161, 422),
-    "diagonal": (lambda model: model, DIAGONAL, 195, 235, 605),  # tables have rows
-    "decay": (lambda model: model, {"weight_decay": 0.01}, 125, 165, 426),
-    "parameters": (nn.Module.parameters, {}, 104, 147, 421),
-    "names": (nn.Module.named_parameters, {}, 136, 182, 521),
-    "names, diagonal": (nn.Module.named_parameters, DIAGONAL, 128, 174, 406),
+    "default": (lambda model: model, {}, 136, 176, 437),
+    "diagonal": (lambda model: model, DIAGONAL, 225, 265, 635),  # tables have rows
+    "decay": (lambda model: model, {"weight_decay": 0.01}, 140, 180, 441),
+    "parameters": (nn.Module.parameters, {}, 119, 162, 436),
+    "names": (nn.Module.named_parameters, {}, 151, 197, 536),
+    "names, diagonal": (nn.Module.named_parameters, DIAGONAL, 143, 189, 421),
 }
 
 

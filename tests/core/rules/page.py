@@ -99,14 +99,18 @@ class Page:
             weight, squares = max(1 / self.k, rate), balanced**2
             self.r = self.r + weight * (squares.mean(1) / squares.mean() - self.r)
             self.c = self.c + weight * (squares.mean(0) / squares.mean() - self.c)
-        if self.w * (1 - alpha) > 0.88:
+        self.mean += max(1 / self.t, 1 / 1000) * (square - self.mean)
+        if self.w * (1 - alpha) > 0.88 and square > 0:
             ratio = agreement**2 / NOISE[s["nesterov"]](alpha)
-            grown = min(self.growth / 2, 1)
+            longer = max(self.growth, 0)
+            grown = min(longer / 2, 1)
             change = np.clip(ratio - (1.8 + 1.2 * grown), 0, 1)
             change -= np.clip(0.6 + 0.4 * grown - ratio, 0, 1)
-            old = self.growth * (0.97 if share > 0.999 else 1.0)
-            self.growth = np.clip(old + 0.15 * change, 0, 4)
-        self.mean += max(1 / self.t, 1 / 1000) * (square - self.mean)
+            change = max(0.15 * change, -longer) - 0.15 * np.clip(1 - ratio / 0.05, 0, 1)
+            if share > 0.999:
+                settled = np.clip(1.3 - ratio, 0, 1) * min(1, self.Q / self.w / self.mean)
+                change -= 0.03 * longer + 0.5 * max(1 / self.t, 1 / 1000) * settled
+            self.growth = np.clip(self.growth + change, -4, 4)
         most = max(0.14, share)
         f = np.clip(np.sqrt(self.Q / self.w / self.mean), 0.14, most) / most
         f = f if self.t > 60 else 1.0
