@@ -1,9 +1,10 @@
-"""Many small tasks of many kinds: SINGD at its defaults beside AdamW at the best of five rates.
+"""Many small tasks of many kinds: SINGD at its defaults beside AdamW at the best of six rates.
 
 Each task is trained at a constant rate and with a linear decay to 0. Seed 0 chooses the rate of
-AdamW, and the seeds 1 to 3 are those of the tables. Every run is kept in benchmarks/results/many/
-and is never made twice, so that the command goes on where it stopped; a change of SINGD's code
-makes its own runs anew. A task that is changed needs its folder there deleted.
+AdamW, and the seeds 2, 3 and 6 are those of the tables. Every run is kept in
+benchmarks/results/many/ and is never made twice, so that the command goes on where it stopped; a
+change of SINGD's code makes its own runs anew. A task that is changed needs its folder there
+deleted.
 
     python benchmarks/many.py
 

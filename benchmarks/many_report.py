@@ -64,7 +64,7 @@ def losses(plan: Plan, schedule: str) -> str:
         f"On {edge} tasks the largest rate, {RATES[-1]:g}, is the best of AdamW's: "
         "a larger one may be better there."
     )
-    header = ["task", "AdamW, best of five"]
+    header = ["task", f"AdamW, best of {len(RATES)}"]
     header += [part for name in NAMES.values() for part in (name, "")]
     return "\n\n".join([table(header, lines), *counts])
 

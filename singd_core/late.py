@@ -23,14 +23,14 @@ OPPOSE = 0.6, 1.0
 SURE = 2.0
 GROWTH = 0.15
 LONGEST = 4.0  # and the shortest are as much shorter
-# Where they agree so little, they go to and fro, and steps as they are are too long.
+# Where they agree so little, the weights swing to and fro, and steps as they are are too long.
 TURN = 0.05
 # A rate is constant if it is this share of the largest, but for rounding. At a constant rate this
 # share of longer steps is forgotten in each step, or noise would keep them for good. Where late
 # gradients agree no more than `NOISE`, steps become shorter as the power `SETTLE` of time.
 CONSTANT = 0.999
 FORGET = 0.03
-NOISE = 1.3
+NOISE = 1.5
 SETTLE = 0.5
 # It begins when the sums have forgotten that they began with nothing.
 _FORGOTTEN = 0.88
@@ -53,13 +53,15 @@ class Late(Tree):
     Attributes:
         squares: Σⱼ αʲ ‖∇Wₜ₋ⱼ‖², of the batch axes' shape.
         weights: Σⱼ αʲ, of the batch axes' shape.
+        noise: Σⱼ α²ʲ ‖∇Wₜ₋ⱼ‖², of the batch axes' shape.
         growth: The logarithm of how much longer steps have become, of the batch axes' shape.
         mean: The mean of ‖∇W‖² over about the last thousand steps, of the batch axes' shape.
-        steps: How many these are, of the batch axes' shape.
+        steps: The number of steps, of the batch axes' shape.
     """
 
     squares: Array
     weights: Array
+    noise: Array
     growth: Array
     mean: Array
     steps: Array
@@ -90,9 +92,10 @@ class Late(Tree):
 
     def update(self, squares: Scalar, s: Settings) -> Self:
         """One step later, with ‖∇W‖²."""
-        steps = at_most(self.steps + 1.0, MEMORY)
-        mean = self.mean + (squares - self.mean) / steps
-        return type(self)(*self._added(squares, s), self.growth, mean, steps)
+        steps = self.steps + 1.0
+        mean = self.mean + (squares - self.mean) / at_most(steps, MEMORY)
+        noise = multiply_add(self.noise, s.momentum * s.momentum, squares)
+        return type(self)(*self._added(squares, s), noise, self.growth, mean, steps)
 
     def _added(self, squares: Scalar, s: Settings) -> tuple[Scalar, Scalar]:
         return (
@@ -104,18 +107,15 @@ class Late(Tree):
         """The mean square of late gradients over the mean of about the last thousand."""
         return self.squares / at_least(self.weights * self.mean, TINY)
 
-    def grown(
-        self, agreement: Scalar, smaller: Scalar, moves: Array | bool, s: StepSettings
-    ) -> Self:
-        """With steps that are longer or shorter, after the agreement of this step.
+    def grown(self, ratio: Scalar, smaller: Scalar, moves: Array | bool, s: StepSettings) -> Self:
+        """With steps that are longer or shorter, after this step.
 
         Args:
-            agreement: It.
+            ratio: How much late gradients agree, over noise: what `over_noise` returns.
             smaller: What `smaller` returns.
             moves: Whether the gradient of this step is not zero.
             s: The settings.
         """
-        ratio = agreement * agreement / agreement_of_noise(s)
         longer = at_least(self.growth, 0.0)
         sure = at_most(longer * (1.0 / SURE), 1.0)
         # how far it is above and below what is asked for, up and down by at most 1
@@ -130,7 +130,7 @@ class Late(Tree):
             less = less + where(s.share > CONSTANT, settled, 0.0)
         begun = self.weights > _FORGOTTEN / (1.0 - s.momentum)
         growth = clip(self.growth - where(begun & moves, less, 0.0), -LONGEST, LONGEST)
-        return type(self)(self.squares, self.weights, growth, self.mean, self.steps)
+        return type(self)(self.squares, self.weights, self.noise, growth, self.mean, self.steps)
 
     def longer(self, smaller: Scalar, share: Scalar = 1.0) -> Scalar:
         """How much longer steps are than R a, or shorter: e^h f.
@@ -144,6 +144,19 @@ class Late(Tree):
         if not isinstance(most, (int, float)) or most != 1.0:  # a constant rate costs nothing
             f = f / most
         return exp(self.growth) * where(self.steps > BEGINNING, f, 1.0)
+
+    def over_noise(self, ahead: Scalar, squares: Scalar, s: Settings) -> Scalar:
+        """‖Σ bⱼ Gⱼ‖² / Σ bⱼ² ‖Gⱼ‖²: about 1 if late gradients have nothing in common.
+
+        Args:
+            ahead: The norm of Σ bⱼ Gⱼ, which is what `averaged` returns of gradients.
+            squares: ‖∇W‖² of this step.
+            s: The settings.
+        """
+        noise, alpha = self.noise, s.momentum
+        if s.nesterov:
+            noise = multiply_add(noise, alpha * alpha, squares * (1.0 + 2.0 * alpha))
+        return ahead * ahead / at_least(noise, TINY)
 
     def agreement(self, ahead: Scalar, squares: Scalar, s: Settings) -> Scalar:
         """‖Σ bⱼ Gⱼ‖ / √(Σ bⱼ · Σ bⱼ ‖Gⱼ‖²), in [0, 1]: 1 if all late gradients are equal.
@@ -169,22 +182,22 @@ def _pair(old: Array, one: Scalar, two: Scalar) -> Array:
 
 
 def begun_anew(sums: Late, saved: Mapping[str, Any], prefix: str) -> dict[str, Array]:
-    """What `saved` lacks if it was saved before there was a mean: zeros.
+    """What `saved` lacks if it was saved before there was a mean, or a sum for noise.
 
     Args:
         sums: Sums of the same matrix.
         saved: Arrays under the names that `sums.named_arrays(prefix)` has.
         prefix: What these names begin with.
+
+    Returns:
+        Zeros for the mean and its steps, and the noise of equal gradients with a momentum of 0.9.
     """
+    found: dict[str, Array] = {}
+    if prefix + "growth" not in saved or prefix + "squares" not in saved:
+        return found
     new = {prefix + "mean": sums.mean, prefix + "steps": sums.steps}
-    if prefix + "growth" not in saved or not new.keys().isdisjoint(saved):
-        return {}
-    return {name: namespace(a).zeros_like(a) for name, a in new.items()}
-
-
-def agreement_of_noise(s: Settings) -> Scalar:
-    """The squared agreement Σ bⱼ² / (Σ bⱼ)² of gradients that have nothing in common."""
-    alpha = s.momentum
-    if not s.nesterov:
-        return (1.0 - alpha) / (1.0 + alpha)
-    return (1.0 + 2.0 * alpha + alpha**2 / (1.0 - alpha**2)) * (1.0 - alpha) ** 2
+    if new.keys().isdisjoint(saved):
+        found |= {name: namespace(a).zeros_like(a) for name, a in new.items()}
+    if prefix + "noise" not in saved:
+        found[prefix + "noise"] = saved[prefix + "squares"] * (1.0 / 1.9)
+    return found

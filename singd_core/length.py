@@ -103,8 +103,8 @@ def scaled(
     if late is not None:
         late = late.update(squares, s)
         agreement = late.agreement(ahead, squares, s)
-        smaller = late.smaller()
-        late = late.grown(agreement, smaller, moves, s)
+        ratio, smaller = late.over_noise(ahead, squares, s), late.smaller()
+        late = late.grown(ratio, smaller, moves, s)
         longer = late.longer(smaller, s.share)
     scale = longer * (agreement * size) / at_least(natural, LEAST)
     return where(moves, scale, 0.0), late, agreement

@@ -20,7 +20,6 @@ from singd_core.late import (
     SHORTEST,
     TURN,
     Late,
-    agreement_of_noise,
 )
 from singd_core.length import OUTPUTS, SPECTRAL, TYPICAL
 from singd_core.levels import Levels
@@ -177,25 +176,38 @@ def test_a_dead_matrix_does_not_walk() -> None:
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
-def test_the_agreement_of_noise_is_what_random_gradients_have(nesterov: bool) -> None:
+@pytest.mark.parametrize("sizes", ["equal", "one large among many"])
+def test_gradients_with_nothing_in_common_agree_like_noise(nesterov: bool, sizes: str) -> None:
+    """Whatever their norms are: one large gradient agrees with itself alone."""
     s = dataclasses.replace(settings("normalized"), nesterov=nesterov)
     rng, m, found = np.random.default_rng(0), 0.0, []
     late = nothing_late()
     for t in range(300):
         g = rng.standard_normal(10_000)
+        g *= 1.0 if sizes == "equal" or t % 25 else 100.0
         m = s.momentum * m + g
         late = late.update(g @ g, s)
         ahead = g + s.momentum * m if nesterov else m
-        found.append(float(late.agreement(np.linalg.norm(ahead), g @ g, s)) ** 2 if t > 100 else 0)
-    assert np.mean(found[101:]) == pytest.approx(agreement_of_noise(s), rel=0.02)
+        found.append(float(late.over_noise(np.linalg.norm(ahead), g @ g, s)))
+    np.testing.assert_allclose(found, 1.0, atol=0.1)
+
+
+def test_equal_gradients_agree_more_than_noise() -> None:
+    s, late, m = settings("normalized"), nothing_late(), 0.0
+    for _ in range(300):
+        late, m = late.update(1.0, s), s.momentum * m + 1.0
+    alpha = s.momentum
+    b = np.array([1.0 + alpha, *(alpha ** np.arange(2, 400))])
+    expected = b.sum() ** 2 / (b @ b)
+    assert late.over_noise(1.0 + alpha * m, 1.0, s) == pytest.approx(expected)
 
 
 def test_steps_grow_while_gradients_agree_and_shrink_where_they_oppose() -> None:
     s = decayed()
     late = nothing_late()
     growths = []
-    for agreement in [1.0] * 60 + [0.0] * 60:
-        late = late.update(1.0, s).grown(agreement, 1.0, True, s)
+    for ratio in [13.0] * 60 + [0.0] * 60:
+        late = late.update(1.0, s).grown(ratio, 1.0, True, s)
         growths.append(late.growth)
     assert growths[:15] == [0.0] * 15  # sums that have just begun say little
     assert growths[59] == LONGEST
@@ -205,11 +217,10 @@ def test_steps_grow_while_gradients_agree_and_shrink_where_they_oppose() -> None
 def test_longer_steps_take_clearer_signs() -> None:
     """A little more agreement than noise makes steps longer, but not much; noise keeps them so."""
     s, late = decayed(), nothing_late()
-    noise = agreement_of_noise(s)
 
     def after(ratio: float, late: Late) -> Late:
         for _ in range(300):
-            late = late.update(1.0, s).grown((ratio * noise) ** 0.5, 1.0, True, s)
+            late = late.update(1.0, s).grown(ratio, 1.0, True, s)
         return late
 
     assert float(after(1.7, late).growth) == float(after(0.7, late).growth) == 0.0
@@ -222,11 +233,10 @@ def test_longer_steps_take_clearer_signs() -> None:
 def test_steps_become_shorter_where_gradients_turn() -> None:
     """Far below noise they go to and fro; above, short steps stay short until gradients agree."""
     s, late = decayed(), nothing_late()
-    noise = agreement_of_noise(s)
 
     def after(ratio: float, steps: int, late: Late) -> Late:
         for _ in range(steps):
-            late = late.update(1.0, s).grown((ratio * noise) ** 0.5, 1.0, True, s)
+            late = late.update(1.0, s).grown(ratio, 1.0, True, s)
         return late
 
     late = after(1.0, 30, late)
@@ -240,38 +250,37 @@ def test_steps_become_shorter_where_gradients_turn() -> None:
 def test_at_a_constant_rate_steps_settle_in_noise() -> None:
     """They become shorter as a power of time, unless gradients become smaller by themselves."""
     s, late = StepSettings(**vars(settings("normalized"))), nothing_late()
-    noise, found = agreement_of_noise(s), {}
-    for t in range(1, 801):
-        late = late.update(1.0, s).grown((0.3 * noise) ** 0.5, 1.0, True, s)
+    found = {}
+    for t in range(1, 4001):
+        late = late.update(1.0, s).grown(0.3, 1.0, True, s)
         found[t] = late.growth
-    for t in (100, 400):
+    for t in (100, 400, 2000):
         assert found[2 * t] - found[t] == pytest.approx(-SETTLE * np.log(2.0), rel=0.01)
     before, smaller = late.growth, late
     for _ in range(100):
-        smaller = smaller.update(1.0, s).grown((0.3 * noise) ** 0.5, 0.1, True, s)
-        late = late.update(1.0, s).grown((0.3 * noise) ** 0.5, 1.0, True, s)
+        smaller = smaller.update(1.0, s).grown(0.3, 0.1, True, s)
+        late = late.update(1.0, s).grown(0.3, 1.0, True, s)
     assert before - smaller.growth == pytest.approx(0.1 * (before - late.growth))
-    assert late.grown((NOISE * noise) ** 0.5, 1.0, True, s).growth == late.growth
+    assert late.grown(NOISE, 1.0, True, s).growth == late.growth
 
 
 def test_a_gradient_that_is_zero_says_nothing_of_the_size() -> None:
     s, late = StepSettings(**vars(settings("normalized"))), nothing_late()
-    for agreement in (1.0, 0.0):
+    for ratio in (13.0, 0.0):
         for _ in range(25):
-            late = late.update(1.0, s).grown(agreement, 1.0, True, s)
+            late = late.update(1.0, s).grown(ratio, 1.0, True, s)
         same = late.update(0.0, s).grown(0.0, 1.0, False, s)
         assert same.growth == late.growth != 0.0
 
 
 def test_at_a_constant_rate_noise_forgets_that_steps_were_longer() -> None:
     s, late = StepSettings(**vars(settings("normalized"))), nothing_late()
-    noise = agreement_of_noise(s)
     for _ in range(200):
-        late = late.update(1.0, s).grown(1.0, 1.0, True, s)
+        late = late.update(1.0, s).grown(13.0, 1.0, True, s)
     assert late.growth == LONGEST  # while gradients agree
     grown = []
     for _ in range(100):
-        late = late.update(1.0, s).grown((NOISE * noise) ** 0.5, 1.0, True, s)
+        late = late.update(1.0, s).grown(NOISE, 1.0, True, s)
         grown.append(late.growth)
     ratios = np.divide(grown[51:], grown[50:-1])
     np.testing.assert_allclose(ratios, 1.0 - FORGET, rtol=1e-6)
@@ -281,7 +290,7 @@ def test_at_a_constant_rate_noise_forgets_that_steps_were_longer() -> None:
 def test_noise_does_not_change_the_size() -> None:
     s, late = decayed(), nothing_late()
     for _ in range(60):
-        late = late.update(1.0, s).grown(agreement_of_noise(s) ** 0.5, 1.0, True, s)
+        late = late.update(1.0, s).grown(1.0, 1.0, True, s)
     assert late.growth == 0.0
 
 

@@ -50,8 +50,12 @@ class Makeup:
         )
 
     def untrained(self) -> list[str]:
-        """The names of parameters that have a gradient and are in no group, if not by choice."""
-        return [name for p, name in self._others.items() if p.grad is not None]
+        """The names of parameters that have a gradient and are in no group, if not by choice.
+
+        A frozen parameter may still have the gradient of a time before.
+        """
+        others = self._others.items()
+        return [name for p, name in others if p.requires_grad and p.grad is not None]
 
 
 def _made_of(module: nn.Module, known: bool) -> dict[str, Any]:

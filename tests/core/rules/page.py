@@ -7,16 +7,6 @@ import numpy as np
 
 from singd_core.structures import get
 
-# Σ bⱼ² / (Σ bⱼ)², with the look ahead b₀ = 1 + α and bⱼ = αʲ⁺¹, and without bⱼ = αʲ
-NOISE = {
-    True: lambda alpha: _share([1 + alpha] + [alpha ** (j + 1) for j in range(1, 2000)]),
-    False: lambda alpha: _share([alpha**j for j in range(2000)]),
-}
-
-
-def _share(b: list[float]) -> float:
-    return float(np.sum(np.square(b)) / np.sum(b) ** 2)
-
 
 class Page:
     """Sections 2, 3 and 5 of the mathematics page.
@@ -36,7 +26,7 @@ class Page:
         self.S_C = self.C = np.eye(self.d_out)
         self.m_K, self.m_C, self.m_W = 0.0 * self.K, 0.0 * self.C, 0.0 * W
         self.r, self.c = np.ones(self.d_out), np.ones(self.d_in)
-        self.t_U = self.t_G = self.Q = self.w = self.growth = self.mean = 0.0
+        self.t_U = self.t_G = self.Q = self.w = self.N = self.growth = self.mean = 0.0
         self.P_K, self.P_C = map(_projection, structures)
 
     def step(self, grad: np.ndarray, A: np.ndarray, B: np.ndarray) -> np.ndarray:
@@ -86,9 +76,11 @@ class Page:
         square = np.sum(grad * grad)
         self.m_W = alpha * self.m_W + grad
         self.Q, self.w = alpha * self.Q + square, alpha * self.w + 1
-        ahead, Q, w = self.m_W, self.Q, self.w
+        self.N = alpha**2 * self.N + square
+        ahead, Q, w, noise = self.m_W, self.Q, self.w, self.N
         if s["nesterov"]:
             ahead, Q, w = grad + alpha * self.m_W, square + alpha * self.Q, 1 + alpha * self.w
+            noise = (1 + 2 * alpha) * square + alpha**2 * self.N
         agreement = np.linalg.norm(ahead) / np.sqrt(w * Q)
         P_C, P_K = self.C @ self.C.T, self.K @ self.K.T
         balanced = P_C @ ahead @ P_K / np.sqrt(np.outer(np.diag(P_C), np.diag(P_K)))
@@ -101,15 +93,15 @@ class Page:
             self.c = self.c + weight * (squares.mean(0) / squares.mean() - self.c)
         self.mean += max(1 / self.t, 1 / 1000) * (square - self.mean)
         if self.w * (1 - alpha) > 0.88 and square > 0:
-            ratio = agreement**2 / NOISE[s["nesterov"]](alpha)
+            ratio = np.sum(ahead * ahead) / noise
             longer = max(self.growth, 0)
             grown = min(longer / 2, 1)
             change = np.clip(ratio - (1.8 + 1.2 * grown), 0, 1)
             change -= np.clip(0.6 + 0.4 * grown - ratio, 0, 1)
             change = max(0.15 * change, -longer) - 0.15 * np.clip(1 - ratio / 0.05, 0, 1)
             if share > 0.999:
-                settled = np.clip(1.3 - ratio, 0, 1) * min(1, self.Q / self.w / self.mean)
-                change -= 0.03 * longer + 0.5 * max(1 / self.t, 1 / 1000) * settled
+                settled = np.clip(1.5 - ratio, 0, 1) * min(1, self.Q / self.w / self.mean)
+                change -= 0.03 * longer + 0.5 / self.t * settled
             self.growth = np.clip(self.growth + change, -4, 4)
         most = max(0.14, share)
         f = np.clip(np.sqrt(self.Q / self.w / self.mean), 0.14, most) / most
