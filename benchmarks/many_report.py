@@ -59,7 +59,7 @@ def losses(plan: Plan, schedule: str) -> str:
         for method, said in verdicts.items()
         if said
     ]
-    edge = sum(plan.rate(task, schedule) == RATES[-1] for task in plan.tasks)
+    edge = sum(plan.rate(line[0], schedule) == RATES[-1] for line in lines)
     counts.append(
         f"On {edge} tasks the largest rate, {RATES[-1]:g}, is the best of AdamW's: "
         "a larger one may be better there."

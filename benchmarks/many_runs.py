@@ -23,7 +23,7 @@ from singd_torch import SINGD
 RIVAL = "AdamW"
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 METHODS: dict[str, dict[str, Any]] = {
-    RIVAL: {"kind": adamw},
+    RIVAL: {"kind": adamw, "weight_decay": 0.0},  # as SINGD has
     OURS: {"kind": SINGD},
     OF_MODEL: {"kind": SINGD, "structures": "diagonal"},
 }

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from many_tasks_common import Task, at_end, fitted
-from noisy import Build, Carts, adversarial, network, reinforced
+from noisy import Build, Carts, adversarial, energy, network, reinforced
 from torch import Tensor, nn
 
 # ---- distributions in the plane -----------------------------------------------------------------
@@ -70,14 +70,6 @@ def diffusion(build: Build, steps: int) -> float:
 
     fitted(build, model, steps, loss)
     return at_end(model, partial(loss, 8192))
-
-
-def energy(made: Tensor, x: Tensor) -> float:
-    """The energy distance of two clouds of points."""
-    between, *inside = (
-        torch.cdist(a, b).mean().item() for a, b in ((made, x), (made, made), (x, x))
-    )
-    return 2.0 * between - sum(inside)
 
 
 def logistic_game(build: Build, steps: int) -> float:

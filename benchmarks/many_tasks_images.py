@@ -28,12 +28,16 @@ def classified(build: Build, steps: int, model: nn.Module, batch: int = 64) -> f
     return fitted(build, model, steps, loss)
 
 
-def few(batch: int, build: Build, steps: int) -> float:
-    """Batches of few examples: the loss over all training images at the end."""
-    model = relu(64, 64, 32, 10)
+def wholly(build: Build, steps: int, model: nn.Module, batch: int = 64) -> float:
+    """The same, and the loss over all training images at the end."""
     classified(build, steps, model, batch)
     x, y = all_digits()
     return at_end(model, lambda: F.cross_entropy(model(x), y))
+
+
+def few(batch: int, build: Build, steps: int) -> float:
+    """Batches of few examples."""
+    return wholly(build, steps, relu(64, 64, 32, 10), batch)
 
 
 def spectral(build: Build, steps: int) -> float:
@@ -53,7 +57,7 @@ def weight_norm(build: Build, steps: int) -> float:
 
 
 def wrong_labels(build: Build, steps: int) -> float:
-    """A label in three is drawn anew: the loss of test images with their right labels."""
+    """Three labels in ten are drawn anew: the loss of test images with their right labels."""
     model, (x, y) = relu(64, 64, 32, 10), all_digits()
     drawn = torch.randint(10, y.shape, generator=fixed())
     given = torch.where(torch.rand(y.shape, generator=fixed(1)) < 0.3, drawn, y)
@@ -68,10 +72,8 @@ def wrong_labels(build: Build, steps: int) -> float:
 
 
 def logistic(build: Build, steps: int) -> float:
-    """One linear layer: the loss over all training images at the end."""
-    model, (x, y) = nn.Linear(64, 10), all_digits()
-    classified(build, steps, model)
-    return at_end(model, lambda: F.cross_entropy(model(x), y))
+    """One linear layer."""
+    return wholly(build, steps, nn.Linear(64, 10))
 
 
 def summed(build: Build, steps: int) -> float:
@@ -250,7 +252,7 @@ TASKS = {
     "sum": Task("digits, loss is a sum", summed, 800),
     "spectral": Task("spectral norm", spectral, 600),
     "weight-norm": Task("weight norm", weight_norm, 600),
-    "wrong-labels": Task("30 % wrong labels: test loss", wrong_labels, 600),
+    "wrong-labels": Task("30 % of labels drawn anew: test loss", wrong_labels, 600),
     "dropout": Task("convolutions with dropout", dropout, 400),
     "group-norm": Task("residual network with group norm", group_norm, 250),
     "experts": Task("mixture of experts", of(Experts), 600),

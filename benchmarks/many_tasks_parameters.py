@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from many_tasks_common import Task, all_digits, fitted, fixed, some_digits
 from many_tasks_fields import picture
+from many_tasks_images import classified
 from noisy import Build, network
 from torch import Tensor, nn
 
@@ -102,13 +103,7 @@ class Signs(nn.Linear):
 def signs(build: Build, steps: int) -> float:
     """Weights of one bit, with the gradient of full ones."""
     hidden = [part for _ in range(2) for part in (Signs(64, 64), nn.BatchNorm1d(64), nn.ReLU())]
-    model = nn.Sequential(*hidden, nn.Linear(64, 10))
-
-    def loss() -> Tensor:
-        x, y = some_digits(64)
-        return F.cross_entropy(model(x), y)
-
-    return fitted(build, model, steps, loss)
+    return classified(build, steps, nn.Sequential(*hidden, nn.Linear(64, 10)))
 
 
 TASKS = {

@@ -147,6 +147,13 @@ def reinforced(build: Build, rounds: int) -> float:
     return -statistics.fmean(found[-rounds // 5 :])
 
 
+def energy(made: Tensor, x: Tensor) -> float:
+    """The energy distance of two clouds of points."""
+    pairs = ((made, x), (made, made), (x, x))
+    between, *inside = (torch.cdist(a, b).mean().item() for a, b in pairs)
+    return 2.0 * between - sum(inside)
+
+
 def adversarial(build: Build, steps: int) -> float:
     """A WGAN with a gradient penalty for eight points on a circle: the energy distance."""
     leaky = partial(nn.LeakyReLU, 0.2)
@@ -171,10 +178,7 @@ def adversarial(build: Build, steps: int) -> float:
         (-critic(generator(torch.randn(64, 4))).mean()).backward()
         of_generator.step()
     with torch.no_grad():
-        made, x = generator(torch.randn(1000, 4)), real(1000)
-        pairs = (torch.cdist(a, b).mean().item() for a, b in ((made, x), (made, made), (x, x)))
-        between_both, *inside = pairs
-    return 2.0 * between_both - sum(inside)
+        return energy(generator(torch.randn(1000, 4)), real(1000))
 
 
 TASKS: dict[str, tuple[str, Callable[[Build, int], float], int]] = {

@@ -64,7 +64,8 @@ def test_the_page_counts_and_names_where_singd_is_behind(many, tmp_path):
     values = {"AdamW": 2.0, "SINGD": 3.0, "SINGD, diagonal": 2.05}
     while todo := plan.pending():
         for run in todo:
-            loss = values[run.method] + abs(math.log10((run.rate or 0.01) / 0.01)) + 0.1 * run.seed
+            place = [runs.SEARCH, *runs.CONFIRM].index(run.seed)
+            loss = values[run.method] + abs(math.log10((run.rate or 0.01) / 0.01)) + 0.1 * place
             loss = 1.0 if (run.method, run.schedule) == ("SINGD", "linear") else loss
             result = {"seconds": 1.0, "code": runs.CODE, "versions": {}}
             plan.store.add(run, runs.Result(loss=loss, **result))

@@ -50,19 +50,21 @@ def test_the_largest_rate_begins_anew_where_it_was_not_kept() -> None:
     assert unflatten(optimizer.init(params()), flat).largest_lr == 0.0
 
 
-def test_the_mean_of_squares_begins_anew_where_it_was_not_kept() -> None:
+def test_sums_over_late_gradients_begin_anew_where_they_were_not_kept() -> None:
     optimizer = Optimizer(LAYERS)
     _, state = train(optimizer, steps(3), params())
     flat = flatten(state)
     for name in state.layers:
-        del flat[f"{name}.late.mean"], flat[f"{name}.late.steps"]
+        del flat[f"{name}.late.mean"], flat[f"{name}.late.steps"], flat[f"{name}.late.noise"]
     new = unflatten(optimizer.init(params()), flat)
     for name, layer in new.layers.items():
         old = state.layers[name].late
         assert not np.any(layer.late.mean)
         assert not np.any(layer.late.steps)
         np.testing.assert_array_equal(layer.late.squares, old.squares)
+        np.testing.assert_allclose(layer.late.noise, old.squares / 1.9)
     del flat["map.late.growth"]
+    flat["map.late.noise"] = state.layers["map"].late.noise
     with pytest.raises(ValueError, match=r"has no 'map\.late\.growth'"):
         unflatten(optimizer.init(params()), flat)
 

@@ -22,8 +22,9 @@ FREE = {
 # Of 17 weights, which step one by one: to stack equal ones takes fewer kernels (563 and 723), but
 # copies of all gradients, and twice the time to compile. XLA for a CPU fuses less than for a GPU.
 # 24 of them make what a weight takes of the rate (5.8b, 5.12b), known in the program alone. A
-# refresh takes the traces of U and G, two kernels for each, which every gradient took before.
-OTHER, REFRESH, ADAMW = 1016, 1560, 111
+# refresh takes the traces of U and G, two kernels for each, which every gradient took before. Three
+# for each weight make how much gradients agree over noise, and what follows for steps (5.12).
+OTHER, REFRESH, ADAMW = 1069, 1610, 111
 
 
 def computations(text: str) -> dict[str, list[str]]:
