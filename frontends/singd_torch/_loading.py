@@ -31,8 +31,9 @@ from singd_torch.layers.matrices import find_all
 
 Entries = dict[str, Any]
 
-# How entries begin that count, or that squares are summed up in.
+# How entries begin that count, or that squares are summed up in; but one is a logarithm.
 _SQUARES = "exp_avg_sq", "step", "averages.", _state.LATE, "levels."
+_GROWTH = _state.LATE + "growth"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +160,7 @@ def begin_anew(layer: Layer, entries: Mapping[nn.Parameter, Entries]) -> None:
                 entries[layer.bias][_state.MOMENTUM] = zeros
         if _state.MOMENTUM in own:
             own.update(_state.no_late(layer, like).named_arrays(_state.LATE))
-    known = own.get(_state.LATE + "growth")
+    known = own.get(_GROWTH)
     if isinstance(known, Tensor) and not isinstance(known, DTensor):
         sums = _state.no_late(layer, known.reshape(-1))
         own.update(begun_anew(sums, own, _state.LATE))
@@ -227,7 +228,8 @@ def _check(name: str, template: Mapping[str, Tensor], entries: Mapping[str, Any]
             )
         if not torch.isfinite(saved).all():
             raise ValueError(f"{key!r} of {name!r} is not finite in the checkpoint")
-        if key.startswith(_SQUARES) and (_fallback.real(saved) < 0.0).any():
+        counts = key.startswith(_SQUARES) and key != _GROWTH
+        if counts and (_fallback.real(saved) < 0.0).any():
             raise ValueError(f"{key!r} of {name!r} is below 0 in the checkpoint")
 
 

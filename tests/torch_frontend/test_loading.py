@@ -147,6 +147,19 @@ def test_sums_over_late_gradients_begin_anew_where_they_were_not_kept() -> None:
     assert all((e["late.noise"] > 0).all() for e in loaded)
 
 
+def test_steps_that_have_become_shorter_are_loaded() -> None:
+    """Growth is a logarithm: unlike the sums beside it, it may be below 0."""
+    state = saved_by({})
+    entries = [e for e in state["state"].values() if "late.growth" in e]
+    for e in entries:
+        e["late.growth"].fill_(-1.5)
+    optimizer = SINGD(Network())
+    optimizer.load_state_dict(state)
+    loaded = [e for e in optimizer.state_dict()["state"].values() if "late.growth" in e]
+    assert len(loaded) == len(entries) > 0
+    assert all((e["late.growth"] == -1.5).all() for e in loaded)
+
+
 def test_momentum_of_another_shape_is_named() -> None:
     state = saved_by({})
     for entries in state["state"].values():

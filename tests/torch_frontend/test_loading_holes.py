@@ -143,6 +143,10 @@ HOLES: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda s: entries_of(s, "out.weight")["averages.t_U"].neg_(),
         r"'averages\.t_U' of 'out\.weight' is below 0",
     ),
+    "a sum below 0": (
+        lambda s: entries_of(s, "out.weight")["late.noise"].neg_(),
+        r"'late\.noise' of 'out\.weight' is below 0",
+    ),
     "a factor of eight bits": (
         lambda s: entries_of(s, "out.weight").update(
             {"K.matrix": torch.eye(8).to(torch.float8_e4m3fn)}
