@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import argparse
 import ast
-import multiprocessing
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import compare_picture
 import compare_report
-import torch
 from compare_plan import CHOICE, CONFIRM, Plan
 from compare_runs import (
     BESIDES,
@@ -27,7 +25,6 @@ from compare_runs import (
     OWN,
     RIVALS,
     SCHEDULES,
-    Result,
     Run,
     Store,
     train,
@@ -36,6 +33,7 @@ from compare_tried import against_rivals
 from pages import ROOT, save_svg, write
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+from run_store import trained
 from tasks import BATCHES, HELD_OUT, SCALES, TASKS, TWELVE
 
 PAGE = ROOT / "docs" / "comparison.md"
@@ -66,27 +64,13 @@ def settings(text: str) -> dict[str, Any]:
 # ---- runs ---------------------------------------------------------------------------------------
 
 
-def _one_thread(run: Run) -> tuple[Run, Result]:
-    torch.set_num_threads(1)
-    return run, train(run)
-
-
-def _results(todo: Sequence[Run], workers: int) -> Iterator[tuple[Run, Result]]:
-    """From processes of one thread each, or from this one."""
-    if workers == 0:
-        yield from map(_one_thread, todo)
-        return
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        yield from pool.imap_unordered(_one_thread, todo)
-
-
 def execute(plan: Plan, workers: int, report: Callable[[int, int], None]) -> None:
     """Make all that is missing; what was found decides what is missing next."""
     made: set[Run] = set()
     while todo := [run for run in plan.pending() if run not in made]:
         total = len(made) + len(todo)
         report(len(made), total)
-        for run, result in _results(todo, workers):
+        for run, result in trained(train, todo, workers):
             plan.store.add(run, result)
             made.add(run)
             report(len(made), total)

@@ -201,11 +201,6 @@ class Store(run_store.Store[Run, Result]):
         found = self.get(run)
         return found is not None and (run.method not in OWN or found.code == CODE)
 
-    def loss(self, run: Run) -> float | None:
-        """The final loss of a run, if it was made."""
-        found = self.get(run)
-        return None if found is None else found.loss
-
     def write(self, run: Run, result: Result) -> dict[str, Any]:
         """A run as JSON: null where it went astray."""
         data = dataclasses.asdict(run) | dataclasses.asdict(result)

@@ -8,43 +8,30 @@ deleted.
 
     python benchmarks/many.py
 
-It writes the tables of docs/many_tasks.md. One thread takes about 30 minutes for all runs, and 20
+It writes the tables of docs/many_tasks.md. One thread takes about 40 minutes for all runs, and 20
 for those of SINGD.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import many_report
-from many_runs import METHODS, SCHEDULES, Plan, Result, Run, Store, made
+from many_runs import METHODS, SCHEDULES, Plan, Store, made
 from many_tasks import TASKS
 from pages import ROOT, write
+from run_store import trained
 
 PAGE = ROOT / "docs" / "many_tasks.md"
-
-
-def _both(run: Run) -> tuple[Run, Result]:
-    return run, made(run)
-
-
-def _results(todo: Sequence[Run], workers: int) -> Iterator[tuple[Run, Result]]:
-    """From processes of one thread each, or from this one."""
-    if workers < 2:
-        yield from map(_both, todo)
-        return
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        yield from pool.imap_unordered(_both, todo)
 
 
 def execute(plan: Plan, workers: int) -> None:
     """Make all that is missing: what chooses the rates, then what follows from them."""
     while todo := plan.pending():
-        for n, (run, result) in enumerate(_results(todo, workers), 1):
+        for n, (run, result) in enumerate(trained(made, todo, workers), 1):
             plan.store.add(run, result)
             print(
                 f"{n}/{len(todo)} {run.path}: {result.loss:.4g} in {result.seconds} s", flush=True
@@ -67,7 +54,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=list(SCHEDULES))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--workers", type=int, default=1, help="processes of one thread each")
+    parser.add_argument("--workers", type=int, default=0, help="processes; 0: this one")
     parser.add_argument("--dry", action="store_true", help="say what is missing and what it takes")
     parser.add_argument("--report-only", action="store_true", help="write the page, run nothing")
     parser.add_argument("--results", type=Path, default=Store.FOLDER)

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import run_store
-import torch
 from compare_plan import lowest
 from compare_runs import OF_MODEL, OURS
 from many_tasks import TASKS, train
@@ -79,8 +78,7 @@ class Result:
 
 
 def made(run: Run) -> Result:
-    """Train, on one thread."""
-    torch.set_num_threads(1)
+    """Train."""
     start = time.perf_counter()
     given = METHODS[run.method] | ({} if run.rate is None else {"lr": run.rate})
     build = functools.partial(built, decay=SCHEDULES[run.schedule], **given)
@@ -144,8 +142,7 @@ class Plan:
 
         def loss(rate: float) -> float | None:
             (run,) = self.runs(task, RIVAL, rate, [SEARCH], schedule)
-            found = self.store.get(run)
-            return None if found is None else found.loss
+            return self.store.loss(run)
 
         return lowest(RATES, loss)
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import importlib.metadata
 import json
 import math
+import multiprocessing
 import platform
 import statistics
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -21,7 +23,7 @@ SOURCES = (ROOT / "singd_core", ROOT / "frontends" / "singd_torch")
 POINTS = 30  # of a curve
 
 Run = TypeVar("Run", bound=Any)
-Result = TypeVar("Result")
+Result = TypeVar("Result", bound=Any)
 
 
 class Store(ABC, Generic[Run, Result]):
@@ -41,6 +43,11 @@ class Store(ABC, Generic[Run, Result]):
         """What is kept of a run, of whatever code."""
         return self.results.get(run)
 
+    def loss(self, run: Run) -> float | None:
+        """The final loss of a run, if it was made."""
+        found = self.get(run)
+        return None if found is None else found.loss
+
     def add(self, run: Run, result: Result) -> None:
         """Keep a run; its file is there as a whole or not at all."""
         self.results.pop(run, None)  # the key that stays would be the old one
@@ -58,6 +65,23 @@ class Store(ABC, Generic[Run, Result]):
     @abstractmethod
     def read(self, data: dict[str, Any]) -> tuple[Run, Result]:
         """The run of a file with this content."""
+
+
+def trained(
+    train: Callable[[Run], Result], todo: Sequence[Run], workers: int
+) -> Iterator[tuple[Run, Result]]:
+    """Runs and their results, from processes of one thread each, or with 0 from this one."""
+    one = functools.partial(_on_one_thread, train)
+    if workers == 0:
+        yield from map(one, todo)
+        return
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        yield from pool.imap_unordered(one, todo)
+
+
+def _on_one_thread(train: Callable[[Run], Result], run: Run) -> tuple[Run, Result]:
+    torch.set_num_threads(1)
+    return run, train(run)
 
 
 def key_of(named: dict[str, Any]) -> str:
