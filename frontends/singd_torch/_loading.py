@@ -12,9 +12,11 @@ from torch.distributed.tensor import DTensor
 
 from singd_core._recipes import with_rule
 from singd_core._settings import Settings
+from singd_core._warnings import warn
 from singd_core.late import begun_anew
 from singd_core.rules import Factors, learns_from_gradients
 from singd_core.rules.centering import InputMean
+from singd_core.structures.choose import is_by_cost
 from singd_torch import _fallback, _state
 from singd_torch._form import check_form, notes_of, without_notes
 from singd_torch._groups import (
@@ -26,6 +28,7 @@ from singd_torch._groups import (
     plain_name,
     settings_of,
 )
+from singd_torch._warnings import listed
 from singd_torch.layers.layer import Layer
 from singd_torch.layers.matrices import find_all
 
@@ -79,21 +82,28 @@ def loaded(
     own = [g | {"params": mine["params"]} for g, mine in zip(groups, live, strict=True)]
     groups_saved = state_dict["param_groups"]
     notes = saved_notes(groups_saved, live, names)
-    whole = kept_whole(groups_saved, notes)
+    whole, others = kept_whole(groups_saved, notes), list[str]()
     for layer in find_all(model, own, notes):
         s = settings_of(layer.group)
         if older:
             upgrade(layer, entries, normalized=s.normalized)
         if layer.weight not in whole:
             begin_anew(layer, entries)
+        if is_by_cost(layer.group["structures"]) and _has_others(layer, entries[layer.weight]):
+            others.append(layer.name)
         check_momenta(layer, entries, s)
         factors[layer.weight] = saved_factors(layer, entries[layer.weight], s)
     for p, found in entries.items():
         check_moments(names.get(p, "a parameter"), p, found)
         if _state.COMPENSATION in found:
             _check(names.get(p, "a parameter"), {_state.COMPENSATION: p}, found)
-    others = {key: value for key, value in state_dict["state"].items() if key not in known}
-    return Loaded(groups, entries, factors, others, notes)
+    if others:
+        warn(
+            f"the factors of {listed(others)} begin anew: the checkpoint has other structures for "
+            "them, which an earlier version has chosen. Their momenta go on"
+        )
+    unknown = {key: value for key, value in state_dict["state"].items() if key not in known}
+    return Loaded(groups, entries, factors, unknown, notes)
 
 
 def kept_whole(
@@ -164,6 +174,25 @@ def begin_anew(layer: Layer, entries: Mapping[nn.Parameter, Entries]) -> None:
     if isinstance(known, Tensor) and not isinstance(known, DTensor):
         sums = _state.no_late(layer, known.reshape(-1))
         own.update(begun_anew(sums, own, _state.LATE))
+
+
+def _has_others(layer: Layer, entries: Entries) -> bool:
+    """Whether saved factors have the sides of a layer in other structures. It loses them then."""
+    wanted = layer.first_factors(torch.device("meta"))
+    names, alike = dict(wanted.named_arrays()), True
+    for side, length in zip("KC", (L.shape[-1] for L in wanted.sides), strict=True):
+        saved = {n: a for n, a in entries.items() if n.startswith(f"{side}.")}
+        if not all(isinstance(a, Tensor) and not isinstance(a, DTensor) for a in saved.values()):
+            return False
+        shapes = [tuple(a.shape)[len(layer.shape[0]) :] for a in saved.values()]
+        # blocks have a first axis that counts them
+        if sum(s[-1] * (s[0] if len(s) == 3 else 1) for s in shapes if s) != length:
+            return False
+        alike = alike and all(n in names and a.shape == names[n].shape for n, a in saved.items())
+    if not alike:
+        for name in [n for n in entries if "." in n and not n.startswith(_state.LATE)]:
+            del entries[name]
+    return not alike
 
 
 def check_momenta(layer: Layer, entries: Mapping[nn.Parameter, Entries], s: Settings) -> None:

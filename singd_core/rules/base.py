@@ -50,13 +50,21 @@ class Rule(Tree, ABC):
         shape: MatrixShape = ((), 1, 1),
         *,
         diagonal: tuple[bool, bool] = (False, False),
+        by_rows: bool = True,
+        looked_up: bool = False,
     ) -> tuple[type[Structure], type[Structure]]:
         """The structures of K and C of a layer under this rule.
 
         It has the arguments and errors of `singd_core.structures.choose.resolve`.
         """
-        dense_for = cls.title if cls.only_dense else None
-        return resolve(structures, shape, dense_for=dense_for, diagonal=diagonal)
+        return resolve(
+            structures,
+            shape,
+            dense_for=cls.title if cls.only_dense else None,
+            diagonal=diagonal,
+            by_rows=by_rows,
+            looked_up=looked_up,
+        )
 
     @classmethod
     def wants_rows(cls, structures: Sequence[type[Structure]]) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeAlias
 
 from singd_core.structures.base import Structure
@@ -20,6 +21,12 @@ _SMALL = 1 << 16
 _FREE = 1 << 22
 _WIDEST = 1024
 _NARROWEST = 8
+# A factor that learns from gradients sees as many rows in a refresh as the other side is long, and
+# remembers about twenty refreshes. It is no wider than the rows of so many.
+_REMEMBERED = 16
+# A table of so many entries has rare ones. Each of their gradients is of a few look-ups, and
+# products with a factor that frequent entries have taught amplify the noise of it.
+_RARE = 512
 
 Structures: TypeAlias = str | type[Structure] | Sequence[str | type[Structure]]
 MatrixShape: TypeAlias = tuple[Sequence[int], int, int]  # batch axes, d_out, d_in
@@ -31,6 +38,8 @@ def resolve(
     *,
     dense_for: str | None = None,
     diagonal: tuple[bool, bool] = (False, False),
+    by_rows: bool = True,
+    looked_up: bool = False,
 ) -> tuple[type[Structure], type[Structure]]:
     """The structures of K and C of one layer.
 
@@ -41,18 +50,24 @@ def resolve(
         shape: The batch axes, d_out and d_in. Structures by name do not need it.
         dense_for: The name of a rule whose factors have to be dense, or None.
         diagonal: Which of the two measures one-hot rows. It is always diagonal.
+        by_rows: Whether rows refresh the factors, and not gradients.
+        looked_up: Whether the layer is a table of embeddings that nothing but look-ups uses.
 
     Raises:
         ValueError: If a name is unknown, or not dense where it has to be.
     """
-    K, C = _asked(structures, shape, dense_for)
+    cost = partial(by_cost, by_rows=by_rows, looked_up=looked_up)
+    K, C = _asked(structures, shape, dense_for, cost)
     if 0 in shape[1:]:  # there is nothing to learn, and not every structure has a side of 0
         K = C = Dense
     return Diagonal if diagonal[0] else K, Diagonal if diagonal[1] else C
 
 
 def _asked(
-    structures: Structures | None, shape: MatrixShape, dense_for: str | None
+    structures: Structures | None,
+    shape: MatrixShape,
+    dense_for: str | None,
+    cost: Callable[[int, int, int, int], tuple[type[Structure], type[Structure]]],
 ) -> tuple[type[Structure], type[Structure]]:
     batch, d_out, d_in = shape
     if dense_for is not None and structures is None:
@@ -69,7 +84,7 @@ def _asked(
             n, of = ("b", "numbers a row") if kind == "auto" else ("n", "rows a step")
             raise ValueError(f'structures="{structures}": "{kind}:{n}" wants {n} >= 1 {of}')
         if kind == "cost":
-            return by_cost(d_out, d_in, int(count), math.prod(batch))
+            return cost(d_out, d_in, int(count), math.prod(batch))
         return within(d_in, int(count)), within(d_out, int(count))
     both = isinstance(structures, (str, type))
     pair = (structures, structures) if both else structures
@@ -92,8 +107,19 @@ def _asked(
     return found[0], found[1]
 
 
+def is_by_cost(structures: Structures | None) -> bool:
+    """Whether structures are chosen from the shape of each weight by what they cost."""
+    return structures is None or (isinstance(structures, str) and structures.startswith("cost:"))
+
+
 def by_cost(
-    d_out: int, d_in: int, n: int, stack: int = 1
+    d_out: int,
+    d_in: int,
+    n: int,
+    stack: int = 1,
+    *,
+    by_rows: bool = True,
+    looked_up: bool = False,
 ) -> tuple[type[Structure], type[Structure]]:
     """The richest structures of K and C that cost little in a step with n rows.
 
@@ -101,11 +127,18 @@ def by_cost(
     operations. n rows take 6 n d_out d_in operations forward and backward: a tenth of these may be
     spent. A small layer may take 2^23 operations (a tenth of a millisecond). No factor holds more
     numbers than the weight, or than a factor of a small layer. A stack of matrices is one layer.
+
+    Factors that learn from gradients are no wider than the rows that they remember, and both
+    factors of a large table that is looked up alone are diagonal.
     """
+    if looked_up and max(d_out, d_in) >= _RARE:
+        return Diagonal, Diagonal
     numbers = max(d_out * d_in, _SMALL // max(1, stack))
     sides = min(0.3 * n, _WIDEST) if d_out * d_in else 0.0
     total = max(sides, min(256, _FREE // max(1, stack * d_out * d_in)))
-    most = [min(d, numbers // max(1, d), _WIDEST) for d in (d_in, d_out)]
+    rows = (_WIDEST, _WIDEST) if by_rows else (_REMEMBERED * d_out, _REMEMBERED * d_in)
+    pairs = zip((d_in, d_out), rows, strict=True)
+    most = [min(d, numbers // max(1, d), _WIDEST, seen) for d, seen in pairs]
     w = [min(m, total / 2) for m in most]
     w = [min(most[0], total - w[1]), min(most[1], total - w[0])]
     return fitted(d_in, int(w[0]), (d_in, d_in - 1)), fitted(d_out, int(w[1]), (d_out,))

@@ -23,7 +23,7 @@ def find_all(
     model: nn.Module, groups: Sequence[dict[str, Any]], notes: Notes = MappingProxyType({})
 ) -> list[Layer]:
     """What `find` finds, and the other parameters that have factors, by what is known of them."""
-    layers = find(model, groups, noted(notes, "without_rows"))
+    layers = find(model, groups, notes)
     owned = {p for layer in layers for p in layer.parameters}
     return [*layers, *_tensors(model, groups, owned, notes)]
 
@@ -61,7 +61,11 @@ def _tensors(
             kind = StackedLinear(len(p), apart=True, transposed=p in turned)
         shape = kind.shape(p.shape, bias=bias is not None)
         structures = rules.get(group["rule"]).choose(
-            group["structures"], shape, diagonal=(False, p in tables)
+            group["structures"],
+            shape,
+            diagonal=(False, p in tables),
+            by_rows=kind.has_rows,
+            looked_up=p in tables and p not in lost,
         )
         of_bias = None if bias is None else group_of[bias]
         yield Layer(names.get(p, "a parameter"), kind, p, bias, [], group, structures, of_bias)
