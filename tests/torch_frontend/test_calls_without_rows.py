@@ -94,6 +94,23 @@ def test_weight_used_by_its_module_and_in_a_way_that_is_not_seen() -> None:
     assert_without_rows(model, "layer.weight", "used by torch.Tensor.mul", draw(9, 5))
 
 
+BAGS = {
+    "of the largest": lambda m, x: F.embedding_bag(x, m.table.weight, mode="max"),
+    "scaled": lambda m, x: F.embedding_bag(x, m.table.weight, scale_grad_by_freq=True),
+    "nested": lambda m, x: F.embedding_bag(
+        torch.nested.nested_tensor(list(x), layout=torch.jagged), m.table.weight
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("case", BAGS)
+@pytest.mark.parametrize("table", [nn.Embedding, nn.EmbeddingBag])
+def test_bags_whose_gradients_are_others(case: str, table: type[nn.Module]) -> None:
+    model = Does(BAGS[case], table=table(9, 4)).double()
+    assert_without_rows(model, "table.weight", "used by torch.nn.functional.embedding_bag", ids())
+
+
 @pytest.mark.filterwarnings("ignore:no rows of '0.weight' are taken")
 def test_recipes_that_need_rows_leave_computed_weights_to_adamw() -> None:
     model = nn.Sequential(Masked(5, 5))
@@ -143,7 +160,7 @@ WITHOUT_ROWS = {
     "pruned": (pruned, "Linear is a layer of its 'weight', and not of 'weight_orig'"),
     "adapted": (Adapted, "Adapted is a layer of its 'weight', and not of 'down'"),
     "bounded": (lambda: nn.Embedding(4, 4, max_norm=1.0), "gives none with its arguments"),
-    "bags": (lambda: nn.EmbeddingBag(4, 4), "EmbeddingBag is not in the table of layers"),
+    "bags": (lambda: nn.EmbeddingBag(4, 4, mode="max"), "gives none with its arguments"),
     "added": (Positions, "a parameter of Positions itself; a product with it wants a module"),
 }
 

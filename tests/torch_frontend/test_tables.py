@@ -132,10 +132,13 @@ def test_a_tied_model_trains_and_resumes() -> None:
     assert last < 0.8 * first
 
 
+@pytest.mark.parametrize("module", [nn.Embedding, nn.EmbeddingBag])
 @pytest.mark.parametrize(
     "kwargs", [{"sparse": True}, {"scale_grad_by_freq": True}, {"max_norm": 1.0}]
 )
-def test_tables_with_other_gradients_show_no_rows(kwargs: dict[str, object]) -> None:
-    (line,) = repr(SINGD(nn.Embedding(5, 3, **kwargs))).splitlines()[2:]
+def test_tables_with_other_gradients_show_no_rows(
+    kwargs: dict[str, object], module: type[nn.Module]
+) -> None:
+    (line,) = repr(SINGD(module(5, 3, **kwargs))).splitlines()[2:]
     cells = ["weight", "5×3", "SINGD without rows", "dense", "diagonal", "148"]
-    assert re.split("  +", line) == [*cells, "Embedding gives none with its arguments"]
+    assert re.split("  +", line) == [*cells, f"{module.__name__} gives none with its arguments"]

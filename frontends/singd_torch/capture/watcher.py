@@ -28,6 +28,7 @@ from singd_torch.capture.tap import TakeRows, Tap, after_pass, backward_pass, in
 from singd_torch.layers.due import is_due, is_refresh, may_be_due, wants_proof
 from singd_torch.layers.layer import IN_THE_LOSS, Layer
 from singd_torch.layers.pending import part_of
+from singd_torch.layers.products import MatrixRows
 from singd_torch.layers.reach import Pass, Reach, is_in_parts, part_again
 from singd_torch.layers.roster import Roster
 from singd_torch.layers.rows import is_masked, rows_of
@@ -201,10 +202,12 @@ class Watcher:
             return False
         layer.loss = backward_pass() if loss is None else loss
         layer.called_in = layer.group["steps"]
-        rows = [(None, x, g, None)] if product is None else product(x, g, layer.most_rows(x))
-        for part, own_x, own_g, kept in rows:
+        rows = [MatrixRows(None, x, g)] if product is None else product(x, g, layer.most_rows(x))
+        for part, own_x, own_g, kept, samples in rows:
             part = source.part if part is None else part
-            own = source if product is None else dataclasses.replace(source, part=part, kept=kept)
+            own = source
+            if product is not None:
+                own = dataclasses.replace(source, part=part, kept=kept, samples=samples)
             if wants_proof(layer) and self._takes_rows():
                 self._proofs.add(layer, own, own_x, own_g, self.leaf(layer.weight))
             self.take_rows(layer, own, own_x, own_g)

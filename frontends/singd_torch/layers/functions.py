@@ -18,6 +18,7 @@ from singd_core.layers import (
     Linear,
     TransposedConvolution,
 )
+from singd_torch.layers.bags import Bags
 from singd_torch.layers.products import PRODUCTS, MatrixRows, product
 
 # The names of arguments, in order.
@@ -27,6 +28,10 @@ _NAMES: dict[Callable[..., Any], tuple[str, ...]] = {
     F.embedding: (
         *("input", "weight", "padding_idx", "max_norm"),
         *("norm_type", "scale_grad_by_freq", "sparse"),
+    ),
+    F.embedding_bag: (
+        *("input", "weight", "offsets", "max_norm", "norm_type", "scale_grad_by_freq"),
+        *("mode", "sparse", "per_sample_weights", "include_last_offset", "padding_idx"),
     ),
     torch.addmm: ("bias", "input", "weight"),
 }
@@ -191,7 +196,10 @@ def reading(
     kind, view = _kind(function, handed, given), view_of(handed)
     if view is not None and view.turned:
         kind = None if kind is None else kind.of_transpose()
-    return None if kind is None or view is None else Reading(x, handed, view, bias, kind)
+    if kind is None or view is None:
+        return None
+    bags = Bags.of(given, kind.ignored) if function is F.embedding_bag else None
+    return Reading(x, handed, view, bias, kind, bags)
 
 
 def _kind(
@@ -204,7 +212,9 @@ def _kind(
             return _convolution(tuple(weight.shape[2:]), stride, padding, dilation, groups)
         more = _entries(given.get("output_padding", 0))
         return transposed(tuple(weight.shape[2:]), stride, padding, more, groups, dilation)
-    if function in (F.embedding, torch.embedding):
+    if function is F.embedding_bag and (given.get("mode") == "max" or given["input"].is_nested):
+        return None
+    if function in (F.embedding, F.embedding_bag, torch.embedding):
         others = ("max_norm", "scale_grad_by_freq", "sparse")
         index = given.get("padding_idx")
         if any(given.get(name) for name in others):

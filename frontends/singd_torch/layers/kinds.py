@@ -30,12 +30,14 @@ class Entry:
     """How to see a module: its kind, and the names of its weight and its bias.
 
     `is_open` if its forward hands both to a function of torch that says as much as the module does.
+    `by_output` if its input and its output say as much.
     """
 
     rows: Describe
     weight: str = "weight"
     bias: str | None = "bias"
     is_open: bool = True
+    by_output: bool = True
 
 
 def _convolution(module: nn.Module) -> LayerKind:
@@ -57,10 +59,15 @@ def _transposed(module: nn.Module) -> LayerKind | None:
 
 
 def _embedding(module: nn.Module) -> LayerKind | None:
-    assert isinstance(module, nn.Embedding)
+    assert isinstance(module, (nn.Embedding, nn.EmbeddingBag))
     if module.sparse or module.scale_grad_by_freq or module.max_norm is not None:
         return None
     return Embedding(module.num_embeddings, module.padding_idx)
+
+
+def _bags(module: nn.Module) -> LayerKind | None:
+    assert isinstance(module, nn.EmbeddingBag)
+    return None if module.mode == "max" else _embedding(module)
 
 
 # By class, or by the name of a class in a library that is not imported for it.
@@ -72,6 +79,8 @@ _TABLE: dict[type[nn.Module] | str, Entry] = {
         Entry(_transposed, bias=None),
     ),
     nn.Embedding: Entry(_embedding),
+    # Its call has more arguments than the input: which look-ups are a bag, and their weights.
+    nn.EmbeddingBag: Entry(_bags, by_output=False),
     # It flattens its input for torch.addmm, and with that loses what is the batch.
     "transformers.pytorch_utils.Conv1D": Entry(
         lambda module: Linear(transposed=True), is_open=False
@@ -150,7 +159,7 @@ def uses(module: nn.Module) -> Iterator[Use]:
     cls, entry = found
     kind = entry.rows(module)
     if kind is not None:
-        by_output = _has_forward_of(module, cls)
+        by_output = entry.by_output and _has_forward_of(module, cls)
         is_open = entry.is_open or not by_output
         yield Use(entry.weight, entry.bias, kind, by_output, is_open)
 

@@ -43,7 +43,7 @@ def _tensors(
     """
     names = parameter_names(model, groups)
     turned, lost = noted(notes, "turned"), noted(notes, "without_rows")
-    tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    tables = {m.weight for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
     group_of = {p: group for group in groups for p in group["params"]}
     with_bias = _with_bias(groups, names, {*owned, *_without_pairs(model)})
     for p in set(model.parameters()) - set(lost):  # a stack whose calls may give rows

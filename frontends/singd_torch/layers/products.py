@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,16 +13,30 @@ from torch import Tensor
 
 from singd_torch.tensors import pieces
 
-# The number of the matrix (None of the only one), its inputs, the gradients at its outputs, and
-# which of these rows are there, None for all.
-MatrixRows: TypeAlias = tuple[int | None, Tensor, Tensor, Tensor | None]
-
 _MATMUL = torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm
 _GROUPED = [f for f in (getattr(torch, "_grouped_mm", None), getattr(F, "grouped_mm", None)) if f]
 
 
 # What may be one.
 PRODUCTS = frozenset([torch.einsum, torch.baddbmm, Tensor.baddbmm, *_GROUPED, *_MATMUL])
+
+
+class MatrixRows(NamedTuple):
+    """What the rows of a matrix are made of.
+
+    Attributes:
+        part: The number of the matrix, None of the only one.
+        x: Its inputs.
+        g: The gradients at its outputs.
+        kept: Which of these rows are there, or None for all.
+        samples: How many samples they are of, or None where these have an axis of the input.
+    """
+
+    part: int | None
+    x: Tensor
+    g: Tensor
+    kept: Tensor | None = None
+    samples: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +94,7 @@ def _of_each(x: Tensor, g: Tensor, most: int) -> Iterator[MatrixRows]:
             own = x.expand(*g.shape[:-3], *x.shape)
         else:
             own = x[..., part if x.shape[-3] == parts else 0, :, :]
-        yield part, own, g[..., part, :, :], None
+        yield MatrixRows(part, own, g[..., part, :, :])
 
 
 def _of_each_column(x: Tensor, g: Tensor, most: int) -> Iterator[MatrixRows]:
@@ -98,7 +112,7 @@ class _Grouped:
         if pieces.on_host(x):
             ends = [0, *self.ends.tolist()]
             for part, (start, end) in enumerate(itertools.pairwise(ends)):
-                yield part, x[start:end], g[start:end], None
+                yield MatrixRows(part, x[start:end], g[start:end])
             return
         # The host does not know how many there are, so `most` of each are taken at equal distances.
         most = min(most, len(x))
@@ -111,7 +125,8 @@ class _Grouped:
             kept, at = j < n, first[part] + torch.where(n > most, j * n // most, j)
             at = at.clamp(max=len(x) - 1)
             own = torch.where(kept[:, None], x[at], zero)
-            yield part, own, torch.where(kept[:, None], g[at], zero) * shares[part], kept
+            own_g = torch.where(kept[:, None], g[at], zero) * shares[part]
+            yield MatrixRows(part, own, own_g, kept)
 
 
 def _einsum(equation: Any, operands: Any, is_weight: Callable[[Any], bool]) -> Product | None:
@@ -140,9 +155,9 @@ def _einsum(equation: Any, operands: Any, is_weight: Callable[[Any], bool]) -> P
         x = x.permute([of_x.index(a) for a in [*(() if shared else part), *rest, ins]])
         g = g.permute([output.index(a) for a in [*part, *rest, outs]])
         if not part:
-            yield None, x, g, None
+            yield MatrixRows(None, x, g)
             return
         for i, own in enumerate(g):
-            yield i, x if shared else x[i], own, None
+            yield MatrixRows(i, x if shared else x[i], own)
 
     return Product(x, weight, ins == last, rows)

@@ -37,6 +37,9 @@ def rows_of(
     sample = (of_C, of_K) if source.swapped else (of_K, of_C)
     whole = diagonal or sample[0] is not None or group["kfac_approx"] != "expand"
     first, *others = (x,) if whole else in_pieces(layer, kind, x, g)
+    loss_average = group["loss_average"]
+    if source.samples and loss_average == "batch":
+        loss_average = source.samples
     rows = Rows.of(
         kind,
         first,
@@ -44,7 +47,7 @@ def rows_of(
         bias=bias,
         diagonal=diagonal,
         kfac_approx=group["kfac_approx"],
-        loss_average=group["loss_average"],
+        loss_average=loss_average,
         mask=mask,
         sample=sample,
     )

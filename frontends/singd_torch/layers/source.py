@@ -26,6 +26,7 @@ class Source:
         by_output: Whether the module's input and output are the layer's.
         is_open: Whether calls of functions that are handed the weight give rows as well.
         kept: Which rows of a call are there, or None for all.
+        samples: How many samples a call has, or None where these have an axis of the input.
     """
 
     weight: Tensor
@@ -38,6 +39,7 @@ class Source:
     by_output: bool = True
     is_open: bool = True
     kept: Tensor | None = None
+    samples: int | None = None
 
     def of(self, new: Mapping[Tensor, Tensor]) -> Source:
         """The same of the weight that is in the place of its own now."""
