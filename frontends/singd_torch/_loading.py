@@ -179,20 +179,20 @@ def begin_anew(layer: Layer, entries: Mapping[nn.Parameter, Entries]) -> None:
 def _has_others(layer: Layer, entries: Entries) -> bool:
     """Whether saved factors have the sides of a layer in other structures. It loses them then."""
     wanted = layer.first_factors(torch.device("meta"))
-    names, alike = dict(wanted.named_arrays()), True
-    for side, length in zip("KC", (L.shape[-1] for L in wanted.sides), strict=True):
-        saved = {n: a for n, a in entries.items() if n.startswith(f"{side}.")}
-        if not all(isinstance(a, Tensor) and not isinstance(a, DTensor) for a in saved.values()):
-            return False
-        shapes = [tuple(a.shape)[len(layer.shape[0]) :] for a in saved.values()]
+    names, sides = dict(wanted.named_arrays()), []
+    of_both = {n: a for n, a in entries.items() if n.startswith(("K.", "C."))}
+    if not all(isinstance(a, Tensor) and not isinstance(a, DTensor) for a in of_both.values()):
+        return False
+    for side in "KC":
+        shapes = [a.shape[len(layer.shape[0]) :] for n, a in of_both.items() if n[0] == side]
         # blocks have a first axis that counts them
-        if sum(s[-1] * (s[0] if len(s) == 3 else 1) for s in shapes if s) != length:
-            return False
-        alike = alike and all(n in names and a.shape == names[n].shape for n, a in saved.items())
-    if not alike:
-        for name in [n for n in entries if "." in n and not n.startswith(_state.LATE)]:
-            del entries[name]
-    return not alike
+        sides.append(sum(s[-1] * (s[0] if len(s) == 3 else 1) for s in shapes if s))
+    alike = all(n in names and a.shape == names[n].shape for n, a in of_both.items())
+    if alike or sorted(sides) != sorted(L.shape[-1] for L in wanted.sides):
+        return False
+    for name in [n for n in entries if "." in n and not n.startswith(_state.LATE)]:
+        del entries[name]
+    return True
 
 
 def check_momenta(layer: Layer, entries: Mapping[nn.Parameter, Entries], s: Settings) -> None:

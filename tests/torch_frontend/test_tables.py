@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import embedding, one_hot
+from torch.nn.functional import cross_entropy, embedding, linear, one_hot
 from uses import Does, loss_of
 from watched import layers
 
 from singd_core.curvature import Curvature
-from singd_core.structures import Diagonal
+from singd_core.structures import Dense, Diagonal, choose
 from singd_torch import SINGD
 from singd_torch.step.curvatures import curvature as curvature_of
 
@@ -142,3 +142,118 @@ def test_tables_with_other_gradients_show_no_rows(
     (line,) = repr(SINGD(module(5, 3, **kwargs))).splitlines()[2:]
     cells = ["weight", "5×3", "SINGD without rows", "dense", "diagonal", "148"]
     assert re.split("  +", line) == [*cells, f"{module.__name__} gives none with its arguments"]
+
+
+class Words(nn.Module):
+    """A large table, whose head has its own weight or the table's."""
+
+    def __init__(self, head: str, entries: int = 600) -> None:
+        super().__init__()
+        self.table, self.middle = nn.Embedding(entries, 8), nn.Linear(8, 8)
+        self.by_function = head == "function"
+        self.head = nn.Identity() if self.by_function else nn.Linear(8, entries, bias=False)
+        if head == "module":
+            self.head.weight = self.table.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.middle(self.table(x)).tanh()
+        found: torch.Tensor = linear(h, self.table.weight) if self.by_function else self.head(h)
+        return found
+
+
+def trained(model: nn.Module, optimizer: SINGD, steps: int, seed: int = 0) -> None:
+    g = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        x, y = torch.randint(model.table.num_embeddings, (2, 12), generator=g)
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("head", "wanted"),
+    [
+        ("its own", (Diagonal, Diagonal)),
+        ("module", (Dense, Diagonal)),  # as a linear map, whose outputs are the entries
+        ("function", (Diagonal, Dense)),  # as a table, which a call has shown to be a map too
+    ],
+)
+def test_a_large_table_has_diagonal_factors_unless_it_is_a_linear_map_too(
+    head: str, wanted: tuple[type, type]
+) -> None:
+    torch.manual_seed(0)
+    model = Words(head)
+    optimizer = SINGD(model)
+    trained(model, optimizer, 3)
+    [layer] = [one for one in layers(optimizer) if one.name == "table.weight"]
+    assert layer.structures == wanted
+    assert int(layer.refreshes) == 3
+    other = Words(head)
+    other.load_state_dict(model.state_dict())
+    resumed = SINGD(other)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    copied, copied_optimizer = copy.deepcopy((model, optimizer))
+    for net, opt in ((model, optimizer), (other, resumed), (copied, copied_optimizer)):
+        trained(net, opt, 3, seed=1)
+    for p, q, r in zip(*(m.parameters() for m in (model, other, copied)), strict=True):
+        assert torch.equal(p, q)
+        assert torch.equal(p, r)
+
+
+def test_a_table_that_becomes_a_linear_map_begins_anew() -> None:
+    """Rows of the step so far, and what look-ups alone have taught, are of other structures."""
+    torch.manual_seed(0)
+    model = Words("function")
+    model.by_function, model.head = False, nn.Linear(8, 600, bias=False)
+    optimizer = SINGD(model)
+    trained(model, optimizer, 2)
+    optimizer.zero_grad()
+    x = torch.arange(12)
+    cross_entropy(model(x), x).backward()  # look-ups that wait
+    model.by_function = True
+    cross_entropy(model(x), x).backward()
+    optimizer.step()
+    [layer] = [one for one in layers(optimizer) if one.name == "table.weight"]
+    assert layer.structures == (Diagonal, Dense)
+    assert layer.refreshes == 1
+    assert "without rows" not in repr(optimizer)
+    assert not optimizer.skipped
+
+
+def test_a_small_table_keeps_what_it_has_when_it_becomes_a_linear_map() -> None:
+    torch.manual_seed(0)
+    model = Words("function", entries=50)
+    model.by_function, model.head = False, nn.Linear(8, 50, bias=False)
+    optimizer = SINGD(model)
+    trained(model, optimizer, 2)
+    model.by_function = True
+    trained(model, optimizer, 1)
+    [layer] = [one for one in layers(optimizer) if one.name == "table.weight"]
+    assert layer.structures == (Diagonal, Dense)
+    assert layer.refreshes == 3
+
+
+def test_a_checkpoint_with_the_structures_of_an_earlier_version_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The factors begin anew, and what is no factor goes on."""
+    torch.manual_seed(0)
+    model = Words("its own")
+    with monkeypatch.context() as patch:
+        patch.setattr(choose, "_RARE", 10**9)  # so that it has a dense factor
+        optimizer = SINGD(model)
+        trained(model, optimizer, 3)
+        saved = copy.deepcopy(optimizer.state_dict())
+    assert "C.matrix" in saved["state"][0]
+    new = SINGD(model)
+    with pytest.warns(UserWarning, match=r"factors of 'table\.weight' begin anew"):
+        new.load_state_dict(saved)
+    state = new.state[model.table.weight]
+    assert "K.diag" not in state
+    assert torch.equal(state["momentum_buffer"], saved["state"][0]["momentum_buffer"])
+    assert torch.equal(new.state[model.middle.weight]["K.matrix"], saved["state"][1]["K.matrix"])
+    trained(model, new, 2)
+    assert new.state[model.table.weight]["C.diag"].shape == (8,)
+    saved["param_groups"][0]["structures"] = ("diagonal", "diagonal")  # which somebody chose
+    with pytest.raises(ValueError, match=r"'table\.weight'.*another structure"):
+        SINGD(model).load_state_dict(saved)

@@ -1,0 +1,45 @@
+"""Which structures layers get by cost, where rows are few or entries are rare."""
+
+import pytest
+
+from singd_core import rules
+from singd_core.structures import Dense, Diagonal, blockdiagonal
+from singd_core.structures.choose import resolve
+
+TABLE = {"diagonal": (True, False)}
+
+
+@pytest.mark.parametrize(
+    ("d_out", "d_in", "K", "C"),
+    [
+        (200, 2, Dense, blockdiagonal(25)),  # 25 divides 200, and is at most 16 × 2
+        (2, 200, blockdiagonal(25), Dense),
+        (40, 1, Dense, blockdiagonal(10)),
+        (64, 32, Dense, Dense),
+        (128, 128, Dense, Dense),
+    ],
+)
+def test_factors_that_learn_from_gradients_are_no_wider_than_what_they_remember(
+    d_out: int, d_in: int, K: type, C: type
+) -> None:
+    assert resolve(None, ((), d_out, d_in), by_rows=False) == (K, C)
+    assert resolve(None, ((), d_out, d_in)) == (Dense, Dense)
+    assert resolve("cost:512", ((), d_out, d_in), by_rows=False) == (K, C)
+    assert resolve("dense", ((), d_out, d_in), by_rows=False) == (Dense, Dense)
+
+
+@pytest.mark.parametrize("entries", [511, 512, 50_000])
+def test_a_large_table_that_is_looked_up_alone_has_diagonal_factors(entries: int) -> None:
+    shape = ((), 16, entries)
+    wanted = Dense if entries < 512 else Diagonal
+    assert resolve(None, shape, looked_up=True, **TABLE) == (Diagonal, wanted)
+    assert resolve("cost:64", shape, looked_up=True, **TABLE) == (Diagonal, wanted)
+    assert resolve(None, shape, **TABLE)[1] is Dense  # tied to a linear map
+    assert resolve(("dense", "dense"), shape, looked_up=True, **TABLE)[1] is Dense
+    assert resolve("auto:64", shape, looked_up=True, **TABLE)[1] is Dense
+
+
+def test_a_rule_whose_factors_are_dense_has_them_all_the_same() -> None:
+    KFAC = rules.get("kfac")
+    assert KFAC.choose(None, ((), 200, 2), by_rows=False) == (Dense, Dense)
+    assert KFAC.choose(None, ((), 16, 1000), looked_up=True) == (Dense, Dense)
