@@ -89,7 +89,7 @@ def loaded(
             upgrade(layer, entries, normalized=s.normalized)
         if layer.weight not in whole:
             begin_anew(layer, entries)
-        if is_by_cost(layer.group["structures"]) and _has_others(layer, entries[layer.weight]):
+        if is_by_cost(layer.group["structures"]) and _forgot_others(layer, entries[layer.weight]):
             others.append(layer.name)
         check_momenta(layer, entries, s)
         factors[layer.weight] = saved_factors(layer, entries[layer.weight], s)
@@ -176,8 +176,12 @@ def begin_anew(layer: Layer, entries: Mapping[nn.Parameter, Entries]) -> None:
         own.update(begun_anew(sums, own, _state.LATE))
 
 
-def _has_others(layer: Layer, entries: Entries) -> bool:
-    """Whether saved factors have the sides of a layer in other structures. It loses them then."""
+def _forgot_others(layer: Layer, entries: Entries) -> bool:
+    """Drop saved factors that have the sides of a layer in other structures than its own.
+
+    Returns:
+        Whether there were such.
+    """
     wanted = layer.first_factors(torch.device("meta"))
     names, sides = dict(wanted.named_arrays()), []
     of_both = {n: a for n, a in entries.items() if n.startswith(("K.", "C."))}
