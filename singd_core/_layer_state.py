@@ -156,10 +156,8 @@ def chosen_structures(
     """What K and C are of a parameter of this kind."""
     weight, bias = pair(parameter)
     shape = kind.shape(tuple(weight.shape), bias is not None)
-    table = kind.diagonal_inputs
-    return rules.get(s.rule).choose(
-        structures, shape, diagonal=(table, False), by_rows=kind.has_rows, looked_up=table
-    )
+    diagonal = kind.diagonal_inputs, False
+    return rules.get(s.rule).choose(structures, shape, diagonal=diagonal, by_rows=kind.has_rows)
 
 
 def begun(

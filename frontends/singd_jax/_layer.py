@@ -13,7 +13,7 @@ from singd_core._settings import Settings
 from singd_core.layers import Tensor
 from singd_core.layers.biases import biases
 from singd_core.structures import Structure, choose
-from singd_jax._calls import EMBEDDING, Call
+from singd_jax._calls import Call
 from singd_jax._part import Laid, Part
 
 # As what a product uses a matrix, which is what its curvature has after the name of the layer.
@@ -178,7 +178,4 @@ class Layer:
     ) -> tuple[type[Structure], type[Structure]]:
         """The structures of K and of C: what was asked for, or diagonal where it must be."""
         diagonal = "K" in self.diagonal, "C" in self.diagonal
-        looked_up = self.kind.startswith(EMBEDDING)
-        return rule.choose(
-            wanted, self.shape, diagonal=diagonal, by_rows=self.has_rows, looked_up=looked_up
-        )
+        return rule.choose(wanted, self.shape, diagonal=diagonal, by_rows=self.has_rows)

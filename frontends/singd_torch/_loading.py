@@ -99,8 +99,8 @@ def loaded(
             _check(names.get(p, "a parameter"), {_state.COMPENSATION: p}, found)
     if others:
         warn(
-            f"the factors of {listed(others)} begin anew: the checkpoint has other structures for "
-            "them, which an earlier version has chosen. Their momenta go on"
+            f"the factors of {listed(others)} begin anew: the checkpoint has factors of other "
+            "structures, which were chosen for another use of the weights or by another version"
         )
     unknown = {key: value for key, value in state_dict["state"].items() if key not in known}
     return Loaded(groups, entries, factors, unknown, notes)
@@ -177,22 +177,15 @@ def begin_anew(layer: Layer, entries: Mapping[nn.Parameter, Entries]) -> None:
 
 
 def _forgot_others(layer: Layer, entries: Entries) -> bool:
-    """Drop saved factors that have the sides of a layer in other structures than its own.
+    """Drop saved factors of other structures than a layer has: of other names, or other blocks.
 
     Returns:
         Whether there were such.
     """
-    wanted = layer.first_factors(torch.device("meta"))
-    names, sides = dict(wanted.named_arrays()), []
-    of_both = {n: a for n, a in entries.items() if n.startswith(("K.", "C."))}
-    if not all(isinstance(a, Tensor) and not isinstance(a, DTensor) for a in of_both.values()):
-        return False
-    for side in "KC":
-        shapes = [a.shape[len(layer.shape[0]) :] for n, a in of_both.items() if n[0] == side]
-        # blocks have a first axis that counts them
-        sides.append(sum(s[-1] * (s[0] if len(s) == 3 else 1) for s in shapes if s))
-    alike = all(n in names and a.shape == names[n].shape for n, a in of_both.items())
-    if alike or sorted(sides) != sorted(L.shape[-1] for L in wanted.sides):
+    own = dict(layer.first_factors(torch.device("meta")).named_arrays())
+    saved = {name: a for name, a in entries.items() if name[:2] in ("K.", "C.")}
+    blocks = [n for n, a in saved.items() if n.endswith(".blocks") and isinstance(a, Tensor)]
+    if saved.keys() <= own.keys() and all(saved[n].shape[-1] == own[n].shape[-1] for n in blocks):
         return False
     for name in [n for n in entries if "." in n and not n.startswith(_state.LATE)]:
         del entries[name]
@@ -239,7 +232,8 @@ def _check(name: str, template: Mapping[str, Tensor], entries: Mapping[str, Any]
         if key not in entries:
             raise ValueError(
                 f"the checkpoint has no {key!r} for {name!r}: it was saved with another structure, "
-                f"recipe or model (it has {sorted(entries)})"
+                f"recipe or model (it has {sorted(entries)}); give the optimizer those, or begin "
+                "with a new state"
             )
         saved = entries[key]
         if not isinstance(saved, Tensor):

@@ -24,8 +24,8 @@ _NARROWEST = 8
 # A factor that learns from gradients sees as many rows in a refresh as the other side is long, and
 # remembers about twenty refreshes. It is no wider than the rows of so many.
 _REMEMBERED = 16
-# A table of so many entries has rare ones. Each of their gradients is of a few look-ups, and
-# products with a factor that frequent entries have taught amplify the noise of it.
+# A table of bags with so many entries has rare ones. Their gradients are of few look-ups, and
+# products with a factor that frequent entries have taught would amplify the noise.
 _RARE = 512
 
 Structures: TypeAlias = str | type[Structure] | Sequence[str | type[Structure]]
@@ -39,7 +39,7 @@ def resolve(
     dense_for: str | None = None,
     diagonal: tuple[bool, bool] = (False, False),
     by_rows: bool = True,
-    looked_up: bool = False,
+    rare: bool = False,
 ) -> tuple[type[Structure], type[Structure]]:
     """The structures of K and C of one layer.
 
@@ -51,12 +51,12 @@ def resolve(
         dense_for: The name of a rule whose factors have to be dense, or None.
         diagonal: Which of the two measures one-hot rows. It is always diagonal.
         by_rows: Whether rows refresh the factors, and not gradients.
-        looked_up: Whether the layer is a table of embeddings that nothing but look-ups uses.
+        rare: Whether the layer is a table whose entries are rare if there are many.
 
     Raises:
         ValueError: If a name is unknown, or not dense where it has to be.
     """
-    cost = partial(by_cost, by_rows=by_rows, looked_up=looked_up)
+    cost = partial(by_cost, by_rows=by_rows, rare=rare)
     K, C = _asked(structures, shape, dense_for, cost)
     if 0 in shape[1:]:  # there is nothing to learn, and not every structure has a side of 0
         K = C = Dense
@@ -119,7 +119,7 @@ def by_cost(
     stack: int = 1,
     *,
     by_rows: bool = True,
-    looked_up: bool = False,
+    rare: bool = False,
 ) -> tuple[type[Structure], type[Structure]]:
     """The richest structures of K and C that cost little in a step with n rows.
 
@@ -129,9 +129,9 @@ def by_cost(
     numbers than the weight, or than a factor of a small layer. A stack of matrices is one layer.
 
     Factors that learn from gradients are no wider than the rows that they remember, and both
-    factors of a large table that is looked up alone are diagonal.
+    factors of a large table with rare entries are diagonal.
     """
-    if looked_up and max(d_out, d_in) >= _RARE:
+    if rare and max(d_out, d_in) >= _RARE:
         return Diagonal, Diagonal
     numbers = max(d_out * d_in, _SMALL // max(1, stack))
     sides = min(0.3 * n, _WIDEST) if d_out * d_in else 0.0

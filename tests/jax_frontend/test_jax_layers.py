@@ -146,34 +146,3 @@ def test_a_value_is_part_of_a_name_unless_it_is_all_of_its_branch():
     params = {"a": Attention(array(4, 3), array(4, 3, seed=1)), "value": array(4, 3, seed=2)}
     layers = singd_jax.find_layers(loss)(params, X)
     assert set(layers) == {"a.query", "a.value", "value"}
-
-
-def logits(p, x):
-    head = p["head"] if "head" in p else p["table"].T
-    return jnp.tanh(p["table"][x] @ p["middle"]) @ head
-
-
-@pytest.mark.parametrize("entries", [50, 600])
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_large_table_that_is_looked_up_alone_has_diagonal_factors(tied, entries):
-    params = {"table": array(entries, 8), "middle": array(8, 8)}
-    params |= {} if tied else {"head": array(8, entries)}
-    x = jnp.arange(12) % entries
-
-    def loss(p, x):
-        return mean_square(logits(p, x))
-
-    tx = singd_jax.singd(loss=loss)
-    state = tx.init(params, x)
-    shapes = {name for name, _ in jax.tree_util.tree_leaves_with_path(state)}
-    found = {jax.tree_util.keystr(path) for path in shapes}
-    of_table = {
-        path.rpartition(".")[0][-1] + path.rpartition(".")[2]
-        for path in found
-        if "table" in path and (".K." in path or ".C." in path)
-    }
-    diagonal = "Kdiag", "Cdiag"
-    wanted = (
-        {"Kmatrix", "Cdiag"} if tied else {"Kdiag", "Cmatrix"} if entries < 512 else {*diagonal}
-    )
-    assert of_table == wanted, found

@@ -1,5 +1,6 @@
 """Bags of look-ups: `nn.EmbeddingBag` has the rows of each look-up of its bags."""
 
+import copy
 import warnings
 from itertools import accumulate
 from typing import Any
@@ -174,6 +175,26 @@ def test_an_empty_call_counts_for_nothing(of: str) -> None:
     optimizer.step()
     assert optimizer.skipped == 0
     assert torch.equal(bags.weight, before)
+
+
+@pytest.mark.parametrize("recipe", ["normalized", "paper"])
+def test_a_micro_batch_of_empty_bags_counts_as_samples(recipe: str) -> None:
+    torch.manual_seed(0)
+    model = nn.EmbeddingBag(ENTRIES, D, mode="sum").double()
+    parted, head = copy.deepcopy(model), torch.randn(D, 5).double()
+    one, other = SINGD(model, recipe=recipe), SINGD(parted, recipe=recipe)
+    x, starts, none = torch.arange(12) % ENTRIES, torch.tensor([0, 3, 6, 9]), torch.zeros(4).long()
+    for _ in range(4):
+        y = torch.randint(5, (8,))
+        whole = F.cross_entropy(model(x, torch.cat([starts, none + 12])) @ head, y)
+        halves = (x, starts, y[:4]), (x[:0], none, y[4:])
+        losses = [F.cross_entropy(parted(i, at) @ head, t) / 2 for i, at, t in halves]
+        for optimizer, parts in ((one, [whole]), (other, losses)):
+            optimizer.zero_grad()
+            for loss in parts:
+                loss.backward()
+            optimizer.step()
+    assert torch.allclose(model.weight, parted.weight, rtol=0, atol=1e-12)
 
 
 def test_look_ups_behind_the_last_bag_are_no_error() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy, embedding, linear, one_hot
+from torch.nn.functional import cross_entropy, embedding, one_hot
 from uses import Does, loss_of
 from watched import layers
 
@@ -145,115 +145,92 @@ def test_tables_with_other_gradients_show_no_rows(
 
 
 class Words(nn.Module):
-    """A large table, whose head has its own weight or the table's."""
+    """Words in bags, which are classified."""
 
-    def __init__(self, head: str, entries: int = 600) -> None:
+    def __init__(self, entries: int, kind: type[nn.Module] = nn.EmbeddingBag) -> None:
         super().__init__()
-        self.table, self.middle = nn.Embedding(entries, 8), nn.Linear(8, 8)
-        self.by_function = head == "function"
-        self.head = nn.Identity() if self.by_function else nn.Linear(8, entries, bias=False)
-        if head == "module":
-            self.head.weight = self.table.weight
+        self.table, self.head = kind(entries, 8), nn.Linear(8, 5)  # type: ignore[call-arg]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.middle(self.table(x)).tanh()
-        found: torch.Tensor = linear(h, self.table.weight) if self.by_function else self.head(h)
-        return found
+        found: torch.Tensor = self.table(x)
+        return self.head(found if found.ndim == 2 else found.mean(1))
 
 
-def trained(model: nn.Module, optimizer: SINGD, steps: int, seed: int = 0) -> None:
+def trained(model: Words, optimizer: SINGD, steps: int, seed: int = 0) -> None:
     g = torch.Generator().manual_seed(seed)
     for _ in range(steps):
-        x, y = torch.randint(model.table.num_embeddings, (2, 12), generator=g)
+        x = torch.randint(len(model.table.weight), (12, 4), generator=g)
         optimizer.zero_grad()
-        cross_entropy(model(x), y).backward()
+        cross_entropy(model(x), torch.randint(5, (12,), generator=g)).backward()
         optimizer.step()
 
 
 @pytest.mark.parametrize(
-    ("head", "wanted"),
+    ("kind", "entries", "C"),
     [
-        ("its own", (Diagonal, Diagonal)),
-        ("module", (Dense, Diagonal)),  # as a linear map, whose outputs are the entries
-        ("function", (Diagonal, Dense)),  # as a table, which a call has shown to be a map too
+        (nn.EmbeddingBag, 600, Diagonal),
+        (nn.EmbeddingBag, 500, Dense),
+        (nn.Embedding, 600, Dense),  # a call may show it to be a linear map too
     ],
 )
-def test_a_large_table_has_diagonal_factors_unless_it_is_a_linear_map_too(
-    head: str, wanted: tuple[type, type]
+def test_a_large_table_of_bags_has_diagonal_factors(
+    kind: type[nn.Module], entries: int, C: type
 ) -> None:
-    torch.manual_seed(0)
-    model = Words(head)
+    optimizer = SINGD(Words(entries, kind))
+    assert layers(optimizer)[0].structures == (Diagonal, C)
+    asked = SINGD(Words(entries, kind), structures=("dense", "dense"))
+    assert layers(asked)[0].structures == (Diagonal, Dense)
+
+
+def test_a_large_table_of_bags_without_rows_has_diagonal_factors_too() -> None:
+    model = Words(600)
+    model.table = nn.EmbeddingBag(600, 8, mode="max")
     optimizer = SINGD(model)
-    trained(model, optimizer, 3)
     [layer] = [one for one in layers(optimizer) if one.name == "table.weight"]
-    assert layer.structures == wanted
-    assert int(layer.refreshes) == 3
-    other = Words(head)
-    other.load_state_dict(model.state_dict())
-    resumed = SINGD(other)
-    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    copied, copied_optimizer = copy.deepcopy((model, optimizer))
-    for net, opt in ((model, optimizer), (other, resumed), (copied, copied_optimizer)):
-        trained(net, opt, 3, seed=1)
-    for p, q, r in zip(*(m.parameters() for m in (model, other, copied)), strict=True):
-        assert torch.equal(p, q)
-        assert torch.equal(p, r)
+    assert not layer.has_rows
+    assert layer.structures == (Diagonal, Diagonal)
 
 
-def test_a_table_that_becomes_a_linear_map_begins_anew() -> None:
-    """Rows of the step so far, and what look-ups alone have taught, are of other structures."""
-    torch.manual_seed(0)
-    model = Words("function")
-    model.by_function, model.head = False, nn.Linear(8, 600, bias=False)
-    optimizer = SINGD(model)
-    trained(model, optimizer, 2)
-    optimizer.zero_grad()
-    x = torch.arange(12)
-    cross_entropy(model(x), x).backward()  # look-ups that wait
-    model.by_function = True
-    cross_entropy(model(x), x).backward()
-    optimizer.step()
-    [layer] = [one for one in layers(optimizer) if one.name == "table.weight"]
-    assert layer.structures == (Diagonal, Dense)
-    assert layer.refreshes == 1
-    assert "without rows" not in repr(optimizer)
-    assert not optimizer.skipped
-
-
-def test_a_small_table_keeps_what_it_has_when_it_becomes_a_linear_map() -> None:
-    torch.manual_seed(0)
-    model = Words("function", entries=50)
-    model.by_function, model.head = False, nn.Linear(8, 50, bias=False)
-    optimizer = SINGD(model)
-    trained(model, optimizer, 2)
-    model.by_function = True
-    trained(model, optimizer, 1)
-    [layer] = [one for one in layers(optimizer) if one.name == "table.weight"]
-    assert layer.structures == (Diagonal, Dense)
-    assert layer.refreshes == 3
-
-
-def test_a_checkpoint_with_the_structures_of_an_earlier_version_goes_on(
+def test_a_checkpoint_with_the_structures_of_another_version_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The factors begin anew, and what is no factor goes on."""
     torch.manual_seed(0)
-    model = Words("its own")
+    model = Words(600)
     with monkeypatch.context() as patch:
         patch.setattr(choose, "_RARE", 10**9)  # so that it has a dense factor
         optimizer = SINGD(model)
         trained(model, optimizer, 3)
         saved = copy.deepcopy(optimizer.state_dict())
     assert "C.matrix" in saved["state"][0]
-    new = SINGD(model)
-    with pytest.warns(UserWarning, match=r"factors of 'table\.weight' begin anew"):
-        new.load_state_dict(saved)
-    state = new.state[model.table.weight]
-    assert "K.diag" not in state
-    assert torch.equal(state["momentum_buffer"], saved["state"][0]["momentum_buffer"])
-    assert torch.equal(new.state[model.middle.weight]["K.matrix"], saved["state"][1]["K.matrix"])
-    trained(model, new, 2)
-    assert new.state[model.table.weight]["C.diag"].shape == (8,)
+    mixed = copy.deepcopy(saved)  # as torch fills what is missing from a new state
+    mixed["state"][0]["C.diag"] = torch.ones(8)
+    for state_dict in (saved, mixed):
+        new = SINGD(model)
+        with pytest.warns(UserWarning, match=r"factors of 'table\.weight' begin anew"):
+            new.load_state_dict(copy.deepcopy(state_dict))
+        state = new.state[model.table.weight]
+        assert not [name for name in state if name[:2] in ("K.", "C.")]
+        assert torch.equal(state["momentum_buffer"], saved["state"][0]["momentum_buffer"])
+        K = new.state[model.head.weight]["K.matrix"]
+        assert torch.equal(K, saved["state"][1]["K.matrix"])
+        trained(model, new, 2)
+        assert new.state[model.table.weight]["C.diag"].shape == (8,)
     saved["param_groups"][0]["structures"] = ("diagonal", "diagonal")  # which somebody chose
-    with pytest.raises(ValueError, match=r"'table\.weight'.*another structure"):
+    with pytest.raises(ValueError, match=r"'table\.weight'.*another structure.*begin with a new"):
         SINGD(model).load_state_dict(saved)
+
+
+def test_a_checkpoint_with_wider_blocks_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    points = nn.Parameter(torch.randn(200, 2))
+    with monkeypatch.context() as patch:
+        patch.setattr(choose, "_REMEMBERED", 20)  # blocks of 40 in place of 25
+        optimizer = SINGD([points])
+        torch.cdist(points, points).sum().backward()
+        optimizer.step()
+    new = SINGD([points])
+    with pytest.warns(UserWarning, match="begin anew"):
+        new.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    new.step()
+    assert new.state[points]["C.blocks"].shape == (8, 25, 25)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from singd_core.layers import LayerKind
+from singd_core.layers import LayerKind, Linear
 from singd_torch.capture.handed import Handed, Homes, tensors_of
 from singd_torch.capture.now import Now
 from singd_torch.capture.tap import Tap
@@ -142,7 +142,7 @@ class Calls:
         """What probes calls of this kind, or None if they give no rows of the layer."""
         key = layer, found.kind, biased, found.view.part
         if key not in self._taps:
-            if layer.is_turned_by(found.kind):
+            if layer.is_unturned and found.kind == Linear(transposed=True):
                 self._owner().turn(layer)  # type: ignore[union-attr]
             source = layer.source(found.kind, biased=biased, part=found.view.part)
             if source is not None:

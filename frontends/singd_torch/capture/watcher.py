@@ -160,10 +160,9 @@ class Watcher:
         return partial(self._take, layer, source) if may_be_due(layer) else None
 
     def turn(self, layer: Layer) -> None:
-        """Begin anew with a layer that its first call of a kind takes for another one."""
-        if layer.turn():
-            self.queue.forget(layer)
-            self._keeper.begin_anew(layer)
+        """Begin anew with a stack of matrices that its first call takes for transposed ones."""
+        layer.turn()
+        self._keeper.begin_anew(layer)
 
     def differentiate(self, source: Source) -> None:
         """Know that the loss of this step contains a derivative of a layer."""

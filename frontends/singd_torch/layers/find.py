@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -13,7 +13,7 @@ from singd_core import rules
 from singd_core._settings import Settings
 from singd_core.layers import LayerKind, Linear, Tensor
 from singd_core.structures import Structure
-from singd_torch._groups import Notes, noted, settings_of
+from singd_torch._groups import settings_of
 from singd_torch.layers.kinds import Use, uses
 from singd_torch.layers.layer import Layer
 from singd_torch.layers.source import Source
@@ -34,15 +34,14 @@ class _Shared:
         return biases[0] if all(bias is biases[0] for bias in biases) else None
 
 
-def find(model: nn.Module, groups: Sequence[dict[str, Any]], notes: Notes) -> list[Layer]:
+def find(model: nn.Module, groups: Sequence[dict[str, Any]], lost: Collection[Any]) -> list[Layer]:
     """The layers of a model whose weight is trained by one of the groups.
 
     A weight that several modules use is one layer if they are of one kind, or a table of embeddings
     and the linear map tied to it. Its bias belongs to the layer if all of them have the same one.
     All other parameters are left out, a bias of several weights among them, and so are weights
-    whose rows are lost by what is noted.
+    whose rows are `lost`.
     """
-    lost, maps = noted(notes, "without_rows"), noted(notes, "turned")
     group_of = {p: group for group in groups for p in group["params"]}
     found: dict[nn.Parameter, _Shared] = {}
     for path, module in model.named_modules():
@@ -71,12 +70,11 @@ def find(model: nn.Module, groups: Sequence[dict[str, Any]], notes: Notes) -> li
         if bias not in group_of or owners[bias] > 1:  # it has one matrix to be a column of
             bias = None
         shape = common.shape(tuple(weight.shape), bias is not None)
-        table = common.diagonal_inputs
         structures = rule.choose(
             group["structures"],
             shape,
-            diagonal=(table, tied),
-            looked_up=table and weight not in maps,
+            diagonal=(common.diagonal_inputs, tied),
+            rare=not tied and any(isinstance(m, nn.EmbeddingBag) for m, _, _ in shared.uses),
         )
         of_bias = None if bias is None else group_of[bias]
         given = _of_gradients(common, weight, bias, settings_of(group), structures, tied=tied)

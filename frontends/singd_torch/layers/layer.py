@@ -146,17 +146,8 @@ class Layer:
 
     @property
     def is_unturned(self) -> bool:
-        """Whether the first call of a kind may turn it, as `turn` says."""
-        if self.is_stack:
-            return not self.sources and not self.kind.is_turned
-        return self.kind.diagonal_inputs and not self.notes.get("turned")
-
-    def is_turned_by(self, kind: LayerKind) -> bool:
-        """Whether the first call of this kind turns it."""
-        if not self.is_unturned or self.kind.is_turned == kind.is_turned:
-            return False
-        turned = self.kind.of_transpose() if self.is_stack else self.kind
-        return turned is not None and turned.of_call(kind) is not None
+        """Whether it is a stack without a call so far: it may turn out to be transposed."""
+        return self.is_stack and not self.sources and not self.kind.is_turned
 
     @property
     def is_stack(self) -> bool:
@@ -192,28 +183,19 @@ class Layer:
         same = self.bias is other.bias and self.kind == other.kind
         return same and self.structures == other.structures and own == its
 
-    def turn(self) -> bool:
-        """Be what a first call tells: a stack of `(d_in, d_out)`, or a table that is a map too.
+    def turn(self) -> None:
+        """Begin anew with the matrices of a stack as `(d_in, d_out)`, which its calls tell.
 
         Checkpoints have that.
-
-        Returns:
-            Whether it begins anew, with another kind or other structures.
         """
         self.notes["turned"] = True
-        before = self.kind, self.structures
-        if self.is_stack:
-            turned = self.kind.of_transpose()
-            assert turned is not None
-            self.kind = turned
+        turned = self.kind.of_transpose()
+        assert turned is not None
+        self.kind = turned
         rule, wanted = rules.get(self.group["rule"]), self.group["structures"]
-        diagonal = self.kind.diagonal_inputs, False
-        self.structures = rule.choose(wanted, self.shape, diagonal=diagonal)
-        if (self.kind, self.structures) == before:
-            return False
-        self.pending, self.seen, self.by_gradient = {}, False, False
+        self.structures = rule.choose(wanted, self.shape, diagonal=(False, False))
+        self.seen = self.by_gradient = False
         self.refreshes = self.missed = 0
-        return True
 
     @property
     def expects_rows(self) -> bool:

@@ -23,7 +23,7 @@ def find_all(
     model: nn.Module, groups: Sequence[dict[str, Any]], notes: Notes = MappingProxyType({})
 ) -> list[Layer]:
     """What `find` finds, and the other parameters that have factors, by what is known of them."""
-    layers = find(model, groups, notes)
+    layers = find(model, groups, noted(notes, "without_rows"))
     owned = {p for layer in layers for p in layer.parameters}
     return [*layers, *_tensors(model, groups, owned, notes)]
 
@@ -43,7 +43,8 @@ def _tensors(
     """
     names = parameter_names(model, groups)
     turned, lost = noted(notes, "turned"), noted(notes, "without_rows")
-    tables = {m.weight for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
+    bags = {m.weight for m in model.modules() if isinstance(m, nn.EmbeddingBag)}
+    tables = bags | {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     group_of = {p: group for group in groups for p in group["params"]}
     with_bias = _with_bias(groups, names, {*owned, *_without_pairs(model)})
     for p in set(model.parameters()) - set(lost):  # a stack whose calls may give rows
@@ -65,7 +66,7 @@ def _tensors(
             shape,
             diagonal=(False, p in tables),
             by_rows=kind.has_rows,
-            looked_up=p in tables and p not in lost,
+            rare=p in bags,
         )
         of_bias = None if bias is None else group_of[bias]
         yield Layer(names.get(p, "a parameter"), kind, p, bias, [], group, structures, of_bias)

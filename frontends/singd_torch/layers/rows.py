@@ -51,8 +51,8 @@ def rows_of(
         mask=mask,
         sample=sample,
     )
-    if rows.A.shape[-2] == 0 or rows.B.shape[-2] == 0:
-        return
+    if 0 in (rows.A.shape[-2], rows.B.shape[-2]) and not source.samples:
+        return  # bags may be empty, and count as samples all the same
     if source.swapped and layer.bias is not None:  # a look-up does not see the bias
         rows = dataclasses.replace(rows, B=torch.nn.functional.pad(rows.B, (0, 1)))
     if not source.biased and layer.bias is not None:

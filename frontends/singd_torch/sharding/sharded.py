@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from singd_core.layers import LayerKind
 from singd_core.rounding import is_rounded
 from singd_torch import _diagnostics, _state
 from singd_torch._distributed import agree_on_rows
@@ -52,7 +53,7 @@ class Sharded:
         self.owners: dict[nn.Parameter, int] = {}
         self.share = Share(group)
         self._layers: list[Layer] = []
-        self._kinds: dict[Tensor, Any] = {}
+        self._kinds: dict[Tensor, LayerKind] = {}
         self._fallback: list[nn.Parameter] = []
         self._places: dict[nn.Parameter, list[Box]] = {}
         self._own: dict[nn.Parameter, Layer] = {}
@@ -68,7 +69,7 @@ class Sharded:
             self._resting.visit()
         group_of, names, plain = roster.group_of, roster.names, set(self._fallback)
         self._layers, self._fallback = list(roster.layers), list(roster.fallback)
-        self._kinds = {one.weight: (one.kind, one.structures) for one in self._layers}
+        self._kinds = {layer.weight: layer.kind for layer in self._layers}
         self._places = boxes(list(group_of), self.group)
         found = self.shares(self._layers)
         self._arrange_own(found, plain)
@@ -99,8 +100,8 @@ class Sharded:
         layer.meter = Meter.of(layer)
 
     def is_arranged(self) -> bool:
-        """Whether the layers have the kinds and structures that they had when that was parted."""
-        return all(self._kinds[one.weight] == (one.kind, one.structures) for one in self._layers)
+        """Whether the layers have the kinds that they had when the work was parted."""
+        return all(self._kinds[layer.weight] == layer.kind for layer in self._layers)
 
     def _arrange_own(self, found: Shares, plain: set[nn.Parameter]) -> None:
         """Have stand-ins for the layers that this process steps, and for its parts of others.

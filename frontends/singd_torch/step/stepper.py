@@ -74,10 +74,10 @@ class Stepper(Stacker):
                 if not self.sharded.is_arranged():  # one has seen how a stack is used
                     self.arrange()
             else:
-                kinds = [(one.kind, one.structures) for one in asked]
+                kinds = [one.kind for one in asked]
                 agree_on_rows(asked, group)
-                if [(one.kind, one.structures) for one in asked] != kinds:
-                    self.stack_up()  # another has seen how a stack or a table is used
+                if [one.kind for one in asked] != kinds:  # another has seen how a stack is used
+                    self.stack_up()
         else:
             for layer in self.roster.layers:
                 if layer.weight.requires_grad and layer.kind.has_rows and may_be_due(layer):

@@ -29,17 +29,17 @@ def test_factors_that_learn_from_gradients_are_no_wider_than_what_they_remember(
 
 
 @pytest.mark.parametrize("entries", [511, 512, 50_000])
-def test_a_large_table_that_is_looked_up_alone_has_diagonal_factors(entries: int) -> None:
+def test_a_large_table_with_rare_entries_has_diagonal_factors(entries: int) -> None:
     shape = ((), 16, entries)
     wanted = Dense if entries < 512 else Diagonal
-    assert resolve(None, shape, looked_up=True, **TABLE) == (Diagonal, wanted)
-    assert resolve("cost:64", shape, looked_up=True, **TABLE) == (Diagonal, wanted)
-    assert resolve(None, shape, **TABLE)[1] is Dense  # tied to a linear map
-    assert resolve(("dense", "dense"), shape, looked_up=True, **TABLE)[1] is Dense
-    assert resolve("auto:64", shape, looked_up=True, **TABLE)[1] is Dense
+    assert resolve(None, shape, rare=True, **TABLE) == (Diagonal, wanted)
+    assert resolve("cost:64", shape, rare=True, **TABLE) == (Diagonal, wanted)
+    assert resolve(None, shape, **TABLE)[1] is Dense
+    assert resolve(("dense", "dense"), shape, rare=True, **TABLE)[1] is Dense
+    assert resolve("auto:64", shape, rare=True, **TABLE)[1] is Dense
 
 
 def test_a_rule_whose_factors_are_dense_has_them_all_the_same() -> None:
     KFAC = rules.get("kfac")
     assert KFAC.choose(None, ((), 200, 2), by_rows=False) == (Dense, Dense)
-    assert KFAC.choose(None, ((), 16, 1000), looked_up=True) == (Dense, Dense)
+    assert KFAC.choose(None, ((), 16, 1000), rare=True) == (Dense, Dense)
