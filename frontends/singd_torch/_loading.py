@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -82,28 +83,30 @@ def loaded(
     own = [g | {"params": mine["params"]} for g, mine in zip(groups, live, strict=True)]
     groups_saved = state_dict["param_groups"]
     notes = saved_notes(groups_saved, live, names)
-    whole, others = kept_whole(groups_saved, notes), list[str]()
+    whole = kept_whole(groups_saved, notes)
+    begun: list[str] = []
     for layer in find_all(model, own, notes):
         s = settings_of(layer.group)
         if older:
             upgrade(layer, entries, normalized=s.normalized)
         if layer.weight not in whole:
             begin_anew(layer, entries)
-        if is_by_cost(layer.group["structures"]) and _forgot_others(layer, entries[layer.weight]):
-            others.append(layer.name)
+        by_cost = is_by_cost(layer.group["structures"])
+        if by_cost and _drop_other_structures(layer, entries[layer.weight]):
+            begun.append(layer.name)
         check_momenta(layer, entries, s)
         factors[layer.weight] = saved_factors(layer, entries[layer.weight], s)
     for p, found in entries.items():
         check_moments(names.get(p, "a parameter"), p, found)
         if _state.COMPENSATION in found:
             _check(names.get(p, "a parameter"), {_state.COMPENSATION: p}, found)
-    if others:
+    if begun:
         warn(
-            f"the factors of {listed(others)} begin anew: the checkpoint has factors of other "
+            f"the factors of {listed(begun)} begin anew: the checkpoint has factors of other "
             "structures, which were chosen for another use of the weights or by another version"
         )
-    unknown = {key: value for key, value in state_dict["state"].items() if key not in known}
-    return Loaded(groups, entries, factors, unknown, notes)
+    others = {key: value for key, value in state_dict["state"].items() if key not in known}
+    return Loaded(groups, entries, factors, others, notes)
 
 
 def kept_whole(
@@ -176,20 +179,47 @@ def begin_anew(layer: Layer, entries: Mapping[nn.Parameter, Entries]) -> None:
         own.update(begun_anew(sums, own, _state.LATE))
 
 
-def _forgot_others(layer: Layer, entries: Entries) -> bool:
-    """Drop saved factors of other structures than a layer has: of other names, or other blocks.
+def _drop_other_structures(layer: Layer, entries: Entries) -> bool:
+    """Drop the saved factors of a layer that have its sides in other structures than it has now.
 
     Returns:
-        Whether there were such.
+        Whether there were any.
     """
-    own = dict(layer.first_factors(torch.device("meta")).named_arrays())
+    template = layer.first_factors(torch.device("meta"))
+    shapes = {name: tuple(a.shape) for name, a in template.named_arrays()}
     saved = {name: a for name, a in entries.items() if name[:2] in ("K.", "C.")}
-    blocks = [n for n, a in saved.items() if n.endswith(".blocks") and isinstance(a, Tensor)]
-    if saved.keys() <= own.keys() and all(saved[n].shape[-1] == own[n].shape[-1] for n in blocks):
+    if any(not isinstance(a, Tensor) or isinstance(a, DTensor) for a in saved.values()):
+        return False
+    if all(shapes.get(name) == tuple(a.shape) for name, a in saved.items()):
+        return False
+    sides = sorted(L.shape[-1] for L in template.sides)  # calls may be of the transpose now
+    if any(side not in sides for side in _sides(saved, len(layer.shape[0]), shapes)):
         return False
     for name in [n for n in entries if "." in n and not n.startswith(_state.LATE)]:
         del entries[name]
     return True
+
+
+def _sides(
+    saved: Mapping[str, Tensor], batch: int, shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[int]:
+    """The sides of saved factors, each of one structure; 0 of what is the factor of none.
+
+    What the live layer has too, and is there beside another structure, is left out: torch fills it
+    in where it was not saved.
+    """
+    for side in "KC":
+        own = {name: a for name, a in saved.items() if name[0] == side}
+        if not own.keys() <= shapes.keys():
+            own = {name: a for name, a in own.items() if name not in shapes} or own
+        yield sum(_length(tuple(a.shape)[batch:]) for a in own.values())
+
+
+def _length(shape: Sequence[int]) -> int:
+    """How many rows of a factor an array has: a diagonal, a square matrix, or square blocks."""
+    if len(shape) == 1 or (shape and shape[-1:] == shape[-2:-1]):
+        return shape[-1] * math.prod(shape[:-2])
+    return 0
 
 
 def check_momenta(layer: Layer, entries: Mapping[nn.Parameter, Entries], s: Settings) -> None:
@@ -231,9 +261,9 @@ def _check(name: str, template: Mapping[str, Tensor], entries: Mapping[str, Any]
     for key, like in template.items():
         if key not in entries:
             raise ValueError(
-                f"the checkpoint has no {key!r} for {name!r}: it was saved with another structure, "
-                f"recipe or model (it has {sorted(entries)}); give the optimizer those, or begin "
-                "with a new state"
+                f"the checkpoint has no {key!r} for {name!r}, it has {sorted(entries)}: it was "
+                "saved with another structure, recipe or model; load the model that was saved, or "
+                "begin with a new state and keep the weights"
             )
         saved = entries[key]
         if not isinstance(saved, Tensor):

@@ -51,7 +51,7 @@ class Rule(Tree, ABC):
         *,
         diagonal: tuple[bool, bool] = (False, False),
         by_rows: bool = True,
-        rare: bool = False,
+        entries_of_bags: int = 0,
     ) -> tuple[type[Structure], type[Structure]]:
         """The structures of K and C of a layer under this rule.
 
@@ -63,7 +63,7 @@ class Rule(Tree, ABC):
             dense_for=cls.title if cls.only_dense else None,
             diagonal=diagonal,
             by_rows=by_rows,
-            rare=rare,
+            entries_of_bags=entries_of_bags,
         )
 
     @classmethod

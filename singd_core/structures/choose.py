@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import TypeAlias
 
 from singd_core.structures.base import Structure
@@ -22,10 +21,9 @@ _FREE = 1 << 22
 _WIDEST = 1024
 _NARROWEST = 8
 # A factor that learns from gradients sees as many rows in a refresh as the other side is long, and
-# remembers about twenty refreshes. It is no wider than the rows of so many.
+# remembers about twenty refreshes. It is no wider than the rows of this many refreshes.
 _REMEMBERED = 16
-# A table of bags with so many entries has rare ones. Their gradients are of few look-ups, and
-# products with a factor that frequent entries have taught would amplify the noise.
+# From so many entries on, a table of bags has rare ones (docs/mathematics.md, section 5).
 _RARE = 512
 
 Structures: TypeAlias = str | type[Structure] | Sequence[str | type[Structure]]
@@ -39,7 +37,7 @@ def resolve(
     dense_for: str | None = None,
     diagonal: tuple[bool, bool] = (False, False),
     by_rows: bool = True,
-    rare: bool = False,
+    entries_of_bags: int = 0,
 ) -> tuple[type[Structure], type[Structure]]:
     """The structures of K and C of one layer.
 
@@ -51,13 +49,14 @@ def resolve(
         dense_for: The name of a rule whose factors have to be dense, or None.
         diagonal: Which of the two measures one-hot rows. It is always diagonal.
         by_rows: Whether rows refresh the factors, and not gradients.
-        rare: Whether the layer is a table whose entries are rare if there are many.
+        entries_of_bags: How many entries a table of bags has, 0 for other layers.
 
     Raises:
         ValueError: If a name is unknown, or not dense where it has to be.
     """
-    cost = partial(by_cost, by_rows=by_rows, rare=rare)
-    K, C = _asked(structures, shape, dense_for, cost)
+    if is_by_cost(structures) and dense_for is None and entries_of_bags >= _RARE:
+        structures = Diagonal
+    K, C = _asked(structures, shape, dense_for, by_rows)
     if 0 in shape[1:]:  # there is nothing to learn, and not every structure has a side of 0
         K = C = Dense
     return Diagonal if diagonal[0] else K, Diagonal if diagonal[1] else C
@@ -67,7 +66,7 @@ def _asked(
     structures: Structures | None,
     shape: MatrixShape,
     dense_for: str | None,
-    cost: Callable[[int, int, int, int], tuple[type[Structure], type[Structure]]],
+    by_rows: bool,
 ) -> tuple[type[Structure], type[Structure]]:
     batch, d_out, d_in = shape
     if dense_for is not None and structures is None:
@@ -84,7 +83,7 @@ def _asked(
             n, of = ("b", "numbers a row") if kind == "auto" else ("n", "rows a step")
             raise ValueError(f'structures="{structures}": "{kind}:{n}" wants {n} >= 1 {of}')
         if kind == "cost":
-            return cost(d_out, d_in, int(count), math.prod(batch))
+            return by_cost(d_out, d_in, int(count), math.prod(batch), by_rows=by_rows)
         return within(d_in, int(count)), within(d_out, int(count))
     both = isinstance(structures, (str, type))
     pair = (structures, structures) if both else structures
@@ -119,7 +118,6 @@ def by_cost(
     stack: int = 1,
     *,
     by_rows: bool = True,
-    rare: bool = False,
 ) -> tuple[type[Structure], type[Structure]]:
     """The richest structures of K and C that cost little in a step with n rows.
 
@@ -128,11 +126,9 @@ def by_cost(
     spent. A small layer may take 2^23 operations (a tenth of a millisecond). No factor holds more
     numbers than the weight, or than a factor of a small layer. A stack of matrices is one layer.
 
-    Factors that learn from gradients are no wider than the rows that they remember, and both
-    factors of a large table with rare entries are diagonal.
+    Blocks of factors that learn from gradients are at most 16 times as wide as the other side is
+    long.
     """
-    if rare and max(d_out, d_in) >= _RARE:
-        return Diagonal, Diagonal
     numbers = max(d_out * d_in, _SMALL // max(1, stack))
     sides = min(0.3 * n, _WIDEST) if d_out * d_in else 0.0
     total = max(sides, min(256, _FREE // max(1, stack * d_out * d_in)))

@@ -168,7 +168,7 @@ def test_the_host_asks_the_device_for_nothing(form: str) -> None:
 
 
 @pytest.mark.parametrize("of", ["bags", "look-ups"])
-def test_an_empty_call_counts_for_nothing(of: str) -> None:
+def test_an_empty_call_moves_no_weight(of: str) -> None:
     bags = nn.EmbeddingBag(ENTRIES, D).double()
     optimizer, before, empty = SINGD(bags), bags.weight.detach().clone(), torch.tensor([]).long()
     bags(empty, empty if of == "bags" else torch.tensor([0, 0])).sum().backward()
@@ -198,7 +198,7 @@ def test_a_micro_batch_of_empty_bags_counts_as_samples(recipe: str) -> None:
 
 
 def test_look_ups_behind_the_last_bag_are_no_error() -> None:
-    """torch forbids them, and does not look."""
+    """torch forbids them, does not look, and leaves their gradient uninitialised."""
     given = {"offsets": torch.tensor([0, 2, 4]), "include_last_offset": True}
     [own] = Bags.of(given, None)(torch.arange(5), torch.ones(2, D), 8)
     assert own.g.shape == (5, D)

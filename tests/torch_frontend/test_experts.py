@@ -74,7 +74,7 @@ def test_rows_of_groups_that_an_accelerator_samples_are_of_each_group(
     ends = torch.tensor([3, 40, 40])
     x = torch.arange(40.0)[:, None] < 3
     rows = singd_torch.layers.products._Grouped(ends)(x.double(), 1.0 + x.double(), 8)
-    found = [(part, kept.sum(), (g * kept[:, None]).square().sum()) for part, _, g, kept, _ in rows]
+    found = [(one.part, one.kept.sum(), (one.g * one.kept[:, None]).square().sum()) for one in rows]
     assert [(part, int(n)) for part, n, _ in found] == [(0, 3), (1, 8), (2, 0)]
     torch.testing.assert_close(found[0][2], torch.tensor(3 * 4.0, dtype=torch.float64))
     torch.testing.assert_close(found[1][2], torch.tensor(37.0, dtype=torch.float64))

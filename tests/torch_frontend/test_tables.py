@@ -156,8 +156,8 @@ class Words(nn.Module):
         return self.head(found if found.ndim == 2 else found.mean(1))
 
 
-def trained(model: Words, optimizer: SINGD, steps: int, seed: int = 0) -> None:
-    g = torch.Generator().manual_seed(seed)
+def trained(model: Words, optimizer: SINGD, steps: int) -> None:
+    g = torch.Generator().manual_seed(0)
     for _ in range(steps):
         x = torch.randint(len(model.table.weight), (12, 4), generator=g)
         optimizer.zero_grad()
@@ -170,7 +170,7 @@ def trained(model: Words, optimizer: SINGD, steps: int, seed: int = 0) -> None:
     [
         (nn.EmbeddingBag, 600, Diagonal),
         (nn.EmbeddingBag, 500, Dense),
-        (nn.Embedding, 600, Dense),  # a call may show it to be a linear map too
+        (nn.Embedding, 600, Dense),  # such tables are often tied to a head, which wants it
     ],
 )
 def test_a_large_table_of_bags_has_diagonal_factors(
@@ -178,6 +178,8 @@ def test_a_large_table_of_bags_has_diagonal_factors(
 ) -> None:
     optimizer = SINGD(Words(entries, kind))
     assert layers(optimizer)[0].structures == (Diagonal, C)
+    few = SINGD(kind(10, 700))  # of long vectors
+    assert layers(few)[0].structures[1] is not Diagonal
     asked = SINGD(Words(entries, kind), structures=("dense", "dense"))
     assert layers(asked)[0].structures == (Diagonal, Dense)
 
@@ -189,6 +191,24 @@ def test_a_large_table_of_bags_without_rows_has_diagonal_factors_too() -> None:
     [layer] = [one for one in layers(optimizer) if one.name == "table.weight"]
     assert not layer.has_rows
     assert layer.structures == (Diagonal, Diagonal)
+
+
+@pytest.mark.filterwarnings("ignore:no rows of 'table.weight' are taken")
+def test_a_table_of_bags_that_is_a_head_too_is_none_of_them() -> None:
+    """Whether rows are there or lost."""
+    model = nn.ModuleDict({"table": nn.EmbeddingBag(600, 8), "head": nn.Linear(8, 600, bias=False)})
+    model["head"].weight = model["table"].weight
+    optimizer = SINGD(model)
+    assert layers(optimizer)[0].structures == (Dense, Diagonal)
+    for _ in range(2):
+        optimizer.zero_grad()
+        h = model["table"](torch.randint(600, (6, 3)))
+        loss = model["head"](h).square().mean() + model["table"].weight.sin().square().sum()
+        loss.backward()
+        optimizer.step()
+    [layer] = layers(optimizer)
+    assert not layer.has_rows
+    assert Dense in layer.structures
 
 
 def test_a_checkpoint_with_the_structures_of_another_version_goes_on(
@@ -234,3 +254,34 @@ def test_a_checkpoint_with_wider_blocks_goes_on(monkeypatch: pytest.MonkeyPatch)
         new.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     new.step()
     assert new.state[points]["C.blocks"].shape == (8, 25, 25)
+
+
+def of_another_model(entries: dict[str, Any]) -> None:
+    entries["C.matrix"], entries["K.diag"] = torch.eye(9), torch.ones(601)
+
+
+def without_blocks(entries: dict[str, Any]) -> None:
+    entries["C.matrix"] = torch.tensor(1.0)
+
+
+def not_square(entries: dict[str, Any]) -> None:
+    entries["C.matrix"] = torch.ones(8, 7)
+
+
+def no_tensor(entries: dict[str, Any]) -> None:
+    entries["C.matrix"] = "lost"
+
+
+@pytest.mark.parametrize("change", [of_another_model, without_blocks, not_square, no_tensor])
+def test_factors_that_are_none_of_a_layer_are_an_error(change: Any) -> None:
+    """And none that another version has chosen."""
+    torch.manual_seed(0)
+    model = Words(600)
+    optimizer = SINGD(model, momentum=0.0)  # a momentum would tell another model
+    trained(model, optimizer, 1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    entries = saved["state"][0]
+    del entries["C.diag"]
+    change(entries)
+    with pytest.raises(ValueError, match=r"'table\.weight'"):
+        SINGD(model).load_state_dict(saved)

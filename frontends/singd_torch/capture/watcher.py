@@ -202,14 +202,14 @@ class Watcher:
         layer.loss = backward_pass() if loss is None else loss
         layer.called_in = layer.group["steps"]
         rows = [MatrixRows(None, x, g)] if product is None else product(x, g, layer.most_rows(x))
-        for part, own_x, own_g, kept, samples in rows:
-            part = source.part if part is None else part
+        for one in rows:
+            part = source.part if one.part is None else one.part
             own = source
             if product is not None:
-                own = dataclasses.replace(source, part=part, kept=kept, samples=samples)
+                own = dataclasses.replace(source, part=part, kept=one.kept, samples=one.samples)
             if wants_proof(layer) and self._takes_rows():
-                self._proofs.add(layer, own, own_x, own_g, self.leaf(layer.weight))
-            self.take_rows(layer, own, own_x, own_g)
+                self._proofs.add(layer, own, one.x, one.g, self.leaf(layer.weight))
+            self.take_rows(layer, own, one.x, one.g)
         return self._takes_rows()
 
     def _is_for_another_purpose(self, layer: Layer) -> bool:

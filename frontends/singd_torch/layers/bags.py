@@ -39,21 +39,19 @@ class Bags:
     def __call__(self, x: Tensor, g: Tensor, most: int) -> Iterator[MatrixRows]:
         """Of indices `(bags, length)` or `(look-ups,)` and the gradient `(bags, d_out)`.
 
-        The gradient at a look-up is the one of its bag, times its weight. The host is not asked how
+        A look-up has the gradient of its bag, times its weight. The host does not wait to know how
         long bags are.
         """
         bag, samples = self._bag_of_each(x), None if self.starts is None else len(g)
-        seen = x != (-1 if self.padding_idx is None else self.padding_idx)
+        seen = torch.ones_like(x) if self.padding_idx is None else x != self.padding_idx
+        share = seen.to(g.dtype)
         if self.is_mean:
             lengths = torch.zeros(len(g), dtype=torch.int64, device=x.device)
             lengths.index_add_(0, bag.flatten(), seen.flatten().long())
-            g = g / lengths.clamp(min=1)[:, None]
-        g = g[bag]
+            share = share / lengths.clamp(min=1)[bag]
         if self.weights is not None:
-            g = g * self.weights[..., None]
-        if self.padding_idx is not None:
-            g = g * seen[..., None]
-        yield MatrixRows(None, x, g, samples=samples)
+            share = share * self.weights
+        yield MatrixRows(None, x, g[bag].mul_(share[..., None]), samples=samples)
 
     def _bag_of_each(self, x: Tensor) -> Tensor:
         """The number of the bag of each look-up."""

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from singd_core import rules
@@ -60,6 +61,7 @@ def find(model: nn.Module, groups: Sequence[dict[str, Any]], lost: Collection[An
 
     owners = Counter(b for s in found.values() for b in {bias for _, _, bias in s.uses})
     turned, fused = set(_sequence_first(model)), set(_projections_inside(model))
+    bags = tables_of_bags(model)
     layers = []
     for weight, shared in found.items():
         common, group = _common([use.kind for _, use, _ in shared.uses]), group_of[weight]
@@ -74,7 +76,7 @@ def find(model: nn.Module, groups: Sequence[dict[str, Any]], lost: Collection[An
             group["structures"],
             shape,
             diagonal=(common.diagonal_inputs, tied),
-            rare=not tied and any(isinstance(m, nn.EmbeddingBag) for m, _, _ in shared.uses),
+            entries_of_bags=len(weight) if weight in bags else 0,
         )
         of_bias = None if bias is None else group_of[bias]
         given = _of_gradients(common, weight, bias, settings_of(group), structures, tied=tied)
@@ -98,6 +100,13 @@ def find(model: nn.Module, groups: Sequence[dict[str, Any]], lost: Collection[An
         ]
         layers.append(Layer(shared.name, common, weight, bias, sources, group, structures, of_bias))
     return layers
+
+
+def tables_of_bags(model: nn.Module) -> set[torch.Tensor]:
+    """The weights of `nn.EmbeddingBag` that modules of no other kind have."""
+    tables = {m.weight for m in model.modules() if isinstance(m, nn.EmbeddingBag)}
+    others = (m for m in model.modules() if not isinstance(m, nn.EmbeddingBag))
+    return tables - {p for m in others for p in m._parameters.values() if p is not None}
 
 
 def _of_gradients(

@@ -79,7 +79,8 @@ _TABLE: dict[type[nn.Module] | str, Entry] = {
         Entry(_transposed, bias=None),
     ),
     nn.Embedding: Entry(_embedding),
-    # Its call has more arguments than the input: which look-ups are a bag, and their weights.
+    # Its call has more than an input: the bags, and the weights of look-ups. So its function is
+    # seen, and not its output.
     nn.EmbeddingBag: Entry(_bags, by_output=False),
     # It flattens its input for torch.addmm, and with that loses what is the batch.
     "transformers.pytorch_utils.Conv1D": Entry(

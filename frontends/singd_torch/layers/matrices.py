@@ -14,7 +14,7 @@ from singd_core.layers import StackedLinear, Tensor
 from singd_core.layers.biases import biases
 from singd_core.rules import learns_from_gradients
 from singd_torch._groups import Notes, noted, parameters_of, settings_of
-from singd_torch.layers.find import find
+from singd_torch.layers.find import find, tables_of_bags
 from singd_torch.layers.layer import Layer
 from singd_torch.layers.reach import is_in_parts
 
@@ -43,8 +43,8 @@ def _tensors(
     """
     names = parameter_names(model, groups)
     turned, lost = noted(notes, "turned"), noted(notes, "without_rows")
-    bags = {m.weight for m in model.modules() if isinstance(m, nn.EmbeddingBag)}
-    tables = bags | {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    bags, kinds = tables_of_bags(model), (nn.Embedding, nn.EmbeddingBag)
+    tables = {m.weight for m in model.modules() if isinstance(m, kinds)}
     group_of = {p: group for group in groups for p in group["params"]}
     with_bias = _with_bias(groups, names, {*owned, *_without_pairs(model)})
     for p in set(model.parameters()) - set(lost):  # a stack whose calls may give rows
@@ -66,7 +66,7 @@ def _tensors(
             shape,
             diagonal=(False, p in tables),
             by_rows=kind.has_rows,
-            rare=p in bags,
+            entries_of_bags=len(p) if p in bags else 0,
         )
         of_bias = None if bias is None else group_of[bias]
         yield Layer(names.get(p, "a parameter"), kind, p, bias, [], group, structures, of_bias)

@@ -51,8 +51,9 @@ def rows_of(
         mask=mask,
         sample=sample,
     )
-    if 0 in (rows.A.shape[-2], rows.B.shape[-2]) and not source.samples:
-        return  # bags may be empty, and count as samples all the same
+    is_empty = 0 in (rows.A.shape[-2], rows.B.shape[-2])
+    if is_empty and not source.samples:  # empty bags are samples all the same
+        return
     if source.swapped and layer.bias is not None:  # a look-up does not see the bias
         rows = dataclasses.replace(rows, B=torch.nn.functional.pad(rows.B, (0, 1)))
     if not source.biased and layer.bias is not None:

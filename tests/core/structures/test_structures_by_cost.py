@@ -1,12 +1,14 @@
 """Which structures layers get by cost, where rows are few or entries are rare."""
 
+from typing import Any
+
 import pytest
 
 from singd_core import rules
 from singd_core.structures import Dense, Diagonal, blockdiagonal
 from singd_core.structures.choose import resolve
 
-TABLE = {"diagonal": (True, False)}
+TABLE: dict[str, Any] = {"diagonal": (True, False)}
 
 
 @pytest.mark.parametrize(
@@ -29,17 +31,20 @@ def test_factors_that_learn_from_gradients_are_no_wider_than_what_they_remember(
 
 
 @pytest.mark.parametrize("entries", [511, 512, 50_000])
-def test_a_large_table_with_rare_entries_has_diagonal_factors(entries: int) -> None:
-    shape = ((), 16, entries)
+def test_a_large_table_of_bags_has_diagonal_factors(entries: int) -> None:
+    shape, bags = ((), 16, entries), {"entries_of_bags": entries}
     wanted = Dense if entries < 512 else Diagonal
-    assert resolve(None, shape, rare=True, **TABLE) == (Diagonal, wanted)
-    assert resolve("cost:64", shape, rare=True, **TABLE) == (Diagonal, wanted)
+    assert resolve(None, shape, **TABLE, **bags) == (Diagonal, wanted)
+    assert resolve("cost:64", shape, **TABLE, **bags) == (Diagonal, wanted)
     assert resolve(None, shape, **TABLE)[1] is Dense
-    assert resolve(("dense", "dense"), shape, rare=True, **TABLE)[1] is Dense
-    assert resolve("auto:64", shape, rare=True, **TABLE)[1] is Dense
+    assert resolve(("dense", "dense"), shape, **TABLE, **bags)[1] is Dense
+    assert resolve("auto:64", shape, **TABLE, **bags)[1] is Dense
+    turned = resolve(None, ((), entries, 16), by_rows=False, diagonal=(False, True), **bags)
+    assert turned == (wanted, Diagonal)
+    assert resolve(None, ((), 600, 10), entries_of_bags=10, **TABLE)[1] is not Diagonal
 
 
 def test_a_rule_whose_factors_are_dense_has_them_all_the_same() -> None:
     KFAC = rules.get("kfac")
     assert KFAC.choose(None, ((), 200, 2), by_rows=False) == (Dense, Dense)
-    assert KFAC.choose(None, ((), 16, 1000), rare=True) == (Dense, Dense)
+    assert KFAC.choose(None, ((), 16, 1000), entries_of_bags=1000) == (Dense, Dense)
