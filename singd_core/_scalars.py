@@ -63,6 +63,11 @@ def exp(x: Scalar) -> Scalar:
     return math.exp(x) if isinstance(x, (int, float)) else namespace(x).exp(x)
 
 
+def log(x: Scalar) -> Scalar:
+    """The natural logarithm of a positive number or array."""
+    return math.log(x) if isinstance(x, (int, float)) else namespace(x).log(x)
+
+
 def where(condition: Array | bool, x: Scalar, y: Scalar) -> Scalar:
     """`x` where the condition holds, else `y`, of numbers and arrays."""
     if isinstance(condition, bool) or isinstance(x, (int, float)):

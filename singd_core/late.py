@@ -9,7 +9,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from singd_core._array import Array, Scalar, cast, device, multiply_add, namespace, wide_full
-from singd_core._scalars import as_array, at_least, at_most, clip, exp, number, numbers, where
+from singd_core._scalars import (
+    as_array,
+    at_least,
+    at_most,
+    clip,
+    exp,
+    log,
+    number,
+    numbers,
+    where,
+)
 from singd_core._settings import Settings, StepSettings
 from singd_core._tree import Tree, tree
 from singd_core.curvature import TINY
@@ -23,6 +33,9 @@ OPPOSE = 0.6, 1.0
 SURE = 2.0
 GROWTH = 0.15
 LONGEST = 4.0  # and the shortest are as much shorter
+# Gradients that vanish agree, as of a network that fits its data, and longer steps would carry the
+# weights away: e^h is at most e^VANISHED √v, and 1 where this is less.
+VANISHED = 8.0
 # Where they agree so little, the weights swing to and fro, and steps as they are are too long.
 TURN = 0.05
 # A rate is constant if it is this share of the largest, but for rounding. At a constant rate this
@@ -129,7 +142,9 @@ class Late(Tree):
             settled = multiply_add(longer, FORGET, noise * (SETTLE / self.steps))
             less = less + where(s.share > CONSTANT, settled, 0.0)
         begun = self.weights > _FORGOTTEN / (1.0 - s.momentum)
-        growth = clip(self.growth - where(begun & moves, less, 0.0), -LONGEST, LONGEST)
+        most = clip(multiply_add(log(at_least(smaller, TINY)), 0.5, VANISHED), 0.0, LONGEST)
+        growth = at_least(at_most(self.growth - less, most), -LONGEST)
+        growth = where(begun & moves, growth, self.growth)
         return type(self)(self.squares, self.weights, self.noise, growth, self.mean, self.steps)
 
     def longer(self, smaller: Scalar, share: Scalar = 1.0) -> Scalar:

@@ -19,6 +19,7 @@ from singd_core.late import (
     SETTLE,
     SHORTEST,
     TURN,
+    VANISHED,
     Late,
 )
 from singd_core.length import OUTPUTS, SPECTRAL, TYPICAL
@@ -212,6 +213,23 @@ def test_steps_grow_while_gradients_agree_and_shrink_where_they_oppose() -> None
     assert growths[:15] == [0.0] * 15  # sums that have just begun say little
     assert growths[59] == LONGEST
     assert growths[-1] == -LONGEST
+
+
+def test_steps_are_no_longer_where_gradients_vanish() -> None:
+    """They agree there, as where a network fits all its data, and weights would be carried away."""
+    s, late, found = decayed(), nothing_late(), {}
+    for t in range(1, 901):
+        late = late.update(10.0 ** (-2 * t / 100), s)  # ‖∇W‖ is a tenth after 100 steps
+        late = late.grown(13.0, late.smaller(), True, s)
+        found[t] = late.growth, late.smaller()
+    assert found[100][0] == LONGEST
+    for t in (260, 320):
+        growth, smaller = found[t]
+        assert 0.0 < growth < LONGEST
+        assert growth == pytest.approx(VANISHED + 0.5 * np.log(smaller))
+    assert found[900][0] == 0.0
+    short = dataclasses.replace(late, growth=-1.0)
+    assert short.grown(1.0, 0.0, True, s).growth == -1.0  # which is no longer than it was
 
 
 def test_longer_steps_take_clearer_signs() -> None:

@@ -24,7 +24,7 @@ FREE = {
 # 24 of them make what a weight takes of the rate (5.8b, 5.12b), known in the program alone. A
 # refresh takes the traces of U and G, two kernels for each, which every gradient took before. Three
 # for each weight make how much gradients agree over noise, and what follows for steps (5.12).
-OTHER, REFRESH, ADAMW = 1069, 1610, 111
+OTHER, REFRESH, ADAMW = 1087, 1628, 111
 
 
 def computations(text: str) -> dict[str, list[str]]:

@@ -93,12 +93,12 @@ class Transformer(nn.Module):
 # The whole of a step: 4-layer transformer, 19 layers in 7 stacks, and the norms by AdamW.
 DIAGONAL = {"structures": ("diagonal", "diagonal")}
 LIMITS: dict[str, tuple[Callable[[nn.Module], Any], dict[str, Any], int, int, int]] = {
-    "default": (lambda model: model, {}, 140, 180, 441),
-    "diagonal": (lambda model: model, DIAGONAL, 233, 273, 643),  # tables have rows
-    "decay": (lambda model: model, {"weight_decay": 0.01}, 144, 184, 445),
-    "parameters": (nn.Module.parameters, {}, 123, 166, 440),
-    "names": (nn.Module.named_parameters, {}, 155, 201, 540),
-    "names, diagonal": (nn.Module.named_parameters, DIAGONAL, 147, 193, 425),
+    "default": (lambda model: model, {}, 145, 185, 446),
+    "diagonal": (lambda model: model, DIAGONAL, 243, 283, 653),  # tables have rows
+    "decay": (lambda model: model, {"weight_decay": 0.01}, 149, 189, 450),
+    "parameters": (nn.Module.parameters, {}, 128, 171, 445),
+    "names": (nn.Module.named_parameters, {}, 160, 206, 545),
+    "names, diagonal": (nn.Module.named_parameters, DIAGONAL, 152, 198, 430),
 }
 
 

@@ -102,7 +102,8 @@ class Page:
             if share > 0.999:
                 settled = np.clip(1.5 - ratio, 0, 1) * min(1, self.Q / self.w / self.mean)
                 change -= 0.03 * longer + 0.5 / self.t * settled
-            self.growth = np.clip(self.growth + change, -4, 4)
+            longest = np.clip(8 + np.log(self.Q / self.w / self.mean) / 2, 0, 4)
+            self.growth = np.clip(self.growth + change, -4, longest)
         most = max(0.14, share)
         f = np.clip(np.sqrt(self.Q / self.w / self.mean), 0.14, most) / most
         f = f if self.t > 60 else 1.0
