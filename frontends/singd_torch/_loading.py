@@ -210,9 +210,8 @@ def _sides(
     """
     for side in "KC":
         own = {name: a for name, a in saved.items() if name[0] == side}
-        if not own.keys() <= shapes.keys():
-            own = {name: a for name, a in own.items() if name not in shapes} or own
-        yield sum(_length(tuple(a.shape)[batch:]) for a in own.values())
+        others = {name: a for name, a in own.items() if name not in shapes}
+        yield sum(_length(tuple(a.shape)[batch:]) for a in (others or own).values())
 
 
 def _length(shape: Sequence[int]) -> int:
