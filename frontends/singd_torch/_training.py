@@ -192,6 +192,7 @@ class Training(torch.optim.Optimizer):
             stepper.begin()
             return
         roster.warn_idle()
+        roster.warn_small()
         if stepper.sharded is not None:
             part_again(roster.model)  # lest modules keep weights that are old then
         self._follow_model()
@@ -223,7 +224,7 @@ class Training(torch.optim.Optimizer):
             steps, s = group["steps"], settings_of(group)
             if steps < s.warmup or _settings.is_due(steps, s) or _settings.is_due(steps + 1, s):
                 return False
-        return not any(is_due(layer) for layer in self._layers if layer.weight.requires_grad)
+        return not any(layer.is_trained and is_due(layer) for layer in self._layers)
 
     def replayed(self) -> None:
         """Count a step that a CUDA graph has taken in the place of `step`.

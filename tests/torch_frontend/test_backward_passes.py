@@ -101,3 +101,37 @@ def test_a_pass_that_is_no_term_of_the_loss_does_not_count() -> None:
         (z - model(y)).square().sum(1).mean().backward()
 
     assert averages(two) == pytest.approx(averages(one), rel=1e-12)
+
+
+@pytest.mark.parametrize("sides", [(6, 5), (600, 512)])
+def test_many_gradients_in_one_pass_bring_no_rows(sides: tuple[int, int]) -> None:
+    """As of each sample, for a log or for statistics: each is of a loss of its own."""
+
+    def trained(*, logged: bool) -> Tensor:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(*sides), nn.Tanh(), nn.Linear(sides[1], 3))
+        optimizer = SINGD(model, T=1)
+        for x in torch.randn(3, 8, sides[0]).unbind():
+            optimizer.zero_grad()
+            losses = model(x).square().sum(1)
+            if logged:
+                each, of = torch.eye(len(losses)), list(model.parameters())
+                given = {"is_grads_batched": True, "retain_graph": True}
+                torch.autograd.grad(losses, of, each, **given)  # type: ignore[arg-type]
+            losses.mean().backward()
+            optimizer.step()
+        return nn.utils.parameters_to_vector(model.parameters()).detach()
+
+    assert torch.equal(trained(logged=True), trained(logged=False))
+
+
+def test_the_mean_of_many_gradients_of_one_pass_trains() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    optimizer, before = SINGD(model), [p.detach().clone() for p in model.parameters()]
+    losses, of = model(torch.randn(8, 6)).square().sum(1), list(model.parameters())
+    each = torch.autograd.grad(losses, of, torch.eye(8), is_grads_batched=True)
+    for p, g in zip(of, each, strict=True):
+        p.grad = g.mean(0)
+    with pytest.warns(UserWarning, match="no rows of '0.weight' and '2.weight' have been seen"):
+        optimizer.step()
+    assert not any(map(torch.equal, of, before))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from contract_runs import Network, batch, moved, step
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from singd_torch import SINGD
 
@@ -159,3 +160,18 @@ def test_a_rate_that_is_made_wrong_in_place_is_named_and_changes_nothing(wrong: 
         step(model, optimizer)
     assert all(torch.equal(p, before[0][name]) for name, p in model.state_dict().items())
     assert optimizer.param_groups[0]["steps"] == 1
+
+
+@pytest.mark.parametrize("of", ["model", "names"])
+def test_the_first_step_of_a_warm_up_from_zero_is_counted(of: str) -> None:
+    """A step of rates of zero is one, unless its gradients are zeros too."""
+    model = nn.Linear(3, 2)
+    optimizer = SINGD(model if of == "model" else model.named_parameters())
+    schedule = LambdaLR(optimizer, lambda i: min(1.0, i / 10.0))
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.ones(1, 3)).square().sum().backward()
+        optimizer.step()
+        schedule.step()
+    assert optimizer.param_groups[0]["steps"] == 3
+    assert optimizer.state[model.weight]["late.steps"].max() == 3

@@ -197,3 +197,43 @@ def test_a_copy_can_be_scripted_while_the_optimizer_lives() -> None:
             torch.jit.script(model)
     torch.testing.assert_close(scripted(x), model(x))
     assert optimizer.skipped == 0
+
+
+class Traced(nn.Module):
+    """With a weight that a function uses, so that calls of the model are watched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 5), nn.Linear(5, 3)
+        self.own = nn.Linear(5, 5, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.down(nn.functional.linear(self.up(x), self.own.weight))
+        return y
+
+
+class Handed(Traced):
+    """With a copy of its own, that hands all attributes on, hooks too."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        for name, value in vars(self).items():
+            vars(new)[name] = copy.deepcopy(value, memo)
+        return new
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("make", [lambda: torch.fx.symbolic_trace(Traced()), Handed])
+def test_a_model_that_hands_its_hooks_on_is_copied_alone(
+    make: Callable[[], nn.Module], how: str
+) -> None:
+    model, x = make(), torch.randn(4, 6)
+    optimizer = SINGD(model, T=1)
+    twin = HOW[how](model)
+    for one in (model, twin):
+        one(x).square().sum().backward()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)  # type: ignore[arg-type]
+    optimizer.step()
+    assert not any(map(torch.equal, model.parameters(), twin.parameters()))

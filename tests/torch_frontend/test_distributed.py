@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from singd_torch import SINGD
 
 STEPS = 4
-WAYS = ["plain", "wrapped later", "accumulate", "uneven"]
+WAYS = ["plain", "wrapped later", "accumulate", "uneven", "frozen at steps"]
 
 
 class Branches(nn.Module):
@@ -83,10 +83,15 @@ def train(rank: int, world: int, folder: str, how: str) -> None:
             backward(model, x, y, "left" if rank == 0 else "right")
         else:
             backward(model, x, y, "left")
-        before = calls
+        before, trained = calls, [p for p in inner.parameters() if p.requires_grad]
+        for p in trained:
+            p.requires_grad_(how != "frozen at steps")
         optimizer.step()
+        for p in trained:
+            p.requires_grad_()
         # which rows there are, and these, at a refresh; a layer that never had any keeps asking
-        assert calls - before == (2 if step % 2 == 0 or how != "uneven" else 0), (step, calls)
+        asks = how not in ("uneven", "frozen at steps")  # if it is trained
+        assert calls - before == (2 if step % 2 == 0 or asks else 0), (step, calls)
     weights = [p.detach().clone() for p in model.parameters()]
     gathered = [torch.empty_like(torch.cat([w.flatten() for w in weights])) for _ in range(world)]
     dist.all_gather(gathered, torch.cat([w.flatten() for w in weights]))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from small_network import INF, NAN, assert_same, everything, network, step
+from torch import nn
 
 from singd_torch import SINGD, estimate
 
@@ -273,6 +274,35 @@ def test_a_rate_of_adamw_is_warned_about(
     text = r"lr=0\.001: here the rate is the size of a step.* default is 0\.12: leave the rate out"
     assert [re.match(text, str(w.message)) is not None for w in seen] == [True] * warned
     assert [w.filename for w in seen] == [__file__] * warned
+
+
+@pytest.mark.parametrize(
+    ("given", "rates", "warned"),
+    [
+        ({}, [6e-4], True),  # a script that writes AdamW's rate to the groups
+        ({}, [0.0, 1e-3], True),  # a schedule
+        ({}, [1e-3, 0.12], False),
+        ({"lr": 1e-3}, [1e-3], False),  # it was said at the start
+        ({"recipe": "paper"}, [1e-3], False),
+    ],
+)
+def test_rates_of_adamw_that_come_later_are_warned_about_once(
+    given: dict[str, Any], rates: list[float], warned: bool
+) -> None:
+    model = nn.Linear(2, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer = SINGD(model, **given)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for i in range(230):
+            optimizer.param_groups[0]["lr"] = rates[i % len(rates)]
+            optimizer.zero_grad()
+            model(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+    assert [str(w.message).partition(":")[0] for w in seen] == warned * [
+        f"the largest rate of the first 200 steps was lr={max(rates)}"
+    ]
 
 
 def test_switches_of_other_optimizers_that_are_off_are_carried_along() -> None:

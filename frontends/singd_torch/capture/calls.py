@@ -215,10 +215,14 @@ class _Mode(TorchFunctionMode):
 
 
 class Hooks:
-    """Enter the mode before a call of a module and leave it after, errors included."""
+    """Enter the mode before a call of a module and leave it after, errors included.
 
-    def __init__(self, owner: Any, now: Now) -> None:
-        self._owner, self._now = weakref.ref(owner), now
+    Copies do nothing.
+    """
+
+    def __init__(self, owner: Any = None, now: Now | None = None) -> None:
+        self._owner = (lambda: None) if owner is None else weakref.ref(owner)
+        self._now = now or Now()
 
     def before(self, module: nn.Module, args: Any) -> None:
         """Enter a mode, unless an outer module has entered one, which sees all calls here."""
@@ -248,6 +252,14 @@ class Hooks:
                 now.mode.__exit__(None, None, None)
                 now.mode = outer
                 now.settle()
+
+    def __deepcopy__(self, memo: Any) -> Hooks:
+        """Hooks that do nothing."""
+        return Hooks()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as hooks that do nothing."""
+        return Hooks, ()
 
     def install(self, module: nn.Module, owner: Any) -> None:
         """Hook a module until the end of the owner."""

@@ -144,7 +144,9 @@ class Tap:
             return False
         if torch.compiler.is_compiling():
             return self.due and compiled.SUPPORTED and not torch.compiler.is_exporting()
-        return self._rows() is not None and not torch._C._is_tracing()
+        if self._rows() is None or torch._C._is_tracing():
+            return False
+        return bool(self.source.weight.requires_grad)  # else a pass may go on to what is before it
 
     def probed(self, x: Tensor, output: Tensor, product: Any = None) -> Tensor | None:
         """The output with a probe on it, or None where no rows are wanted or can be had.
@@ -183,6 +185,8 @@ class Tap:
         """
         rows, owner = self._rows(), self._owner()
         if rows is None or owner is None or owner.reach(self.source.weight) is Reach.NOT:
+            return False
+        if _is_batched(g):  # each of many gradients is of a loss of its own
             return False
         with without_autocast([g]):
             x, g = _plain(x), _plain(g)
@@ -280,6 +284,12 @@ def _is_made_by_hooks(module: nn.Module, tap: Tap) -> bool:
     """Whether other hooks have seen the output of a module before a tap, and may have made it."""
     first = next(iter(module._forward_hooks.values()), tap)
     return first is not tap or bool(nn.modules.module._global_forward_hooks)
+
+
+def _is_batched(g: Tensor) -> bool:
+    """Whether a gradient stands for many, as `is_grads_batched` of `autograd.grad` makes it."""
+    functorch: Any = torch._C._functorch
+    return bool(functorch.is_batchedtensor(g) or functorch.is_legacy_batchedtensor(g))
 
 
 def _plain(x: Tensor) -> Tensor:

@@ -115,10 +115,9 @@ class Watcher:
         asked = any(map(is_refresh, self._roster.groups)) or not all(one.seen for one in layers)
         for tap in self._all_taps():
             tap.due = asked and tap.is_wanted()
+        # what is frozen now may be trained when it is called
         self._calls_are_due = asked and any(
-            is_due(layer)
-            for layer in layers
-            if layer.weight.requires_grad and (layer.seen or not layer.unused)
+            is_due(layer) for layer in layers if layer.seen or not layer.unused
         )
 
     def _all_taps(self) -> Iterator[Tap]:
@@ -152,7 +151,7 @@ class Watcher:
         if roster.is_switched:
             source = source.of(self.follow())
         layer = roster.by_weight.get(source.weight)
-        if layer is None or not (layer.kind.has_rows and layer.weight.requires_grad):
+        if layer is None or not layer.kind.has_rows:
             return None
         processes = processes_of_call()
         if self._keeper.processes is None:  # the model may have been wrapped after it was given
@@ -292,7 +291,7 @@ class Watcher:
     def warn_unused_mask(self) -> None:
         """Warn of a mask that no call took, where a step had the rows of all layers."""
         unused = [shape for shape, took in self._masks.items() if not took]
-        trained = (one for one in self._roster.layers if one.weight.requires_grad)
+        trained = (one for one in self._roster.layers if one.is_trained)
         if unused and all(may_be_due(layer) for layer in trained if layer.kind.has_rows):
             self._roster.warnings.once(
                 f"the mask of rows of shape {tuple(unused[0])} left nothing out: no layer whose "

@@ -87,6 +87,11 @@ class Layer:
         self.autocast = narrower and free and not on_host(g)
 
     @property
+    def is_trained(self) -> bool:
+        """Whether a step may move it: a frozen weight moves if it has a gradient all the same."""
+        return self.weight.requires_grad or self.weight.grad is not None
+
+    @property
     def has_rows(self) -> bool:
         """Whether rows refresh the factors, or else gradients."""
         return self.kind.has_rows and not self.by_gradient

@@ -26,6 +26,8 @@ class Reach(enum.Enum):
         """How the backward pass that runs reaches a leaf."""
         if leaf is None:
             return cls.UNKNOWN
+        if not leaf.requires_grad:  # it was frozen when the call was made, or has been since
+            return cls.NOT
         with torch.enable_grad():
             view = leaf.view_as(leaf).grad_fn
         node = None if view is None else view.next_functions[0][0]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from singd_core._recipes import small_step
 from singd_torch._groups import NO_NOTES, NOTES, plain_name
 from singd_torch._warnings import Warnings
 from singd_torch.layers.changes import Makeup
@@ -24,11 +25,13 @@ GONE = " (replaced)"
 _OUTSIDE = " (not of the model)"
 # Steps in a row without any gradient, after which a warning says that nothing is trained.
 _IDLE = 10
+# Steps after which a warning says that all rates were AdamW's: a slow warm-up is over by then.
+_MANY = 200
 
 
 def matrices_of(layers: Iterable[Layer]) -> int:
     """How many weights of layers are trained."""
-    return sum(layer.weight.requires_grad for layer in layers)
+    return sum(layer.is_trained for layer in layers)
 
 
 class Roster:
@@ -234,6 +237,16 @@ class Roster:
                 "that nothing is trained: give SINGD the model that the loss is computed with, and "
                 "no copy of it, and call backward before step"
             )
+
+    def warn_small(self) -> None:
+        """Warn where a schedule or a script has given rates of AdamW for many steps."""
+        if self.groups[0]["steps"] != _MANY:
+            return
+        groups = [group for group in self.groups if group["normalized"]]
+        if not small_step(group["base_lr"] for group in groups):  # else it was said at the start
+            small = small_step(group["largest_lr"] for group in groups)
+            if small:
+                self.warnings.once(f"the largest rate of the first {_MANY} steps was {small}")
 
     def check_dense(self) -> None:
         """Refuse gradients that are sparse.

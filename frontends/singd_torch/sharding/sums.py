@@ -112,12 +112,11 @@ class Sums:
         self.stream.learn(due)
 
     def _due(self) -> list[Layer]:
-        return [layer for layer in self._layers if layer.weight.requires_grad and is_due(layer)]
+        return [layer for layer in self._layers if layer.is_trained and is_due(layer)]
 
     def _expected(self) -> list[Layer]:
         """The layers that would be due if this process had lost none of their rows."""
-        trained = (layer for layer in self._layers if layer.weight.requires_grad)
-        return [layer for layer in trained if is_refresh(layer.group)]
+        return [layer for layer in self._layers if layer.is_trained and is_refresh(layer.group)]
 
     def _flats(self, entries: Iterable[Entry]) -> list[Flat]:
         """What this process adds to the sums, in a row for each owner, and for all."""

@@ -22,6 +22,7 @@ from singd_torch._warnings import listed
 from singd_torch.capture.scaling import Scales
 from singd_torch.layers.due import is_due, may_be_due
 from singd_torch.layers.layer import Layer
+from singd_torch.layers.reach import is_in_parts
 from singd_torch.layers.roster import matrices_of
 from singd_torch.sharding.guards import ALONE, APART, is_one_of_several
 from singd_torch.step import bundle_step, rounding
@@ -48,9 +49,15 @@ class Stepper(Stacker):
 
     @property
     def is_no_step(self) -> bool:
-        """Whether this is how torch.distributed.checkpoint makes the state that it loads into."""
-        rates_are_zero = all(float(group["lr"]) == 0.0 for group in self.roster.groups)
-        return rates_are_zero and not any(layer.pending for layer in self.roster.layers)
+        """Whether this is how torch.distributed.checkpoint makes the state that it loads into.
+
+        All rates and gradients are zero then. A process may have zeros alone in its own parts.
+        """
+        if any(float(group["lr"]) != 0.0 for group in self.roster.groups):
+            return False
+        has_rows = any(layer.pending for layer in self.roster.layers)
+        whole = (p.grad for p in self.roster.group_of if not is_in_parts(p))
+        return not has_rows and not any(grad is not None and bool(grad.any()) for grad in whole)
 
     def begin(self) -> None:
         """Have the state that the first steps would make."""
@@ -65,7 +72,7 @@ class Stepper(Stacker):
         """Have the same rows on all processes as others have them."""
         group = self.processes if self.sharded is None else self.sharded.group
         if group is not None and group.size() > 1:
-            trained = [one for one in self.roster.layers if one.weight.requires_grad]
+            trained = [one for one in self.roster.layers if one.is_trained]
             asked = [one for one in trained if one.kind.has_rows and may_be_due(one)]
             if not asked:
                 return
@@ -80,7 +87,7 @@ class Stepper(Stacker):
                     self.stack_up()
         else:
             for layer in self.roster.layers:
-                if layer.weight.requires_grad and layer.kind.has_rows and may_be_due(layer):
+                if layer.is_trained and layer.kind.has_rows and may_be_due(layer):
                     layer.count_missed(called=layer.was_called, missed=layer.misses_rows())
 
     def step(self, scales: Scales) -> None:
@@ -95,7 +102,7 @@ class Stepper(Stacker):
             return
         layers = self.roster.layers
         if self.processes is not None:
-            due = [one for one in layers if one.weight.requires_grad and is_due(one)]
+            due = [one for one in layers if one.is_trained and is_due(one)]
             reduce_rows(due, self.processes, summed=self.summed)
         elif is_one_of_several() and any(layer.pending for layer in layers):
             self.roster.warnings.once(ALONE)

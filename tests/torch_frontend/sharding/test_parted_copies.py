@@ -1,6 +1,7 @@
 """Copies of a model on several processes that part the state among them."""
 
 import warnings
+from functools import partial
 from typing import Any
 
 import gloo
@@ -40,6 +41,31 @@ def test_two_processes_part_the_state_and_train_like_one(case: str) -> None:
 def test_four_processes_part_the_state_and_train_like_one(name: str) -> None:
     found = gloo.run(4, copies, name, {})
     check([weights for weights, *_ in found], whole(name, {}))
+
+
+def frozen_at_steps(rank: int, world: int, *, frozen: bool) -> Tensor:
+    """The weights, of a model that may be frozen while its gradients are averaged by hand."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    optimizer = SINGD(model, T=1, processes=dist.group.WORLD, shard=True)
+    generator = torch.Generator().manual_seed(rank)
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(torch.randn(8, 6, generator=generator)).square().sum(1).mean().backward()
+        model.requires_grad_(not frozen)
+        for p in model.parameters():
+            assert p.grad is not None
+            dist.all_reduce(p.grad)
+            p.grad /= world
+        optimizer.step()
+        model.requires_grad_()
+    return nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
+def test_copies_that_are_frozen_at_steps_part_the_state_all_the_same() -> None:
+    both = gloo.run(2, partial(frozen_at_steps, frozen=True))
+    assert torch.equal(*both)
+    assert torch.equal(both[0], gloo.run(2, partial(frozen_at_steps, frozen=False))[0])
 
 
 class Partly(nn.Module):
