@@ -112,7 +112,11 @@ class Start:
         fixed = Fixed(extended(self.layers, blind, leaves.numbers), s.growing_T, s.rows, hold)
         state = numbers_everywhere(SingdState.of(core, params, self.rates.T, fixed), arrays)
         self.known |= {"rest": jax.tree.map(lambda _: 0, state.rest), "fixed": fixed}
-        return state
+        axes = frozenset[Any]().union(*map(_compat.varying, arrays.values()))
+        if not axes:
+            return state
+        # inside shard_map each device has parameters of its own, and so a state after each step
+        return jax.tree.map(lambda a: _compat.vary(a, axes), state)._replace(T=state.T)
 
     def _placeholder(self, params: Any) -> SingdState:
         """A state of the same structure, with what `optax.tree.map_params` gives for parameters.

@@ -87,6 +87,7 @@ def value_and_curvature(
         trained.refuse_others(
             leaves.named, [leaf for layer in trained.values() for leaf in layer.leaves]
         )
+        slots = {name: _like(slots[name], layer, leaves) for name, layer in trained.items()}
         if not kept:
             value, grads, changed = value_and_grad(loss, leaves, batch, keywords, has_aux)
             leaves.keep(changed)
@@ -168,6 +169,15 @@ def _ports(
         for name, layer in trained.items()
     }
     return trained, factors, slots
+
+
+def _like(slots: dict[str, Any], layer: Layer, leaves: Leaves) -> dict[str, Any]:
+    """The slots of a layer as they are on devices that have weights of their own.
+
+    Autodiff sums over devices what is the same on all of them, and nothing else.
+    """
+    axes = frozenset[Any]().union(*(_compat.varying(leaves.named[k]) for k in layer.leaves))
+    return jax.tree.map(lambda slot: _compat.vary(slot, axes), slots)
 
 
 def blank(layers: Layers, states: Sequence[SingdState]) -> dict[str, Curvature]:

@@ -28,15 +28,13 @@ class Sample(layers.Sample):
         """The share of its length that the axis of this number starts at."""
         return jax.lax.index_in_dim(self.step, axis % AXES, keepdims=False)
 
-    def indices(self, n: int, m: int, like: Array, *, axis: int = 0, shared: int = 1) -> Array:
+    def indices(self, n: int, m: int, like: Array, *, axis: int = 0) -> Array:
         """`m` of the indices below `n`, without a sign that XLA would look at."""
-        strides = stride(n, m, shared) * np.arange(m, dtype=np.uint32)
+        strides = stride(n, m) * np.arange(m, dtype=np.uint32)
         start = jax.lax.convert_element_type(self.start(n, axis), jnp.uint32)
         return jax.lax.rem(start + strides, jnp.full((m,), n, jnp.uint32))
 
-    def take(
-        self, x: Array, m: int, axis: int = 0, *, number: int = 0, shared: int = 1
-    ) -> tuple[Array, float]:
+    def take(self, x: Array, m: int, axis: int = 0, *, number: int = 0) -> tuple[Array, float]:
         """`m` entries of `x` along an axis, and what they have to be multiplied by.
 
         Without a check of the indices, which would be three kernels: they write NaN beyond x.
@@ -44,5 +42,5 @@ class Sample(layers.Sample):
         n = x.shape[axis]
         if m >= n:
             return x, 1.0
-        indices = self.indices(n, m, x, axis=number, shared=shared)
+        indices = self.indices(n, m, x, axis=number)
         return jnp.take(x, indices, axis, mode="clip"), (n / m) ** 0.5

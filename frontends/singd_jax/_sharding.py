@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import jax
@@ -33,11 +34,15 @@ def placed(
     for name, state in states.items():
         layer = layers[name]
         like, stack = _sharding(arrays[layer.weight.name]), len(layer.shape[0])
-        found[name] = jax.tree.map(
-            lambda a, like=like, stack=stack: a if like is None else _divided(a, like, stack),
-            state,
-        )
+        found[name] = jax.tree.map(partial(_placed, like=like, stack=stack), state)
     return found
+
+
+def _placed(array: Any, like: Any, stack: int) -> Any:
+    if like is not None:
+        return _divided(array, like, stack)
+    # without what its type says where devices have parts, as in shard_map: jit wants none of it
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)
 
 
 def numbers_everywhere(tree: T, arrays: Mapping[str, Array]) -> T:

@@ -75,7 +75,7 @@ class Sample:
             left /= counts[-1]
         return tuple(counts)
 
-    def indices(self, n: int, m: int, like: Array, *, axis: int = 0, shared: int = 1) -> Array:
+    def indices(self, n: int, m: int, like: Array, *, axis: int = 0) -> Array:
         """`m` of the indices below `n`, on the device of `like`.
 
         Args:
@@ -83,10 +83,8 @@ class Sample:
             m: How many.
             like: An array.
             axis: The number of the axis among those that are thinned: each has its own starts.
-            shared: The number of positions of an example, where the axis has them all. The stride
-                has no factor in common with it, else only some positions would be seen.
         """
-        strides = stride(n, m, shared) * namespace(like).arange(m, device=device(like))
+        strides = stride(n, m) * namespace(like).arange(m, device=device(like))
         return (self.start(n, axis) + strides) % n
 
     def start(self, n: int, axis: int = 0) -> Any:
@@ -98,42 +96,40 @@ class Sample:
         """The share of its length that the axis of this number starts at, in 2⁻¹⁵."""
         return ((self.step & _LAST) * _SHARES[axis % AXES]) & _LAST
 
-    def take(
-        self, x: Array, m: int, axis: int = 0, *, number: int = 0, shared: int = 1
-    ) -> tuple[Array, float]:
+    def take(self, x: Array, m: int, axis: int = 0, *, number: int = 0) -> tuple[Array, float]:
         """`m` entries of `x` along an axis, and what they have to be multiplied by.
 
-        `number` counts the axes that are thinned, `shared` is as in `indices`.
+        `number` counts the axes that are thinned.
         """
         n = x.shape[axis]
         if m >= n:
             return x, 1.0
         start, factor = self.start(n, number), (n / m) ** 0.5
         if not isinstance(start, int):
-            return take(x, self.indices(n, m, x, axis=number, shared=shared), axis), factor
+            return take(x, self.indices(n, m, x, axis=number), axis), factor
         # The same with one kernel in place of five.
         index = (slice(None),) * axis
-        slices = _slices(n, m, start, stride(n, m, shared))
+        slices = _slices(n, m, start, stride(n, m))
         return concat([x[(*index, part, ...)] for part in slices], axis=axis), factor
 
     def rows(self, x: Array) -> tuple[Array, float]:
         """Of `x`, shape `(batch, *shared, d)`, rows `(m, d)` of any positions, and their factor."""
-        shared, d = math.prod(x.shape[1:-1]), x.shape[-1]
-        x = x if x.ndim == 2 else namespace(x).reshape(x, (x.shape[0] * shared, d))
-        return self.take(x, self.most, shared=shared)
+        n, d = math.prod(x.shape[:-1]), x.shape[-1]
+        x = x if x.ndim == 2 else namespace(x).reshape(x, (n, d))
+        return self.take(x, self.most)
 
 
-def stride(n: int, m: int, shared: int) -> int:
-    """Near n/m, so that m strides go round about once, never to the same number twice."""
+def stride(n: int, m: int) -> int:
+    """Near n/m, so that m strides go round about once, and without a common factor with n.
+
+    So no index comes twice. And rows of all positions come, where n counts the positions of all
+    examples, also if a model has made one axis of both by itself.
+    """
     if m >= n:
         return 1
     near = round(n / m)
-    for further in count():
-        for k in (near + further, near - further):  # rather more than once
-            once = k * m <= n or math.gcd(k, n) == 1
-            if k > 1 and once and math.gcd(k, shared) == 1:
-                return k
-    raise AssertionError
+    further = (k for i in count() for k in (near + i, near - i))  # rather more than once
+    return next(k for k in further if k > 1 and math.gcd(k, n) == 1)
 
 
 def _slices(n: int, m: int, start: int, stride: int) -> Iterator[slice]:

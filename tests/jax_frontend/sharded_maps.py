@@ -150,3 +150,43 @@ def few_rows_of_each_device(structures):
         float((a.std(0) / a.mean(0)).max()) for a in jax.tree.leaves([c.t_U for c in some.values()])
     )
     return {"gap": gap(mean[1], mean[0]), "spread": spread, "all-reduces": counts}
+
+
+def seeds_on_devices(structures):
+    """Trainings of eight seeds, from `init` on, each on a device: the largest gaps to `vmap`."""
+    mesh = jax.make_mesh((8,), ("seeds",), axis_types=(AxisType.Auto,))
+    layers = singd_jax.find_layers(loss)(PARAMS, X)
+    given = {"structures": structures, "rows": None} | GAPS
+    keys, gaps = jax.random.split(jax.random.key(0), 8), {}
+
+    def train(tx, both, key):
+        params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(key, p.shape), PARAMS)
+        x = X + jax.random.normal(key, X.shape)
+
+        def step(carry, _):
+            params, state = carry
+            updates, state = tx.update(both(params, state, x)[1], state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, tx.init(params)), length=4)[0][0]
+
+    def plain(params, state, x):
+        return jax.value_and_grad(loss)(params, x)
+
+    with_rows = singd_jax.singd(0.05, layers=layers, **given), singd_jax.value_and_grad(loss)
+    for name, both in (
+        ("rows", with_rows),
+        ("no rows", (singd_jax.singd(0.05, **given), plain)),
+    ):
+        one = functools.partial(train, *both)
+        expected = jax.jit(jax.vmap(one))(keys)
+
+        def alone(key, one=one):
+            return jax.tree.map(lambda p: p[None], one(key[0]))
+
+        gaps[f"{name}, pmap"] = gap(jax.pmap(one)(keys), expected)
+        for check in (True, False):
+            specs = {"in_specs": P("seeds"), "out_specs": P("seeds"), "check_vma": check}
+            found = jax.jit(jax.shard_map(alone, mesh=mesh, **specs))(keys)
+            gaps[f"{name}, check_vma={check}"] = gap(found, expected)
+    return gaps

@@ -16,6 +16,7 @@ from sharded_maps import (
     few_rows_of_each_device,
     mean_over_terms,
     refusals,
+    seeds_on_devices,
     shard_map_in_the_loss,
     step_in_shard_map,
     unchecked_shard_map_in_the_loss,
@@ -217,6 +218,7 @@ def main():
         if not names or run.__name__ in names:
             found[run.__name__] = gap(run(structures), expected)
     found["refusals"] = refusals()
+    found["seeds"] = seeds_on_devices(structures)
     found["all-reduces"] = all_reduces()
     found["state"] = state_of_parts()
     if structures == "dense":

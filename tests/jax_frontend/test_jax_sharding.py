@@ -56,6 +56,12 @@ def test_sharded_steps_are_those_of_one_device(found, how):
     assert found[how] < 1e-5
 
 
+def test_seeds_train_on_devices_of_their_own_as_under_vmap(found):
+    """The state is made there as well, and no seed sees rows of another."""
+    assert len(found["seeds"]) == 6
+    assert max(found["seeds"].values()) < 1e-5, found["seeds"]
+
+
 def test_curvature_needs_no_further_all_reduces(found):
     gradient, always, sometimes = found["all-reduces"]
     assert always <= gradient, found["all-reduces"]

@@ -201,3 +201,20 @@ def test_a_traced_step_gives_the_rows_of_its_number(rng: np.random.Generator) ->
     for step in (0, 1, 77, 106_100, 2**31 - 1):
         np.testing.assert_array_equal(rows(x, step), Sample(100, step).rows(np.asarray(x))[0])
     assert rows._cache_size() == 1
+
+
+@pytest.mark.parametrize("T", [2, 4, 6, 16, 35])
+@pytest.mark.parametrize("most", [60, 128, 256])
+def test_positions_that_a_model_has_flattened_come_as_others(most: int, T: int) -> None:
+    """With examples in one axis, as of tokens and patches: no step sees few positions alone."""
+    batch = 2048 // T
+    x = np.repeat(np.arange(T)[None], batch, 0)[..., None].astype(float)
+    for step in range(12):
+        sample = Sample(most, step)
+        flat, factor = sample.rows(x.reshape(-1, 1))
+        kept, same = sample.rows(x)
+        np.testing.assert_array_equal(flat, kept)
+        assert factor == same
+        _, counts = np.unique(flat, return_counts=True)
+        assert len(counts) == T
+        assert counts.max() - counts.min() <= 1
