@@ -90,7 +90,7 @@ class Start:
             self.layers.refuse_further(arrays, self.layers.shapes)
         found, s = self._present(arrays), self.rates.settings
         owned = {name for layer in found.values() for name in layer.leaves}
-        found |= tensors(arrays, owned, s) if self.others else {}
+        found |= tensors(self.layers, arrays, owned, s) if self.others else {}
         owned |= {leaf for layer in found.values() for leaf in layer.leaves}
         dtypes = {name: arrays[name].dtype for name in owned}
 
@@ -116,7 +116,8 @@ class Start:
         if not axes:
             return state
         # inside shard_map each device has parameters of its own, and so a state after each step
-        return jax.tree.map(lambda a: _compat.vary(a, axes), state)._replace(T=state.T)
+        own: SingdState = jax.tree.map(lambda a: _compat.vary(a, axes), state)
+        return own._replace(T=state.T)
 
     def _placeholder(self, params: Any) -> SingdState:
         """A state of the same structure, with what `optax.tree.map_params` gives for parameters.

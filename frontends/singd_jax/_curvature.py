@@ -17,7 +17,7 @@ from singd_core.structures import Structure
 from singd_jax import _compat, _nnx
 from singd_jax._blind import Blind, Curvature
 from singd_jax._find import leading
-from singd_jax._layer import UPRIGHT, Role
+from singd_jax._layer import UPRIGHT, Layer, Role
 from singd_jax._layers import Layers, checked
 from singd_jax._loss import Leaves, size_of_batch
 from singd_jax._measure import Sums, is_blind, measure, slot
@@ -177,7 +177,7 @@ def _like(slots: dict[str, Any], layer: Layer, leaves: Leaves) -> dict[str, Any]
     Autodiff sums over devices what is the same on all of them, and nothing else.
     """
     axes = frozenset[Any]().union(*(_compat.varying(leaves.named[k]) for k in layer.leaves))
-    return jax.tree.map(lambda slot: _compat.vary(slot, axes), slots)
+    return {role: jax.tree.map(lambda a: _compat.vary(a, axes), own) for role, own in slots.items()}
 
 
 def blank(layers: Layers, states: Sequence[SingdState]) -> dict[str, Curvature]:

@@ -14,7 +14,7 @@ from singd_core._recipes import DEFAULT, STRUCTURES, settings
 from singd_core._settings import Settings
 from singd_core._table import rendered, times
 from singd_jax._layer import Layer, Role, Wanted
-from singd_jax._reasons import COMPLEX
+from singd_jax._reasons import COMPLEX, VECTORS
 
 _BYTES = "bytes of factors"
 
@@ -132,6 +132,11 @@ class Layers(Mapping[str, Layer]):
 
     __str__ = __repr__
 
+    def tensors(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Layer]:
+        """Which leaves of these shapes, that belong to no layer, are matrices all the same."""
+        found = Layer.tensors(shapes)
+        return {k: v for k, v in found.items() if not self.others.get(k, "").startswith(VECTORS)}
+
     def table(self, structures: Any = None, *, recipe: str = DEFAULT) -> str:
         """Which parameters form layers, with their kinds and structures, or why they do not.
 
@@ -152,7 +157,7 @@ class Layers(Mapping[str, Layer]):
             for n, why in self.others.items()
             if n in self.shapes and why != COMPLEX
         }
-        tensors = Layer.tensors(real) if rules.learns_from_gradients(own) else {}
+        tensors = self.tensors(real) if rules.learns_from_gradients(own) else {}
         biases = {layer.bias.name for layer in tensors.values() if layer.bias is not None}
         for name, reason in self.others.items():
             if name in tensors:

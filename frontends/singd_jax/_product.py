@@ -88,12 +88,14 @@ class Noted:
         biases: What was added to them.
         reads: For each leaf the other equations that read it.
         steps: The weights that every step of a scan that was entered multiplies with.
+        vectors: The leaves of which a scan reads one vector in each step.
     """
 
     calls: dict[Key, dict[Path, Call]] = dataclasses.field(default_factory=_dicts)
     biases: dict[Key, dict[Path, Bias]] = dataclasses.field(default_factory=_dicts)
     reads: dict[int, dict[str, None]] = dataclasses.field(default_factory=_dicts)
     steps: set[Key] = dataclasses.field(default_factory=set)
+    vectors: set[int] = dataclasses.field(default_factory=set)
 
     def update(self, other: Noted) -> None:
         """Note what another has besides."""
@@ -102,6 +104,7 @@ class Noted:
             for key, found in others[name].items():
                 mine[name][key].update(found)
         self.steps |= other.steps
+        self.vectors |= other.vectors
 
 
 def bias_of(call: Call, dims: Sequence[Group], view: View) -> Bias | None:

@@ -12,10 +12,12 @@ import jax.numpy as jnp
 
 from singd_core import _parameter, rules
 from singd_core._array import Array
-from singd_core._layer_state import State
+from singd_core._given import kinds_of
+from singd_core._layer_state import Parameter, State
 from singd_core._settings import RATES, Settings
 from singd_core._tree import T_Tree
 from singd_core.adamw import Fallback
+from singd_core.layers import LayerKind
 from singd_core.optimizer import Optimizer
 from singd_jax import _compat
 from singd_jax._layer import Layer
@@ -59,6 +61,9 @@ class Stepper(Optimizer):
 
     def _matrices(self, state: State) -> int:
         return self.matrices
+
+    def _kinds(self, params: Mapping[str, Parameter]) -> Mapping[str, LayerKind]:
+        return kinds_of(self.layers, params)  # the state tells which of the others are matrices
 
     def _chosen(self, *_: Any) -> None:
         """Layers may have been found with structures of their own."""

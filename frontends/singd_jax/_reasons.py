@@ -2,6 +2,7 @@
 
 STACKED = "stacked inside the loss: keep the stack as one parameter"
 COMPLEX = "of complex numbers"  # no layer, and no matrix without rows either
+VECTORS = "a vector in each step of a scan: "  # no matrix either
 NUMBER = "a Python number, not an array: not trained"
 
 # By the equation that reads it.

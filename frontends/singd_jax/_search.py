@@ -14,7 +14,7 @@ from singd_jax._layer import TRANSPOSED, Layer
 from singd_jax._loss import Leaves, is_followed
 from singd_jax._part import Part
 from singd_jax._product import Bias, Noted, Path
-from singd_jax._reasons import COMPLEX, NUMBER
+from singd_jax._reasons import COMPLEX, NUMBER, VECTORS
 
 
 class Search:
@@ -60,7 +60,8 @@ class Search:
                     reason = f"the bias of {weight}{how}"
                 if not is_followed(self.leaves.arrays[i]):
                     reason = COMPLEX if self.leaves.arrays[i].size else "has no entries"
-                others[name] = reason or "no gradient of the loss reaches it"
+                reason = reason or "no gradient of the loss reaches it"
+                others[name] = VECTORS + reason if i in self.noted.vectors else reason
         return others | dict.fromkeys(self.leaves.numbers, NUMBER)
 
     def _layer(self, key: Key, calls: dict[Path, Call], kfac_approx: str) -> Layer | None:

@@ -42,7 +42,7 @@ def _placed(array: Any, like: Any, stack: int) -> Any:
     if like is not None:
         return _divided(array, like, stack)
     # without what its type says where devices have parts, as in shard_map: jit wants none of it
-    return jax.ShapeDtypeStruct(array.shape, array.dtype)
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)  # type: ignore[no-untyped-call]
 
 
 def numbers_everywhere(tree: T, arrays: Mapping[str, Array]) -> T:

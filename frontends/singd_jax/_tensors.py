@@ -19,7 +19,7 @@ NONE = Layers({}, {}, {}, {}, None, "expand", "batch", searched=False)
 
 
 def tensors(
-    arrays: Mapping[str, Array], owned: Collection[str], settings: Settings
+    layers: Layers, arrays: Mapping[str, Array], owned: Collection[str], settings: Settings
 ) -> dict[str, Layer]:
     """The leaves that are matrices of real numbers and belong to no layer."""
     if not learns_from_gradients(settings):
@@ -29,7 +29,7 @@ def tensors(
         for name, a in arrays.items()
         if name not in owned and jnp.issubdtype(a.dtype, jnp.floating)
     }
-    return Layer.tensors(shapes)
+    return layers.tensors(shapes)
 
 
 def extended(layers: Layers, found: Mapping[str, Layer], numbers: Sequence[str]) -> Layers:

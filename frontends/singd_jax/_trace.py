@@ -15,7 +15,7 @@ import numpy as np
 
 from singd_core._array import Array
 from singd_jax import _calls, _compat
-from singd_jax._axes import Group, Key, View, axes_of, rearranged
+from singd_jax._axes import Group, Key, View, axes_of, rearranged, size
 from singd_jax._calls import Call, Cut
 from singd_jax._joins import Join, cuts
 from singd_jax._lookups import gather
@@ -293,3 +293,5 @@ class Tracer:
         """Remember how a parameter is read besides."""
         for view in views_of(origin):
             self.noted.reads[view.leaf][reason] = None
+            if view.stack and sum(size(axis) > 1 for axis in view.dims) <= 1:
+                self.noted.vectors.add(view.leaf)
