@@ -139,6 +139,13 @@ def flattened(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([t.reshape(-1).to(dtype) for t in tensors])
 
 
+def is_any(found: bool, group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Whether a process of a group has found something; all call this, with a device of theirs."""
+    flag = torch.tensor(float(found), device=device_of_flags(group, device))
+    dist.all_reduce(flag, dist.ReduceOp.MAX, group=apart(group))
+    return bool(flag)
+
+
 def gathered(found: Any, group: dist.ProcessGroup) -> list[Any]:
     """What each process of a group has found, on all of them, which all call this."""
     every: list[Any] = [None] * dist.get_world_size(group)

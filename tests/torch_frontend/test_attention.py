@@ -149,3 +149,17 @@ def test_it_trains_and_every_parameter_moves() -> None:
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
     assert all(not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_an_empty_batch_goes_through_attention() -> None:
+    """As where one of several processes has no samples: torch takes it."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    optimizer = SINGD(layer, T=1)
+    for n in (0, 3):
+        optimizer.zero_grad()
+        x = torch.randn(n, 5, 8, requires_grad=True)
+        layer(x).square().sum().backward()
+        assert x.grad is not None
+        assert x.grad.shape == x.shape
+        optimizer.step()
+    assert "without rows" not in str(optimizer)

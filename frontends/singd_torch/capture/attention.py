@@ -76,7 +76,7 @@ def _probed(taps: Sequence[Tap], batch: int, x: Tensor, output: Tensor) -> Tenso
     def batch_first(t: Tensor) -> Tensor:
         return t.reshape(-1, batch, t.shape[-1]).transpose(0, 1)
 
-    for tap in taps:
+    for tap in taps if batch else ():
         new = tap.probed(batch_first(x), batch_first(output))
         output = output if new is None else new.transpose(0, 1).reshape(output.shape)
     return output

@@ -60,6 +60,7 @@ class Watcher:
         self._proofs = Proofs()
         self._sampled: str | None = None
         self._forgotten: set[Layer] = set()
+        self._pass = -1  # the last backward pass that brought rows
         self._refused = False
         self._masks: dict[torch.Size, bool] = {}  # of this step, and whether calls took them
         self._lock = threading.RLock()
@@ -261,20 +262,29 @@ class Watcher:
                 sharded.sums.took(layer, self.queue.flush)
 
     def _begin_pass(self, layer: Layer, backward: int) -> None:
-        """Drop the rows of an earlier pass whose gradient is not stepped along."""
+        """Drop the rows of earlier passes whose gradients are not stepped along."""
+        if backward != self._pass:  # which may have no calls of a layer that an earlier one had
+            self._pass = backward
+            for other in self._roster.layers:
+                if other is not layer and other.was_called and other.last_pass.runs_in is None:
+                    self._drop_earlier(other, Reach.NOT)
         reach = self.reach(layer.weight)
-        gone = self._sampled is None and layer.last_pass.is_dropped(layer.weight, reach)
-        if gone:  # `sampled_labels` takes gradients away itself
+        self._drop_earlier(layer, reach)
+        if reach in (Reach.ADDED, Reach.UNKNOWN) and is_in_parts(layer.weight):
+            reach = Reach.UNKNOWN  # the parts may have no gradient before a later pass
+        layer.last_pass = Pass(backward, reach)
+        after_pass(partial(layer.last_pass.end, layer.weight))
+
+    def _drop_earlier(self, layer: Layer, reach: Reach) -> None:
+        """Drop the rows of the last pass of a layer if nobody steps along its gradient."""
+        if self._sampled is None and layer.last_pass.is_dropped(layer.weight, reach):
+            # `sampled_labels` takes gradients away itself
             self._forgotten.add(layer)
             self.queue.forget(layer)
             self._proofs.forget_earlier(layer)
             layer.pending = {}
             if self._keeper.sharded is not None:
                 self._keeper.sharded.sums.dropped(layer)
-        if reach in (Reach.ADDED, Reach.UNKNOWN) and is_in_parts(layer.weight):
-            reach = Reach.UNKNOWN  # the parts may have no gradient before a later pass
-        layer.last_pass = Pass(backward, reach)
-        after_pass(partial(layer.last_pass.end, layer.weight))
 
     def leave_joined(self) -> None:
         """Take no rows of gradients that were joined by hand, as of several tasks.

@@ -87,6 +87,7 @@ class Stream:
         self._calls: Counter[nn.Parameter] = Counter()
         self._order: dict[nn.Parameter, int] = {}
         self._left: dict[Place, Pending | None] = {}
+        self._before: dict[Place, tuple[Layer, Pending]] = {}  # what has left, as it was here
         self._void: set[nn.Parameter] = set()
         self._sums: dict[Place, list[Tensor]] = {}
 
@@ -97,6 +98,7 @@ class Stream:
             return
         self._calls.clear()
         self._order.clear()
+        self._before.clear()
         self._void |= {weight for weight, _ in self._left}
 
     def rearrange(self, due: Iterable[Layer], flags: Mapping[nn.Parameter, int]) -> None:
@@ -128,7 +130,8 @@ class Stream:
     def dropped(self, layer: Layer) -> None:
         """The rows that a layer has had so far do not count."""
         del self._calls[layer.weight]
-        if any(weight is layer.weight for weight, _ in self._left):
+        for place in [place for place in self._left if place[0] is layer.weight]:
+            self._before.pop(place, None)
             self._void.add(layer.weight)
 
     def _is_ready(self) -> bool:
@@ -148,6 +151,7 @@ class Stream:
                 self._left[layer.weight, key] = None
                 if pending is not None and flags.get(layer.weight) != VOID:
                     entries.append((layer, key, pending))
+                    self._before[layer.weight, key] = layer, pending
                     layer.pending[key] = self._left[layer.weight, key] = pending.sent()
                 else:
                     entries.append((layer, key, layer.no_rows(key)))
@@ -178,6 +182,12 @@ class Stream:
         All processes call it in a step with the same layers and `flags`, the largest of all.
         """
         self._finish(due, flags)
+        for (weight, key), (layer, pending) in self._before.items():
+            if flags.get(weight) == VOID:  # as another process has dropped rows of its own
+                later = layer.pending.pop(key)
+                layer.add(key, pending)
+                if later is not self._left[weight, key]:
+                    layer.add(key, later)
         self._wanted |= self._calls
         return {
             place: self._sums.get(place, []) for place in self._left if flags.get(place[0]) != VOID

@@ -16,13 +16,12 @@ from singd_core._array import ranged
 from singd_core._settings import StepSettings, arrays_of
 from singd_core.rounding import Place
 from singd_torch import _fallback, _state
-from singd_torch._distributed import agree_on_rows, reduce_rows
+from singd_torch._distributed import agree_on_rows, is_any, reduce_rows
 from singd_torch._groups import settings_of_step
 from singd_torch._warnings import listed
 from singd_torch.capture.scaling import Scales
 from singd_torch.layers.due import is_due, may_be_due
 from singd_torch.layers.layer import Layer
-from singd_torch.layers.reach import is_in_parts
 from singd_torch.layers.roster import matrices_of
 from singd_torch.sharding.guards import ALONE, APART, is_one_of_several
 from singd_torch.step import bundle_step, rounding
@@ -51,13 +50,16 @@ class Stepper(Stacker):
     def is_no_step(self) -> bool:
         """Whether this is how torch.distributed.checkpoint makes the state that it loads into.
 
-        All rates and gradients are zero then. A process may have zeros alone in its own parts.
+        All rates and gradients are zero then. If processes have parts, all of them call this.
         """
         if any(float(group["lr"]) != 0.0 for group in self.roster.groups):
             return False
-        has_rows = any(layer.pending for layer in self.roster.layers)
-        whole = (p.grad for p in self.roster.group_of if not is_in_parts(p))
-        return not has_rows and not any(grad is not None and bool(grad.any()) for grad in whole)
+        found = any(layer.pending for layer in self.roster.layers)
+        grads = (p.grad for p in self.roster.group_of if p.grad is not None)
+        found = found or any(bool(getattr(g, "_local_tensor", g).any()) for g in grads)
+        if self.sharded is not None:
+            found = is_any(found, self.sharded.group, next(iter(self.roster.group_of)).device)
+        return not found
 
     def begin(self) -> None:
         """Have the state that the first steps would make."""

@@ -6,10 +6,12 @@ from typing import Any
 import gloo
 import models
 import pytest
+import torch
 from cases import cases
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from singd_torch import SINGD
 
@@ -98,3 +100,35 @@ def test_matrices_without_rows() -> None:
 @pytest.mark.parametrize("name", ["tied", "images"])
 def test_four_processes_train_like_one(name: str, case: str) -> None:
     check(gloo.run(4, sharded, name, STRUCTURES[case]), whole(name, STRUCTURES[case]))
+
+
+def from_rate_zero(rank: int, world: int, kind: str) -> tuple[Tensor, int]:
+    """The weights and the steps of a warm-up from 0; one process may have no samples at first."""
+    torch.manual_seed(0)
+    layers = {"layers": nn.Linear(6, 4), "no rows": nn.LSTM(6, 4, batch_first=True)}
+    model = layers[kind].double()
+    if world > 1:
+        fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+    optimizer = SINGD(model, T=1)
+    generator = torch.Generator().manual_seed(1)
+    for step in range(4):
+        optimizer.param_groups[0]["lr"] = 0.04 * step
+        x = torch.randn(8, 3, 6, generator=generator, dtype=torch.float64)
+        own = x if world == 1 else x[:0] if rank and step == 0 and kind == "layers" else x
+        optimizer.zero_grad()
+        y = model(own)
+        y = y[0] if isinstance(y, tuple) else y
+        (y.square().sum() / (24.0 if len(own) else 1.0)).backward()
+        optimizer.step()
+    p = next(model.parameters())
+    weight = p.full_tensor() if isinstance(p, DTensor) else p
+    return weight.detach(), optimizer.param_groups[0]["steps"]
+
+
+@pytest.mark.parametrize("kind", ["layers", "no rows"])
+def test_a_first_step_of_rate_zero_is_one_for_all_processes(kind: str) -> None:
+    (one, n), (two, m) = gloo.run(2, from_rate_zero, kind)
+    assert n == m == 4
+    assert torch.equal(one, two)
+    if kind == "no rows":  # where both have the whole batch
+        torch.testing.assert_close(one, from_rate_zero(0, 1, kind)[0], rtol=CLOSE, atol=CLOSE)

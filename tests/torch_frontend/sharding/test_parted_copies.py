@@ -68,6 +68,72 @@ def test_copies_that_are_frozen_at_steps_part_the_state_all_the_same() -> None:
     assert torch.equal(both[0], gloo.run(2, partial(frozen_at_steps, frozen=False))[0])
 
 
+def with_dropped_passes(rank: int, world: int, *, by: tuple[int, ...], shard: bool) -> Tensor:
+    """The weights, where some processes make a backward pass that they drop before the others'."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    optimizer = SINGD(model.double(), T=1, processes=dist.group.WORLD, shard=shard)
+    generator = torch.Generator().manual_seed(rank)
+    for step in range(6):
+        x = torch.randn(8, 6, generator=generator, dtype=torch.float64)
+        optimizer.zero_grad()
+        if rank in by and step > 1:
+            model(3.0 * x).square().sum(1).mean().backward()
+            model.zero_grad()
+        model(x).square().sum(1).mean().backward()
+        for p in model.parameters():
+            assert p.grad is not None
+            dist.all_reduce(p.grad)
+            p.grad /= world
+        optimizer.step()
+    return nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
+def test_a_pass_that_one_process_drops_costs_no_rows_of_the_others() -> None:
+    expected, _ = gloo.run(2, partial(with_dropped_passes, by=(), shard=False))
+    for by in ((), (0,), (1,), (0, 1)):
+        for found in gloo.run(2, partial(with_dropped_passes, by=by, shard=True)):
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+class Resting(nn.Module):
+    """A process may leave the second branch out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two, self.head = nn.Linear(6, 5), nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor, *, both: bool) -> Tensor:
+        y: Tensor = self.head(torch.tanh(self.one(x) + (self.two(x) if both else 0.0)))
+        return y
+
+
+def with_a_spike(rank: int, world: int, *, skipped: bool, shard: bool) -> Tensor:
+    """The weights, where all drop a batch, after which one process does not use a layer."""
+    inner = Resting().double()
+    model = DistributedDataParallel(inner, find_unused_parameters=True)
+    optimizer = SINGD(model, T=1, shard=shard)
+    generator = torch.Generator().manual_seed(rank)
+    for step in range(5):
+        x = torch.randn(8, 6, generator=generator, dtype=torch.float64)
+        inner.zero_grad()
+        if skipped and step > 1:
+            model(5.0 * x, both=True).square().sum(1).mean().backward()
+            inner.zero_grad()
+        model(x, both=rank == 1 or step < 2).square().sum(1).mean().backward()
+        optimizer.step()
+    return nn.utils.parameters_to_vector(inner.parameters()).detach()
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_rows_of_a_batch_that_all_drop_do_not_count_where_a_layer_rests(*, shard: bool) -> None:
+    expected = gloo.run(2, partial(with_a_spike, skipped=False, shard=shard))
+    found = gloo.run(2, partial(with_a_spike, skipped=True, shard=shard))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
 class Partly(nn.Module):
     """With weights that are used in another way only where `alone` is set."""
 
