@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -31,11 +33,26 @@ def place_of(p: Tensor) -> Place:
 
 
 def boxes(
-    params: Sequence[nn.Parameter], group: dist.ProcessGroup
+    params: Sequence[nn.Parameter], names: Mapping[Any, str], group: dist.ProcessGroup
 ) -> dict[nn.Parameter, list[Box]]:
-    """The boxes of each parameter on all processes of the group, which all call this."""
-    found = gathered([box_of(p) for p in params], group)
-    return {p: list(each) for p, each in zip(params, zip(*found, strict=True), strict=True)}
+    """The boxes of each parameter on all processes of the group, which all call this.
+
+    Raises:
+        ValueError: If a process has other parameters, or has them in another order.
+    """
+    own = [(names.get(p, ""), tuple(p.shape)) for p in params]
+    every = gathered([(*one, box_of(p)) for one, p in zip(own, params, strict=True)], group)
+    for each in zip_longest(*every):
+        if len({None if one is None else one[:2] for one in each}) > 1:
+            told = ["nothing" if one is None else f"{one[0]!r} {one[1]}" for one in each]
+            raise ValueError(
+                f"the processes have other parameters in one place: {', '.join(told)}. Give all of "
+                "them the same parameters in the same order: a set has another order on each"
+            )
+    return {
+        p: [box for *_, box in each]
+        for p, each in zip(params, zip(*every, strict=True), strict=True)
+    }
 
 
 def local(t: Tensor) -> Tensor:

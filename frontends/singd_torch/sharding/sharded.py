@@ -70,7 +70,7 @@ class Sharded:
         group_of, names, plain = roster.group_of, roster.names, set(self._fallback)
         self._layers, self._fallback = list(roster.layers), list(roster.fallback)
         self._kinds = {layer.weight: layer.kind for layer in self._layers}
-        self._places = boxes(list(group_of), self.group)
+        self._places = boxes(list(group_of), names, self.group)
         found = self.shares(self._layers)
         self._arrange_own(found, plain)
         self.owners = {p: found.owners[w.weight] for w in found.whole for p in w.parameters}

@@ -241,3 +241,28 @@ def test_a_model_that_has_other_parameters_by_now_is_an_error() -> None:
 def test_processes_that_are_no_group_are_an_error(given: Any) -> None:
     with pytest.raises(TypeError, match="ProcessGroup"):
         SINGD(network(), processes=given)
+
+
+def in_another_order(rank: int, world: int, how: str) -> str:
+    """What is said of parameters that come from a set, whose order is another on each process."""
+    model = network()
+    if how == "fully_shard":
+        fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+        given: dict[str, Any] = {}
+    else:
+        given = {"processes": dist.group.WORLD, "shard": True}
+    params = list(model.parameters())
+    try:
+        SINGD(model, params[:: -1 if rank else 1], **given)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("how", ["fully_shard", "shard"])
+def test_parameters_in_another_order_on_each_process_are_refused(how: str) -> None:
+    text = (
+        "the processes have other parameters in one place: '0.weight' (6, 4), '3.bias' (3,). Give "
+        "all of them the same parameters in the same order: a set has another order on each"
+    )
+    assert gloo.run(2, in_another_order, how) == [text, text]
