@@ -16,7 +16,7 @@ from singd_core.rules.inverse_free import InverseFree
 from singd_core.structures import Diagonal, Structure
 from singd_torch._groups import settings_of
 from singd_torch.layers.pending import Pending, Rows, part_of
-from singd_torch.layers.reach import Pass
+from singd_torch.layers.reach import Pass, is_zero
 from singd_torch.layers.source import Source
 from singd_torch.tensors.pieces import on_host
 
@@ -132,7 +132,7 @@ class Layer:
         grad = self.weight.grad
         if grad is None or not self.has_rows or self.pending or (self.seen and self.was_called):
             return False
-        return bool(getattr(grad, "_local_tensor", grad).any())  # of a weight in parts, its own
+        return not is_zero(grad)
 
     def count_missed(self, *, called: bool, missed: bool) -> None:
         """Count a refresh. Some process may have had calls for it, or gradients without calls."""

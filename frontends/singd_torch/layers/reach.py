@@ -91,6 +91,11 @@ def _version(weight: Tensor) -> tuple[int, int] | None:
     return None if grad is None or is_in_parts(weight) else (id(grad), grad._version)
 
 
+def is_zero(gradient: Tensor) -> bool:
+    """Whether a gradient has zeros alone, or the part that is here where processes have parts."""
+    return not bool(getattr(gradient, "_local_tensor", gradient).any())
+
+
 def is_in_parts(weight: Tensor) -> bool:
     """Whether several processes have parts of a weight: then it is a DTensor."""
     return type(weight) not in (Tensor, nn.Parameter)

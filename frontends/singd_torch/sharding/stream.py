@@ -130,9 +130,11 @@ class Stream:
     def dropped(self, layer: Layer) -> None:
         """The rows that a layer has had so far do not count."""
         del self._calls[layer.weight]
-        for place in [place for place in self._left if place[0] is layer.weight]:
-            self._before.pop(place, None)
+        left = [place for place in self._left if place[0] is layer.weight]
+        if left:
             self._void.add(layer.weight)
+        for place in left:
+            self._before.pop(place, None)
 
     def _is_ready(self) -> bool:
         buckets = self._buckets or ()
@@ -183,7 +185,8 @@ class Stream:
         """
         self._finish(due, flags)
         for (weight, key), (layer, pending) in self._before.items():
-            if flags.get(weight) == VOID:  # as another process has dropped rows of its own
+            # another process has dropped rows of its own; rows may have been lost here since
+            if flags.get(weight) == VOID and key in layer.pending:
                 later = layer.pending.pop(key)
                 layer.add(key, pending)
                 if later is not self._left[weight, key]:

@@ -22,6 +22,7 @@ from singd_torch._warnings import listed
 from singd_torch.capture.scaling import Scales
 from singd_torch.layers.due import is_due, may_be_due
 from singd_torch.layers.layer import Layer
+from singd_torch.layers.reach import is_zero
 from singd_torch.layers.roster import matrices_of
 from singd_torch.sharding.guards import ALONE, APART, is_one_of_several
 from singd_torch.step import bundle_step, rounding
@@ -56,7 +57,7 @@ class Stepper(Stacker):
             return False
         found = any(layer.pending for layer in self.roster.layers)
         grads = (p.grad for p in self.roster.group_of if p.grad is not None)
-        found = found or any(bool(getattr(g, "_local_tensor", g).any()) for g in grads)
+        found = found or not all(map(is_zero, grads))
         if self.sharded is not None:
             found = is_any(found, self.sharded.group, next(iter(self.roster.group_of)).device)
         return not found
