@@ -24,9 +24,9 @@ OUTPUTS = 1.5
 # The mean diagonal of U where no rows tell it: a little less than that of normalized inputs.
 TYPICAL = 0.7
 
-# A natural gradient whose norm is smaller has lost its digits, and makes a smaller step: what
-# multiplies it stays in the range of float32.
-LEAST = 2.0**-100
+# A natural gradient whose norm is smaller makes a smaller step: squares in float32 have lost their
+# digits, or are zero. It is the root of the smallest normal number.
+LEAST = 2.0**-63
 
 
 class Sized(NamedTuple):

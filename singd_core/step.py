@@ -244,6 +244,11 @@ def largest_rate(largest: Scalar, lr: Scalar) -> Scalar:
     return at_least(largest, where(namespace(lr).isfinite(lr), lr, 0.0))
 
 
+def share_of(lr: Scalar, largest: Scalar) -> Scalar:
+    """A rate over the largest so far."""
+    return at_most(number(lr) / at_least(number(largest), TINY), 1.0)
+
+
 def of_step(s: Settings, step: Scalar, largest_lr: Scalar, matrices: int) -> StepSettings:
     """With the warm-up (5.13), and a momentum that forgets faster where rates have decayed (5.8b).
 
@@ -253,7 +258,7 @@ def of_step(s: Settings, step: Scalar, largest_lr: Scalar, matrices: int) -> Ste
         largest_lr: The largest such rate so far, of this step included.
         matrices: The number of weight matrices that are trained, for (5.10b).
     """
-    share = at_most(number(s.lr) / at_least(number(largest_lr), TINY), 1.0)
+    share = share_of(s.lr, largest_lr)
     alpha = s.momentum
     if s.normalized and not is_zero(alpha):
         alpha = alpha ** (2.0 - share)

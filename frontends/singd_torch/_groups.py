@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
+from operator import itemgetter
 from typing import Any, TypeAlias
 
 import torch
@@ -17,7 +18,7 @@ from singd_core._scalars import number
 from singd_core._settings import Settings, StepSettings
 from singd_core._warnings import warn
 from singd_core.layers.base import is_expand, loss_terms
-from singd_core.step import largest_rate, of_step
+from singd_core.step import largest_rate, of_step, share_of
 from singd_torch import _fallback
 
 _SETTINGS = tuple(f.name for f in dataclasses.fields(Settings))
@@ -44,6 +45,9 @@ _OWN = {"params", "param_names", "steps", "base_lr", "largest_lr"}
 
 # For factors and momenta: nothing can be computed in the floating-point dtypes of 8 bits.
 DTYPES = torch.float64, torch.float32, torch.bfloat16, torch.float16
+
+# What groups have in common whose layers can step as one: each layer has its own rate and decay.
+_SHARED = itemgetter("steps", *(name for name in _SETTINGS if name not in ("lr", "weight_decay")))
 
 # Settings that may be tensors, whose values a script changes in place.
 RATES = *_settings.RATES, *_fallback.RATES
@@ -115,6 +119,28 @@ def check_counts(group: dict[str, Any]) -> None:
         raise ValueError(f"base_lr={base!r}: must be positive and finite")
     expected = "at least 0 and finite"
     check_rate("largest_lr", group["largest_lr"], lambda v: 0.0 <= v < math.inf, expected)
+
+
+def likeness(*groups: dict[str, Any] | None) -> Any:
+    """What the groups of a weight and of its bias have in common with those of others.
+
+    If it is equal, their layers can step as one, with rates of their own. With settings in tensors,
+    or a bias with a rate of its own, they step with the same groups alone.
+    """
+    distinct = {id(group): group for group in groups if group is not None}
+    found = list(map(_shared, distinct.values()))
+    if None in found or len({group["lr"] for group in distinct.values()}) > 1:
+        return tuple(distinct)
+    return tuple(found)
+
+
+def _shared(group: dict[str, Any]) -> Any:
+    lr, decay, values = group["lr"], group["weight_decay"], _SHARED(group)
+    if any(isinstance(value, Tensor) for value in (lr, decay, *values)):
+        return None
+    share = share_of(lr, largest_rate(group["largest_lr"], lr))
+    couples = bool(decay) and not group["decoupled_weight_decay"]
+    return round(share, 9), couples, *values
 
 
 def settings_of_step(group: dict[str, Any], matrices: int) -> StepSettings:

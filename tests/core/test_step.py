@@ -22,7 +22,7 @@ from singd_core.late import (
     VANISHED,
     Late,
 )
-from singd_core.length import OUTPUTS, SPECTRAL, TYPICAL
+from singd_core.length import OUTPUTS, SPECTRAL, TYPICAL, sized
 from singd_core.levels import Levels
 
 STRUCTURES = ["dense", "diagonal", "blockdiagonal:2", "triltoeplitz", "hierarchical:1,1"]
@@ -69,6 +69,14 @@ def assert_alike(found: list[np.ndarray], expected: list[np.ndarray]) -> None:
 def test_the_scale_of_the_loss_changes_no_step(structure: str, scale: float) -> None:
     given = {"structures": (structure, structure)}
     assert_alike(changes(scale, **given), changes(1.0, **given))
+
+
+@pytest.mark.parametrize("exponent", range(-45, 0, 3))
+def test_steps_are_no_longer_where_squares_of_gradients_leave_the_range(exponent: int) -> None:
+    n = np.full((9, 12), 10.0**exponent, dtype=np.float32)  # of a gradient whose norm is known
+    found = sized(decayed(), np.ones_like(n), lambda ahead: n, 1.0, 108.0, None)
+    step = float(found.scale) * n.astype(np.float64)
+    assert np.linalg.norm(step) <= 1.0 + 1e-6
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e6])

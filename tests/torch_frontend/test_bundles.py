@@ -1,8 +1,10 @@
-"""On an accelerator all layers step by the same operations: it is the step of each alone."""
+"""Layers step by the same operations, on an accelerator all: it is the step of each alone."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -142,6 +144,23 @@ CASES: dict[str, dict[str, Any]] = {
 CHANGES = [nothing, leave_out, freeze, report, replace_state, resume, begin_momentum, couple]
 
 
+PLACES = ["accelerator", "host"]
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each stack step alone, until `together` is called."""
+    monkeypatch.setattr(bundle, "_SEVERAL", math.inf)
+
+
+def together(monkeypatch: pytest.MonkeyPatch, place: str = "accelerator") -> None:
+    """Let stacks step together from now on, as on an accelerator or as on the host."""
+    if place == "host":
+        monkeypatch.setattr(bundle, "_SEVERAL", 1)
+    else:
+        monkeypatch.setattr(pieces, "on_host", lambda x: False)
+
+
 def trained(
     given: dict[str, Any], change: Callable[[int, Network, SINGD], None], of: str
 ) -> tuple[Network, SINGD]:
@@ -166,23 +185,31 @@ def same(found: tuple[Network, SINGD], expected: tuple[Network, SINGD]) -> None:
             torch.testing.assert_close(value, other[key], rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("of", GIVEN)
 @pytest.mark.parametrize("case", CASES)
-def test_all_layers_step_as_each_alone(case: str, of: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_layers_step_as_each_alone(
+    case: str, of: str, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = trained(CASES[case], nothing, of)
-    monkeypatch.setattr(pieces, "on_host", lambda x: False)
+    assert not expected[1]._stepper.bundles
+    together(monkeypatch, place)
     found = trained(CASES[case], nothing, of)
     same(found, expected)
     assert bool(found[1]._stepper.bundles) == (case != "coupled decay")
 
 
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("of", ["groups", "names"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_happens_between_steps(
-    change: Callable[[int, Network, SINGD], None], of: str, monkeypatch: pytest.MonkeyPatch
+    change: Callable[[int, Network, SINGD], None],
+    of: str,
+    place: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     expected = trained({}, change, of)
-    monkeypatch.setattr(pieces, "on_host", lambda x: False)
+    together(monkeypatch, place)
     found = trained({}, change, of)
     same(found, expected)
     if change is report:
@@ -190,19 +217,23 @@ def test_what_happens_between_steps(
         assert pairs[0] == pytest.approx(pairs[1], rel=1e-8)
 
 
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("of", ["model", "groups"])
 def test_sizes_follow_a_refresh_of_stacks_that_stepped_alone(
-    of: str, monkeypatch: pytest.MonkeyPatch
+    of: str, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = {"T": 2, "growing_T": False}
     expected = trained(given, couple_once, of)
-    monkeypatch.setattr(pieces, "on_host", lambda x: False)
+    together(monkeypatch, place)
     same(trained(given, couple_once, of), expected)
 
 
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("of", ["model", "names"])
-def test_a_scale_of_the_loss_is_taken_out(of: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "on_host", lambda x: False)
+def test_a_scale_of_the_loss_is_taken_out(
+    of: str, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together(monkeypatch, place)
     torch.manual_seed(0)
     models = [Network().double()]
     models.append(copy.deepcopy(models[0]))
@@ -236,7 +267,7 @@ def test_layers_of_several_precisions_step_alone(
     found = []
     for masked in (False, True):
         if masked:
-            monkeypatch.setattr(pieces, "on_host", lambda x: False)
+            together(monkeypatch)
         torch.manual_seed(0)
         layer = nn.Linear(6, 4)
         layer.bias.data = layer.bias.data.to(of_bias)
@@ -255,10 +286,11 @@ def test_layers_of_several_precisions_step_alone(
         torch.testing.assert_close(p, q, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("place", PLACES)
 def test_a_gradient_in_float16_is_divided_by_its_scale_in_float32(
-    monkeypatch: pytest.MonkeyPatch,
+    place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pieces, "on_host", lambda x: False)
+    together(monkeypatch, place)
     steps = []
     for scale in (1.0, 2.0**30):  # in float16 the quotient would be zero
         torch.manual_seed(0)
@@ -276,12 +308,13 @@ def test_a_gradient_in_float16_is_divided_by_its_scale_in_float32(
         torch.testing.assert_close(other, one)
 
 
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", ["wide.weight", "last.weight"])
 @pytest.mark.parametrize("of", ["model", "names"])
 def test_products_out_of_range_stop_their_matrix_alone(
-    name: str, of: str, monkeypatch: pytest.MonkeyPatch
+    name: str, of: str, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pieces, "on_host", lambda x: False)
+    together(monkeypatch, place)
     torch.manual_seed(0)
     model = Network()
     optimizer = SINGD(*GIVEN[of](model), T=100, growing_T=False)
@@ -295,7 +328,9 @@ def test_products_out_of_range_stop_their_matrix_alone(
     optimizer.load_state_dict(optimizer.state_dict())  # nothing is kept that was made of factors
     optimizer.zero_grad()
     backward(model)
-    optimizer.step()
+    told = f"the natural gradient of {name!r} was"
+    with pytest.warns(match=told) if place == "host" else contextlib.nullcontext():
+        optimizer.step()
     moved = {
         key: not torch.equal(p, q)
         for (key, p), q in zip(model.named_parameters(), before.parameters(), strict=True)
@@ -307,21 +342,47 @@ def test_products_out_of_range_stop_their_matrix_alone(
 
 def test_bundles_are_of_a_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = trained({}, nothing, "groups")
-    monkeypatch.setattr(pieces, "on_host", lambda x: False)
+    together(monkeypatch)
     monkeypatch.setattr(bundle, "_LARGEST", 100)
     found = trained({}, nothing, "groups")
     same(found, expected)
     assert len(found[1]._stepper.bundles) > 2
 
 
+@pytest.mark.parametrize(
+    ("limit", "value"), [("_SEVERAL", 20), ("_SMALL", 0), ("_LARGEST_ON_HOST", 0)]
+)
+def test_few_or_large_stacks_step_alone_on_the_host(
+    limit: str, value: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = trained({}, nothing, "groups")
+    monkeypatch.setattr(bundle, "_SEVERAL", 2)
+    assert trained({}, nothing, "groups")[1]._stepper.bundles
+    monkeypatch.setattr(bundle, limit, value)
+    found = trained({}, nothing, "groups")
+    same(found, expected)
+    assert not found[1]._stepper.bundles
+
+
+def test_stacks_that_did_not_step_with_others_step_alone_on_the_host(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected = trained({}, leave_out, "model")
+    together(monkeypatch, "host")
+    found = trained({}, leave_out, "model")
+    same(found, expected)
+    assert not found[1]._stepper.bundles
+
+
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("of", ["model", "names"])
 def test_weights_in_bfloat16_step_nearly_as_on_the_host(
-    of: str, monkeypatch: pytest.MonkeyPatch
+    of: str, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models = []
     for masked in (False, True):
         if masked:
-            monkeypatch.setattr(pieces, "on_host", lambda x: False)
+            together(monkeypatch, place)
         torch.manual_seed(0)
         model = Network().bfloat16()
         before = copy.deepcopy(model)
@@ -335,11 +396,12 @@ def test_weights_in_bfloat16_step_nearly_as_on_the_host(
         assert torch.linalg.vector_norm(change.float() - expected.float()) <= 0.03 * size
 
 
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("given", [{}, {"rounding": "kahan"}], ids=["stochastic", "kahan"])
 def test_a_bias_in_bfloat16_that_is_frozen_stays(
-    given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    given: dict[str, Any], place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pieces, "on_host", lambda x: False)
+    together(monkeypatch, place)
     model = Network().bfloat16()
     optimizer = SINGD(model, warmup=0, weight_decay=0.1, **given)
     for step in range(4):

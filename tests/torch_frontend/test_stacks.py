@@ -15,7 +15,7 @@ from singd_core.layers import Convolution
 from singd_torch import SINGD
 from singd_torch.capture import queue
 from singd_torch.layers import rows
-from singd_torch.step import equal
+from singd_torch.step import bundle, equal
 
 
 class Parallel(nn.Module):
@@ -80,6 +80,12 @@ def together(optimizer: SINGD) -> int:
         if "averages.k" in kept
     )
     return max(places.values())
+
+
+@pytest.fixture(autouse=True)
+def no_bundles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let unequal layers step for themselves."""
+    monkeypatch.setattr(bundle, "_SEVERAL", math.inf)
 
 
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,22 +83,20 @@ class Share(Stepper):
         """Let equal layers step together, but for those whose state is elsewhere between steps."""
         layers = self.roster.layers
         alone = {layer for layer in layers if isinstance(layer, Slab)} | self.visitors
-        parted = stacks(layer for layer in layers if layer not in alone)
+        others = (layer for layer in layers if layer not in alone)
+        parted = stacks(others, by_group=self.compile is not None)
         visits = self.visitors
         self._have(parted + [Stack([one], visits=one in visits) for one in layers if one in alone])
         for stack in self.stacks:
             if isinstance(stack.layers[0], Slab):
                 stack.compile = None
 
-    def _advance(self, ready: list[Stack], given: Gradients) -> list[Any]:
+    def _advance(self, ready: list[Stack], given: Gradients) -> list[tuple[Sequence[Stack], Any]]:
         slabs = [stack for stack in ready if isinstance(stack.layers[0], Slab)]
         whole = [stack for stack in ready if not isinstance(stack.layers[0], Slab)]
         moved = super()._advance(whole, given)
         each = advance(slabs, self.state, given, self._total, self._wide)
-        if given.ok is not None:  # in any order
-            return moved + each
-        found = dict(zip(whole + slabs, moved + each, strict=True))
-        return [found[stack] for stack in ready]
+        return moved + [([slab], m) for slab, m in zip(slabs, each, strict=True)]
 
     def _of_all(self, size: Any) -> Any:
         return read(self._total(placed(size, self._wide, self.device).clone()))

@@ -321,7 +321,6 @@ def _write(
     c = scale.reshape(())
     of_biases = None if bias is None else 1.0
     found = Direction(u, c.item() if on_host else c, True, None, None, of_bias=of_biases)
-    settings = [given.settings(p) for p in slab.parameters]
-    rounding = stack.rounding(settings[0])
-    move(stack, found, settings, None if on_host else moves, rounding, state, slab.places)
+    rounding = stack.rounding(given.settings(slab.parameters[0]))
+    move(stack, found, given.settings, None if on_host else moves, rounding, state, slab.places)
     return found

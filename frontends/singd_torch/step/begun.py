@@ -47,6 +47,10 @@ class Gradients:
     ok: Tensor | None
     bad: Tensor | None
 
+    def allows(self, moves: Tensor) -> Tensor:
+        """What moves, where the step may change anything."""
+        return moves if self.ok is None else self.ok & moves
+
 
 class Begun(NamedTuple):
     """What a step has of a stack before it finds the direction.
@@ -170,6 +174,13 @@ def masked(s: StepSettings, ok: Tensor, like: Tensor) -> StepSettings:
         lr=torch.where(ok, lr, 0.0),
         weight_decay=zero_unless(ok, decay) if isinstance(decay, Tensor) else decay,
     )
+
+
+def same(rate: float | Tensor, other: float | Tensor) -> bool:
+    """Whether two rates are known to be the same without a wait for the device."""
+    if isinstance(rate, Tensor) or isinstance(other, Tensor):
+        return rate is other
+    return rate == other
 
 
 def zero_unless(ok: Tensor, rate: float | Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Stacks with their numbers in vectors, so that an accelerator is called once for all of them.
+"""Stacks with their numbers in vectors, so that one call is for all of them.
 
 A rule has a few numbers for each matrix, and as many kernels for one as for a thousand. A bundle
 has the numbers of many stacks in vectors, and the momenta in one array. The state has views.
@@ -23,7 +23,8 @@ from singd_core.rounding import WHOLE
 from singd_core.rules import InverseFree, Shampoo
 from singd_core.step import has_momentum
 from singd_core.without_mean import share_of_bias
-from singd_torch._groups import settings_of
+from singd_torch._groups import likeness, settings_of
+from singd_torch.layers.layer import Layer
 from singd_torch.step.bundle_sums import Sums
 from singd_torch.step.joint import Joint
 from singd_torch.step.rounding import Row
@@ -32,6 +33,12 @@ from singd_torch.tensors.matrices import Matrices
 
 # Numbers of the parameters of a bundle, if it has several stacks: their gradients are copied.
 _LARGEST = 1 << 26
+
+# The same on the host, and the numbers of each stack: the calls of larger ones are no large part.
+# So many stacks are faster in a bundle there.
+_LARGEST_ON_HOST = 1 << 22
+_SMALL = 1 << 20
+_SEVERAL = 6
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,7 +62,7 @@ class Part:
 
 
 class Bundle:
-    """Stacks of one parameter group that share a device, dtypes and a rule.
+    """Stacks that share a device, dtypes, a rule, and settings but for rates and decays.
 
     Biases that are apart (`Layer.bias_is_apart`) have numbers of their own, which come after the
     numbers of all weights.
@@ -136,8 +143,18 @@ class Bundle:
         return Row(self.parameters, names, roles, [WHOLE] * len(names))
 
     def fits(self) -> bool:
-        """Whether all stacks have the rule that they had: rows may have come since."""
-        return all(isinstance(stack.factors, Shampoo) is self.learns for stack in self.stacks)
+        """Whether all stacks have the rule that they had, and still share their settings.
+
+        Rows may have come since.
+        """
+        groups = {id(layer.group): layer.group for layer in self._leaders()}
+        shared = len(groups) == 1 or len(set(map(likeness, groups.values()))) == 1
+        return shared and all(
+            isinstance(stack.factors, Shampoo) is self.learns for stack in self.stacks
+        )
+
+    def _leaders(self) -> list[Layer]:
+        return [layer for stack in self.stacks for layer in stack.of_groups]
 
     def hold(self, state: State) -> None:
         """Take what the stacks have into vectors, unless that is done."""
@@ -226,11 +243,12 @@ class Bundle:
 
 
 def bundled(
-    ready: Sequence[Stack], before: Sequence[Bundle], alive: Iterable[Stack]
+    ready: Sequence[Stack], before: Sequence[Bundle], alive: Iterable[Stack], *, on_host: bool
 ) -> tuple[list[Bundle], list[Bundle]]:
     """The stacks that step now in bundles, and further bundles that wait for their next step.
 
-    If only some stacks of a bundle step, it is parted for good.
+    If only some stacks of a bundle step, it is parted for good. On the host stacks step alone that
+    are large, few or parted.
     """
     stepping, waiting, alive = set(ready), [], set(alive)
     found, fresh = [], dict.fromkeys(ready)
@@ -238,6 +256,9 @@ def bundled(
         own = [stack for stack in bundle.stacks if stack in stepping]
         if len(own) == len(bundle.parts):
             found.append(bundle)
+        elif own and on_host:
+            for stack in bundle.stacks:
+                stack.alone = True
         elif own:
             found.append(Bundle(own))
         elif alive.issuperset(bundle.stacks):
@@ -245,23 +266,27 @@ def bundled(
             waiting.append(bundle)
         for stack in own:
             del fresh[stack]
+    most, least = (_LARGEST_ON_HOST, _SEVERAL) if on_host else (_LARGEST, 1)
     alike: dict[Any, tuple[int, list[Stack]]] = {}  # the last of each likeness, and its numbers
     several: list[list[Stack]] = []
     for stack in fresh:
         n = sum(p.numel() for layer in stack.layers for p in layer.parameters)
+        if on_host and (stack.alone or stack.visits or n > _SMALL):
+            continue
         total, stacks = alike.get(likeness := _likeness(stack), (0, []))
-        if not stacks or total + n > _LARGEST:
+        if not stacks or total + n > most:
             total, stacks = 0, []
             several.append(stacks)
         stacks.append(stack)
         alike[likeness] = total + n, stacks
-    return found + list(map(Bundle, several)), waiting
+    return found + [Bundle(own) for own in several if len(own) >= least], waiting
 
 
 def _likeness(stack: Stack) -> Any:
     layer = stack.layers[0]
     dtypes = (layer.parameters[0].dtype, layer.parameters[-1].dtype, *layer.dtypes)
-    return stack.visits, id(layer.group), layer.weight.device, dtypes, type(stack.factors)
+    settings = id(layer.group) if stack.capturable else likeness(layer.group)
+    return stack.visits, settings, layer.weight.device, dtypes, type(stack.factors)
 
 
 def _order(stack: Stack) -> Any:

@@ -51,7 +51,7 @@ def steps_of_biases(
         natural: The natural gradients of the weights.
         columns: The natural gradients of the biases.
         minus: −μ of each stack.
-        scale: What multiplies all weights, then all biases.
+        scale: What multiplies the steps of all weights, then of all biases.
     """
     moved = [along(n, mean) for n, mean in zip(natural, minus, strict=False)]
     of_weight, of_bias = (torch.cat([x.reshape(-1) for x in some]) for some in (moved, columns))
@@ -71,8 +71,7 @@ def _tell(
     due = [apart[i] for i in live]
     every = due == apart
     joint, factors = (bundle.joint, bundle.factors) if every else together(bundle, due)
-    inputs, ok = _means(factors), given.ok
-    assert ok is not None
+    inputs = _means(factors)
     G, g = ([some[i] for i in live] for some in (G, g))
     n, of = joint.K.numbers[len(due) - 1].stop, inputs.mean
     crosses = [cross(cast(own, of), cast(of_bias, of)) for own, of_bias in zip(G, g, strict=True)]
@@ -80,7 +79,11 @@ def _tell(
     sums = InputSums(torch.cat([x.reshape(-1) for x in crosses]), squares[n:], squares[:n])
     rate = rate_of_factors(due[0].stack.layers[0].group["steps"], s)
     new = inputs.told(sums, factors.averages.k[:n], rate, joint.K.on_rows, joint.K.squares_of)
-    inputs.map(lambda old, new: torch.where(ok, new, old, out=old), new)
+    if given.ok is None:
+        inputs.map(Tensor.copy_, new)
+    else:
+        keep = given.ok
+        inputs.map(lambda old, new: torch.where(keep, new, old, out=old), new)
     copy_back(bundle, joint, due, factors)
 
 

@@ -69,8 +69,7 @@ def refresh(
     report: dict[str, Any] = {}
     rate = rate_of_factors(due[0].stack.layers[0].group["steps"], s)
     new = factors.refresh(curvature, rate, s, report, joint.rounding(s))
-    assert given.ok is not None
-    use = given.ok & (sum(report.values()) < math.inf)  # an infinite factor step is not taken
+    use = given.allows(sum(report.values()) < math.inf)  # an infinite factor step is not taken
     joint.write(factors, new, use)
     made = joint.preconditioners(factors, due[0].stack.uses(s))
     copy_back(bundle, joint, due, factors)

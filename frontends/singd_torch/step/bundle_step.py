@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from singd_core.rounding import is_rounded
 from singd_core.rules import IKFAC, Shampoo, inputs_of
 from singd_core.step import averaged, couples_decay, decouples_decay, squares_of
 from singd_torch.layers.layer import Layer
-from singd_torch.step.begun import Gradients, zero_unless
+from singd_torch.step.begun import Gradients, same, zero_unless
 from singd_torch.step.bundle import Bundle
 from singd_torch.step.bundle_centering import steps_of_biases, take_out_means
 from singd_torch.step.bundle_refresh import precondition, refresh
@@ -25,6 +26,7 @@ from singd_torch.step.rounding import compensations
 from singd_torch.step.solve import by_pieces
 from singd_torch.step.stack import Stack, State
 from singd_torch.tensors.matrices import Matrices
+from singd_torch.tensors.pieces import placed
 from singd_torch.tensors.scratch import constant
 from singd_torch.tensors.select import spread
 
@@ -32,11 +34,12 @@ from singd_torch.tensors.select import spread
 def steps_so(stack: Stack, given: Gradients) -> bool:
     """Whether a stack can step in a bundle: under the rule of the default, and as it is."""
     layer, factors = stack.layers[0], stack.factors
-    own = [given.settings(p) for p in layer.parameters]
+    own = [given.settings(p) for one in stack.of_groups for p in one.parameters]
     s = own[0]
     if type(factors) is Shampoo:
         # rows that have come make factors of another rule; a bias of another rate steps with a mean
-        alike = inputs_of(factors) is None or _same(own[-1].lr, s.lr)
+        of_bias = given.settings(layer.parameters[-1])
+        alike = inputs_of(factors) is None or same(of_bias.lr, s.lr)
         fits = alike and not layer.pending
     else:
         fits = type(factors) is IKFAC
@@ -53,13 +56,6 @@ def steps_so(stack: Stack, given: Gradients) -> bool:
     )
 
 
-def _same(rate: float | Tensor, other: float | Tensor) -> bool:
-    """Whether two rates are known to be the same without a wait for the device."""
-    if isinstance(rate, Tensor) or isinstance(other, Tensor):
-        return rate is other
-    return rate == other
-
-
 def _has_one_precision(layer: Layer) -> bool:
     """Whether weight and bias have one dtype, and nothing is kept in a wider one."""
     dtypes = {p.dtype for p in layer.parameters}
@@ -67,15 +63,13 @@ def _has_one_precision(layer: Layer) -> bool:
     return len(dtypes) == len(wide) == 1
 
 
-def advance(bundle: Bundle, state: State, given: Gradients) -> Tensor:
+def advance(bundle: Bundle, state: State, given: Gradients) -> list[tuple[Sequence[Stack], Any]]:
     """Write the new factors, momenta and weights of a bundle.
 
     Returns:
-        Whether all of it moved, 0-d. If products left the range of their dtype, their matrices do
-        not move.
+        Stacks, and whether all of them moved: bools, or one that is 0-d on an accelerator. If
+        products left the range of their dtype, their matrices do not move.
     """
-    ok = given.ok
-    assert ok is not None
     bundle.hold(state)
     s = given.settings(bundle.parameters[0])
     minus: Sequence[Tensor] = ()
@@ -93,10 +87,13 @@ def advance(bundle: Bundle, state: State, given: Gradients) -> Tensor:
     ahead = gradient
     if bundle.momentum is not None:
         # zeros in place of gradients, and 1 in place of α, change nothing
-        like = bundle.factors.averages.k
-        alpha = s.momentum if isinstance(s.momentum, Tensor) else constant(s.momentum, like)
-        masked = dataclasses.replace(s, momentum=torch.where(ok, alpha, constant(1.0, like)))
-        ahead, _ = averaged(gradient, bundle.momentum, masked, donate=True, out=gradient)
+        how = s
+        if given.ok is not None:
+            like = bundle.factors.averages.k
+            alpha = s.momentum if isinstance(s.momentum, Tensor) else constant(s.momentum, like)
+            alpha = torch.where(given.ok, alpha, constant(1.0, like))
+            how = dataclasses.replace(s, momentum=alpha)
+        ahead, _ = averaged(gradient, bundle.momentum, how, donate=True, out=gradient)
     made = [precondition(part.stack, s) for part in bundle.parts]
 
     def solve(matrices: Matrices) -> Matrices:
@@ -109,7 +106,7 @@ def advance(bundle: Bundle, state: State, given: Gradients) -> Tensor:
     size = bundle.size if s.depth == 1.0 else bundle.size * s.depth
     found = sized(s, bundle.matrices(ahead), solve, size, squares, late)
     natural, columns = found.natural[: len(made)], found.natural[len(made) :]
-    moves = ok & (found.length < math.inf)
+    moves = given.allows(found.length < math.inf)
     of_weights = moves[: bundle.several]
     if bundle.apart:  # a weight moves with its bias
         first = of_weights[: len(moves) - bundle.several]
@@ -118,9 +115,11 @@ def advance(bundle: Bundle, state: State, given: Gradients) -> Tensor:
     scale = found.scale * moves  # NaN stays until the weights are changed
     if found.late is not None and bundle.sums is not None:
         bundle.sums.write(found.late, moves)
+    rates = [_rates(bundle, given, k) for k in (0, 1)]
     for i, stack in enumerate(bundle.stacks):
         if stack.report is not None:
-            told = {"agreement": found.agreement, "update": s.lr * (scale * found.length)}
+            lengths = rates[0] * (scale * found.length)[: bundle.several]
+            told = {"agreement": found.agreement, "update": lengths}
             stack.report |= {name: bundle.joint.of(i, values) for name, values in told.items()}
     measure(bundle, s, natural, of_weights)
     everything: Tensor = of_weights.all()
@@ -128,11 +127,21 @@ def advance(bundle: Bundle, state: State, given: Gradients) -> Tensor:
     if room.element_size() < dtype.itemsize:  # of momenta that are kept in fewer bits than weights
         room = torch.empty_like(room, dtype=dtype)
     if bundle.apart:
-        rates = scale * (-1.0 * s.lr)
-        steps = steps_of_biases(bundle, natural, columns, minus, rates)
-        bundle.of_biases(room).copy_(steps)
-    _move(bundle, natural, scale, room, given, everything, state)
-    return everything
+        steps = steps_of_biases(bundle, natural, columns, minus, scale)
+        bundle.of_biases(room).copy_(steps * (-1.0 * _of_biases(bundle, rates[0])))
+    if same(*rates):
+        changes = [scale * (-1.0 * rates[0])] * 2
+    else:
+        changes = [scale[: bundle.several] * (-1.0 * rate) for rate in rates]
+    _move(bundle, natural, changes, room, given, everything, state)
+    if given.ok is not None:
+        return [(bundle.stacks, everything)]
+    if everything:
+        return [(bundle.stacks, True)]
+    return [
+        ([stack], bool(bundle.joint.of(i, of_weights).all()))
+        for i, stack in enumerate(bundle.stacks)
+    ]
 
 
 def _gradients(bundle: Bundle, given: Gradients) -> Tensor:
@@ -145,14 +154,12 @@ def _gradients(bundle: Bundle, given: Gradients) -> Tensor:
     flat = ranged(flat) if bundle.learns else flat.to(bundle.dtype)
     if given.scales.grads is not None:
         flat.div_(given.scales.grads)
-    assert given.bad is not None
-    return flat.masked_fill_(given.bad, 0.0)
+    return flat if given.bad is None else flat.masked_fill_(given.bad, 0.0)
 
 
 def _squares(bundle: Bundle, flat: Tensor, given: Gradients) -> Tensor:
     """‖∇W‖² of each matrix."""
     like = bundle.factors.averages.k
-    zero = constant(0.0, like)
     simple = [part.stack for part in bundle.parts if not part.stack.groups]
     weights, biases = (
         [p for stack in simple for layer in stack.layers for p in layer.parameters[k : k + 1]]
@@ -164,35 +171,64 @@ def _squares(bundle: Bundle, flat: Tensor, given: Gradients) -> Tensor:
         if part.stack.groups
     ]
     if weights:
-        norms = torch.stack([given.norms.get(p, zero) for p in weights + biases]).to(like)
-        each = norms * norms
+        each = _row([given.norms.get(p, 0.0) for p in weights + biases], like).square()
         own = each[: len(weights)]
         own[: len(biases)].add_(each[len(weights) :])
         squares.insert(0, own)
     return torch.cat(squares) if len(squares) > 1 else squares[0]
 
 
+def _rates(bundle: Bundle, given: Gradients, k: int) -> Any:
+    """The rates of all weights, or with k = 1 of biases: one for all if they are known to be equal.
+
+    Else they are in a row, with the rates of weights that have no bias.
+    """
+    layers = [layer for stack in bundle.stacks for layer in stack.layers]
+    rates = [given.settings(layer.parameters[: k + 1][-1]).lr for layer in layers]
+    if all(same(rate, rates[0]) for rate in rates):
+        return rates[0]
+    like = bundle.factors.averages.k
+    counts = [math.prod(layer.shape[0]) for layer in layers]
+    if not any(isinstance(rate, Tensor) for rate in rates):
+        row = [rate for rate, n in zip(rates, counts, strict=True) for _ in range(n)]
+        return torch.tensor(row, dtype=like.dtype, device="cpu").to(like.device, non_blocking=True)
+    each = zip(rates, counts, strict=True)
+    return torch.cat([placed(rate, like.dtype, like.device).expand(n) for rate, n in each])
+
+
+def _of_biases(bundle: Bundle, rates: Any) -> Any:
+    """The rates of weights for each number of the biases that are apart."""
+    if not (isinstance(rates, Tensor) and rates.ndim):
+        return rates
+    return bundle.joint.C.on_rows(rates[: len(bundle.size) - bundle.several])
+
+
+def _row(norms: Sequence[Any], like: Tensor) -> Tensor:
+    """Numbers in a row; on an accelerator each is 0-d, or 0."""
+    if not any(isinstance(norm, Tensor) for norm in norms):
+        return like.new_tensor(norms)
+    zero = constant(0.0, like)
+    each = [norm if isinstance(norm, Tensor) else zero for norm in norms]
+    return torch.stack(each).to(like)
+
+
 def _move(
     bundle: Bundle,
     natural: Sequence[Tensor],
-    scale: Tensor,
+    changes: Sequence[Tensor],
     room: Tensor,
     given: Gradients,
     moves: Tensor,
     state: State,
 ) -> None:
-    """Change the weights and biases; the changes are written to the `room` of gradients.
+    """Change the weights and biases, by these multiples of natural gradients.
 
-    The changes of biases that are apart are there.
+    What they change by is written to the `room` of gradients; there it is of biases that are apart.
     """
-    rates: dict[int, Tensor] = {}
     for i, (part, n) in enumerate(zip(bundle.parts, natural, strict=True)):
         layer = part.stack.layers[0]
         for k, out in enumerate(part.joined(room)[: 1 if part.stack.is_apart else None]):
-            own = given.settings(layer.parameters[k])
-            if id(own) not in rates:
-                rates[id(own)] = scale * (-1.0 * own.lr)
-            c = bundle.joint.of(i, rates[id(own)])
+            c = bundle.joint.of(i, changes[k])
             if part.stack.groups:  # a weight has several
                 out.copy_(layer.split(n * spread(c, n))[k])
             else:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from singd_torch._groups import likeness
 from singd_torch.layers.layer import Layer
 from singd_torch.step.stack import Stack
 
@@ -13,8 +14,8 @@ from singd_torch.step.stack import Stack
 _LARGEST = 1 << 17
 
 
-def stacks(layers: Iterable[Layer]) -> list[Stack]:
-    """The layers, the equal and small ones of them together.
+def stacks(layers: Iterable[Layer], *, by_group: bool) -> list[Stack]:
+    """The layers, the equal and small ones of them together; those of each group, if `by_group`.
 
     Of layers in one memory each steps alone: what is written for one would be lost by the other.
     """
@@ -23,7 +24,8 @@ def stacks(layers: Iterable[Layer]) -> list[Stack]:
     found: dict[Any, list[Layer]] = {}
     for layer in layers:
         alone = any(memory[place] > 1 for place in _places(layer))
-        found.setdefault(layer if alone else _likeness(layer), []).append(layer)
+        key = layer if alone else _likeness(layer, by_group=by_group)
+        found.setdefault(key, []).append(layer)
     return [Stack(equal) for equal in found.values()]
 
 
@@ -45,14 +47,14 @@ def _places(layer: Layer) -> list[Any]:
     return [(p.untyped_storage()._cdata, p.storage_offset()) for p in layer.parameters]
 
 
-def _likeness(layer: Layer) -> Any:
+def _likeness(layer: Layer, *, by_group: bool) -> Any:
     """What equal layers have in common."""
-    weight, bias = layer.weight, layer.bias
+    weight, groups = layer.weight, (layer.group, layer.bias_group)
     if weight.numel() > _LARGEST or not layer.kind.stacks:
         return layer
     return (
         *(layer.kind, layer.has_rows, layer.structures, tuple(layer.roles())),
-        *(id(layer.group), None if bias is None else id(layer.bias_group)),
+        *(layer.bias is not None, tuple(map(id, groups)) if by_group else likeness(*groups)),
         *(weight.shape, weight.dtype, weight.device, layer.dtypes),
     )
 

@@ -19,7 +19,7 @@ from singd_core.preconditioner import Preconditioner
 from singd_core.rounding import Rounding, is_rounded
 from singd_core.rules import Factors, Shampoo, by_rows
 from singd_torch import _state
-from singd_torch._groups import settings_of
+from singd_torch._groups import likeness, settings_of
 from singd_torch.layers.layer import Layer
 from singd_torch.step.rounding import owners
 from singd_torch.step.solve import written
@@ -30,6 +30,11 @@ State: TypeAlias = MutableMapping[Any, dict[str, Any]]
 
 # Stacks differ in shape: one of many must not use up the recompilations of the others.
 _ISOLATED: dict[str, Any] = {"dynamic": False, "isolate_recompiles": True, "recompile_limit": 64}
+
+
+def are_like(layers: Sequence[Layer]) -> bool:
+    """Whether the settings of layers let them step as one, with rates of their own."""
+    return len(layers) == 1 or len({likeness(one.group, one.bias_group) for one in layers}) == 1
 
 
 @dataclasses.dataclass(eq=False)
@@ -47,6 +52,7 @@ class Stack:
         report: What a step tells the diagnostics, None if nobody asks for them.
         compile: Arguments of torch.compile, None to run things as they are.
         visits: Whether its state is elsewhere between steps, and it shares no memory.
+        alone: Whether others of its bundle have stepped without it, or it without others.
         capturable: Whether what a step reads stays where it is, as a CUDA graph needs it.
     """
 
@@ -58,6 +64,7 @@ class Stack:
     report: dict[str, Any] | None = None
     compile: dict[str, Any] | None = None
     visits: bool = False
+    alone: bool = False
     capturable: bool = False
     _fixed: Preconditioner | None = None
     _factors: Sequence[Factors] = ()
@@ -79,6 +86,14 @@ class Stack:
         """The axes of all its matrices: of its layers if there are several, and of their groups."""
         n = len(self.layers)
         return (n, *self.groups) if n > 1 else self.groups
+
+    @property
+    def of_groups(self) -> list[Layer]:
+        """The first layer of each pair of groups, of weights and of biases."""
+        pairs: dict[Any, Layer] = {}
+        for one in self.layers:
+            pairs.setdefault((id(one.group), id(one.bias_group)), one)
+        return list(pairs.values())
 
     @property
     def numbers(self) -> int:
@@ -223,6 +238,8 @@ class Stack:
     def fits(self) -> bool:
         """Whether the factors, if there are any, are as the weights and their rule want them."""
         alike = all(one.is_stored_as(self.layers[0]) for one in self.layers[1:])
+        if not are_like(self.of_groups):
+            return False
         return not self._factors or (alike and self.layers[0].fits(self._factors[0]))
 
     def is_known(self, state: State) -> bool:

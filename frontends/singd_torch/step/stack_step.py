@@ -9,7 +9,7 @@ from itertools import compress
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from singd_core._array import sum_of_squares, widen
 from singd_core._layer_state import NAMES
@@ -21,7 +21,7 @@ from singd_core.rules import Factors, inputs_of
 from singd_core.rules.centering import InputMean
 from singd_core.step import Direction, direction, weight_change
 from singd_core.without_mean import without_mean
-from singd_torch.step.begun import Gradients, begin, masked, on_device, settled
+from singd_torch.step.begun import Gradients, begin, masked, on_device, same, settled
 from singd_torch.step.levels import level
 from singd_torch.step.rounding import compensations, round_to
 from singd_torch.step.solve import by_pieces
@@ -74,9 +74,9 @@ def advance(stack: Stack, state: State, given: Gradients) -> Any:
     if stack.report is not None:
         of_matrix = found.parts if inputs is None else found.parts[:1]
         lengths = torch.stack([sum_of_squares(_rows(u, stack), 1) for u in of_matrix]).sum(0)
-        update = s.lr * found.scale * lengths.sqrt()
+        update = _rate(stack, s, given) * found.scale * lengths.sqrt()
         stack.report |= {"agreement": found.agreement, "update": update}
-    move(stack, found, own, None if ok is None else moves, rounding, state)
+    move(stack, found, given.settings, None if ok is None else moves, rounding, state)
     return moves
 
 
@@ -121,7 +121,7 @@ def rates(
     A bias that rests cannot make up for a mean: there is none for it.
     """
     of_weight, of_bias = own[0].lr, own[-1].lr
-    if of_bias is of_weight:
+    if same(of_bias, of_weight):
         return inputs, 1.0
     moves = of_bias > 0.0
     ratio: Any
@@ -139,7 +139,7 @@ def rates(
 def move(
     stack: Stack,
     found: Direction,
-    settings: Sequence[StepSettings],
+    settings: Callable[[nn.Parameter], StepSettings],
     moves: Tensor | None,
     rounding: Rounding | None,
     state: State,
@@ -147,29 +147,45 @@ def move(
 ) -> None:
     """Change the weights and biases; `parts` says where those stand that are parts of more."""
     places = zip(*(layer.parameters for layer in stack.layers), strict=True)
-    roles = zip(NAMES, places, found.parts, settings, parts, strict=False)
-    for (name, place, part, own, where), scale in zip(roles, found.scales, strict=False):
-        own = own if moves is None else masked(own, moves, part)
+    s = settings(stack.layers[0].weight)
+    roles = zip(NAMES, places, found.parts, parts, strict=False)
+    for (name, place, part, where), scale in zip(roles, found.scales, strict=False):
+        of_each = [settings(p) for p in place]
+        if moves is not None:
+            known = {id(own): own for own in of_each}
+            of_groups = {key: masked(own, moves, part) for key, own in known.items()}
+            of_each = [of_groups[id(own)] for own in of_each]
         trained = [p.grad is not None for p in place]  # one may have been frozen since
         rounded = rounding if rounding is not None and rounding.rounds(name) else None
-        if len(place) > 1 and place[0].numel() <= _JOINED and all(trained):
-            joined = join(place)
+        alike = all(same(own.lr, of_each[0].lr) for own in of_each)
+        alike = alike and all(same(own.weight_decay, of_each[0].weight_decay) for own in of_each)
+        if len(place) > 1 and place[0].numel() <= _JOINED and all(trained) and alike:
+            joined, own = join(place), of_each[0]
             if rounded is None:
                 weight_change(part, scale, joined, own, onto=joined)
             else:
-                lost = compensations(place, settings[0], state)
+                lost = compensations(place, s, state)
                 round_to(joined, part, scale, own, rounded, name, lost, moves)
             torch._foreach_copy_(place, stack.split(joined))  # type: ignore[arg-type]
             continue
-        each = zip(stack.layers, stack.split(part), _each(scale, len(place)), strict=True)
-        for (layer, u, c), weight in compress(zip(each, place, strict=True), trained):
+        each = zip(stack.layers, stack.split(part), _each(scale, len(place)), of_each, strict=True)
+        for (layer, u, c, own), weight in compress(zip(each, place, strict=True), trained):
             if rounded is not None:
                 how = rounded._replace(owner=identity(layer.name))
-                lost = compensations([weight], settings[0], state)
+                lost = compensations([weight], s, state)
                 round_to(weight, u, c, own, how, name, lost, moves, where)
                 continue
             for piece, change in zip(cut(weight), cut(u), strict=True):
                 weight_change(change, c, piece, own, onto=piece)
+
+
+def _rate(stack: Stack, s: StepSettings, given: Gradients) -> Any:
+    """The rate of the weights: a number, or one for each where groups have their own."""
+    rates = [given.settings(layer.weight).lr for layer in stack.layers]
+    if all(same(rate, rates[0]) for rate in rates):
+        return s.lr
+    like = stack.factors.averages.k  # type: ignore[union-attr]
+    return like.new_tensor(rates).view(-1, *(1,) * (like.ndim - 1))
 
 
 def _each(scale: Any, n: int) -> Sequence[Any]:

@@ -62,7 +62,9 @@ class Stacker:
     def stack_up(self) -> None:
         """Let equal layers step together, as they are now."""
         # of a model in parts, what this process owns steps in a share
-        self._have([] if self.sharded is not None else stacks(self.roster.layers))
+        by_group = self.compile is not None or self.capturable
+        layers = [] if self.sharded is not None else self.roster.layers
+        self._have(stacks(layers, by_group=by_group))
 
     def _have(self, parted: Sequence[Stack]) -> None:
         self.stacks = parted

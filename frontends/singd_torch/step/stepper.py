@@ -182,30 +182,27 @@ class Stepper(Stacker):
         with scratch.lent(self._scratch):
             moved = self._advance(ready, given)
         if ok is None or bad is None:  # then nothing was masked
-            if not all(moved):
-                still = [stack for stack, m in zip(ready, moved, strict=True) if not m]
+            still = [stack for stacks, m in moved if not m for stack in stacks]
+            if still:
                 names = [layer.name for stack in still for layer in stack.layers]
                 self._skip({"natural gradient": names})
             return []
-        all_moved = [m.to(ok.device) for m in moved] or [ok]  # only if ok
+        all_moved = [m.to(ok.device) for _, m in moved] or [ok]  # only if ok
         found = torch.stack(all_moved).all() if len(all_moved) > 1 else all_moved[0]
         count = self._skipped_on(found.device)
         count.add_((~found).to(count.device))
         return [bad.to(torch.float32)]
 
-    def _advance(self, ready: list[Stack], given: Gradients) -> list[Any]:
-        """Change what belongs to layers, and return what moved."""
-        together: dict[Stack, None] = {}
-        if given.ok is not None:
-            so = (stack for stack in ready if bundle_step.steps_so(stack, given))
-            together = dict.fromkeys(so)
-            now, waiting = bundled(list(together), self.bundles, self.stacks)
-            self.bundles = now + waiting
-            moved = [bundle_step.advance(bundle, self.state, given) for bundle in now]
-        else:
-            moved = []
+    def _advance(self, ready: list[Stack], given: Gradients) -> list[tuple[Sequence[Stack], Any]]:
+        """Change what belongs to layers, and return stacks and whether they moved."""
+        so = [stack for stack in ready if bundle_step.steps_so(stack, given)]
+        on_host = given.ok is None
+        now, waiting = bundled(so, self.bundles, self.stacks, on_host=on_host)
+        self.bundles = now + waiting
+        moved = [one for bundle in now for one in bundle_step.advance(bundle, self.state, given)]
+        together = {stack for bundle in now for stack in bundle.stacks}
         others = [stack for stack in ready if stack not in together]
-        return moved + [advance(stack, self.state, given) for stack in others]
+        return moved + [([stack], advance(stack, self.state, given)) for stack in others]
 
     def _of_all(self, size: Any) -> Any:
         """The sum over all that step together of what is finite if their gradients and rows are."""
