@@ -181,7 +181,8 @@ def check_rate(name: str, value: Any, in_range: Callable[[Any], bool], expected:
     """
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if getattr(value, "ndim", None) != 0 and not number:
-        raise ValueError(f"{name}={value!r}: must be a number or a 0-d array, {expected}")
+        hint = "; leave it out for the default" if value is None else ""
+        raise ValueError(f"{name}={value!r}: must be a number or a 0-d array, {expected}{hint}")
     if number and not in_range(value):
         raise ValueError(f"{name}={value!r}: must be {expected}")
 

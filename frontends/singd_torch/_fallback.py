@@ -11,6 +11,7 @@ from torch.optim.adamw import adamw
 
 from singd_core._array import cast, widen
 from singd_core._recipes import check_adamw
+from singd_core._scalars import at_least
 from singd_core._settings import StepSettings
 from singd_core.adamw import Fallback
 
@@ -67,7 +68,7 @@ def _stepped(
         # torch takes no count in 16 bits, as whoever casts a whole checkpoint makes it
         own["step"] = own["step"].to("cpu" if skip is None else p.device, torch.float32)
     beta1, beta2 = group["fallback_betas"]
-    ratio = warm * group["lr"] / group["base_lr"]
+    ratio = warm * group["lr"] / at_least(group["largest_lr"], group["base_lr"])
     fused = skip is not None
     lr, weight_decay = group["fallback_lr"] * ratio, group["fallback_weight_decay"]
     if not fused:  # without a device that would have to be waited for, torch wants numbers

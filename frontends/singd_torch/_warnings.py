@@ -31,9 +31,11 @@ class Warnings:
         if names:
             self._known.update(f"no rows of {name}" for name in names)
             warn(
-                f"no rows of {listed(names)} have been seen: backward ran before this optimizer "
-                "was built, or its zero_grad came between backward and step, or inputs were empty, "
-                "or weights were used without calls of their modules, or in a graph that was "
-                "compiled before the optimizer was built (then call torch.compiler.reset()) or by "
-                f"torch before 2.13. Until rows are seen, {what}"
+                f"no rows of {listed(names)} have been seen. Until rows are seen, {what}. "
+                "It has one of these causes: the script computes gradients itself (then "
+                "SINGD(model.named_parameters()) expects no rows, and does not warn); backward ran "
+                "before this optimizer was built; its zero_grad came between backward and step; "
+                "inputs were empty; weights were used without calls of their modules; the model "
+                "was compiled before the optimizer was built (then call torch.compiler.reset()), "
+                "or by torch before 2.13"
             )

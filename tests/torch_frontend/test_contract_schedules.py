@@ -1,6 +1,7 @@
 """Torch's schedules of the rate."""
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -26,6 +27,24 @@ def test_the_rate_of_the_fallback_follows_the_schedule() -> None:
         # the bias' gradient is constant, so each of AdamW's steps is its rate
         change = (model[1].bias - before).abs()
         torch.testing.assert_close(change, torch.full((4,), 0.1 * factor), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("first", [1e-6, 0.0048, torch.tensor(0.0048), 0.2])
+def test_the_rate_of_the_fallback_never_grows_beyond_it(first: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the rate may be small
+        optimizer = SINGD(model, lr=first, fallback_lr=0.1, fallback_weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.12, total_steps=12)
+    x = torch.randn(9, 4)
+    for _ in range(12):
+        before = model[1].bias.detach().clone()
+        optimizer.zero_grad()
+        (model(x).sum(1) * torch.arange(9.0)).mean().backward()
+        optimizer.step()
+        schedule.step()
+        # the bias' gradient is constant, so each of AdamW's steps is its rate
+        assert (model[1].bias - before).abs().max() <= 0.1 * (1.0 + 1e-4)
 
 
 def rates_of_the_norm(given: dict[str, Any], rates: list[float | None]) -> list[float]:
