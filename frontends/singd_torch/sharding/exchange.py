@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from typing import Any
 
@@ -12,9 +13,15 @@ from torch import Tensor
 
 from singd_torch.sharding.box import Box
 
+# Numbers that go in one all-to-all: it needs as many on each process beside the tensors.
+_TOGETHER = 1 << 22
+
 
 class Exchange:
-    """Moves parts of tensors in one all-to-all for all of them. All processes call it alike."""
+    """Moves parts of tensors in one all-to-all for all that are given, or in none if all are there.
+
+    All processes call it alike.
+    """
 
     def __init__(
         self,
@@ -30,43 +37,71 @@ class Exchange:
         self._rank, self._world = dist.get_rank(group), dist.get_world_size(group)
         self._givers = {key: _givers(boxes[key], owner) for key, owner in owners.items()}
 
+    def buckets(self, keys: Iterable[Any]) -> list[list[Any]]:
+        """The keys in their order, in lists whose tensors go together."""
+        found: list[list[Any]] = []
+        total = 0
+        for key in keys:
+            n = math.prod(_whole(self._boxes[key]))
+            if not found or total + n > _TOGETHER:
+                found.append([])
+                total = 0
+            found[-1].append(key)
+            total += n
+        return found
+
     def to_owners(self, given: Sequence[tuple[Any, Tensor]]) -> list[Tensor | None]:
-        """The whole tensors at their owners, None elsewhere, from keys and the parts here."""
+        """The whole tensors at their owners, None elsewhere, from keys and the parts here.
+
+        A part that is the whole tensor of its owner is returned itself.
+        """
         mine, ranks = self._rank, range(self._world)
         out = [
-            [t for key, t in given if self._owners[key] == r and mine in self._givers[key]]
+            [t for key, t in given if self._owners[key] == r != mine and mine in self._givers[key]]
             for r in ranks
         ]
         keys = [key for key, _ in given if self._owners[key] == mine]
         sizes = [
-            sum(self._givers[key][r].numel for key in keys if r in self._givers[key]) for r in ranks
+            sum(self._givers[key][r].numel for key in keys if r != mine and r in self._givers[key])
+            for r in ranks
         ]
         like = given[0][1]
         dtype = reduce(torch.promote_types, (t.dtype for _, t in given))
-        got = self._all_to_all(out, sizes, like.new_empty(0, dtype=dtype))
+        got: list[_Reader] = []
+        if any(list(self._givers[key]) != [self._owners[key]] for key, _ in given):
+            got = self._all_to_all(out, sizes, like.new_empty(0, dtype=dtype))
         wholes: list[Tensor | None] = []
         for key, t in given:
-            whole = None
-            if self._owners[key] == mine:
+            whole, givers = None, self._givers[key]
+            if self._owners[key] == mine and list(givers) == [mine]:
+                whole = t
+            elif self._owners[key] == mine:
                 whole = t.new_empty(_whole(self._boxes[key]))
-                for r, box in self._givers[key].items():
-                    box.of(whole).copy_(got[r].take(box))
+                for r, box in givers.items():
+                    box.of(whole).copy_(t if r == mine else got[r].take(box))
             wholes.append(whole)
         return wholes
 
     def to_all(self, given: Sequence[tuple[Any, Tensor | None]], like: Tensor) -> list[Tensor]:
         """The parts that are to be here, from keys and whole tensors, None where not owned.
 
-        They come in the dtype of `like`, which holds the dtypes of all, on its device.
+        They come in the dtype of `like`, which holds the dtypes of all, on its device. The parts of
+        an owner are views.
         """
         mine, ranks = self._rank, range(self._world)
-        out = [[self._boxes[key][r].of(t) for key, t in given if t is not None] for r in ranks]
+        own = [(key, t) for key, t in given if t is not None]
+        out = [[self._boxes[key][r].of(t) for key, t in own if r != mine] for r in ranks]
         sizes = [
-            sum(self._boxes[key][mine].numel for key, _ in given if self._owners[key] == r)
+            sum(self._boxes[key][mine].numel for key, _ in given if self._owners[key] == r != mine)
             for r in ranks
         ]
         got = self._all_to_all(out, sizes, like)
-        return [got[self._owners[key]].take(self._boxes[key][mine]) for key, _ in given]
+        return [
+            got[self._owners[key]].take(self._boxes[key][mine])
+            if t is None
+            else self._boxes[key][mine].of(t).to(like)
+            for key, t in given
+        ]
 
     def _all_to_all(
         self, out: Sequence[Sequence[Tensor]], sizes: Sequence[int], like: Tensor

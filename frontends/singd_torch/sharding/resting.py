@@ -58,7 +58,10 @@ class Resting:
         if not self._here:
             return
         exchange = Exchange(self._owner_of(self._here), self._boxes, self._share.processes)
-        whole = dict(zip(self._here, exchange.to_owners(list(self._here.items())), strict=True))
+        whole: dict[Half, Tensor | None] = {}
+        for some in exchange.buckets(self._here):
+            found = exchange.to_owners([(half, self._here[half]) for half in some])
+            whole |= zip(some, found, strict=True)
         for weight in self._absent:
             for half in ((weight, False), (weight, True)):
                 packed = whole[half]
@@ -87,11 +90,12 @@ class Resting:
             for weight in (layer.weight for layer in self._layers if layer.weight in self._own)
             if (weight in self._complete or (weight, False) in halves) and self._fits(weight)
         }
-        given = [(half, self._packed(half, leaving)) for half in halves]
         exchange = Exchange(self._owner_of(halves), self._boxes, self._share.processes)
         like = torch.empty(0, dtype=torch.uint8, device=self._share.device)
-        for half, part in zip(halves, exchange.to_all(given, like), strict=True):
-            self._here[half] = part.clone()
+        for some in exchange.buckets(halves):
+            given = [(half, self._packed(half, leaving)) for half in some]
+            for half, part in zip(some, exchange.to_all(given, like), strict=True):
+                self._here[half] = part.clone()
         self._complete = leaving
         for weight in leaving:
             self._leave(weight)

@@ -225,7 +225,7 @@ class Sharded:
         sent = [layer for layer in self._layers if layer.weight in self.owners]
         trained = [p for layer in sent for p in layer.parameters if p.grad is not None]
         whole = {p for layer in sent if _wants_weights(layer) for p in layer.parameters}
-        self._send(trained, [p for p in trained if p in whole])
+        self._send(trained, whole)
         for p, part in self._stand_ins.items():
             if p in self.owners:
                 continue
@@ -240,39 +240,38 @@ class Sharded:
         self._return(trained, whole)
         return share.skipped
 
-    def _send(self, trained: Sequence[nn.Parameter], whole: Sequence[nn.Parameter]) -> None:
-        """Give the owners gradients, and of some parameters also what they are."""
+    def _send(self, trained: Sequence[nn.Parameter], whole: set[nn.Parameter]) -> None:
+        """Give the owners gradients, and of `whole` parameters also what they are."""
         for p in self.owners:
             if p in self._stand_ins:
                 self._stand_ins[p].grad = None
-        if not trained:
-            return
-        given = [(p, local_gradient(p)) for p in trained] + [(p, local(p)) for p in whole]
-        found = iter(self._exchange.to_owners(given))
-        gradients = [next(found) for _ in trained]
-        weights = dict(zip(whole, found, strict=True))
-        for p, gradient in zip(trained, gradients, strict=True):
-            if gradient is not None:
-                part, weight = self._stand_ins[p], weights.get(p)
-                part.data = torch.zeros_like(gradient) if weight is None else weight
-                part.grad = gradient
+        for some in self._exchange.buckets(trained):
+            with_weights = [p for p in some if p in whole]
+            given = [(p, local_gradient(p)) for p in some] + [(p, local(p)) for p in with_weights]
+            found = iter(self._exchange.to_owners(given))
+            gradients = [next(found) for _ in some]
+            weights = dict(zip(with_weights, found, strict=True))
+            for p, gradient in zip(some, gradients, strict=True):
+                if gradient is not None:
+                    part, weight = self._stand_ins[p], weights.get(p)
+                    part.data = torch.zeros_like(gradient) if weight is None else weight
+                    part.grad = gradient
 
     def _return(self, trained: Sequence[nn.Parameter], whole: set[nn.Parameter]) -> None:
         """Give all processes the new weights, or how they change where the owner has no weight."""
-        if not trained:
-            return
         mine = self.rank
-        given = [(p, self._stand_ins[p].data if self.owners[p] == mine else None) for p in trained]
-        dtype = reduce(torch.promote_types, (p.dtype for p in trained))
-        like = torch.empty(0, dtype=dtype, device=trained[0].device)
-        for p, new in zip(trained, self._exchange.to_all(given, like), strict=True):
-            if p in whole:
-                local(p).copy_(new)
-            else:
-                local(p).add_(new)
-            if self.owners[p] == mine:  # its memory is not kept
-                part = self._stand_ins[p]
-                part.grad, part.data = None, stand_in(part).data
+        for some in self._exchange.buckets(trained):
+            given = [(p, self._stand_ins[p].data if self.owners[p] == mine else None) for p in some]
+            dtype = reduce(torch.promote_types, (p.dtype for p in some))
+            like = torch.empty(0, dtype=dtype, device=some[0].device)
+            for p, new in zip(some, self._exchange.to_all(given, like), strict=True):
+                if p in whole:
+                    local(p).copy_(new)
+                else:
+                    local(p).add_(new)
+                if self.owners[p] == mine:  # its memory is not kept
+                    part = self._stand_ins[p]
+                    part.grad, part.data = None, stand_in(part).data
 
 
 def _whole(layer: Layer) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """What a model in parts costs: bytes of state, numbers that are sent, and calls."""
 
 from collections import Counter
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -16,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from singd_torch import SINGD, estimate
+from singd_torch.sharding import exchange
 
 GIVEN = {"T": 2, "growing_T": False}
 
@@ -26,10 +28,12 @@ class Counted:
     def __init__(self) -> None:
         self.calls: Counter[str] = Counter()
         self.numbers: Counter[str] = Counter()
+        self.sizes: list[int] = []
 
     def all_to_all_single(self, out: Any, sent: Any, *sizes: Any, group: Any) -> None:
         mine = sizes[1][dist.get_rank(group)]
         self.calls["all_to_all"] += 1
+        self.sizes += [sent.numel(), out.numel()]
         self.numbers["all_to_all"] += sent.numel() - mine
         self._all_to_all(out, sent, *sizes, group=group)
 
@@ -92,7 +96,8 @@ def test_a_step_sends_gradients_and_changes_once_and_the_backward_pass_sums(how:
         refresh = step % 2 == 0
         for early, now in (each[step] for each in found):
             sums = {"reduce": 2, "all_reduce": len(local)} if refresh else {}
-            calls = {"all_to_all": 2, "all_reduce": 1 + len(local) + refresh}
+            exchanges = 2 if how == "parts" else 1  # each owner has the gradients of a copy
+            calls = {"all_to_all": exchanges, "all_reduce": 1 + len(local) + refresh}
             assert early.calls == +Counter(sums)
             assert now.calls == Counter(calls)
             # whether all is finite, norms, and what each layer has met: rows of both kinds or none
@@ -109,6 +114,37 @@ def test_a_step_sends_gradients_and_changes_once_and_the_backward_pass_sums(how:
         assert told.sent_by_step == 8 * sent / world + 24 * len(local)
         sums = sums_of(layers) - 4 * len(layers)
         assert told.sent_by_refresh == 8 * sums * (world - 1) / world
+
+
+def together(rank: int, world: int, how: str, most: int) -> tuple[int, list[int], torch.Tensor]:
+    """The all-to-alls of a last step, the largest numbers of one, and the weights after it."""
+    model: Any = models.new("characters")
+    if how == "copies":
+        model = DistributedDataParallel(model)
+    else:
+        shard(model, init_device_mesh("cpu", (world,)))
+    optimizer = SINGD(model, shard=how == "copies", **models.settings("characters", **GIVEN))
+    exchange._TOGETHER = most
+    sizes: list[int] = []
+    for batch in models.data("characters"):
+        optimizer.zero_grad()
+        models.loss(model, *models.part_of(batch, rank, world)).backward()
+        with Counted() as counted:
+            optimizer.step()
+        sizes = counted.sizes
+    weights = models.weights(model.module if how == "copies" else model)
+    flat = torch.cat([weights[name].reshape(-1) for name in sorted(weights)])
+    return counted.calls["all_to_all"], sizes, flat
+
+
+@pytest.mark.parametrize("how", ["parts", "copies"])
+def test_few_numbers_are_on_their_way_at_once(how: str) -> None:
+    found = [gloo.run(2, partial(together, how=how, most=most)) for most in (1 << 22, 1000)]
+    for (few, _, weights), (many, sizes, same) in zip(*found, strict=True):
+        largest = max(p.numel() for p in models.new("characters").parameters())
+        assert many > 2 * few
+        assert max(sizes) <= max(1000, largest)
+        torch.testing.assert_close(same, weights, rtol=1e-12, atol=0)
 
 
 def asked(rank: int, world: int, how: str) -> list[bool]:
