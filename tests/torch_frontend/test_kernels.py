@@ -90,12 +90,26 @@ class Transformer(nn.Module):
         return self.head(self.norm(x))
 
 
+def layer_wise(model: Transformer) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """Each layer has a rate of its own, and only matrices decay."""
+    groups = []
+    parts = [model.characters, model.positions, *model.blocks, model.norm, model.head]
+    for i, part in enumerate(parts):
+        parameters = list(part.parameters())
+        for decays in (True, False):
+            own = [p for p in parameters if (p.ndim > 1) is decays]
+            settings = {"lr": 0.12 * 0.9**i, "weight_decay": 0.1 * decays}
+            groups += [{"params": own, **settings}] if own else []
+    return model, groups
+
+
 # The whole of a step: 4-layer transformer, 19 layers in 7 stacks, and the norms by AdamW.
 DIAGONAL = {"structures": ("diagonal", "diagonal")}
 LIMITS: dict[str, tuple[Callable[[nn.Module], Any], dict[str, Any], int, int, int]] = {
     "default": (lambda model: model, {}, 145, 185, 446),
     "diagonal": (lambda model: model, DIAGONAL, 243, 283, 653),  # tables have rows
     "decay": (lambda model: model, {"weight_decay": 0.01}, 149, 189, 450),
+    "rates of layers": (layer_wise, {}, 191, 231, 492),
     "parameters": (nn.Module.parameters, {}, 128, 171, 445),
     "names": (nn.Module.named_parameters, {}, 160, 206, 545),
     "names, diagonal": (nn.Module.named_parameters, DIAGONAL, 152, 198, 430),
@@ -123,7 +137,9 @@ def test_a_step_launches_few_kernels(case: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(pieces, "on_host", lambda x: False)
     what, given, between, last, refresh = LIMITS[case]
     model = Transformer()
-    found = counts(SINGD(what(model), T=5, growing_T=False, **given), model, 16)
+    params = what(model)
+    params = params if isinstance(params, tuple) else (params,)
+    found = counts(SINGD(*params, T=5, growing_T=False, **given), model, 16)
     limits = [between] * 3 + [last, refresh]
     later = found[11:]  # the refresh of step 10 compares rows with gradients
     assert all(n <= limit for n, limit in zip(later, limits, strict=True)), later

@@ -1,1 +1,1 @@
-"""A step of the optimizer: stacks of equal layers, and on accelerators bundles of stacks."""
+"""A step of the optimizer: stacks of equal layers, and bundles of stacks."""
