@@ -67,6 +67,15 @@ class Tree:
         return self.map(lambda _: next(new))
 
 
+def each(function: Callable[..., Any], value: Any, *others: Any) -> Any:
+    """The same trees, tuples, lists and numbers, with each array replaced."""
+    if isinstance(value, Tree):
+        return value.map(function, *others)
+    if isinstance(value, (tuple, list)):
+        return type(value)(each(function, *parts) for parts in zip(value, *others, strict=True))
+    return function(value, *others) if hasattr(value, "dtype") else value
+
+
 def _named(name: str, value: Any) -> Iterator[tuple[str, Array]]:
     if isinstance(value, Tree):
         yield from value.named_arrays(name + ".")

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from singd_core import _given, _parameter, rules
-from singd_core._array import Array
+from singd_core._array import Array, cast
 from singd_core._given_rows import check_made, rows_of
 from singd_core._given_state import check_state
 from singd_core._layer_state import (
@@ -22,7 +22,7 @@ from singd_core._layer_state import (
 from singd_core._parameter import new_or_old
 from singd_core._recipes import DEFAULT, STRUCTURES, fallback_of, settings, small_step
 from singd_core._settings import arrays_of, is_due, rate_of_factors
-from singd_core._tree import T_Tree
+from singd_core._tree import T_Tree, each
 from singd_core._warnings import warn
 from singd_core.adamw import Fallback
 from singd_core.curvature import Curvature
@@ -296,7 +296,9 @@ class Optimizer:
             *arguments: Arrays, trees, tuples or lists of them, or None.
             like: Structured like the result: its arrays have the dtypes to keep the result in.
         """
-        return function(*arguments)
+        # bfloat16 on NumPy is promoted by Python numbers
+        found = function(*arguments)
+        return found if like is None else each(cast, found, like)
 
     def _if(
         self, condition: Any, function: Callable[..., T_Tree], old: T_Tree, *arrays: Array
@@ -325,7 +327,7 @@ class Optimizer:
     def _rounding(self, state: State, name: str, dtypes: Mapping[str, Any]) -> Rounding | None:
         """How the arrays of a parameter are stored after this step."""
         s = self.settings
-        return Rounding.of(s.rounding, s.seed, state.step, name, dtypes)
+        return Rounding.of(s.rounding, s.seed, state.step, str(name), dtypes)
 
     def _kinds(self, params: Mapping[str, Parameter]) -> Mapping[str, LayerKind]:
         """The kinds of all parameters that have factors."""

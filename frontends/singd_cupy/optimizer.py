@@ -7,7 +7,7 @@ from typing import Any
 
 import singd_core
 from singd_core._array import cast, widen
-from singd_core._tree import Tree
+from singd_core._tree import Tree, each
 from singd_cupy import _cuda
 
 
@@ -43,8 +43,8 @@ class Optimizer(singd_core.Optimizer):
         """`function(*arguments)` on the device of its owner, in at least float32."""
         device = _cuda.device_of(_first(owner))
         with _cuda.at(device):
-            result = function(*_each(lambda x: widen(_cuda.moved(x, device)), arguments))
-            return result if like is None else _each(cast, result, like)
+            result = function(*each(lambda x: widen(_cuda.moved(x, device)), arguments))
+            return result if like is None else each(cast, result, like)
 
 
 def _first(owner: Any) -> Any:
@@ -52,12 +52,3 @@ def _first(owner: Any) -> Any:
     if isinstance(owner, Tree):
         return next(owner.named_arrays())[1]
     return owner[0] if isinstance(owner, tuple) else owner
-
-
-def _each(function: Callable[..., Any], value: Any, *others: Any) -> Any:
-    """The same trees, tuples, lists and numbers, with each array replaced."""
-    if isinstance(value, Tree):
-        return value.map(function, *others)
-    if isinstance(value, (tuple, list)):
-        return type(value)(_each(function, *parts) for parts in zip(value, *others, strict=True))
-    return function(value, *others) if hasattr(value, "dtype") else value

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from backends import BACKENDS, Backend
+from optimizer_cases import GIVEN, LAYERS, leaves, mapped, params, steps
 
 from singd_core import Optimizer, rounding
 from singd_core.rounding import Place, Rounding, format_of, hashed, identity, random_bits
@@ -227,3 +228,46 @@ def test_nothing_is_kept_of_what_rounding_costs_32_bits() -> None:
     state = Optimizer(rounding="kahan").init(params)
     assert state.fallback["scale"].compensation is None
     assert state.layers["map"].compensations == (None, None)
+
+
+# ---- what is stored ------------------------------------------------------------------------------
+
+STORED: dict[str, dict[str, Any]] = {
+    **GIVEN,
+    "no momentum": {"momentum": 0.0, "weight_decay": 0.1},
+    "coupled decay": {"recipe": "paper", "weight_decay": 0.1},
+    "singd": {"rule": "singd", "alpha1": 0.5},
+}
+
+
+WITH_ROWS = [(case, LAYERS) for case in STORED]
+ALONE = [(case, {}) for case, s in STORED.items() if s.get("recipe") != "paper" and case != "kfac"]
+
+
+@pytest.mark.parametrize("mode", rounding.ROUNDINGS)
+@pytest.mark.parametrize(("case", "layers"), WITH_ROWS + ALONE)
+def test_steps_in_bfloat16_on_numpy_keep_all_dtypes(case: str, layers: Any, mode: str) -> None:
+    """Operations with Python numbers make float32 of it there."""
+    bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
+
+    def to(tree: Any) -> Any:
+        return mapped(lambda x: x.astype(bfloat16), tree)
+
+    optimizer = Optimizer(layers, rounding=mode, **STORED[case])
+    p = to(params())
+    state = started = optimizer.init(p)
+    for grads, rows in steps(2):
+        updates, state = optimizer.update(to(grads), state, p, to(rows) if layers else None)
+        p = optimizer.apply(p, updates)
+        for tree in (updates, p):
+            assert {leaf.dtype for leaf in leaves(tree)} == {np.dtype(bfloat16)}
+    assert state.skipped == 0
+    for (name, a), (_, b) in zip(state.named_arrays(), started.named_arrays(), strict=True):
+        assert a.dtype == b.dtype, name
+
+
+def test_a_name_may_be_any_that_a_dictionary_takes() -> None:
+    params = {("encoder", 0): np.ones((3, 2), np.float16), 1: np.ones(4, np.float16)}
+    optimizer = Optimizer()
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    assert all(np.any(update) for update in updates.values())
