@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -219,9 +220,16 @@ def take(x: Array, indices: Array, axis: int) -> Array:
 
 
 def inverse(A: Array) -> Array:
-    """The inverse of `A`, shape (..., d, d)."""
+    """The inverse of `A`, shape (..., d, d); not finite if there is none."""
     fused = kernels_of(A).inverse
-    return namespace(A).linalg.inv(A) if fused is None else fused(A)
+    if fused is not None:
+        return fused(A)
+    try:
+        return namespace(A).linalg.inv(A)
+    except Exception as error:  # of a class of each library's own
+        if "LinAlgError" not in type(error).__name__:
+            raise
+        return full(A.shape, math.nan, like=A)
 
 
 def total(x: Array) -> Array:

@@ -89,7 +89,8 @@ class State(Tree):
         step: Number of steps taken.
         largest_lr: The largest rate of these steps, before any warm-up.
         skipped: How many steps changed nothing, because a gradient, row or rate was not finite, or
-            a rate negative; 0-d.
+            a rate negative; 0-d. Also steps in which a matrix of KFAC had no inverse: they leave
+            its layer as it was.
         layers: The state of each layer.
         fallback: The moments of each parameter that belongs to no layer.
     """

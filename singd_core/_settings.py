@@ -44,7 +44,8 @@ class Settings:
             Each refresh takes other rows (5.7). Infinite takes all.
         lr_cov: Step size of the factors (β₁; 2.1, 3.4), or a function of the number of steps taken.
             With `growing_T` it is for one step, and a refresh has the steps of its gap.
-        damping: Damping (λ; 2.2, 3.2, 3.3).
+        damping: Damping (λ; 2.2, 3.2, 3.3). A larger one keeps the matrices of the rule "kfac"
+            invertible. A layer with one that is not skips its step, and the step is counted.
         relative_damping: `damping` is a share of the curvature's mean diagonal (5.1, 5.2).
         rule: How the factors learn. "singd" is INGD with dense factors. "ikfac" has no Riemannian
             momentum, and 1 in place of the adaptive curvature. "kfac" is the baseline with its

@@ -120,6 +120,9 @@ def average(S: Dense, U: Structure, beta: Scalar, start: Scalar) -> Dense:
 
 
 def damped_inverse(S: Dense, damping: Scalar) -> Dense:
-    """(S + λI)⁻¹, inverted in at least float32 and stored in the dtype of S."""
+    """(S + λI)⁻¹, inverted in at least float32 and stored in the dtype of S.
+
+    If there is no inverse it is not finite, and the step of the layer is skipped.
+    """
     damped = S.astype(widen(S.matrix)).add_identity(damping)
     return Dense(cast(inverse(damped.matrix), S.matrix))

@@ -119,6 +119,31 @@ def test_an_infinity_in_the_first_rows_skips_the_step(
 
 
 # ---- the range of 16 bits ----------------------------------------------------------------------
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_matrix_without_an_inverse_skips_the_step_of_its_layer(
+    groups: int, backend: Backend
+) -> None:
+    """Equal inputs have a curvature of rank one; two groups of one channel are invertible."""
+    layers = {"w": Convolution((1,), groups=groups), "v": Linear()}
+    optimizer = Optimizer(layers, recipe="paper", kfac=True, lr_cov=1.0, damping=0.0)
+    with backend.active(), np.errstate(all="ignore"):
+
+        def to(*shape: int) -> Any:
+            return backend.to(np.ones(shape), "float32")
+
+        params = {"w": to(2, 2 // groups, 1), "v": to(2, 2)}
+        state = optimizer.init(params)
+        updates, new = optimizer.update(params, state, params, {"w": (to(8, 2, 1), to(8, 2, 1))})
+        assert float(backend.back(new.skipped)) == (groups == 1)
+        assert np.any(backend.back(updates["w"])) == (groups == 2)
+        assert np.any(backend.back(updates["v"]))
+        own, before = (dict(each.layers["w"].named_arrays()) for each in (new, state))
+        for name, a in own.items():
+            kept = np.array_equal(backend.back(a), backend.back(before[name]))
+            assert kept or groups == 2, name
+
+
 
 
 @pytest.mark.parametrize("backend", [b for b in EAGER if "float16" in b.dtypes], ids=str)
