@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 from singd_core import rules
+from singd_core._array import Array
 from singd_core._given_rows import check_made, check_rows
-from singd_core._layer_state import LayerState, Parameter, State, parts
-from singd_core._settings import Settings
+from singd_core._layer_state import LayerState, Parameter, State, keeps_cost, pair, parts
+from singd_core._settings import Settings, is_zero
 from singd_core.layers import LayerKind
+from singd_core.rules import inputs_of
 from singd_core.rules.shampoo import Shampoo
 from singd_core.step import has_momentum
 from singd_core.structures import Structure
@@ -40,8 +42,10 @@ def check_state(
         if (layer is None) != (name not in kinds):
             why = "has no factors" if layer is None else "is one of a layer, which it is not here"
         elif layer is None:
-            fits = tuple(state.fallback[name].exp_avg.shape) == _shapes(parameter)[0]
+            own = state.fallback[name]
+            fits = tuple(own.exp_avg.shape) == _shapes(parameter)[0]
             why = "" if fits else "has another shape"
+            why = why or _other_rounding([own.compensation], parameter, s)
         else:
             why = _misfit(layer, parameter, kinds[name], s) or _other_structures(
                 layer.factors, chosen(kinds[name], parameter)
@@ -60,15 +64,49 @@ def _misfit(layer: LayerState, parameter: Parameter, kind: LayerKind, s: Setting
     own, wanted = layer.factors, rules.get(s.rule)
     if layer.momenta is not None and [tuple(m.shape) for m in layer.momenta] != _shapes(parameter):
         return "has another shape"
-    if not isinstance(own, (wanted, Shampoo)):
-        return f"has factors of {type(own).__name__}, not of {wanted.__name__}"
+    if type(own) not in (wanted, Shampoo):
+        return f"has factors of {type(own).__name__}, not of {wanted.__name__} (rule={s.rule!r})"
     if own.has_rows and not kind.has_rows:
         return "wants rows, of which it gets none here"
-    if has_momentum(s) and layer.momenta is None:
-        return "has no momentum"
+    if not _has_sides(own, parameter, kind):
+        return "has another shape"
     if layer.momenta is not None and (layer.late is not None) != s.normalized:
         return "has a momentum of another recipe"
-    return ""
+    if own.levels is not None and not s.normalized:
+        return "has levels, which are of another recipe"
+    why = ""
+    if has_momentum(s):  # one that is kept does no harm: a rate may be 0 for a while
+        why = _unlike("momentum", layer.momenta is not None, True, s, "momentum")
+    if isinstance(own, rules.InverseFree) and not is_zero(s.alpha1):
+        kept = own.m_K is not None, wanted.keeps_momentum(s)
+        why = why or _unlike("Riemannian momentum", *kept, s, "alpha1", "rule")
+    return why or _other_rounding(layer.compensations, parameter, s)
+
+
+def _unlike(what: str, has: bool, keeps: bool, s: Settings, *names: str) -> str:
+    """That something is kept, or is not, and settings say otherwise; "" if they say the same."""
+    if has == keeps:
+        return ""
+    given = ", ".join(f"{name}={getattr(s, name)!r}" for name in names)
+    return f"has {'a' if has else 'no'} {what}, and {given} keeps {'one' if keeps else 'none'}"
+
+
+def _has_sides(own: rules.Factors, parameter: Parameter, kind: LayerKind) -> bool:
+    """Whether the factors are of matrices of the parameter's shape, with a bias if it has one."""
+    weight, bias = pair(parameter)
+    batch, d_out, d_in = kind.shape(tuple(weight.shape), bias is not None)
+    apart = bias is not None and not own.has_rows
+    sides = [tuple(L.shape[:-1]) for L in own.sides]
+    return sides == [(*batch, d_in), (*batch, d_out)] and apart == (inputs_of(own) is not None)
+
+
+def _other_rounding(costs: Sequence[Array | None], parameter: Parameter, s: Settings) -> str:
+    """That rounding errors are kept, or are not, and the setting says otherwise; "" else."""
+    why = ""
+    for w, cost in zip(parts(parameter), costs, strict=False):
+        kept = cost is not None, keeps_cost(w, s)
+        why = why or _unlike("compensation", *kept, s, "rounding")
+    return why
 
 
 def _other_structures(

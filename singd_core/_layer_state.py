@@ -186,8 +186,12 @@ def begun(
 
 def no_cost(weight: Array, s: Settings) -> Array | None:
     """What rounding has cost a weight before the first step, None unless that is kept."""
-    kept = s.rounding == "kahan" and is_half(weight)
-    return namespace(weight).zeros_like(weight) if kept else None
+    return namespace(weight).zeros_like(weight) if keeps_cost(weight, s) else None
+
+
+def keeps_cost(weight: Array, s: Settings) -> bool:
+    """Whether what rounding costs a weight is kept."""
+    return s.rounding == "kahan" and is_half(weight)
 
 
 def begun_moments(weight: Array, s: Settings) -> Moments:

@@ -78,11 +78,12 @@ def layer_curvature(
     B, M = kind.outputs(g, kfac_approx=kfac_approx, loss_average=loss_average, sample=of_g)
     if kind.row_parts != (None,):
         raise ValueError(f"each part of {kind} has rows: give each a name and a kind of its own")
-    single, rows = x.ndim == g.ndim == 1, B.shape[-2]  # a batch of one each
+    # a batch of one each, without an axis for it
+    single, rows = x.ndim <= g.ndim == weight.ndim - 1, B.shape[-2]
     if of_g is not None:  # B has fewer rows: a mean over all of them would have as many terms
         count = partial(kind.outputs, kfac_approx=kfac_approx, loss_average="batch+sequence")
         rows = count(g, sample=of_g)[1] if kfac_approx == "expand" else N
-    alike = (single or x.shape[0] == g.shape[0]) and rows == N
+    alike = (single or x.shape[:1] == g.shape[:1]) and rows == N
     if (A.shape[-1], B.shape[-1]) != (d_in, d_out) or not alike:
         raise ValueError(
             f"{N} of length {A.shape[-1]} and {rows} of length {B.shape[-1]} do not fit a "

@@ -46,9 +46,10 @@ def test_arrays_of_two_libraries_are_named(backend: Backend, numpy_is: str) -> N
         ({"a": W}, "'a' has another shape"),
         ({"v": np.zeros(())}, "'v' has another shape"),
         ({"a": B}, "'a' has no factors"),
-        (Optimizer(momentum=0.0), "'a' has no momentum"),
+        (Optimizer(momentum=0.0), "'a' has no momentum, and momentum=0.9 keeps one"),
         (Optimizer(recipe="paper", rule="ikfac"), "'a' has a momentum of another recipe"),
-        (Optimizer(kfac=True), "'a' has factors of KFAC, not of IKFAC"),
+        (Optimizer(kfac=True), r"'a' has factors of KFAC, not of IKFAC \(rule='ikfac'\)"),
+        (Optimizer(rule="singd"), r"'a' has factors of SINGD, not of IKFAC \(rule='ikfac'\)"),
         (
             Optimizer(structures="diagonal"),
             "'a' has the structures 'diagonal' and 'diagonal', not .*",
@@ -64,6 +65,77 @@ def test_a_state_of_other_shapes_or_settings_is_named(before: Any, message: str)
     made_by, of = (Optimizer(), params | before) if isinstance(before, dict) else (before, params)
     with pytest.raises(ValueError, match=f"the state of {message}.*: .*`init.params.` makes one"):
         Optimizer().update(params, made_by.init(of), params)
+
+
+SINGD = {"rule": "singd", "alpha1": 0.5}
+PAPER = {"recipe": "paper", "structures": None}
+PAIRS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({}, {"momentum": 0.0}, "'a' has no momentum, and momentum=0.9 keeps one"),
+    (
+        SINGD,
+        SINGD | {"alpha1": 0.0},
+        "'a' has no Riemannian momentum, and alpha1=0.5, rule",
+    ),
+    ({"rounding": "kahan"}, {}, "'a' has no compensation, and rounding='kahan' keeps one"),
+    ({}, {"rounding": "kahan"}, "'a' has a compensation, and rounding='stochastic' keeps none"),
+    (PAPER | SINGD, SINGD, "'a' has a momentum of another recipe"),
+    (
+        PAPER | SINGD | {"momentum": 0.0},
+        SINGD | {"momentum": 0.0},
+        "'a' has levels, which are of another recipe",
+    ),
+]
+
+
+@pytest.mark.parametrize(("given", "before", "message"), PAIRS)
+@pytest.mark.parametrize("layers", [None, {}], ids=["rows", "gradients"])
+def test_a_state_that_keeps_more_or_less_is_named(
+    layers: Any, given: Any, before: Any, message: str
+) -> None:
+    params = {"a": np.zeros((4, 3), np.float16)}
+    optimizer, other = Optimizer(layers, **given), Optimizer(layers, **before)
+    if layers == {} and given.get("recipe") == "paper":
+        message = "'a' is one of a layer"
+    optimizer.update(params, optimizer.init(params), params)
+    with pytest.raises(ValueError, match=f"the state of {message}.*: .*`init.params.` makes one"):
+        optimizer.update(params, other.init(params), params)
+
+
+def test_a_momentum_may_be_0_for_a_while() -> None:
+    """As a schedule may say; what is kept is then what a momentum of 0 keeps."""
+    rng, params = np.random.default_rng(0), {"a": (W, B)}
+    grads = {"a": (rng.standard_normal((4, 3)), rng.standard_normal(4))}
+    with_both = Optimizer(**SINGD)
+    _, state = with_both.update(grads, with_both.init(params), params)
+    updates, _ = Optimizer(**SINGD | {"momentum": 0.0, "alpha1": 0.0}).update(grads, state, params)
+    zero = {name: np.zeros(()) for name in ("momentum", "alpha1")}
+    expected, _ = Optimizer(**SINGD | zero).update(grads, state, params)
+    for ours, own in zip(updates["a"], expected["a"], strict=True):
+        np.testing.assert_allclose(ours, own, rtol=1e-12)
+
+
+def test_a_riemannian_momentum_of_another_rule_is_named() -> None:
+    """Factors that learn from gradients are of one class under all rules."""
+    state, params = Optimizer({}, **SINGD).init({"a": W}), {"a": W}
+    with pytest.raises(ValueError, match=r"'a' has a Riem.* alpha1=0\.5, rule='ikfac' keeps no"):
+        Optimizer({}, alpha1=0.5).update(params, state, params)
+
+
+def test_a_compensation_of_adamw_is_named() -> None:
+    params = {"v": np.zeros(4, np.float16)}
+    with pytest.raises(ValueError, match="'v' has no compensation, and rounding='kahan' keeps one"):
+        Optimizer(rounding="kahan").update(params, Optimizer().init(params), params)
+
+
+@pytest.mark.parametrize("layers", [None, {}], ids=["rows", "gradients"])
+def test_a_state_of_other_shapes_without_momentum_is_named(layers: Any) -> None:
+    optimizer, shapes = Optimizer(layers, momentum=0.0), (W, (W, B), W[:3], W[:, :2])
+    for own in shapes:
+        for other in shapes:
+            if other is own:
+                continue
+            with pytest.raises(ValueError, match="the state of 'a' has another shape"):
+                optimizer.update({"a": own}, optimizer.init({"a": other}), {"a": own})
 
 
 def test_factors_that_learn_from_gradients_take_no_rows() -> None:
@@ -195,9 +267,20 @@ def test_rows_of_bytes_are_the_numbers_that_they_are(
         np.testing.assert_array_equal(a, b, err_msg=name)
 
 
-def test_a_single_vector_is_a_batch_of_one() -> None:
-    rng, optimizer, params = np.random.default_rng(0), Optimizer(), {"a": (W, B)}
-    x, g = rng.standard_normal(3), rng.standard_normal(4)
+SINGLE: dict[str, tuple[Any, Any, tuple[int, ...]]] = {
+    "vector": (Linear(), (np.ones((4, 3)), B), (3,)),
+    "image": (Convolution((2,)), (np.ones((4, 3, 2)), B), (3, 6)),
+    "transposed": (TransposedConvolution((2,)), np.ones((3, 4, 2)), (3, 4)),
+    "index": (Embedding(3), np.ones((3, 4)), ()),
+}
+
+
+@pytest.mark.parametrize("case", SINGLE)
+def test_a_single_example_is_a_batch_of_one(case: str) -> None:
+    (kind, parameter, shape), rng = SINGLE[case], np.random.default_rng(0)
+    optimizer, params = Optimizer({"a": kind}), {"a": parameter}
+    x = np.asarray(2) if case == "index" else rng.standard_normal(shape)
+    g = rng.standard_normal((4, 5) if len(shape) == 2 else 4)
     state = optimizer.init(params)
     one, batch = (
         optimizer.curvature({"a": rows}, state, params)["a"]
