@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from singd_core._array import Array, device, namespace
+from singd_core.layers.base import whole
 
 Size: TypeAlias = "int | Sequence[int]"
 Padding: TypeAlias = "int | str | Sequence[int | tuple[int, int]]"
@@ -59,12 +60,12 @@ class Window(NamedTuple):
 
 def windows(kernel_size: Size, stride: Size, padding: Padding, dilation: Size) -> list[Window]:
     """One window a spatial axis, from the arguments of a convolution as torch knows them."""
-    if isinstance(kernel_size, int) or len(kernel_size) == 0:
+    n = len(kernel_size) if hasattr(kernel_size, "__len__") else 0
+    if n == 0:
         raise ValueError(
             f"kernel_size = {kernel_size!r}: give a tuple with one entry for each spatial axis, "
             "such as (3, 3) for a 2d convolution"
         )
-    n = len(kernel_size)
     sizes = _per_axis("kernel_size", kernel_size, n)
     strides = _per_axis("stride", stride, n)
     dilations = _per_axis("dilation", dilation, n)
@@ -75,6 +76,20 @@ def windows(kernel_size: Size, stride: Size, padding: Padding, dilation: Size) -
         pads = [_padding(p) for p in _repeated("padding", padding, n)]
     axes = zip(sizes, strides, dilations, pads, strict=True)
     return [Window(k, s, d, before, after) for k, s, d, (before, after) in axes]
+
+
+def check_kernel(kind: object, windows: Sequence[Window], weight_shape: Sequence[int]) -> None:
+    """Refuse a weight whose last axes are no kernel of these windows.
+
+    Raises:
+        ValueError: Naming the kind of layer.
+    """
+    sizes = tuple(window.size for window in windows)
+    if tuple(weight_shape[2:]) != sizes:
+        raise ValueError(
+            f"{kind} has a kernel of shape {sizes}, and a weight of shape {tuple(weight_shape)} "
+            "another: check kernel_size"
+        )
 
 
 def _named_padding(padding: str, size: int, stride: int, dilation: int) -> tuple[int, int]:
@@ -89,23 +104,20 @@ def _named_padding(padding: str, size: int, stride: int, dilation: int) -> tuple
 
 
 def _padding(entry: int | Sequence[int]) -> tuple[int, int]:
-    pair = (entry, entry) if isinstance(entry, int) else tuple(entry)
+    pair = tuple(entry) if hasattr(entry, "__iter__") else (entry, entry)
     if len(pair) != 2:
         raise ValueError(f"padding entry {entry!r}: give a number or a pair (before, after)")
-    if min(pair) < 0:
-        raise ValueError(f"padding entry {entry!r}: must not be negative")
-    return pair[0], pair[1]
+    before, after = (whole(f"padding entry {entry!r}:", n, 0) for n in pair)
+    return before, after
 
 
 def _per_axis(name: str, value: Size, n: int) -> list[int]:
     entries = _repeated(name, value, n)
-    if min(entries) < 1:
-        raise ValueError(f"{name} = {value!r}: every entry must be at least 1")
-    return entries
+    return [whole(f"{name} = {value!r}: every entry", entry, 1) for entry in entries]
 
 
 def _repeated(name: str, value: Any, n: int) -> list[Any]:
-    entries = [value] * n if isinstance(value, int) else list(value)
+    entries = list(value) if hasattr(value, "__iter__") else [value] * n
     if len(entries) != n:
         raise ValueError(f"{name} = {value!r}: give one number, or {n} as in kernel_size")
     return entries

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from math import prod
 from typing import Any, ClassVar, NoReturn
 
 from singd_core._array import Array, cast, concat
+from singd_core._settings import plain
 from singd_core.layers._sampling import Sample
 
 Shape = tuple[int, ...]
@@ -153,6 +155,22 @@ class LayerKind(ABC):
     def shape(self, weight_shape: Sequence[int], bias: bool) -> tuple[Shape, int, int]:
         """The shape of the matrix as `(groups, d_out, d_in [+ 1])`, `groups` being a tuple."""
 
+    def check_weight(self, weight_shape: Sequence[int], bias: bool) -> None:
+        """Refuse a weight, and its bias if there is one, that is none of this kind.
+
+        Raises:
+            ValueError: Naming the kind and what it takes.
+        """
+        d_in = self.shape(weight_shape, bias)[-1]
+        groups, d_out, alone = self.shape(weight_shape, False)
+        if bias and self.has_rows and d_in == alone:
+            raise ValueError(f"{self} has no bias: give the bias a name of its own")
+        if prod((*groups, d_out, alone)) != prod(weight_shape):
+            raise ValueError(
+                f"{self} does not part a weight of shape {tuple(weight_shape)} into "
+                f"{prod(groups)} equal matrices"
+            )
+
     # ---- what a frontend may ask ----------------------------------------------------------------
 
     def of_call(self, kind: LayerKind) -> LayerKind | None:
@@ -222,16 +240,32 @@ def loss_terms(loss_average: str | int | None, batch: int, shared: Sequence[int]
     """The number `M` of terms that the loss is a mean over (1 for a sum)."""
     if loss_average is None:
         return 1
-    if type(loss_average) is int and loss_average > 0:
-        return loss_average
     if loss_average == "batch":
         return batch
     if loss_average == "batch+sequence":
         return batch * prod(shared)
+    terms = plain(loss_average)
+    if type(terms) is int and terms > 0:
+        return terms
     raise ValueError(
         f"loss_average = {loss_average!r}: choose 'batch', 'batch+sequence', the number of terms "
         "that the loss is a mean of, or None for a sum"
     )
+
+
+def whole(what: str, value: Any, least: int) -> int:
+    """A whole number, maybe one of NumPy.
+
+    Raises:
+        ValueError: If it is smaller than the least, or none. The message begins with `what`.
+    """
+    try:
+        found = operator.index(value)
+    except TypeError:
+        found = least - 1
+    if found < least:
+        raise ValueError(f"{what} must be at least {least} and whole")
+    return found
 
 
 def append_bias(matrix: Array, bias: Array | None) -> Array:

@@ -9,13 +9,14 @@ from math import prod
 from singd_core._array import Array, append_ones, namespace, widen
 from singd_core.layers._patches import PADDING_MODES, average_patch, pad, patches, patches_at
 from singd_core.layers._sampling import Sample
-from singd_core.layers._windows import Padding, Size, Window, windows
+from singd_core.layers._windows import Padding, Size, Window, check_kernel, windows
 from singd_core.layers.base import (
     LayerKind,
     Shape,
     append_bias,
     is_expand,
     loss_terms,
+    whole,
 )
 from singd_core.layers.tensor import Tensor
 
@@ -69,8 +70,7 @@ class Convolution(LayerKind):
     def __post_init__(self) -> None:
         along = windows(self.kernel_size, self.stride, self.padding, self.dilation)
         object.__setattr__(self, "windows", tuple(along))
-        if self.groups < 1:
-            raise ValueError(f"groups = {self.groups}: must be at least 1")
+        object.__setattr__(self, "groups", whole(f"groups = {self.groups!r}:", self.groups, 1))
         if self.padding_mode not in PADDING_MODES:
             choices = ", ".join(map(repr, PADDING_MODES))
             raise ValueError(f"padding_mode = {self.padding_mode!r}: choose one of {choices}")
@@ -224,6 +224,11 @@ class Convolution(LayerKind):
             )
         groups, d_in = self._matrix_groups, prod(weight_shape[1:]) + bias
         return ((groups,) if groups > 1 else ()), weight_shape[0] // groups, d_in
+
+    def check_weight(self, weight_shape: Sequence[int], bias: bool) -> None:
+        """Refuse also a kernel of another size."""
+        super().check_weight(weight_shape, bias)
+        check_kernel(self, self.windows, weight_shape)
 
     @property
     def overlap(self) -> float:

@@ -8,7 +8,7 @@ from math import prod
 
 from singd_core._array import Array, device, namespace
 from singd_core.layers._sampling import Sample
-from singd_core.layers.base import LayerKind, Shape, two_axes
+from singd_core.layers.base import LayerKind, Shape, two_axes, whole
 from singd_core.layers.linear import Linear
 
 
@@ -20,9 +20,15 @@ class Embedding(LayerKind):
     only approximation for positions of a sequence: `"reduce"` would average one-hot rows to rows
     that are not one-hot.
 
+    An index that is negative, or larger than the last entry, counts for no entry: to find it, the
+    host would have to wait. `singd_core.check` finds it.
+
     Attributes:
         entries: The number of entries of the table.
         padding_idx: An entry that gets no gradient, or None.
+
+    Raises:
+        ValueError: If `entries` is no whole number.
     """
 
     entries: int
@@ -31,6 +37,10 @@ class Embedding(LayerKind):
     diagonal_inputs = True
     is_plain = True
     stacks = False
+
+    def __post_init__(self) -> None:
+        found = whole(f"entries = {self.entries!r}:", self.entries, 0)
+        object.__setattr__(self, "entries", found)
 
     def inputs(
         self, x: Array, *, bias: bool, kfac_approx: str, sample: Sample | None = None
@@ -87,6 +97,16 @@ class Embedding(LayerKind):
         """`((), d_out, entries)`."""
         entries, d_out = two_axes(weight_shape, self)
         return (), d_out, entries
+
+    def check_weight(self, weight_shape: Sequence[int], bias: bool) -> None:
+        """Refuse also a table of other entries, or one that the padding is none of."""
+        super().check_weight(weight_shape, bias)
+        if weight_shape[0] != self.entries:
+            raise ValueError(f"{self} has no table of shape {tuple(weight_shape)}: check entries")
+        if self.padding_idx is not None and self.padding_idx not in range(self.entries):
+            raise ValueError(
+                f"{self} has no such padding: give an entry from 0 to {self.entries - 1}, or None"
+            )
 
     @property
     def is_turned(self) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from singd_core._array import Array, namespace
-from singd_core.layers.base import LayerKind, Shape, append_bias, two_axes
+from singd_core.layers.base import LayerKind, Shape, append_bias, two_axes, whole
 from singd_core.layers.linear import Linear, OnLastAxis
 from singd_core.layers.tensor import Tensor
 
@@ -19,11 +19,17 @@ class StackedLinear(OnLastAxis):
     parts may have different rows, and different numbers of them. With `apart`, the weight has an
     axis for the parts, `(parts, d_out, d_in)`, as a stack of experts has. Then there is no bias.
     With `transposed` in addition, the weight is `(parts, d_in, d_out)`.
+
+    Raises:
+        ValueError: If `parts` is no whole number of at least 1.
     """
 
     parts: int
     apart: bool = False
     transposed: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parts", whole(f"parts = {self.parts!r}:", self.parts, 1))
 
     @property
     def is_stack(self) -> bool:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
 from singd_core._array import Array
 from singd_core.layers._sampling import Sample
-from singd_core.layers._windows import Size
+from singd_core.layers._windows import Size, check_kernel
 from singd_core.layers.base import LayerKind, Shape, is_expand, loss_terms
 from singd_core.layers.convolution import Convolution
 
@@ -54,7 +55,9 @@ class TransposedConvolution(LayerKind):
     convolution: Convolution = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        padding = self.padding if isinstance(self.padding, int) else tuple(self.padding)
+        padding: Any = self.padding
+        if isinstance(padding, str):
+            raise ValueError(f"padding = {padding!r}: give numbers")
         of = Convolution(self.kernel_size, self.stride, padding, self.dilation, self.groups)
         object.__setattr__(self, "convolution", of)
 
@@ -117,6 +120,11 @@ class TransposedConvolution(LayerKind):
         groups, d_in, d_out = self.convolution.shape(weight_shape, False)
         return groups, d_out, d_in
 
+    def check_weight(self, weight_shape: Sequence[int], bias: bool) -> None:
+        """Refuse also a kernel of another size."""
+        super().check_weight(weight_shape, bias)
+        check_kernel(self, self.convolution.windows, weight_shape)
+
     def of_call(self, kind: LayerKind) -> LayerKind | None:
         """The same transposed convolution."""
         return kind if self == kind else None
@@ -133,4 +141,7 @@ class TransposedConvolution(LayerKind):
 
 def _refuse(bias: bool) -> None:
     if bias:
-        raise ValueError("the bias of a transposed convolution is no column of its matrix")
+        raise ValueError(
+            "the bias of a transposed convolution is no column of its matrix: give the bias a name "
+            "of its own"
+        )

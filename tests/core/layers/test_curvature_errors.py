@@ -5,7 +5,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from singd_core.layers import Convolution, LayerKind, Linear
+from singd_core.layers import (
+    Convolution,
+    Embedding,
+    LayerKind,
+    Linear,
+    StackedLinear,
+    TransposedConvolution,
+)
+from singd_core.layers.base import loss_terms
 
 KINDS = [(Linear(), np.ones((2, 5, 3))), (Convolution((3,)), np.ones((2, 3, 5)))]
 
@@ -35,7 +43,12 @@ def test_an_unknown_loss_average_lists_the_choices(kind: LayerKind, x: np.ndarra
         ({"stride": (1, 1, 1)}, r"stride = \(1, 1, 1\): give one number, or 2"),
         ({"stride": 0}, r"stride = 0: every entry must be at least 1"),
         ({"dilation": (1, -1)}, r"dilation = \(1, -1\): every entry must be at least 1"),
-        ({"padding": -1}, r"padding entry -1: must not be negative"),
+        ({"padding": -1}, r"padding entry -1: must be at least 0"),
+        ({"padding": 1.0}, r"padding entry 1\.0: must be at least 0 and whole"),
+        ({"kernel_size": (3.0, 3)}, r"kernel_size = \(3\.0, 3\): every entry .* and whole"),
+        ({"stride": 1.5}, r"stride = 1\.5: every entry must be at least 1 and whole"),
+        ({"dilation": (1, 2.0)}, r"dilation = \(1, 2\.0\): every entry .* and whole"),
+        ({"groups": 2.0}, r"groups = 2\.0: must be at least 1 and whole"),
         ({"padding": ((0, 1, 2), 0)}, r"padding entry \(0, 1, 2\): .* a pair"),
         ({"padding": "full"}, r"padding = 'full': choose 'same', 'valid', or numbers"),
         ({"padding": "same", "stride": 2}, r"padding = 'same' needs stride = 1"),
@@ -46,6 +59,34 @@ def test_an_unknown_loss_average_lists_the_choices(kind: LayerKind, x: np.ndarra
 def test_a_wrong_argument_is_named(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Convolution(**({"kernel_size": (3, 3)} | arguments))
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "message"),
+    [
+        (StackedLinear, 0, "parts = 0: must be at least 1 and whole"),
+        (StackedLinear, 2.0, r"parts = 2\.0: must be at least 1 and whole"),
+        (Embedding, 5.0, r"entries = 5\.0: must be at least 0 and whole"),
+    ],
+)
+def test_a_number_that_is_none_is_named(kind: Any, given: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        kind(given)
+
+
+def test_a_transposed_convolution_has_no_named_padding() -> None:
+    with pytest.raises(ValueError, match="padding = 'same': give numbers"):
+        TransposedConvolution((3,), padding="same")  # type: ignore[arg-type]
+
+
+def test_numbers_may_be_numpys() -> None:
+    one, two, three = map(np.int64, (1, 2, 3))
+    for kind in (Convolution, TransposedConvolution):
+        own = kind((three,), stride=two, padding=one, dilation=two, groups=two)
+        assert own == kind((3,), stride=2, padding=1, dilation=2, groups=2)
+    assert StackedLinear(three) == StackedLinear(3)
+    assert Embedding(three) == Embedding(3)
+    assert loss_terms(three, 8, (5,)) == 3
 
 
 @pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
