@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from singd_core._array import Array, total, widen
-from singd_core._given import kinds_of
-from singd_core._given_rows import row_pair
+from singd_core._array import Array, namespace, total, widen
+from singd_core._given import check_gradients, check_layers, check_named, check_params, kinds_of
+from singd_core._given_rows import rows_of
 from singd_core._layer_state import Parameter, pair
+from singd_core._parameter import layer_rows
 from singd_core.curvature import TINY
 from singd_core.layers import LayerKind
 
@@ -24,7 +25,8 @@ def check(
 
     The check finds the mistakes of a backward pass by hand: an input of another layer, a gradient
     on the wrong side of an activation, a mean that is missing in one of the two. It asks for the
-    values of arrays, so call it once, before training. It leaves out tables of embeddings.
+    values of arrays, so call it once, before training. Of a table of embeddings it checks shapes
+    and the range of the indices alone. The result leaves such a table out.
 
     Args:
         grads: The gradients, as `Optimizer.update` takes them.
@@ -37,8 +39,10 @@ def check(
         The difference ‖Bᵀ A − ∇W‖ / ‖∇W‖ for each layer.
 
     Raises:
+        TypeError: As from `Optimizer.update`.
         ValueError: If the difference of a layer is larger. The message names these layers. If a
             factor on the output gradient makes the difference vanish, it names the factor too.
+            Also if an index is none of its table, and as from `Optimizer.init` and `update`.
 
     Example:
         >>> import numpy as np
@@ -51,16 +55,22 @@ def check(
         ...
         ValueError: the rows of these layers do not multiply to their gradient: 'map' (off by 7; ...
     """
+    check_layers(layers)
+    check_named(params)
     kinds, found, wrong = kinds_of(layers, params), {}, []
-    for name, given in rows.items():
-        if name not in kinds:
-            raise ValueError(f"rows of {name!r}: no such layer; there are {list(kinds)}")
-        kind, (weight, bias), (x, g) = kinds[name], pair(grads[name]), row_pair(name, given)
+    check_gradients(grads, params)
+    for name, x, g in rows_of(rows, kinds, params):
+        check_params({name: params[name]}, kinds)
+        kind = kinds[name]
+        try:
+            A, _, B, _ = layer_rows(kind, params[name], x, g, "expand", None)
+            if kind.no_row is not None:
+                _check_indices(x, kind.no_row)
+        except ValueError as error:
+            raise ValueError(f"rows of {name!r}: {error}") from None
         if kind.diagonal_inputs:
             continue
-        A, _ = kind.inputs(x, bias=bias is not None, kfac_approx="expand")
-        B, _ = kind.outputs(g, kfac_approx="expand", loss_average=None)
-        ours, theirs = widen(B).mT @ widen(A), widen(kind.matrix(weight, bias))
+        ours, theirs = widen(B).mT @ widen(A), widen(kind.matrix(*pair(grads[name])))
         found[name] = _gap(ours, theirs)
         if not found[name] <= tolerance:
             wrong.append(f"{name!r} (off by {found[name]:.3g}{_remedy(ours, theirs, tolerance)})")
@@ -69,6 +79,18 @@ def check(
             f"the rows of these layers do not multiply to their gradient: {', '.join(wrong)}"
         )
     return found
+
+
+def _check_indices(x: Array, entries: int) -> None:
+    """Refuse indices that are none of a table."""
+    if 0 in x.shape:
+        return
+    least, most = (int(of(x)) for of in (namespace(x).min, namespace(x).max))
+    if least < 0 or most >= entries:
+        raise ValueError(
+            f"its indices are from {least} to {most}, and the table has entries from 0 to "
+            f"{entries - 1}: count negative ones from the start"
+        )
 
 
 def _remedy(ours: Array, theirs: Array, tolerance: float) -> str:

@@ -42,7 +42,7 @@ def tensors_of(
 def _tensor_of(parameter: Parameter) -> LayerKind | None:
     """How a parameter is a matrix, None if it is none; a tuple has a weight and its bias."""
     arrays = parts(parameter)
-    if len(arrays) > 2 or not all(hasattr(a, "shape") for a in arrays):
+    if not _is_parameter(parameter):
         return None
     if not all(is_inexact(a) and not is_complex(a) for a in arrays):
         return None
@@ -50,6 +50,12 @@ def _tensor_of(parameter: Parameter) -> LayerKind | None:
     if bias is not None:
         return Tensor.with_bias(weight.shape, bias.shape)
     return Tensor.of(weight.shape) if Tensor.fits(weight.shape) else None
+
+
+def _is_parameter(value: Any) -> bool:
+    """Whether it is an array, or a tuple of a weight and its bias."""
+    is_whole = not isinstance(value, tuple) or len(value) == 2
+    return is_whole and all(getattr(a, "shape", None) is not None for a in parts(value))
 
 
 def _is_matrix(weight: Array) -> bool:
@@ -82,7 +88,7 @@ def check_named(params: Any) -> None:
 
     Raises:
         TypeError: If it is something else.
-        ValueError: If it is empty.
+        ValueError: If it is empty, or two names have the same text, as 0 and "0" do.
     """
     if not isinstance(params, Mapping):
         raise TypeError(
@@ -91,6 +97,13 @@ def check_named(params: Any) -> None:
         )
     if not params:
         raise ValueError("params is empty: there is nothing to train")
+    texts = dict[str, Any]()
+    for name in params:
+        if (other := texts.setdefault(str(name), name)) is not name:
+            raise ValueError(
+                f"params has the names {other!r} and {name!r}, which are one in a saved state: "
+                "rename one"
+            )
 
 
 def check_params(params: Mapping[str, Parameter], kinds: Mapping[str, LayerKind]) -> None:
@@ -123,9 +136,10 @@ def _check_parameter(name: str, parameter: Parameter, kind: LayerKind | None) ->
         )
     weight, bias = pair(parameter)
     try:
-        batch, d_out, _ = kind.shape(tuple(weight.shape), bias is not None)
+        kind.check_weight(tuple(weight.shape), bias is not None)
     except ValueError as error:
         raise ValueError(f"{name!r}: {error}") from None
+    batch, d_out, _ = kind.shape(tuple(weight.shape), bias is not None)
     outputs = prod(batch) * d_out
     if bias is not None and prod(bias.shape) != outputs:
         raise ValueError(
@@ -140,12 +154,11 @@ def shapes_of(name: str, parameter: Parameter, what: str = "") -> list[tuple[int
     Raises:
         TypeError: If it is neither an array nor a tuple of two.
     """
-    found = [getattr(part, "shape", None) for part in parts(parameter)]
-    if None in found or len(found) > 2 or not found:
+    if not _is_parameter(parameter):
         raise TypeError(
             f"{what}{name!r} must be an array or a tuple (weight, bias), not {described(parameter)}"
         )
-    return [tuple(shape) for shape in found if shape is not None]
+    return [tuple(part.shape) for part in parts(parameter)]
 
 
 def described(x: Any) -> str:
@@ -213,9 +226,9 @@ def check_update(
     grads: Mapping[str, Parameter],
     state: State,
     params: Mapping[str, Parameter],
-    rows: Any,
-    curvature: Any,
-    refreshed: Any,
+    rows: Any = None,
+    curvature: Any = None,
+    refreshed: Any = None,
 ) -> None:
     """Refuse gradients that are not structured like the parameters, and a state of others.
 
@@ -230,21 +243,31 @@ def check_update(
     several = [name for name, given in last.items() if given is not None]
     if len(several) > 1:
         raise TypeError(f"{' and '.join(several)} are given: give one of them")
-    check_mapping("params", params)
     a_state(state)
-    check_alike(grads, params, "gradients", "the gradient of ")
+    check_gradients(grads, params)
     for parameter in params.values():
         check_library("an array of the state", state.skipped, pair(parameter)[0])
-    for name, parameter in params.items():
-        for gradient, weight in zip(parts(grads[name]), parts(parameter), strict=True):
-            if gradient.dtype != weight.dtype:
-                _check_gradient(f"the gradient of {name!r}", gradient, weight)
     odd = _odd({*state.layers, *state.fallback}, params)
     if odd:
         raise ValueError(
             f"the state and the parameters have different names: {odd} in only one of them; "
             "`init(params)` makes the state"
         )
+
+
+def check_gradients(grads: Mapping[str, Parameter], params: Mapping[str, Parameter]) -> None:
+    """Refuse gradients that are not structured like the parameters.
+
+    Raises:
+        TypeError: If one is neither an array nor a tuple of two, or of another library.
+        ValueError: If names, shapes or kinds of numbers differ.
+    """
+    check_mapping("params", params)
+    check_alike(grads, params, "gradients", "the gradient of ")
+    for name, parameter in params.items():
+        for gradient, weight in zip(parts(grads[name]), parts(parameter), strict=True):
+            if gradient.dtype != weight.dtype:
+                _check_gradient(f"the gradient of {name!r}", gradient, weight)
 
 
 def _check_gradient(what: str, gradient: Array, weight: Array) -> None:

@@ -14,10 +14,12 @@ from singd_core.layers import LayerKind
 def rows_of(
     rows: Mapping[str, Any],
     kinds: Mapping[str, LayerKind],
-    state: State,
     params: Mapping[str, Parameter],
+    state: State | None = None,
 ) -> list[tuple[str, Array, Array]]:
     """The name of each layer with rows, its input and the gradient at its output.
+
+    Without a state, all kinds that have rows get some.
 
     Raises:
         TypeError: If they are no pair of arrays of the library of their parameter.
@@ -31,16 +33,20 @@ def rows_of(
     return found
 
 
-def check_rows(names: Iterable[str], kinds: Mapping[str, LayerKind], state: State) -> None:
+def check_rows(
+    names: Iterable[str], kinds: Mapping[str, LayerKind], state: State | None = None
+) -> None:
     """Refuse rows of what has none.
 
     Raises:
         ValueError: Naming the first.
     """
     for name in names:
-        if name not in state.layers:
+        if state is not None and name not in state.layers:
             raise ValueError(f"rows of {name!r}: {_why_not(name, state)}")
-        if not (kinds[name].has_rows and state.layers[name].factors.has_rows):
+        if name not in kinds:
+            raise ValueError(f"rows of {name!r}: no such layer; the layers are {list(kinds)}")
+        if not (kinds[name].has_rows and (state is None or state.layers[name].factors.has_rows)):
             raise ValueError(f"rows of {name!r}: it learns from its gradient alone")
 
 

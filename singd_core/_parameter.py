@@ -67,13 +67,40 @@ def layer_curvature(
         ValueError: If they do not fit the layer.
     """
     weight, bias = pair(parameter)
+    diagonal = issubclass(factors.structures[0], Diagonal)
+    shape = kind.shape(tuple(weight.shape), bias is not None)
+    samples = Sample.of_both(most, factors.structures, shape, step)
+    how = kfac_approx, loss_average, samples
+    A, N, B, M = layer_rows(kind, parameter, x, g, *how, diagonal=diagonal)
+    inputs, outputs = factors.measure(A, B)
+    return Curvature.of(inputs, N, outputs, M)
+
+
+def layer_rows(
+    kind: LayerKind,
+    parameter: Parameter,
+    x: Array,
+    g: Array,
+    kfac_approx: str,
+    loss_average: str | int | None,
+    samples: tuple[Sample | None, Sample | None] = (None, None),
+    *,
+    diagonal: bool = False,
+) -> tuple[Array, int, Array, int]:
+    """The rows A and their number N, and the rows B and the number M of loss terms.
+
+    A `diagonal` K wants no more than `diagonal_rows`.
+
+    Raises:
+        ValueError: If they do not fit the layer.
+    """
+    weight, bias = pair(parameter)
     # numbers, and no indices: squares of bytes leave their range
     if not (kind.diagonal_inputs or is_inexact(x)):
         x = cast(x, widen(weight))
-    diagonal = issubclass(factors.structures[0], Diagonal)
     inputs_of = kind.diagonal_rows if diagonal else kind.inputs
-    _, d_out, d_in = shape = kind.shape(tuple(weight.shape), bias is not None)
-    of_x, of_g = Sample.of_both(most, factors.structures, shape, step)
+    _, d_out, d_in = kind.shape(tuple(weight.shape), bias is not None)
+    of_x, of_g = samples
     A, N = inputs_of(x, bias=bias is not None, kfac_approx=kfac_approx, sample=of_x)
     B, M = kind.outputs(g, kfac_approx=kfac_approx, loss_average=loss_average, sample=of_g)
     if kind.row_parts != (None,):
@@ -89,8 +116,7 @@ def layer_curvature(
             f"{N} of length {A.shape[-1]} and {rows} of length {B.shape[-1]} do not fit a "
             f"{d_out} × {d_in} matrix and each other"
         )
-    inputs, outputs = factors.measure(A, B)
-    return Curvature.of(inputs, N, outputs, M)
+    return A, N, B, M
 
 
 def refreshed(

@@ -118,7 +118,8 @@ class Optimizer:
         Raises:
             TypeError: If `params` is no dictionary of arrays and tuples.
             ValueError: If there is no parameter, a parameter has integers, a named layer is no
-                parameter, or a weight and its bias do not fit the kind of their layer.
+                parameter, a weight and its bias do not fit the kind of their layer, or two names
+                have the same text.
         """
         _given.check_named(params)
         kinds, first = self._kinds(params), next(iter(params.values()))
@@ -156,7 +157,7 @@ class Optimizer:
         """
         kinds, found = self._kinds(params), {}
         how = self.kfac_approx, self.loss_average, self.settings.rows, _given.a_state(state).step
-        for name, x, g in rows_of(rows, kinds, state, params):
+        for name, x, g in rows_of(rows, kinds, params, state):
             measure = partial(_parameter.layer_curvature, kinds[name], params[name], *how)
             try:
                 found[name] = self._run(measure, params[name], state.layers[name].factors, x, g)
@@ -173,7 +174,13 @@ class Optimizer:
     def refresh_by_gradients(
         self, state: State, grads: Mapping[str, Parameter], params: Mapping[str, Parameter]
     ) -> dict[str, rules.Factors]:
-        """The factors of the parameters that show no rows, one refresh later."""
+        """The factors of the parameters that show no rows, one refresh later.
+
+        Raises:
+            TypeError: If `state` is no state, or a gradient neither an array nor a tuple of two.
+            ValueError: If gradients are not structured like the parameters.
+        """
+        _given.check_update(grads, state, params)
         lr_cov, kinds, new = rate_of_factors(state.step, self.settings), self._kinds(params), {}
         for name, layer in state.layers.items():
             if not layer.factors.has_rows:

@@ -12,6 +12,7 @@ from singd_core import (
     Linear,
     Optimizer,
     StackedLinear,
+    TransposedConvolution,
     check,
     flatten,
     unflatten,
@@ -118,7 +119,6 @@ def test_an_infinity_in_the_first_rows_skips_the_step(
             assert name == "skipped" or np.array_equal(backend.back(a), backend.back(b)), name
 
 
-# ---- the range of 16 bits ----------------------------------------------------------------------
 @pytest.mark.parametrize("backend", BACKENDS, ids=str)
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_matrix_without_an_inverse_skips_the_step_of_its_layer(
@@ -144,6 +144,7 @@ def test_a_matrix_without_an_inverse_skips_the_step_of_its_layer(
             assert kept or groups == 2, name
 
 
+# ---- the range of 16 bits ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", [b for b in EAGER if "float16" in b.dtypes], ids=str)
@@ -218,6 +219,7 @@ def test_a_saved_state_with_a_hole_is_named(backend: Backend, hole: str) -> None
 # ---- mistakes ----------------------------------------------------------------------------------
 
 W, B = np.zeros((4, 3)), np.zeros(4)
+X, G = np.ones((8, 3)), np.ones((8, 4))
 
 
 @pytest.mark.parametrize(
@@ -227,6 +229,8 @@ W, B = np.zeros((4, 3)), np.zeros(4)
         (None, None, TypeError, "'a' must be an array or a tuple .*, not None"),
         ((W, B, B), None, TypeError, "'a' must be an array or .*, not a tuple of 3"),
         ((W, None), None, TypeError, "'a' must be an array or .*, not a tuple of 2"),
+        ((W,), None, TypeError, "'a' must be an array or .*, not a tuple of 1"),
+        ((), None, TypeError, "'a' must be an array or .*, not a tuple of 0"),
         (
             (W, B[:3]),
             None,
@@ -239,6 +243,52 @@ W, B = np.zeros((4, 3)), np.zeros(4)
         (B, Embedding(4), ValueError, r"'a': Embedding.* not of shape \(4,\)"),
         (B, StackedLinear(2), ValueError, r"'a': StackedLinear.* not of shape \(4,\)"),
         (W, Convolution((1,)), ValueError, r"'a': Convolution.* 3 axes, not of shape \(4, 3\)"),
+        (
+            (W, B[:3]),
+            Embedding(4),
+            ValueError,
+            "'a': Embedding.* has no bias: give the bias a name",
+        ),
+        (
+            (W[None], B[None]),
+            StackedLinear(1, apart=True),
+            ValueError,
+            "'a': StackedLinear.* has no bias: give the bias a name of its own",
+        ),
+        (
+            (W[..., None], B[:3]),
+            TransposedConvolution((1,)),
+            ValueError,
+            "'a': the bias of a transposed convolution .*: give the bias a name of its own",
+        ),
+        (W, StackedLinear(3), ValueError, r"'a': StackedLinear.* \(4, 3\) into 3 equal matrices"),
+        (
+            W[None],
+            StackedLinear(2, apart=True),
+            ValueError,
+            "'a': StackedLinear.* 2 equal matrices",
+        ),
+        (
+            W[..., None],
+            Convolution((1,), groups=3),
+            ValueError,
+            "'a': Convolution.* 3 equal matrices",
+        ),
+        (
+            W[..., None],
+            TransposedConvolution((1,), groups=3),
+            ValueError,
+            "'a': Transposed.* 3 equal matrices",
+        ),
+        (W[..., None], Convolution((3,)), ValueError, "'a': Convolution.*: check kernel_size"),
+        (W[..., None], TransposedConvolution((3,)), ValueError, "'a': Trans.*: check kernel_size"),
+        (
+            W,
+            Embedding(5),
+            ValueError,
+            r"'a': Emb.* no table of shape \(4, 3\): check entries",
+        ),
+        (W, Embedding(4, -1), ValueError, "'a': Embedding.* no such padding: give an entry from 0"),
     ],
 )
 def test_a_parameter_that_does_not_fit_is_named(
@@ -248,27 +298,54 @@ def test_a_parameter_that_does_not_fit_is_named(
         Optimizer(None if layers is None else {"a": layers}).init({"a": parameter})
 
 
-@pytest.mark.parametrize(
-    ("grad", "rows", "error", "message"),
-    [
-        ([W, B], None, TypeError, "the gradient of 'a' must be an array or a tuple .* a list of 2"),
-        (None, None, TypeError, "the gradient of 'a' must be .*, not None"),
-        ((W, B), {"a": None}, TypeError, "rows of 'a' must be a pair.* not None; a layer without"),
-        ((W, B), {"a": np.ones((5, 3))}, TypeError, "rows of 'a' must be a pair.* not a ndarray"),
-        ((W, B), {"b": (W, W)}, ValueError, r"rows of 'b': no such layer; the layers are \['a'\]"),
-        ((W, B), [(W, W)], TypeError, "rows must be a dictionary by name, not a list of 1"),
-        ((W, B), {"a": ([B], W)}, TypeError, "rows of 'a': its input must be an array, not a list"),
-        ((W, B), {"a": (W, W * 1j)}, ValueError, "rows of 'a': its output gradient is complex"),
-        ((W * 1j, B), None, ValueError, "the gradient of 'a' is of complex128, .*: cast it"),
-        ((W.astype(int), B), None, ValueError, "the gradient of 'a' is of int64, .*: cast it"),
-    ],
-)
+def test_names_of_the_same_text_are_an_error() -> None:
+    with pytest.raises(ValueError, match=r"the names 0 and '0', which are one in a saved state"):
+        Optimizer({}).init({0: W, "0": W})
+
+
+MISFITS: list[tuple[Any, Any, type[Exception], str]] = [
+    ([W, B], None, TypeError, "the gradient of 'a' must be an array or a tuple .* a list of 2"),
+    (None, None, TypeError, "the gradient of 'a' must be .*, not None"),
+    ((W, B), {"a": None}, TypeError, "rows of 'a' must be a pair.* not None; a layer without"),
+    ((W, B), {"a": np.ones((5, 3))}, TypeError, "rows of 'a' must be a pair.* not a ndarray"),
+    ((W, B), {"b": (W, W)}, ValueError, r"rows of 'b': no such layer; the layers are \['a'\]"),
+    ((W, B), [(W, W)], TypeError, "rows must be a dictionary by name, not a list of 1"),
+    ((W, B), {"a": ([B], W)}, TypeError, "rows of 'a': its input must be an array, not a list"),
+    ((W, B), {"a": (W, W * 1j)}, ValueError, "rows of 'a': its output gradient is complex"),
+    ((W * 1j, B), None, ValueError, "the gradient of 'a' is of complex128, .*: cast it"),
+    ((W.astype(int), B), None, ValueError, "the gradient of 'a' is of int64, .*: cast it"),
+    ((W, B), {"a": (X[:, :1], G)}, ValueError, "rows of 'a': 8 of length 2 and 8 .* do not fit"),
+    ((W, B), {"a": (X, G[:, :1])}, ValueError, "rows of 'a': 8 of length 4 and 8 .* do not fit"),
+    ((W, B), {"a": (G, X)}, ValueError, "rows of 'a': 8 of length 5 and 8 of .* do not fit"),
+    ((W, B), {"a": (X[:7], G)}, ValueError, "rows of 'a': 7 of length 4 and 8 .* do not fit"),
+]
+
+
+@pytest.mark.parametrize("by", ["update", "check"])
+@pytest.mark.parametrize(("grad", "rows", "error", "message"), MISFITS)
 def test_gradients_and_rows_that_do_not_fit_are_named(
-    grad: Any, rows: Any, error: type[Exception], message: str
+    grad: Any, rows: Any, error: type[Exception], message: str, by: str
 ) -> None:
-    optimizer, params = Optimizer(), {"a": (W, B)}
+    optimizer, params, grads = Optimizer(), {"a": (W, B)}, {"a": grad}
+    state = optimizer.init(params)
+    calls: dict[str, Any] = {
+        "update": lambda: optimizer.update(grads, state, params, rows),
+        "check": lambda: check(grads, params, {} if rows is None else rows),
+    }
     with pytest.raises(error, match=message):
-        optimizer.update({"a": grad}, optimizer.init(params), params, rows)
+        calls[by]()
+
+
+def test_what_is_missing_is_named() -> None:
+    optimizer, params, rows = Optimizer(), {"a": (W, B)}, {"a": (X, G)}
+    state = optimizer.init(params)
+    message = r"gradients and parameters .* \['a'\] in only one"
+    with pytest.raises(ValueError, match=message):
+        check({}, params, rows)
+    with pytest.raises(ValueError, match=message):
+        optimizer.refresh_by_gradients(state, {}, params)
+    with pytest.raises(ValueError, match=r"rows of 'a': no such layer; the layers are \[\]"):
+        optimizer.curvature(rows, state, {})
 
 
 # ---- `check` -----------------------------------------------------------------------------------
@@ -307,6 +384,14 @@ def test_rows_that_do_not_are_named_with_the_factor_that_is_missing() -> None:
         check(grads, params, rows | {"map": (x[::-1], g)}, LAYERS)
     with pytest.raises(ValueError, match="rows of 'vector': no such layer"):
         check(grads, params, {"vector": (x, g)}, LAYERS)
+
+
+@pytest.mark.parametrize(("index", "found"), [(-1, "from -1 to 1"), (5, "from 0 to 5")])
+def test_an_index_that_is_none_of_its_table_is_named(index: int, found: str) -> None:
+    grads, x, g = {"e": np.zeros((5, 4))}, np.array([0, 1, index]), np.ones((3, 4))
+    assert check(grads, grads, {"e": (x % 5, g)}, {"e": Embedding(5)}) == {}
+    with pytest.raises(ValueError, match=f"rows of 'e': its indices are {found}, and the"):
+        check(grads, grads, {"e": (x, g)}, {"e": Embedding(5)})
 
 
 def test_what_is_exported_is_what_pages_tell_to_use() -> None:
