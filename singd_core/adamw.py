@@ -6,8 +6,13 @@ import dataclasses
 from typing import Self
 
 from singd_core._array import Array, cast, chain, device, expand, namespace, widen
+from singd_core._scalars import at_least
 from singd_core._settings import Rate
 from singd_core._tree import Tree, tree
+
+# The root of the smallest normal number of float32. Squares of smaller gradients may be 0, and
+# with ε = 0 their step would be NaN or without bounds.
+LEAST_EPS = 2.0**-63
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,7 +22,8 @@ class Fallback:
     Attributes:
         lr: The rate. None is the rate of the recipe: 0.01 for "normalized", and 0.001 for "paper".
         betas: The rates at which the average of gradients and of their squares forget.
-        eps: ε, what is added to the root of the average of squares.
+        eps: ε, what is added to the root of the average of squares; a smaller one than 2^−63 counts
+            as that, so that entries without gradients do not move.
         weight_decay: The decoupled decay. None is 0.01, or 0 where `weight_decay=0.0` is given for
             the matrices.
     """
@@ -60,7 +66,7 @@ class Moments(Tree):
         first, second, u = _averaged(
             *(cast(gradient, own), own, self.exp_avg_sq),
             *(beta1, 1.0 - beta1, beta2, 1.0 - beta2),
-            *(1.0 - beta1**step, 1.0 - beta2**step, s.eps),
+            *(1.0 - beta1**step, 1.0 - beta2**step, at_least(s.eps, LEAST_EPS)),
         )
         u = cast(u, weight) + weight * expand(s.weight_decay, weight)
         return u * expand(s.lr, u) * -1.0, type(self)(cast(first, self.exp_avg), second, step)

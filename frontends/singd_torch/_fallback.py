@@ -13,7 +13,7 @@ from singd_core._array import cast, widen
 from singd_core._recipes import check_adamw
 from singd_core._scalars import at_least
 from singd_core._settings import StepSettings
-from singd_core.adamw import Fallback
+from singd_core.adamw import LEAST_EPS, Fallback
 
 RATES = "fallback_lr", "fallback_eps", "fallback_weight_decay"
 _NAMES = "lr", "betas", "eps", "weight_decay"
@@ -88,7 +88,7 @@ def _stepped(
         beta2=beta2,
         lr=lr,
         weight_decay=weight_decay,
-        eps=group["fallback_eps"],
+        eps=at_least(group["fallback_eps"], LEAST_EPS),
         maximize=False,
     )
     return wide

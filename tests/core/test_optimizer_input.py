@@ -105,6 +105,21 @@ def test_state_is_of_real_floating_point_numbers(name: str, dtype: Any) -> None:
         Optimizer(LAYERS, **{name: given}).init(params())
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_an_entry_without_gradients_stays_where_epsilon_is_0(dtype: Any) -> None:
+    """0 / 0 in AdamW. A gradient whose square is 0 moves it by no more than the rate."""
+    params = {"v": np.ones(3, dtype)}
+    optimizer = Optimizer(fallback=Fallback(eps=0.0, weight_decay=0.0, lr=0.1), warmup=0)
+    state = optimizer.init(params)
+    small = 1e-7 if dtype is np.float16 else 1e-30
+    for _ in range(3):
+        grads = {"v": np.array([0.0, small, 1.0], dtype)}
+        updates, state = optimizer.update(grads, state, params)
+        assert updates["v"][0] == 0.0
+        assert np.all(np.abs(updates["v"]) <= dtype(0.101))
+        np.testing.assert_allclose(updates["v"][2], -0.1, rtol=2.0**-7)  # float16 near 1
+
+
 RATES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "lr": lambda rate: {"lr": rate},
     "momentum": lambda rate: {"momentum": rate},

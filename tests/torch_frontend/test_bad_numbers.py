@@ -282,3 +282,14 @@ def test_warning_names_the_line_of_the_user() -> None:
         warnings.simplefilter("always")
         optimizer.step()
     assert len(caught) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_entry_of_adamw_without_gradients_stays_where_epsilon_is_0(dtype: torch.dtype) -> None:
+    p = nn.Parameter(torch.ones(2, dtype=dtype))
+    optimizer = SINGD([p], fallback_eps=0.0, fallback_weight_decay=0.0, rounding="nearest")
+    p.grad = torch.tensor([0.0, 1.0], dtype=dtype)
+    for _ in range(9):
+        optimizer.step()
+    assert p[0] == 1.0
+    assert p[1] < 1.0
