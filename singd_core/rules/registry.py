@@ -27,12 +27,18 @@ def register(name: str, rule: Any) -> None:
 
     Raises:
         ValueError: If the name is taken or empty.
-        TypeError: If `rule` is no subclass of `Rule`.
+        TypeError: If `rule` is no subclass of `Rule`, or leaves out its `title`, what is abstract
+            or the decorator `rule`.
     """
     if not name or name in _RULES:
         raise ValueError(f"{name!r} cannot name a rule: it is empty or taken; there are {names()}")
     if not (isinstance(rule, type) and issubclass(rule, Rule)):
         raise TypeError(f"{rule!r} is no subclass of Rule")
+    left_out = [*sorted(rule.__abstractmethods__), *["title"] * (not hasattr(rule, "title"))]
+    if left_out:
+        raise TypeError(f"{rule.__name__} leaves out {', '.join(left_out)}: write them")
+    if not hasattr(rule, "__match_args__"):  # the names of its fields
+        raise TypeError(f"{rule.__name__} has no fields: write @singd_core.rules.rule above it")
     _RULES[name] = rule
 
 

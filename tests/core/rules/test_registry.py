@@ -34,6 +34,15 @@ def test_names_and_errors() -> None:
             rules.register(name, Halved)
     with pytest.raises(TypeError, match="no subclass of Rule"):
         rules.register("other", dict)
+    with pytest.raises(TypeError, match="InverseFree leaves out directions: write them"):
+        rules.register("other", rules.InverseFree)
+    left_out = dict.fromkeys(rules.Rule.__abstractmethods__)
+    for given, message in (
+        (left_out, "Own leaves out title: write"),
+        (left_out | {"title": "own"}, "Own has no fields: write @singd_core.rules.rule above it"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            rules.register("other", type("Own", (rules.Rule,), given))
     with pytest.raises(ValueError, match="there are 'singd', 'ikfac', 'kfac', 'halved'"):
         rules.get("other")
 
