@@ -90,7 +90,7 @@ class Structure(Tree):
 
     @classmethod
     def summed(cls, A: Array, c: float, last: float | None = None) -> Self:
-        """Π̂(XᵀX) of rows X, shape (..., n, d), times c > 0.
+        """Π̂(XᵀX) of rows X, shape (..., n, d), times c > 0. n may be 0.
 
         X is `A`. If `last` is given, X has one more column of this number: the ones of a bias. A
         structure need not write this column to memory.
@@ -140,7 +140,10 @@ class Structure(Tree):
         return self.apply(self.apply_t(X))
 
     def apply_into(self, X: Array, out: Array) -> Array | None:
-        """`L X`, written to `out` if arrays can be written to; None if only `apply` is known."""
+        """`L X`, written to `out` if arrays can be written to; None if only `apply` is known.
+
+        `out` has the shape and dtype of `X`. It may be the transpose of what lies in memory.
+        """
         return None
 
     @property
@@ -149,7 +152,11 @@ class Structure(Tree):
         return None
 
     def part(self, j: slice) -> Self:
-        """Its rows and columns `j`, which are whole blocks of `blocks_of` rows."""
+        """Its rows and columns `j`, which are whole blocks. A stack has those of each matrix.
+
+        Raises:
+            NotImplementedError: If the structure has no blocks along the diagonal.
+        """
         raise NotImplementedError(f"{type(self).__name__} is not of blocks along the diagonal")
 
     def scale_rows(self, c: Array) -> Structure | None:

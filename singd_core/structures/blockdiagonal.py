@@ -157,8 +157,8 @@ class BlockDiagonal(Pattern):
     def part(self, j: slice) -> Self:
         d = self.shape[-1]
         start, stop, _ = j.indices(d)
-        last = self.last if stop == d else self.last[:0, :0]
-        return type(self)(self.blocks[start // self.b : stop // self.b], last)
+        last = self.last if stop == d else self.last[..., :0, :0]
+        return type(self)(self.blocks[..., start // self.b : stop // self.b, :, :], last)
 
     def square(self) -> Self:
         return type(self)(self.blocks @ self.blocks.mT, self.last @ self.last.mT)

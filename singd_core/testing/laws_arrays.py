@@ -14,7 +14,7 @@ from singd_core.testing.draw import Case
 from singd_core.testing.host_sync import no_host_sync
 from singd_core.testing.law import law
 from singd_core.testing.mismatch import require
-from singd_core.testing.operations import OPERATIONS, arrays, dtype_of
+from singd_core.testing.operations import OPERATIONS, SCALARS, arrays, dtype_of
 from singd_core.testing.pytree_jax import register_trees
 
 
@@ -64,13 +64,21 @@ def dtype_of_the_leaf(case: Case) -> None:
     if case.backend.name == "numpy":
         others += [c[()] for c in others]  # NumPy's scalars: its own sums are no 0-d arrays
     for c in (0.5, *others):
-        for name in OPERATIONS if isinstance(c, float) else ("scale", "add_scaled", "add_identity"):
+        for name in OPERATIONS if isinstance(c, float) else SCALARS:
             result = _evaluate(case, name, arguments(case, c=c))
             for array, x in arrays(result) if result is not None else ():
                 expected = dtype_of(name, leaf)
                 scalar = "" if isinstance(c, float) else f" with a 0-d scalar in {c.dtype}"
                 where = f"{name}{scalar}" + (f", array {array!r}" if array else "")
                 require(x.dtype == expected, f"{where}: expected {expected}, got {x.dtype}")
+
+
+@law(backends=("numpy",), guard=True, examples=1)
+def like(case: Case) -> None:
+    """`L.like` is one of the arrays, of a stack too."""
+    for batch in ((), (2,)):
+        L = case.member("L", batch)
+        require(any(a is L.like for _, a in L.named_arrays()), "it is none of them")
 
 
 @law(backends=("strict", "torch:cuda", "cupy"), guard=True, examples=1)
@@ -133,19 +141,28 @@ def nothing_is_changed(case: Case) -> None:
 def batch_axes_equal_a_loop(case: Case) -> None:
     """Every operation on a stack gives the stack of its results, also with a scalar for each."""
     for batch in ((2,), (2, 3)):
-        numbers = np.arange(1.0, 1.0 + np.prod(batch)).reshape(batch)
-        stack = arguments(case, batch, c=case.to(numbers))
-        for name, operation in OPERATIONS.items():
-            result = case.numpy(operation(*stack))
-            for i in np.ndindex(batch):
-                alone = case.numpy(operation(*(_pick(x, i) for x in stack)))
-                require(
-                    result[i].shape == alone.shape,
-                    f"{name} of a stack {batch}: expected {alone.shape}, got {result[i].shape}",
-                )
-                scale = float(np.max(np.abs(result), initial=0.0)) + 4.0 * case.d
-                case.near(result[i], alone, scale, f"{name} of a stack {batch}, at {i}")
+        each = case.to(np.arange(1.0, 1.0 + np.prod(batch)).reshape(batch))
+        for names, c in ((OPERATIONS, each), (SCALARS, 0.5)):
+            stack = arguments(case, batch, c=c)
+            for name in names:
+                _compare_with_a_loop(case, name, stack, batch)
+
+
+def _compare_with_a_loop(
+    case: Case, name: str, stack: tuple[Any, ...], batch: tuple[int, ...]
+) -> None:
+    result = case.numpy(OPERATIONS[name](*stack))
+    for i in np.ndindex(batch):
+        alone = case.numpy(OPERATIONS[name](*(_pick(x, i) for x in stack)))
+        require(
+            result[i].shape == alone.shape,
+            f"{name} of a stack {batch}: expected {alone.shape}, got {result[i].shape}",
+        )
+        scale = float(np.max(np.abs(result), initial=0.0)) + 4.0 * case.d
+        case.near(result[i], alone, scale, f"{name} of a stack {batch}, at {i}")
 
 
 def _pick(x: Any, i: tuple[int, ...]) -> Any:
+    if isinstance(x, float):
+        return x
     return x.map(lambda a: a[(*i, ...)]) if isinstance(x, Structure) else x[(*i, ...)]

@@ -7,10 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from singd_core._array import namespace
+from singd_core._array import full
 from singd_core.testing.draw import Case
 from singd_core.testing.law import law
 from singd_core.testing.mismatch import require
+from singd_core.testing.operations import MANY
+
+_EAGER = ("numpy", "strict", "torch", "cupy")  # in jax, the law of `jit` compares the others
 
 
 @law()
@@ -42,14 +45,40 @@ def square(case: Case) -> None:
         case.same(P, lambda L: L @ L.T, L)
 
 
+@law(backends=_EAGER)
+def square_for(case: Case) -> None:
+    """`L.square_for(T, columns)` is L Lᵀ, or None, for few products and for many."""
+    L = case.member()
+    for T, columns in ((1, 1), MANY):
+        if (P := L.square_for(T, columns)) is not None:
+            case.same(P, lambda L: L @ L.T, L)
+
+
+@law(backends=_EAGER)
+def part(case: Case) -> None:
+    """If `L.blocks_of` is b, L is 0 but in blocks of b rows, and `L.part(j)` has the rows j."""
+    L, stack = case.member(), case.member("Ls", (2,))
+    require(stack.blocks_of is None, f"a stack says that it has blocks of {stack.blocks_of} rows")
+    b, d = L.blocks_of, case.d
+    if b is None:
+        return
+    require(b >= 1, f"it says that it has blocks of {b} rows")
+    block = np.arange(d) // b
+    case.same(L, lambda L: np.where(block[:, None] == block, L, 0.0), L)
+    cuts = sorted({0, min(b, d), d // b * b, d})
+    for j in (slice(start, stop) for start in cuts for stop in cuts if start < stop):
+        case.same(L.part(j), lambda L, j=j: L[j, j], L)
+
+
 @law()
 def apply_into(case: Case) -> None:
     """`L.apply_into(X, out)` is L X, in `out` where arrays can be written to, or None."""
     L, X = case.member(), case.rows()
-    out = namespace(X).zeros_like(X)
-    if (found := L.apply_into(X, out)) is not None:
-        case.same(found, lambda L, X: L @ X, L, X)
-        case.equal(X, case.numpy(case.rows()), "X")
+    # what is written to may be the transpose of what lies in memory
+    for out in (full(X.shape, 0.0, like=X), full(X.mT.shape, 0.0, like=X).mT):
+        if (found := L.apply_into(X, out)) is not None:
+            case.same(found, lambda L, X: L @ X, L, X)
+            case.equal(X, case.numpy(case.rows()), "X")
 
 
 @law()
@@ -143,6 +172,14 @@ def summed_with_a_last_column(case: Case) -> None:
         case.same(projected, lambda A: case.S.project(4.0 * whole(A).T @ whole(A)).dense(), A)
 
 
+@law(backends=_EAGER)
+def seen(case: Case) -> None:
+    """`L.seen(U)` is Π̂(Lᵀ M L), of the projection U of M onto the structure `sums()`."""
+    L, M = case.member(), case.symmetric()
+    U = case.S.sums().project(M)
+    case.same(L.seen(U), lambda L, M: case.S.project(L.T @ M @ L).dense(), L, M)
+
+
 @law()
 def gram(case: Case) -> None:
     """`L.gram()` is Π̂(Lᵀ L)."""
@@ -158,6 +195,19 @@ def no_columns(case: Case) -> None:
     case.equal(L.apply_t(X), np.zeros((case.d, 0)), "apply_t")
     case.equal(case.S.outer(X), np.zeros((case.d, case.d)), "outer")
     case.equal(L.congruence(X), np.zeros((case.d, case.d)), "congruence")
+
+
+@law(backends=_EAGER, examples=1)
+def no_rows(case: Case) -> None:
+    """Without rows, `measured` and `summed` are zero, of a stack and with a last column too."""
+    for batch in ((), (2,)):
+        L, A = case.member("L", batch), case.array("A", *batch, 0, case.d)
+        zero = np.zeros((*batch, case.d, case.d))
+        projected, squares = L.measured(A)
+        case.equal(projected, zero, "measured")
+        case.equal(squares, np.zeros(batch), "‖A‖²")
+        case.equal(case.S.summed(A, 4.0), zero, "summed")
+        case.equal(case.S.summed(A[..., 1:], 4.0, 0.5), zero, "summed with a last column")
 
 
 @law()
@@ -196,12 +246,23 @@ def max_abs(case: Case) -> None:
     sizes=(300,),
 )
 def sums_are_wide(case: Case) -> None:
-    """In 16 bits, the trace and the norm of 256 I with d = 300 come out as in float32."""
-    # 300 ones add up to 256 in bfloat16; the squares overflow float16
-    L = case.S.identity(case.d, like=case.to(0.0)).scale(256.0)
-    for name, expected in (("trace", 256.0 * 300.0), ("norm", 256.0 * 300.0**0.5)):
-        got = float(case.numpy(getattr(L, name)()))
-        # float32 rounds some hundred times
-        require(
-            abs(got / expected - 1.0) < 2.0**-16, f"{name}: expected {expected:.7g}, got {got:.7g}"
-        )
+    """In 16 bits, sums over the entries of a member, and over rows, come out as in float32."""
+    # in bfloat16 300 ones add up to 256; in float16 the squares of 256 and these sums overflow
+    d, everywhere = case.d, case.to(np.full((case.d, case.d), 256.0))
+    I = case.S.identity(d, like=everywhere)
+    for L in (I.scale(256.0), case.S.restrict(everywhere)):
+        dense = case.numpy(L)
+        norms = np.linalg.norm(dense, axis=1)
+        _require_wide(case, "trace", L.trace(), np.trace(dense))
+        _require_wide(case, "norm", L.norm(), np.linalg.norm(norms))
+        _require_wide(case, "row_size", L.row_size(), np.linalg.norm(norms) / d**0.5)
+        _require_wide(case, "row_norms", L.row_norms(), norms)
+    _, squares = I.measured(case.to(np.full((7, d), 16.0)))
+    _require_wide(case, "measured, ‖A‖²", squares, 7.0 * d * 16.0**2)
+
+
+def _require_wide(case: Case, name: str, actual: Any, expected: Any) -> None:
+    got = case.numpy(actual)
+    # float32 rounds some hundred times
+    near = np.abs(got - expected) <= 2.0**-16 * np.abs(expected)
+    require(bool(np.all(near)), f"{name}: expected {expected}, got {got}")

@@ -94,6 +94,15 @@ def add_identity(case: Case) -> None:
         case.same(L.add_identity(c), lambda L, c: L + c * np.eye(case.d), L, c)
 
 
+@law(backends=("numpy", "strict", "torch", "cupy"))  # in jax, that of `jit` compares it
+def shifted(case: Case) -> None:
+    """`L.shifted(c)`, which may overwrite L, is L + c I, for a number and for a 0-d array."""
+    for c in (3.0, case.to(3.0)):
+        L = case.member()
+        before = L.scale(1.0)
+        case.same(L.shifted(c), lambda L, c: L + c * np.eye(case.d), before, c)
+
+
 @law()
 def closed_under_product(case: Case) -> None:
     """The product of two members is a member: restricting it changes nothing."""

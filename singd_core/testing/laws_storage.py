@@ -30,6 +30,13 @@ def numbers_as_declared(case: Case) -> None:
         require(stored == declared, f"numbers({case.d}) = {declared}, but {what} stores {stored}")
 
 
+@law(backends=("numpy",), dtypes=("float64",), guard=True, examples=1)
+def width(case: Case) -> None:
+    """`width(d)` is a whole number from 1 to d."""
+    w = case.S.width(case.d)
+    require(1 <= w <= case.d and w == int(w), f"width({case.d}) = {w}")
+
+
 def allocated(S: type[Structure], d: int) -> dict[str, int]:
     """How many float64 numbers each operation held at once, with NumPy, beyond its input."""
     I = S.identity(d, like=np.zeros(()))
@@ -85,15 +92,17 @@ def astype(case: Case) -> None:
 @law(examples=1)
 def state_round_trip(case: Case) -> None:
     """A member is rebuilt from its named arrays by the skeleton that `identity(d)` is."""
-    L, skeleton = case.member(), case.S.identity(case.d, like=case.to(0.0))
-    state = dict(L.named_arrays())
-    names = [name for name, _ in L.named_arrays()]
-    require(len(state) == len(names), f"two arrays have one name: {names}")
-    for (name, a), (other, b) in zip(L.named_arrays(), skeleton.named_arrays(), strict=True):
-        require(name == other, f"identity(d) has {other!r} where a member has {name!r}")
-        require(a.shape == b.shape, f"{name!r}: shape {a.shape}, in identity(d) {b.shape}")
-    saved = {name: case.to(case.backend.back(a)) for name, a in state.items()}
-    case.equal(skeleton.rebuild(saved[name] for name in names), L)
+    for batch in ((), (2,)):
+        L = case.member("L", batch)
+        skeleton = case.S.identity(case.d, like=case.to(0.0), batch=batch)
+        state = dict(L.named_arrays())
+        names = [name for name, _ in L.named_arrays()]
+        require(len(state) == len(names), f"two arrays have one name: {names}")
+        for (name, a), (other, b) in zip(L.named_arrays(), skeleton.named_arrays(), strict=True):
+            require(name == other, f"identity(d) has {other!r} where a member has {name!r}")
+            require(a.shape == b.shape, f"{name!r}: shape {a.shape}, in identity(d) {b.shape}")
+        saved = {name: case.to(case.backend.back(a)) for name, a in state.items()}
+        case.equal(skeleton.rebuild(saved[name] for name in names), L)
 
 
 @law(backends=("numpy",), dtypes=("float64",), examples=1)

@@ -83,12 +83,16 @@ def torch_compile(case: Case) -> None:
 @law(backends=("torch",), dtypes=("float32",), examples=1, sizes=(5,))
 def torch_vmap(case: Case) -> None:
     """Under `torch.func.vmap` over a stack every operation gives the stack of its results."""
+
+    def mapped(*given: Any) -> dict[str, Any]:  # torch maps nothing that writes to `out`
+        return {name: f(*given) for name, f in OPERATIONS.items() if name != "apply_into"}
+
     torch, stack = _torch(), arguments(case, (2,), c=case.to([0.5, 2.0]))
     with warnings.catch_warnings():
         # some operations are mapped by a loop
         warnings.filterwarnings("ignore", message=".*batching rule", category=UserWarning)
-        found = torch.func.vmap(everything)(*stack)
-    compare(case, found, everything(*in_numpy(case, *stack)))
+        found = torch.func.vmap(mapped)(*stack)
+    compare(case, found, mapped(*in_numpy(case, *stack)))
 
 
 @law(backends=("torch",), dtypes=("float32",), examples=1, sizes=(5,))

@@ -1,7 +1,4 @@
-"""Every operation of a structure under its name, for the laws that hold for all of them.
-
-`apply_into` writes to an array, which is neither mapped nor differentiated: it has its own law.
-"""
+"""Every operation of a structure under its name, for the laws that hold for all of them."""
 
 from __future__ import annotations
 
@@ -14,6 +11,9 @@ from singd_core.structures.base import Structure
 # of two members of side d, a tall array, a symmetric matrix and a scalar
 Operation: TypeAlias = Callable[[Any, Any, Array, Array, Scalar], Any]
 
+# so many products with so many columns, which are worth L Lᵀ in every structure that has it
+MANY = 8, 1024
+
 
 def other(x: Array) -> Array:
     """The array in another dtype: float64 for float32, and float32 for all else."""
@@ -21,14 +21,26 @@ def other(x: Array) -> Array:
     return xp.astype(x, xp.float64 if x.dtype == xp.float32 else xp.float32)
 
 
-def _square(L: Any, X: Array) -> Array:
-    P = L.square()
+def _product(L: Any, P: Any, X: Array) -> Array:
+    """P X for P = L Lᵀ, which may be None."""
     return L.precondition(X) if P is None else P.apply(X)
+
+
+def _apply_into(L: Any, X: Array) -> Array:
+    found = L.apply_into(X, namespace(X).zeros_like(X))
+    return L.apply(X) if found is None else found
 
 
 def _scale_rows(L: Any, c: Array) -> Any:
     scaled = L.scale_rows(c)
     return L.dense() * c[..., None] if scaled is None else scaled
+
+
+def _part(L: Any, X: Array) -> Any:
+    """Its rows and columns but for those of the first block, if it has others."""
+    d = L.shape[-1]
+    b = L.identity(d, like=X).blocks_of  # a stack does not say it
+    return L if b is None else L.part(slice(b if b < d else 0, d))
 
 
 OPERATIONS: dict[str, Operation] = {
@@ -40,12 +52,18 @@ OPERATIONS: dict[str, Operation] = {
     "measured": lambda L, R, X, M, c: L.measured(X.mT)[0],
     "measured, ‖X‖²": lambda L, R, X, M, c: L.measured(X.mT)[1],
     "summed": lambda L, R, X, M, c: L.summed(X.mT, 2.0),
+    "summed, last": lambda L, R, X, M, c: L.summed(X.mT[..., 1:], 2.0, 0.5),
+    "seen": lambda L, R, X, M, c: L.seen(L.sums().project(M)),
     "gram": lambda L, R, X, M, c: L.gram(),
     "matmul": lambda L, R, X, M, c: L.matmul(R),
+    "__matmul__": lambda L, R, X, M, c: L.__matmul__(R),  # torch.compile knows no `@` of two
     "apply": lambda L, R, X, M, c: L.apply(X),
+    "apply_into": lambda L, R, X, M, c: _apply_into(L, X),
     "apply_t": lambda L, R, X, M, c: L.apply_t(X),
     "precondition": lambda L, R, X, M, c: L.precondition(X),
-    "square": lambda L, R, X, M, c: _square(L, X),
+    "square": lambda L, R, X, M, c: _product(L, L.square(), X),
+    "square_for": lambda L, R, X, M, c: _product(L, L.square_for(*MANY), X),
+    "part": lambda L, R, X, M, c: _part(L, X),
     "scale_rows": lambda L, R, X, M, c: _scale_rows(L, M[..., 0]),
     "row_norms": lambda L, R, X, M, c: L.row_norms(),
     "identity": lambda L, R, X, M, c: L.identity(L.shape[-1], like=X, batch=L.batch),
@@ -54,6 +72,7 @@ OPERATIONS: dict[str, Operation] = {
     "add_scaled": lambda L, R, X, M, c: L.add_scaled(c, R),
     "scale": lambda L, R, X, M, c: L.scale(c),
     "add_identity": lambda L, R, X, M, c: L.add_identity(c),
+    "shifted": lambda L, R, X, M, c: L.scale(1.0).shifted(c),  # a copy: it may change L
     "astype": lambda L, R, X, M, c: L.astype(other(X)),
     "trace": lambda L, R, X, M, c: L.trace(),
     "norm": lambda L, R, X, M, c: L.norm(),
@@ -61,8 +80,10 @@ OPERATIONS: dict[str, Operation] = {
     "max_abs": lambda L, R, X, M, c: L.max_abs(),
 }
 
-# what may form d × d matrices: the three whose argument or result is one
-DENSE = ("restrict", "dense", "project")
+# what takes a number, or one for each matrix of a stack
+SCALARS = ("add_scaled", "scale", "add_identity", "shifted")
+# what may form d × d matrices: those whose argument or result is one
+DENSE = ("restrict", "dense", "project", "seen")
 # what sums up all entries, in at least float32
 SUMS = ("trace", "norm", "row_size", "row_norms", "measured, ‖X‖²")
 

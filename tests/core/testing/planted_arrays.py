@@ -1,5 +1,6 @@
 """Mistakes with arrays: dtype, device, memory, batch axes, state."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,13 @@ class WidensForGood(Diagonal):
         return cls(sum_of_squares(X, 1))
 
 
+@bug("like")
+class LikeACopy(Diagonal):
+    @property
+    def like(self):
+        return self.diag * 1.0
+
+
 @bug("device_of_the_leaf", "numpy", "strict:device1")
 class IdentityOnDefaultDevice(Diagonal):
     @classmethod
@@ -80,6 +88,15 @@ class RemainderNotCounted(Blocks):
         return d // 2 * 4
 
 
+@bug("width")
+class WidthOfWholeBlocks(Blocks):
+    made_by = None
+
+    @classmethod
+    def width(cls, d):
+        return cls.b
+
+
 @bug("no_dense_intermediate")
 class AppliesDense(Diagonal):
     def apply(self, X):
@@ -113,6 +130,32 @@ class ScalarAlongTheLastAxis(Diagonal):
         if isinstance(c, np.ndarray) and c.ndim and c.shape[-1] == self.diag.shape[-1]:
             return type(self)(self.diag * c)
         return super().scale(c)
+
+
+@bug("batch_axes_equal_a_loop")
+class FirstMatrixForAll(Diagonal):
+    def apply_into(self, X, out):
+        return self.diag.reshape(-1, self.diag.shape[-1])[0][:, None] * X
+
+
+@bug("batch_axes_equal_a_loop")
+class OnesOfAllMatrices(Diagonal):
+    @classmethod
+    def summed(cls, A, c, last=None):
+        matrices = math.prod(A.shape[:-2])
+        return super().summed(A, c, None if last is None else last * matrices**0.5)
+
+
+@bug("batch_axes_equal_a_loop")
+class NumberForOneMatrixAlone(Diagonal):
+    def shifted(self, c):
+        return self if isinstance(c, float) and self.batch else super().shifted(c)
+
+
+@bug("batch_axes_equal_a_loop")
+class PartOfTheStack(Diagonal):
+    def part(self, j):
+        return type(self)(self.diag[j])
 
 
 @bug("state_round_trip")

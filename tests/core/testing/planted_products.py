@@ -63,10 +63,48 @@ class SquareTheOtherWay(Dense):
         return Dense(self.matrix.mT @ self.matrix)
 
 
+@bug("square_for")
+class NoSquareForMany(Diagonal):
+    def square_for(self, T, columns):
+        return self.square() if T * columns < 100 else self
+
+
+@bug("part")
+class FirstRowsOfAsMany(Diagonal):
+    def part(self, j):
+        return type(self)(self.diag[..., : j.stop - j.start])
+
+
+@bug("part")
+class BlocksOfAStack(Diagonal):
+    @property
+    def blocks_of(self):
+        return 1
+
+
+@bug("part")
+class BlocksOfATriangle(Tril):
+    @property
+    def blocks_of(self):
+        return 1 if self.matrix.ndim == 2 else None
+
+    def part(self, j):
+        return type(self)(self.matrix[..., j, j])
+
+
 @bug("apply_into")
 class WritesTheTranspose(Dense):
     def apply_into(self, X, out):
         return self.matrix.mT @ X
+
+
+@bug("apply_into")
+class WritesToACopy(Diagonal):
+    """Where `out` is the transpose of what lies in memory, NumPy reshapes a copy."""
+
+    def apply_into(self, X, out):
+        out.reshape(-1)[...] = (self.diag[..., None] * X).reshape(-1)
+        return out
 
 
 @bug("scale_rows")
@@ -170,6 +208,26 @@ class SumsALastColumnOfOnes(Tril):
         return super().summed(A, c, None if last is None else 1.0)
 
 
+@bug("seen")
+class SeenFromOneSide(Diagonal):
+    def seen(self, U):
+        return type(self)(self.diag * U.diag)
+
+
+@bug("seen")
+class SumsOfTheDiagonal(Tril):
+    @classmethod
+    def sums(cls):
+        return Diagonal
+
+
+@bug("no_rows")
+class MeanOverRows(Diagonal):
+    @classmethod
+    def summed(cls, A, c, last=None):
+        return super().summed(A, c / A.shape[-2], last).scale(float(A.shape[-2]))
+
+
 @bug("gram")
 class GramTheOtherWay(Tril):
     def gram(self):
@@ -229,3 +287,23 @@ class NormInHalf(Diagonal):
     def norm(self):
         xp = namespace(self.diag)
         return widen(xp.sqrt(xp.sum(self.diag * self.diag, axis=-1, dtype=self.diag.dtype)))
+
+
+@bug("sums_are_wide")
+class SizeInHalf(Diagonal):
+    def row_size(self):
+        xp = namespace(self.diag)
+        return widen(xp.sqrt(xp.mean(self.diag * self.diag, axis=-1)))
+
+
+@bug("sums_are_wide")
+class RowsInHalf(Tril):
+    def row_norms(self):
+        xp = namespace(self.matrix)
+        return widen(xp.sqrt(xp.sum(self.matrix * self.matrix, axis=-1, dtype=self.matrix.dtype)))
+
+
+@bug("sums_are_wide")
+class MeasuredInHalf(Diagonal):
+    def measured(self, A):
+        return super().measured(A)[0], widen(namespace(A).sum(A * A, axis=(-2, -1), dtype=A.dtype))

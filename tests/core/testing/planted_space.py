@@ -94,6 +94,12 @@ class AddsToEveryEntry(Tril):
         return self.map(lambda a: a + (c if isinstance(c, float) else c[..., None, None]))
 
 
+@bug("shifted")
+class ShiftedByNumbersAlone(Diagonal):
+    def shifted(self, c):
+        return super().shifted(c if isinstance(c, float) else 0.0)
+
+
 @bug("closed_under_product")
 @structure
 class Banded(Structure):
