@@ -47,7 +47,8 @@ def get(name: object) -> type[Structure]:
     36
 
     Raises:
-        ValueError: If there is no such name, or if the parameters do not fit it.
+        ValueError: If there is no such name, if the parameters do not fit it, or if the function
+            that was registered makes no structure of them.
     """
     if isinstance(name, type) and issubclass(name, Structure):
         return name
@@ -69,9 +70,21 @@ def get(name: object) -> type[Structure]:
             f'"{name}": expected "{_usage(family)}" with integers; there are {_known()}'
         ) from None
     try:
-        return found(*parameters)
+        made = found(*parameters)
     except ValueError as error:
         raise ValueError(f'"{name}": {error}; there are {_known()}') from None
+    return checked(made, name, family)
+
+
+def checked(made: object, name: str, function: str) -> type[Structure]:
+    """What a function made for a name.
+
+    Raises:
+        ValueError: If it is no structure.
+    """
+    if isinstance(made, type) and issubclass(made, Structure):
+        return made
+    raise ValueError(f'"{name}": {function} returned {made!r}, which is no structure')
 
 
 def register(name: str, structure: Family) -> None:

@@ -8,6 +8,8 @@ import os
 import sys
 
 from singd_core.structures import Structure, get
+from singd_core.structures.registry import checked
+from singd_core.testing.backends import Backend, backends
 from singd_core.testing.report import check_structure
 
 
@@ -39,9 +41,7 @@ def find(name: str) -> type[Structure]:
         made = found(*parameters)
     except TypeError as error:
         raise ValueError(f'"{name}": {error}') from None
-    if not (isinstance(made, type) and issubclass(made, Structure)):
-        raise ValueError(f'"{name}": {attribute} returned {made!r}, which is no structure')
-    return made
+    return checked(made, name, attribute)
 
 
 def _integers(text: str) -> list[int] | None:
@@ -58,8 +58,22 @@ def sides(text: str) -> list[int]:
     return found
 
 
+def libraries(text: str) -> list[Backend]:
+    """The array libraries of `numpy,torch`."""
+    known = {b.name: b for b in backends()}
+    unknown = [name for name in text.split(",") if name not in known]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{unknown[0]} is not one of {', '.join(known)}")
+    return [known[name] for name in text.split(",")]
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Print a table for each structure; 1 if one breaks a law, 2 if there is no such structure."""
+    """Print a table for each structure.
+
+    Returns:
+        0 if all keep all laws, 1 if one breaks a law, 2 if there is no such structure, 3 if there
+        was no time for any case of some law.
+    """
     parser = argparse.ArgumentParser("python -m singd_core.testing", description=__doc__)
     parser.add_argument(
         "structure",
@@ -67,6 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="package.module:Name, package.module:factory:2,3, or a registered name",
     )
     parser.add_argument("--sizes", type=sides, help="sides of the matrices, such as 1,2,7")
+    parser.add_argument("--backends", type=libraries, help="array libraries, such as numpy,torch")
     parser.add_argument("--seconds", type=float, help="try nothing new after so many seconds")
     given = parser.parse_args(arguments)
     sys.path.insert(0, os.getcwd())
@@ -75,16 +90,27 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, ImportError) as error:
         print(error, file=sys.stderr)  # noqa: T201
         return 2
-    failed = False
+    broken, missed = False, 0
     for S in structures:
         try:
-            report = check_structure(S, sizes=given.sizes, seconds=given.seconds, raises=False)
+            report = check_structure(
+                S,
+                sizes=given.sizes,
+                backends=given.backends,
+                seconds=given.seconds,
+                raises=False,
+            )
         except ValueError as error:
             print(error, file=sys.stderr)  # noqa: T201
             return 2
         print(report, end="\n\n")  # noqa: T201
-        failed = failed or bool(report.errors)
-    return int(failed)
+        broken, missed = broken or bool(report.errors), missed + len(report.missed)
+    if missed and not broken:
+        print(  # noqa: T201
+            f"no time was left for {missed} of the laws: give more --seconds, or fewer --backends",
+            file=sys.stderr,
+        )
+    return 1 if broken else 3 if missed else 0
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ class Report:
         results: For each law, backend and dtype that was tried, the error or None.
         seconds: The time it took.
         untried: How many cases there was no time for.
+        missed: The laws of which there was no time for any case.
+        elsewhere: The laws about array libraries that were not asked for, or are not installed.
         dense: The inherited operations that form d × d matrices though few numbers are stored.
     """
 
@@ -32,6 +34,8 @@ class Report:
     results: dict[tuple[str, str, str], LawError | None] = field(default_factory=dict)
     seconds: float = 0.0
     untried: int = 0
+    missed: list[str] = field(default_factory=list)
+    elsewhere: list[str] = field(default_factory=list)
     dense: list[str] = field(default_factory=list)
 
     @property
@@ -72,19 +76,27 @@ class Report:
     @property
     def summary(self) -> str:
         """One line: how many laws hold."""
-        laws = {law for law, _, _ in self.results}
-        verdict = f"breaks {', '.join(self.broken)}" if self.broken else "keeps all laws"
-        cases = f"{len(self.results)} cases"
-        if self.untried:
-            verdict += "" if self.broken else " that were tried"
+        tried, name = len({law for law, _, _ in self.results}), label(self.structure)
+        verdict = f"{name} keeps all laws"
+        laws, cases = f"{tried} laws", f"{len(self.results)} cases"
+        if self.broken:
+            verdict = f"{name} breaks {', '.join(self.broken)}"
+        elif self.untried:
+            verdict = f"{verdict} that were tried" if tried else f"no law of {name} was tried"
+            laws = f"{tried} of {tried + len(self.missed)} laws"
             cases = f"{len(self.results)} of {len(self.results) + self.untried} cases"
-        return (
-            f"{label(self.structure)} {verdict} ({len(laws)} laws, {cases}, {self.seconds:.1f} s)"
-        )
+        return f"{verdict} ({laws}, {cases}, {self.seconds:.1f} s)"
 
     def _notes(self) -> Iterator[str]:
+        if self.errors:
+            _, backend, dtype = next(reversed(self.results))
+            yield f"nothing was tried after {backend} in {dtype}, where a law is broken"
         if self.untried:
             yield f"there was no time for {self.untried} cases, the last of this order"
+        if self.missed:
+            yield f"there was no time for any case of {', '.join(self.missed)}"
+        if self.elsewhere:
+            yield f"not tried, as they are about other array libraries: {', '.join(self.elsewhere)}"
         if self.dense:
             yield (
                 f"inherited, and so forming d × d matrices: {', '.join(self.dense)}; "
@@ -118,7 +130,8 @@ def check_structure(
     """Check every law of a structure, on every array library that is installed, in every dtype.
 
     Laws whose outcome cannot differ with the library or dtype are checked in fewer of them, unless
-    `SINGD_LAWS=nightly` is set. It stops after the first library and dtype with a broken law.
+    `SINGD_LAWS=nightly` is set. It stops after the first library and dtype with a broken law. The
+    report says what was not tried.
 
     >>> from singd_core.structures import Diagonal
     >>> check_structure(Diagonal, sizes=[1, 2], backends=backends()[:1]).broken
@@ -129,19 +142,20 @@ def check_structure(
         sizes: Sides of the matrices to try, in place of 1, 2, 3, 5, 8 and those that the parameters
             of a factory suggest: some should be smaller than its blocks, and no multiple of them.
         backends: The array libraries, in place of all.
-        seconds: Try no new case after so many seconds; None is no limit. NumPy comes first and
-            takes some seconds, jax and torch.compile come last and take most of the time. The
-            report says how many cases there was no time for.
+        seconds: Try no new case after so many seconds; None is no limit. They are counted from when
+            the array libraries are imported. NumPy comes first and takes some seconds, jax and
+            torch.compile come last and take most of the time.
         raises: Whether a broken law is raised, or only reported.
 
     Raises:
-        ValueError: If there is no such structure, or it has no matrices of a side in `sizes`.
+        ValueError: If there is no such structure, or it has no matrices of a side in `sizes`, or
+            these are not whole numbers of at least 1.
         LawError: Naming the law, the array library, the dtype and the side, with the smallest
             counterexample found.
     """
-    structure = get(S)
+    structure, asked = get(S), list(cases(backends))
     report, start, place = Report(structure), time.perf_counter(), None
-    for law, backend, dtype in cases(backends):
+    for law, backend, dtype in asked:
         if report.errors and (backend.name, dtype) != place:
             break
         if seconds is not None and time.perf_counter() - start > seconds:
@@ -161,6 +175,10 @@ def check_structure(
         if others:
             error.add_note(f"Broken as well: {', '.join(others)}.")
         raise error
+    names = {law.name for law, _, _ in asked}
+    report.elsewhere = [name for name in LAWS if name not in names]
     if not report.errors:
+        tried = {name for name, _, _ in report.results}
+        report.missed = [name for name in LAWS if name in names - tried]
         report.dense = dense_operations(structure)
     return report

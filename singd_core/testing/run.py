@@ -83,9 +83,12 @@ def run(
 
     Raises:
         LawError: With the smallest counterexample found, or with `shrink=False` the first.
-        ValueError: If the structure has no matrices of a side in `sizes`.
+        ValueError: If the structure has no matrices of a side in `sizes`, or these are not whole
+            numbers of at least 1.
     """
     for d in sizes or ():
+        if d < 1 or d != int(d):
+            raise ValueError(f"sizes: a side is a whole number of at least 1, got {d!r}")
         if not S.has_side(d):
             raise ValueError(f"sizes: {label(S)} has no matrices of side {d}")
     key: Any = S

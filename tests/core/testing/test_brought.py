@@ -1,11 +1,12 @@
 """A structure that a person brings: valid ones pass, parameters and sides are said, time ends."""
 
 import pickle
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from brought import Divisors, modulo
+from brought import Divisors, modulo, no_structure
 
 from singd_core import Optimizer, structures
 from singd_core.structures import Diagonal
@@ -54,6 +55,12 @@ def test_a_family_is_registered_under_a_name_with_parameters(
 def test_only_the_sides_that_a_structure_has_are_tried() -> None:
     with pytest.raises(ValueError, match="sizes: modulo:3 has no matrices of side 4"):
         check_structure(modulo(3), sizes=[3, 4], backends=NUMPY)
+
+
+@pytest.mark.parametrize("d", [0, -1, 2.5])
+def test_a_side_is_a_whole_number_of_at_least_1(d: Any) -> None:
+    with pytest.raises(ValueError, match=f"sizes: a side is a whole number of at least 1, got {d}"):
+        check_structure(Diagonal, sizes=[2, d], backends=NUMPY)
 
 
 def test_an_optimizer_refuses_a_side_before_it_starts() -> None:
@@ -112,12 +119,54 @@ def test_a_wrong_name_is_an_error_with_exit_code_2(
     assert message in capsys.readouterr().err
 
 
-def test_the_command_line_ends_in_time(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["brought:modulo:3", "--seconds", "0"]) == 0
-    assert capsys.readouterr().out.startswith("modulo:3 keeps all laws that were tried (0 laws, 0")
+def test_a_function_that_makes_no_structure_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(structures.registry, "_FAMILIES", dict(structures.registry._FAMILIES))
+    structures.register("nothing", no_structure)
+    for check in (structures.get, check_structure):
+        with pytest.raises(ValueError, match='"nothing:2": nothing returned 2, which is no str'):
+            check("nothing:2")
+    assert main(["nothing:2"]) == 2
+    assert "which is no structure" in capsys.readouterr().err
+
+
+def test_the_command_line_does_not_pass_what_it_did_not_try(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["brought:modulo:3", "--seconds", "0"]) == 3
+    printed = capsys.readouterr()
+    assert printed.out.startswith("no law of modulo:3 was tried (0 of ")
+    assert "of the laws: give more --seconds, or fewer --backends" in printed.err
+
+
+def test_the_command_line_tries_the_libraries_that_are_asked_for(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["diagonal", "--sizes", "1", "--backends", "numpy"]) == 0
+    printed = capsys.readouterr().out
+    assert "keeps all laws" in printed
+    assert "not tried, as they are about other array libraries: " in printed
+    assert "jax_jit" in printed.partition("other array libraries: ")[2]
+    with pytest.raises(SystemExit):
+        main(["diagonal", "--backends", "numpy,nump"])
+    assert "nump is not one of numpy" in capsys.readouterr().err
 
 
 # ---- time --------------------------------------------------------------------------------------
+
+
+def test_time_begins_when_the_libraries_are_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = [0.0]
+
+    def slowly() -> Any:
+        seconds[0] += 100.0
+        return NUMPY
+
+    clock = SimpleNamespace(perf_counter=lambda: seconds[0])
+    monkeypatch.setattr("singd_core.testing.report.time", clock)
+    monkeypatch.setattr("singd_core.testing.report.backends", slowly)
+    assert check_structure(Diagonal, sizes=[1], seconds=1.0).untried == 0
 
 
 def test_no_case_begins_after_the_time_is_over() -> None:
@@ -126,7 +175,8 @@ def test_no_case_begins_after_the_time_is_over() -> None:
     assert report.results == {}
     assert report.untried == len(whole.results)
     assert whole.untried == 0
-    assert "that were tried (0 laws, 0 of " in report.summary
+    assert set(report.missed) == {law for law, _, _ in whole.results}
+    assert f"no law of Diagonal was tried (0 of {len(report.missed)} laws, 0 of " in report.summary
     assert f"there was no time for {len(whole.results)} cases" in repr(report)
 
 
