@@ -76,13 +76,12 @@ class Training(torch.optim.Optimizer):
         """Notice what happened to the model after construction, at steps that may have rows."""
         if not any(is_refresh(group) for group in self.param_groups):
             return
+        names = self._roster.untrained()
         if self._stepper.sharded is not None:  # lest one process alone find layers anew
             self._roster.check_parameters()
         elif self._roster.makeup.is_other():
             self._renew()
-        names = self._roster.makeup.untrained()
         if names:
-            self._roster.check_parameters()
             self._roster.warnings.once(
                 f"the model's parameter {names[0]!r} has a gradient and is in no parameter group, "
                 f"so that it is not trained ({len(names)} such in all): build the optimizer after "

@@ -26,9 +26,8 @@ class Makeup:
         modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
         self._of = [(m, is_known(m), _made_of(m, is_known(m))) for m in modules]
         self._hooks = hooks_of_all()
-        names = {p: name for name, p in model.named_parameters() if p not in trained}
-        self.left_out = {p for p in names if p.requires_grad} if left_out is None else left_out
-        self._others = {p: name for p, name in names.items() if p not in self.left_out}
+        others = (p for p in model.parameters() if p.requires_grad and p not in trained)
+        self.left_out = set(others) if left_out is None else left_out
 
     def is_other(self) -> bool:
         """Whether a module has others now: pruned, parametrized, replaced, added or patched.
@@ -48,14 +47,6 @@ class Makeup:
             for name, p in made.items()
             if isinstance(p, Tensor) and p in new
         )
-
-    def untrained(self) -> list[str]:
-        """The names of parameters that have a gradient and are in no group, if not by choice.
-
-        A frozen parameter may still have the gradient of a time before.
-        """
-        others = self._others.items()
-        return [name for p, name in others if p.requires_grad and p.grad is not None]
 
 
 def _made_of(module: nn.Module, known: bool) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from singd_core._recipes import small_step
 from singd_torch._groups import NO_NOTES, NOTES, plain_name
-from singd_torch._warnings import Warnings
+from singd_torch._warnings import Warnings, listed
 from singd_torch.layers.changes import Makeup
 from singd_torch.layers.due import is_refresh
 from singd_torch.layers.layer import Layer
@@ -223,6 +223,42 @@ class Roster:
                 "the model has none of the optimizer's parameters any more: build the optimizer "
                 "after what replaces them, such as fully_shard(model), model.to(...), "
                 "model.to_empty(...) and load_state_dict(..., assign=True)"
+            )
+
+    def untrained(self) -> list[str]:
+        """The names of parameters that have a gradient and are in no group, if not by choice.
+
+        A frozen parameter may still have the gradient of a time before.
+
+        Raises:
+            RuntimeError: If some are parts into which the model was split after it was given.
+        """
+        known = self.group_of.keys() | self.makeup.left_out
+        found = {
+            name: p
+            for name, p in self.model.named_parameters()
+            if p.requires_grad and p.grad is not None and p not in known
+        }
+        if found:
+            self.check_parameters()
+            self._check_split(found)
+        return list(found)
+
+    def _check_split(self, found: dict[str, nn.Parameter]) -> None:
+        theirs, names = set(self.model.parameters()), self.names
+        gone = [p for p in self.group_of if p not in theirs]
+        before = {plain_name(names.get(p, "")).removesuffix(GONE): p for p in gone}
+        both = {name: (p, before.get(plain_name(name))) for name, p in found.items()}
+        split = [
+            name
+            for name, (p, old) in both.items()
+            if old is not None and (is_in_parts(p) or is_in_parts(old))
+        ]
+        if split:
+            raise RuntimeError(
+                f"the model was split into parts after it was given to the optimizer, which does "
+                f"not train the parts that took the places of {listed(split)}: build the optimizer "
+                "after parallelize_module(model, ...) and fully_shard(model)"
             )
 
     def warn_idle(self) -> None:

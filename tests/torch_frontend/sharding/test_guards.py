@@ -266,3 +266,49 @@ def test_parameters_in_another_order_on_each_process_are_refused(how: str) -> No
         "all of them the same parameters in the same order: a set has another order on each"
     )
     assert gloo.run(2, in_another_order, how) == [text, text]
+
+
+def split_late(rank: int, world: int, how: str) -> str:
+    """What is said of a model of which some blocks are split after it was given."""
+    mesh = init_device_mesh("cpu", (world,))
+    model: Any = network()
+    if how != "whole before":
+        fully_shard(model[3], mesh=mesh)
+    optimizer = SINGD(model)
+    if how == "tensor parallelism":
+        parallelize_module(model, mesh, {"0": ColwiseParallel(output_layouts=Replicate())})
+    elif how == "other parts":
+        model[3] = fully_shard(nn.Linear(6, 3).double(), mesh=mesh)
+    else:
+        fully_shard(model[0], mesh=mesh)
+    backward(model, 0)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match="does not train the parts") as error:
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "how", ["whole before", "in parts before", "tensor parallelism", "other parts"]
+)
+def test_models_that_are_split_after_they_were_given_are_refused(how: str) -> None:
+    layer = 3 if how == "other parts" else 0
+    for text in gloo.run(2, split_late, how):
+        assert f"'{layer}.weight' and '{layer}.bias'" in text
+        assert "build the optimizer after parallelize_module" in text
+
+
+def added_late(rank: int, world: int) -> None:
+    """A block is added that is in no group."""
+    mesh = init_device_mesh("cpu", (world,))
+    model: Any = fully_shard(network(), mesh=mesh)
+    optimizer = SINGD(model)
+    model.append(fully_shard(nn.Linear(3, 3).double(), mesh=mesh))
+    backward(model, 0)
+    with pytest.warns(UserWarning, match=r"'4\.weight' has a gradient and is in no"):
+        optimizer.step()
+
+
+def test_parts_of_no_group_are_warned_about() -> None:
+    gloo.run(2, added_late)
