@@ -161,7 +161,10 @@ WITHOUT_ROWS = {
     "adapted": (Adapted, "Adapted is a layer of its 'weight', and not of 'down'"),
     "bounded": (lambda: nn.Embedding(4, 4, max_norm=1.0), "gives none with its arguments"),
     "bags": (lambda: nn.EmbeddingBag(4, 4, mode="max"), "gives none with its arguments"),
-    "added": (Positions, "a parameter of Positions itself; a product with it wants a module"),
+    "added": (
+        Positions,
+        "a parameter of Positions itself; to have rows of a product with it, put it",
+    ),
 }
 
 

@@ -20,6 +20,7 @@ from singd_core.layers import (
 )
 from singd_torch._groups import Notes, noted
 from singd_torch.layers.functions import transposed
+from singd_torch.layers.reach import is_in_parts
 
 # The kind of a module, or None for one that cannot be treated as a layer after all.
 Describe: TypeAlias = Callable[[nn.Module], LayerKind | None]
@@ -183,19 +184,22 @@ def reasons(model: nn.Module, notes: Notes) -> Iterator[tuple[nn.Parameter, str]
         for name, p in module._parameters.items():
             if p is not None and Tensor.fits(p.shape) and name not in known:
                 computes = module in computing
-                yield p, "a parametrization computes with it" if computes else _why(module, name)
+                yield p, "a parametrization computes with it" if computes else _why(module, name, p)
     yield from noted(notes, "without_rows").items()
 
 
-def _why(module: nn.Module, name: str) -> str:
-    """Why a module gives no rows of one of its matrices, by name."""
+def _why(module: nn.Module, name: str, p: nn.Parameter) -> str:
+    """Why a module gives no rows of one of its matrices, of this name."""
     cls, found = type(module).__name__, _find(module)
     if isinstance(module, nn.RNNBase):
         return f"torch's kernel of {cls} gives none"
     if isinstance(module, nn.MultiheadAttention):
         return f"no projection of {cls}"
+    if found is None and p.ndim == 3 and is_in_parts(p):
+        return "processes have parts of this stack of matrices, whose products give none"
     if found is None and next(module.children(), None) is not None:
-        return f"a parameter of {cls} itself; a product with it wants a module of its own"
+        own = f"a parameter of {cls} itself"
+        return f"{own}; to have rows of a product with it, put it into an nn.Linear"
     if found is None:
         return f"{cls} is not in the table of layers: register_layer"
     if name != found[1].weight:  # as of a weight that is normalized, pruned or adapted
