@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import repeat, zip_longest
 from typing import Any
 
 import torch
@@ -19,6 +20,10 @@ _JOIN = (
     "SINGD sums rows over all processes in its steps, and would wait for ever for a process whose "
     "data ends before others' do: give all as many batches, as DistributedSampler does, and call "
     "join(throw_on_early_termination=True), or leave join() out"
+)
+_DESTROYED = (
+    "the process group that this optimizer steps with was destroyed: call state_dict() before "
+    "destroy_process_group(), and load it into another optimizer after init_process_group()"
 )
 
 
@@ -60,6 +65,18 @@ def group_of(processes: Any) -> dist.ProcessGroup:
     if not isinstance(processes, dist.ProcessGroup):
         raise TypeError(f"processes={processes!r}: give a ProcessGroup or a DeviceMesh")
     return processes
+
+
+def check_is_there(group: dist.ProcessGroup) -> None:
+    """Refuse a group of processes that was destroyed.
+
+    Raises:
+        RuntimeError: Naming what to do.
+    """
+    try:
+        dist.get_rank(group)
+    except ValueError:
+        raise RuntimeError(_DESTROYED) from None
 
 
 def agree_on_rows(
@@ -151,6 +168,30 @@ def gathered(found: Any, group: dist.ProcessGroup) -> list[Any]:
     every: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(every, found, group=group)
     return every
+
+
+def of_same(
+    params: Sequence[nn.Parameter],
+    names: Mapping[Any, str],
+    group: dist.ProcessGroup,
+    own: Iterable[Any] = repeat(None),
+) -> list[list[Any]]:
+    """What each process of a group has of its own for each parameter; all of them call this.
+
+    Raises:
+        ValueError: If a process has other parameters, or has them in another order.
+    """
+    here = [(names.get(p, ""), tuple(p.shape), one) for p, one in zip(params, own, strict=False)]
+    every = gathered(here, group)
+    for each in zip_longest(*every):
+        if len({None if one is None else one[:2] for one in each}) > 1:
+            told = ["nothing" if one is None else f"{one[0]!r} {one[1]}" for one in each]
+            raise ValueError(
+                f"the processes have other parameters in one place: {', '.join(told)}. Give all of "
+                "them the same parameters in the same order: a set has another order on each, and "
+                "what is frozen on one alone is not given there"
+            )
+    return [[one for *_, one in of_one] for of_one in every]
 
 
 # That a process takes no rows of a layer, as derivatives of it are in the loss.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from singd_core import _settings
 from singd_torch._changed import Known
+from singd_torch._distributed import check_is_there
 from singd_torch._groups import settings_of
 from singd_torch._uncompiled import uncompiled
 from singd_torch._warnings import listed
@@ -21,7 +22,7 @@ from singd_torch.layers.due import is_due, is_refresh
 from singd_torch.layers.layer import IN_THE_LOSS, MOST_MISSED, Layer
 from singd_torch.layers.reach import part_again
 from singd_torch.layers.roster import GONE, Roster
-from singd_torch.sharding.guards import refuse_gathered, refuse_stages
+from singd_torch.sharding.guards import check_model, refuse_flat, refuse_gathered
 from singd_torch.step.stepper import Stepper
 from singd_torch.tensors.exact import without_autocast
 from singd_torch.tensors.pieces import placed
@@ -52,7 +53,9 @@ class Training(torch.optim.Optimizer):
     def _route(self) -> None:
         """Decide which parameters form layers, keeping what is known of those that stay."""
         self._place_rates()
-        refuse_gathered(p for group in self.param_groups for p in group["params"])
+        params = [p for group in self.param_groups for p in group["params"]]
+        refuse_gathered(params)
+        refuse_flat(params)
         self._roster.groups, self._stepper.state = self.param_groups, self.state
         for p in self._roster.find():
             self.state[p].clear()
@@ -174,6 +177,10 @@ class Training(torch.optim.Optimizer):
 
     def _step(self) -> None:
         roster, stepper, watcher = self._roster, self._stepper, self._watcher
+        if stepper.group is not None:
+            check_is_there(stepper.group)
+        if stepper.sharded is not None:
+            stepper.sharded.check_memory()
         stepper.state = self.state  # a script may have given it another
         if not self._known.has(self.param_groups):
             self._renew()
@@ -182,7 +189,7 @@ class Training(torch.optim.Optimizer):
         elif roster.is_regrouped():
             self._renew()
         if not self._is_checked:
-            refuse_stages(roster.group_of)
+            check_model(roster.model, roster.group_of)  # it may have been wrapped since
             self._is_checked = True
         roster.check_shapes(roster.group_of)
         roster.check_dense()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from singd_torch._distributed import processes_of_call
+from singd_torch._distributed import check_is_there, processes_of_call
 from singd_torch.capture import attention
 from singd_torch.capture.calls import Calls, Hooks
 from singd_torch.capture.calls import modules as modules_that_call
@@ -244,6 +244,7 @@ class Watcher:
         sharded = self._keeper.sharded
         mask = self.mask if source.kept is None else source.kept
         if sharded is not None:
+            check_is_there(sharded.group)  # lest they are sent to nobody
             x, g, mask = sharded.sums.rows(layer, source, x, g, mask)
         if self._takes_rows():
             factors = layer.meter or part_of(self._keeper.factors(layer), source.part)

@@ -18,6 +18,7 @@ from singd_torch.layers.due import is_refresh
 from singd_torch.layers.layer import Layer
 from singd_torch.layers.matrices import find_all, parameter_names
 from singd_torch.layers.reach import Pass, is_in_parts
+from singd_torch.sharding.guards import refuse_flat
 
 # What the names of parameters have behind them that are not in the model any more.
 GONE = " (replaced)"
@@ -201,9 +202,11 @@ class Roster:
 
         Raises:
             RuntimeError: Naming the first.
+            TypeError: If they were flattened since.
         """
         for p in params:
             if p.shape != self._shapes[p]:
+                refuse_flat([p])
                 name, before = self.names.get(p, "a parameter"), tuple(self._shapes[p])
                 raise RuntimeError(
                     f"{name!r} has shape {tuple(p.shape)}, and had {before} when it was given to "
@@ -232,6 +235,7 @@ class Roster:
 
         Raises:
             RuntimeError: If some are parts into which the model was split after it was given.
+            TypeError: If some were flattened since.
         """
         known = self.group_of.keys() | self.makeup.left_out
         found = {
@@ -240,6 +244,7 @@ class Roster:
             if p.requires_grad and p.grad is not None and p not in known
         }
         if found:
+            refuse_flat(found.values())
             self.check_parameters()
             self._check_split(found)
         return list(found)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import zip_longest
 from typing import Any
 
 import torch.distributed as dist
@@ -13,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from singd_core.rounding import Place
-from singd_torch._distributed import gathered
+from singd_torch._distributed import of_same
 from singd_torch.sharding.box import Box
 
 
@@ -40,19 +39,8 @@ def boxes(
     Raises:
         ValueError: If a process has other parameters, or has them in another order.
     """
-    own = [(names.get(p, ""), tuple(p.shape)) for p in params]
-    every = gathered([(*one, box_of(p)) for one, p in zip(own, params, strict=True)], group)
-    for each in zip_longest(*every):
-        if len({None if one is None else one[:2] for one in each}) > 1:
-            told = ["nothing" if one is None else f"{one[0]!r} {one[1]}" for one in each]
-            raise ValueError(
-                f"the processes have other parameters in one place: {', '.join(told)}. Give all of "
-                "them the same parameters in the same order: a set has another order on each"
-            )
-    return {
-        p: [box for *_, box in each]
-        for p, each in zip(params, zip(*every, strict=True), strict=True)
-    }
+    every = of_same(params, names, group, map(box_of, params))
+    return {p: list(each) for p, each in zip(params, zip(*every, strict=True), strict=True)}
 
 
 def local(t: Tensor) -> Tensor:

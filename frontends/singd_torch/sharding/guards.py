@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import traceback
 from collections.abc import Collection, Iterable
 
 import torch.distributed as dist
@@ -30,6 +31,12 @@ _FLAT = (
     "FullyShardedDataParallel keeps parts of flattened parameters, which are no matrices: call "
     "torch.distributed.fsdp.fully_shard(model), then SINGD(model)"
 )
+_ZERO = (
+    "ZeroRedundancyOptimizer gives each process some of the parameters alone, and a step of SINGD "
+    "depends on all of them. SINGD splits its state among processes by itself: in its place, call "
+    "SINGD(wrapped, shard=True) with the DistributedDataParallel wrapper, or "
+    "SINGD(model, processes=torch.distributed.group.WORLD, shard=True)"
+)
 _PLAIN_PARTS = (
     "DistributedDataParallel has made plain parameters of the parts that tensor parallelism has: "
     "nothing tells that they belong together. Call torch.distributed._composable."
@@ -41,23 +48,22 @@ _GATHERED = (
 )
 
 
-def check_model(model: nn.Module) -> None:
-    """Refuse wrappers whose parameters are no parameters of layers.
+def check_model(model: nn.Module, given: Iterable[Tensor] = ()) -> None:
+    """Refuse wrappers whose parameters, or those that are given, are no parameters of layers.
 
     Raises:
         TypeError: Naming what to use in their place.
         RuntimeError: If it is a stage of a pipeline, or a part of one.
     """
-    refuse_stages(model.parameters())
-    if any(hasattr(p, "_st_info") for p in model.parameters()):
+    params = [*model.parameters(), *given]
+    _refuse_stages(params)
+    refuse_flat(params)
+    hooks = [hook for m in model.modules() for hook in m._forward_pre_hooks.values()]
+    makes_plain = any(getattr(hook, "__name__", "") == "_reconstruct_dtensor" for hook in hooks)
+    if makes_plain or any(hasattr(p, "_st_info") for p in params):
         raise TypeError(_PLAIN_PARTS)
     if isinstance(model, nn.DataParallel):
         raise TypeError("nn.DataParallel is not supported: use DistributedDataParallel")
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported for this: it takes a second
-    if fsdp is not None:
-        wrapper = fsdp.FullyShardedDataParallel
-        if any(isinstance(module, wrapper) for module in model.modules()):
-            raise TypeError(_FLAT)
 
 
 def is_one_of_several() -> bool:
@@ -76,12 +82,29 @@ def refuse_gathered(params: Iterable[Tensor]) -> None:
         raise ValueError(_GATHERED)
 
 
-def refuse_stages(params: Iterable[Tensor]) -> None:
-    """Refuse parameters of a stage of a pipeline, in whatever way its module is called.
+def refuse_flat(params: Iterable[Tensor]) -> None:
+    """Refuse parameters that FullyShardedDataParallel has flattened.
 
     Raises:
-        RuntimeError: If there is such a stage.
+        TypeError: Naming what to use in its place.
     """
+    if any(getattr(p, "_fsdp_flattened", False) for p in params):
+        raise TypeError(_FLAT)
+
+
+def refuse_some() -> None:
+    """Refuse to be built by ZeroRedundancyOptimizer.
+
+    Raises:
+        TypeError: Naming what to use in its place.
+    """
+    callers = (frame.f_globals.get("__name__") for frame, _ in traceback.walk_stack(None))
+    if "torch.distributed.optim.zero_redundancy_optimizer" in callers:
+        raise TypeError(_ZERO)
+
+
+def _refuse_stages(params: Iterable[Tensor]) -> None:
+    """Refuse parameters of a stage of a pipeline, in whatever way its module is called."""
     pipelining = sys.modules.get("torch.distributed.pipelining.stage")
     if pipelining is None:
         return

@@ -14,8 +14,9 @@ from torch.distributed.tensor import DTensor
 from singd_core.layers import LayerKind
 from singd_core.rounding import is_rounded
 from singd_torch import _diagnostics, _state
-from singd_torch._distributed import agree_on_rows
+from singd_torch._distributed import agree_on_rows, check_is_there
 from singd_torch._loading import Loaded
+from singd_torch._warnings import listed
 from singd_torch.capture.scaling import Scales
 from singd_torch.layers.layer import Layer
 from singd_torch.layers.roster import Roster, matrices_of
@@ -55,6 +56,7 @@ class Sharded:
         self._layers: list[Layer] = []
         self._kinds: dict[Tensor, LayerKind] = {}
         self._fallback: list[nn.Parameter] = []
+        self._without_memory: dict[nn.Parameter, str] = {}
         self._places: dict[nn.Parameter, list[Box]] = {}
         self._own: dict[nn.Parameter, Layer] = {}
         self._resting: Resting | None = None
@@ -70,6 +72,7 @@ class Sharded:
         group_of, names, plain = roster.group_of, roster.names, set(self._fallback)
         self._layers, self._fallback = list(roster.layers), list(roster.fallback)
         self._kinds = {layer.weight: layer.kind for layer in self._layers}
+        self._without_memory = {p: names.get(p, "") for p in group_of if p.is_meta}
         self._places = boxes(list(group_of), names, self.group)
         found = self.shares(self._layers)
         self._arrange_own(found, plain)
@@ -89,6 +92,19 @@ class Sharded:
             {self._stand_ins[p]: place_of(p) for p in self._fallback},
             compile,
         )
+
+    def check_memory(self) -> None:
+        """Refuse parameters that have been given memory since the work was parted.
+
+        Raises:
+            RuntimeError: Naming the first.
+        """
+        names = [name for p, name in self._without_memory.items() if not p.is_meta]
+        if names:
+            raise RuntimeError(
+                f"{listed(names)} had no memory when the optimizer was built: call "
+                "model.to_empty(device=...) and initialize the model, then call SINGD(model)"
+            )
 
     def shares(self, layers: Sequence[Layer]) -> Shares:
         """Who steps these layers; all processes find the same."""
@@ -130,6 +146,7 @@ class Sharded:
 
     def saved(self) -> dict[nn.Parameter, dict[str, Tensor]]:
         """The state of each parameter; all processes call it."""
+        check_is_there(self.group)
         assert self._resting is not None
         self._resting.visit()
         found = saving.saved(self.share, self.owners, self._stand_ins)

@@ -16,7 +16,7 @@ from singd_core._array import ranged
 from singd_core._settings import StepSettings, arrays_of
 from singd_core.rounding import Place
 from singd_torch import _fallback, _state
-from singd_torch._distributed import agree_on_rows, is_any, reduce_rows
+from singd_torch._distributed import agree_on_rows, is_any, of_same, reduce_rows
 from singd_torch._groups import settings_of_step
 from singd_torch._warnings import listed
 from singd_torch.capture.scaling import Scales
@@ -41,10 +41,12 @@ class Stepper(Stacker):
     Attributes:
         skipped: How many steps changed nothing.
         places: Where parameters stand that are parts of others.
+        is_alike: Whether other processes with copies are known to train the same parameters.
     """
 
     skipped: Tensor | int = 0
     bundles: Sequence[Bundle] = ()
+    is_alike: bool = False
     places: Mapping[nn.Parameter, Place] = MappingProxyType({})
 
     @property
@@ -71,10 +73,18 @@ class Stepper(Stacker):
             roster = self.roster
             self.state.update(_state.before_any_step(roster.layers, roster.fallback))
 
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The processes that step together, if there are several."""
+        return self.processes if self.sharded is None else self.sharded.group
+
     def agree_on_rows(self) -> None:
         """Have the same rows on all processes as others have them."""
-        group = self.processes if self.sharded is None else self.sharded.group
+        group = self.group
         if group is not None and group.size() > 1:
+            if self.sharded is None and not self.is_alike:  # else it was asked with the parts
+                of_same(list(self.roster.group_of), self.roster.names, group)
+                self.is_alike = True
             trained = [one for one in self.roster.layers if one.is_trained]
             asked = [one for one in trained if one.kind.has_rows and may_be_due(one)]
             if not asked:

@@ -263,6 +263,7 @@ def in_another_order(rank: int, world: int, how: str) -> str:
 def test_parameters_in_another_order_on_each_process_are_refused(how: str) -> None:
     text = (
         "the processes have other parameters in one place: '0.weight' (6, 4), '3.bias' (3,). Give "
-        "all of them the same parameters in the same order: a set has another order on each"
+        "all of them the same parameters in the same order: a set has another order on each, and "
+        "what is frozen on one alone is not given there"
     )
     assert gloo.run(2, in_another_order, how) == [text, text]
