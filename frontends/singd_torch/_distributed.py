@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
+from singd_torch._groups import plain_name
 from singd_torch.layers.layer import IN_THE_LOSS, Layer
 from singd_torch.layers.source import Source
 
@@ -73,6 +74,8 @@ def check_is_there(group: dist.ProcessGroup) -> None:
     Raises:
         RuntimeError: Naming what to do.
     """
+    if group.size() == 1:
+        return
     try:
         dist.get_rank(group)
     except ValueError:
@@ -181,7 +184,10 @@ def of_same(
     Raises:
         ValueError: If a process has other parameters, or has them in another order.
     """
-    here = [(names.get(p, ""), tuple(p.shape), one) for p, one in zip(params, own, strict=False)]
+    here = [
+        (plain_name(names.get(p, "")), tuple(p.shape), one)
+        for p, one in zip(params, own, strict=False)
+    ]
     every = gathered(here, group)
     for each in zip_longest(*every):
         if len({None if one is None else one[:2] for one in each}) > 1:

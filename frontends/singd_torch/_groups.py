@@ -47,6 +47,7 @@ _OWN = {"params", "param_names", "steps", "base_lr", "largest_lr"}
 DTYPES = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
 # What groups have in common whose layers can step as one: each layer has its own rate and decay.
+# Settings that layers ask for one by one, such as structures and dtypes, are compared with layers.
 _SHARED = itemgetter("steps", *(name for name in _SETTINGS if name not in ("lr", "weight_decay")))
 
 # Settings that may be tensors, whose values a script changes in place.
@@ -128,16 +129,20 @@ def likeness(*groups: dict[str, Any] | None) -> Any:
     or a bias with a rate of its own, they step with the same groups alone.
     """
     distinct = {id(group): group for group in groups if group is not None}
-    found = list(map(_shared, distinct.values()))
-    if None in found or len({group["lr"] for group in distinct.values()}) > 1:
-        return tuple(distinct)
-    return tuple(found)
+    found = tuple(map(_shared, distinct.values()))
+    try:
+        hash(found)
+        alone = None in found or len({group["lr"] for group in distinct.values()}) > 1
+    except TypeError:  # of an array, or of a function that has no hash
+        alone = True
+    return tuple(distinct) if alone else found
 
 
 def _shared(group: dict[str, Any]) -> Any:
     lr, decay, values = group["lr"], group["weight_decay"], _SHARED(group)
     if any(isinstance(value, Tensor) for value in (lr, decay, *values)):
         return None
+    # equal schedules of rates that are not equal differ in the last digits
     share = share_of(lr, largest_rate(group["largest_lr"], lr))
     couples = bool(decay) and not group["decoupled_weight_decay"]
     return round(share, 9), couples, *values

@@ -103,7 +103,7 @@ class Embedding(LayerKind):
         super().check_weight(weight_shape, bias)
         if weight_shape[0] != self.entries:
             raise ValueError(f"{self} has no table of shape {tuple(weight_shape)}: check entries")
-        if self.padding_idx is not None and self.padding_idx not in range(self.entries):
+        if self.padding_idx is not None and self.padding_idx >= self.entries:
             raise ValueError(
                 f"{self} has no such padding: give an entry from 0 to {self.entries - 1}, or None"
             )

@@ -141,7 +141,17 @@ CASES: dict[str, dict[str, Any]] = {
     "order": {"order": 2, "T": 2, "growing_T": False},
     "coupled decay": {"weight_decay": 0.1, "decoupled_weight_decay": False},
 }
+
+
+def rest_momentum(step: int, model: Network, optimizer: SINGD) -> None:
+    """The momentum is 0 in two steps, and a checkpoint is loaded between them."""
+    for group in optimizer.param_groups:
+        group["momentum"] = 0.0 if step in (2, 3) else 0.9
+    resume(step, model, optimizer)
+
+
 CHANGES = [nothing, leave_out, freeze, report, replace_state, resume, begin_momentum, couple]
+CHANGES += [rest_momentum]
 
 
 PLACES = ["accelerator", "host"]
@@ -371,7 +381,76 @@ def test_stacks_that_did_not_step_with_others_step_alone_on_the_host(
     together(monkeypatch, "host")
     found = trained({}, leave_out, "model")
     same(found, expected)
-    assert not found[1]._stepper.bundles
+    stepper = found[1]._stepper
+    alone = [stack.layers[0].name for stack in stepper.stacks if stack.alone]
+    assert alone == ["grouped.0.weight", "plain.weight"]
+    assert sum(len(bundle.parts) for bundle in stepper.bundles) == len(stepper.stacks) - len(alone)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "given"),
+    [(torch.float32, {}), (torch.bfloat16, {}), (torch.bfloat16, {"rounding": "kahan"})],
+    ids=["float32", "stochastic", "kahan"],
+)
+def test_products_out_of_range_stop_nothing_else_on_the_host(
+    dtype: torch.dtype, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for several in (math.inf, 1):
+        monkeypatch.setattr(bundle, "_SEVERAL", several)
+        torch.manual_seed(0)
+        model = Network().to(dtype)
+        optimizer = SINGD(model, weight_decay=0.5, T=100, growing_T=False, **given)
+        for step in range(3):
+            if step == 2:
+                own = optimizer.state[model.wide.weight]
+                next(a for n, a in own.items() if n.startswith("C.")).fill_(1e38)
+                optimizer.load_state_dict(optimizer.state_dict())
+                before = copy.deepcopy(model)
+            optimizer.zero_grad()
+            backward(model)
+            with pytest.warns(match="'wide.weight' was") if step == 2 else contextlib.nullcontext():
+                optimizer.step()
+        assert torch.equal(model.wide.weight, before.wide.weight)
+        pairs = zip(model.parameters(), before.parameters(), strict=True)
+        found.append([(p.float() - q.float(), q.float()) for p, q in pairs])
+    norm, unit = torch.linalg.vector_norm, torch.finfo(dtype).eps
+    for (alone, weight), (both, _) in zip(*found, strict=True):
+        assert norm(both - alone) <= 0.03 * norm(alone) + 2.0 * unit * norm(weight)
+        assert norm(both) > 0.0 or norm(alone) == 0.0
+
+
+class Views(nn.Module):
+    """Two equal layers in one memory, and layers of other shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, n) for n in (6, 6, 5, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.layers[1](self.layers[0](x).tanh())
+        return self.layers[2](y).square().mean() + self.layers[3](y).square().mean()
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("rounding", ["stochastic", "kahan"])
+def test_layers_in_one_memory_step_one_after_the_other(
+    rounding: str, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = []
+    for bundled in (False, True):
+        if bundled:
+            together(monkeypatch, place)
+        torch.manual_seed(0)
+        model = Views().bfloat16()
+        model.layers[1].weight.data = model.layers[0].weight.data
+        before = copy.deepcopy(model.layers[0].weight)
+        optimizer = SINGD(model, warmup=0, rounding=rounding)
+        model(torch.randn(8, 6).bfloat16()).backward()
+        optimizer.step()
+        changes.append((model.layers[0].weight - before).float())
+    alone, found = changes
+    assert torch.linalg.vector_norm(found - alone) <= 0.05 * torch.linalg.vector_norm(alone)
 
 
 @pytest.mark.parametrize("place", PLACES)

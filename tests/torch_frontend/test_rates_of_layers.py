@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -177,6 +179,53 @@ def test_layers_step_as_each_with_its_rate(
         stepper, in_groups = found._stepper, "biases" in of
         assert len(stepper.stacks) == (12 if in_groups else 5)
         assert len(stepper.bundles) == (where != "stacks")
+
+
+@dataclasses.dataclass
+class Constant:
+    """A schedule without a hash."""
+
+    rate: float
+
+    def __call__(self, step: int) -> float:
+        return self.rate
+
+
+@pytest.mark.parametrize(
+    "given", [{"lr_cov": Constant(0.02)}, {"lr": np.asarray(0.01)}, {"momentum": np.asarray(0.8)}]
+)
+def test_settings_without_a_hash_are_settings(given: dict[str, Any]) -> None:
+    trained(nothing, "model", **given)
+
+
+@pytest.mark.parametrize("of", ["model", "names"])
+def test_a_layer_that_begins_late_learns_at_its_first_gradient(
+    of: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place("stacks", monkeypatch)
+    found = []
+    for together in (False, True):
+        with monkeypatch.context() as patch:
+            if not together:
+                apart(patch)
+            torch.manual_seed(0)
+            model = Network().double()
+            given = {"T": 10, "growing_T": False, "fallback_lr": 0.0}
+            optimizer = SINGD(*GIVEN[of](model), **given)
+            for step in range(9):
+                x, y = torch.randint(7, (8, 5)), torch.randint(3, (8,))
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(x), y).backward()
+                if step < 5:
+                    for p in model.blocks[2:].parameters():
+                        p.grad = None
+                elif step == 5:  # the stacks are made anew
+                    optimizer.param_groups[0]["lr"] *= 0.5
+                    optimizer.param_groups[2]["lr"] *= 0.5
+                optimizer.step()
+            found.append(list(model.parameters()))
+    for p, q in zip(*found, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

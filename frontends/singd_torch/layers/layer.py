@@ -273,7 +273,7 @@ class Layer:
         )
 
     def is_stored_as(self, other: Layer) -> bool:
-        """Whether factors fit both or none of two layers of one group."""
+        """Whether factors fit both or none of two equal layers."""
         p, q = self.weight, other.weight
         same = p.dtype == q.dtype and p.device == q.device
         return same and self.has_rows is other.has_rows

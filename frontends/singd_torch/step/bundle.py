@@ -24,7 +24,6 @@ from singd_core.rules import InverseFree, Shampoo
 from singd_core.step import has_momentum
 from singd_core.without_mean import share_of_bias
 from singd_torch._groups import likeness, settings_of
-from singd_torch.layers.layer import Layer
 from singd_torch.step.bundle_sums import Sums
 from singd_torch.step.joint import Joint
 from singd_torch.step.rounding import Row
@@ -34,10 +33,11 @@ from singd_torch.tensors.matrices import Matrices
 # Numbers of the parameters of a bundle, if it has several stacks: their gradients are copied.
 _LARGEST = 1 << 26
 
-# The same on the host, and the numbers of each stack: the calls of larger ones are no large part.
-# So many stacks are faster in a bundle there.
+# The same on the host.
 _LARGEST_ON_HOST = 1 << 22
+# Numbers of a stack on the host: of larger ones, the calls are no large part of the time.
 _SMALL = 1 << 20
+# So many stacks are faster in a bundle on the host.
 _SEVERAL = 6
 
 
@@ -143,23 +143,23 @@ class Bundle:
         return Row(self.parameters, names, roles, [WHOLE] * len(names))
 
     def fits(self) -> bool:
-        """Whether all stacks have the rule that they had, and still share their settings.
+        """Whether all stacks have the rule and shared settings that they had.
 
-        Rows may have come since.
+        Rows may have come since, and a script may have changed the settings of some groups.
         """
-        groups = {id(layer.group): layer.group for layer in self._leaders()}
+        leaders = (layer for stack in self.stacks for layer in stack.of_groups)
+        groups = {id(layer.group): layer.group for layer in leaders}
         shared = len(groups) == 1 or len(set(map(likeness, groups.values()))) == 1
         return shared and all(
             isinstance(stack.factors, Shampoo) is self.learns for stack in self.stacks
         )
 
-    def _leaders(self) -> list[Layer]:
-        return [layer for stack in self.stacks for layer in stack.of_groups]
-
     def hold(self, state: State) -> None:
         """Take what the stacks have into vectors, unless that is done."""
         there, s = self._there(), settings_of(self.stacks[0].layers[0].group)
-        begins = has_momentum(s) and self.momentum is None
+        # momenta that are there go on where the momentum is 0, as it is for some steps
+        averages_any = has_momentum(s) or any(stack.momenta is not None for stack in self.stacks)
+        begins = averages_any and self.momentum is None
         if len(there) == len(self._held) and all(map(is_, there, self._held)) and not begins:
             if self.waited:  # its stacks may have had refreshes apart
                 self.measured()
@@ -171,7 +171,7 @@ class Bundle:
         n = self.several
         averages = Averages(*(like.new_zeros(n) for _ in range(3)))
         self.momentum = self.sums = None
-        if has_momentum(s):
+        if averages_any:
             self.momentum = like.new_zeros(sum(self.sizes), dtype=self.dtype)
             self.sums = Sums(self.stacks, self.apart, self.stacks[0].layers[0].weight)
         of_sides = [
@@ -248,7 +248,7 @@ def bundled(
     """The stacks that step now in bundles, and further bundles that wait for their next step.
 
     If only some stacks of a bundle step, it is parted for good. On the host stacks step alone that
-    are large, few or parted.
+    are large or few, or that did not step with their bundle once.
     """
     stepping, waiting, alive = set(ready), [], set(alive)
     found, fresh = [], dict.fromkeys(ready)
@@ -258,7 +258,8 @@ def bundled(
             found.append(bundle)
         elif own and on_host:
             for stack in bundle.stacks:
-                stack.alone = True
+                stack.alone = stack.alone or stack not in stepping
+            continue  # the others are in another one
         elif own:
             found.append(Bundle(own))
         elif alive.issuperset(bundle.stacks):
@@ -273,12 +274,12 @@ def bundled(
         n = sum(p.numel() for layer in stack.layers for p in layer.parameters)
         if on_host and (stack.alone or stack.visits or n > _SMALL):
             continue
-        total, stacks = alike.get(likeness := _likeness(stack), (0, []))
+        total, stacks = alike.get(key := _likeness(stack), (0, []))
         if not stacks or total + n > most:
             total, stacks = 0, []
             several.append(stacks)
         stacks.append(stack)
-        alike[likeness] = total + n, stacks
+        alike[key] = total + n, stacks
     return found + [Bundle(own) for own in several if len(own) >= least], waiting
 
 

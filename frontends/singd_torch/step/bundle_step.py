@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ def steps_so(stack: Stack, given: Gradients) -> bool:
         fits = type(factors) is IKFAC
     return (
         stack.compile is None
+        and not stack.shares_memory
         and fits
         and _has_one_precision(layer)
         and layer.weight.numel() > 0
@@ -133,15 +134,16 @@ def advance(bundle: Bundle, state: State, given: Gradients) -> list[tuple[Sequen
         changes = [scale * (-1.0 * rates[0])] * 2
     else:
         changes = [scale[: bundle.several] * (-1.0 * rate) for rate in rates]
-    _move(bundle, natural, changes, room, given, everything, state)
     if given.ok is not None:
+        _move(bundle, natural, changes, room, given, everything, state, ())
         return [(bundle.stacks, everything)]
-    if everything:
-        return [(bundle.stacks, True)]
-    return [
-        ([stack], bool(bundle.joint.of(i, of_weights).all()))
-        for i, stack in enumerate(bundle.stacks)
-    ]
+    each: list[tuple[Sequence[Stack], Any]] = [(bundle.stacks, True)]
+    if not everything:
+        stacks = enumerate(bundle.stacks)
+        each = [([one], bool(bundle.joint.of(i, of_weights).all())) for i, one in stacks]
+    still = [stack for stacks, moved in each if not moved for stack in stacks]
+    _move(bundle, natural, changes, room, given, torch.ones_like(everything), state, still)
+    return each
 
 
 def _gradients(bundle: Bundle, given: Gradients) -> Tensor:
@@ -220,11 +222,16 @@ def _move(
     given: Gradients,
     moves: Tensor,
     state: State,
+    still: Sequence[Stack],
 ) -> None:
     """Change the weights and biases, by these multiples of natural gradients.
 
     What they change by is written to the `room` of gradients; there it is of biases that are apart.
+    `moves` tells whether any decay, or are stored in 16 bits. `still` are stacks that do not.
     """
+    # others may have been frozen since
+    moving = {p for p in bundle.parameters if p.grad is not None}
+    moving -= {p for stack in still for layer in stack.layers for p in layer.parameters}
     for i, (part, n) in enumerate(zip(bundle.parts, natural, strict=True)):
         layer = part.stack.layers[0]
         for k, out in enumerate(part.joined(room)[: 1 if part.stack.is_apart else None]):
@@ -238,25 +245,31 @@ def _move(
     room = room.nan_to_num_(0.0, 0.0, 0.0)
     first = bundle.parameters[0]
     if is_rounded(given.settings(first).rounding, [first.dtype]):
-        _store(bundle, room, given, moves, state)
+        _store(bundle, room, given, moves, state, moving)
         return
     each = zip(bundle.parameters, torch.split(room.to(first.dtype), bundle.sizes), strict=True)
-    # others may have been frozen since
-    moving = [(p, change.view(p.shape)) for p, change in each if p.grad is not None]
-    if moving:
-        weights, changes = map(list, zip(*moving, strict=True))
+    pairs = [(p, change.view(p.shape)) for p, change in each if p in moving]
+    if pairs:
+        weights, steps = map(list, zip(*pairs, strict=True))
         _decay(weights, weights, given, moves)
-        torch._foreach_add_(weights, changes)
+        torch._foreach_add_(weights, steps)
 
 
-def _store(bundle: Bundle, room: Tensor, given: Gradients, moves: Tensor, state: State) -> None:
-    """Change weights and biases of 16 bits, computed in float32."""
+def _store(
+    bundle: Bundle,
+    room: Tensor,
+    given: Gradients,
+    moves: Tensor,
+    state: State,
+    moving: Container[nn.Parameter],
+) -> None:
+    """Change weights and biases of 16 bits, computed in float32; those that are `moving`."""
     wide = torch.cat([p.reshape(-1) for p in bundle.parameters]).float()
     each = torch.split(wide, bundle.sizes)
     _decay(bundle.parameters, each, given, moves)
     wide += room
     for p, own in zip(bundle.parameters, each, strict=True):
-        if p.grad is None:  # it may have been frozen since
+        if p not in moving:
             own.copy_(p.reshape(-1))
     s, step = given.settings(bundle.parameters[0]), bundle.stacks[0].layers[0].group["steps"]
     bundle.row.write(wide, s, step, compensations(bundle.parameters, s, state), moves)

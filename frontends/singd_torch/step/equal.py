@@ -21,12 +21,12 @@ def stacks(layers: Iterable[Layer], *, by_group: bool) -> list[Stack]:
     """
     layers = list(layers)
     memory = Counter(place for layer in layers for place in _places(layer))
+    apart = {layer for layer in layers if any(memory[place] > 1 for place in _places(layer))}
     found: dict[Any, list[Layer]] = {}
     for layer in layers:
-        alone = any(memory[place] > 1 for place in _places(layer))
-        key = layer if alone else _likeness(layer, by_group=by_group)
+        key = layer if layer in apart else _likeness(layer, by_group=by_group)
         found.setdefault(key, []).append(layer)
-    return [Stack(equal) for equal in found.values()]
+    return [Stack(equal, shares_memory=equal[0] in apart) for equal in found.values()]
 
 
 def parted(stack: Stack, live: Sequence[Layer]) -> list[Stack]:
@@ -54,6 +54,7 @@ def _likeness(layer: Layer, *, by_group: bool) -> Any:
         return layer
     return (
         *(layer.kind, layer.has_rows, layer.structures, tuple(layer.roles())),
+        layer.has_rows or layer.seen,  # the first gradient of a layer refreshes its factors
         *(layer.bias is not None, tuple(map(id, groups)) if by_group else likeness(*groups)),
         *(weight.shape, weight.dtype, weight.device, layer.dtypes),
     )

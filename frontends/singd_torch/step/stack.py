@@ -52,7 +52,8 @@ class Stack:
         report: What a step tells the diagnostics, None if nobody asks for them.
         compile: Arguments of torch.compile, None to run things as they are.
         visits: Whether its state is elsewhere between steps, and it shares no memory.
-        alone: Whether others of its bundle have stepped without it, or it without others.
+        alone: Whether others of its bundle have stepped without it once.
+        shares_memory: Whether parameters of other layers are in the memory of its own.
         capturable: Whether what a step reads stays where it is, as a CUDA graph needs it.
     """
 
@@ -65,6 +66,7 @@ class Stack:
     compile: dict[str, Any] | None = None
     visits: bool = False
     alone: bool = False
+    shares_memory: bool = False
     capturable: bool = False
     _fixed: Preconditioner | None = None
     _factors: Sequence[Factors] = ()
