@@ -25,7 +25,7 @@ class Embedding(LayerKind):
 
     Attributes:
         entries: The number of entries of the table.
-        padding_idx: An entry that gets no gradient, or None.
+        padding_idx: An entry that gets no gradient, or None. A negative number is as None.
 
     Raises:
         ValueError: If `entries` is no whole number.

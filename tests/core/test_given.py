@@ -288,7 +288,7 @@ X, G = np.ones((8, 3)), np.ones((8, 4))
             ValueError,
             r"'a': Emb.* no table of shape \(4, 3\): check entries",
         ),
-        (W, Embedding(4, -1), ValueError, "'a': Embedding.* no such padding: give an entry from 0"),
+        (W, Embedding(4, 4), ValueError, "'a': Embedding.* no such padding: give an entry from 0"),
     ],
 )
 def test_a_parameter_that_does_not_fit_is_named(
