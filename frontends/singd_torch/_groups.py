@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, TypeAlias
 
@@ -136,6 +136,11 @@ def likeness(*groups: dict[str, Any] | None) -> Any:
     except TypeError:  # of an array, or of a function that has no hash
         alone = True
     return tuple(distinct) if alone else found
+
+
+def are_like(each: Sequence[tuple[dict[str, Any] | None, ...]]) -> bool:
+    """Whether the groups of several layers let them step as one."""
+    return len(each) == 1 or len({likeness(*groups) for groups in each}) == 1
 
 
 def _shared(group: dict[str, Any]) -> Any:

@@ -35,7 +35,7 @@ from singd_torch.layers.find import by_choice
 from singd_torch.layers.kinds import reasons
 from singd_torch.layers.matrices import without_model
 from singd_torch.layers.reach import part_again
-from singd_torch.sharding.guards import check_model, refuse_some
+from singd_torch.sharding.guards import check_model, refuse_zero_redundancy
 
 
 class SINGD(Saving):
@@ -152,7 +152,7 @@ class SINGD(Saving):
     ) -> None:
         if not isinstance(model, nn.Module):
             model, params = without_model(model, params)
-        refuse_some()
+        refuse_zero_redundancy()
         check_model(model)
         model, copies = unwrapped(model)
         if processes is not None:

@@ -36,6 +36,7 @@ class Exchange:
         self._group, self._owners, self._boxes = group, owners, boxes
         self._rank, self._world = dist.get_rank(group), dist.get_world_size(group)
         self._givers = {key: _givers(boxes[key], owner) for key, owner in owners.items()}
+        self._there = {key for key, givers in self._givers.items() if [*givers] == [owners[key]]}
 
     def buckets(self, keys: Iterable[Any]) -> list[list[Any]]:
         """The keys in their order, in lists whose tensors go together."""
@@ -68,16 +69,16 @@ class Exchange:
         like = given[0][1]
         dtype = reduce(torch.promote_types, (t.dtype for _, t in given))
         got: list[_Reader] = []
-        if any(list(self._givers[key]) != [self._owners[key]] for key, _ in given):
+        if any(key not in self._there for key, _ in given):
             got = self._all_to_all(out, sizes, like.new_empty(0, dtype=dtype))
         wholes: list[Tensor | None] = []
         for key, t in given:
-            whole, givers = None, self._givers[key]
-            if self._owners[key] == mine and list(givers) == [mine]:
+            whole = None
+            if self._owners[key] == mine and key in self._there:
                 whole = t
             elif self._owners[key] == mine:
                 whole = t.new_empty(_whole(self._boxes[key]))
-                for r, box in givers.items():
+                for r, box in self._givers[key].items():
                     box.of(whole).copy_(t if r == mine else got[r].take(box))
             wholes.append(whole)
         return wholes

@@ -92,7 +92,7 @@ def refuse_flat(params: Iterable[Tensor]) -> None:
         raise TypeError(_FLAT)
 
 
-def refuse_some() -> None:
+def refuse_zero_redundancy() -> None:
     """Refuse to be built by ZeroRedundancyOptimizer.
 
     Raises:

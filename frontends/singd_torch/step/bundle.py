@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import is_
 from typing import Any
 
@@ -23,7 +23,7 @@ from singd_core.rounding import WHOLE
 from singd_core.rules import InverseFree, Shampoo
 from singd_core.step import has_momentum
 from singd_core.without_mean import share_of_bias
-from singd_torch._groups import likeness, settings_of
+from singd_torch._groups import are_like, likeness, settings_of
 from singd_torch.step.bundle_sums import Sums
 from singd_torch.step.joint import Joint
 from singd_torch.step.rounding import Row
@@ -149,8 +149,7 @@ class Bundle:
         """
         leaders = (layer for stack in self.stacks for layer in stack.of_groups)
         groups = {id(layer.group): layer.group for layer in leaders}
-        shared = len(groups) == 1 or len(set(map(likeness, groups.values()))) == 1
-        return shared and all(
+        return are_like([(group,) for group in groups.values()]) and all(
             isinstance(stack.factors, Shampoo) is self.learns for stack in self.stacks
         )
 
@@ -243,15 +242,23 @@ class Bundle:
 
 
 def bundled(
-    ready: Sequence[Stack], before: Sequence[Bundle], alive: Iterable[Stack], *, on_host: bool
+    ready: Sequence[Stack],
+    steps_so: Callable[[Stack], bool],
+    before: Sequence[Bundle],
+    alive: Iterable[Stack],
+    *,
+    on_host: bool,
 ) -> tuple[list[Bundle], list[Bundle]]:
     """The stacks that step now in bundles, and further bundles that wait for their next step.
 
     If only some stacks of a bundle step, it is parted for good. On the host stacks step alone that
-    are large or few, or that did not step with their bundle once.
+    are large or few, or that did not step with their bundle once. `steps_so` tells of a stack
+    whether it can step in a bundle.
     """
-    stepping, waiting, alive = set(ready), [], set(alive)
-    found, fresh = [], dict.fromkeys(ready)
+    if on_host and not before and len(ready) < _SEVERAL:
+        return [], []
+    fresh = dict.fromkeys(filter(steps_so, ready))
+    found, waiting, stepping, alive = [], [], set(fresh), set(alive)
     for bundle in filter(Bundle.fits, before):
         own = [stack for stack in bundle.stacks if stack in stepping]
         if len(own) == len(bundle.parts):

@@ -19,7 +19,7 @@ from singd_core.preconditioner import Preconditioner
 from singd_core.rounding import Rounding, is_rounded
 from singd_core.rules import Factors, Shampoo, by_rows
 from singd_torch import _state
-from singd_torch._groups import likeness, settings_of
+from singd_torch._groups import are_like, settings_of
 from singd_torch.layers.layer import Layer
 from singd_torch.step.rounding import owners
 from singd_torch.step.solve import written
@@ -30,11 +30,6 @@ State: TypeAlias = MutableMapping[Any, dict[str, Any]]
 
 # Stacks differ in shape: one of many must not use up the recompilations of the others.
 _ISOLATED: dict[str, Any] = {"dynamic": False, "isolate_recompiles": True, "recompile_limit": 64}
-
-
-def are_like(layers: Sequence[Layer]) -> bool:
-    """Whether the settings of layers let them step as one, with rates of their own."""
-    return len(layers) == 1 or len({likeness(one.group, one.bias_group) for one in layers}) == 1
 
 
 @dataclasses.dataclass(eq=False)
@@ -239,9 +234,9 @@ class Stack:
 
     def fits(self) -> bool:
         """Whether the factors, if there are any, are as the weights and their rule want them."""
-        alike = all(one.is_stored_as(self.layers[0]) for one in self.layers[1:])
-        if not are_like(self.of_groups):
+        if not are_like([(one.group, one.bias_group) for one in self.of_groups]):
             return False
+        alike = all(one.is_stored_as(self.layers[0]) for one in self.layers[1:])
         return not self._factors or (alike and self.layers[0].fits(self._factors[0]))
 
     def is_known(self, state: State) -> bool:

@@ -205,9 +205,8 @@ class Stepper(Stacker):
 
     def _advance(self, ready: list[Stack], given: Gradients) -> list[tuple[Sequence[Stack], Any]]:
         """Change what belongs to layers, and return stacks and whether they moved."""
-        so = [stack for stack in ready if bundle_step.steps_so(stack, given)]
-        on_host = given.ok is None
-        now, waiting = bundled(so, self.bundles, self.stacks, on_host=on_host)
+        steps_so, on_host = partial(bundle_step.steps_so, given=given), given.ok is None
+        now, waiting = bundled(ready, steps_so, self.bundles, self.stacks, on_host=on_host)
         self.bundles = now + waiting
         moved = [one for bundle in now for one in bundle_step.advance(bundle, self.state, given)]
         together = {stack for bundle in now for stack in bundle.stacks}

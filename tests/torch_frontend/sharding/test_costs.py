@@ -63,14 +63,20 @@ class Counted:
         del self._stop, self._all_to_all, self._all_reduce, self._reduce
 
 
-def steps(rank: int, world: int, how: str) -> list[tuple[Counted, Counted]]:
-    """What was sent by each backward pass, and by each step."""
+def made(world: int, how: str) -> tuple[Any, SINGD]:
+    """A model in parts, or copies that part the state, and its optimizer."""
     model: Any = models.new("characters")
     if how == "copies":
         model = DistributedDataParallel(model)
     else:
         shard(model, init_device_mesh("cpu", (world,)))
     optimizer = SINGD(model, shard=how == "copies", **models.settings("characters", **GIVEN))
+    return model, optimizer
+
+
+def steps(rank: int, world: int, how: str) -> list[tuple[Counted, Counted]]:
+    """What was sent by each backward pass, and by each step."""
+    model, optimizer = made(world, how)
     found = []
     for batch in models.data("characters"):
         optimizer.zero_grad()
@@ -118,12 +124,7 @@ def test_a_step_sends_gradients_and_changes_once_and_the_backward_pass_sums(how:
 
 def together(rank: int, world: int, how: str, most: int) -> tuple[int, list[int], torch.Tensor]:
     """The all-to-alls of a last step, the largest numbers of one, and the weights after it."""
-    model: Any = models.new("characters")
-    if how == "copies":
-        model = DistributedDataParallel(model)
-    else:
-        shard(model, init_device_mesh("cpu", (world,)))
-    optimizer = SINGD(model, shard=how == "copies", **models.settings("characters", **GIVEN))
+    model, optimizer = made(world, how)
     exchange._TOGETHER = most
     sizes: list[int] = []
     for batch in models.data("characters"):
