@@ -106,13 +106,13 @@ def layer_wise(model: Transformer) -> tuple[nn.Module, list[dict[str, Any]]]:
 # The whole of a step: 4-layer transformer, 19 layers in 7 stacks, and the norms by AdamW.
 DIAGONAL = {"structures": ("diagonal", "diagonal")}
 LIMITS: dict[str, tuple[Callable[[nn.Module], Any], dict[str, Any], int, int, int]] = {
-    "default": (lambda model: model, {}, 145, 185, 446),
-    "diagonal": (lambda model: model, DIAGONAL, 243, 283, 653),  # tables have rows
-    "decay": (lambda model: model, {"weight_decay": 0.01}, 149, 189, 450),
-    "rates of layers": (layer_wise, {}, 191, 231, 492),
-    "parameters": (nn.Module.parameters, {}, 128, 171, 445),
-    "names": (nn.Module.named_parameters, {}, 160, 206, 545),
-    "names, diagonal": (nn.Module.named_parameters, DIAGONAL, 152, 198, 430),
+    "default": (lambda model: model, {}, 145, 188, 446),
+    "diagonal": (lambda model: model, DIAGONAL, 243, 286, 653),  # tables have rows
+    "decay": (lambda model: model, {"weight_decay": 0.01}, 149, 192, 450),
+    "rates of layers": (layer_wise, {}, 191, 234, 492),
+    "parameters": (nn.Module.parameters, {}, 128, 174, 445),
+    "names": (nn.Module.named_parameters, {}, 160, 209, 545),
+    "names, diagonal": (nn.Module.named_parameters, DIAGONAL, 152, 201, 430),
 }
 
 

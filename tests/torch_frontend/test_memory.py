@@ -1,5 +1,7 @@
 """What the state costs: known before, bounded by default, and within a budget by choice."""
 
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -65,3 +67,27 @@ def test_a_budget_that_nothing_fits_is_an_error() -> None:
         SINGD(model(), structures="auto", memory_budget=1000)
     with pytest.raises(ValueError, match="memory_budget"):
         SINGD(model(), structures="auto")
+
+
+def alive() -> dict[int, int]:
+    """The bytes of each memory that a tensor of Python has."""
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+    memories = [t.untyped_storage() for t in tensors if t.device.type == "cpu"]
+    return {memory.data_ptr(): memory.nbytes() for memory in memories}
+
+
+def test_with_diagonal_factors_all_memory_is_half_of_adamws_state() -> None:
+    # seven shapes, which step in one bundle: the momenta, and little for where each number is
+    sides = [3, 32, 32, 64, 64, 128, 128]
+    convolutions = [nn.Conv2d(*pair, 3, padding=1) for pair in zip(sides, sides[1:], strict=False)]
+    model = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
+    before = alive()
+    optimizer = SINGD(model, structures="diagonal")
+    for _ in range(12):
+        optimizer.zero_grad()
+        model(torch.randn(2, 3, 4, 4)).square().mean().backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    held = sum(n for memory, n in alive().items() if memory not in before)
+    assert held <= 0.55 * 2 * sum(p.nbytes for p in model.parameters())

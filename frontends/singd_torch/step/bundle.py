@@ -83,13 +83,9 @@ class Bundle:
         factors: They, whose numbers are of all matrices.
         levels: The levels of the columns of all matrices, then of their rows; levels that nobody
             measures are even. None if nobody measures any.
-        matrix_of: The number of the matrix of each of these.
-        length_of: The number of columns of its matrix, or of rows.
     """
 
     levels: Tensor | None
-    matrix_of: Tensor
-    length_of: Tensor
     momentum: Tensor | None
     sums: Sums | None
     joint: Joint
@@ -209,9 +205,6 @@ class Bundle:
         if not any(map(joint.measures, range(len(self.parts)))):
             return
         self.levels = like.new_full((joint.K.rows[-1].stop + joint.C.rows[-1].stop,), EVEN)
-        self.matrix_of = torch.cat([joint.K.matrix_of, joint.C.matrix_of])
-        lengths = [side.on_rows(side.powers(1.0, like)) for side in (joint.K, joint.C)]
-        self.length_of = torch.cat(lengths)
 
     def measured(self) -> None:
         """Have the sizes that follow from the averages."""

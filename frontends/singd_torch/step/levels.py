@@ -80,5 +80,9 @@ def measure(bundle: Bundle, s: Settings, natural: Sequence[Tensor], moves: Tenso
     rate = rate_of_factors(steps, s)
     rate = zero_unless(moves, rate) if isinstance(rate, Tensor) else rate
     weight = weight_of(bundle.factors.averages.k, rate) * moves
-    both = torch.stack(multipliers(norms_of(each, 1), weight)).index_select(1, bundle.matrix_of)
-    torch.addcmul(bundle.levels * both[1], squares * both[0], bundle.length_of, out=bundle.levels)
+    new, old = multipliers(norms_of(each, 1), weight)
+    of_sides = (
+        side.on_rows(torch.stack([new, old, side.powers(1.0, new)])) for side in (joint.K, joint.C)
+    )
+    new, old, lengths = torch.cat([*of_sides], 1)
+    torch.addcmul(bundle.levels * old, squares * new, lengths, out=bundle.levels)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from functools import cached_property
 from itertools import accumulate
 from math import prod
 from typing import Any
@@ -90,6 +89,21 @@ class _Place:
     shape: tuple[int, ...]
 
 
+class _Indices:
+    """Makes indices on a device, in half the bytes of int64, where equal ones stand once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._known = device, dict[bytes, Tensor]()
+
+    def __call__(self, numbers: Any) -> Tensor:
+        """These."""
+        found = np.asarray(numbers, dtype=np.int32)
+        key = found.tobytes()
+        if key not in self._known:
+            self._known[key] = torch.from_numpy(found).to(self._device, non_blocking=True)
+        return self._known[key]
+
+
 class Layout:
     """Which arrays of groups of matrices stand together.
 
@@ -98,6 +112,7 @@ class Layout:
         numbers: Where the numbers of each are, in a vector for all matrices.
         rows: Where the rows of each are, in a vector for all rows.
         pools: The pools.
+        matrix_of: The number of the matrix of each row.
     """
 
     def __init__(self, groups: Sequence[Group], device: torch.device) -> None:
@@ -118,25 +133,25 @@ class Layout:
             self._placed(group, template, range(own.start, own.stop), known)
             for group, template, own in zip(groups, self.templates, self.numbers, strict=True)
         ]
+        indices = _Indices(device)
         for pool in self.pools:
             n = pool.numbers
             pool.of = slice(n[0], n[-1] + 1)
             if n != list(range(n[0], n[-1] + 1)):
-                pool.of = torch.tensor(n, device="cpu").to(device, non_blocking=True)
+                pool.of = indices(n)
         further = [
             n
             for own, places in zip(self.numbers, self._there(), strict=True)
             for _ in places[1:]
             for n in range(own.start, own.stop)
         ]
-        numbers = torch.tensor(further, dtype=torch.int64, device="cpu")
-        self._further = numbers.to(device, non_blocking=True)
+        self._further = indices(further)
         order = self._rows_in_pools()
         self._order = self._back = None
         if not np.array_equal(order, np.arange(len(order))):
-            self._order, self._back = (
-                torch.from_numpy(o).to(device, non_blocking=True) for o in (order, order.argsort())
-            )
+            self._order, self._back = map(indices, (order, order.argsort()))
+        sides = [group.side for group in groups for _ in range(group.count)]
+        self.matrix_of = indices(np.repeat(np.arange(len(sides)), sides))
 
     def _placed(
         self, group: Group, template: Structure, numbers: range, known: dict[Any, int]
@@ -185,13 +200,6 @@ class Layout:
             (pools[p.pool].like[p.blocks] if p.pool >= 0 else nothing).view(p.shape) for p in places
         )
 
-    @cached_property
-    def matrix_of(self) -> Tensor:
-        """The number of the matrix of each row."""
-        sides = [group.side for group in self.groups for _ in range(group.count)]
-        numbers = np.repeat(np.arange(len(sides)), sides)
-        return torch.from_numpy(numbers).to(self._device, non_blocking=True)
-
     def powers(self, p: float, like: Tensor) -> Tensor:
         """d^p of each matrix of side d, in the dtype of `like`."""
         key = p, like.dtype
@@ -202,8 +210,11 @@ class Layout:
         return self._powers[key]
 
     def on_rows(self, c: Tensor) -> Tensor:
-        """The numbers of all matrices, or of the first groups alone, for each of their rows."""
-        return c.index_select(0, self.matrix_of[: self._ends[len(c)]])
+        """The numbers of all matrices, or of the first groups alone, for each of their rows.
+
+        They are along the last axis.
+        """
+        return c.index_select(-1, self.matrix_of[: self._ends[c.shape[-1]]])
 
     def squares_of(self, rows: Tensor) -> Tensor:
         """The sums of the squares of what the rows have, of all groups or of the first alone."""
