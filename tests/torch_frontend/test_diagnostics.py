@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -114,3 +115,16 @@ def test_kfac_has_the_norms_of_its_averages() -> None:
     step()
     found = optimizer.diagnostics()
     assert {"0.weight/S_K_norm", "0.weight/S_C_norm", "0.weight/K_damping"} <= set(found)
+
+
+def test_what_was_loaded_or_copied_is_told_before_a_step() -> None:
+    _, optimizer, step = model_and_step()
+    optimizer.diagnostics()
+    step()
+    known = optimizer.diagnostics()
+    _, resumed, _ = model_and_step()
+    resumed.load_state_dict(optimizer.state_dict())
+    for other in (resumed, copy.deepcopy(optimizer)):
+        found = other.diagnostics()
+        assert {name.split("/")[0] for name in found} == {name.split("/")[0] for name in known}
+        assert all(known[name] == value for name, value in found.items())

@@ -305,6 +305,25 @@ def test_rates_of_adamw_that_come_later_are_warned_about_once(
     ]
 
 
+@pytest.mark.parametrize("largest", [1e-3, 0.12])
+def test_the_largest_rate_of_one_cycle_is_warned_of_at_once(largest: float) -> None:
+    model = nn.Linear(2, 1)
+    optimizer = SINGD(model)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, largest, total_steps=300, cycle_momentum=False
+    )
+    seen = []
+    for i in range(230):
+        with warnings.catch_warnings(record=True) as new:
+            warnings.simplefilter("always")
+            optimizer.zero_grad()
+            model(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+            schedule.step()
+        seen += [(i, str(w.message).partition(":")[0]) for w in new]
+    assert seen == [(0, "the largest rate of the schedule is lr=0.001")] * (largest == 1e-3)
+
+
 def test_switches_of_other_optimizers_that_are_off_are_carried_along() -> None:
     model = network()
     group = {"params": model.parameters(), "fused": None, "maximize": False}

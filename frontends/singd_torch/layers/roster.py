@@ -280,11 +280,17 @@ class Roster:
             )
 
     def warn_small(self) -> None:
-        """Warn where a schedule or a script has given rates of AdamW for many steps."""
-        if self.groups[0]["steps"] != _MANY:
+        """Warn where a schedule or a script gives rates of AdamW, for many steps or by its plan."""
+        steps = self.groups[0]["steps"]
+        if steps not in (0, _MANY):
             return
         groups = [group for group in self.groups if group["normalized"]]
-        if not small_step(group["base_lr"] for group in groups):  # else it was said at the start
+        if small_step(group["base_lr"] for group in groups):  # it was said at the start
+            return
+        planned = small_step(group.get("max_lr") for group in groups)  # by OneCycleLR
+        if steps == 0 and planned:
+            self.warnings.once(f"the largest rate of the schedule is {planned}")
+        if steps == _MANY and not planned:
             small = small_step(group["largest_lr"] for group in groups)
             if small:
                 self.warnings.once(f"the largest rate of the first {_MANY} steps was {small}")

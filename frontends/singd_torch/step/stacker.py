@@ -88,9 +88,16 @@ class Stacker:
         return self.sharded is None and not random and not pieces.on_host(layer.weight)
 
     def report(self) -> None:
-        """Let steps tell what they know from now on."""
+        """Let steps tell what they know from now on, and stacks have what the state has."""
         self._reports = True
         self._report()
+        for stack in self.stacks:
+            self._tie(stack)
+
+    def _tie(self, stack: Stack) -> None:
+        """Let a stack hold what the state has of its layers, if it has anything."""
+        if stack.is_known(self.state) and not stack.is_tied(self.state):
+            stack.tie(self.state)
 
     def _report(self) -> None:
         for stack in self.stacks:
@@ -189,7 +196,8 @@ class Stacker:
         moving = set(live)
         ready = [part for part in parts if part.layers[0] in moving]
         for part in parts:
-            wanted = part in ready or part.is_known(self.state)
-            if wanted and not part.is_tied(self.state):
+            if part not in ready:
+                self._tie(part)
+            elif not part.is_tied(self.state):
                 part.tie(self.state)
         return ready
