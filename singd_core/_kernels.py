@@ -23,6 +23,7 @@ class Kernels:
         take: Entries along an axis.
         inverse: The inverse of a matrix.
         sums_of_squares: Sums of squares over rows.
+        cumulative_sum: The sums of the first entries along the last axis.
         norm: The Frobenius norm over last axes, or the norms of the matrices of a list.
         constant: An array of one number everywhere.
         number: A 0-d array as a number, where the host need not wait for it.
@@ -40,6 +41,7 @@ class Kernels:
     take: Callable[[Any, Any, int], Any] | None = None
     inverse: Callable[[Any], Any] | None = None
     sums_of_squares: Callable[[Any], Any] | None = None
+    cumulative_sum: Callable[[Any], Any] | None = None
     norm: Callable[[Any, int], Any] | None = None
     constant: Callable[[float, Any], Any] | None = None
     number: Callable[[Any], Any] | None = None

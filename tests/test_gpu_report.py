@@ -72,13 +72,14 @@ def test_tests_that_all_skip_are_a_failure(gpu, tmp_path):
     assert gpu.outcomes(tmp_path)["skipping"].failure == "no test ran"
 
 
-def test_what_the_machine_lacks_is_found_beside_it(tmp_path, monkeypatch):
+def test_what_the_machine_lacks_is_found_beside_it(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     packages = importlib.import_module("gpu_packages")
     find = packages.find
     monkeypatch.setattr(
         packages, "find", lambda name: None if name == "array_api_compat" else find(name)
     )
+    monkeypatch.setattr(packages, "_version", lambda copy: (1, 14))
     (folder,) = packages.unpacked(None, tmp_path)
     code = (
         "import array_api_compat as c, numpy; print(c.__file__); c.array_namespace(numpy.ones(1))"
@@ -91,6 +92,10 @@ def test_what_the_machine_lacks_is_found_beside_it(tmp_path, monkeypatch):
         check=True,
     )
     assert done.stdout.startswith(folder)
+    assert "wait" not in capsys.readouterr().out
+    monkeypatch.setattr(packages, "_version", lambda copy: (1, 13))
+    packages.unpacked(None, tmp_path / "old")
+    assert "steps wait for the GPU" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="there is no wheel in it"):
         packages.unpacked(tmp_path / "empty", tmp_path)
 

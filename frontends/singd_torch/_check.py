@@ -18,6 +18,9 @@ from singd_torch.layers.roster import Roster
 from singd_torch.layers.source import Source
 from singd_torch.optimizer import SINGD
 
+# Of the format to which CUDA rounds what it multiplies in convolutions of float32.
+_EPS_OF_TF32 = 2.0**-10
+
 
 def check(
     model: nn.Module, loss: Callable[[nn.Module], Tensor], *, tolerance: float | None = None
@@ -117,6 +120,8 @@ class _Sums:
         self._products[source.part] = self._products.get(source.part, 0.0) + product
         self._terms += float(B.norm() * A.norm())
         coarse = [torch.finfo(t.dtype).eps for t in (x, g) if t.dtype.is_floating_point]
+        if g.is_cuda and g.dtype == torch.float32:  # convolutions are in TF32 there
+            coarse.append(_EPS_OF_TF32)
         self.eps = max(self.eps, *coarse)
 
     def compare(self, layer: Layer) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import repeat, zip_longest
@@ -188,7 +189,10 @@ def of_same(
         (plain_name(names.get(p, "")), tuple(p.shape), one)
         for p, one in zip(params, own, strict=False)
     ]
-    every = gathered(here, group)
+    device = params[0].device if params else torch.device("cpu")
+    # NCCL sends objects through the current device, which a script may have left at the first one
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        every = gathered(here, group)
     for each in zip_longest(*every):
         if len({None if one is None else one[:2] for one in each}) > 1:
             told = ["nothing" if one is None else f"{one[0]!r} {one[1]}" for one in each]

@@ -25,6 +25,10 @@ class Warnings:
             self._known.add(about or text)
             warn(text)
 
+    def knows(self, about: str) -> bool:
+        """Whether a warning was given about this."""
+        return about in self._known
+
     def unseen(self, layers: Sequence[str], what: str) -> None:
         """Warn once of each layer without rows, in one warning of all that are new."""
         names = [name for name in layers if f"no rows of {name}" not in self._known]

@@ -30,6 +30,8 @@ def fake_cuda() -> Iterator[None]:
                 return torch.bitwise_not(*args)
             if function is torch.Tensor.contiguous and args[0].device.type == "cuda":
                 return torch.clone(*args, memory_format=torch.contiguous_format)
+            if function is torch.Tensor.copy_ and args[0].device.type == "cuda":
+                return torch.ops.aten.copy_(*args)
             return function(*args, **(kwargs or {}))
 
     with fake(allow_non_fake_inputs=True), Indexing():

@@ -100,8 +100,8 @@ def cupy() -> Gpu:
 
 
 def torch() -> Gpu:
-    """torch on `cuda`."""
-    torch = _imported("torch")
+    """torch on `cuda`, with what its frontend does without a wait."""
+    torch, _ = _imported("torch"), _imported("singd_torch")
     if not SUBSTITUTE and not torch.cuda.is_available():
         raise NoGpuError(f"torch {torch.__version__} finds no GPU")
     device = "cpu" if SUBSTITUTE else "cuda"

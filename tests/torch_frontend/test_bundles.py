@@ -491,3 +491,23 @@ def test_a_bias_in_bfloat16_that_is_frozen_stays(
         optimizer.step()
         assert torch.equal(before.bias, model.last.bias) is (step >= 2)
         assert not torch.equal(before.weight, model.last.weight)
+
+
+def test_lists_of_one_call_have_one_memory_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    # else CUDA adds one pair after the other, of linear layers too
+    convolutions = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3))
+    model = nn.Sequential(convolutions, nn.Flatten(), nn.Linear(5, 6), nn.Linear(6, 2))
+    model.to(memory_format=torch.channels_last)
+    optimizer, seen, add = SINGD(model), [], torch._foreach_add_
+    monkeypatch.setattr(pieces, "on_host", lambda x: False)
+
+    def recorded(weights: Any, steps: Any, **given: Any) -> None:
+        seen.append({p.is_contiguous() for p in weights})
+        add(weights, steps, **given)
+
+    monkeypatch.setattr(torch, "_foreach_add_", recorded)
+    model(torch.randn(2, 3, 5, 5)).square().mean().backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.step()
+    assert {True} in seen and {False} in seen and {True, False} not in seen
+    assert all((p != q).any() for p, q in zip(model.parameters(), before, strict=True))

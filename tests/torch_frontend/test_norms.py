@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from singd_core._array import norm
+from singd_core._array import cumulative_sum, norm
+from singd_torch.tensors import kernels
 from singd_torch.tensors.norms import each_norm
 
 N = 1 << 17  # numbers of a large one
@@ -42,3 +43,19 @@ def test_large_ones_and_others_keep_their_places() -> None:
     given = [torch.randn(n) for n in (3, N, 5, 2 * N, 0)]
     found = torch.stack(list(each_norm(given)))
     torch.testing.assert_close(found, torch.stack([x.norm() for x in given]), rtol=1e-4, atol=0.0)
+
+
+@pytest.mark.parametrize("shape", [(1,), (255,), (256,), (3, 257), (2, 2, 1000), (0,), (2, 0)])
+def test_cumulative_sums_that_may_not_depend_on_an_order(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(shape, dtype=torch.float64)
+    monkeypatch.setattr(kernels, "on_host", lambda x: False)
+    monkeypatch.setattr(Tensor, "cumsum", None)  # CUDA refuses it then
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = cumulative_sum(x)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    monkeypatch.undo()
+    torch.testing.assert_close(found, x.cumsum(-1), rtol=1e-12, atol=1e-12)

@@ -59,7 +59,7 @@ class Proof:
         The `leaf` is the weight, or what was gathered from its parts, which is gone after the pass.
         """
         self.layer, self._leaf, self._pass = layer, leaf, backward_pass()
-        self._V = _signs(layer)
+        self._V = _signs(layer, leaf.device)
         self._products: dict[int | None, Tensor] = {}
         self._terms: Tensor | float = 0.0
         self._eps = torch.finfo(layer.weight.dtype).eps
@@ -158,7 +158,7 @@ class Proof:
         """
         assert self._gradient is not None
         known = torch.stack([self._product(), *(self._of_decay or self._decays())])
-        columns, G = known.double().flatten(1).mT.cpu(), self._gradient.double().flatten().cpu()
+        columns, G = (x.cpu().double() for x in (known.flatten(1).mT, self._gradient.flatten()))
         found = torch.linalg.lstsq(columns, G[:, None], driver="gelsd").solution
         norm = vector_norm(G)
         rest = vector_norm(G - (columns @ found)[:, 0])
@@ -320,10 +320,10 @@ def _can_be_proved(layer: Layer, leaf: Tensor) -> bool:
     return not (changed or unknown or layer.group["average_groups"])
 
 
-def _signs(layer: Layer) -> Tensor:
+def _signs(layer: Layer, device: torch.device) -> Tensor:
     """V, shape (d_in, k), of a size that no sum in float16 leaves its range; always the same."""
-    weight, (_, d_out, d_in) = layer.weight, layer.kind.shape(tuple(layer.weight.shape), False)
-    return _drawn(min(d_in, max(4, -(-_NUMBERS // d_out))), d_in, weight.device)
+    _, d_out, d_in = layer.kind.shape(tuple(layer.weight.shape), False)
+    return _drawn(min(d_in, max(4, -(-_NUMBERS // d_out))), d_in, device)
 
 
 @functools.lru_cache(maxsize=16)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from singd_core.rules import Factors
@@ -20,13 +23,23 @@ _MOST = 1 << 20
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Call:
-    """The rows of one use of a layer's weight, and the factors that measure them."""
+    """The rows of one use of a layer's weight, and the factors that measure them.
+
+    Attributes:
+        layer: The layer.
+        key: The part of its weight, and its role.
+        rows: The rows.
+        factors: What measures them.
+        backward: The number of the backward pass.
+        stream: The stream of CUDA that makes the rows.
+    """
 
     layer: Layer
     key: Key
     rows: Rows
     factors: Factors
     backward: int
+    stream: Any = None
 
     @property
     def numbers(self) -> int:
@@ -49,7 +62,8 @@ class Call:
         """What calls have in common that can be measured as one."""
         A, B, layer = self.rows.A, self.rows.B, self.layer
         own = type(self.factors), layer.structures, layer.dtypes, layer.autocast, self.key[1]
-        return *own, A.shape, B.shape, A.dtype, B.dtype, A.device, layer.weight.device
+        where = A.device, layer.weight.device, self.stream
+        return *own, A.shape, B.shape, A.dtype, B.dtype, *where
 
 
 class Queue:
@@ -69,7 +83,9 @@ class Queue:
                 for piece in call.pieces():
                     _measure([piece])
                 return
-            self._calls.append(dataclasses.replace(call, rows=call.rows.kept(lent)))
+            stream = torch.cuda.current_stream(call.rows.A.device) if call.rows.A.is_cuda else None
+            rows = call.rows.kept(lent)
+            self._calls.append(dataclasses.replace(call, rows=rows, stream=stream))
             self._numbers += call.numbers
             if self._numbers > _MOST:
                 self.flush()
@@ -82,7 +98,8 @@ class Queue:
                 alike.setdefault(call.likeness, []).append(call)
             self.forget()
             for calls in alike.values():  # in the order of the stacks, lest their factors be copied
-                _measure(sorted(calls, key=_place))
+                with _on(calls[0].stream):
+                    _measure(sorted(calls, key=_place))
 
     def forget(self, layer: Layer | None = None) -> None:
         """Drop the calls that wait, or only the calls of one layer."""
@@ -90,6 +107,17 @@ class Queue:
             others = [call for call in self._calls if call.layer is not layer]
             self._calls = [] if layer is None else others
             self._numbers = sum(call.numbers for call in self._calls)
+
+
+@contextlib.contextmanager
+def _on(stream: Any) -> Iterator[None]:
+    """On this stream of CUDA, which the current one waits for at the end; None is the current."""
+    if stream is None or (now := torch.cuda.current_stream(stream.device)) == stream:
+        yield
+        return
+    with torch.cuda.stream(stream):
+        yield
+    now.wait_stream(stream)
 
 
 def _place(call: Call) -> int:

@@ -279,7 +279,8 @@ class Layer:
         return same and self.has_rows is other.has_rows
 
     def add(self, key: Key, new: Pending) -> None:
-        """Add what was measured of one call."""
+        """Add what was measured of one call, perhaps elsewhere than where the weight is kept."""
+        new = new.on(self.weight.device)
         if key in self.pending:
             new = self.pending[key].add(new, mean=self.group["loss_average"] is not None)
         self.pending[key] = new

@@ -220,6 +220,16 @@ class Pending:
         M = (M if mean else torch.ones_like(M)) / processes**2
         return Pending(inputs, N.clamp(min=1), outputs, 0, M, self.backward, self.swapped)
 
+    def on(self, device: torch.device) -> Pending:
+        """The same on a device."""
+        if self.inputs.squares.device == device:
+            return self
+        inputs, outputs = (sums.map(lambda a: a.to(device)) for sums in (self.inputs, self.outputs))
+        N, M, M_now = (
+            n.to(device) if isinstance(n, Tensor) else n for n in (self.N, self.M, self.M_now)
+        )
+        return Pending(inputs, N, outputs, M, M_now, self.backward, self.swapped)
+
     def sent(self) -> Pending:
         """What is left when its sums were sent: more calls of its pass are of the same loss."""
         inputs, outputs = (

@@ -47,6 +47,22 @@ class Gradients:
     ok: Tensor | None
     bad: Tensor | None
 
+    def on(self, device: torch.device) -> Gradients:
+        """The same for the parameters of one device, where a model has some on several."""
+        assert self.ok is not None and self.bad is not None
+        known: dict[int, StepSettings] = {}
+
+        def settings(p: nn.Parameter) -> StepSettings:
+            s = self.settings(p)
+            if id(s) not in known:  # one object for each group
+                there = {name: x.to(device) for name, x in vars(s).items() if isinstance(x, Tensor)}
+                known[id(s)] = dataclasses.replace(s, **there)
+            return known[id(s)]
+
+        ok, bad = self.ok.to(device), self.bad.to(device)
+        scales = self.scales.on(device)
+        return dataclasses.replace(self, settings=settings, scales=scales, ok=ok, bad=bad)
+
     def allows(self, moves: Tensor) -> Tensor:
         """What moves, where the step may change anything."""
         return moves if self.ok is None else self.ok & moves

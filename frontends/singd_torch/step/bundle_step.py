@@ -248,8 +248,12 @@ def _move(
         _store(bundle, room, given, moves, state, moving)
         return
     each = zip(bundle.parameters, torch.split(room.to(first.dtype), bundle.sizes), strict=True)
-    pairs = [(p, change.view(p.shape)) for p, change in each if p in moving]
-    if pairs:
+    # others, such as weights in `channels_last`, would make CUDA add one pair after the other
+    alike: dict[bool, list[tuple[nn.Parameter, Tensor]]] = {}
+    for p, change in each:
+        if p in moving:
+            alike.setdefault(p.is_contiguous(), []).append((p, change.view(p.shape)))
+    for pairs in alike.values():
         weights, steps = map(list, zip(*pairs, strict=True))
         _decay(weights, weights, given, moves)
         torch._foreach_add_(weights, steps)

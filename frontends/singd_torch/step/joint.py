@@ -38,8 +38,7 @@ class Joint:
             (_, d_out, d_in), (K, C) = stack.layers[0].shape, inverse_free(stack).structures
             of_K.append(Group(K, d_in, stack.batch, d_out))
             of_C.append(Group(C, d_out, stack.batch, d_in))
-        device = stacks[0].layers[0].weight.device
-        self.K, self.C = Layout(of_K, device), Layout(of_C, device)
+        self.K, self.C = (Layout(groups, stacks[0].device) for groups in (of_K, of_C))
 
     def factors(self, averages: Averages, levels: Levels | None) -> InverseFree:
         """The factors of all, in memory of their own, with these numbers and levels."""

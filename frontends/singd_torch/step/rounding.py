@@ -243,5 +243,5 @@ def store(
             roles = ["weight"] * len(own)
             row = rows[key] = Row(own, called, roles, [places.get(p, WHOLE) for p in own])
         x = torch.cat([x.reshape(-1) for _, x in pairs])
-        moves = None if skip is None else skip == 0.0
+        moves = None if skip is None else skip.to(x.device) == 0.0
         row.write(x, s, group["steps"], compensations(own, s, state), moves)

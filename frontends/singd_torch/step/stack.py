@@ -98,6 +98,11 @@ class Stack:
         return math.prod(self.batch)
 
     @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.layers[0].weight.device
+
+    @property
     def is_apart(self) -> bool:
         """Whether its biases are no columns of its matrices."""
         return self.layers[0].bias_is_apart

@@ -85,7 +85,8 @@ class Stacker:
         layer = stack.layers[0]
         s, dtypes = settings_of(layer.group), [*layer.dtypes, layer.weight.dtype]
         random = s.rounding == "stochastic" and is_rounded(s.rounding, dtypes)
-        return self.sharded is None and not random and not pieces.on_host(layer.weight)
+        on_one = all(p.device == layer.weight.device for p in self.roster.group_of)
+        return on_one and self.sharded is None and not random and not pieces.on_host(layer.weight)
 
     def report(self) -> None:
         """Let steps tell what they know from now on, and stacks have what the state has."""

@@ -34,6 +34,9 @@ from singd_torch.step.stack_step import advance
 from singd_torch.step.stacker import Stacker
 from singd_torch.tensors import finite, scratch
 
+# What the warning of steps that changed nothing is about.
+_SKIPPED = "skipped"
+
 
 class Stepper(Stacker):
     """Takes steps, and counts those that it does not take.
@@ -208,10 +211,15 @@ class Stepper(Stacker):
         steps_so, on_host = partial(bundle_step.steps_so, given=given), given.ok is None
         now, waiting = bundled(ready, steps_so, self.bundles, self.stacks, on_host=on_host)
         self.bundles = now + waiting
-        moved = [one for bundle in now for one in bundle_step.advance(bundle, self.state, given)]
+        devices = {stack.device for stack in ready}
+        alone = given.ok is None or devices == {given.ok.device}
+        on = {device: given if alone else given.on(device) for device in devices}
+        moved: list[tuple[Sequence[Stack], Any]] = []
+        for bundle in now:
+            moved += bundle_step.advance(bundle, self.state, on[bundle.stacks[0].device])
         together = {stack for bundle in now for stack in bundle.stacks}
         others = [stack for stack in ready if stack not in together]
-        return moved + [([stack], advance(stack, self.state, given)) for stack in others]
+        return moved + [([stack], advance(stack, self.state, on[stack.device])) for stack in others]
 
     def _of_all(self, size: Any) -> Any:
         """The sum over all that step together of what is finite if their gradients and rows are."""
@@ -226,7 +234,8 @@ class Stepper(Stacker):
     def count_skipped(self) -> int:
         """How many steps changed nothing, with a warning if any (a host sync)."""
         count = int(self.skipped)
-        if count:  # on an accelerator the step did not wait to know which it was
+        if count and not self.roster.warnings.knows(_SKIPPED):
+            # on an accelerator the step did not wait to know which it was
             there = {p: p.grad for p in self.roster.group_of if type(p.grad) is Tensor}
             self._warn(self._not_finite(finite.norms(there)[0], []))
         return count
@@ -262,7 +271,7 @@ class Stepper(Stacker):
         self.roster.warnings.once(
             f"{text} NaN or infinite: the step changed nothing. "
             "`optimizer.skipped` counts such steps",
-            about="skipped",
+            about=_SKIPPED,
         )
 
 
@@ -270,4 +279,6 @@ def _unscaled(scale: Any, p: nn.Parameter) -> Tensor:
     """The gradient of a parameter, zeros where a layer's weight or bias has none."""
     if p.grad is None:
         return torch.zeros_like(p)
+    if isinstance(scale, Tensor):
+        scale = scale.to(p.device)
     return p.grad if scale is None else ranged(p.grad) / scale

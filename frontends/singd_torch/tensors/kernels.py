@@ -14,6 +14,8 @@ from singd_torch.tensors.pieces import cut, on_host, read, read_all
 
 # In numbers: a piece of the rows whose squares are summed up.
 _SQUARED = 1 << 16
+# In numbers: the part of a row whose cumulative sums are one product.
+_SCANNED = 256
 
 
 def _multiply_add(x: Tensor, c: float | Tensor, y: Any, out: Tensor | None) -> Tensor:
@@ -43,6 +45,20 @@ def _sums_of_squares(X: Tensor) -> Tensor:
     for piece in others:
         found += (piece * piece).sum(-2)
     return found
+
+
+def _cumulative_sum(x: Tensor) -> Tensor:
+    if on_host(x) or not torch.are_deterministic_algorithms_enabled():
+        return x.cumsum(-1)
+    if not x.numel():
+        return x
+    # CUDA adds in any order, and refuses to; products with ones do not.
+    d, b = x.shape[-1], _SCANNED
+    parts = torch.nn.functional.pad(x, (0, -d % b)).unflatten(-1, (-1, b))
+    within = parts @ x.new_ones(b, b).triu_()
+    q = parts.shape[-2]
+    before = within[..., -1][..., None, :] @ x.new_ones(q, q).triu_(1)
+    return (within + before.mT).flatten(-2)[..., :d]
 
 
 def _product(A: Tensor, B: Tensor, out: Tensor) -> Tensor:
@@ -86,6 +102,7 @@ KERNELS = Kernels(
     take=_take,
     inverse=_inverse,
     sums_of_squares=_sums_of_squares,
+    cumulative_sum=_cumulative_sum,
     norm=norms.norm,
     constant=scratch.constant,
     number=read,
