@@ -71,7 +71,7 @@ def _stepped(
     ratio = warm * group["lr"] / at_least(group["largest_lr"], group["base_lr"])
     fused = skip is not None
     lr, weight_decay = group["fallback_lr"] * ratio, group["fallback_weight_decay"]
-    if isinstance(lr, Tensor):
+    if isinstance(lr, Tensor) and lr.device.type != "cpu":
         lr = lr.float()  # a kernel of CUDA reads 32 bits, whatever the dtype
     if not fused:  # without a device that would have to be waited for, torch wants numbers
         lr, weight_decay = float(lr), float(weight_decay)
