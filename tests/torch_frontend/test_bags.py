@@ -6,6 +6,7 @@ from itertools import accumulate
 from typing import Any
 
 import pytest
+import recent
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -120,6 +121,8 @@ USES = {
 
 @pytest.mark.parametrize("case", USES)
 def test_calls_in_other_ways(case: str) -> None:
+    if case == "by function" and torch.__version__ < "2.9":
+        pytest.skip("torch 2.8 takes the last bag of a matrix of look-ups for an end")
     torch.manual_seed(0)
     parts: dict[str, nn.Module] = {"bags": nn.EmbeddingBag(ENTRIES, D, mode="sum")}
     if case == "weights that learn":
@@ -205,6 +208,7 @@ def test_look_ups_behind_the_last_bag_are_no_error() -> None:
 
 
 @pytest.mark.slow
+@recent.COMPILES
 def test_a_compiled_table_of_bags_learns_from_gradients() -> None:
     torch.compiler.reset()
     model = nn.Sequential(nn.EmbeddingBag(ENTRIES, D), nn.Linear(D, ENTRIES)).double()

@@ -509,5 +509,7 @@ def test_lists_of_one_call_have_one_memory_format(monkeypatch: pytest.MonkeyPatc
     model(torch.randn(2, 3, 5, 5)).square().mean().backward()
     before = [p.detach().clone() for p in model.parameters()]
     optimizer.step()
-    assert {True} in seen and {False} in seen and {True, False} not in seen
+    assert {True} in seen
+    assert {False} in seen
+    assert {True, False} not in seen
     assert all((p != q).any() for p, q in zip(model.parameters(), before, strict=True))

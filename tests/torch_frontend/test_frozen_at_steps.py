@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable
 
 import pytest
+import recent
 import torch
 from torch import Tensor, nn
 
@@ -57,7 +58,13 @@ def trained(kind: str, order: str) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("order", ["step while frozen", "zero_grad while frozen"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *(kind for kind in KINDS if kind != "compiled"),
+        pytest.param("compiled", marks=recent.COMPILES),
+    ],
+)
 def test_a_model_that_is_frozen_around_steps_trains_as_any(kind: str, order: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

@@ -1,6 +1,7 @@
 """What the state costs: known before, bounded by default, and within a budget by choice."""
 
 import gc
+import itertools
 
 import pytest
 import torch
@@ -72,7 +73,7 @@ def test_a_budget_that_nothing_fits_is_an_error() -> None:
 def alive() -> dict[int, int]:
     """The bytes of each memory that a tensor of Python has."""
     gc.collect()
-    tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+    tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, nn.Parameter)]
     memories = [t.untyped_storage() for t in tensors if t.device.type == "cpu"]
     return {memory.data_ptr(): memory.nbytes() for memory in memories}
 
@@ -80,7 +81,7 @@ def alive() -> dict[int, int]:
 def test_with_diagonal_factors_all_memory_is_half_of_adamws_state() -> None:
     # seven shapes, which step in one bundle: the momenta, and little for where each number is
     sides = [3, 32, 32, 64, 64, 128, 128]
-    convolutions = [nn.Conv2d(*pair, 3, padding=1) for pair in zip(sides, sides[1:], strict=False)]
+    convolutions = [nn.Conv2d(*pair, 3, padding=1) for pair in itertools.pairwise(sides)]
     model = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
     before = alive()
     optimizer = SINGD(model, structures="diagonal")

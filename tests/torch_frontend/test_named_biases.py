@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import recent
 import torch
 from torch import Tensor, nn
 
@@ -62,7 +63,7 @@ def rules(optimizer: SINGD) -> dict[str, str]:
     return {name: rule for name, _, rule, *_ in cells}
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=recent.COMPILES)])
 @pytest.mark.parametrize("where", ["host", "accelerator"])
 def test_steps_are_those_of_the_pure_optimizer(
     compiled: bool, where: str, monkeypatch: pytest.MonkeyPatch
@@ -154,7 +155,7 @@ def in_two_groups(model: nn.Module, **of_biases: Any) -> SINGD:
     return SINGD([{"params": weights}, {"params": biases, **of_biases}])
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=recent.COMPILES)])
 def test_biases_in_a_group_of_their_own_are_the_same(compiled: bool) -> None:
     """As of those who let no bias decay."""
     model, twin = network(), network()

@@ -49,14 +49,16 @@ class Gradients:
 
     def on(self, device: torch.device) -> Gradients:
         """The same for the parameters of one device, where a model has some on several."""
-        assert self.ok is not None and self.bad is not None
+        assert self.ok is not None
+        assert self.bad is not None
         known: dict[int, StepSettings] = {}
 
         def settings(p: nn.Parameter) -> StepSettings:
             s = self.settings(p)
             if id(s) not in known:  # one object for each group
-                there = {name: x.to(device) for name, x in vars(s).items() if isinstance(x, Tensor)}
-                known[id(s)] = dataclasses.replace(s, **there)
+                own: dict[str, Any] = vars(s)
+                there = {name: x.to(device) for name, x in own.items() if isinstance(x, Tensor)}
+                known[id(s)] = StepSettings(**own | there)
             return known[id(s)]
 
         ok, bad = self.ok.to(device), self.bad.to(device)

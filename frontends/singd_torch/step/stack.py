@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, MutableMapping, Sequence
 from functools import partial
@@ -28,8 +29,13 @@ from singd_torch.tensors.join import are_equal, join, join_trees, owned, parts, 
 T = TypeVar("T")
 State: TypeAlias = MutableMapping[Any, dict[str, Any]]
 
-# Stacks differ in shape: one of many must not use up the recompilations of the others.
-_ISOLATED: dict[str, Any] = {"dynamic": False, "isolate_recompiles": True, "recompile_limit": 64}
+# Stacks differ in shape: one of many must not use up the recompilations of the others. An older
+# torch has no such options.
+_ISOLATED: dict[str, Any] = {
+    name: value
+    for name, value in (("isolate_recompiles", True), ("recompile_limit", 64))
+    if name in inspect.signature(torch.compile).parameters
+}
 
 
 @dataclasses.dataclass(eq=False)
@@ -338,6 +344,6 @@ class Stack:
         if self.compile is None:
             return function(*args)
         if function not in self._compiled:
-            options = _ISOLATED | self.compile
+            options = {"dynamic": False} | _ISOLATED | self.compile
             self._compiled[function] = torch.compile(function, **options)
         return self._compiled[function](*args)  # type: ignore[no-any-return]

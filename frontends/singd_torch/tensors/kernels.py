@@ -54,11 +54,12 @@ def _cumulative_sum(x: Tensor) -> Tensor:
         return x
     # CUDA adds in any order, and refuses to; products with ones do not.
     d, b = x.shape[-1], _SCANNED
-    parts = torch.nn.functional.pad(x, (0, -d % b)).unflatten(-1, (-1, b))
+    parts = torch.nn.functional.pad(x, (0, -d % b)).reshape(*x.shape[:-1], -1, b)
     within = parts @ x.new_ones(b, b).triu_()
     q = parts.shape[-2]
     before = within[..., -1][..., None, :] @ x.new_ones(q, q).triu_(1)
-    return (within + before.mT).flatten(-2)[..., :d]
+    found: Tensor = (within + before.mT).flatten(-2)[..., :d]
+    return found
 
 
 def _product(A: Tensor, B: Tensor, out: Tensor) -> Tensor:
