@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import repeat, zip_longest
 from typing import Any
 
@@ -141,9 +141,28 @@ def apart(group: dist.ProcessGroup) -> dist.ProcessGroup:
 def another(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """A new group of the same processes, which all call this."""
     ranks, backend = dist.get_process_group_ranks(group), str(dist.get_backend_config(group))
-    found = dist.new_group(ranks, backend=backend, use_local_synchronization=True)
+    with _unbound(ranks):
+        found = dist.new_group(ranks, backend=backend, use_local_synchronization=True)
     assert isinstance(found, dist.ProcessGroup)
     return found
+
+
+@contextlib.contextmanager
+def _unbound(ranks: Sequence[int]) -> Iterator[None]:
+    """Where not all processes are of these ranks, make no communicator from the one of all.
+
+    If `init_process_group` was given a `device_id`, torch splits that one, and waits for all.
+    """
+    everyone: Any = dist.group.WORLD
+    bound = everyone.bound_device_id
+    if bound is None or len(ranks) == dist.get_world_size():
+        yield
+        return
+    everyone.bound_device_id = None
+    try:
+        yield
+    finally:
+        everyone.bound_device_id = bound
 
 
 def device_of_flags(group: dist.ProcessGroup, device: torch.device) -> torch.device:

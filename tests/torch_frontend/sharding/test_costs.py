@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from singd_torch import SINGD, estimate
+from singd_torch._distributed import another
 from singd_torch.sharding import exchange
 
 GIVEN = {"T": 2, "growing_T": False}
@@ -203,3 +204,28 @@ def test_an_estimate_tells_the_bytes_of_each_process() -> None:
     assert "on each of 2 processes" in repr(wanted)
     with pytest.raises(ValueError, match="processes=0"):
         estimate(model, processes=0)
+
+
+def bound_while_made(rank: int, world: int) -> list[Any]:
+    """The device of all processes while a group of all is made, of one alone, and after it."""
+    everyone: Any = dist.group.WORLD
+    alone = [dist.new_group([i]) for i in range(world)][rank]
+    everyone.bound_device_id = torch.device("cuda", 0)  # as init_process_group(device_id=...)
+    found = []
+
+    def recorded(*args: Any, **given: Any) -> Any:
+        found.append(everyone.bound_device_id)
+        return alone
+
+    with mock.patch.object(dist, "new_group", recorded):
+        another(everyone)
+        another(alone)
+    found.append(everyone.bound_device_id)
+    everyone.bound_device_id = None  # there is no such device
+    return found
+
+
+def test_a_group_of_some_processes_is_not_split_off_the_group_of_all() -> None:
+    """NCCL would wait for the others."""
+    device = torch.device("cuda", 0)
+    assert gloo.run(2, bound_while_made) == [[device, None, device]] * 2
