@@ -18,6 +18,9 @@ from singd_core.adamw import LEAST_EPS, Fallback
 RATES = "fallback_lr", "fallback_eps", "fallback_weight_decay"
 _NAMES = "lr", "betas", "eps", "weight_decay"
 
+# Devices whose fused kernel changes nothing where `found_inf` is 1; MPS does not look at it.
+_ASKS = "cpu", "cuda", "xpu"
+
 
 def step(
     group_of: Mapping[nn.Parameter, dict[str, Any]],
@@ -75,11 +78,18 @@ def _stepped(
         lr = lr.float()  # a kernel of CUDA reads 32 bits, whatever the dtype
     if not fused:  # without a device that would have to be waited for, torch wants numbers
         lr, weight_decay = float(lr), float(weight_decay)
+    weights = [real(p) for p in wide]
+    means, squares = ([real(state[p][name]) for p in params] for name in ("exp_avg", "exp_avg_sq"))
+    before = [
+        (x, x.detach().clone())
+        for x in (*weights, *means, *squares)
+        if fused and x.device.type not in _ASKS
+    ]
     adamw(
-        [real(p) for p in wide],
+        weights,
         [real(cast(g, like)) for g, like in zip(grads, wide, strict=True)],
-        [real(state[p]["exp_avg"]) for p in params],
-        [real(state[p]["exp_avg_sq"]) for p in params],
+        means,
+        squares,
         [],
         [state[p]["step"] for p in params],
         foreach=not fused,
@@ -93,6 +103,9 @@ def _stepped(
         eps=at_least(group["fallback_eps"], LEAST_EPS),
         maximize=False,
     )
+    for x, old in before:
+        moves = skip.to(x.device) == 0.0  # type: ignore[union-attr]
+        x.detach().copy_(torch.where(moves, x, old))
     return wide
 
 

@@ -211,6 +211,30 @@ def test_the_state_of_adamw_moves_to_a_device_with_its_parameter() -> None:
     )
 
 
+def test_a_kernel_of_adamw_that_does_not_ask_changes_nothing(masked: pytest.MonkeyPatch) -> None:
+    """As the one of Apple's GPUs."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    adamw = _fallback.adamw
+
+    def blind(*args: Any, found_inf: Any, **given: Any) -> None:
+        adamw(*args, found_inf=None, **given)
+
+    masked.setattr(_fallback, "adamw", blind)
+    masked.setattr(_fallback, "_ASKS", ())
+    optimizer = SINGD(model)
+    for poison in (0.0, NAN):
+        before = numbers(model, optimizer)
+        optimizer.zero_grad()
+        (model(torch.randn(8, 3)).square().mean() + poison * model[1].bias.sum()).backward()
+        optimizer.step()
+        after = numbers(model, optimizer)
+        same = {
+            name: torch.equal(x, after[name]) for name, x in before.items() if "step" not in name
+        }
+        assert set(same.values()) == {poison != 0.0}
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("case", CASES)
 def test_step_on_a_gpu_never_syncs_and_equals_the_host(case: str) -> None:
