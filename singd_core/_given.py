@@ -125,7 +125,7 @@ def _check_parameter(name: str, parameter: Parameter, kind: LayerKind | None) ->
         raise ValueError(
             f"{name!r} has a bias but is no layer: name it in layers=, or give the bias a name of "
             'its own. Without layers, the recipe has to be "normalized", both have to be real, and '
-            "the bias has to have the shape of its weight's rows"
+            "the bias has to have the shape of its weight's rows, which are two or more"
         )
     if kind is None:
         return
