@@ -26,6 +26,8 @@ class Kernels:
         cumulative_sum: The sums of the first entries along the last axis.
         norm: The Frobenius norm over last axes, or the norms of the matrices of a list.
         constant: An array of one number everywhere.
+        maximum: The larger of an array and a number, NaN where the array is.
+        minimum: The smaller, likewise.
         number: A 0-d array as a number, where the host need not wait for it.
         numbers: A 1-d array as a list of numbers, likewise; None where it is no such array.
         empty: An array of any content, where arrays can be written to.
@@ -44,6 +46,8 @@ class Kernels:
     cumulative_sum: Callable[[Any], Any] | None = None
     norm: Callable[[Any, int], Any] | None = None
     constant: Callable[[float, Any], Any] | None = None
+    maximum: Callable[[Any, float], Any] | None = None
+    minimum: Callable[[Any, float], Any] | None = None
     number: Callable[[Any], Any] | None = None
     numbers: Callable[[Any], list[float] | None] | None = None
     empty: Callable[[Sequence[int], Any], Any] | None = None

@@ -36,7 +36,8 @@ def at_least(x: Scalar, low: Scalar) -> Scalar:
     if isinstance(x, (int, float)) and isinstance(low, (int, float)):
         return max(x, low)
     if isinstance(low, (int, float)):  # one operation, where an array of it would be another
-        return namespace(x).clip(x, min=low)
+        own = kernels_of(x).maximum
+        return namespace(x).clip(x, min=low) if own is None else own(x, low)
     x, low = _alike(x, low)
     return namespace(x).maximum(x, low)
 
@@ -46,14 +47,16 @@ def at_most(x: Scalar, high: Scalar) -> Scalar:
     if isinstance(x, (int, float)) and isinstance(high, (int, float)):
         return min(x, high)
     if isinstance(high, (int, float)):
-        return namespace(x).clip(x, max=high)
+        own = kernels_of(x).minimum
+        return namespace(x).clip(x, max=high) if own is None else own(x, high)
     x, high = _alike(x, high)
     return namespace(x).minimum(x, high)
 
 
 def clip(x: Scalar, low: float, high: Scalar) -> Scalar:
     """min(max(x, low), high) of a number or an array."""
-    if isinstance(x, (int, float)) or not isinstance(high, (int, float)):
+    is_number = isinstance(x, (int, float))
+    if is_number or not isinstance(high, (int, float)) or kernels_of(x).maximum is not None:
         return at_most(at_least(x, low), high)
     return namespace(x).clip(x, min=low, max=high)
 

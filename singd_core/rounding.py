@@ -12,7 +12,7 @@ are stacked or parted. Nothing is kept between steps, and processes that hold co
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Self, TypeVar
 
 from singd_core._array import Array, Scalar, cast, device, namespace, widen
@@ -144,8 +144,9 @@ class Rounding(NamedTuple):
         """
         if cost is None:
             return self(x, name, place=place), None
-        x = x + widen(cost)
-        new = widen(namespace(x).astype(x, self.dtypes[name]))
+        x, known = x + widen(cost), format_of(self.dtypes[name])
+        assert known is not None
+        new = nearest(x, known)
         return new, cast(x - new, cost)
 
     def key(self, name: str, part: str = "") -> Scalar:
@@ -213,14 +214,29 @@ def stochastic(x: Array, bits: Array, known: Format) -> Array:
     Of the bits of |x|, those that the dtype has not are added to as many random ones: the carry,
     which rounds up, has the probability that makes the mean x.
     """
-    xp, shift, random = namespace(x), None, (1 << known.fewer) - 1
+    return _carried(x, lambda whole: bits & ((1 << known.fewer) - 1), known)
+
+
+def nearest(x: Array, known: Format) -> Array:
+    """`x` in float32 with the nearest numbers that a dtype of 16 bits has.
+
+    Not by a cast and a cast back: compilers for accelerators leave both out, XLA's and torch's.
+    """
+    half = (1 << (known.fewer - 1)) - 1
+    return _carried(x, lambda whole: half + ((whole >> known.fewer) & 1), known)
+
+
+def _carried(x: Array, added: Callable[[Array], Array], known: Format) -> Array:
+    """`x` without the bits that a dtype has not, after what is `added` to its bits."""
+    xp, shift, lost = namespace(x), None, (1 << known.fewer) - 1
     y = x
     if known.normal is not None:  # smaller numbers are spaced as those from there to the double
         size = xp.astype(abs(x) < known.normal, x.dtype) * known.normal
         shift = xp.where(x < 0.0, -size, size)
         y = x + shift
-    whole = y.view(xp.int32) + (bits & random)
-    whole &= ~random
+    whole = y.view(xp.int32)
+    whole = whole + added(whole)
+    whole &= ~lost
     y = whole.view(xp.float32)
     if shift is not None:
         y = y - shift

@@ -9,7 +9,8 @@ import pytest
 from cupy._core import _fusion_thread_local, fusion
 
 from singd_core._array import _multiply_add
-from singd_core._kernels import kernels_of
+from singd_core._kernels import Kernels, kernels_of, register
+from singd_core._scalars import at_least, at_most, clip
 from singd_core.adamw import _averaged
 from singd_cupy import _fuse
 
@@ -85,3 +86,21 @@ def test_arrays_of_several_dtypes_are_not_fused(foreign):
         run = _fuse.fused.__wrapped__(function)
     x, y = foreign(np.zeros(3, np.float32)), foreign(np.zeros(3, np.float64))
     assert (run(x, x, 0.5), run(x, y, 0.5)) == ("fused", "plain")
+
+
+def test_bounds_are_kernels_that_nobody_waits_for(foreign):
+    """`clip` of array-api-compat asks the device how many numbers it cuts."""
+    x, asked = foreign(np.zeros(3)), []
+
+    def bound(name):
+        return lambda x, number: asked.append((name, number)) or x
+
+    assert (_fuse.KERNELS.maximum, _fuse.KERNELS.minimum) == (cupy.maximum, cupy.minimum)
+    try:
+        register(Kernels(maximum=bound("maximum"), minimum=bound("minimum")), cupy.ndarray)
+        at_least(x, 0.5)
+        at_most(x, 2.0)
+        clip(x, -1.0, 1.0)
+    finally:
+        register(_fuse.KERNELS, cupy.ndarray)
+    assert asked == [("maximum", 0.5), ("minimum", 2.0), ("maximum", -1.0), ("minimum", 1.0)]

@@ -1,6 +1,7 @@
 """Parameters of 16 bits: short steps add up as in float32, and the rounded weights come out."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax_cases import array, mean_square
 
 import singd_jax
 from singd_core.optimizer import Fallback
+from singd_core.rounding import Rounding
 
 # Short steps are what is tested.
 pytestmark = pytest.mark.filterwarnings("ignore:lr=.*the rate is the size of a step")
@@ -118,3 +120,12 @@ def test_momenta_have_the_dtype_that_was_chosen(dtype):
     assert {a.dtype for a in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
     found, expected = changes(params), changes(trained(dtype)[0])
     assert np.linalg.norm(found - expected) < 0.5 * np.linalg.norm(expected)
+
+
+def test_a_compensated_sum_does_not_cast_there_and_back():
+    """XLA leaves out such pairs on a GPU, and the cost would be zero."""
+    rounding = Rounding.of("kahan", 0, 0, "a", {"weight": "bfloat16"})
+    x, cost = jnp.ones(3), jnp.zeros(3, jnp.bfloat16)
+    stored = lambda x, cost: rounding.stored(x, "weight", cost=cost)  # noqa: E731
+    casts = re.findall(r"new_dtype=bfloat16", str(jax.make_jaxpr(stored)(x, cost)))
+    assert len(casts) == 1  # of the cost

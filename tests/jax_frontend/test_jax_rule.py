@@ -244,3 +244,25 @@ def test_the_bare_preconditioner_refreshes_in_growing_gaps():
     own = state_of(state).core.layers["v"]
     assert own.momenta is own.late is None
     assert int(own.factors.averages.k) == sum(dues(4, 30)) < 30
+
+
+def test_refreshes_and_check_have_the_full_precision_of_accelerators():
+    """Products of float32 have 8 or 11 bits there, and K U K makes their errors larger."""
+    seen = []
+
+    def loss(params, x):
+        seen.append(jax.config.jax_default_matmul_precision)
+        return jnp.mean(jnp.tanh(x @ params["w"]) ** 2)
+
+    params, x = {"w": jnp.ones((4, 3))}, jnp.ones((5, 4))
+    layers = singd_jax.find_layers(loss)(params, x)
+    singd_jax.check(loss, layers)(params, x)
+    assert "highest" in seen
+    tx = singd_jax.singd(layers=layers)
+    state = tx.init(params)
+    _, grads, curvature = singd_jax.value_and_curvature(loss, layers)(params, state, x)
+
+    def update(grads, curvature):
+        return tx.update(grads, state, params, curvature=curvature)
+
+    assert "HIGHEST" in str(jax.make_jaxpr(update)(grads, curvature))

@@ -20,6 +20,7 @@ from singd_core.rounding import (
     format_of,
     identity,
     is_rounded,
+    nearest,
     random_bits,
     stochastic,
 )
@@ -152,9 +153,12 @@ class Row:
     def _compensate(self, x: Tensor, lost: Sequence[Tensor], moves: Tensor | None) -> None:
         sizes = [p.numel() for p in self.params]
         x += torch.cat([cost.reshape(-1) for cost in lost])
-        new = x.to(self.params[0].dtype)
-        pairs = ((self.params, new), (lost, (x - new).to(new)))
-        for places, values in pairs:
+        dtype = self.params[0].dtype
+        known = format_of(dtype)
+        assert known is not None
+        new = nearest(x, known)
+        pairs = ((self.params, new), (lost, x - new))
+        for places, values in ((places, values.to(dtype)) for places, values in pairs):
             for place, value in zip(places, torch.split(values, sizes), strict=True):
                 value = value.view(place.shape)
                 place.copy_(value if moves is None else torch.where(moves, value, place))
