@@ -76,7 +76,7 @@ def _race(tasks: Sequence[str], device: str, *given: str, minutes: float) -> Par
 def parts() -> Iterator[Part]:
     """What runs on a GPU, what matters most first."""
     for name in ("frontends", "optimizer", "cupy"):
-        yield _tests(f"tests-{name}", f"tests/gpu/test_gpu_{name}.py")
+        yield _tests(f"tests-{name}", f"tests/gpu/test_gpu_{name}.py", minutes=6.0)
     own = "--optimizers", *STEPS, "--steps", "30", "--limit"
     for model in ("gpt2-small", "vit-s"):
         yield _bench(f"steps-{model}", [model], "cuda", *own, "12", minutes=4.0)

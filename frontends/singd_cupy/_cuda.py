@@ -58,7 +58,8 @@ def moved(x: Array, device: Any) -> Array:
         return x
     import cupy
 
-    with source:
+    with source:  # a copy of what is not contiguous would else begin after the event
+        x = x if x.flags.c_contiguous else cupy.ascontiguousarray(x)
         written = cupy.cuda.get_current_stream().record()
     with device:
         stream = cupy.cuda.get_current_stream()
