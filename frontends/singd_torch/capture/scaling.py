@@ -29,12 +29,6 @@ class Scales:
     rows: Any = 1.0
     found_inf: Any = None
 
-    def on(self, device: torch.device) -> Scales:
-        """The same on a device."""
-        own = vars(self).items()
-        there = {name: x.to(device) for name, x in own if isinstance(x, Tensor)}
-        return dataclasses.replace(self, **there)
-
     def sizes(self) -> list[Any]:
         """What is infinite if the scaler found gradients that were not finite."""
         if self.found_inf is None:

@@ -13,7 +13,7 @@ from singd_core.curvature import Measured
 from singd_core.layers import LayerKind, Sample
 from singd_core.rules import Factors
 from singd_torch.tensors.join import join, join_trees, tree_parts
-from singd_torch.tensors.pieces import narrowed, placed
+from singd_torch.tensors.pieces import brought, narrowed, placed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,10 +225,7 @@ class Pending:
         if self.inputs.squares.device == device:
             return self
         inputs, outputs = (sums.map(lambda a: a.to(device)) for sums in (self.inputs, self.outputs))
-        N, M, M_now = (
-            n.to(device) if isinstance(n, Tensor) else n for n in (self.N, self.M, self.M_now)
-        )
-        return Pending(inputs, N, outputs, M, M_now, self.backward, self.swapped)
+        return brought(dataclasses.replace(self, inputs=inputs, outputs=outputs), device)
 
     def sent(self) -> Pending:
         """What is left when its sums were sent: more calls of its pass are of the same loss."""

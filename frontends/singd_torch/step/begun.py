@@ -21,7 +21,7 @@ from singd_core.without_mean import learned
 from singd_torch.capture.scaling import Scales
 from singd_torch.step.curvatures import curvature as curvature_of
 from singd_torch.step.stack import Stack, State
-from singd_torch.tensors.pieces import placed
+from singd_torch.tensors.pieces import brought, placed
 from singd_torch.tensors.select import either
 
 
@@ -49,21 +49,16 @@ class Gradients:
 
     def on(self, device: torch.device) -> Gradients:
         """The same for the parameters of one device, where a model has some on several."""
-        assert self.ok is not None
-        assert self.bad is not None
         known: dict[int, StepSettings] = {}
 
         def settings(p: nn.Parameter) -> StepSettings:
             s = self.settings(p)
             if id(s) not in known:  # one object for each group
-                own: dict[str, Any] = vars(s)
-                there = {name: x.to(device) for name, x in own.items() if isinstance(x, Tensor)}
-                known[id(s)] = StepSettings(**own | there)
+                known[id(s)] = brought(s, device)
             return known[id(s)]
 
-        ok, bad = self.ok.to(device), self.bad.to(device)
-        scales = self.scales.on(device)
-        return dataclasses.replace(self, settings=settings, scales=scales, ok=ok, bad=bad)
+        own = dataclasses.replace(self, settings=settings, scales=brought(self.scales, device))
+        return brought(own, device)
 
     def allows(self, moves: Tensor) -> Tensor:
         """What moves, where the step may change anything."""

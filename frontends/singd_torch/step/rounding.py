@@ -157,9 +157,8 @@ class Row:
         known = format_of(dtype)
         assert known is not None
         new = nearest(x, known)
-        pairs = ((self.params, new), (lost, x - new))
-        for places, values in ((places, values.to(dtype)) for places, values in pairs):
-            for place, value in zip(places, torch.split(values, sizes), strict=True):
+        for places, values in ((self.params, new), (lost, x - new)):
+            for place, value in zip(places, torch.split(values.to(dtype), sizes), strict=True):
                 value = value.view(place.shape)
                 place.copy_(value if moves is None else torch.where(moves, value, place))
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from singd_core.structures import (
     TrilToeplitz,
     TriuToeplitz,
 )
+
+T = TypeVar("T")
 
 # In numbers: an operation on so many is still 20 times as long as its call.
 _PIECE = 1 << 18
@@ -88,3 +91,10 @@ def placed(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
         return value.to(device, dtype)
     return torch.full((), value, dtype=dtype, device=device)
+
+
+def brought(owner: T, device: torch.device) -> T:
+    """A dataclass with the tensors that are its own fields on a device."""
+    fields: dict[str, Any] = vars(owner)
+    there: Any = {name: x.to(device) for name, x in fields.items() if isinstance(x, Tensor)}
+    return dataclasses.replace(owner, **there)  # type: ignore[type-var]
