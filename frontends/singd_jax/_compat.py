@@ -177,11 +177,17 @@ def kept(x: Any, count: Any) -> Any:
     return jax.lax.dynamic_update_index_in_dim(two, x, jnp.minimum(count, 0), 0)[0]
 
 
-def is_local() -> bool:
-    """Whether an array of this trace lies on one device: there is one, or each has its own."""
+def is_local(*trees: Any) -> bool:
+    """Whether each array of a program lies on one device, as far as the types of some tell.
+
+    There is one, the program is of one of several, or each device has its own.
+    """
     sharding: Any = jax.sharding
     mesh = sharding.get_abstract_mesh()
-    return jax.device_count() == 1 or 0 < len(mesh.axis_names) == len(mesh.manual_axes)
+    if jax.device_count() == 1 or 0 < len(mesh.axis_names) == len(mesh.manual_axes):
+        return True
+    meshes = mesh, *map(_mesh, jax.tree.leaves(trees))
+    return all(mesh is None or mesh.size <= 1 for mesh in meshes)
 
 
 def whole(x: Any) -> Any:

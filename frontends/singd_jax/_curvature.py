@@ -96,7 +96,7 @@ def value_and_curvature(
         first = functools.partial(leading, loss, leaves, batch, keywords)
         n = size_of_batch(layers.batch_size, batch, keywords, first) if needed else None
         rows = {name: own.fixed.rows for own in states for name in own.rest.layers}
-        always = branch is None and _is_cheap(trained, kept, rows)
+        always = branch is None and _is_cheap(trained, kept, rows, leaves.named)
         dues: list[Any] = [None if always else own.due for own in states]
         whole = branch == "layer" or any(due is None for due in dues)
         due = {} if always or not whole else _of_layers(states, dues)
@@ -139,18 +139,21 @@ def _of_layers(states: Sequence[SingdState], values: Sequence[Any]) -> dict[str,
     return {name: value for own, value in pairs for name in own.rest.layers}
 
 
-def _is_cheap(layers: Layers, factors: Mapping[str, Factors], rows: Mapping[str, float]) -> bool:
+def _is_cheap(
+    layers: Layers, factors: Mapping[str, Factors], rows: Mapping[str, float], arrays: Any
+) -> bool:
     """Whether measuring all layers takes few operations beside their products.
 
     It takes 2 n d w of n rows for a factor of side d with blocks of side w. The products take
     6 N d_out d_in of N rows, forward and backward.
     """
     measuring = products = 0.0
+    local = _compat.is_local(arrays)
     for name, layer in layers.items():
         _, d_out, d_in = layer.shape
         products += 6.0 * layer.rows * d_out * d_in
         for S, d in zip(factors[name].structures, (d_in, d_out), strict=True):
-            most = max(rows[name], S.width(d)) if _compat.is_local() else math.inf
+            most = max(rows[name], S.width(d)) if local else math.inf
             measuring += 2.0 * min(layer.rows, layer.runs * most) * d * S.width(d)
     return measuring <= _CHEAP * products
 

@@ -57,7 +57,7 @@ def measure(
     """
     transposed, bias = layer.role(call) == TRANSPOSED, layer.bias is not None
     _, d_out, d_in = layer.shape
-    most = rows[layer.name] if _compat.is_local() else math.inf
+    most = rows[layer.name]
     N = call.examples if kfac_approx == "reduce" else call.rows
     unit = max(layer.rows, 1)
     counted, structures = (N / unit, call.rows, 1.0 / call.times), trained[layer.name].structures
@@ -65,8 +65,9 @@ def measure(
 
     def rule(x: Any, g: Any, factors: Factors | None, starts: Array | None, factor: Any) -> Sums:
         x, g = call.operands(x, g, factor)
+        some = most if _compat.is_local(x, g) else math.inf
         of_K, of_C = (
-            _sample(most, structure, d, starts, N)
+            _sample(some, structure, d, starts, N)
             for structure, d in zip(structures, (d_in, d_out), strict=True)
         )
         of_x, of_g = (of_C, of_K) if transposed else (of_K, of_C)

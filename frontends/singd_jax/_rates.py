@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -49,7 +50,16 @@ class Stepper(Optimizer):
     ) -> T_Tree:
         if isinstance(condition, bool):
             return super()._if(condition, function, old, *arrays)
-        found: T_Tree = jax.lax.cond(condition, function, lambda old, *_: old, old, *arrays)
+
+        def branch(old: T_Tree, *arrays: Array) -> T_Tree:
+            found: T_Tree = jax.lax.cond(condition, function, lambda old, *_: old, old, *arrays)
+            return found
+
+        # on a GPU the host waits for each condition, and every layer has one
+        always = functools.partial(super()._if, condition, function)
+        found: T_Tree = jax.lax.platform_dependent(
+            old, *arrays, cuda=always, rocm=always, default=branch
+        )
         return found
 
     def _run(

@@ -117,6 +117,31 @@ def test_xla_makes_few_kernels_of_a_step():
     assert refresh <= REFRESH
 
 
+def conditions(module: str) -> int:
+    """How many conditions stay when those on constants are decided, as XLA does."""
+    constants, left = set(), 0
+    for line in module.splitlines():
+        if "func.func" in line:
+            constants = set()
+        if made := re.match(r"\s*(%\w+) = stablehlo.constant", line):
+            constants.add(made[1])
+        if case := re.match(r'\s*(%\w+)(?::\d+)? = "stablehlo.case"\((%\w+)\)', line):
+            left += case[2] not in constants
+            constants |= {case[1]} if case[2] in constants else set()  # the index of a platform
+    return left
+
+
+@pytest.mark.parametrize("platform", ["cuda", "cpu"])
+def test_a_gpu_waits_for_no_condition_of_a_layer(platform):
+    """The host reads each of them; the one that is left is of the refresh."""
+    params, loss, x = two_layers(8, 16)
+    tx = singd_jax.singd(T=10)  # from gradients, which needs no rows
+    state, grads = tx.init(params), jax.eval_shape(jax.grad(loss), params, x)
+    module = jax.export.export(jax.jit(tx.update), platforms=[platform])(grads, state, params)
+    left = conditions(module.mlir_module())
+    assert left == (1 if platform == "cuda" else 2)  # the layers share code, and its condition
+
+
 def two_layers(d, rows):
     """The parameters and the loss of two layers with biases, their sides a multiple of a block."""
     keys = jax.random.split(jax.random.key(0), 3)

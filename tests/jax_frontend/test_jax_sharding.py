@@ -76,6 +76,11 @@ def test_each_device_measures_some_of_its_own_rows(found):
     assert found["few rows"]["spread"] > 0.01 or found["structures"] == "dense"
 
 
+@pytest.mark.parametrize("found", ["hierarchical:1,1", SLOW[1]], indirect=True)
+def test_a_program_of_one_of_several_devices_measures_few_rows(found):
+    assert found["few rows on one of several"] > 1e-3
+
+
 def test_momenta_are_sharded_like_their_parameters(found):
     assert found["state"]["momenta"] == 0
 
