@@ -7,7 +7,7 @@ import math
 import platform
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from compare_plan import CHOICE, SEARCH, Plan, behind
 from compare_runs import OURS, OWN, RIVALS, Result, Run, resolved
@@ -52,7 +52,29 @@ def tried(plan: Plan) -> str:
             "of log(loss / the default's loss) over the runs of the same task, schedule and seed, "
             "each at most 1 in size. The code is a fingerprint of what made the runs."
         )
+        parts.append(_by_task(ours, default))
     return "\n\n".join(parts)
+
+
+def _by_task(ours: Mapping[str, Found], default: str) -> str:
+    """The losses of the settings on each task that several were tried on."""
+    losses: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for settings, found in ours.items():
+        for run, result in found.items():
+            if run.seed in CHOICE:
+                losses[run.task, run.schedule][settings].append(result.loss)
+    names = {settings: label(next(iter(found)), default) for settings, found in ours.items()}
+    ordered = sorted(names, key=lambda settings: (settings != default, names[settings]))
+    rows = [
+        [task, schedule, *(digits(statistics.fmean(own[s])) if s in own else "-" for s in ordered)]
+        for (task, schedule), own in sorted(losses.items(), key=lambda item: item[0][::-1])
+        if len(own) > 1
+    ]
+    header = ["task", "schedule", *(names[settings] for settings in ordered)]
+    return (
+        f"Final training losses of these settings, means of the seeds {_listed(CHOICE)}, on the "
+        f"tasks that others than the default were tried on:\n\n{table(header, rows, words=2)}"
+    )
 
 
 def _settings(found: Found, default: Found, default_settings: str) -> list[str]:

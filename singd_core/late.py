@@ -5,8 +5,8 @@ Section 5 of docs/mathematics.md has the equations.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from collections.abc import Sequence
+from typing import Self
 
 from singd_core._array import Array, Scalar, cast, device, multiply_add, namespace, wide_full
 from singd_core._scalars import (
@@ -194,25 +194,3 @@ def _pair(old: Array, one: Scalar, two: Scalar) -> Array:
         return xp.asarray([one, two], dtype=old.dtype, device=device(old))
     like = old[..., 0]
     return xp.stack([cast(as_array(x, like), old) for x in (one, two)], axis=-1)
-
-
-def begun_anew(sums: Late, saved: Mapping[str, Any], prefix: str) -> dict[str, Array]:
-    """What `saved` lacks if it was saved before there was a mean, or a sum for noise.
-
-    Args:
-        sums: Sums of the same matrix.
-        saved: Arrays under the names that `sums.named_arrays(prefix)` has.
-        prefix: What these names begin with.
-
-    Returns:
-        Zeros for the mean and its steps, and the noise of equal gradients with a momentum of 0.9.
-    """
-    found: dict[str, Array] = {}
-    if prefix + "growth" not in saved or prefix + "squares" not in saved:
-        return found
-    new = {prefix + "mean": sums.mean, prefix + "steps": sums.steps}
-    if new.keys().isdisjoint(saved):
-        found |= {name: namespace(a).zeros_like(a) for name, a in new.items()}
-    if prefix + "noise" not in saved:
-        found[prefix + "noise"] = saved[prefix + "squares"] * (1.0 / 1.9)
-    return found

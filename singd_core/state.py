@@ -25,12 +25,10 @@ from singd_core._array import Array, device, is_complex, is_inexact, namespace, 
 from singd_core._given import a_state
 from singd_core._layer_state import State
 from singd_core.adamw import Moments
-from singd_core.late import begun_anew
 from singd_core.rules import inputs_of
 
 _NUMBERS = "step", "largest_lr"
 _FACTORS = "factors."
-_LATE = "late."
 
 
 def flatten(state: State) -> dict[str, Any]:
@@ -52,9 +50,10 @@ def unflatten(template: State, flat: Mapping[str, Any]) -> State:
     """
     if not isinstance(flat, Mapping):
         raise TypeError(f"the saved state must be a dictionary, not a {type(flat).__name__}")
-    if "step" not in flat:
-        raise ValueError("the saved state has no 'step': is it what `flatten` returned?")
-    arrays, flat = [], _upgraded(a_state(template), flat)
+    for name in _NUMBERS:
+        if name not in flat:
+            raise ValueError(f"the saved state has no {name!r}: is it what `flatten` returned?")
+    arrays, flat = [], _fitted(a_state(template), flat)
     expected = dict(_named(template))
     for name in flat:
         if name not in _NUMBERS and name not in expected:
@@ -105,16 +104,13 @@ def _check_numbers(name: str, saved: Array, array: Array) -> None:
         raise ValueError(f"{name!r} is not finite in the saved state")
 
 
-def _upgraded(template: State, flat: Mapping[str, Any]) -> dict[str, Any]:
-    """With what is kept now of a state saved before 0.1.
+def _fitted(template: State, flat: Mapping[str, Any]) -> dict[str, Any]:
+    """With what a weight that learns from gradients keeps now and did not keep.
 
-    It had one momentum for a weight matrix and its bias, which averaged natural gradients: a rule
-    that averages gradients begins anew with it. Later ones had no mean of
-    squared gradients, and none had the largest rate: these begin anew. So does a weight that learns
-    from gradients, if AdamW trained its bias or both of them, or if the bias was a column. The
-    averages of rows begin anew, where factors learn from gradients now.
+    It begins anew if it had no mean of inputs: AdamW trained its bias or both of them, or the bias
+    was a column. The averages of rows begin anew, where factors learn from gradients now.
     """
-    found = {"largest_lr": 0.0} | dict(flat)
+    found = dict(flat)
     for name, layer in template.layers.items():
         was_there = any(f"{name}.{entry}" in flat for entry in ("averages.k", "exp_avg"))
         has_mean = inputs_of(layer.factors) is None or f"{name}.inputs.mean" in flat
@@ -129,20 +125,6 @@ def _upgraded(template: State, flat: Mapping[str, Any]) -> dict[str, Any]:
             if bool(xp.any(xp.asarray(t_U, device=device(averages.t_U)) > 0.0)):
                 zeros = averages.map(xp.zeros_like)
                 found |= dict(zeros.named_arrays(f"{name}.averages."))
-        if layer.late is not None:
-            found |= begun_anew(layer.late, flat, f"{name}.{_LATE}")
-        own = {k: a for k, a in layer.named_arrays() if not k.startswith(_FACTORS)}
-        momentum = flat.get(f"{name}.momentum_buffer")
-        missing = {key for key in own if f"{name}.{key}" not in found}
-        if momentum is None or not missing:
-            continue
-        sums = {key for key in own if key.startswith(_LATE)}
-        if sums and sums <= missing:
-            found |= {f"{name}.{k}": namespace(a).zeros_like(a) for k, a in own.items()}
-        elif missing == {"bias_momentum_buffer"}:
-            parts = momentum[..., :-1], momentum[..., -1]
-            for key, part in zip(("momentum_buffer", "bias_momentum_buffer"), parts, strict=True):
-                found[f"{name}.{key}"] = part.reshape(own[key].shape)
     return found
 
 

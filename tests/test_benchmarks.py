@@ -43,6 +43,7 @@ def tiny(monkeypatch):
 # ---- bench.py -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_bench_keeps_its_rows_and_writes_the_page(tiny, page, tmp_path):
     bench, steps = importlib.import_module("bench"), importlib.import_module("steps")
     where = ["--results", str(tmp_path), "--page", str(page)]
@@ -96,6 +97,7 @@ def test_a_name_that_no_optimizer_has_is_an_error():
 # ---- race.py ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_race_goes_on_where_it_stopped_and_writes_the_page(page, tmp_path, monkeypatch):
     race, curves = importlib.import_module("race"), importlib.import_module("curves")
     monkeypatch.setattr(race, "EXAMPLES", 20)
@@ -235,6 +237,7 @@ def test_the_graphs_whose_kernels_are_counted_can_be_of_a_gpu():
 # ---- noisy.py and finetune.py -------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_noisy_gradients_are_measured_for_all_settings():
     noisy = importlib.import_module("noisy")
     shown = noisy.main(["--tasks", "physics", "gan", "--seeds", "0", "--share", "0.01"])
@@ -257,6 +260,7 @@ def test_fine_tuning_is_measured_for_all_rates(monkeypatch):
 # ---- deep.py ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_deep_networks_are_measured_with_full_steps_too():
     deep = importlib.import_module("deep")
     shown = deep.main(["--depths", "16", "--seeds", "0", "--steps", "6"])

@@ -45,6 +45,7 @@ def test_each_task_trains(method):
             assert math.isfinite(tasks.train(name, build, seed=0, steps=2)), name
 
 
+@pytest.mark.slow
 def test_no_run_is_made_twice_but_those_of_other_code(many, tmp_path, monkeypatch, capsys):
     runs = importlib.import_module("many_runs")
     many()

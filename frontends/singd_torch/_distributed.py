@@ -140,9 +140,13 @@ def apart(group: dist.ProcessGroup) -> dist.ProcessGroup:
 
 def another(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """A new group of the same processes, which all call this."""
-    ranks, backend = dist.get_process_group_ranks(group), str(dist.get_backend_config(group))
+    return new_group(dist.get_process_group_ranks(group), str(dist.get_backend_config(group)))
+
+
+def new_group(ranks: Sequence[int], backend: str | None = None) -> dist.ProcessGroup:
+    """A new group of processes, which all call this, and no others."""
     with _unbound(ranks):
-        found = dist.new_group(ranks, backend=backend, use_local_synchronization=True)
+        found = dist.new_group(list(ranks), backend=backend, use_local_synchronization=True)
     assert isinstance(found, dist.ProcessGroup)
     return found
 
@@ -186,10 +190,15 @@ def is_any(found: bool, group: dist.ProcessGroup, device: torch.device) -> bool:
     return bool(flag)
 
 
-def gathered(found: Any, group: dist.ProcessGroup) -> list[Any]:
-    """What each process of a group has found, on all of them, which all call this."""
+def gathered(found: Any, group: dist.ProcessGroup, device: torch.device) -> list[Any]:
+    """What each process of a group has found, on all of them, which all call this.
+
+    Each calls it with the device of its parameters: NCCL sends objects through the current device,
+    which a script may have left at the first one.
+    """
     every: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(every, found, group=group)
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        dist.all_gather_object(every, found, group=group)
     return every
 
 
@@ -209,9 +218,7 @@ def of_same(
         for p, one in zip(params, own, strict=False)
     ]
     device = params[0].device if params else torch.device("cpu")
-    # NCCL sends objects through the current device, which a script may have left at the first one
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        every = gathered(here, group)
+    every = gathered(here, group, device)
     for each in zip_longest(*every):
         if len({None if one is None else one[:2] for one in each}) > 1:
             told = ["nothing" if one is None else f"{one[0]!r} {one[1]}" for one in each]

@@ -11,9 +11,6 @@ from torch import Tensor
 
 from singd_torch._groups import FOUND, NOTES
 
-# What groups had in the place of NOTES before 0.1: values by the places of parameters.
-_BEFORE = {"without_rows", "turned"}
-
 
 def check_form(state_dict: Any) -> None:
     """Check that a saved state is made of the mappings, lists and dense tensors of one.
@@ -38,10 +35,8 @@ def check_form(state_dict: Any) -> None:
                 raise ValueError(f"{name!r} of parameter {index!r} is {what} in the checkpoint")
 
 
-def notes_of(group: Mapping[str, Any], title: str = "'{}'") -> list[tuple[int, str | None, Any]]:
+def notes_of(group: Mapping[str, Any], title: str = "'{}'") -> list[tuple[int, str, Any]]:
     """What a saved group notes of parameters: their places, their names and the notes.
-
-    Before there were places in the group, and no names.
 
     Raises:
         ValueError: Naming what of that is wrong.
@@ -55,15 +50,6 @@ def notes_of(group: Mapping[str, Any], title: str = "'{}'") -> list[tuple[int, s
                 f"{title.format(NOTES)} is {group[NOTES]!r} in the checkpoint, not a text in JSON"
             ) from None
         _check_kind(title.format(NOTES), found, Sequence)
-    for name in sorted(_BEFORE & group.keys()) if NOTES not in group else ():
-        _check_kind(title.format(name), group[name], Mapping)
-        for place, value in group[name].items():
-            if not str(place).isdecimal() or int(place) >= len(group["params"]):
-                raise ValueError(
-                    f"{title.format(name)} has {place!r}: {value!r} in the checkpoint, not the "
-                    f"place of one of {len(group['params'])} parameters"
-                )
-            found.append((int(place), None, {name: value}))
     for entry in found:
         fits = isinstance(entry, Sequence) and len(entry) == 3 and isinstance(entry[2], Mapping)
         known = entry[2] if fits else {}
@@ -78,8 +64,7 @@ def notes_of(group: Mapping[str, Any], title: str = "'{}'") -> list[tuple[int, s
 
 def without_notes(group: Mapping[str, Any]) -> dict[str, Any]:
     """A saved group without what it notes of parameters."""
-    notes = {NOTES} if NOTES in group else _BEFORE
-    return {name: value for name, value in group.items() if name not in notes}
+    return {name: value for name, value in group.items() if name != NOTES}
 
 
 def _check_group(title: str, group: Mapping[str, Any]) -> None:

@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from singd_core._recipes import with_rule
-from singd_core._settings import Settings
 from singd_core._warnings import warn
-from singd_core.late import begun_anew
 from singd_core.rules import Factors, learns_from_gradients
 from singd_core.rules.centering import InputMean
 from singd_core.structures.choose import is_by_cost
@@ -22,7 +20,6 @@ from singd_torch import _fallback, _state
 from singd_torch._form import check_form, notes_of, without_notes
 from singd_torch._groups import (
     DTYPES,
-    NOTES,
     check_counts,
     check_group,
     noted,
@@ -78,28 +75,20 @@ def loaded(
     groups = completed(state_dict["param_groups"], live)
     entries = _by_parameter(state_dict["state"], groups, live)
     known = {index for group in groups for index in group["params"]}
-    older = any("normalized" not in group for group in state_dict["param_groups"])
     factors = {}
     own = [g | {"params": mine["params"]} for g, mine in zip(groups, live, strict=True)]
-    groups_saved = state_dict["param_groups"]
-    notes = saved_notes(groups_saved, live, names)
-    whole = kept_whole(groups_saved, notes)
-    begun: list[str] = []
+    notes = saved_notes(state_dict["param_groups"], live, names)
+    whole, begun = noted(notes, "without_rows"), list[str]()
     for layer in find_all(model, own, notes):
-        s = settings_of(layer.group)
-        if older:
-            upgrade(layer, entries, normalized=s.normalized)
         if layer.weight not in whole:
             begin_anew(layer, entries)
         by_cost = is_by_cost(layer.group["structures"])
         if by_cost and _drop_other_structures(layer, entries[layer.weight]):
             begun.append(layer.name)
-        check_momenta(layer, entries, s)
-        factors[layer.weight] = saved_factors(layer, entries[layer.weight], s)
+        factors[layer.weight] = checked(layer, entries)
     for p, found in entries.items():
         check_moments(names.get(p, "a parameter"), p, found)
-        if _state.COMPENSATION in found:
-            _check(names.get(p, "a parameter"), {_state.COMPENSATION: p}, found)
+        check_cost(names.get(p, "a parameter"), p, found)
     if begun:
         warn(
             f"the factors of {listed(begun)} begin anew: the checkpoint has factors of other "
@@ -109,19 +98,22 @@ def loaded(
     return Loaded(groups, entries, factors, others, notes)
 
 
-def kept_whole(
-    saved: Sequence[Mapping[str, Any]], notes: Mapping[Any, Mapping[str, Any]]
-) -> Collection[Any]:
-    """Weights without rows of which all that is kept now was kept when that was noted."""
-    return noted(notes, "without_rows") if all(NOTES in group for group in saved) else ()
-
-
 def is_absent(value: Any) -> bool:
     """Whether a saved value stands for none: torch's, where a flat checkpoint has nothing."""
     return isinstance(value, Mapping)
 
 
-def saved_factors(layer: Layer, entries: Mapping[str, Any], s: Settings) -> Factors | None:
+def checked(layer: Layer, entries: Mapping[nn.Parameter, Entries]) -> Factors | None:
+    """The saved factors of a layer, None if it had none yet. All that is kept of it is checked.
+
+    Raises:
+        ValueError: Naming the first entry that is missing or does not fit.
+    """
+    _check_momenta(layer, entries)
+    return saved_factors(layer, entries[layer.weight])
+
+
+def saved_factors(layer: Layer, entries: Mapping[str, Any]) -> Factors | None:
     """The saved factors of a layer, None if it had none yet.
 
     Raises:
@@ -133,7 +125,7 @@ def saved_factors(layer: Layer, entries: Mapping[str, Any], s: Settings) -> Fact
     arrays = dict(template.named_arrays())
     _check(layer.name, arrays, entries)
     known, by_rows = (bool(entries[f"averages.{name}"].any()) for name in ("k", "t_U"))
-    if learns_from_gradients(s) and known and not by_rows:
+    if learns_from_gradients(settings_of(layer.group)) and known and not by_rows:
         own = dataclasses.replace(layer, by_gradient=True)
         template = own.first_factors(torch.device("meta"))
     return template.rebuild(entries[name] for name in arrays)
@@ -142,16 +134,12 @@ def saved_factors(layer: Layer, entries: Mapping[str, Any], s: Settings) -> Fact
 def begin_anew(layer: Layer, entries: Mapping[nn.Parameter, Entries]) -> None:
     """Begin anew with what a layer keeps now and did not keep yet.
 
-    These are sums over late gradients. They are all that a weight without rows keeps of its bias,
-    where AdamW trained that. Where AdamW trained the weight too, all begins anew. Factors of rows
-    that learn from gradients now keep no averages, and begin anew if they have a bias as a column.
+    A weight without rows whose bias has a name now keeps its factors, and the mean of its inputs
+    begins. Factors of rows that learn from gradients now keep no averages, and begin anew if they
+    have a bias as a column.
     """
     own = entries[layer.weight]
     k = own.get("averages.k")
-    if k is None and "exp_avg" in own:
-        for p in layer.parameters:
-            entries[p].clear()
-        return
     k = k if isinstance(k, Tensor) and not isinstance(k, DTensor) else None
     t_U, K = own.get("averages.t_U"), own.get("K.diag")
     by_rows = not layer.kind.has_rows and isinstance(t_U, Tensor) and bool(t_U.any())
@@ -173,10 +161,6 @@ def begin_anew(layer: Layer, entries: Mapping[nn.Parameter, Entries]) -> None:
                 entries[layer.bias][_state.MOMENTUM] = zeros
         if _state.MOMENTUM in own:
             own.update(_state.no_late(layer, like).named_arrays(_state.LATE))
-    known = own.get(_GROWTH)
-    if isinstance(known, Tensor) and not isinstance(known, DTensor):
-        sums = _state.no_late(layer, known.reshape(-1))
-        own.update(begun_anew(sums, own, _state.LATE))
 
 
 def _drop_other_structures(layer: Layer, entries: Entries) -> bool:
@@ -221,13 +205,13 @@ def _length(shape: Sequence[int]) -> int:
     return 0
 
 
-def check_momenta(layer: Layer, entries: Mapping[nn.Parameter, Entries], s: Settings) -> None:
+def _check_momenta(layer: Layer, entries: Mapping[nn.Parameter, Entries]) -> None:
     """Check the momenta of a layer and its sums over late gradients: all are there or none.
 
     Raises:
         ValueError: Naming the first entry that is missing or does not fit.
     """
-    s = dataclasses.replace(s, momentum=0.5)  # with any
+    s = dataclasses.replace(settings_of(layer.group), momentum=0.5)  # with any
     needed = _state.moving(_state.before(layer, s, device=torch.device("meta")))
     kept = [entries[p] for p in layer.parameters]
     if any(key in own for own, keys in zip(kept, needed, strict=True) for key in keys):
@@ -249,6 +233,16 @@ def check_moments(name: str, p: nn.Parameter, entries: Entries) -> None:
         entries["step"] = torch.tensor(float(entries["step"]), device="cpu")
     _check(name, template, entries)
     entries["step"] = entries["step"].float()  # whoever casts a whole checkpoint casts the count
+
+
+def check_cost(name: str, p: Tensor, entries: Entries) -> None:
+    """Check what rounding has cost a parameter, if that is there.
+
+    Raises:
+        ValueError: If it does not fit.
+    """
+    if _state.COMPENSATION in entries:
+        _check(name, {_state.COMPENSATION: p}, entries)
 
 
 def _check(name: str, template: Mapping[str, Tensor], entries: Mapping[str, Any]) -> None:
@@ -314,8 +308,6 @@ def completed(
             )
         if group.get("lr_cov") is None:
             group["lr_cov"] = own["lr_cov"]
-        if isinstance(group.get("base_lr"), float) and not group["base_lr"]:  # as before 0.1
-            del group["base_lr"]
         group["largest_lr"] = _number(group.get("largest_lr", 0.0))  # not that of other steps
         for name, value in own.items():  # settings that are younger than the checkpoint
             group.setdefault(name, value)
@@ -340,14 +332,12 @@ def saved_notes(
     """
     params, notes = [p for group in live for p in group["params"]], dict[Any, dict[str, Any]]()
     by_name = {plain_name(names[p]): p for p in params if p in names}
-    by_place = {i: name for group in saved for i, name, _ in notes_of(group) if name is not None}
+    by_place = {i: name for group in saved for i, name, _ in notes_of(group)}
     are_told = len(by_name) == len(params) and len(set(by_place.values())) == len(by_place)
     are_told = are_told and by_name.keys() >= set(by_place.values())
-    for group, own in zip(saved, live, strict=True):
+    for group in saved:
         for place, name, found in notes_of(group):
-            if name is None:
-                notes.setdefault(own["params"][place], {}).update(found)
-            elif are_told or place < len(params):
+            if are_told or place < len(params):
                 notes[by_name[name] if are_told else params[place]] = dict(found)
     return notes
 
@@ -370,20 +360,3 @@ def _by_parameter(
                 if not is_absent(value)
             }
     return entries
-
-
-def upgrade(layer: Layer, entries: dict[nn.Parameter, dict[str, Any]], *, normalized: bool) -> None:
-    """Turn what versions before 0.1 saved of a layer into what is kept now.
-
-    There was one momentum for the matrix with its bias, of natural gradients. A rule that averages
-    gradients begins with a new one.
-    """
-    own = entries[layer.weight]
-    momentum, (batch, d_out, d_in) = own.get(_state.MOMENTUM), layer.shape
-    if momentum is None or momentum.shape != (*batch, d_out, d_in):
-        return
-    if normalized:
-        del own[_state.MOMENTUM]
-        return
-    for p, part in zip(layer.parameters, layer.split(momentum), strict=True):
-        entries[p][_state.MOMENTUM] = part.contiguous()

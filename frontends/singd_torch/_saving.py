@@ -10,14 +10,13 @@ from torch import Tensor, nn
 
 from singd_core.rules import Factors
 from singd_torch import _state
-from singd_torch._groups import settings_of
 from singd_torch._loading import Loaded, loaded, saved_factors
 from singd_torch._training import Training
 from singd_torch.capture.copies import when_complete
 from singd_torch.layers.reach import part_again
 
 # What a copy has of what takes steps.
-_COPIED = "skipped", "compile", "capturable"
+_COPIED = "skipped", "compile", "capturable", "summed"
 # What a copy is made of beside what torch's optimizers have.
 _APART = "model", "stepper", "notes"
 
@@ -135,9 +134,7 @@ class Saving(Training):
         self._route()
         self._go_on_from(
             {
-                layer.weight: saved_factors(
-                    layer, self.state.get(layer.weight, {}), settings_of(layer.group)
-                )
+                layer.weight: saved_factors(layer, self.state.get(layer.weight, {}))
                 for layer in self._layers
             }
         )

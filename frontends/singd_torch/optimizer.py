@@ -160,7 +160,8 @@ class SINGD(Saving):
         if shard and copies is None:
             raise ValueError(
                 "shard=True: give SINGD the model in its DistributedDataParallel wrapper, or "
-                "processes=, those among which the state is parted"
+                "processes=, those among which the state is parted. Leave shard out for a model in "
+                "parts, as of fully_shard: its state is in parts in any case"
             )
         if gradients not in ("mean", "sum"):
             raise ValueError(f"gradients={gradients!r}: choose 'mean' or 'sum'")
@@ -202,7 +203,8 @@ class SINGD(Saving):
         self._begin(model)
         stepper = self._stepper
         stepper.processes, stepper.shard, stepper.summed = copies, shard, gradients == "sum"
-        stepper.compile = {} if compile_step is True else compile_step or None
+        if compile_step is not False:
+            stepper.compile = {} if compile_step is True else compile_step
         stepper.capturable = capturable
         if params is None:
             params = [p for p in model.parameters() if p.requires_grad]
@@ -258,7 +260,7 @@ class SINGD(Saving):
                 "capturable=True: a CUDA graph would repeat the random bits of one step, by which "
                 'weights of 16 bits are rounded: choose rounding="kahan"'
             )
-        if group.get("structures") == "auto" and roster.layers:
+        if group.get("structures") == "auto" and roster.group_of:
             raise ValueError('structures="auto": it is decided at construction; give "auto:b"')
         first = float(group.get("lr", self.defaults["lr"])) or self.defaults["base_lr"]
         group = {"steps": 0, "largest_lr": 0.0, "base_lr": first} | group

@@ -9,6 +9,7 @@ from jax_runs import LAYERS, assert_close, run, start, state_of, stepper
 import singd_jax
 
 
+@pytest.mark.slow
 def test_multi_steps_of_optax_accumulate_gradients():
     plain = singd_jax.singd(0.02, layers=LAYERS, T=1)
     tx = optax.MultiSteps(plain, every_k_schedule=2)
@@ -74,6 +75,7 @@ def test_micro_batches_are_one_large_batch(loss_average, given):
     assert_close(state_of(state).core.layers, plain_state.core.layers, 1e-4)
 
 
+@pytest.mark.slow
 def test_micro_batches_may_be_skipped_and_need_a_curvature():
     plain = singd_jax.singd(0.02, layers=LAYERS, T=1)
     tx = singd_jax.MultiSteps(plain, 2, layers=LAYERS, should_skip_update_fn=optax.skip_not_finite)
@@ -86,6 +88,7 @@ def test_micro_batches_may_be_skipped_and_need_a_curvature():
         tx.update(params, state, params)
 
 
+@pytest.mark.slow
 def test_a_micro_batch_that_is_not_finite_spoils_one_step_alone():
     plain = singd_jax.singd(0.02, layers=LAYERS, T=1, warmup=0)
     tx = singd_jax.MultiSteps(plain, 2, layers=LAYERS)

@@ -142,6 +142,7 @@ def test_a_bias_whose_gradient_is_scaled_otherwise_is_none():
     singd_jax.check(loss, found)(params, X)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("loss", "params"),
     [(layers, LAYERS), (losses, LOSSES), (solved, SOLVED), (in_halves, HALVES)],

@@ -32,6 +32,7 @@ def trained(tx, change=lambda grads: grads, steps=3, gradient=None):
     return params, state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("T", [1, 3])
 def test_they_are_those_of_value_and_curvature(T):
     plain = singd_jax.singd(layers=LAYERS, T=T)
@@ -51,8 +52,14 @@ def test_they_are_those_of_value_and_curvature(T):
     "change",
     [
         lambda grads: jax.tree.map(lambda g: g * 0.37, grads),
-        lambda grads: jax.tree.map(lambda g, h: (g + h) / 2, grads, grads),
-        lambda grads: optax.clip_by_global_norm(1e-3).update(grads, optax.EmptyState())[0],
+        pytest.param(
+            lambda grads: jax.tree.map(lambda g, h: (g + h) / 2, grads, grads),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            lambda grads: optax.clip_by_global_norm(1e-3).update(grads, optax.EmptyState())[0],
+            marks=pytest.mark.slow,
+        ),
         lambda grads: jax.tree.map(lambda g: g.astype(jnp.bfloat16), grads),
     ],
     ids=["scaled", "accumulated", "clipped", "in bfloat16"],
@@ -96,6 +103,7 @@ COMBINATIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_sum_with_a_negative_weight_leaves_no_curvature(dtype):
     tx = singd_jax.singd(layers=LAYERS, T=1)
@@ -159,6 +167,7 @@ def test_a_sum_over_micro_batches_is_a_large_batch():
     assert_close(trained(tx, gradient=micro)[0], trained(tx)[0], 1e-4)
 
 
+@pytest.mark.slow
 def test_a_mean_over_devices_is_one_of_the_curvature():
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     tx = singd_jax.singd(layers=LAYERS, T=1)

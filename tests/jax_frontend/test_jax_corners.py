@@ -135,6 +135,7 @@ def test_a_view_of_a_weight_has_its_rows_or_none(name: str) -> None:
     singd_jax.check(loss, layers)(params, x)
 
 
+@pytest.mark.slow
 def test_a_loss_that_names_an_axis_has_the_curvature_of_the_whole_batch():
     params = {"w": array(4, 3)}
 

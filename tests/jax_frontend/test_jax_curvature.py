@@ -64,6 +64,7 @@ def test_each_layer_of_a_scan_has_its_own_factors():
             close(got[i], expected)
 
 
+@pytest.mark.slow
 def test_both_uses_of_a_tied_weight_have_a_curvature_and_the_factors_see_their_sum():
     params = {"w": array(4, 3), "b": array(3), "c": array(4)}
 

@@ -14,6 +14,7 @@ import singd_jax
 from singd_core.optimizer import Fallback
 
 
+@pytest.mark.slow
 def test_complex_parameters_follow_optax_adamw():
     case = CASES["complex_numbers"]()
     layers = singd_jax.find_layers(case.loss)(case.params, X)
@@ -56,6 +57,7 @@ def test_half_precision_parameters(dtype):
     assert state.core.layers["v"].factors.K.matrix.dtype == factor
 
 
+@pytest.mark.slow
 def test_float64():
     with jax.enable_x64(True):
         params = jax.tree.map(lambda a: a.astype("float64"), start())

@@ -45,6 +45,7 @@ def alone(make: Any, params: Any) -> Any:
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "given"),
     [

@@ -102,6 +102,7 @@ def test_a_loss_that_was_not_given_is_missed():
             measure(start(), state, X)
 
 
+@pytest.mark.slow
 def test_the_batch_size_must_be_seen_or_told():
     def indexed(p, x, rows):
         return loss(p, x[rows])

@@ -96,6 +96,7 @@ def test_masked_leaves_parameters_out():
     assert_close(updates["v"], grads["v"], 0.0)  # what masked does with the rest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("T", "branch"),
     [
@@ -138,6 +139,7 @@ def test_groups_with_settings_of_their_own(T, branch):
         run(twice)
 
 
+@pytest.mark.slow
 def test_a_group_may_be_a_branch_of_the_parameters_or_all_of_them():
     def nested(p, x):
         return loss(p["all"] | p["none"], x)

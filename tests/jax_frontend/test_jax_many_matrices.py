@@ -39,6 +39,7 @@ def sizes(loss, n, rows=True):
     return np.linalg.norm(updates["w"], axis=(1, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("loss", "rows"), [(experts, True), (vmapped, True), (experts, False)])
 def test_a_stack_of_matrices_that_are_used_at_once_counts_once(loss, rows):
     many, few = (np.median(sizes(loss, n, rows)) for n in (24, 6))
@@ -51,6 +52,7 @@ def in_a_loop(p, x):
     return mean_square(x)
 
 
+@pytest.mark.slow
 def test_a_scan_and_a_loop_step_as_layers_of_their_own():
     n = 16
     stack = jnp.stack([array(4, 4, seed=i) for i in range(n)])

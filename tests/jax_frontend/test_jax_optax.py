@@ -218,6 +218,7 @@ def test_orbax_restores_it_without_a_template(tmp_path):
     stepper(tx)(params, restored)
 
 
+@pytest.mark.slow
 def test_logical_axes_of_the_parameters_are_those_of_the_state():
     init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "mlp"))
     model = nn.Sequential([nn.Dense(8, kernel_init=init), nn.LayerNorm()])

@@ -111,11 +111,15 @@ SAMPLED = [
 ]
 
 
+# Cases of several that others show one by one.
+REPEATED = "remat_inside_scan", "linen_transformer_block"
+
+
 # Positions are averaged over in a convolution and a scan, the other cases of it are slow.
 @pytest.mark.parametrize(
     ("kfac_approx", "name"),
     [
-        *(slow("expand", c) if c == "remat_inside_scan" else ("expand", c) for c in SAMPLED),
+        *(slow("expand", c) if c in REPEATED else ("expand", c) for c in SAMPLED),
         *(
             ("reduce", c) if c in ("linen_cnn", "scan_over_time") else slow("reduce", c)
             for c in SAMPLED

@@ -197,6 +197,7 @@ def test_only_a_gap_of_one_is_known_to_be_always_due():
         assert bool(state.due)
 
 
+@pytest.mark.slow
 def test_a_refresh_after_a_gap_makes_up_for_it():
     """One after n steps has the rate 1 − (1 − β₁)ⁿ."""
     tx = singd_jax.singd(layers=LAYERS, T=4, lr_cov=0.3, early_averaging=False)
@@ -220,6 +221,7 @@ def without_levels(state):
     }
 
 
+@pytest.mark.slow
 def test_gaps_grow_to_a_scheduled_number_of_steps():
     inject = optax.inject_hyperparams(singd_jax.singd, static_args=("warmup",))
     tx = inject(layers=LAYERS, T=lambda count: 2 + 0 * count, warmup=10)
@@ -231,6 +233,7 @@ def test_gaps_grow_to_a_scheduled_number_of_steps():
     assert int(k) == int(plain_state.core.layers["v"].factors.averages.k) == sum(dues(2, 25)) == 23
 
 
+@pytest.mark.slow
 def test_micro_batches_of_a_step_are_due_together():
     plain = singd_jax.singd(layers=LAYERS, T=4)
     tx = singd_jax.MultiSteps(plain, 2, layers=LAYERS)

@@ -57,6 +57,7 @@ def trained(loss, params, **given):
     return params, state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("structures", [None, "diagonal"])
 def test_scales_of_norms_in_a_scan_train_as_in_a_loop(structures):
     found, state = trained(scanned, stacked(blocks()), structures=structures)

@@ -17,10 +17,12 @@ FLAGS = "--xla_force_host_platform_device_count=8"
 
 
 # Diagonal factors learn from gradients, and all others from rows.
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("diagonal", "dense")]
+SLOW = [
+    pytest.param(name, marks=pytest.mark.slow) for name in ("diagonal", "dense", "hierarchical:1,1")
+]
 
 
-@pytest.fixture(scope="module", params=["hierarchical:1,1", *SLOW])
+@pytest.fixture(scope="module", params=SLOW)
 def found(request):
     """What `sharded_run.py` found in a process of its own: devices are made at start."""
     script = Path(__file__).with_name("sharded_run.py")
@@ -36,6 +38,7 @@ def found(request):
     return json.loads(done.stdout.splitlines()[-1]) | {"structures": request.param}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how",
     [
@@ -68,7 +71,7 @@ def test_curvature_needs_no_further_all_reduces(found):
     assert sometimes <= 2 * gradient, found["all-reduces"]  # in two branches: one of them runs
 
 
-@pytest.mark.parametrize("found", ["hierarchical:1,1", SLOW[1]], indirect=True)
+@pytest.mark.parametrize("found", SLOW[1:], indirect=True)
 def test_each_device_measures_some_of_its_own_rows(found):
     full, some = found["few rows"]["all-reduces"]
     assert some == full
@@ -76,7 +79,7 @@ def test_each_device_measures_some_of_its_own_rows(found):
     assert found["few rows"]["spread"] > 0.01 or found["structures"] == "dense"
 
 
-@pytest.mark.parametrize("found", ["hierarchical:1,1", SLOW[1]], indirect=True)
+@pytest.mark.parametrize("found", SLOW[1:], indirect=True)
 def test_a_program_of_one_of_several_devices_measures_few_rows(found):
     assert found["few rows on one of several"] > 1e-3
 

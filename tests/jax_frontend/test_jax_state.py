@@ -45,7 +45,7 @@ def test_the_state_is_arrays_alone():
     ("dtype", "recipe"),
     [
         ("float32", "normalized"),
-        ("bfloat16", "paper"),
+        pytest.param("bfloat16", "paper", marks=pytest.mark.slow),
         pytest.param("float32", "paper", marks=pytest.mark.slow),
         pytest.param("bfloat16", "normalized", marks=pytest.mark.slow),
     ],

@@ -73,6 +73,7 @@ def test_a_step_is_compiled_once():
     assert step._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_a_step_keeps_nothing_of_its_inner_traces():
     """`jax_check_tracer_leaks` looks for it."""
     with jax.checking_leaks():
@@ -234,6 +235,7 @@ def test_an_equinox_module_is_trained_as_it_is():
     assert_close(eqx.filter(other, eqx.is_array), eqx.filter(model, eqx.is_array))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(nnx, "as_pure"), reason="an older flax")
 def test_an_optimizer_of_nnx_steps_as_its_transformation_does():
     case = CASES["nnx_mlp"]()
@@ -256,6 +258,7 @@ def test_an_optimizer_of_nnx_steps_as_its_transformation_does():
     assert_close(nnx.as_pure(model), nnx.as_pure(expected))
 
 
+@pytest.mark.slow
 def test_a_run_under_vmap_is_several_runs():
     tx = singd_jax.singd(0.02, layers=LAYERS, T=2, growing_T=False)
     step = stepper(tx)

@@ -156,6 +156,7 @@ def test_lookups_outside_of_the_table(mode):
     alike(K, own_K)
 
 
+@pytest.mark.slow
 def test_what_no_layer_uses_of_a_padded_weight_stays_as_it_is():
     case = CASES["padded_table"]()
     layers = singd_jax.find_layers(case.loss)(case.params, *case.batch)

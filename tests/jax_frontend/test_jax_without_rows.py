@@ -45,6 +45,7 @@ def assert_close(found: Any, expected: Any) -> None:
         np.testing.assert_allclose(a, b, rtol=0, atol=CLOSE * float(np.max(np.abs(b))))
 
 
+@pytest.mark.slow
 def test_steps_are_those_of_the_pure_optimizer() -> None:
     data = gradients(23)  # the third gap is of two steps
     found, _ = run(singd_jax.singd(), data)
@@ -104,6 +105,7 @@ def test_what_is_not_finite_changes_nothing() -> None:
         assert all(np.array_equal(a, b) for (_, a), (_, b) in pairs)
 
 
+@pytest.mark.slow
 def test_the_state_goes_to_a_file_and_back() -> None:
     data = [{k: grads[k] for k in ("w", "b")} for grads in gradients(4)]
     tx = singd_jax.singd(momentum=0.0)
@@ -117,6 +119,7 @@ def flat(state: Any) -> dict[str, Any]:
     return {name: np.asarray(a) for name, a in singd_jax.flatten(state).items()}
 
 
+@pytest.mark.slow
 def test_layers_and_others_learn_side_by_side() -> None:
     """A weight that is computed from two others shows no rows of them."""
     params = start()
@@ -238,9 +241,9 @@ def test_a_state_of_before_begins_anew() -> None:
     apart = {name: {"kernel": params[name]["kernel"]} for name in "az"}
     apart |= {"bias": {name: params[name]["bias"] for name in "az"}, "v": params["v"]}
     tx = singd_jax.singd()
-    state = tx.init(apart)
+    state, update = tx.init(apart), jax.jit(tx.update)
     for _ in range(3):
-        _, state = tx.update(apart, state, apart)
+        _, state = update(apart, state, apart)
     before = flat(state)
     for of in "az":  # as the names are now
         mine = [name for name in before if name.startswith(f"bias.{of}.")]
@@ -254,7 +257,7 @@ def test_a_state_of_before_begins_anew() -> None:
         for (name, a), b in zip(next(both).items(), next(both).values(), strict=True):
             assert np.array_equal(a, b), name
     assert np.any(restored.core.fallback["v"].exp_avg)
-    updates, _ = tx.update(params, restored, params)
+    updates, _ = jax.jit(tx.update)(params, restored, params)
     assert all(np.all(np.isfinite(u)) for u in jax.tree.leaves(updates))
 
 
@@ -293,6 +296,7 @@ def _diagonal_case() -> tuple[Any, Any]:
     return params, jax.tree.map(jnp.asarray, x)
 
 
+@pytest.mark.slow
 def test_layers_with_diagonal_factors_learn_from_gradients() -> None:
     params, x = _diagonal_case()
     tx = singd_jax.singd(loss=_network, **_DIAGONAL)
@@ -321,6 +325,7 @@ def test_layers_with_diagonal_factors_learn_from_gradients() -> None:
     assert {name for name, known in means.items() if known} == {"in.kernel", "scanned.kernel"}
 
 
+@pytest.mark.slow
 def test_without_any_rows_the_gradients_of_jax_are_all_it_takes() -> None:
     rng = np.random.default_rng(6)
     x = jnp.asarray(rng.standard_normal((32, 8)), jnp.float32)
@@ -348,6 +353,7 @@ def test_without_any_rows_the_gradients_of_jax_are_all_it_takes() -> None:
         assert_close(trained(own, lambda tx: tx.init(params, x), gradients), expected)
 
 
+@pytest.mark.slow
 def test_without_any_rows_wrappers_want_no_curvature() -> None:
     rng = np.random.default_rng(7)
     params = {"a": {"kernel": start()["w"], "bias": start()["b"]}}
@@ -415,9 +421,10 @@ def test_a_state_of_rows_begins_anew_with_gradients() -> None:
     # factors of rows have one more column for a bias, and averages of both sides
     old = singd_jax.singd(layers=layers, structures=("diagonal", "dense"))
     tx = singd_jax.singd(layers=layers, **_DIAGONAL)
+    measured = jax.jit(singd_jax.value_and_curvature(_network, layers))
     state = old.init(params)
-    _, grads, curvature = singd_jax.value_and_curvature(_network, layers)(params, state, x)
-    _, state = old.update(grads, state, params, curvature=curvature)
+    _, grads, curvature = measured(params, state, x)
+    _, state = jax.jit(old.update)(grads, state, params, curvature=curvature)
     saved = flat(state)
     fresh = tx.init(params)
     for name, own in fresh.factors.items():  # the same with a diagonal C
@@ -431,6 +438,6 @@ def test_a_state_of_rows_begins_anew_with_gradients() -> None:
             restored.core.layers[name].momenta[0], state.core.layers[name].momenta[0]
         )
         assert kept != has_mean, name
-    _, grads, curvature = singd_jax.value_and_curvature(_network, layers)(params, restored, x)
-    updates, _ = tx.update(grads, restored, params, curvature=curvature)
+    _, grads, curvature = measured(params, restored, x)
+    updates, _ = jax.jit(tx.update)(grads, restored, params, curvature=curvature)
     assert all(np.all(np.isfinite(u)) for u in jax.tree.leaves(updates))

@@ -37,12 +37,12 @@ pytestmark = [recent.COMPILES, pytest.mark.usefixtures("nothing_compiled")]
     ("name", "T"),
     [
         *(
-            # nearly as "encoder"
-            pytest.param(name, 3, marks=pytest.mark.slow if name == "decoder" else [])
+            # nearly as "transformer, tied table"
+            pytest.param(name, 3, marks=pytest.mark.slow if "coder" in name else [])
             for name in CASES
         ),
         ("mlp", 1),
-        ("transformer, tied table", 1),
+        pytest.param("transformer, tied table", 1, marks=pytest.mark.slow),
     ],
 )
 def test_training_equals_eager_training_in_two_graphs(name: str, T: int) -> None:

@@ -57,6 +57,13 @@ def test_a_copy_has_the_count_of_skipped_steps() -> None:
         assert own.skipped == 1
 
 
+def test_a_copy_knows_how_processes_join_gradients() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = SINGD(model, gradients="sum")
+    _, other = copy.deepcopy((model, optimizer))
+    assert other._stepper.summed
+
+
 def test_a_copy_of_the_optimizer_alone_leaves_the_model_alone() -> None:
     """As with any torch optimizer, it holds copies of the parameters."""
     model, data = Network(), batches(F32, 4)

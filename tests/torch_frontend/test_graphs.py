@@ -76,7 +76,7 @@ def broken(step: int, model: nn.Module, optimizer: SINGD) -> None:
         next(model.parameters()).grad.view(-1)[0] = torch.nan
 
 
-@pytest.mark.parametrize("given", [{}, {"momentum": 0.0}])
+@pytest.mark.parametrize("given", [{}, pytest.param({"momentum": 0.0}, marks=pytest.mark.slow)])
 def test_a_kind_of_step_is_one_graph_and_the_step_it_was(given: dict[str, Any]) -> None:
     counted = Counted()
     model, optimizer = train(small, given | {"compile_step": {"backend": counted}}, 22, broken)
@@ -88,6 +88,7 @@ def test_a_kind_of_step_is_one_graph_and_the_step_it_was(given: dict[str, Any]) 
     assert_equal(model, expected)
 
 
+@pytest.mark.slow
 def test_a_tensor_that_is_not_finite_stops_a_graph_too() -> None:
     def with_tensor(**given: Any) -> tuple[nn.Module, SINGD]:
         rate = torch.tensor(0.1)
@@ -231,6 +232,7 @@ def test_a_tensor_that_a_schedule_changes_in_place_compiles_nothing_again() -> N
     assert counted.graphs == 3
 
 
+@pytest.mark.slow
 def test_layers_that_come_and_go_change_the_share_of_the_others_in_graphs_too() -> None:
     """Of more than twelve matrices each has a share of the size (5.10b)."""
 

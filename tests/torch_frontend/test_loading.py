@@ -132,21 +132,6 @@ def test_the_largest_rate_of_other_steps_is_not_kept() -> None:
     assert optimizer.param_groups[0]["largest_lr"] == 0.1
 
 
-def test_sums_over_late_gradients_begin_anew_where_they_were_not_kept() -> None:
-    state = saved_by({})
-    entries = [e for e in state["state"].values() if "late.mean" in e]
-    assert entries
-    for e in entries:
-        assert (e["late.steps"] > 0).all()
-        del e["late.mean"], e["late.steps"], e["late.noise"]
-    optimizer = SINGD(Network())
-    optimizer.load_state_dict(state)
-    loaded = [e for e in optimizer.state_dict()["state"].values() if "late.mean" in e]
-    assert len(loaded) == len(entries)
-    assert not any(e["late.steps"].any() or e["late.mean"].any() for e in loaded)
-    assert all((e["late.noise"] > 0).all() for e in loaded)
-
-
 def test_steps_that_have_become_shorter_are_loaded() -> None:
     """Growth is a logarithm: unlike the sums beside it, it may be below 0."""
     state = saved_by({})

@@ -21,13 +21,6 @@ def group_of(state: dict[str, Any]) -> Any:
     return state["param_groups"][0]
 
 
-def as_before(state: dict[str, Any], **notes: Any) -> None:
-    """What was found out about parameters as versions before 0.1 kept it."""
-    group = group_of(state)
-    del group["layer_notes"]
-    group.update(notes)
-
-
 NAN = float("nan")
 HOLES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a moment is missing": (
@@ -111,14 +104,6 @@ HOLES: dict[str, tuple[Callable[[Any], Any], str]] = {
         "'lr' of parameter group 0 is not finite",
     ),
     "no parameters": (lambda s: group_of(s).pop("params"), "'params' of parameter group 0 is None"),
-    "reasons of no parameter": (
-        lambda s: as_before(s, without_rows={99: "used elsewhere"}),
-        "'without_rows' of parameter group 0 has 99: 'used elsewhere'",
-    ),
-    "no reasons": (
-        lambda s: as_before(s, without_rows=None),
-        "'without_rows' of parameter group 0 is None in the checkpoint, not a mapping",
-    ),
     "notes that are no text": (
         lambda s: group_of(s).update(layer_notes=None),
         "'layer_notes' of parameter group 0 is None in the checkpoint, not a text in JSON",

@@ -63,7 +63,9 @@ def rules(optimizer: SINGD) -> dict[str, str]:
     return {name: rule for name, _, rule, *_ in cells}
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=recent.COMPILES)])
+@pytest.mark.parametrize(
+    "compiled", [False, pytest.param(True, marks=[recent.COMPILES, pytest.mark.slow])]
+)
 @pytest.mark.parametrize("where", ["host", "accelerator"])
 def test_steps_are_those_of_the_pure_optimizer(
     compiled: bool, where: str, monkeypatch: pytest.MonkeyPatch

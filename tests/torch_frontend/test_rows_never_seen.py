@@ -184,6 +184,25 @@ def test_a_checkpoint_goes_on_where_it_stopped(steps: int, later: bool) -> None:
     assert repr(resumed) == repr(optimizer)
 
 
+def test_adamw_goes_on_from_a_checkpoint() -> None:
+    """With the recipe "paper" it trains layers until their rows are seen."""
+    model = nn.Linear(4, 3)
+    optimizer = SINGD(model, recipe="paper")
+    for p in model.parameters():
+        p.grad = torch.sin(3.0 * p.detach()) + 0.1
+    optimizer.step()
+    twin = copy.deepcopy(model)
+    other = SINGD(twin, recipe="paper")
+    other.load_state_dict(optimizer.state_dict())
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        q.grad = p.grad
+    optimizer.step()
+    other.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert optimizer.state[p]["step"] == other.state[q]["step"] == 2
+        assert torch.equal(p, q)
+
+
 def test_what_had_rows_resumes_with_rows_where_none_were_seen() -> None:
     """A checkpoint of the one, loaded into the other, tells which it is."""
     model, data = network(), batch()

@@ -47,7 +47,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
-@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("scaled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_does_not_mix_devices(case: str, scaled: bool) -> None:
     given = dict(CASES[case])

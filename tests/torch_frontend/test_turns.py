@@ -300,21 +300,6 @@ def test_a_checkpoint_by_names_goes_to_other_places(
         torch.testing.assert_close(p, q)
 
 
-@pytest.mark.filterwarnings(MISSES)
-@pytest.mark.parametrize("key", [int, str])
-def test_what_older_checkpoints_have_found_out_is_kept(key: Any) -> None:
-    model = nn.Linear(5, 3)
-    optimizer = SINGD(model)
-    for _ in range(2):
-        _one_step(model, optimizer, unseen=True)
-    saved = optimizer.state_dict()
-    found = json.loads(saved["param_groups"][0].pop("layer_notes"))
-    saved["param_groups"][0]["without_rows"] = {key(0): found[0][2]["without_rows"]}
-    again = SINGD(nn.Linear(5, 3))
-    again.load_state_dict(saved)
-    assert "used where no call is seen" in str(again)
-
-
 class _Wrapper(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()

@@ -324,6 +324,28 @@ def test_the_largest_rate_of_one_cycle_is_warned_of_at_once(largest: float) -> N
     assert seen == [(0, "the largest rate of the schedule is lr=0.001")] * (largest == 1e-3)
 
 
+def test_a_group_that_is_refused_later_leaves_the_optimizer_as_it_was() -> None:
+    """AdamW trained all there was so far."""
+    scale = nn.Parameter(torch.ones(3))
+    optimizer = SINGD([scale])
+    group = {"params": [nn.Parameter(torch.ones(4, 5))], "structures": "auto"}
+    with pytest.raises(ValueError, match="it is decided at construction"):
+        optimizer.add_param_group(group)
+    assert len(optimizer.param_groups) == 1
+    scale.grad = torch.ones(3)
+    optimizer.step()
+    assert (scale != 1.0).all()
+
+
+def test_compiled_steps_may_have_no_options() -> None:
+    assert SINGD(nn.Linear(2, 2), compile_step={})._stepper.compile == {}
+
+
+def test_parameters_in_parts_need_no_shard() -> None:
+    with pytest.raises(ValueError, match="Leave shard out for a model in parts"):
+        SINGD(nn.Linear(2, 2), shard=True)
+
+
 def test_switches_of_other_optimizers_that_are_off_are_carried_along() -> None:
     model = network()
     group = {"params": model.parameters(), "fused": None, "maximize": False}

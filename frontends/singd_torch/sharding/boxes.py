@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from singd_core.rounding import Place
-from singd_torch._distributed import of_same
+from singd_torch._distributed import new_group, of_same
 from singd_torch.sharding.box import Box
 
 
@@ -99,6 +99,4 @@ def group_of_parts(params: Iterable[Tensor]) -> dist.ProcessGroup:
         return world
     if largest.ndim == 1:
         return largest.get_group()
-    found = dist.new_group(sorted(every), use_local_synchronization=True)
-    assert isinstance(found, dist.ProcessGroup)
-    return found
+    return new_group(sorted(every))

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from singd_core._settings import is_zero
+from singd_core.rounding import is_rounded
 from singd_torch._table import factor_bytes, layer_bytes
 from singd_torch.layers.layer import Layer
 from singd_torch.sharding.box import Box
@@ -49,6 +51,13 @@ class Shares:
         others = sum(factors[w] + (sizes.pop(w) - factors[w]) // processes for w in parts)
         owners = balanced(sizes, processes, known)
         return cls(parts, whole, owners, resting(sizes, owners, [float(others)] * processes, most))
+
+
+def reads_weights(layer: Layer) -> bool:
+    """Whether a step reads the weights of a layer: they decay, or are rounded."""
+    groups = [layer.group] if layer.bias_group is None else [layer.group, layer.bias_group]
+    decay = not all(is_zero(group["weight_decay"]) for group in groups)
+    return decay or is_rounded(layer.group["rounding"], [p.dtype for p in layer.parameters])
 
 
 # In shares of the bytes of all: a process has at most 1.2 with what AdamW keeps.

@@ -14,21 +14,18 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from singd_core.rules import Factors, learns_from_gradients
 from singd_torch import _state
-from singd_torch._distributed import gathered
 from singd_torch._form import check_form
-from singd_torch._groups import settings_of
+from singd_torch._groups import noted, settings_of
 from singd_torch._loading import (
     Entries,
     Loaded,
     begin_anew,
-    check_momenta,
+    check_cost,
     check_moments,
+    checked,
     completed,
     is_absent,
-    kept_whole,
-    saved_factors,
     saved_notes,
-    upgrade,
 )
 from singd_torch.layers.layer import Layer
 from singd_torch.layers.matrices import find_all
@@ -37,7 +34,6 @@ from singd_torch.sharding.boxes import local
 from singd_torch.sharding.exchange import Exchange
 from singd_torch.sharding.owners import Shares
 from singd_torch.sharding.share import Share, slab_of, stand_ins
-from singd_torch.sharding.slab import Slab
 
 Key = tuple[nn.Parameter, str]
 
@@ -55,7 +51,7 @@ def saved(
     described = [
         {name: (tuple(t.shape), t.dtype) for name, t in own.get(p, {}).items()} for p in owners
     ]
-    every = gathered(described, group)
+    every = share.gathered(described)
     forms = {
         (p, name): form
         for i, (p, owner) in enumerate(owners.items())
@@ -140,7 +136,7 @@ def loaded(
     """
     check_form(state_dict)
     groups = completed(state_dict["param_groups"], live)
-    _check_alike(groups, live, state_dict["state"], share.processes)
+    _check_alike(groups, live, state_dict["state"], share)
     notes = saved_notes(state_dict["param_groups"], live, names)
     own_groups = [g | {"params": mine["params"]} for g, mine in zip(groups, live, strict=True)]
     layers = find_all(model, own_groups, notes)
@@ -166,26 +162,31 @@ def loaded(
             continue
         full = value.full_tensor() if isinstance(value, DTensor) else value
         if wanted.get(p, rank) == rank:
-            kept[name] = full.detach().to(p.device, copy=True)
+            is_tensor = isinstance(full, Tensor)  # what is none is an error to come
+            kept[name] = full.detach().to(p.device, copy=True) if is_tensor else full
     mine = [(one, stand_ins([one])[0]) for one in parted.whole if wanted[one.weight] == rank]
     for layer in layers:
         if layer.weight in parted.parts:
             mine.append((layer, slab_of(layer, parted.parts[layer.weight][rank])))
-    groups_saved = state_dict["param_groups"]
-    older = any("normalized" not in group for group in groups_saved)
-    whole = kept_whole(groups_saved, notes)
+    kept_whole = noted(notes, "without_rows")
     factors: dict[nn.Parameter, Factors | None] = dict.fromkeys(seen)
 
     def check() -> None:
         for layer, plain in mine:
-            own = _checked(layer, plain, entries, older=older, is_whole=layer.weight in whole)
+            pairs = zip(layer.parameters, plain.parameters, strict=True)
+            of_plain = {part: entries.setdefault(p, {}) for p, part in pairs}
+            if layer.weight not in kept_whole:
+                begin_anew(plain, of_plain)
+            own = checked(plain, of_plain)
             if own is not None:
                 factors[layer.weight] = own
         for p, kept in entries.items():
+            name = names.get(p, "a parameter")
             if p not in wanted:
-                check_moments(names.get(p, "a parameter"), nn.Parameter(local(p)), kept)
+                check_moments(name, nn.Parameter(local(p)), kept)
+            check_cost(name, p if p in wanted else local(p), kept)
 
-    _all_or_none(check, share.processes)
+    _all_or_none(check, share)
     known = {index for group in groups for index in group["params"]}
     others = {key: value for key, value in state_dict["state"].items() if key not in known}
     return Loaded(groups, entries, factors, others, notes, lost, refreshes)
@@ -231,51 +232,11 @@ def _part(p: nn.Parameter, name: str, value: Any) -> Any:
     return value.to_local().detach().clone()
 
 
-def _checked(
-    layer: Layer,
-    plain: Layer,
-    entries: dict[nn.Parameter, Entries],
-    *,
-    older: bool,
-    is_whole: bool,
-) -> Factors | None:
-    """The saved factors of a layer, None if it had none yet.
-
-    Raises:
-        ValueError: Naming the first entry that is missing or does not fit.
-    """
-    s = settings_of(plain.group)
-    pairs = list(zip(layer.parameters, plain.parameters, strict=True))
-    of_plain = {part: entries.setdefault(p, {}) for p, part in pairs}
-    if older:
-        _upgrade(layer, entries, in_parts=isinstance(plain, Slab), normalized=s.normalized)
-    if not is_whole:
-        begin_anew(plain, of_plain)
-    check_momenta(plain, of_plain, s)
-    return saved_factors(plain, of_plain[plain.weight], s)
-
-
-def _upgrade(
-    layer: Layer, entries: dict[nn.Parameter, Entries], *, in_parts: bool, normalized: bool
-) -> None:
-    """`upgrade` of what may be in parts by now, where a momentum had the shape of its weight."""
-    own = [entries[p] for p in layer.parameters]
-    if in_parts and normalized:
-        for kept in own:
-            kept.pop(_state.MOMENTUM, None)
-        return
-    upgrade(layer, entries, normalized=normalized)
-    if in_parts:
-        for p, kept in zip(layer.parameters, own, strict=True):
-            if _state.MOMENTUM in kept:
-                kept[_state.MOMENTUM] = _part(p, _state.MOMENTUM, kept[_state.MOMENTUM])
-
-
 def _check_alike(
     groups: Sequence[Mapping[str, Any]],
     live: Sequence[Mapping[str, Any]],
     state: Mapping[Any, Mapping[str, Any]],
-    group: dist.ProcessGroup,
+    share: Share,
 ) -> None:
     """Refuse entries that not all processes have: one would wait for the others for ever.
 
@@ -283,7 +244,7 @@ def _check_alike(
         ValueError: On all processes.
     """
     mine = [(i, name) for i, (_, name, _) in enumerate(_values(groups, live, state))]
-    found = gathered(mine, group)
+    found = share.gathered(mine)
     if any(one != found[0] for one in found):
         raise ValueError(
             "the state that is loaded has other entries on this process than on another: all "
@@ -291,7 +252,7 @@ def _check_alike(
         )
 
 
-def _all_or_none(check: Callable[[], None], group: dist.ProcessGroup) -> None:
+def _all_or_none(check: Callable[[], None], share: Share) -> None:
     """Run a check on all processes, and fail on all of them if it fails on one.
 
     Raises:
@@ -302,6 +263,6 @@ def _all_or_none(check: Callable[[], None], group: dist.ProcessGroup) -> None:
         check()
     except ValueError as error:
         text = str(error)
-    failed = [text for text in gathered(text, group) if text is not None]
+    failed = [text for text in share.gathered(text) if text is not None]
     if failed:
         raise ValueError(failed[0])

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from singd_core.layers import LayerKind
-from singd_core.rounding import is_rounded
 from singd_torch import _diagnostics, _state
 from singd_torch._distributed import agree_on_rows, check_is_there
 from singd_torch._loading import Loaded
@@ -25,7 +24,7 @@ from singd_torch.sharding.box import Box
 from singd_torch.sharding.boxes import boxes, local, local_gradient, place_of
 from singd_torch.sharding.exchange import Exchange
 from singd_torch.sharding.meter import Meter
-from singd_torch.sharding.owners import Shares
+from singd_torch.sharding.owners import Shares, reads_weights
 from singd_torch.sharding.resting import Resting
 from singd_torch.sharding.share import Share, alias, slab_of, stand_in, stand_ins, stands_for
 from singd_torch.sharding.sums import Sums
@@ -297,12 +296,6 @@ def _whole(layer: Layer) -> list[Tensor]:
 
 
 def _wants_weights(layer: Layer) -> bool:
-    """Whether the owner has to know the weights: they decay, are rounded, or AdamW trains them."""
+    """Whether the owner has to know the weights now: its step reads them, or AdamW trains them."""
     unseen = layer.kind.has_rows and not layer.seen
-    if unseen or layer.weight.grad is None:
-        return True
-    groups = [layer.group] if layer.bias_group is None else [layer.group, layer.bias_group]
-    decays = [group["weight_decay"] for group in groups]
-    if is_rounded(layer.group["rounding"], [p.dtype for p in layer.parameters]):
-        return True
-    return any(isinstance(decay, Tensor) or decay != 0.0 for decay in decays)
+    return unseen or layer.weight.grad is None or reads_weights(layer)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from singd_core.rounding import Place
 from singd_torch import _diagnostics
+from singd_torch._distributed import gathered
 from singd_torch.layers.layer import Layer
 from singd_torch.layers.roster import Roster
 from singd_torch.sharding.boxes import local, place_of
@@ -70,6 +71,10 @@ class Share(Stepper):
             if stack.visits and stack.is_known(self.state):
                 stack.tie(self.state)
         return _diagnostics.read(self.stacks, sizes)
+
+    def gathered(self, found: Any) -> list[Any]:
+        """What each process has found, on all of them, which all call this."""
+        return gathered(found, self.processes, self.device)
 
     def let_go(self, layers: Iterable[Layer]) -> None:
         """Have no memory for the state of visitors, whose factors are gone."""

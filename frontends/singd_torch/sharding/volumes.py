@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from singd_core.step import decouples_decay
-from singd_torch._groups import settings_of
 from singd_torch._table import factor_bytes, layer_bytes
 from singd_torch.layers.layer import Layer
 from singd_torch.sharding.local import norms, numbers
-from singd_torch.sharding.owners import Shares
+from singd_torch.sharding.owners import Shares, reads_weights
 from singd_torch.sharding.stream import bytes_of_sums
 
 
@@ -28,7 +26,7 @@ def volumes(layers: Iterable[Layer], shares: Shares, processes: int) -> tuple[in
             sums += 8 * norms(layer)  # in float64
             continue
         parameters = sum(p.numel() * p.element_size() for p in layer.parameters)
-        ways = 3 if decouples_decay(settings_of(layer.group)) else 2  # its weights, too
+        ways = 3 if reads_weights(layer) else 2
         step += ways * parameters / processes
         if layer.weight in shares.resting:
             factors = factor_bytes(layer)

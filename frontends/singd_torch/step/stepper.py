@@ -44,12 +44,12 @@ class Stepper(Stacker):
     Attributes:
         skipped: How many steps changed nothing.
         places: Where parameters stand that are parts of others.
-        is_alike: Whether other processes with copies are known to train the same parameters.
+        alike: How many parameters others with copies of the model are known to train too.
     """
 
     skipped: Tensor | int = 0
     bundles: Sequence[Bundle] = ()
-    is_alike: bool = False
+    alike: int = 0
     places: Mapping[nn.Parameter, Place] = MappingProxyType({})
 
     @property
@@ -85,9 +85,10 @@ class Stepper(Stacker):
         """Have the same rows on all processes as others have them."""
         group = self.group
         if group is not None and group.size() > 1:
-            if self.sharded is None and not self.is_alike:  # else it was asked with the parts
-                of_same(list(self.roster.group_of), self.roster.names, group)
-                self.is_alike = True
+            trained = self.roster.group_of
+            if self.sharded is None and self.alike != len(trained):  # or asked with the parts
+                of_same(list(trained), self.roster.names, group)
+                self.alike = len(trained)
             trained = [one for one in self.roster.layers if one.is_trained]
             asked = [one for one in trained if one.kind.has_rows and may_be_due(one)]
             if not asked:

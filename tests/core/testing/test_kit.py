@@ -63,6 +63,7 @@ def test_expected_failures_are_strict_and_must_name_a_law() -> None:
         laws(Diagonal, xfail={"grm": "a slip"})
 
 
+@pytest.mark.slow
 def test_the_report_shows_what_is_broken_and_where() -> None:
     report = check_structure(Banded, backends=NUMPY, raises=False)
     text = repr(report)

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from singd_torch import SINGD, estimate
 from singd_torch._distributed import another
-from singd_torch.sharding import exchange
+from singd_torch.sharding import boxes, exchange
 
 GIVEN = {"T": 2, "growing_T": False}
 
@@ -202,6 +202,10 @@ def test_an_estimate_tells_the_bytes_of_each_process() -> None:
     assert sum(wanted.by_process) == wanted.total + table
     assert max(wanted.by_process) <= 1.2 * wanted.total / 2
     assert "on each of 2 processes" in repr(wanted)
+    # weights that are rounded, or decay, come to their owner with the gradients
+    narrow = partial(estimate, nn.Linear(512, 512).bfloat16(), "dense", processes=2)
+    least, decayed = (narrow(rounding="nearest", weight_decay=d) for d in (0.0, 0.1))
+    assert narrow(rounding="stochastic").sent_by_step == decayed.sent_by_step > least.sent_by_step
     with pytest.raises(ValueError, match="processes=0"):
         estimate(model, processes=0)
 
@@ -217,9 +221,13 @@ def bound_while_made(rank: int, world: int) -> list[Any]:
         found.append(everyone.bound_device_id)
         return alone
 
+    mesh = mock.Mock(mesh=torch.tensor([[rank]]), ndim=2, size=lambda: 1)
+    parts = type("Parts", (), {"device_mesh": mesh})
     with mock.patch.object(dist, "new_group", recorded):
         another(everyone)
         another(alone)
+        with mock.patch.object(boxes, "DTensor", parts):
+            boxes.group_of_parts([parts()])
     found.append(everyone.bound_device_id)
     everyone.bound_device_id = None  # there is no such device
     return found
@@ -228,4 +236,4 @@ def bound_while_made(rank: int, world: int) -> list[Any]:
 def test_a_group_of_some_processes_is_not_split_off_the_group_of_all() -> None:
     """NCCL would wait for the others."""
     device = torch.device("cuda", 0)
-    assert gloo.run(2, bound_while_made) == [[device, None, device]] * 2
+    assert gloo.run(2, bound_while_made) == [[device, None, None, device]] * 2

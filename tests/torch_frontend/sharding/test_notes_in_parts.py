@@ -106,6 +106,6 @@ def test_a_layer_that_has_lost_its_rows_keeps_its_state(flat: bool) -> None:
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
-@pytest.mark.parametrize("at", [1, 3, 5])
+@pytest.mark.parametrize("at", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 5)), 3])
 def test_steps_are_taken_back_in_which_a_layer_lost_its_rows(at: int, flat: bool) -> None:
     assert gloo.run(2, _resumed, "parts", flat, at, False, 8) == [0.0, 0.0]

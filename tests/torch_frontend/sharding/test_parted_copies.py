@@ -62,6 +62,7 @@ def frozen_at_steps(rank: int, world: int, *, frozen: bool) -> Tensor:
     return nn.utils.parameters_to_vector(model.parameters()).detach()
 
 
+@pytest.mark.slow
 def test_copies_that_are_frozen_at_steps_part_the_state_all_the_same() -> None:
     both = gloo.run(2, partial(frozen_at_steps, frozen=True))
     assert torch.equal(*both)
@@ -89,6 +90,7 @@ def with_dropped_passes(rank: int, world: int, *, by: tuple[int, ...], shard: bo
     return nn.utils.parameters_to_vector(model.parameters()).detach()
 
 
+@pytest.mark.slow
 def test_a_pass_that_one_process_drops_costs_no_rows_of_the_others() -> None:
     expected, _ = gloo.run(2, partial(with_dropped_passes, by=(), shard=False))
     for by in ((), (0,), (1,), (0, 1)):
@@ -260,6 +262,7 @@ def accumulated(rank: int, world: int) -> dict[str, Tensor]:
     return models.weights(model.module)
 
 
+@pytest.mark.slow
 def test_rows_of_all_passes_that_are_accumulated_count() -> None:
     check(gloo.run(2, accumulated), whole("tied", {}))
 

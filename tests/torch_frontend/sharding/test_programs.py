@@ -61,6 +61,7 @@ def run(world: int, name: str, folder: Path) -> None:
 QUICK = PROGRAMS[0][0]
 
 
+@pytest.mark.slow
 def test_the_first_program_of_the_page_runs_on_two_processes(tmp_path: Path) -> None:
     run(2, QUICK, tmp_path)
 
@@ -97,6 +98,7 @@ def accelerated(rank: int, world: int, port: int) -> tuple[dict[str, Tensor], st
     return models.weights(model), repr(singd)
 
 
+@pytest.mark.slow
 def test_a_model_that_accelerate_parts_after_construction_trains_like_that_of_one_process() -> None:
     pytest.importorskip("accelerate")
     found = gloo.run(2, accelerated, free_port(), connect=False)

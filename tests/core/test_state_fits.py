@@ -1,0 +1,25 @@
+"""States load that lack what is kept now, or have what is not kept any more."""
+
+import numpy as np
+import pytest
+from optimizer_cases import LAYERS, params
+
+from singd_core import Optimizer
+from singd_core.state import flatten, unflatten
+
+
+def test_averages_of_rows_begin_anew_where_gradients_refresh_now() -> None:
+    p = {"map": np.ones((3, 4))}
+    optimizer = Optimizer({})
+    _, state = optimizer.update({"map": np.eye(3, 4)}, optimizer.init(p), p)
+    flat = flatten(state) | {"map.averages.t_U": np.asarray(2.0)}
+    found = unflatten(optimizer.init(p), flat).layers["map"].factors.averages
+    assert not any(np.any(a) for _, a in found.named_arrays())
+
+
+def test_what_is_missing_else_is_an_error() -> None:
+    optimizer = Optimizer(LAYERS)
+    flat = flatten(optimizer.init(params()))
+    del flat["map.K.matrix"]
+    with pytest.raises(ValueError, match=r"has no 'map\.K\.matrix'"):
+        unflatten(optimizer.init(params()), flat)
