@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,6 @@ from torch.optim.adamw import adamw
 from singd_core._array import cast, widen
 from singd_core._recipes import check_adamw
 from singd_core._scalars import at_least
-from singd_core._settings import StepSettings
 from singd_core.adamw import LEAST_EPS, Fallback
 
 RATES = "fallback_lr", "fallback_eps", "fallback_weight_decay"
@@ -23,24 +22,6 @@ _ASKS = "cpu", "cuda", "xpu"
 
 
 def step(
-    group_of: Mapping[nn.Parameter, dict[str, Any]],
-    params: Sequence[nn.Parameter],
-    grads: Sequence[Tensor],
-    state: dict[Any, dict[str, Any]],
-    skip: Tensor | None,
-    chosen: Mapping[int, StepSettings],
-) -> Iterator[tuple[dict[str, Any], Sequence[nn.Parameter], Sequence[Tensor]]]:
-    """One step of the fallback parameters of each group: the group, these, and what they become."""
-    parted: dict[int, list[tuple[nn.Parameter, Tensor]]] = {}
-    for pair in zip(params, grads, strict=True):
-        parted.setdefault(id(group_of[pair[0]]), []).append(pair)
-    for pairs in parted.values():
-        mine, their = zip(*pairs, strict=True)
-        group = group_of[mine[0]]
-        yield group, mine, _stepped(group, mine, their, state, skip, chosen[id(group)].warm)
-
-
-def _stepped(
     group: dict[str, Any],
     params: Sequence[nn.Parameter],
     grads: Sequence[Tensor],
@@ -48,7 +29,7 @@ def _stepped(
     skip: Tensor | None,
     warm: Any,
 ) -> Sequence[Tensor]:
-    """One step of the group's fallback parameters.
+    """One step of fallback parameters of a group; returns what they become.
 
     Args:
         group: The parameter group.
@@ -57,7 +38,6 @@ def _stepped(
         state: The optimizer's state, extended where it is missing.
         skip: On an accelerator, 1 where nothing may change, else 0.
         warm: The share of the rate that a warm-up leaves.
-        store: Writes to parameters of a group what their copies have become.
     """
     # In float16 squares and epsilon fall to 0, and 0 / 0 is NaN; in bfloat16 an average of squares
     # cannot forget. Such parameters step as copies.

@@ -203,8 +203,8 @@ def test_the_state_of_adamw_moves_to_a_device_with_its_parameter() -> None:
     state = {p: _fallback.initial(nn.Parameter(torch.zeros(3)), on_device=False)}
     (group,) = SINGD(nn.Linear(1, 1)).param_groups
     skip = torch.zeros((), device="meta")
-    chosen = {id(group): settings_of_step(group, 1)}
-    ((_, _, new),) = _fallback.step({p: group}, [p], [torch.empty_like(p)], state, skip, chosen)
+    warm = settings_of_step(group, 1).warm
+    new = _fallback.step(group, [p], [torch.empty_like(p)], state, skip, warm)
     assert [value.device.type for value in new] == ["meta"]
     assert {name: value.device.type for name, value in state[p].items()} == dict.fromkeys(
         ("step", "exp_avg", "exp_avg_sq"), "meta"

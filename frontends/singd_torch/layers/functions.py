@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,14 +26,7 @@ from singd_torch.layers.products import PRODUCTS, MatrixRows, product
 _NAMES: dict[Callable[..., Any], tuple[str, ...]] = {
     F.linear: ("input", "weight", "bias"),
     torch.embedding: ("weight", "input", "padding_idx", "scale_grad_by_freq", "sparse"),
-    F.embedding: (
-        *("input", "weight", "padding_idx", "max_norm"),
-        *("norm_type", "scale_grad_by_freq", "sparse"),
-    ),
-    F.embedding_bag: (
-        *("input", "weight", "offsets", "max_norm", "norm_type", "scale_grad_by_freq"),
-        *("mode", "sparse", "per_sample_weights", "include_last_offset", "padding_idx"),
-    ),
+    **{f: tuple(inspect.signature(f).parameters) for f in (F.embedding, F.embedding_bag)},
     torch.addmm: ("bias", "input", "weight"),
 }
 _CONVOLUTIONS = torch.conv1d, torch.conv2d, torch.conv3d

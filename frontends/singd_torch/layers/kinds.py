@@ -61,14 +61,10 @@ def _transposed(module: nn.Module) -> LayerKind | None:
 
 def _embedding(module: nn.Module) -> LayerKind | None:
     assert isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-    if module.sparse or module.scale_grad_by_freq or module.max_norm is not None:
+    largest = getattr(module, "mode", None) == "max"  # of bags
+    if largest or module.sparse or module.scale_grad_by_freq or module.max_norm is not None:
         return None
     return Embedding(module.num_embeddings, module.padding_idx)
-
-
-def _bags(module: nn.Module) -> LayerKind | None:
-    assert isinstance(module, nn.EmbeddingBag)
-    return None if module.mode == "max" else _embedding(module)
 
 
 # By class, or by the name of a class in a library that is not imported for it.
@@ -82,7 +78,7 @@ _TABLE: dict[type[nn.Module] | str, Entry] = {
     nn.Embedding: Entry(_embedding),
     # Its call has more than an input: the bags, and the weights of look-ups. So its function is
     # seen, and not its output.
-    nn.EmbeddingBag: Entry(_bags, by_output=False),
+    nn.EmbeddingBag: Entry(_embedding, by_output=False),
     # It flattens its input for torch.addmm, and with that loses what is the batch.
     "transformers.pytorch_utils.Conv1D": Entry(
         lambda module: Linear(transposed=True), is_open=False

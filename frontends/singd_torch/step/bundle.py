@@ -182,7 +182,10 @@ class Bundle:
         for part, place in zip(self.parts[: self.apart], numbers, strict=False):
             self._shares[place].fill_(share_of_bias(part.stack.layers[0].shape[2]))
         self.size = like.new_empty(n + len(self._shares))
-        self._hold_levels(like)
+        self.levels = None
+        if any(map(self.joint.measures, range(len(self.parts)))):
+            rows = self.joint.K.rows[-1].stop + self.joint.C.rows[-1].stop
+            self.levels = like.new_full((rows,), EVEN)
         levels = None if self.levels is None else self.joint.as_levels(self.levels)
         self.factors = self.joint.factors(averages, levels)
         for i, part in enumerate(self.parts):
@@ -198,13 +201,6 @@ class Bundle:
     def _there(self) -> list[Any]:
         """What the stacks have."""
         return [x for stack in self.stacks for x in (stack.momenta, stack.late, stack.averages)]
-
-    def _hold_levels(self, like: Tensor) -> None:
-        """Make room for levels, where somebody measures them."""
-        joint, self.levels = self.joint, None
-        if not any(map(joint.measures, range(len(self.parts)))):
-            return
-        self.levels = like.new_full((joint.K.rows[-1].stop + joint.C.rows[-1].stop,), EVEN)
 
     def measured(self) -> None:
         """Have the sizes that follow from the averages."""

@@ -84,13 +84,13 @@ class Stepper(Stacker):
     def agree_on_rows(self) -> None:
         """Have the same rows on all processes as others have them."""
         group = self.group
+        layers = [one for one in self.roster.layers if one.is_trained and one.kind.has_rows]
+        asked = [one for one in layers if may_be_due(one)]
         if group is not None and group.size() > 1:
             trained = self.roster.group_of
             if self.sharded is None and self.alike != len(trained):  # or asked with the parts
                 of_same(list(trained), self.roster.names, group)
                 self.alike = len(trained)
-            trained = [one for one in self.roster.layers if one.is_trained]
-            asked = [one for one in trained if one.kind.has_rows and may_be_due(one)]
             if not asked:
                 return
             if self.sharded is not None:
@@ -103,9 +103,8 @@ class Stepper(Stacker):
                 if [one.kind for one in asked] != kinds:  # another has seen how a stack is used
                     self.stack_up()
         else:
-            for layer in self.roster.layers:
-                if layer.is_trained and layer.kind.has_rows and may_be_due(layer):
-                    layer.count_missed(called=layer.was_called, missed=layer.misses_rows())
+            for layer in asked:
+                layer.count_missed(called=layer.was_called, missed=layer.misses_rows())
 
     def step(self, scales: Scales) -> None:
         """Take one step, with the rows of all processes."""
@@ -151,11 +150,15 @@ class Stepper(Stacker):
         if found is None:
             return
         skip = found[0] if found else None
-        grads = [_unscaled(scales.grads, p) for p in others]
-        of_adamw = self.roster.group_of, others, grads, self.state, skip, chosen
+        of_group: dict[int, list[nn.Parameter]] = {}
+        for p in others:
+            of_group.setdefault(id(self.roster.group_of[p]), []).append(p)
         how: dict[str, Any] = {"names": self.roster.names, "places": self.places}
         how |= {"rows": self._rows, "state": self.state, "skip": skip}
-        for group, params, wide in _fallback.step(*of_adamw):
+        for key, params in of_group.items():
+            group, s = self.roster.group_of[params[0]], chosen[key]
+            grads = [_unscaled(scales.grads, p) for p in params]
+            wide = _fallback.step(group, params, grads, self.state, skip, s.warm)
             rounding.store(params, wide, group, **how)
 
     def _change(
@@ -190,9 +193,8 @@ class Stepper(Stacker):
             self._skip(self._not_finite(norms, layers))
             return None
 
-        given = Gradients(
-            of, raw, norms, lambda p: chosen[id(self.roster.group_of[p])], scales, ok, bad
-        )
+        of_group = self.roster.group_of
+        given = Gradients(of, raw, norms, lambda p: chosen[id(of_group[p])], scales, ok, bad)
         with scratch.lent(self._scratch):
             moved = self._advance(ready, given)
         if ok is None or bad is None:  # then nothing was masked
