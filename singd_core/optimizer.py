@@ -137,7 +137,11 @@ class Optimizer:
         return State(0, 0.0, skipped, layers, fallback)
 
     def due(self, state: State) -> bool:
-        """Whether the next `update` refreshes the factors, and so needs rows."""
+        """Whether the next `update` refreshes the factors, and so needs rows.
+
+        Raises:
+            TypeError: If `state` is no state.
+        """
         return bool(is_due(_given.a_state(state).step, self.settings))
 
     def curvature(
@@ -166,7 +170,12 @@ class Optimizer:
         return found
 
     def refresh(self, state: State, curvature: Mapping[str, Curvature]) -> dict[str, rules.Factors]:
-        """The factors of the layers whose curvature is given, one refresh later."""
+        """The factors of the layers whose curvature is given, one refresh later.
+
+        Raises:
+            TypeError: If `state` is no state, or a curvature none that `curvature` returned.
+            ValueError: If a name is no layer.
+        """
         check_made("curvature", curvature, "curvature", Curvature, _given.a_state(state))
         refresh = partial(_parameter.refreshed, rate_of_factors(state.step, self.settings))
         return {n: self._refreshed(state, n, refresh, own) for n, own in curvature.items()}

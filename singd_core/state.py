@@ -32,7 +32,11 @@ _FACTORS = "factors."
 
 
 def flatten(state: State) -> dict[str, Any]:
-    """The arrays of a state, and the numbers `step` and `largest_lr`, under their names."""
+    """The arrays of a state, and the numbers `step` and `largest_lr`, under their names.
+
+    Raises:
+        TypeError: If `state` is no state.
+    """
     return {name: getattr(a_state(state), name) for name in _NUMBERS} | dict(_named(state))
 
 

@@ -32,9 +32,9 @@ def find_layers(
 
     Args:
         loss: A function that `jax.grad` takes, with auxiliary output or without.
-        structures: Structures of the factors K (inputs) and C (outputs), one for both, or "auto:b"
-            (see `singd_core.structures.choose.resolve`). The table shows them, and the optimizer
-            takes them unless it has others. None is the structures of the recipe.
+        structures: Structures of the factors K (inputs) and C (outputs), one for both, or "cost:n":
+            the richest that cost little beside n rows a step. The table shows them, and the
+            optimizer takes them unless it has others. None is the structures of the recipe.
         kfac_approx: "expand" or "reduce": how positions that share the weight are treated.
         loss_average: What the loss is a mean of: "batch", "batch+sequence", a number of terms, or
             None for a sum.

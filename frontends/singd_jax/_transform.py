@@ -90,13 +90,15 @@ def singd(
     rate may be a number, a 0-d array or a schedule.
 
     Args:
-        learning_rate: Learning rate (β₂).
+        learning_rate: Learning rate (β₂): the size of a step of each matrix, relative to its width
+            and inputs (5.10). None is 0.12. With "paper" None is 0.001, and the rate multiplies the
+            natural gradient (5.14). Numbers in brackets are equations of docs/mathematics.md.
         layers: What `find_layers` returned.
         loss: Instead of `layers` the loss `loss(params, *batch)`. `tx.init(params, *batch)` then
             finds the layers, with the defaults of `find_layers`. Inside other transformations give
             `layers`, because they call `init(params)`.
-        structures: Structures of K and C, one for both, or "auto:b". None takes the structures of
-            `layers`, or else of the recipe.
+        structures: Structures of K and C, one for both, or "cost:n": the richest that cost little
+            beside n rows a step. None takes the structures of `layers`, or else of the recipe.
         recipe: "normalized" or "paper": the values of all settings that are None.
         momentum: Momentum of the weights (α₂).
         nesterov: Look ahead along the momentum. `singd_core.Settings` says more of this setting and
@@ -177,8 +179,8 @@ def scale_by_singd(
 
     Args:
         layers: What `find_layers` returned.
-        structures: Structures of K and C, one for both, or "auto:b". None takes the structures of
-            `layers`, or else of the recipe.
+        structures: Structures of K and C, one for both, or "cost:n": the richest that cost little
+            beside n rows a step. None takes the structures of `layers`, or else of the recipe.
         recipe: "normalized" or "paper": the values of all settings not given.
         T: Steps between two refreshes of the factors.
         growing_T: Refresh more often at first: after t steps the gap is about t / 10.

@@ -90,6 +90,6 @@ def _refuse_others(group: dict[str, Any], known: dict[str, Any]) -> None:
     for name in _FIXED:
         if name in known and group[name] != known[name]:
             raise ValueError(
-                f"{name}={group[name]!r} was {known[name]!r} when the layers were found, whose "
-                "state has the form of that: build another optimizer"
+                f"{name}={group[name]!r}: was {known[name]!r} when the layers were found, and "
+                "cannot be changed later: build another optimizer"
             )

@@ -163,7 +163,8 @@ class Training(torch.optim.Optimizer):
             The closure's loss, or None.
 
         Raises:
-            RuntimeError: If a gradient is sparse.
+            RuntimeError: If a gradient is sparse, or the model has other parameters by now, or has
+                them in parts.
             ValueError: If a setting of a group was changed to a wrong value.
         """
         self._known.check(self.param_groups)

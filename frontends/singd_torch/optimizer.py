@@ -54,7 +54,9 @@ class SINGD(Saving):
             gradients. Or parameters alone, as any optimizer takes them. Then all parameters learn
             from their gradients.
         params: The parameters to train, or groups of them. None is all that require a gradient.
-        lr: Learning rate (β₂).
+        lr: Learning rate (β₂): the size of a step of each matrix, relative to its width and inputs
+            (5.10). None is 0.12. With "paper" None is 0.001, and the rate multiplies the natural
+            gradient (5.14). Numbers in brackets are equations of docs/mathematics.md.
         momentum: Momentum of the weights (α₂).
         damping: Damping (λ).
         alpha1: Riemannian momentum of the factors (α₁), for the rule "singd".
@@ -98,7 +100,8 @@ class SINGD(Saving):
         **given: Any further setting of `singd_core.Settings`, e.g. `rule="singd"`.
 
     Raises:
-        TypeError: If the model is no module, or the parameters are no parameters.
+        TypeError: If `model` is neither a module nor parameters, `params` are no parameters, or a
+            wrapper such as DataParallel is not supported.
         ValueError: If a setting or a name is wrong, a parameter is given twice, or there is
             nothing to train.
 
