@@ -21,7 +21,7 @@ from singd_core._array import (
     widen,
 )
 from singd_core._layer_state import NAMES, LayerState, Parameter, like, pair, parts
-from singd_core._scalars import as_array, constant, where
+from singd_core._scalars import as_array
 from singd_core._settings import Rate, Settings, StepSettings
 from singd_core._tree import T_Tree
 from singd_core.adamw import Fallback, Moments
@@ -248,10 +248,11 @@ def all_finite(sizes: Sequence[Array], rates: Sequence[Array]) -> Array:
     """Whether the sum of all sizes is finite, and each rate finite and not negative, 0-d."""
     xp = namespace(sizes[0])
     known = total(xp.stack(list(sizes)))  # XLA would fuse a chain of sums into all uses
+    ok = xp.isfinite(known)
     for rate in rates:
         own = expand(rate, known)
-        known = where((own >= 0.0) & (own < math.inf), known, constant(math.nan, known))
-    return xp.isfinite(known)
+        ok = ok & (own >= 0.0) & (own < math.inf)
+    return ok
 
 
 def count_failed(count: Array, moved: Sequence[Array]) -> Array:

@@ -43,6 +43,7 @@ class Call:
         leading: The length of the first axis of the rows, by custom the batch.
         takes_bias: Whether its rows can have a column of ones.
         times: How often it runs with one matrix: for each step of a scan, and on each device.
+        in_turn: With how many matrices of a stack it runs, one in each step of a scan.
         sizes: How many rows each matrix of the stack has, where x tells.
         seen: What `outputs` takes in the place of g, where x tells which of it reaches the weight.
         overlap: In how many rows an entry of the other operand takes part.
@@ -65,6 +66,7 @@ class Call:
     leading: int | None = None
     takes_bias: bool = True
     times: int = 1
+    in_turn: int = 1
     sizes: Callable[[Any], Array] | None = None
     seen: Callable[[Any, Array], Any] | None = None
     overlap: float = 1.0

@@ -121,7 +121,7 @@ def value_and_curvature(
         if whole:
             value, grads, changed, found = measured()
         else:
-            value, grads, changed, found = jax.lax.cond(jnp.any(jnp.stack(dues)), measured, plain)
+            value, grads, changed, found = _compat.cond(jnp.any(jnp.stack(dues)), measured, plain)
         if not used:
             raise ValueError(
                 f"the loss uses none of {', '.join(kept)} as in the loss that the layers were "

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from singd_core._array import ranged
+from singd_core._settings import plain
 from singd_core.layers.base import is_expand, loss_terms
 from singd_core.structures import choose
 from singd_jax._enter import CALLS
@@ -91,8 +92,9 @@ def find_layers(
             itemsizes={k: ranged(jnp.zeros((0,), a.dtype)).dtype.itemsize for k, a in arrays},
             structures=pair(structures),
             kfac_approx=kfac_approx,
-            loss_average=loss_average,
+            loss_average=plain(loss_average),
             batch_size=batch_size,
+            vectors=frozenset(leaves.names[i] for i in tracer.noted.vectors),
         )
 
     return find

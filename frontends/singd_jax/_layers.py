@@ -14,7 +14,7 @@ from singd_core._recipes import DEFAULT, STRUCTURES, settings
 from singd_core._settings import Settings
 from singd_core._table import rendered, times
 from singd_jax._layer import Layer, Role, Wanted
-from singd_jax._reasons import COMPLEX, VECTORS
+from singd_jax._reasons import COMPLEX
 
 _BYTES = "bytes of factors"
 
@@ -35,6 +35,7 @@ class Layers(Mapping[str, Layer]):
         batch_size: The batch size, a function of the batch that returns it, or None to read it off
             the batch's first axis.
         searched: Whether a loss was searched for them.
+        vectors: Parameters of which each step of a scan reads one vector: they are no matrices.
     """
 
     found: dict[str, Layer]
@@ -46,6 +47,7 @@ class Layers(Mapping[str, Layer]):
     loss_average: str | int | None
     batch_size: Any = None
     searched: bool = True
+    vectors: frozenset[str] = frozenset()
 
     def __getitem__(self, name: str) -> Layer:
         """The layer of a name."""
@@ -135,7 +137,7 @@ class Layers(Mapping[str, Layer]):
     def tensors(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Layer]:
         """Which leaves of these shapes, that belong to no layer, are matrices all the same."""
         found = Layer.tensors(shapes)
-        return {k: v for k, v in found.items() if not self.others.get(k, "").startswith(VECTORS)}
+        return {k: v for k, v in found.items() if k not in self.vectors}
 
     def table(self, structures: Any = None, *, recipe: str = DEFAULT) -> str:
         """Which parameters form layers, with their kinds and structures, or why they do not.

@@ -15,7 +15,7 @@ from singd_core import _parameter, rules
 from singd_core._array import Array
 from singd_core._given import kinds_of
 from singd_core._layer_state import Parameter, State
-from singd_core._settings import RATES, Settings
+from singd_core._settings import RATES, Settings, plain
 from singd_core._tree import T_Tree
 from singd_core.adamw import Fallback
 from singd_core.layers import LayerKind
@@ -104,6 +104,7 @@ class Rates:
             raise ValueError(
                 f"T={T!r}: must be a number of steps; optax.inject_hyperparams takes a schedule"
             )
+        given, T = {name: plain(value) for name, value in given.items()}, plain(T)
         rows = given.get("rows")
         if rows is not None and not isinstance(rows, (int, float)):
             raise ValueError(
@@ -137,7 +138,7 @@ class Rates:
     def T(self) -> Array | None:
         """Steps between two refreshes of the factors, or None if it is every step."""
         always = isinstance(self._T, int) and self._T == 1
-        return None if always else jnp.asarray(self._T, jnp.int32)
+        return None if always else jnp.array(self._T, jnp.int32)  # a copy, which may be donated
 
     def at(self, state: SingdState, layers: Mapping[str, Layer]) -> Stepper:
         """The optimizer of layers with the rates of this step."""

@@ -50,10 +50,16 @@ def custom_jvp(
         tracer.spread.follow(closed.jaxpr, closed.consts, [*spread, *(spread[i] for i in given)])
     inside = [*[None] * len(values), *(tracer.closed(origins[i], "custom_jvp") for i in given)]
     found: list[Origin] = []
+    within, unchecked = tracer.within, tracer.spread.unchecked
 
     def linear(values: Any, tangents: Any, ports: Any) -> Any:
         args = [*values, *tangents]
-        results, found[:] = tracer.run(closed.jaxpr, closed.consts, args, inside, ports)
+        now = tracer.within, tracer.spread.unchecked  # the backward pass enters it once more
+        tracer.within, tracer.spread.unchecked = within, unchecked
+        try:
+            results, found[:] = tracer.run(closed.jaxpr, closed.consts, args, inside, ports)
+        finally:
+            tracer.within, tracer.spread.unchecked = now
         return results
 
     @jax.custom_vjp

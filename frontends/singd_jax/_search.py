@@ -104,7 +104,7 @@ class Search:
             diagonal,
             notes=tuple(notes),
             overlap=max(call.overlap for call in calls.values()),
-            in_turn=math.prod(weight.matrix_shape[: len(main.view.scans)]),
+            in_turn=main.in_turn,
             rows=sum(call.rows * call.times for call in calls.values()),
             runs=sum(call.times for call in calls.values()),
         )

@@ -57,8 +57,7 @@ class Steps:
         given, old = (_parameters(layers, a, core.fallback) for a in (gradients, weights))
         known = _known(curvature, state)
         optimizer = self.rates.at(state, layers)
-        refreshed = _refreshed(optimizer, state, core, known)
-        refreshed |= _learned(optimizer, state, core, given, old)
+        refreshed = _refreshed(optimizer, state, core, known, given, old)
         new, stepped = optimizer.update(given, core, old, refreshed=refreshed)
         return tree(_leaves(layers, gradients, new)), self._counted(state, stepped)
 
@@ -123,53 +122,41 @@ def _known(curvature: Known | None, state: SingdState) -> dict[str, Curvature]:
 
 
 def _refreshed(
-    optimizer: Stepper, state: SingdState, core: State, known: Known
-) -> dict[str, Factors]:
-    """The factors of the layers that have curvature, refreshed if that is due."""
-
-    def refreshed() -> dict[str, Factors]:
-        look = functools.partial(optimizer.shared, functools.partial(seen))
-        return optimizer.refresh(core, {name: look(old[name], own) for name, own in known.items()})
-
-    old = {name: own.factors for name, own in core.layers.items() if name in known}
-    return _if_due(optimizer, state, refreshed, old)
-
-
-def _learned(
     optimizer: Stepper,
     state: SingdState,
     core: State,
-    gradients: Mapping[str, Parameter],
-    weights: Mapping[str, Parameter],
+    known: Known,
+    gradients: Mapping[str, Parameter] | None = None,
+    weights: Mapping[str, Parameter] | None = None,
 ) -> dict[str, Factors]:
-    """The factors of the layers that show no rows, refreshed by gradients if that is due."""
+    """The factors of layers that have curvature, or show no rows, refreshed if that is due.
+
+    Of layers that show no rows it wants gradients and weights; without, they are left out.
+    """
 
     def refreshed() -> dict[str, Factors]:
-        return optimizer.refresh_by_gradients(core, gradients, weights)
-
-    old = {n: own.factors for n, own in core.layers.items() if not own.factors.has_rows}
-    return _if_due(optimizer, state, refreshed, old)
-
-
-def _if_due(
-    optimizer: Stepper,
-    state: SingdState,
-    refreshed: Callable[[], dict[str, Factors]],
-    old: dict[str, Factors],
-) -> dict[str, Factors]:
-    def exact() -> dict[str, Factors]:
+        look = functools.partial(optimizer.shared, functools.partial(seen))
         # products of an accelerator may have 8 or 11 bits, and K U K makes their errors larger
         with jax.default_matmul_precision("highest"):
-            return refreshed()
-
-    if not old or state.T is None:
-        return exact() if old else {}
+            curvature = {name: look(old[name], own) for name, own in known.items()}
+            found = optimizer.refresh(core, curvature)
+            if gradients is not None and weights is not None:
+                found |= optimizer.refresh_by_gradients(core, gradients, weights)
+        return found
 
     def apart() -> dict[str, Factors]:
         with optimizer.shared.apart():
-            return exact()
+            return refreshed()
 
-    found: dict[str, Factors] = jax.lax.cond(state.due, apart, lambda: old)
+    factors = {name: own.factors for name, own in core.layers.items()}
+    old = {
+        name: own
+        for name, own in factors.items()
+        if name in known or not (own.has_rows or gradients is None)
+    }
+    if not old or state.T is None:
+        return refreshed() if old else {}
+    found: dict[str, Factors] = _compat.cond(state.due, apart, lambda: old)
     return found
 
 

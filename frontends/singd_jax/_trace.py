@@ -242,13 +242,16 @@ class Tracer:
         view = call.view
         scans = [i for i in path if i in self.scans and i not in view.scans]
         lengths = [self.scans[i] for i in scans]
+        in_turn = math.prod(self.scans[i] for i in view.scans)
         for _, n in view.picks:
             if n in lengths:  # a loop that picks one layer after the other
                 lengths.remove(n)
+                in_turn *= n
         if lengths:
             self.noted.steps.add(view.key)
         steps = max(math.prod(lengths), 1)
-        call = dataclasses.replace(call, times=steps * spread.devices(x, y))
+        times = steps * spread.devices(x, y)
+        call = dataclasses.replace(call, times=times, in_turn=in_turn)
         self.noted.calls[view.key][path] = call
         self.leading.add(call.leading)
         return call
@@ -277,6 +280,7 @@ class Tracer:
                 continue
             for piece, bias in zip(products[0].pieces, biases, strict=True):
                 self.noted.biases[piece.key][piece.path] = bias
+            self._note_vectors(o)
         return None
 
     def closed(self, origin: Origin, name: str) -> Origin:
@@ -293,5 +297,10 @@ class Tracer:
         """Remember how a parameter is read besides."""
         for view in views_of(origin):
             self.noted.reads[view.leaf][reason] = None
+        self._note_vectors(origin)
+
+    def _note_vectors(self, origin: Origin) -> None:
+        """Remember a parameter of which each step of a scan reads a vector."""
+        for view in views_of(origin):
             if view.stack and sum(size(axis) > 1 for axis in view.dims) <= 1:
                 self.noted.vectors.add(view.leaf)

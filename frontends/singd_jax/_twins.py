@@ -121,6 +121,7 @@ def _as(twin: Twin, leaves: Sequence[int], within: Path) -> Twin:
         renamed(twin.noted.biases),
         {to[leaf]: of_leaf for leaf, of_leaf in twin.noted.reads.items()},
         {_key(k, to) for k in twin.noted.steps},
+        {to[leaf] for leaf in twin.noted.vectors},
     )
     found = [_renamed(o, to, within) for o in twin.found]
     return Twin(twin.function, tuple(leaves), within, found, noted, twin.looks)

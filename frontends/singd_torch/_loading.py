@@ -135,11 +135,16 @@ def begin_anew(layer: Layer, entries: Mapping[nn.Parameter, Entries]) -> None:
     """Begin anew with what a layer keeps now and did not keep yet.
 
     A weight without rows whose bias has a name now keeps its factors, and the mean of its inputs
-    begins. Factors of rows that learn from gradients now keep no averages, and begin anew if they
-    have a bias as a column.
+    begins; if AdamW trained a matrix of one input, all begins anew. Factors of rows that learn from
+    gradients now keep no averages, and begin anew if they have a bias as a column.
     """
     own = entries[layer.weight]
     k = own.get("averages.k")
+    # else AdamW trains the weight until its rows are seen
+    if k is None and "exp_avg" in own and learns_from_gradients(settings_of(layer.group)):
+        for p in layer.parameters:
+            entries[p].clear()
+        return
     k = k if isinstance(k, Tensor) and not isinstance(k, DTensor) else None
     t_U, K = own.get("averages.t_U"), own.get("K.diag")
     by_rows = not layer.kind.has_rows and isinstance(t_U, Tensor) and bool(t_U.any())

@@ -155,3 +155,68 @@ def test_a_loss_that_names_an_axis_has_the_curvature_of_the_whole_batch():
 
     grads = jax.vmap(part, axis_name="devices", out_axes=None)(X.reshape(2, -1, *X.shape[1:]))
     close((grads.tree, grads.curvature), expected)
+
+
+def test_a_product_of_a_custom_jvp_in_a_scan_runs_in_each_step() -> None:
+    """M counts the steps, where each is a term of the loss."""
+
+    @jax.custom_jvp
+    def product(x: Any, w: Any) -> Any:
+        return x @ w
+
+    @product.defjvp
+    def _rule(primals: Any, tangents: Any) -> Any:
+        (x, w), (dx, dw) = primals, tangents
+        return x @ w, dx @ w + x @ dw
+
+    def loss(multiply: Any) -> Any:
+        def run(p: Any, xs: Any) -> Any:
+            def step(h: Any, x: Any) -> Any:
+                h = jnp.tanh(multiply(h, p["w"]) + x)
+                return h, h
+
+            return mean_square(lax.scan(step, jnp.zeros(xs.shape[1:]), xs)[1])
+
+        return run
+
+    given = {"w": array(4, 4)}, array(6, 8, 4)
+    terms = {"loss_average": "batch+sequence", "batch_size": 8}
+    found, expected = (
+        curvature_of(loss(f), *given, **terms)[1][2]["w"] for f in (product, jnp.matmul)
+    )
+    close(found, expected)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    params = {"w": array(4, 4)}
+
+    def loss(p: Any, x: Any) -> Any:
+        return mean_square(jnp.tanh(x @ p["w"]))
+
+    found, expected = (
+        curvature_of(loss, params, X, loss_average=n)[1][2]["w"] for n in (np.int64(16), 16)
+    )
+    close(found, expected)
+    layers = singd_jax.find_layers(loss)(params, X)
+    singd_jax.singd(layers=layers, rows=np.int64(64)).init(params)
+    with pytest.raises(ValueError, match="T=0"):
+        singd_jax.singd(layers=layers, T=np.int64(0))
+
+
+def test_a_state_that_is_donated_leaves_the_given_numbers() -> None:
+    params, T = {"w": array(4, 4)}, jnp.asarray(10, jnp.int32)
+    tx = singd_jax.singd(0.1, T=T)
+    for one in (tx, tx, optax.inject_hyperparams(singd_jax.singd)(0.1, T=jnp.copy(T))):
+        state = one.init(params)
+        step = jax.jit(one.update, donate_argnums=1)
+        for _ in range(2):
+            _, state = step(params, state, params)
+    assert int(T) == 10
+
+
+def test_steps_that_are_not_compiled_may_look_for_nan() -> None:
+    params = {"w": array(4, 4)}
+    tx = singd_jax.singd()
+    with jax.debug_nans(True):
+        updates, _ = tx.update(params, tx.init(params), params)
+    assert bool(jnp.isfinite(updates["w"]).all())

@@ -74,3 +74,19 @@ def test_a_scan_and_a_loop_step_as_layers_of_their_own():
         found.append(params)
     for own in found[:2]:
         np.testing.assert_allclose(own["w"], jnp.stack(list(found[2].values())), atol=2e-5)
+
+
+def looped(p, x):
+    return mean_square(lax.fori_loop(0, len(p["w"]), lambda i, h: jnp.tanh(h @ p["w"][i]), x))
+
+
+def indexed(p, x):
+    indices = jnp.arange(len(p["w"]))
+    return mean_square(lax.scan(lambda h, i: (jnp.tanh(h @ p["w"][i]), None), x, indices)[0])
+
+
+@pytest.mark.parametrize("loss", [scanned, looped, indexed, vmapped])
+def test_matrices_that_a_loop_takes_by_an_index_count_once_each(loss):
+    params = {"w": jnp.stack([array(4, 4, seed=i) for i in range(5)])}
+    (layer,) = singd_jax.find_layers(loss)(params, X).values()
+    assert layer.in_turn == (1 if loss is vmapped else 5)

@@ -87,3 +87,40 @@ def test_a_matrix_that_a_scan_multiplies_entry_by_entry_is_one():
     x = jax.random.normal(jax.random.key(1), (64, D))
     state = singd_jax.singd(loss=loss).init(params, x)
     assert set(state.layers) == {"mask", "rows"}
+
+
+def test_equal_checkpointed_stages_have_their_vectors_each():
+    stage = jax.checkpoint(lambda p, x: jax.lax.scan(lambda h, q: (block(h, q), None), x, p)[0])
+
+    def loss(stages, x):
+        for p in stages:
+            x = stage(p, x)
+        return jnp.mean(x**2)
+
+    params = [stacked(blocks()[:4])] * 3
+    layers = singd_jax.find_layers(loss)(params, jnp.ones((8, D)))
+    vectors = {f"{i}.{name}" for i in range(3) for name in ("scale", "shift", "b")}
+    assert layers.vectors >= vectors
+    state = singd_jax.singd(layers=layers).init(params)
+    assert set(state.layers) == {f"{i}.w" for i in range(3)}
+
+
+def test_a_bias_in_a_scan_that_is_let_go_is_a_vector():
+    """Two products share it, or another group trains their weights."""
+
+    def shared(p, x):
+        def step(x, q):
+            return jnp.tanh(x @ q["v"] + q["b"]) + jnp.tanh(x @ q["w"] + q["b"]), None
+
+        return jnp.mean(jax.lax.scan(step, x, p)[0] ** 2)
+
+    weights = stacked(blocks())["w"]
+    params, x = {"v": weights, "w": weights, "b": jnp.zeros((N, D))}, jnp.ones((8, D))
+    layers = singd_jax.find_layers(shared)(params, x)
+    assert set(singd_jax.singd(layers=layers).init(params).layers) == {"v", "w"}
+
+    own = {"w": weights, "b": jnp.zeros((N, D))}
+    layers = singd_jax.find_layers(lambda p, x: shared(p | {"v": weights}, x))(own, x)
+    groups = {name: singd_jax.singd(layers=layers) for name in ("weights", "biases")}
+    tx = optax.multi_transform(groups, {"w": "weights", "b": "biases"})
+    assert not tx.init(own).inner_states["biases"].inner_state.layers
