@@ -94,7 +94,7 @@ def find_layers(
             kfac_approx=kfac_approx,
             loss_average=plain(loss_average),
             batch_size=batch_size,
-            examples=1 if n is None or tracer.is_dense else n,
+            examples=n or 1,
             vectors=frozenset(leaves.names[i] for i in tracer.noted.vectors),
         )
 

@@ -35,8 +35,7 @@ class Layers(Mapping[str, Layer]):
         batch_size: The batch size, a function of the batch that returns it, or None to read it off
             the batch's first axis.
         searched: Whether a loss was searched for them.
-        examples: How many examples the batch has that they were found with. 1 if nobody asked, or
-            if an example has many outputs, as of tokens or pixels.
+        examples: How many examples the batch has that they were found with, 1 if nobody asked.
         vectors: Parameters of which each step of a scan reads one vector: they are no matrices.
     """
 

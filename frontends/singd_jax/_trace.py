@@ -42,7 +42,6 @@ class Tracer:
         noted: What is noted of the parameters.
         scans: The lengths of the scans that were entered.
         leading: The lengths of the first axes of what parameters multiply.
-        is_dense: Whether an example has many rows in the last product, the end of the model.
         spread: Along which axes of a mesh data differ between devices.
         perturbed: Which values change with the parameters.
         within: The equations that are being entered.
@@ -66,7 +65,6 @@ class Tracer:
         self.noted = Noted()
         self.scans: dict[int, int] = {}
         self.leading: set[int | None] = set()
-        self.is_dense = False
         self.spread, self.perturbed = Spread(), Perturbed()
         self.within: Path = ()
         self.twins: dict[Any, Any] = {}
@@ -252,7 +250,6 @@ class Tracer:
         if lengths:
             self.noted.steps.add(view.key)
         steps = max(math.prod(lengths), 1)
-        self.is_dense = call.rows * steps > call.examples
         times = steps * spread.devices(x, y)
         call = dataclasses.replace(call, times=times, in_turn=in_turn)
         self.noted.calls[view.key][path] = call

@@ -460,14 +460,3 @@ def test_steps_of_more_examples_than_rows_learn_from_gradients(
     state = singd_jax.singd(loss=loss, rows=rows, **given).init(params, x)
     found = {name: isinstance(own, Shampoo) for name, own in state.factors.items()}
     assert found == {"a.kernel": rows == 31 and not given, "last": False}
-
-
-def test_models_of_tokens_have_rows() -> None:
-    """Each example has many outputs."""
-    params, x = {"a": jnp.ones((6, 4)), "b": jnp.ones((4, 4))}, jnp.ones((32, 5, 6))
-
-    def loss(p: Any, x: Any) -> Any:
-        return jnp.mean((jnp.tanh(x @ p["a"]) @ p["b"]) ** 2)
-
-    state = singd_jax.singd(loss=loss, rows=31).init(params, x)
-    assert not any(isinstance(own, Shampoo) for own in state.factors.values())

@@ -89,18 +89,6 @@ def test_tables_and_single_outputs_keep_their_rows() -> None:
     assert [layer.has_rows for layer in optimizer._layers] == [True, False, True]
 
 
-@pytest.mark.parametrize("last", [nn.Linear(4, 3), nn.Conv1d(6, 3, 1)], ids=str)
-def test_models_of_tokens_or_pixels_have_rows(last: nn.Module) -> None:
-    """Each example has many outputs."""
-    is_linear = isinstance(last, nn.Linear)
-    model = nn.Sequential(nn.Linear(4, 4) if is_linear else nn.Conv1d(4, 6, 1), nn.Tanh(), last)
-    optimizer = SINGD(model, rows=ROWS)
-    x = torch.randn(N, 5, 4) if is_linear else torch.randn(N, 4, 5)
-    model(x).square().mean().backward()
-    optimizer.step()
-    assert has_rows(optimizer) == {True}
-
-
 def test_labels_that_are_sampled_have_rows() -> None:
     model = network()
     optimizer = SINGD(model, rows=ROWS)

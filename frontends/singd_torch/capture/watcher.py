@@ -63,7 +63,6 @@ class Watcher:
         self._sampled: str | None = None
         self._forgotten: set[Layer] = set()
         self._pass = -1  # the last backward pass that brought rows
-        self._is_dense = False  # whether an example has many rows at the end of the model
         self._refused = False
         self._masks: dict[torch.Size, bool] = {}  # of this step, and whether calls took them
         self._lock = threading.RLock()
@@ -240,12 +239,9 @@ class Watcher:
     def leave_many(self, losses: int) -> None:
         """Take no rows of layers whose first step has so many examples that gradients tell more.
 
-        Where each example has many outputs, as of tokens or pixels, rows tell more all the same.
         `losses` says of how many processes' losses the gradients are.
         """
-        if self._is_dense or self._sampled is not None:
-            return
-        for layer in self._roster.layers:
+        for layer in self._roster.layers if self._sampled is None else ():
             begins = layer.pending and not layer.seen and layer.without_rows is None
             if begins and goes_without(layer, losses * sum(layer.examples.values())):
                 layer.lose_rows(rules.MANY)
@@ -271,12 +267,10 @@ class Watcher:
                 self._masks[self.mask.shape] = self._masks.get(self.mask.shape, False) or fits
             layer.tell_autocast(g)
             key, backward = (source.part, source.swapped), backward_pass()
-            examples = source.samples or (g.shape[source.samples_axis(x)] if g.ndim > 1 else 1)
-            if backward != self._pass:  # the layer is the last one of the model
-                self._is_dense = g.numel() > examples * layer.outputs(swapped=source.swapped)
             if backward != layer.last_pass.number:
                 self._begin_pass(layer, backward)
             if not layer.seen:
+                examples = source.samples or (g.shape[source.samples_axis(x)] if g.ndim > 1 else 1)
                 layer.examples[backward] = max(examples, layer.examples.get(backward, 0))
             for rows in rows_of(layer, source, x, g, mask):
                 self.queue.take(Call(layer, key, rows, factors, layer.loss), lent=(x, g))

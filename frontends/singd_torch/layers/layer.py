@@ -242,11 +242,6 @@ class Layer:
         """The batch axes, d_out and d_in of the matrix."""
         return self.kind.shape(tuple(self.weight.shape), self.bias is not None)
 
-    def outputs(self, *, swapped: bool) -> int:
-        """How many numbers a row of its output has, or of its input where that is `swapped`."""
-        matrices, d_out, d_in = self.shape
-        return math.prod(matrices) * (d_in - self.has_bias_column if swapped else d_out)
-
     @property
     def has_bias_column(self) -> bool:
         """Whether the last column of the matrix is the bias."""
