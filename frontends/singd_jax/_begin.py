@@ -151,9 +151,7 @@ class Start:
             if layer.weight.name in arrays and not (dense and layer.diagonal)
         }
         return {
-            name: layer.learning(self._structures, s, self.layers.examples)
-            if self.others
-            else layer
+            name: layer.learning(self._structures, s) if self.others else layer
             for name, layer in found.items()
         }
 

@@ -94,7 +94,6 @@ def find_layers(
             kfac_approx=kfac_approx,
             loss_average=plain(loss_average),
             batch_size=batch_size,
-            examples=n or 1,
             vectors=frozenset(leaves.names[i] for i in tracer.noted.vectors),
         )
 

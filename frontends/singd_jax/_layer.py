@@ -137,21 +137,18 @@ class Layer:
         """The layer of the weight alone, where the bias is trained by another transformation."""
         return dataclasses.replace(self, bias=None)
 
-    def learning(self, wanted: Wanted, s: Settings, examples: int) -> Layer:
-        """The layer without its rows, where gradients tell more.
+    def learning(self, wanted: Wanted, s: Settings) -> Layer:
+        """The layer without its rows, where factors of these structures learn from gradients.
 
-        They do for factors of some structures, and in steps of many examples. Tables of embeddings
-        keep their rows, and so do vectors and layers to one output, which have a factor with
-        nothing to learn.
+        Tables of embeddings keep their rows, and so do vectors and layers to one output, which have
+        a factor with nothing to learn.
         """
         _, d_out, d_in = self.shape
         stays = not self.has_rows or self.transposed or self.diagonal or 1 in (d_out, d_in)
         stays = stays or (self.bias is not None and not self.bias.is_in_order)
-        structures = self.structures(wanted, rules.get(s.rule))
-        if stays or rules.wants_rows(s, structures, examples):
+        if stays or rules.wants_rows(s, self.structures(wanted, rules.get(s.rule))):
             return self
-        by_number = rules.wants_rows(s, structures)
-        notes = *self.notes, rules.MANY if by_number else rules.BY_CHOICE
+        notes = *self.notes, rules.BY_CHOICE
         return dataclasses.replace(self, has_rows=False, overlap=1.0, notes=notes)
 
     def of(self, factors: rules.Factors) -> Layer:

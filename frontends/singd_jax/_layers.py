@@ -35,7 +35,6 @@ class Layers(Mapping[str, Layer]):
         batch_size: The batch size, a function of the batch that returns it, or None to read it off
             the batch's first axis.
         searched: Whether a loss was searched for them.
-        examples: How many examples the batch has that they were found with, 1 if nobody asked.
         vectors: Parameters of which each step of a scan reads one vector: they are no matrices.
     """
 
@@ -48,7 +47,6 @@ class Layers(Mapping[str, Layer]):
     loss_average: str | int | None
     batch_size: Any = None
     searched: bool = True
-    examples: int = 1
     vectors: frozenset[str] = frozenset()
 
     def __getitem__(self, name: str) -> Layer:
@@ -155,7 +153,7 @@ class Layers(Mapping[str, Layer]):
         header = ("parameter", "shape", "kind", "matrix", "K", "C", _BYTES, "")
         body: list[tuple[str, ...]] = [header]
         for layer in self.found.values():
-            body.append(self._row(layer.learning(wanted, own, self.examples), wanted, own))
+            body.append(self._row(layer.learning(wanted, own), wanted, own))
         real = {
             n: self.shapes[n]
             for n, why in self.others.items()

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from singd_torch._groups import plain_name
-from singd_torch.layers.layer import BY_CHOICE, Layer
+from singd_torch.layers.layer import IN_THE_LOSS, Layer
 from singd_torch.layers.source import Source
 
 _JOIN = (
@@ -110,10 +110,9 @@ def agree_on_rows(
     for layer, (lost, called, missed, flag, *uses) in zip(layers, found.tolist(), strict=True):
         largest.append(int(flag))
         layer.count_missed(called=bool(called), missed=bool(missed))
-        if lost > _lost(layer):
+        if lost and not layer.without_rows:
             elsewhere = "used on another process in a way that no rows tell"
-            layer.without_rows = None
-            layer.lose_rows(BY_CHOICE[int(lost) - 1] if lost <= len(BY_CHOICE) else elsewhere)
+            layer.lose_rows(IN_THE_LOSS if lost == _BY_CHOICE else elsewhere)
         elif layer.is_stack and sum(uses) > 1:
             layer.lose_rows("multiplied from both sides")
         elif layer.is_unturned and uses[1]:
@@ -231,12 +230,15 @@ def of_same(
     return [[one for *_, one in of_one] for of_one in every]
 
 
+# That a process takes no rows of a layer, as derivatives of it are in the loss.
+_BY_CHOICE = 1
+
+
 def _lost(layer: Layer) -> int:
     """Whether the rows of a layer are lost here; what somebody is warned of counts more."""
-    why = layer.without_rows
-    if not why:
+    if not layer.without_rows:
         return 0
-    return 1 + (BY_CHOICE.index(why) if why in BY_CHOICE else len(BY_CHOICE))
+    return _BY_CHOICE if layer.without_rows == IN_THE_LOSS else 2
 
 
 def _uses(layer: Layer) -> tuple[bool, bool]:

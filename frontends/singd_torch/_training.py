@@ -19,7 +19,7 @@ from singd_torch.capture import scaling
 from singd_torch.capture.scaling import Given
 from singd_torch.capture.watcher import Watcher
 from singd_torch.layers.due import is_due, is_refresh
-from singd_torch.layers.layer import BY_CHOICE, MOST_MISSED, Layer
+from singd_torch.layers.layer import IN_THE_LOSS, MOST_MISSED, Layer
 from singd_torch.layers.reach import part_again
 from singd_torch.layers.roster import GONE, Roster
 from singd_torch.sharding.guards import check_model, refuse_flat, refuse_gathered
@@ -123,7 +123,7 @@ class Training(torch.optim.Optimizer):
         expected = [
             layer
             for layer in lost
-            if (layer.has_modules or layer.was_called) and layer.without_rows not in BY_CHOICE
+            if (layer.has_modules or layer.was_called) and layer.without_rows != IN_THE_LOSS
         ]
         if expected:
             first = expected[0]
@@ -205,7 +205,6 @@ class Training(torch.optim.Optimizer):
         self._follow_model()
         watcher.leave_joined()
         watcher.end_proofs()
-        watcher.leave_many(stepper.losses)
         watcher.warn_unused_mask()
         stepper.agree_on_rows()
         self._warn_missed()

@@ -23,7 +23,6 @@ __all__ = [
     "BY_CHOICE",
     "IKFAC",
     "KFAC",
-    "MANY",
     "SINGD",
     "Factors",
     "InverseFree",
@@ -41,9 +40,7 @@ __all__ = [
 ]
 
 Factors: TypeAlias = Rule  # what a rule keeps of a layer
-# Why a layer has no rows, in tables.
-BY_CHOICE = "diagonal factors learn from gradients"
-MANY = "a step has more examples than `rows`: gradients alone tell more"
+BY_CHOICE = "diagonal factors learn from gradients"  # why a layer has no rows, in tables
 
 
 def learns_from_gradients(s: Settings) -> bool:
@@ -51,16 +48,9 @@ def learns_from_gradients(s: Settings) -> bool:
     return s.normalized and get(s.rule).without_rows
 
 
-def wants_rows(s: Settings, structures: Sequence[type[Structure]], examples: float = 1) -> bool:
-    """Whether a layer that has rows learns from them under these settings, or from gradients.
-
-    Args:
-        s: The settings.
-        structures: Of K and of C.
-        examples: How many examples a step has.
-    """
-    many = examples > s.rows
-    return not learns_from_gradients(s) or get(s.rule).wants_rows(structures, many=many)
+def wants_rows(s: Settings, structures: Sequence[type[Structure]]) -> bool:
+    """Whether a layer that has rows learns from them under these settings, or from gradients."""
+    return not learns_from_gradients(s) or get(s.rule).wants_rows(structures)
 
 
 def start(

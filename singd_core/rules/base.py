@@ -67,13 +67,8 @@ class Rule(Tree, ABC):
         )
 
     @classmethod
-    def wants_rows(cls, structures: Sequence[type[Structure]], *, many: bool = False) -> bool:
-        """Whether factors of these structures learn better from rows than from gradients.
-
-        Args:
-            structures: Of K and of C.
-            many: Whether a step has more examples than the setting `rows`.
-        """
+    def wants_rows(cls, structures: Sequence[type[Structure]]) -> bool:
+        """Whether factors of these structures learn better from rows than from gradients."""
         return True
 
     @classmethod

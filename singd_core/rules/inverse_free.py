@@ -186,13 +186,9 @@ class IKFAC(InverseFree):
     """The IKFAC form: no Riemannian momentum, and 1 in place of the adaptive curvature."""
 
     @classmethod
-    def wants_rows(cls, structures: Sequence[type[Structure]], *, many: bool = False) -> bool:
-        """Unless both are diagonal, or a step has many examples: docs/rows.md says why.
-
-        Rules that derive from it want rows.
-        """
-        by_gradients = many or all(issubclass(S, Diagonal) for S in structures)
-        return cls is not IKFAC or not by_gradients
+    def wants_rows(cls, structures: Sequence[type[Structure]]) -> bool:
+        """Unless both are diagonal: docs/rows.md says why. Rules that derive from it want rows."""
+        return cls is not IKFAC or not all(issubclass(S, Diagonal) for S in structures)
 
     def directions(
         self, curvature: Curvature, rates: Rates, s: Settings

@@ -441,22 +441,3 @@ def test_a_state_of_rows_begins_anew_with_gradients() -> None:
     _, grads, curvature = measured(params, restored, x)
     updates, _ = jax.jit(tx.update)(grads, restored, params, curvature=curvature)
     assert all(np.all(np.isfinite(u)) for u in jax.tree.leaves(updates))
-
-
-# ---- steps of many examples ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("rows", "given"), [(31, {}), (32, {}), (31, {"rule": "singd"})], ids=str)
-def test_steps_of_more_examples_than_rows_learn_from_gradients(
-    rows: int, given: dict[str, Any]
-) -> None:
-    rng = np.random.default_rng(3)
-    params = {"a": {"kernel": jnp.ones((6, 4)), "bias": jnp.ones(4)}, "last": jnp.ones((4, 1))}
-    x = jnp.asarray(rng.standard_normal((32, 6)), jnp.float32)
-
-    def loss(p: Any, x: Any) -> Any:
-        return jnp.mean((jnp.tanh(x @ p["a"]["kernel"] + p["a"]["bias"]) @ p["last"]) ** 2)
-
-    state = singd_jax.singd(loss=loss, rows=rows, **given).init(params, x)
-    found = {name: isinstance(own, Shampoo) for name, own in state.factors.items()}
-    assert found == {"a.kernel": rows == 31 and not given, "last": False}

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from singd_core import rules
 from singd_torch._distributed import check_is_there, processes_of_call
 from singd_torch.capture import attention
 from singd_torch.capture.calls import Calls, Hooks
@@ -27,7 +26,6 @@ from singd_torch.capture.proof import CLIPPED, Proofs
 from singd_torch.capture.queue import Call, Queue
 from singd_torch.capture.tap import TakeRows, Tap, after_pass, backward_pass, install
 from singd_torch.layers.due import is_due, is_refresh, may_be_due, wants_proof
-from singd_torch.layers.find import goes_without
 from singd_torch.layers.layer import IN_THE_LOSS, Layer
 from singd_torch.layers.pending import part_of
 from singd_torch.layers.products import MatrixRows
@@ -236,16 +234,6 @@ class Watcher:
             if layer.misses_rows():  # all that is in the loss is a derivative
                 layer.lose_rows(IN_THE_LOSS)
 
-    def leave_many(self, losses: int) -> None:
-        """Take no rows of layers whose first step has so many examples that gradients tell more.
-
-        `losses` says of how many processes' losses the gradients are.
-        """
-        for layer in self._roster.layers if self._sampled is None else ():
-            begins = layer.pending and not layer.seen and layer.without_rows is None
-            if begins and goes_without(layer, losses * sum(layer.examples.values())):
-                layer.lose_rows(rules.MANY)
-
     def _takes_rows(self) -> bool:
         """Whether the backward pass that runs is one whose rows count."""
         return self._sampled in (None, "inside") and not self._refused
@@ -269,9 +257,6 @@ class Watcher:
             key, backward = (source.part, source.swapped), backward_pass()
             if backward != layer.last_pass.number:
                 self._begin_pass(layer, backward)
-            if not layer.seen:
-                examples = source.samples or (g.shape[source.samples_axis(x)] if g.ndim > 1 else 1)
-                layer.examples[backward] = max(examples, layer.examples.get(backward, 0))
             for rows in rows_of(layer, source, x, g, mask):
                 self.queue.take(Call(layer, key, rows, factors, layer.loss), lent=(x, g))
             if sharded is not None:
@@ -298,7 +283,7 @@ class Watcher:
             self._forgotten.add(layer)
             self.queue.forget(layer)
             self._proofs.forget_earlier(layer)
-            layer.pending, layer.examples = {}, {}
+            layer.pending = {}
             if self._keeper.sharded is not None:
                 self._keeper.sharded.sums.dropped(layer)
 

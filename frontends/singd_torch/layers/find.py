@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,17 +35,14 @@ class _Shared:
         return biases[0] if all(bias is biases[0] for bias in biases) else None
 
 
-def find(
-    model: nn.Module, groups: Sequence[dict[str, Any]], lost: Mapping[Any, str]
-) -> list[Layer]:
+def find(model: nn.Module, groups: Sequence[dict[str, Any]], lost: Collection[Any]) -> list[Layer]:
     """The layers of a model whose weight is trained by one of the groups.
 
     A weight that several modules use is one layer if they are of one kind, or a table of embeddings
     and the linear map tied to it. Its bias belongs to the layer if all of them have the same one.
     All other parameters are left out, a bias of several weights among them, and so are weights
-    whose rows are `lost`, but for those whose steps have many examples.
+    whose rows are `lost`.
     """
-    many = {p for p, why in lost.items() if why == rules.MANY}
     group_of = {p: group for group in groups for p in group["params"]}
     found: dict[nn.Parameter, _Shared] = {}
     for path, module in model.named_modules():
@@ -54,7 +50,7 @@ def find(
             # a parametrized or spectrally normalized weight is computed and not a parameter
             weight = module._parameters.get(use.weight)
             bias = module._parameters.get(use.bias) if use.bias else None
-            if weight is None or weight not in group_of or weight in lost.keys() - many:
+            if weight is None or weight not in group_of or weight in lost:
                 continue
             if not weight.is_floating_point() or not weight.numel():
                 continue
@@ -83,9 +79,7 @@ def find(
             entries_of_bags=len(weight) if weight in bags else 0,
         )
         of_bias = None if bias is None else group_of[bias]
-        examples = math.inf if weight in many else 1
-        of = settings_of(group), structures, examples
-        given = _of_gradients(common, weight, bias, *of, tied=tied)
+        given = _of_gradients(common, weight, bias, settings_of(group), structures, tied=tied)
         if given is not None:
             layers.append(Layer(shared.name, given, weight, bias, [], group, structures, of_bias))
             continue
@@ -121,7 +115,6 @@ def _of_gradients(
     bias: nn.Parameter | None,
     s: Settings,
     structures: tuple[type[Structure], type[Structure]],
-    examples: float,
     *,
     tied: bool,
 ) -> LayerKind | None:
@@ -129,17 +122,10 @@ def _of_gradients(
 
     A single row learns by rows: AdamW would train it otherwise.
     """
-    found = None if tied or rules.wants_rows(s, structures, examples) else kind.of_gradients()
+    found = None if tied or rules.wants_rows(s, structures) else kind.of_gradients()
     if found is None or found.shape(weight.shape, bias=False)[1] == 1:
         return None
     return found if bias is not None or Tensor.fits(weight.shape) else None
-
-
-def goes_without(layer: Layer, examples: int) -> bool:
-    """Whether a layer that has rows learns from gradients where a step has so many examples."""
-    of = settings_of(layer.group), layer.structures, examples
-    kind = _of_gradients(layer.kind, layer.weight, layer.bias, *of, tied=layer.one_hot)
-    return kind is not None
 
 
 def by_choice(model: nn.Module, layers: Iterable[Layer]) -> dict[nn.Parameter, str]:

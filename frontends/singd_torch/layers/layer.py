@@ -22,9 +22,8 @@ from singd_torch.tensors.pieces import on_host
 
 # Refreshes in a row without rows after which gradients refresh the factors of what has gradients.
 MOST_MISSED = 3
-# Why a layer is trained without rows by choice, of which nobody is warned.
+# Why a layer is trained without rows by a choice of the loss, of which nobody is warned.
 IN_THE_LOSS = "derivatives of it are in the loss, and give no rows"
-BY_CHOICE = rules.MANY, IN_THE_LOSS
 Key: TypeAlias = tuple[int | None, bool]
 
 
@@ -52,7 +51,6 @@ class Layer:
         called_in: The last step with a backward pass through a call that has rows.
         autocast: Whether products are in bfloat16 and the weight is not, on an accelerator.
         refreshes: Refreshes with a call that has rows.
-        examples: How many examples the calls of a step have had, by backward pass.
         notes: What was found out, and is kept in checkpoints (`FOUND`).
     """
 
@@ -75,7 +73,6 @@ class Layer:
     called_in: int = -1
     autocast: bool = False
     refreshes: int = 0
-    examples: dict[int, int] = dataclasses.field(default_factory=dict)
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def tell_autocast(self, g: Tensor) -> None:

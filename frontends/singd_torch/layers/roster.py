@@ -313,7 +313,6 @@ class Roster:
         """Have no rows of any layer."""
         for layer in self.layers:
             layer.pending, layer.last_pass, layer.called_in = {}, Pass(), -1
-            layer.examples = {}
 
 
 def _alike(now: Iterable[Tensor], known: Iterable[Tensor]) -> bool:

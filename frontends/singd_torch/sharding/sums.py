@@ -145,7 +145,7 @@ class Sums:
     def _of_all(self, own: Layer, pending: Pending, by: Factors, sums: Sequence[Tensor]) -> Pending:
         """The rows of all processes, as the factors of a layer measure them."""
         mean = own.group["loss_average"] is not None
-        pending = pending.of_all(sums, 1 if self._summed else self.losses, mean=mean)
+        pending = pending.of_all(sums, self._averaged(), mean=mean)
         inputs, outputs = by.seen(pending.inputs, pending.outputs)
         return dataclasses.replace(pending, inputs=inputs, outputs=outputs)
 
@@ -159,8 +159,7 @@ class Sums:
         pairs = zip(asked, counts.tolist(), strict=True)
         return {(layer, key) for (layer, key, _), n in pairs if n > 0}
 
-    @property
-    def losses(self) -> int:
-        """Of how many processes' losses the gradients are: tensor parallelism shares one."""
+    def _averaged(self) -> int:
+        """How many losses the gradients are an average of: tensor parallelism shares one."""
         mesh = self._tensor_parallel
-        return self._world // (1 if mesh is None else mesh.size())
+        return 1 if self._summed else self._world // (1 if mesh is None else mesh.size())

@@ -81,13 +81,6 @@ class Stepper(Stacker):
         """The processes that step together, if there are several."""
         return self.processes if self.sharded is None else self.sharded.group
 
-    @property
-    def losses(self) -> int:
-        """Of how many processes' losses the gradients are."""
-        if self.sharded is not None:
-            return self.sharded.sums.losses
-        return 1 if self.processes is None else self.processes.size()
-
     def agree_on_rows(self) -> None:
         """Have the same rows on all processes as others have them."""
         group = self.group
