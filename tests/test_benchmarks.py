@@ -234,7 +234,14 @@ def test_the_graphs_whose_kernels_are_counted_can_be_of_a_gpu():
     assert all(node.op != "get_attr" for node in graph.graph.nodes)
 
 
-# ---- noisy.py and finetune.py -------------------------------------------------------------------
+# ---- noisy.py, finetune.py and many_examples.py -------------------------------------------------
+
+
+def test_large_batches_are_trained_in_all_ways(capsys):
+    many = importlib.import_module("many_examples")
+    many.main(["--quick", "--tasks", "digits-cnn"])
+    header, _, row = capsys.readouterr().out.splitlines()[-3:]
+    assert header.count("|") == row.count("|") == 3 + len(many.WAYS)
 
 
 @pytest.mark.slow

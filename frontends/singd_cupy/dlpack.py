@@ -24,5 +24,6 @@ def from_dlpack(arrays: Any) -> Any:
     if isinstance(arrays, dict):
         return {name: from_dlpack(value) for name, value in arrays.items()}
     if isinstance(arrays, (list, tuple)):
-        return type(arrays)(map(from_dlpack, arrays))
+        found = map(from_dlpack, arrays)
+        return type(arrays)(*found) if hasattr(arrays, "_fields") else type(arrays)(found)
     return cupy.from_dlpack(arrays)

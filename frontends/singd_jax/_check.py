@@ -68,12 +68,19 @@ def check(
         dtypes = {name: jnp.dtype(jnp.float64) for name in layers}
         rule = functools.partial(_product, dtypes)
         tapped = Tapped(loss, layers, None, rule, {}, {})
+        flat, tree = jax.tree.flatten((batch, dict(keywords)))
+        # those of several processes cannot be part of a program
+        which = [i for i, v in enumerate(flat) if isinstance(v, jax.Array)]
+
+        def data(arrays: Any) -> Any:
+            found = dict(enumerate(flat)) | dict(zip(which, arrays, strict=True))
+            return tree.unflatten(found.values())
 
         @jax.jit
-        def traced(arrays: Any) -> Any:
+        def traced(arrays: Any, rest: Any) -> Any:
             own = dataclasses.replace(leaves, arrays=tuple(arrays))
             value, grads, _, products, _ = tapped.value_and_grad(
-                own, slots, {}, batch, keywords, has_aux
+                own, slots, {}, *data(rest), has_aux
             )
             gradients = Leaves.of(grads).named
             gaps = {
@@ -83,15 +90,16 @@ def check(
             return gaps, (value[0] if has_aux else value), gradients
 
         @jax.jit
-        def plain(arrays: Any) -> Any:
+        def plain(arrays: Any, rest: Any) -> Any:
             own = dataclasses.replace(leaves, arrays=tuple(arrays))
-            value, grads, _ = value_and_grad(loss, own, batch, keywords, has_aux)
+            value, grads, _ = value_and_grad(loss, own, *data(rest), has_aux)
             return (value[0] if has_aux else value), Leaves.of(grads).named
 
         # else products of an accelerator have 8 or 11 bits, and two programs differ by as much
         with jax.default_matmul_precision("highest"):
-            gaps, *got = traced(leaves.arrays)
-            expected = plain(leaves.arrays)
+            given = leaves.arrays, [flat[i] for i in which]
+            gaps, *got = traced(*given)
+            expected = plain(*given)
         # XLA may leave out a rounding before one use of a layer's input and not before the other.
         rounding = max([1e-4, *(8 * eps(dtype) for dtype in dtypes.values())])
         limit = rounding if tolerance is None else tolerance

@@ -39,11 +39,11 @@ class Gradients:
 
     Sums, means (`jax.lax.pmean`) and multiples of it change the gradients and the curvature alike.
     `unit` changes with them, and at the end the curvature is divided by it. So the mean curvature
-    is left after a mean or a sum over micro-batches, after clipping by the norm, and after
-    unscaling. It is also left after clipping by value, because the bound is far above the carried
-    numbers. Any other map, such as a sign, added noise or 2 g - h, makes the curvature NaN.
-    `tx.update` then skips the step and counts it: apply such a map to `tree` alone. The norm of
-    this pytree is the norm of the gradients.
+    is left after a mean or a sum over micro-batches, and after clipping by the norm. After
+    unscaling, the curvature of the scaled loss is left. Clipping by value changes no curvature
+    either, because the bound is far above the carried numbers. Any other map, such as a sign, added
+    noise or 2 g - h, makes the curvature NaN. `tx.update` then skips the step and counts it: apply
+    such a map to `tree` alone. The norm of this pytree is the norm of the gradients.
 
     Attributes:
         tree: The gradients, like the parameters.

@@ -65,11 +65,14 @@ def numbers_everywhere(tree: T, arrays: Mapping[str, Array]) -> T:
 
 
 def lengthened(tree: T, like: T) -> T:
-    """The arrays with zeros at the end of each axis, to the shapes of others."""
+    """The arrays with zeros at the end of each axis, to the shapes of others, sharded as these."""
 
     def one(a: Array, b: Array) -> Array:
+        if a.shape == b.shape:
+            return a
         more = [(0, n - m) for m, n in zip(a.shape, b.shape, strict=True)]
-        return jnp.pad(a, more) if a.shape != b.shape else a
+        longer, sharding = jnp.pad(a, more), _sharding(b)
+        return longer if sharding is None else jax.device_put(longer, sharding)
 
     return jax.tree.map(one, tree, like)  # type: ignore[no-any-return]
 

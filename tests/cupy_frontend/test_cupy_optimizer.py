@@ -1,5 +1,6 @@
 """`singd_cupy.Optimizer` on other arrays than CuPy's: devices, dtypes, memory and bad input."""
 
+import collections
 import tracemalloc
 from typing import Any
 
@@ -249,11 +250,12 @@ def test_the_device_of_a_cupy_array_is_found(foreign):
 def test_from_dlpack_keeps_structure_and_memory(monkeypatch):
     monkeypatch.setattr("cupy.from_dlpack", np.from_dlpack)
     weight, bias, other = torch.zeros(2, 3), torch.zeros(2), torch.zeros(4)
-    views = singd_cupy.from_dlpack({"map": (weight, bias), "others": [other]})
+    Pair = collections.namedtuple("Pair", "weight bias")
+    views = singd_cupy.from_dlpack({"map": Pair(weight, bias), "others": [other]})
     views["map"][0][1, 2] = 5.0
     views["others"][0][0] = 7.0
     assert (weight[1, 2].item(), other[0].item()) == (5.0, 7.0)
-    assert isinstance(views["map"], tuple)
+    assert isinstance(views["map"], Pair)
 
 
 def test_a_bfloat16_state_comes_back_from_npz(elsewhere, tmp_path):

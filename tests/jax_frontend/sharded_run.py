@@ -187,8 +187,16 @@ def sides_of_a_bias(structures):
     expected = end(*steps(4, params, tx.init(params), single))
     own, state, step = begun(4, 2)
     half = steps(2, own, state, step)
+    flat = {name: np.asarray(a) for name, a in singd_jax.flatten(half[1]).items()}
+    restored = singd_jax.unflatten(state, flat)
+    pairs = zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True)
+    moved = sum(not a.sharding.is_equivalent_to(b.sharding, a.ndim) for a, b in pairs)
     again = steps(2, *half, step)
-    told = {"shares": [*map(shares, (state, again[1]))], "compiled": step._cache_size()}
+    told = {
+        "shares": [*map(shares, (state, again[1]))],
+        "compiled": step._cache_size(),
+        "moved": moved,
+    }
     told["same"] = gap(end(*again), expected)
 
     for name, other in (("fewer", begun(2, 2)), ("one", (params, tx.init(params), single))):

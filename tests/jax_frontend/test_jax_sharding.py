@@ -103,6 +103,7 @@ def test_sides_with_a_bias_are_divided_and_the_state_goes_on_on_any_mesh(found):
         assert len(shares) == 3  # K and C, and the levels of rows
         assert set(shares.values()) == {1 / 8}, shares
     assert told["compiled"] == 1
+    assert told["moved"] == 0
     assert all(told[how] < 1e-5 for how in ("same", "fewer", "one", "of one")), told
 
 
