@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.md"))
 PAGES = [ROOT / "README.md", *sorted(set((ROOT / "docs").rglob("*.md")) - set(EXAMPLES))]
-SLOW = {"characters", "gpt2", "new_structure"}
+SLOW = {"characters", "gpt2", "jax", "new_structure", "not_learning"}
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 PACKAGES = [ROOT / "singd_core", *sorted((ROOT / "frontends").glob("singd_*"))]
 FENCE = re.compile(r"[ >]*(?P<fence>`{3,}|~{3,})[ ]*(?P<info>[^`]*)")

@@ -214,6 +214,7 @@ def test_a_state_that_is_donated_leaves_the_given_numbers() -> None:
     assert int(T) == 10
 
 
+@pytest.mark.slow
 def test_steps_that_are_not_compiled_may_look_for_nan() -> None:
     params = {"w": array(4, 4)}
     tx = singd_jax.singd()

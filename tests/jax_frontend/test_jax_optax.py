@@ -85,6 +85,7 @@ def test_parameters_in_a_state_of_an_unknown_structure_are_an_error():
     optax.tree.map_params(tx, lambda a: a, state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [False, True])
 def test_more_steps_than_an_integer_counts(rows):
     tx = singd_jax.singd(layers=LAYERS) if rows else singd_jax.singd()

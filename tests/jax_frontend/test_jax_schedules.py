@@ -51,6 +51,7 @@ def test_what_is_kept_does_not_depend_on_where_a_schedule_starts(schedule, const
     assert (layer.momentum_buffer is None, layer.factors.m_K is None) == (constant, constant)
 
 
+@pytest.mark.slow
 def test_a_schedule_that_reads_its_count_is_for_steps_that_are_not_compiled():
     rising = {"momentum": lambda c: 0.0 if c < 1 else 0.5}
     tx = singd_jax.singd(0.02, layers=LAYERS, **rising)

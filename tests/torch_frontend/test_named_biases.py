@@ -157,7 +157,9 @@ def in_two_groups(model: nn.Module, **of_biases: Any) -> SINGD:
     return SINGD([{"params": weights}, {"params": biases, **of_biases}])
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=recent.COMPILES)])
+@pytest.mark.parametrize(
+    "compiled", [False, pytest.param(True, marks=[recent.COMPILES, pytest.mark.slow])]
+)
 def test_biases_in_a_group_of_their_own_are_the_same(compiled: bool) -> None:
     """As of those who let no bias decay."""
     model, twin = network(), network()

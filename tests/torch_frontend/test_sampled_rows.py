@@ -55,6 +55,7 @@ def mean_over_steps(
     return {name: value / steps for name, value in total.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("loss_average", "masked"),
     [

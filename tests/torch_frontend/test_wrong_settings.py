@@ -151,12 +151,12 @@ CHANGES = {
     "largest_lr": (None, "largest_lr=None: must be a number or a 0-d array, at least 0"),
     "base_lr": (-0.1, r"base_lr=-0\.1: must be positive and finite"),
     "steps": (None, "steps=None: must be an integer of at least 0"),
-    "momentum_dtype": (torch.float64, r"momentum_dtype=torch\.float64 was None when the layers"),
+    "momentum_dtype": (torch.float64, r"momentum_dtype=torch\.float64: was None when the layers"),
     "preconditioner_dtype": (
         (torch.float64, torch.float64),
-        r"preconditioner_dtype=\(torch\.float64, torch\.float64\) was \(None, None\) when",
+        r"preconditioner_dtype=\(torch\.float64, torch\.float64\): was \(None, None\) when",
     ),
-    "structures": ("dense", r"structures='dense' was \('diagonal', 'dense'\) when the layers"),
+    "structures": ("dense", r"structures='dense': was \('diagonal', 'dense'\) when the layers"),
 }
 
 

@@ -108,7 +108,10 @@ def test_a_bias_steps_by_its_share_and_makes_up_for_the_mean() -> None:
         np.testing.assert_allclose(db, -n - dW @ page.mu, rtol=1e-8, atol=1e-12)
 
 
-@pytest.mark.parametrize("structures", ["dense", "diagonal", "tril"])
+@pytest.mark.parametrize(
+    "structures",
+    ["diagonal", *(pytest.param(s, marks=pytest.mark.slow) for s in ("dense", "tril"))],
+)
 @pytest.mark.parametrize(("backend", "dtype"), WIDE, ids=str)
 def test_a_shift_of_the_inputs_changes_no_step(
     backend: Backend, dtype: str, structures: str

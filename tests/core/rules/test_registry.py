@@ -90,6 +90,7 @@ def test_a_rule_that_derives_from_the_default_keeps_its_rows() -> None:
     assert all(rule.wants_rows(structures) for rule in (Other, rules.SINGD, rules.KFAC))
 
 
+@pytest.mark.slow
 def test_it_is_a_rule_of_jax() -> None:
     jax = pytest.importorskip("jax")
     from singd_jax import singd, value_and_grad

@@ -63,7 +63,6 @@ FAST = {
     ("parts", "diagonal"),
     ("parts", "kfac"),
     ("copies", "default"),
-    ("copies", "toeplitz"),
     ("copies", "paper"),
 }
 

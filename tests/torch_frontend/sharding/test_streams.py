@@ -56,6 +56,7 @@ def streamed(rank: int, world: int) -> dict[str, Tensor]:
         return changing(rank, world)
 
 
+@pytest.mark.slow
 def test_whatever_passes_there_are_two_processes_do_as_one() -> None:
     with models.exact_counts():
         wanted = changing(0, 1)
