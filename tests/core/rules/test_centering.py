@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from backends import WIDE, Backend
+from cases import cases
 
 from singd_core import Optimizer
 from singd_core.rules.centering import NOISE, InputMean, InputSums
@@ -108,10 +109,7 @@ def test_a_bias_steps_by_its_share_and_makes_up_for_the_mean() -> None:
         np.testing.assert_allclose(db, -n - dW @ page.mu, rtol=1e-8, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    "structures",
-    ["diagonal", *(pytest.param(s, marks=pytest.mark.slow) for s in ("dense", "tril"))],
-)
+@pytest.mark.parametrize("structures", cases(["dense", "diagonal", "tril"], fast=["diagonal"]))
 @pytest.mark.parametrize(("backend", "dtype"), WIDE, ids=str)
 def test_a_shift_of_the_inputs_changes_no_step(
     backend: Backend, dtype: str, structures: str
