@@ -68,19 +68,21 @@ def check(
         dtypes = {name: jnp.dtype(jnp.float64) for name in layers}
         rule = functools.partial(_product, dtypes)
         tapped = Tapped(loss, layers, None, rule, {}, {})
+        tree: Any
         flat, tree = jax.tree.flatten((batch, dict(keywords)))
         # those of several processes cannot be part of a program
         which = [i for i, v in enumerate(flat) if isinstance(v, jax.Array)]
 
-        def data(arrays: Any) -> Any:
+        def joined(arrays: Any) -> Any:
             found = dict(enumerate(flat)) | dict(zip(which, arrays, strict=True))
             return tree.unflatten(found.values())
 
         @jax.jit
         def traced(arrays: Any, rest: Any) -> Any:
             own = dataclasses.replace(leaves, arrays=tuple(arrays))
+            data, named = joined(rest)
             value, grads, _, products, _ = tapped.value_and_grad(
-                own, slots, {}, *data(rest), has_aux
+                own, slots, {}, data, named, has_aux
             )
             gradients = Leaves.of(grads).named
             gaps = {
@@ -92,7 +94,8 @@ def check(
         @jax.jit
         def plain(arrays: Any, rest: Any) -> Any:
             own = dataclasses.replace(leaves, arrays=tuple(arrays))
-            value, grads, _ = value_and_grad(loss, own, *data(rest), has_aux)
+            data, named = joined(rest)
+            value, grads, _ = value_and_grad(loss, own, data, named, has_aux)
             return (value[0] if has_aux else value), Leaves.of(grads).named
 
         # else products of an accelerator have 8 or 11 bits, and two programs differ by as much
