@@ -162,13 +162,6 @@ def promoting(f: Callable[..., T]) -> Callable[..., T]:
     return function
 
 
-def cond(condition: Any, function: Callable[[], Any], other: Callable[[], Any]) -> Any:
-    """`jax.lax.cond`, which outside of a compiled step would compile both anew at each call."""
-    if isinstance(condition, jax.core.Tracer):
-        return jax.lax.cond(condition, function, other)
-    return function() if condition else other()
-
-
 def kept(x: Any, count: Any) -> Any:
     """A small array in memory, where every kernel reads it.
 

@@ -96,7 +96,7 @@ def value_and_curvature(
         first = functools.partial(leading, loss, leaves, batch, keywords)
         n = size_of_batch(layers.batch_size, batch, keywords, first) if needed else None
         rows = {name: own.fixed.rows for own in states for name in own.rest.layers}
-        always = branch is None and _is_cheap(trained, kept, rows, leaves.named)
+        always = branch is None and _is_cheap(trained, kept, rows, (leaves.named, batch, keywords))
         dues: list[Any] = [None if always else own.due for own in states]
         whole = branch == "layer" or any(due is None for due in dues)
         due = {} if always or not whole else _of_layers(states, dues)
@@ -121,7 +121,7 @@ def value_and_curvature(
         if whole:
             value, grads, changed, found = measured()
         else:
-            value, grads, changed, found = _compat.cond(jnp.any(jnp.stack(dues)), measured, plain)
+            value, grads, changed, found = jax.lax.cond(jnp.any(jnp.stack(dues)), measured, plain)
         if not used:
             raise ValueError(
                 f"the loss uses none of {', '.join(kept)} as in the loss that the layers were "

@@ -1,4 +1,4 @@
-"""States load that lack what is kept now, or have what is not kept any more."""
+"""Saved states that are of another rule, or lack something."""
 
 import numpy as np
 import pytest
@@ -22,4 +22,13 @@ def test_what_is_missing_else_is_an_error() -> None:
     flat = flatten(optimizer.init(params()))
     del flat["map.K.matrix"]
     with pytest.raises(ValueError, match=r"has no 'map\.K\.matrix'"):
+        unflatten(optimizer.init(params()), flat)
+
+
+@pytest.mark.parametrize("name", ["step", "largest_lr"])
+def test_a_number_that_is_missing_is_an_error(name: str) -> None:
+    optimizer = Optimizer(LAYERS)
+    flat = flatten(optimizer.init(params()))
+    del flat[name]
+    with pytest.raises(ValueError, match=f"has no '{name}': is it what"):
         unflatten(optimizer.init(params()), flat)

@@ -9,7 +9,6 @@ from jax_runs import LAYERS, assert_close, run, start, state_of, stepper
 import singd_jax
 
 
-@pytest.mark.slow
 def test_multi_steps_of_optax_accumulate_gradients():
     plain = singd_jax.singd(0.02, layers=LAYERS, T=1)
     tx = optax.MultiSteps(plain, every_k_schedule=2)

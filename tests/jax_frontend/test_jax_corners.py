@@ -221,3 +221,18 @@ def test_steps_that_are_not_compiled_may_look_for_nan() -> None:
     with jax.debug_nans(True):
         updates, _ = tx.update(params, tx.init(params), params)
     assert bool(jnp.isfinite(updates["w"]).all())
+
+
+def test_steps_that_are_not_compiled_go_on_between_refreshes() -> None:
+    params = {"w": array(4, 4)}
+
+    def loss(p: Any, x: Any) -> Any:
+        return mean_square(jnp.tanh(x @ p["w"]))
+
+    tx = singd_jax.singd(loss=loss, T=3, growing_T=False)
+    state = tx.init(params, X)
+    for _ in range(3):
+        _, grads = singd_jax.value_and_grad(loss)(params, state, X)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    assert int(state.core.step) == 3

@@ -57,7 +57,6 @@ def test_half_precision_parameters(dtype):
     assert state.core.layers["v"].factors.K.matrix.dtype == factor
 
 
-@pytest.mark.slow
 def test_float64():
     with jax.enable_x64(True):
         params = jax.tree.map(lambda a: a.astype("float64"), start())

@@ -96,7 +96,6 @@ def test_masked_leaves_parameters_out():
     assert_close(updates["v"], grads["v"], 0.0)  # what masked does with the rest
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("T", "branch"),
     [

@@ -341,7 +341,7 @@ def test_compiled_steps_may_have_no_options() -> None:
     assert SINGD(nn.Linear(2, 2), compile_step={})._stepper.compile == {}
 
 
-def test_parameters_in_parts_need_no_shard() -> None:
+def test_who_may_shard_is_said() -> None:
     with pytest.raises(ValueError, match="Leave shard out for a model in parts"):
         SINGD(nn.Linear(2, 2), shard=True)
 

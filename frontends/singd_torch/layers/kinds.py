@@ -61,7 +61,7 @@ def _transposed(module: nn.Module) -> LayerKind | None:
 
 def _embedding(module: nn.Module) -> LayerKind | None:
     assert isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-    largest = getattr(module, "mode", None) == "max"  # of bags
+    largest = isinstance(module, nn.EmbeddingBag) and module.mode == "max"
     if largest or module.sparse or module.scale_grad_by_freq or module.max_norm is not None:
         return None
     return Embedding(module.num_embeddings, module.padding_idx)

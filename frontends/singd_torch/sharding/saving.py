@@ -181,10 +181,10 @@ def loaded(
             if own is not None:
                 factors[layer.weight] = own
         for p, kept in entries.items():
+            like = torch.empty(p.shape, dtype=p.dtype, device="meta") if p in wanted else local(p)
             name = names.get(p, "a parameter")
-            if p not in wanted:
-                check_moments(name, nn.Parameter(local(p)), kept)
-            check_cost(name, p if p in wanted else local(p), kept)
+            check_moments(name, nn.Parameter(like), kept)
+            check_cost(name, like, kept)
 
     _all_or_none(check, share)
     known = {index for group in groups for index in group["params"]}

@@ -44,12 +44,12 @@ class Stepper(Stacker):
     Attributes:
         skipped: How many steps changed nothing.
         places: Where parameters stand that are parts of others.
-        alike: How many parameters others with copies of the model are known to train too.
+        is_alike: Whether other processes with copies are known to train the same parameters.
     """
 
     skipped: Tensor | int = 0
     bundles: Sequence[Bundle] = ()
-    alike: int = 0
+    is_alike: bool = False
     places: Mapping[nn.Parameter, Place] = MappingProxyType({})
 
     @property
@@ -87,10 +87,9 @@ class Stepper(Stacker):
         layers = [one for one in self.roster.layers if one.is_trained and one.kind.has_rows]
         asked = [one for one in layers if may_be_due(one)]
         if group is not None and group.size() > 1:
-            trained = self.roster.group_of
-            if self.sharded is None and self.alike != len(trained):  # or asked with the parts
-                of_same(list(trained), self.roster.names, group)
-                self.alike = len(trained)
+            if self.sharded is None and not self.is_alike:  # else it was asked with the parts
+                of_same(list(self.roster.group_of), self.roster.names, group)
+                self.is_alike = True
             if not asked:
                 return
             if self.sharded is not None:

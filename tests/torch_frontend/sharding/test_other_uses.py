@@ -116,7 +116,6 @@ def check_uses(ends: Sequence[Callable[..., Tensor]], later: bool = False) -> No
                 assert USES[end] in line
 
 
-@pytest.mark.slow
 def test_uses_without_their_modules_are_seen_or_said() -> None:
     check_uses([as_linear_map, hidden])
 

@@ -83,8 +83,8 @@ def run(world: int, function: Any, *args: Any) -> list[Any]:
     return gloo.run(world, function, *args)
 
 
-# A change of the number of processes.
-FAST = {(2, 1, "full")}
+# A change of the number of processes, and a state in parts.
+FAST = {(2, 2, ""), (2, 1, "full")}
 
 
 @pytest.mark.parametrize(
@@ -261,3 +261,27 @@ def misfit_compensation(rank: int, world: int) -> None:
 
 def test_a_compensation_that_does_not_fit_is_an_error_on_all_processes() -> None:
     gloo.run(2, misfit_compensation)
+
+
+def misfit_moment(rank: int, world: int) -> None:
+    """AdamW trains the layer, as its rows are never seen, and one process has its state."""
+    model = torch.nn.Linear(4, 3)
+    fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+    optimizer = SINGD(model, recipe="paper")
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    index, own = next((i, own) for i, own in saved["state"].items() if "exp_avg" in own)
+    nan = own["exp_avg_sq"] * float("nan")
+    missing = {name: t for name, t in own.items() if name != "exp_avg_sq"}
+    for wrong, what in ((own | {"exp_avg_sq": nan}, "is not finite"), (missing, "no 'exp_avg_sq'")):
+        with pytest.raises(ValueError, match=what):
+            optimizer.load_state_dict(saved | {"state": saved["state"] | {index: wrong}})
+    optimizer.load_state_dict(saved)
+    optimizer.step()
+    assert optimizer.skipped == 0
+
+
+def test_a_moment_of_a_layer_without_rows_that_does_not_fit_is_an_error() -> None:
+    gloo.run(2, misfit_moment)

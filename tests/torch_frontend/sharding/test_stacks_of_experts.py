@@ -78,7 +78,6 @@ def trained(rank: int, world: int, how: str, call: str) -> tuple[str, list[Tenso
     return line, [p.detach() for p in model.parameters()]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("how", [pytest.param("whole", marks=pytest.mark.slow), "parted"])
 def test_two_processes_train_like_one(how: str) -> None:
     wanted = train(0, 1, how)
