@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import json
 import math
@@ -157,8 +158,34 @@ def train(run: Run) -> Result:
     torch.manual_seed(run.seed)
     model = task.model()
     chosen = optimizer(run, model, task)
-    schedule = torch.optim.lr_scheduler.LambdaLR(chosen, lambda step: factor(run, step))
-    batches = list(task.batches(run.seed, run.steps))
+    losses, cpu = stepped(task, model, chosen, functools.partial(factor, run), run.seed, run.steps)
+    ends = task.evaluate(model) if math.isfinite(losses[-1]) else (math.inf, math.nan)
+    astray = not math.isfinite(ends[0])
+    return Result(
+        loss=math.inf if astray else ends[0],
+        metric=math.nan if astray else ends[1],
+        seconds=time.perf_counter() - start,
+        cpu_ms=1e3 * cpu,
+        curve=thinned(losses),
+        code=CODE if run.method in OWN else "",
+        versions=versions(run.method),
+    )
+
+
+def stepped(
+    task: Task,
+    model: nn.Module,
+    chosen: torch.optim.Optimizer,
+    factor: Callable[[int], float],
+    seed: int,
+    steps: int,
+) -> tuple[list[float], float]:
+    """The losses of a training whose rate has this factor in each step, and its time of a step.
+
+    It ends early if the loss is not finite. The time is the processor's, in seconds.
+    """
+    schedule = torch.optim.lr_scheduler.LambdaLR(chosen, factor)
+    batches = list(task.batches(seed, steps))
     losses: list[float] = []
     cpu = time.process_time()
     for x, y in batches:
@@ -174,18 +201,7 @@ def train(run: Run) -> Result:
             losses.append(math.nan)
             break
         schedule.step()
-    cpu = (time.process_time() - cpu) / len(losses)
-    ends = task.evaluate(model) if math.isfinite(losses[-1]) else (math.inf, math.nan)
-    astray = not math.isfinite(ends[0])
-    return Result(
-        loss=math.inf if astray else ends[0],
-        metric=math.nan if astray else ends[1],
-        seconds=time.perf_counter() - start,
-        cpu_ms=1e3 * cpu,
-        curve=thinned(losses),
-        code=CODE if run.method in OWN else "",
-        versions=versions(run.method),
-    )
+    return losses, (time.process_time() - cpu) / len(losses)
 
 
 # ---- the store ----------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from compare_runs import stepped
 from pages import ROOT, digits, table, write
 from rich.progress import track
 from tasks import TASKS, Task
@@ -50,12 +51,7 @@ def trained(task: Task, build: Callable[[nn.Module, str], Any], seed: int) -> tu
     torch.manual_seed(seed)
     model = task.model()
     optimizer = build(model, task.loss_average)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / task.steps)
-    for x, y in task.batches(seed, task.steps):
-        optimizer.zero_grad()
-        task.loss(model(x), y).backward()
-        optimizer.step()
-        schedule.step()
+    stepped(task, model, optimizer, lambda step: 1.0 - step / task.steps, seed, task.steps)
     loss, metric = task.evaluate(model)
     return loss, metric
 

@@ -17,7 +17,7 @@ from singd_jax._axes import coarsest, eps
 from singd_jax._calls import EXPAND, Call
 from singd_jax._layer import TRANSPOSED, Layer
 from singd_jax._layers import Layers, checked
-from singd_jax._loss import Leaves
+from singd_jax._loss import Leaves, parted
 from singd_jax._part import padded
 from singd_jax._tapped import Tapped, value_and_grad
 
@@ -68,19 +68,13 @@ def check(
         dtypes = {name: jnp.dtype(jnp.float64) for name in layers}
         rule = functools.partial(_product, dtypes)
         tapped = Tapped(loss, layers, None, rule, {}, {})
-        tree: Any
-        flat, tree = jax.tree.flatten((batch, dict(keywords)))
-        # those of several processes cannot be part of a program
-        which = [i for i, v in enumerate(flat) if isinstance(v, jax.Array)]
-
-        def joined(arrays: Any) -> Any:
-            found = dict(enumerate(flat)) | dict(zip(which, arrays, strict=True))
-            return tree.unflatten(found.values())
+        # the arrays of several processes cannot be part of a program
+        arguments, join = parted(batch, keywords)
 
         @jax.jit
         def traced(arrays: Any, rest: Any) -> Any:
             own = dataclasses.replace(leaves, arrays=tuple(arrays))
-            data, named = joined(rest)
+            data, named = join(rest)
             value, grads, _, products, _ = tapped.value_and_grad(
                 own, slots, {}, data, named, has_aux
             )
@@ -94,15 +88,14 @@ def check(
         @jax.jit
         def plain(arrays: Any, rest: Any) -> Any:
             own = dataclasses.replace(leaves, arrays=tuple(arrays))
-            data, named = joined(rest)
+            data, named = join(rest)
             value, grads, _ = value_and_grad(loss, own, data, named, has_aux)
             return (value[0] if has_aux else value), Leaves.of(grads).named
 
         # else products of an accelerator have 8 or 11 bits, and two programs differ by as much
         with jax.default_matmul_precision("highest"):
-            given = leaves.arrays, [flat[i] for i in which]
-            gaps, *got = traced(*given)
-            expected = plain(*given)
+            gaps, *got = traced(leaves.arrays, arguments)
+            expected = plain(leaves.arrays, arguments)
         # XLA may leave out a rounding before one use of a layer's input and not before the other.
         rounding = max([1e-4, *(8 * eps(dtype) for dtype in dtypes.values())])
         limit = rounding if tolerance is None else tolerance

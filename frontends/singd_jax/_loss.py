@@ -167,6 +167,24 @@ _IS_TRACED = (
 )
 
 
+def parted(
+    batch: tuple[Any, ...], keywords: Mapping[str, Any]
+) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """The arrays of a batch and its keywords, and what puts others into their places."""
+    tree: Any
+    flat, tree = jax.tree.flatten((batch, dict(keywords)))
+    # a scalar of NumPy stays the number that it is: the length of a loop may be one
+    which = [i for i, v in enumerate(flat) if _is_array(v) and not isinstance(v, np.generic)]
+
+    def join(arrays: Sequence[Any]) -> Any:
+        full = list(flat)
+        for i, array in zip(which, arrays, strict=True):
+            full[i] = array
+        return tree.unflatten(full)
+
+    return [flat[i] for i in which], join
+
+
 def evaluate(
     loss: Callable[..., Any],
     tracer: Tracer,
@@ -177,16 +195,10 @@ def evaluate(
     keywords: Mapping[str, Any],
 ) -> tuple[Any, list[Array]]:
     """What the loss returns, evaluated by a tracer, and what it has changed of the model."""
-    tree: Any
-    flat, tree = jax.tree.flatten((batch, dict(keywords)))
-    # a scalar of NumPy stays the number that it is: the length of a loop may be one
-    which = [i for i, v in enumerate(flat) if _is_array(v) and not isinstance(v, np.generic)]
+    arrays, join = parted(batch, keywords)
 
     def function(leaves: Any, arrays: Any) -> Any:
-        full = list(flat)
-        for i, array in zip(which, arrays, strict=True):
-            full[i] = array
-        args, named = tree.unflatten(full)
+        args, named = join(arrays)
         model = params.join(leaves)
         result = loss(model, *args, **named)
         for x in jax.tree.leaves(result):
@@ -197,7 +209,6 @@ def evaluate(
                 )
         return result, params.changed(model)
 
-    arrays = [flat[i] for i in which]
     try:
         closed, shape = jax.make_jaxpr(function, return_shape=True)(list(leaves), arrays)
     except _NEEDS_VALUES as error:

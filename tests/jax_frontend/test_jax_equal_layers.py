@@ -50,10 +50,10 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
     ("dtype", "given"),
     [
         ("float32", {}),
-        slow("float32", {"structures": "hierarchical:1,1"}),
-        slow("float32", {"recipe": "paper"}),
-        slow("bfloat16", {}),
-        slow("bfloat16", {"rounding": "kahan"}),
+        ("float32", {"structures": "hierarchical:1,1"}),
+        ("float32", {"recipe": "paper"}),
+        ("bfloat16", {}),
+        ("bfloat16", {"rounding": "kahan"}),
     ],
     ids=str,
 )

@@ -79,7 +79,7 @@ def test_each_rule_means_what_it_means_in_torch(given):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", cases([cnn, transformer], fast=[transformer]))
+@pytest.mark.parametrize("make", [cnn, transformer])
 def test_a_cnn_and_a_transformer_take_the_steps_of_torch(make):
     compare(make(), recipe="normalized", T=2, growing_T=False)
 

@@ -176,10 +176,7 @@ def killed(rank: int, world: int, folder: str, point: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "point",
-    cases(POINTS, fast=["writes"]),
-)
+@pytest.mark.parametrize("point", POINTS)
 def test_a_run_that_was_killed_goes_on_from_the_last_complete_checkpoint(
     point: str, tmp_path: Path
 ) -> None:
