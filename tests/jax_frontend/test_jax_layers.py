@@ -16,7 +16,10 @@ SLOW = {
     "linen_transformer_block",  # its products: head_split_kernels, residual_before_bias
     "linen_lstm",  # scan_over_time
     "haiku_cnn",  # linen_cnn
-    "nnx_mlp",  # equinox_mlp
+    "nnx_mlp",  # raw_mlp
+    "equinox_mlp",
+    "stacked_leaf_in_a_loop",  # indexed_inside_a_loop
+    "kernels_of_concatenated_outputs",  # concatenated_kernels_of_one_position
     "remat_inside_scan",  # custom_jvp_inside_remat_and_scan
     "scan_of_scan",  # scan_over_layers, scan_over_time
     "packed_qkv_split",  # packed_qkv_sliced
@@ -25,6 +28,7 @@ SLOW = {
     "factor_of_a_table_and_of_joined_weights",  # factors_of_a_weight
     "convolution_1d_depthwise",  # convolution_depthwise
     "convolution_1d_grouped_and_dilated",  # convolution_grouped, convolution_2d_dilated
+    "convolution_1d",  # convolution_2d_strided, convolution_3d
     "convolution_3d_depthwise",
     "convolution_3d_grouped_and_dilated",
     "convolution_3d_transposed",  # convolution_transposed

@@ -60,11 +60,11 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 @pytest.mark.parametrize(
     ("name", "structures", "kfac_approx"),
     [
-        ("dense", "dense", "expand"),
-        ("dense", "blockdiagonal:2", "reduce"),
-        ("convolution", "dense", "reduce"),
+        ("dense", "dense", "reduce"),
         ("convolution", "blockdiagonal:2", "expand"),
-        slow("dense", "dense", "reduce"),
+        slow("dense", "dense", "expand"),
+        slow("dense", "blockdiagonal:2", "reduce"),
+        slow("convolution", "dense", "reduce"),
         slow("dense", "blockdiagonal:2", "expand"),
         slow("convolution", "dense", "expand"),
         slow("convolution", "blockdiagonal:2", "reduce"),
@@ -112,7 +112,7 @@ SAMPLED = [
 
 
 # Cases of several that others show one by one.
-REPEATED = "remat_inside_scan", "linen_transformer_block"
+REPEATED = "remat_inside_scan", "linen_transformer_block", "custom_jvp_inside_remat_and_scan"
 
 
 # Positions are averaged over in a convolution and a scan, the other cases of it are slow.

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import cases
 from torch import Tensor, nn
 
 from singd_torch import SINGD
@@ -196,7 +197,7 @@ def same(found: tuple[Network, SINGD], expected: tuple[Network, SINGD]) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("of", GIVEN)
+@pytest.mark.parametrize("of", cases(GIVEN, fast=["model", "groups"]))
 @pytest.mark.parametrize("case", CASES)
 def test_all_layers_step_as_each_alone(
     case: str, of: str, place: str, monkeypatch: pytest.MonkeyPatch

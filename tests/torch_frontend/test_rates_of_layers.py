@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cases import cases
 from torch import Tensor, nn
 
 from singd_torch import SINGD
@@ -156,7 +157,7 @@ def place(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("where", ["stacks", "bundles", "accelerator"])
-@pytest.mark.parametrize("of", GIVEN)
+@pytest.mark.parametrize("of", cases(GIVEN, fast=["model", "names, rates of biases"]))
 @pytest.mark.parametrize("change", CHANGES)
 def test_layers_step_as_each_with_its_rate(
     change: Callable[[int, Network, SINGD], None],

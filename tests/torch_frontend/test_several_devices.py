@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import cases
 from torch import Tensor, nn
 from watched import layers
 
@@ -48,7 +49,10 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize("scaled", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("case", CASES)
+# the others have kernels of these
+@pytest.mark.parametrize(
+    "case", cases(CASES, fast=["default", "decay", "paper", "kfac", "a rate on the second"])
+)
 def test_a_step_does_not_mix_devices(case: str, scaled: bool) -> None:
     given = dict(CASES[case])
     dtype, rate = given.pop("dtype", torch.float32), given.pop("rate", None)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from cases import cases
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -86,7 +87,7 @@ def _loaded(saved: dict[str, Any]) -> tuple[nn.Module, SINGD]:
     return model, optimizer
 
 
-@pytest.mark.parametrize("how", ["loaded", "copied", "rolled back"])
+@pytest.mark.parametrize("how", cases(["loaded", "copied", "rolled back"], fast=["rolled back"]))
 @pytest.mark.filterwarnings(MISSES)
 def test_a_run_that_goes_on_compares_rows_with_gradients_in_the_same_steps(how: str) -> None:
     expected = _train(*_start(), range(30))
@@ -137,7 +138,7 @@ def test_rows_are_compared_with_gradients_after_1_2_4_8_refreshes(T: int) -> Non
 @pytest.mark.parametrize(
     "settings", [{}, {"T": 11, "growing_T": False}, {"recipe": "paper", "T": 11}]
 )
-@pytest.mark.parametrize("period", [2, 3, 5, 7])
+@pytest.mark.parametrize("period", cases([2, 3, 5, 7], fast=[3]))
 def test_a_use_that_nobody_sees_is_found_in_a_layer_of_every_nth_step(
     period: int, settings: dict[str, Any]
 ) -> None:

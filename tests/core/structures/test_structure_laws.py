@@ -54,19 +54,23 @@ MIRRORED = {
     triubottomrightdiag(2),
     triutopleftdiag(1),
 }
+# A triangle, and a triangle beside a diagonal: hierarchical(2, 3) has both, with what lies between.
+PARTS = {Tril, triltopleftdiag(2)}
 
 
 def slow(S, law, backend, dtype):
     """Marks a case as slow if others show nearly the same.
 
     That every operation of every structure compiles is a law of its own, so one structure shows
-    that a whole step does. A mirrored structure goes through all dtypes in NumPy alone. The others
-    go through float64 and float16 in NumPy, and elsewhere through float32 and bfloat16.
+    that a whole step does. A mirrored structure, and one whose parts are those of others, goes
+    through all dtypes in NumPy alone. The others go through float64 and float16 in NumPy, and
+    elsewhere through float32 and bfloat16.
     """
     if law.name == "torch_step_compiles":
         shown = hierarchical(2, 3) != S
     else:
-        shown = backend.name != "numpy" and (S in MIRRORED or dtype in ("float16", "float64"))
+        narrow = dtype in ("float16", "float64")
+        shown = backend.name != "numpy" and (S in MIRRORED | PARTS or narrow)
     return [pytest.mark.slow] if shown else []
 
 

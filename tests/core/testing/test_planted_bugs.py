@@ -39,15 +39,23 @@ def _first_error(structure, chosen):
     return None
 
 
-# They take a second or two each: all other laws of torch or jax are checked before theirs.
+# They take about a second each: all other laws of torch or jax are checked before theirs.
 SLOW = {
     "AntisymmetricInTorch",
+    "BoundsHugeGradients",
     "Detached",
+    "DifferenceOfTheParent",
     "FieldsForAGradient",
+    "FieldsOfTheClass",
     "ListsAGradient",
+    "NaNAsZero",
+    "NoGradientWhenTraced",
     "OtherInTorch",
+    "ReadsMemoryInItsOrder",
     "ShortcutWhenMapped",
+    "StopsTheGradient",
     "WidensForGood",
+    "WritesInPlace",
 }
 
 

@@ -60,9 +60,8 @@ def on_accelerators(rank: int, world: int, how: str, given: Any) -> Any:
 # Each kind of factors and each rule once; all settings are in test_fully_shard.py, too.
 FAST = {
     ("parts", "default"),
-    ("parts", "diagonal"),
     ("parts", "kfac"),
-    ("copies", "default"),
+    ("copies", "diagonal"),
     ("copies", "paper"),
 }
 

@@ -68,8 +68,7 @@ def check(found: list[dict[str, Tensor]], wanted: dict[str, Tensor]) -> None:
 FAST = {
     ("characters", "default"),
     ("characters", "hierarchical"),
-    ("characters", "blocks"),
-    ("images", "default"),
+    ("images", "blocks"),
     ("images", "diagonal"),
     ("images", "dense"),
     ("images", "toeplitz"),
@@ -84,7 +83,7 @@ def test_two_processes_train_like_one(name: str, case: str) -> None:
     check(gloo.run(2, sharded, name, STRUCTURES[case]), whole(name, STRUCTURES[case]))
 
 
-@pytest.mark.parametrize("case", SETTINGS)
+@pytest.mark.parametrize("case", cases(SETTINGS, fast=["coupled decay", "paper", "reduce"]))
 def test_two_processes_train_like_one_with_other_settings(case: str) -> None:
     name = "convolutions" if case == "reduce" else "tied"
     check(gloo.run(2, sharded, name, SETTINGS[case]), whole(name, SETTINGS[case]))

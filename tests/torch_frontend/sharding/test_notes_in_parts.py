@@ -7,6 +7,7 @@ import gloo
 import pytest
 import torch
 import torch.distributed as dist
+from cases import cases
 from test_fully_shard import shard
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -94,18 +95,18 @@ def _resumed(
     return max(gaps)
 
 
-@pytest.mark.parametrize("at", [2, 5, 6])
+@pytest.mark.parametrize("at", cases([2, 5, 6], fast=[5]))
 def test_missed_refreshes_count_on_where_the_state_is_parted(at: int) -> None:
     assert gloo.run(2, _resumed, "copies", False, at, True) == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
+@pytest.mark.parametrize("flat", cases([False, True], fast=[True]), ids=["nested", "flat"])
 def test_a_layer_that_has_lost_its_rows_keeps_its_state(flat: bool) -> None:
     """A checkpoint goes back into the optimizer that it is of."""
     assert gloo.run(2, _resumed, "parts", flat, 8, False) == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
-@pytest.mark.parametrize("at", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 5)), 3])
+@pytest.mark.parametrize("flat", cases([False, True], fast=[False]), ids=["nested", "flat"])
+@pytest.mark.parametrize("at", cases([1, 3, 5], fast=[3]))
 def test_steps_are_taken_back_in_which_a_layer_lost_its_rows(at: int, flat: bool) -> None:
     assert gloo.run(2, _resumed, "parts", flat, at, False, 8) == [0.0, 0.0]
