@@ -67,7 +67,7 @@ def check(
         slots = {name: _slots(layer, arrays) for name, layer in layers.items()}
         dtypes = {name: jnp.dtype(jnp.float64) for name in layers}
         rule = functools.partial(_product, dtypes)
-        tapped = Tapped(loss, layers, None, rule, {}, {})
+        tapped = Tapped(loss, layers, None, rule, {})
         # the arrays of several processes cannot be part of a program
         arguments, join = parted(batch, keywords)
 

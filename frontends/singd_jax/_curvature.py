@@ -30,34 +30,29 @@ _CHEAP = 1.0 / 16.0
 
 
 def value_and_curvature(
-    loss: Callable[..., Any], layers: Layers, *, has_aux: bool = False, branch: str | None = None
+    loss: Callable[..., Any], layers: Layers, *, has_aux: bool = False
 ) -> Callable[..., tuple[Any, Any, dict[str, Curvature]]]:
     """A function of `params, state, *batch` returning the loss, its gradient and the curvature.
 
     It is `jax.value_and_grad` with one more result, for `tx.update(..., curvature=curvature)`.
     With most structures the curvature has U and G, and `tx.update` multiplies them with K and C.
-    With others, such as Toeplitz matrices, it has H_K and H_C.
+    With others, such as Toeplitz matrices, it has H_K and H_C. If T > 1, a `lax.cond` between two
+    backward passes decides whether the curvature is computed or is zeros. There is no condition if
+    measuring costs little beside the gradient: then every step measures.
 
     Args:
         loss: The loss in which the layers were found.
         layers: What `find_layers` returned.
         has_aux: Whether the loss returns a pair (value, auxiliary output).
-        branch: If T > 1, a condition decides whether the curvature is computed or is zeros. "step"
-            is one `lax.cond` between two backward passes. "layer" is one `lax.cond` in every layer.
-            "layer" compiles one backward pass instead of two. But each branch is a wait for an
-            accelerator, and devices add up the curvature of each layer by itself. None is "step",
-            or no condition if measuring costs little beside the gradient: then every step measures.
 
     Returns:
         A function of the parameters, the optimizer's state and the batch. It returns the results of
         `jax.value_and_grad` and the curvature. Gradients of parts that are not trained are None.
 
     Raises:
-        ValueError: If `branch` is unknown, or the parameters do not fit the layers. If the state
-            has no state of singd in it, or a state to which optax would not pass the curvature.
+        ValueError: If the parameters do not fit the layers. If the state has no state of singd in
+            it, or a state to which optax would not pass the curvature.
     """
-    if branch not in (None, "step", "layer"):
-        raise ValueError(f'branch = {branch!r}: choose "step", "layer" or None')
     layers = checked(layers)
 
     def function(
@@ -96,16 +91,16 @@ def value_and_curvature(
         first = functools.partial(leading, loss, leaves, batch, keywords)
         n = size_of_batch(layers.batch_size, batch, keywords, first) if needed else None
         rows = {name: own.fixed.rows for own in states for name in own.rest.layers}
-        always = branch is None and _is_cheap(trained, kept, rows, (leaves.named, batch, keywords))
-        dues: list[Any] = [None if always else own.due for own in states]
-        whole = branch == "layer" or any(due is None for due in dues)
-        due = {} if always or not whole else _of_layers(states, dues)
-        sampled = [own for own in states if own.fixed.rows != math.inf]
-        shares = [Sample.shares(own.rest.step) for own in sampled]
-        starts = _of_layers(sampled, shares)
+        dues = [due for own in states if (due := own.due) is not None]
+        cheap = _is_cheap(trained, kept, rows, (leaves.named, batch, keywords))
+        always = cheap or len(dues) < len(states)
+        starts: dict[str, Any] = {}
+        for own in states:
+            if own.fixed.rows != math.inf:
+                starts |= dict.fromkeys(own.rest.layers, Sample.shares(own.rest.step))
         average = n if layers.loss_average == "batch" else layers.loss_average
         rule = functools.partial(measure, kept, rows, average, {})
-        tapped, used = Tapped(loss, trained, n, rule, due, starts), set[str]()
+        tapped, used = Tapped(loss, trained, n, rule, starts), set[str]()
 
         def measured() -> tuple[Any, Any, Any, dict[str, Curvature]]:
             *found, sums, names = tapped.value_and_grad(
@@ -118,7 +113,7 @@ def value_and_curvature(
             zeros = _curvatures(slots, trained, average)
             return *value_and_grad(loss, leaves, batch, keywords, has_aux), zeros
 
-        if whole:
+        if always:
             value, grads, changed, found = measured()
         else:
             value, grads, changed, found = jax.lax.cond(jnp.any(jnp.stack(dues)), measured, plain)
@@ -131,12 +126,6 @@ def value_and_curvature(
         return value, grads, {name: own for name, own in found.items() if name in used}
 
     return function
-
-
-def _of_layers(states: Sequence[SingdState], values: Sequence[Any]) -> dict[str, Any]:
-    """The value of each state for its layers."""
-    pairs = zip(states, values, strict=True)
-    return {name: value for own, value in pairs for name in own.rest.layers}
 
 
 def _is_cheap(

@@ -130,7 +130,7 @@ def parted(updates: Any, curvature: Any) -> tuple[Any, Any]:
 
 
 def value_and_grad(
-    loss: Callable[..., Any], *, has_aux: bool = False, branch: str | None = None
+    loss: Callable[..., Any], *, has_aux: bool = False
 ) -> Callable[..., tuple[Any, Gradients]]:
     """`jax.value_and_grad` whose gradients carry the curvature to `tx.update`.
 
@@ -143,7 +143,6 @@ def value_and_grad(
         loss: The loss `loss(params, *batch)`. It may be another function than the loss in which the
             layers were found, e.g. a closure made in a training step, if it uses the layers alike.
         has_aux: Whether the loss returns a pair (value, auxiliary output).
-        branch: As in `value_and_curvature`.
 
     Returns:
         A function of the parameters, the optimizer's state and the batch.
@@ -164,7 +163,7 @@ def value_and_grad(
     def function(params: Any, state: Any, *batch: Any, **keywords: Any) -> tuple[Any, Gradients]:
         layers = find_state(state).fixed.layers
         refuse_pairing(state, params)
-        both = value_and_curvature(loss, layers, has_aux=has_aux, branch=branch)
+        both = value_and_curvature(loss, layers, has_aux=has_aux)
         value, grads, curvature = both(params, state, *batch, **keywords)
         own = {leaf for key in curvature for leaf in layers[layers.curvatures[key][0]].leaves}
         named = Leaves.of(grads).named

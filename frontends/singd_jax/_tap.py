@@ -25,14 +25,12 @@ class Port(NamedTuple):
         slot: Zeros. The gradient with respect to it is the sum of what the rule returns.
         factors: What the rule measures with, or a `Slice`.
         starts: Where the sampling of rows starts in this step, where the rule wants it, or None.
-        due: Whether the layer is measured in this step; None if it always is.
         factor: A number that the weight is multiplied by, or None.
     """
 
     slot: Any
     factors: Any
     starts: Any = None
-    due: Any = None
     factor: Any = None
 
     def of(self, view: View) -> Port:
@@ -72,7 +70,7 @@ def _entry(a: Array, i: Array) -> Array:
 
 
 def tap(rule: Rule, y: Array, x: Any, port: Port) -> Array:
-    """`y`. Where it is due, the rule's result for its gradient g joins the gradient of the slot.
+    """`y`. The rule's result for its gradient g joins the gradient of the slot.
 
     Sums over the steps of a scan, over devices, micro-batches and uses of a weight are autodiff's.
     """
@@ -97,15 +95,10 @@ def _backward(rule: Rule, residuals: Any, g: Array) -> tuple[Any, ...]:
         factors = port.factors.cut(g) if isinstance(port.factors, Slice) else port.factors
         return jax.tree.map(_like, rule(x, g, factors, port.starts, port.factor), slot)
 
-    def nothing(x: Any, g: Array, port: Port) -> Any:
-        return jax.tree.map(lambda s: _like(jnp.zeros(s.shape, s.dtype), s), slot)
-
-    def curvature(x: Any, g: Array, port: Port) -> Any:
-        if port.due is None:
-            return measured(x, g, port)
-        return jax.lax.cond(port.due, measured, nothing, x, g, port)
-
-    found = _compat.promoting(_compat.auto_sharded(curvature, slot))(x, g, port)
+    found = _compat.promoting(_compat.auto_sharded(measured, slot))(x, g, port)
+    # Before the gradient goes on: what is read here is of no use to it, and rows that are copied
+    # need no memory beside its own.
+    g, found = jax.lax.optimization_barrier((g, found))  # type: ignore[no-untyped-call]
     return g, None, found, None
 
 

@@ -28,7 +28,6 @@ class Tapped:
         layers: Its layers.
         batch_size: The number of examples.
         rule: Makes what is returned from the product, the layer and `kfac_approx`.
-        due: For a layer, whether it is to be returned; None, and one that is not named, is always.
         starts: Where the sampling of rows starts, for the layers whose rule wants it.
     """
 
@@ -36,7 +35,6 @@ class Tapped:
     layers: Layers
     batch_size: int | None
     rule: Callable[[Call, Layer, str], Callable[..., Any]]
-    due: Mapping[str, Array | None]
     starts: Mapping[str, Array]
 
     def value_and_grad(
@@ -71,8 +69,7 @@ class Tapped:
             if name is None or role is None:
                 return key[0] in owned
             seen.add(name + role)
-            rule = self.rule(call, self.layers[name], self.layers.kfac_approx)
-            return role, rule, self.due.get(name) is None
+            return role, self.rule(call, self.layers[name], self.layers.kfac_approx)
 
         def visit(key: Key, call: Call, x: Any, y: Array, ports: Ports) -> Array:
             how = look(key, call) if key in ports else key[0] in owned
@@ -83,13 +80,13 @@ class Tapped:
                 )
             if how is False:
                 return y
-            role, rule, _ = how
+            role, rule = how
             port = ports[key]
             return tap(rule, y, x, port._replace(slot=port.slot[role]))
 
         def function(arrays: list[Array], slots: Mapping[str, Any]) -> Any:
             ports = {
-                key: Port(slots[name], factors.get(name), self.starts.get(name), self.due.get(name))
+                key: Port(slots[name], factors.get(name), self.starts.get(name))
                 for key, name in keys.items()
             }
             stacks = {key: self.layers[name].weight.stack for key, name in keys.items()}

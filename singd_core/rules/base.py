@@ -45,26 +45,14 @@ class Rule(Tree, ABC):
 
     @classmethod
     def choose(
-        cls,
-        structures: Structures | None,
-        shape: MatrixShape = ((), 1, 1),
-        *,
-        diagonal: tuple[bool, bool] = (False, False),
-        by_rows: bool = True,
-        entries_of_bags: int = 0,
+        cls, structures: Structures | None, shape: MatrixShape = ((), 1, 1), **how: Any
     ) -> tuple[type[Structure], type[Structure]]:
         """The structures of K and C of a layer under this rule.
 
         It has the arguments and errors of `singd_core.structures.choose.resolve`.
         """
-        return resolve(
-            structures,
-            shape,
-            dense_for=cls.title if cls.only_dense else None,
-            diagonal=diagonal,
-            by_rows=by_rows,
-            entries_of_bags=entries_of_bags,
-        )
+        dense_for = cls.title if cls.only_dense else None
+        return resolve(structures, shape, dense_for=dense_for, **how)
 
     @classmethod
     def wants_rows(cls, structures: Sequence[type[Structure]]) -> bool:

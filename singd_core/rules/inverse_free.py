@@ -137,11 +137,27 @@ class InverseFree(Rule):
             self.C.astype(curvature.H_C.like).gram(),
         )
 
-    @abstractmethod
     def directions(
         self, curvature: Curvature, rates: Rates, s: Settings
     ) -> tuple[Structure, Structure]:
         """The directions in which K and C step, m of both."""
+        grams = self.grams(curvature)
+        of_both = self.weights(curvature, grams, rates, s)
+        sides = zip((self.m_K, self.m_C), (curvature.H_K, curvature.H_C), grams, strict=True)
+        m_K, m_C = (
+            direction(*own, *weights, s) for own, weights in zip(sides, of_both, strict=True)
+        )
+        return m_K, m_C
+
+    @abstractmethod
+    def weights(
+        self,
+        curvature: Curvature,
+        grams: tuple[Structure, Structure],
+        rates: Rates,
+        s: Settings,
+    ) -> list[tuple[Scalar, Scalar]]:
+        """By which m weighs the curvature and the Gram matrix, of K and of C."""
 
     def moved(
         self,
@@ -189,18 +205,6 @@ class IKFAC(InverseFree):
     def wants_rows(cls, structures: Sequence[type[Structure]]) -> bool:
         """Unless both are diagonal: docs/rows.md says why. Rules that derive from it want rows."""
         return cls is not IKFAC or not all(issubclass(S, Diagonal) for S in structures)
-
-    def directions(
-        self, curvature: Curvature, rates: Rates, s: Settings
-    ) -> tuple[Structure, Structure]:
-        """The directions in which K and C step, m of both."""
-        grams = self.grams(curvature)
-        of_both = self.weights(curvature, grams, rates, s)
-        sides = zip((self.m_K, self.m_C), (curvature.H_K, curvature.H_C), grams, strict=True)
-        m_K, m_C = (
-            direction(*own, *weights, s) for own, weights in zip(sides, of_both, strict=True)
-        )
-        return m_K, m_C
 
     def weights(
         self,

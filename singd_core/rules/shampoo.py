@@ -12,7 +12,7 @@ from singd_core._tree import tree
 from singd_core.curvature import TINY, Averages, Curvature, Rates
 from singd_core.rounding import Rounding
 from singd_core.rules.centering import InputMean, InputSums
-from singd_core.rules.factor_step import direction, half, stepped
+from singd_core.rules.factor_step import half, stepped
 from singd_core.rules.inverse_free import InverseFree
 from singd_core.structures.base import Structure
 
@@ -80,20 +80,18 @@ class Shampoo(InverseFree):
         X = C.apply_t(cast(K.apply_t(cast(gradient.mT, K.like)).mT, C.like))
         return X, K.outer(cast(X.mT, K.like)), C.outer(X)
 
-    def directions(
-        self, curvature: Curvature, rates: Rates, s: Settings
-    ) -> tuple[Structure, Structure]:
-        """The directions in which K and C step, m of both (docs/mathematics.md, section 6)."""
+    def weights(
+        self,
+        curvature: Curvature,
+        grams: tuple[Structure, Structure],
+        rates: Rates,
+        s: Settings,
+    ) -> list[tuple[Scalar, Scalar]]:
+        """½ / h and ½ λ / h, with h the mean diagonal of M = H + λ Π̂(KᵀK): m is ½ (M / h − I)."""
         damping = s.damping * curvature.t_G if s.relative_damping else s.damping
-        mean = curvature.t_U + damping  # the mean diagonal of M = H + λ Π̂(KᵀK)
-        sides = zip(
-            (self.m_K, self.m_C),
-            (curvature.H_K, curvature.H_C),
-            self.grams(curvature),
-            strict=True,
-        )
-        m_K, m_C = (_direction(*side, mean, damping, s) for side in sides)
-        return m_K, m_C
+        mean = at_least(curvature.t_U + damping, TINY)
+        of_H = [half(m, s) / mean for m in (self.m_K, self.m_C)]
+        return [(own, own * damping) for own in of_H]
 
     def side_moved(
         self, L: Structure, m: Structure, start: Scalar, beta: Scalar, s: Settings
@@ -106,16 +104,3 @@ class Shampoo(InverseFree):
     def known(self, averages: Averages) -> Averages:
         """Without a new mean diagonal of U: the mean square of X stands in its place."""
         return dataclasses.replace(averages, t_U=self.averages.t_U)
-
-
-def _direction(
-    m: Structure | None,
-    H: Structure,
-    gram: Structure,
-    mean: Scalar,
-    damping: Scalar,
-    s: Settings,
-) -> Structure:
-    """½ (M / h − I) with M = H + λ Π̂(KᵀK), and h its `mean` diagonal."""
-    of_H = half(m, s) / at_least(mean, TINY)
-    return direction(m, H, gram, of_H, of_H * damping, s)

@@ -20,7 +20,7 @@ from singd_core._array import (
     widen,
 )
 from singd_core.structures.base import Structure, structure
-from singd_core.structures.families import family
+from singd_core.structures.families import check_size, family
 from singd_core.structures.pattern import Pattern
 
 
@@ -186,6 +186,5 @@ class BlockDiagonal(Pattern):
 
 def blockdiagonal(b: int) -> type[BlockDiagonal]:
     """Block-diagonal matrices with blocks of side `b` ≥ 1."""
-    if b < 1:
-        raise ValueError(f"b must be at least 1, got {b}")
+    check_size(b, "b")
     return family(blockdiagonal, (b,), BlockDiagonal, b=b)

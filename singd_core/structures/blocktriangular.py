@@ -9,7 +9,7 @@ from singd_core._array import Array, Scalar, add_product, full, namespace, norm
 from singd_core.structures.base import Structure, structure
 from singd_core.structures.dense import Dense
 from singd_core.structures.diagonal import Diagonal
-from singd_core.structures.families import family
+from singd_core.structures.families import check_size, family
 from singd_core.structures.pattern import Pattern
 
 
@@ -158,14 +158,9 @@ def _joined(halves: tuple[Array, Array]) -> Array:
     return namespace(halves[0]).concat(halves, axis=-2)
 
 
-def _at_least(k: int, least: int, name: str) -> None:
-    if k < least:
-        raise ValueError(f"{name} must be at least {least}, got {k}")
-
-
 def trilbottomrightdiag(k: int = 1) -> type[BlockTriangular]:
     """Lower triangular `[[A, 0], [B, D]]`: A dense of side `k` ≥ 1, D diagonal."""
-    _at_least(k, 1, "k")
+    check_size(k, "k")
     return _blocks(
         trilbottomrightdiag, (k,), upper=False, k_on_top=True, Top=Dense, Bottom=Diagonal
     )
@@ -173,19 +168,19 @@ def trilbottomrightdiag(k: int = 1) -> type[BlockTriangular]:
 
 def triltopleftdiag(k: int = 1) -> type[BlockTriangular]:
     """Lower triangular `[[A, 0], [B, D]]`: A diagonal, D dense of side `k` ≥ 1."""
-    _at_least(k, 1, "k")
+    check_size(k, "k")
     return _blocks(triltopleftdiag, (k,), upper=False, k_on_top=False, Top=Diagonal, Bottom=Dense)
 
 
 def triubottomrightdiag(k: int = 1) -> type[BlockTriangular]:
     """Upper triangular `[[A, B], [0, D]]`: A dense of side `k` ≥ 1, D diagonal."""
-    _at_least(k, 1, "k")
+    check_size(k, "k")
     return _blocks(triubottomrightdiag, (k,), upper=True, k_on_top=True, Top=Dense, Bottom=Diagonal)
 
 
 def triutopleftdiag(k: int = 1) -> type[BlockTriangular]:
     """Upper triangular `[[A, B], [0, D]]`: A diagonal, D dense of side `k` ≥ 1."""
-    _at_least(k, 1, "k")
+    check_size(k, "k")
     return _blocks(triutopleftdiag, (k,), upper=True, k_on_top=False, Top=Diagonal, Bottom=Dense)
 
 
@@ -194,8 +189,8 @@ def hierarchical(k1: int, k2: int) -> type[BlockTriangular]:
 
     Permuted to the order A, E, C it is a chain, so it is closed under multiplication.
     """
-    _at_least(k1, 1, "k1")
-    _at_least(k2, 1, "k2")
+    check_size(k1, "k1")
+    check_size(k2, "k2")
     bottom = triltopleftdiag(k2)
     return _blocks(hierarchical, (k1, k2), upper=True, k_on_top=True, Top=Dense, Bottom=bottom)
 

@@ -43,6 +43,16 @@ def family(
     return _Made(title, (base,), attributes | {"name": name, "made_by": (factory, parameters)})
 
 
+def check_size(k: int, name: str) -> None:
+    """Refuse a side of blocks that is none.
+
+    Raises:
+        ValueError: If it is below 1.
+    """
+    if k < 1:
+        raise ValueError(f"{name} must be at least 1, got {k}")
+
+
 class _Made(type):
     """The type of classes that a factory makes: `pickle` would look for them in their module."""
 

@@ -161,27 +161,3 @@ def test_the_curvature_is_that_of_the_function_without_its_rule(loss, params):
     assert names == own_names
     for a, b in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
-
-
-@jax.custom_jvp
-def tangent(x, w):
-    return x @ w
-
-
-tangent.defjvp(lambda given, along: jax.jvp(lambda x, w: x @ w, given, along))
-
-
-@pytest.mark.parametrize("multiply", [product(lambda x, g: x.T @ g), tangent])
-def test_each_layer_of_a_scan_may_have_a_condition_of_its_own(multiply):
-    def loss(p, x):
-        return mean_square(lax.scan(lambda x, w: (jnp.tanh(multiply(x, w)), None), x, p["w"])[0])
-
-    params = {"w": array(3, 4, 4)}
-    layers = singd_jax.find_layers(loss, structures="diagonal")(params, X)
-    state = singd_jax.singd(layers=layers).init(params)
-    step, layer = (
-        jax.jit(singd_jax.value_and_curvature(loss, layers, branch=branch))(params, state, X)
-        for branch in ("step", "layer")
-    )
-    for a, b in zip(jax.tree.leaves(step), jax.tree.leaves(layer), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)

@@ -96,16 +96,8 @@ def test_masked_leaves_parameters_out():
     assert_close(updates["v"], grads["v"], 0.0)  # what masked does with the rest
 
 
-@pytest.mark.parametrize(
-    ("T", "branch"),
-    [
-        (1, "step"),
-        (2, "layer"),
-        pytest.param(1, "layer", marks=pytest.mark.slow),
-        pytest.param(2, "step", marks=pytest.mark.slow),
-    ],
-)
-def test_groups_with_settings_of_their_own(T, branch):
+@pytest.mark.parametrize("T", [1, 2])
+def test_groups_with_settings_of_their_own(T):
     groups = {
         "first": singd_jax.singd(0.02, layers=LAYERS, T=T, growing_T=False, structures="diagonal"),
         "last": singd_jax.singd(0.02, layers=LAYERS, T=3, recipe="paper"),
@@ -113,7 +105,7 @@ def test_groups_with_settings_of_their_own(T, branch):
     labels = {"v": "first", "a": "first", "scale": "first", "w": "last", "b": "last"}
 
     tx = optax.multi_transform(groups, labels)
-    function = jax.jit(singd_jax.value_and_curvature(loss, LAYERS, branch=branch))
+    function = jax.jit(singd_jax.value_and_curvature(loss, LAYERS))
     update = jax.jit(tx.update)
     params, state = start(), tx.init(start())
     single = {

@@ -156,13 +156,12 @@ def test_as_many_rows_as_there_are_change_nothing():
     assert run(singd_jax.singd(**given))[1].fixed.rows == 256
 
 
-@pytest.mark.parametrize("branch", ["step", "layer"])
-def test_a_step_with_few_rows_is_compiled_once(branch):
+def test_a_step_with_few_rows_is_compiled_once():
     tx = singd_jax.singd(0.05, layers=LAYERS, structures="blockdiagonal:1", rows=2, T=2)
 
     @jax.jit
     def step(params, state, x):
-        function = singd_jax.value_and_curvature(loss, LAYERS, branch=branch)
+        function = singd_jax.value_and_curvature(loss, LAYERS)
         value, grads, curvature = function(params, state, x)
         updates, state = tx.update(grads, state, params, curvature=curvature)
         return optax.apply_updates(params, updates), state, value

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax_cases import X, array, mean_square
 
@@ -97,20 +96,3 @@ def test_one_of_them_is_tapped(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):
         jax.jit(singd_jax.value_and_curvature(of, layers)).lower(params(), state, X)
     assert len(taps) == 2
-
-
-@pytest.mark.slow
-def test_those_of_two_groups_are_due_by_themselves() -> None:
-    of = functools.partial(loss, f=jax.checkpoint(block))
-    layers = singd_jax.find_layers(of, structures=("dense", "diagonal"))(params(2), X)
-    make = functools.partial(singd_jax.singd, layers=layers, growing_T=False)
-    tx = optax.multi_transform(
-        {2: make(T=2), 3: make(T=3)}, [dict.fromkeys("wbs", 2), dict.fromkeys("wbs", 3)]
-    )
-    function = jax.jit(singd_jax.value_and_curvature(of, layers, branch="layer"))
-    now, state, due = params(2), tx.init(params(2)), []
-    for _ in range(4):
-        _, grads, curvature = function(now, state, X)
-        due.append([bool(np.any(c.H_C.diag)) for c in curvature.values()])
-        _, state = tx.update(grads, state, now, curvature=curvature)
-    assert due == [[True, True], [False, False], [True, False], [False, True]]

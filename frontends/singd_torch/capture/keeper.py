@@ -26,7 +26,7 @@ class Keeper(Protocol):
     sharded: Sharded | None
 
     def factors(self, layer: Layer) -> Factors:
-        """What measures the rows of a layer: its factors, or what stands for them."""
+        """The factors that measure the rows of a layer."""
 
     def follow(self, new: dict[Tensor, nn.Parameter]) -> None:
         """Keep of these parameters what is kept of those in whose places they are."""

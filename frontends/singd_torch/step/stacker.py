@@ -108,9 +108,7 @@ class Stacker:
     # ---- what the watcher asks for --------------------------------------------------------------
 
     def factors(self, layer: Layer) -> Factors:
-        """What measures the rows of a layer: its factors, or what stands for them."""
-        if layer.meter is not None:
-            return layer.meter  # type: ignore[no-any-return]
+        """The factors that measure the rows of a layer."""
         stack = self.stack_of[layer]
         if stack.factors is not None and not layer.fits(stack.factors_of(layer)):
             self.stack_up()  # the model was moved or cast

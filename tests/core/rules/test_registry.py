@@ -34,7 +34,7 @@ def test_names_and_errors() -> None:
             rules.register(name, Halved)
     with pytest.raises(TypeError, match="no subclass of Rule"):
         rules.register("other", dict)
-    with pytest.raises(TypeError, match="InverseFree leaves out directions: write them"):
+    with pytest.raises(TypeError, match="InverseFree leaves out weights: write them"):
         rules.register("other", rules.InverseFree)
     left_out = dict.fromkeys(rules.Rule.__abstractmethods__)
     for given, message in (
