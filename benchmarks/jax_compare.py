@@ -189,4 +189,5 @@ def main():
         print(f"{task:12} {method:20} {best!s:12} {spread}{lost}  {ms:.2f} ms", flush=True)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -289,4 +289,5 @@ def main():
             report_steps(steps_of_kfac_jax(params, x), params, x, given.steps)
 
 
-main()
+if __name__ == "__main__":
+    main()

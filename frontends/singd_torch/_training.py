@@ -22,7 +22,12 @@ from singd_torch.layers.due import is_due, is_refresh
 from singd_torch.layers.layer import IN_THE_LOSS, MOST_MISSED, Layer
 from singd_torch.layers.reach import part_again
 from singd_torch.layers.roster import GONE, Roster
-from singd_torch.sharding.guards import check_model, refuse_flat, refuse_gathered
+from singd_torch.sharding.guards import (
+    check_model,
+    refuse_flat,
+    refuse_gathered,
+    refuse_private,
+)
 from singd_torch.step.stepper import Stepper
 from singd_torch.tensors.exact import without_autocast
 from singd_torch.tensors.pieces import placed
@@ -79,6 +84,7 @@ class Training(torch.optim.Optimizer):
         """Notice what happened to the model after construction, at steps that may have rows."""
         if not any(is_refresh(group) for group in self.param_groups):
             return
+        refuse_private(self._layers)
         names = self._roster.untrained()
         if self._stepper.sharded is not None:  # lest one process alone find layers anew
             self._roster.check_parameters()

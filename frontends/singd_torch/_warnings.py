@@ -39,7 +39,7 @@ class Warnings:
                 "It has one of these causes: the script computes gradients itself (then "
                 "SINGD(model.named_parameters()) expects no rows, and does not warn); backward ran "
                 "before this optimizer was built; its zero_grad came between backward and step; "
-                "inputs were empty; weights were used without calls of their modules; the model "
-                "was compiled before the optimizer was built (then call torch.compiler.reset()), "
-                "or by torch before 2.13"
+                "inputs were empty; weights were used without calls of their modules; a registered "
+                "module takes or returns no tensor; the model was compiled before the optimizer "
+                "was built (then call torch.compiler.reset()), or by torch before 2.13"
             )

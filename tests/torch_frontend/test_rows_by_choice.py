@@ -203,6 +203,62 @@ def test_a_registered_layer_is_preconditioned(monkeypatch: pytest.MonkeyPatch) -
     assert torch.allclose(own.offset, builtin.bias)
 
 
+@pytest.mark.parametrize(
+    ("module", "kind", "given", "sides"),
+    [
+        (nn.GRUCell(3, 8), Linear(), {"weight": "weight_ih", "bias": "bias_ih"}, "4 inputs and 8"),
+        (Scaled(), Linear(transposed=True), {"weight": "matrix"}, "3 inputs and 2"),
+    ],
+    ids=["cell", "transposed"],
+)
+def test_a_module_that_is_no_such_layer_is_named(
+    module: nn.Module,
+    kind: Linear,
+    given: dict[str, str],
+    sides: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("singd_torch.layers.kinds._TABLE", dict(_TABLE))
+    register_layer(type(module), kind, **given)
+    optimizer = SINGD(nn.ModuleDict({"own": module}))
+    with pytest.raises(ValueError, match=f"'own.{given['weight']}'.*: its rows have {sides} out"):
+        module(torch.randn(16, 3)).square().mean().backward()
+    assert optimizer.skipped == 0
+
+
+@pytest.mark.parametrize(
+    ("module", "why"),
+    [
+        (nn.GRUCell(6, 8), "torch's kernel of GRUCell gives none"),
+        (
+            nn.ParameterDict({"default": torch.zeros(4, 6)}),
+            "a parameter of ParameterDict itself; to have rows of a product with it, put it",
+        ),
+    ],
+    ids=["cell", "bare parameters"],
+)
+def test_what_cannot_be_registered_is_not_to_be(module: nn.Module, why: str) -> None:
+    text = repr(SINGD(nn.ModuleList([module, nn.Linear(8, 3)])))
+    assert why in text
+    assert "register_layer" not in text
+
+
+def test_private_gradients_and_rows_exclude_each_other() -> None:
+    """Opacus keeps the gradient of each example at the parameter."""
+    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2))
+    start = copy.deepcopy(model.state_dict())
+    optimizer, alone = SINGD(model), SINGD(model.named_parameters())
+    for p in model.parameters():
+        p.grad_sample = None  # type: ignore[attr-defined]
+    model(torch.randn(8, 6)).square().mean().backward()
+    with pytest.raises(RuntimeError, match=r"'0.weight' were made private.*named_parameters\(\)"):
+        optimizer.step()
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, start[key])
+    alone.step()
+    assert not torch.equal(model[0].weight, start["0.weight"])
+
+
 def test_registering_nonsense_is_an_error() -> None:
     with pytest.raises(TypeError, match="subclass"):
         register_layer(int, Linear())  # type: ignore[arg-type]

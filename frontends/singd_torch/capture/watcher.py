@@ -31,7 +31,7 @@ from singd_torch.layers.pending import part_of
 from singd_torch.layers.products import MatrixRows
 from singd_torch.layers.reach import Pass, Reach, is_in_parts, part_again
 from singd_torch.layers.roster import Roster
-from singd_torch.layers.rows import is_masked, rows_of
+from singd_torch.layers.rows import check_sides, is_masked, rows_of
 from singd_torch.layers.source import Source
 from singd_torch.sharding.guards import is_one_of_several
 
@@ -207,9 +207,9 @@ class Watcher:
             own = source
             if product is not None:
                 own = dataclasses.replace(source, part=part, kept=one.kept, samples=one.samples)
+            self.take_rows(layer, own, one.x, one.g)
             if wants_proof(layer) and self._takes_rows():
                 self._proofs.add(layer, own, one.x, one.g, self.leaf(layer.weight))
-            self.take_rows(layer, own, one.x, one.g)
         return self._takes_rows()
 
     def _is_for_another_purpose(self, layer: Layer) -> bool:
@@ -258,6 +258,8 @@ class Watcher:
             if backward != layer.last_pass.number:
                 self._begin_pass(layer, backward)
             for rows in rows_of(layer, source, x, g, mask):
+                if not layer.seen:
+                    check_sides(layer, source, rows)
                 self.queue.take(Call(layer, key, rows, factors, layer.loss), lent=(x, g))
             if sharded is not None:
                 sharded.sums.took(layer, self.queue.flush)

@@ -187,13 +187,14 @@ def reasons(model: nn.Module, notes: Notes) -> Iterator[tuple[nn.Parameter, str]
 def _why(module: nn.Module, name: str, p: nn.Parameter) -> str:
     """Why a module gives no rows of one of its matrices, of this name."""
     cls, found = type(module).__name__, _find(module)
-    if isinstance(module, nn.RNNBase):
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         return f"torch's kernel of {cls} gives none"
     if isinstance(module, nn.MultiheadAttention):
         return f"no projection of {cls}"
     if found is None and p.ndim == 3 and is_in_parts(p):
         return "processes have parts of this stack of matrices, whose products give none"
-    if found is None and next(module.children(), None) is not None:
+    has_forward = type(module).forward is not nn.Module.forward
+    if found is None and (next(module.children(), None) is not None or not has_forward):
         own = f"a parameter of {cls} itself"
         return f"{own}; to have rows of a product with it, put it into an nn.Linear"
     if found is None:

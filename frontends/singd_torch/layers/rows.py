@@ -70,6 +70,24 @@ def rows_of(
         yield Rows(A, N, B, rows.M)
 
 
+def check_sides(layer: Layer, source: Source, rows: Rows) -> None:
+    """Refuse the rows of a call that is not one of the layer it was taken for.
+
+    Raises:
+        ValueError: If they have other sides than the matrix of the layer.
+    """
+    _, d_out, d_in = layer.shape
+    sides = rows.A.shape[-1], rows.B.shape[-1]
+    found = sides[::-1] if source.swapped else sides
+    if found != (d_in, d_out) and not layer.kind.diagonal_inputs:
+        raise ValueError(
+            f"a call of the module of {layer.name!r} is no product with a weight of shape "
+            f"{tuple(layer.weight.shape)}: its rows have {found[0]} inputs and {found[1]} outputs, "
+            f"and the matrix has {d_in} and {d_out}. Give register_layer another kind for this "
+            "class of modules, or a function that returns None for them"
+        )
+
+
 def is_masked(source: Source, x: Tensor, mask: Tensor) -> bool:
     """Whether a mask is of the positions of an input, so that it can leave some out."""
     x = x.transpose(0, 1) if source.samples_axis(x) == 1 else x

@@ -1,4 +1,4 @@
-"""Errors for models in parts that cannot be trained, before anything is."""
+"""Errors for models that cannot be trained as they are, before anything is changed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Collection, Iterable
 
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from singd_torch.layers.layer import Layer
 
 ALONE = (
     "this is one of several processes, and nothing tells which of them train one model: each takes "
@@ -41,6 +43,12 @@ _PLAIN_PARTS = (
     "DistributedDataParallel has made plain parameters of the parts that tensor parallelism has: "
     "nothing tells that they belong together. Call torch.distributed._composable."
     'replicate_with_fsdp.replicate(model, mesh=mesh["data"]) in its place, or fully_shard'
+)
+_PRIVATE = (
+    "the gradients of {} were made private, example by example, and the factors would learn from "
+    "rows that are neither clipped nor noised: what the privacy accountant says would be wrong. "
+    "Build the optimizer from the parameters alone, SINGD(model.named_parameters()): it then "
+    "learns from the private gradients, as AdamW does"
 )
 _GATHERED = (
     "a parameter was given that `fully_shard` had gathered for the time of a pass, and not its "
@@ -80,6 +88,17 @@ def refuse_gathered(params: Iterable[Tensor]) -> None:
     plain = (p for p in params if type(p) is nn.Parameter and p.numel())
     if any(p.untyped_storage().nbytes() == 0 for p in plain):
         raise ValueError(_GATHERED)
+
+
+def refuse_private(layers: Iterable[Layer]) -> None:
+    """Refuse rows of layers of which Opacus keeps the gradient of each example.
+
+    Raises:
+        RuntimeError: Naming the first of them.
+    """
+    for layer in layers:
+        if layer.kind.has_rows and hasattr(layer.weight, "grad_sample"):
+            raise RuntimeError(_PRIVATE.format(repr(layer.name)))
 
 
 def refuse_flat(params: Iterable[Tensor]) -> None:
