@@ -234,7 +234,7 @@ def test_the_graphs_whose_kernels_are_counted_can_be_of_a_gpu():
     assert all(node.op != "get_attr" for node in graph.graph.nodes)
 
 
-# ---- noisy.py, finetune.py and many_examples.py -------------------------------------------------
+# ---- noisy.py, finetune.py, many_examples.py and float8.py --------------------------------------
 
 
 def test_large_batches_are_trained_in_all_ways(capsys):
@@ -242,6 +242,20 @@ def test_large_batches_are_trained_in_all_ways(capsys):
     many.main(["--quick", "--tasks", "digits-cnn"])
     header, _, row = capsys.readouterr().out.splitlines()[-3:]
     assert header.count("|") == row.count("|") == 3 + len(many.WAYS)
+
+
+def test_factors_of_8_bits_are_stored_in_all_ways(capsys):
+    float8 = importlib.import_module("float8")
+    float8.main(["--quick", "--tasks", "digits-mlp"])
+    header, _, row = capsys.readouterr().out.splitlines()[-3:]
+    assert header.count("|") == row.count("|") == 3 + len(float8.WAYS)
+    x = torch.randn(1000)
+    for dtype in float8.DTYPES.values():
+        nearest = float8.rounded(x, dtype, stochastic=False)
+        assert torch.equal(float8.rounded(nearest, dtype, stochastic=True), nearest)
+        drawn = torch.stack([float8.rounded(x, dtype, stochastic=True) for _ in range(400)])
+        error = (drawn.mean(0) - x).abs() / (drawn - x).abs().amax().clamp_min(1e-6)
+        assert error.max() < 0.2
 
 
 @pytest.mark.slow

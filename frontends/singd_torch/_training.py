@@ -84,7 +84,7 @@ class Training(torch.optim.Optimizer):
         """Notice what happened to the model after construction, at steps that may have rows."""
         if not any(is_refresh(group) for group in self.param_groups):
             return
-        refuse_private(self._layers)
+        refuse_private({one.name: one.weight for one in self._layers if one.kind.has_rows})
         names = self._roster.untrained()
         if self._stepper.sharded is not None:  # lest one process alone find layers anew
             self._roster.check_parameters()

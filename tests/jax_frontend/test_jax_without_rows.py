@@ -415,6 +415,31 @@ def test_a_bias_in_another_order_than_its_outputs_keeps_the_rows() -> None:
         assert isinstance(state.factors["w"], Shampoo) == by_gradients
 
 
+@pytest.mark.slow
+def test_it_learns_from_private_gradients() -> None:
+    params = {"a": jnp.eye(6, 8) * 0.4, "b": jnp.eye(8, 3) * 0.3}
+    x = jnp.sin(jnp.arange(192.0)).reshape(32, 6)
+    y = 2.0 * x[:, :3]
+
+    def loss(p: Any, x: Any, y: Any) -> Any:
+        return jnp.mean((jnp.tanh(x @ p["a"]) @ p["b"] - y) ** 2)
+
+    private = optax.contrib.differentially_private_aggregate(1.0, 0.5, jax.random.key(1))
+    tx = optax.chain(private, singd_jax.singd())
+    state, now = tx.init(params), params
+
+    @jax.jit
+    def step(now: Any, state: Any) -> Any:
+        each = jax.vmap(jax.grad(loss), (None, 0, 0))(now, x[:, None], y[:, None])
+        updates, state = tx.update(each, state, now)
+        return optax.apply_updates(now, updates), state
+
+    for _ in range(20):
+        now, state = step(now, state)
+    assert loss(now, x, y) < 0.9 * loss(params, x, y)
+
+
+@pytest.mark.slow
 def test_a_state_of_rows_begins_anew_with_gradients() -> None:
     params, x = _diagonal_case()
     layers = singd_jax.find_layers(_network)(params, x)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import gc
 import sys
 import traceback
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 import torch.distributed as dist
 from torch import Tensor, nn
-
-from singd_torch.layers.layer import Layer
 
 ALONE = (
     "this is one of several processes, and nothing tells which of them train one model: each takes "
@@ -90,15 +88,15 @@ def refuse_gathered(params: Iterable[Tensor]) -> None:
         raise ValueError(_GATHERED)
 
 
-def refuse_private(layers: Iterable[Layer]) -> None:
-    """Refuse rows of layers of which Opacus keeps the gradient of each example.
+def refuse_private(weights: Mapping[str, Tensor]) -> None:
+    """Refuse the rows of weights of which Opacus keeps the gradient of each example.
 
     Raises:
         RuntimeError: Naming the first of them.
     """
-    for layer in layers:
-        if layer.kind.has_rows and hasattr(layer.weight, "grad_sample"):
-            raise RuntimeError(_PRIVATE.format(repr(layer.name)))
+    for name, weight in weights.items():
+        if hasattr(weight, "grad_sample"):
+            raise RuntimeError(_PRIVATE.format(repr(name)))
 
 
 def refuse_flat(params: Iterable[Tensor]) -> None:
