@@ -41,6 +41,16 @@ class Sums(NamedTuple):
     C: Any
     counts: Array
 
+    def before(self, g: Array) -> tuple[Array, Sums]:
+        """The gradient at an output, no sooner than the sums are there, and the sums.
+
+        So rows that are copied need no memory beside the gradient that it goes on to. The counts
+        are not held up: XLA knows them, and computes with them beforehand.
+        """
+        together = g, self.K, self.C
+        g, K, C = jax.lax.optimization_barrier(together)  # type: ignore[no-untyped-call]
+        return g, self._replace(K=K, C=C)
+
 
 def measure(
     trained: Mapping[str, Factors],

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from singd_core._array import Array
 from singd_jax import _compat
 from singd_jax._axes import Key, View
+from singd_jax._measure import Sums
 
 # Takes the layer's input, the gradient at its output, the factors, where sampling starts and the
 # number that multiplies the weight; returns a tree like `slot`.
@@ -96,9 +97,8 @@ def _backward(rule: Rule, residuals: Any, g: Array) -> tuple[Any, ...]:
         return jax.tree.map(_like, rule(x, g, factors, port.starts, port.factor), slot)
 
     found = _compat.promoting(_compat.auto_sharded(measured, slot))(x, g, port)
-    # Before the gradient goes on: what is read here is of no use to it, and rows that are copied
-    # need no memory beside its own.
-    g, found = jax.lax.optimization_barrier((g, found))  # type: ignore[no-untyped-call]
+    if isinstance(found, Sums):
+        g, found = found.before(g)
     return g, None, found, None
 
 
