@@ -20,9 +20,8 @@ from singd_jax._pairing import refuse_pairing
 from singd_jax._state import find_state
 
 # So small that no norm of a gradient sees it beside the gradient, and so large that float32 holds
-# the curvature times it. The curvature of outputs, squares of small numbers, has a larger one.
+# the curvature times it.
 _UNIT = 2.0**-48
-_OF_OUTPUTS = 2.0**-32
 # What becomes of these numbers tells a multiple or a sum from anything else: along each axis, by
 # sign and by size. Rounding to bfloat16 changes them by less than the tolerance.
 _PATTERN = ((1.0, -2.0), (4.0, -8.0))
@@ -62,7 +61,7 @@ class Gradients:
     @classmethod
     def of(cls, tree: Any, curvature: Mapping[str, Curvature], own: Sequence[Array]) -> Gradients:
         """Of gradients, the curvature that belongs to them, and their arrays of its layers."""
-        small = {k: _divided(one, 1.0 / _UNIT, 1.0 / _OF_OUTPUTS) for k, one in curvature.items()}
+        small = jax.tree.map(lambda a: a * _UNIT, dict(curvature))
         return cls(tree, small, _UNIT * jnp.asarray(_PATTERN, jnp.float32), _UNIT * _signs(own))
 
     @property
@@ -81,8 +80,10 @@ class Gradients:
         kept = jnp.all(jnp.abs(self.unit - one * pattern) <= _TOLERANCE * jnp.abs(one * pattern))
         kept &= jnp.all(jnp.abs(self.signs) <= (1.0 + _TOLERANCE) * jnp.abs(one[0]))
         unit = jnp.where(kept, one[0, 0], jnp.nan)
-        both = unit, unit * (_OF_OUTPUTS / _UNIT)
-        return {k: _divided(one, *both) for k, one in self.carried.items()}
+        return {
+            name: jax.tree.map(lambda a: a / unit.astype(a.dtype), own)
+            for name, own in self.carried.items()
+        }
 
     def __contains__(self, key: Any) -> bool:
         return key in self.tree
@@ -92,18 +93,6 @@ class Gradients:
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.tree)
-
-
-def _divided(own: Curvature, of_inputs: Any, of_outputs: Any) -> Curvature:
-    """A curvature divided by a number for its side of inputs, and another one for its other."""
-    by = {"H_C": of_outputs, "t_G": of_outputs}
-    parts = {name: (getattr(own, name), by.get(name, of_inputs)) for name in own.field_names()}
-    return type(own)(
-        **{
-            name: jax.tree.map(lambda a, by=one: a / jnp.asarray(by, a.dtype), part)
-            for name, (part, one) in parts.items()
-        }
-    )
 
 
 @_compat.promoting
