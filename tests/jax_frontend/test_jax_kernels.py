@@ -208,10 +208,14 @@ def agent(d, rows):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("structures", "d", "rows"), [(None, 64, 128), ("dense", 256, 512), ("diagonal", 256, 512)]
+    ("structures", "d", "rows"),
+    [(None, 64, 128), (None, 256, 256), ("dense", 256, 512), ("diagonal", 256, 512)],
 )
 def test_rows_are_measured_where_they_are(structures, d, rows):
-    """A column of ones for the bias, or a choice of half the rows, would be a copy of them."""
+    """A column of ones for the bias, or a choice of half the rows, would be a copy of them.
+
+    The copies for factors of several blocks (None, 256, 256) are made before the gradient goes on.
+    """
     params, loss, x = agent(d, rows)
     layers = singd_jax.find_layers(loss, structures=structures)(params, x)
     state = singd_jax.singd(layers=layers, T=50).init(params)

@@ -223,7 +223,7 @@ def test_a_module_that_is_no_such_layer_is_named(
     optimizer = SINGD(nn.ModuleDict({"own": module}))
     with pytest.raises(ValueError, match=f"'own.{given['weight']}'.*: its rows have {sides} out"):
         module(torch.randn(16, 3)).square().mean().backward()
-    assert optimizer.skipped == 0
+    del optimizer  # it was there until now, and so were its hooks
 
 
 @pytest.mark.parametrize(
