@@ -32,7 +32,7 @@ WAYS = [("e4m3", True), ("e4m3", False), ("e5m2", True)]
 def rounded(a: Tensor, dtype: torch.dtype, *, stochastic: bool) -> Tensor:
     """The numbers that a store of 8 bits has of an array, with one scale for all of them."""
     most = torch.finfo(dtype).max
-    scale = most / a.abs().amax().clamp_min(torch.finfo(a.dtype).tiny)
+    scale = most / a.abs().amax().clamp_min(most * torch.finfo(a.dtype).tiny)
     x = a * scale
     if not stochastic:
         return x.to(dtype).to(a.dtype) / scale

@@ -251,6 +251,7 @@ def test_factors_of_8_bits_are_stored_in_all_ways(capsys):
     assert header.count("|") == row.count("|") == 3 + len(float8.WAYS)
     x = torch.randn(1000)
     for dtype in float8.DTYPES.values():
+        assert not float8.rounded(torch.zeros(3), dtype, stochastic=True).any()
         nearest = float8.rounded(x, dtype, stochastic=False)
         assert torch.equal(float8.rounded(nearest, dtype, stochastic=True), nearest)
         drawn = torch.stack([float8.rounded(x, dtype, stochastic=True) for _ in range(400)])

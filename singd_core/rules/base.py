@@ -45,14 +45,26 @@ class Rule(Tree, ABC):
 
     @classmethod
     def choose(
-        cls, structures: Structures | None, shape: MatrixShape = ((), 1, 1), **how: Any
+        cls,
+        structures: Structures | None,
+        shape: MatrixShape = ((), 1, 1),
+        *,
+        diagonal: tuple[bool, bool] = (False, False),
+        by_rows: bool = True,
+        entries_of_bags: int = 0,
     ) -> tuple[type[Structure], type[Structure]]:
         """The structures of K and C of a layer under this rule.
 
         It has the arguments and errors of `singd_core.structures.choose.resolve`.
         """
-        dense_for = cls.title if cls.only_dense else None
-        return resolve(structures, shape, dense_for=dense_for, **how)
+        return resolve(
+            structures,
+            shape,
+            dense_for=cls.title if cls.only_dense else None,
+            diagonal=diagonal,
+            by_rows=by_rows,
+            entries_of_bags=entries_of_bags,
+        )
 
     @classmethod
     def wants_rows(cls, structures: Sequence[type[Structure]]) -> bool:

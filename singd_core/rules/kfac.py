@@ -56,11 +56,14 @@ class KFAC(Rule):
     @property
     def row_norms(self) -> tuple[Array, Array]:
         """The roots of the diagonals of P_K and of P_C, which rounding may make negative."""
-        diagonals = (
-            widen(namespace(P.matrix).linalg.diagonal(P.matrix)) for P in (self.P_K, self.P_C)
-        )
+        diagonals = (widen(namespace(P.matrix).linalg.diagonal(P.matrix)) for P in self.inverses)
         of_K, of_C = (at_least(d, TINY) ** 0.5 for d in diagonals)
         return of_K, of_C
+
+    @property
+    def inverses(self) -> tuple[Dense, Dense]:
+        """P_K and P_C."""
+        return self.P_K, self.P_C
 
     def measure(self, A: Array, B: Array) -> tuple[Measured, Measured]:
         """AᵀA and BᵀB of rows A, shape (..., n, d_in), and B, shape (..., n, d_out)."""
@@ -74,7 +77,7 @@ class KFAC(Rule):
         self, T: int, *, balanced: bool = False, scales: Sequence[Array] | None = None
     ) -> Preconditioner:
         """∇W ↦ (S_C + λ_C I)⁻¹ ∇W (S_K + λ_K I)⁻¹."""
-        both = self.P_K, self.P_C
+        both = self.inverses
         return Preconditioner.of(both, both, self.scales(scales, balanced=balanced))
 
     def refresh(

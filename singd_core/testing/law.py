@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from singd_core.structures.base import Structure
 from singd_core.testing.draw import Case
@@ -84,12 +83,22 @@ class Law:
 LAWS: dict[str, Law] = {}
 
 
-def law(**given: Any) -> Callable[[Callable[[Case], None]], Callable[[Case], None]]:
-    """Make a function of a case a law with these attributes, in the order of definition."""
+def law(
+    *,
+    backends: tuple[str, ...] = (),
+    dtypes: tuple[str, ...] = (),
+    guard: bool = False,
+    sizes: tuple[int, ...] | None = None,
+    examples: int = 4,
+    floats: bool = True,
+) -> Callable[[Callable[[Case], None]], Callable[[Case], None]]:
+    """Make a function of a case a law, in the order of definition."""
 
     def add(check: Callable[[Case], None]) -> Callable[[Case], None]:
         promise = (check.__doc__ or "").strip().split("\n")[0]
-        LAWS[check.__name__] = Law(check.__name__, promise, check, **given)
+        LAWS[check.__name__] = Law(
+            check.__name__, promise, check, backends, dtypes, guard, sizes, examples, floats
+        )
         return check
 
     return add

@@ -287,7 +287,7 @@ class Watcher:
             self._proofs.forget_earlier(layer)
             layer.pending = {}
             if self._keeper.sharded is not None:
-                self._keeper.sharded.sums.stream.dropped(layer)
+                self._keeper.sharded.sums.dropped(layer)
 
     def leave_joined(self) -> None:
         """Take no rows of gradients that were joined by hand, as of several tasks.

@@ -222,9 +222,7 @@ class Sharded:
 
     def agree(self, layers: Sequence[Layer]) -> None:
         """Expect the same rows on all processes, which all call this with the same layers."""
-        flags = agree_on_rows(
-            layers, self.group, [self.sums.stream.flag(layer) for layer in layers]
-        )
+        flags = agree_on_rows(layers, self.group, [self.sums.flag(layer) for layer in layers])
         self.sums.flags = {layer.weight: flag for layer, flag in zip(layers, flags, strict=True)}
 
     def step(self, scales: Scales) -> Tensor | int:

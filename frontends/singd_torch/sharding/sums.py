@@ -75,6 +75,14 @@ class Sums:
         """A call has brought rows of a layer; `measure` makes sums of those that wait."""
         self.stream.took(layer, self._expected, measure)
 
+    def dropped(self, layer: Layer) -> None:
+        """The rows that a layer has had so far do not count."""
+        self.stream.dropped(layer)
+
+    def flag(self, layer: Layer) -> int:
+        """What became of the rows of a layer after this process had sent them."""
+        return self.stream.flag(layer)
+
     def give(self, share: Share, own: Mapping[nn.Parameter, Layer]) -> None:
         """Let the layers of this process have the sums of all; all processes call it in a step."""
         due = self._due()
