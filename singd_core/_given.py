@@ -141,10 +141,11 @@ def _check_parameter(name: str, parameter: Parameter, kind: LayerKind | None) ->
         raise ValueError(f"{name!r}: {error}") from None
     batch, d_out, _ = kind.shape(tuple(weight.shape), bias is not None)
     outputs = prod(batch) * d_out
-    if bias is not None and prod(bias.shape) != outputs:
+    flat = not kind.has_rows or bias is None or bias.ndim == 1  # it is a column of the matrix
+    if bias is not None and (prod(bias.shape) != outputs or not flat):
         raise ValueError(
             f"{name!r}: the bias has shape {tuple(bias.shape)}, but a weight of shape "
-            f"{tuple(weight.shape)} has {outputs} outputs"
+            f"{tuple(weight.shape)} has {outputs} outputs" + ("" if flat else " along one axis")
         )
 
 

@@ -178,7 +178,7 @@ def begun(
     dtypes = (momentum_dtype or ranged(p[..., :0]).dtype for p in parameters)
     pairs = zip(parameters, dtypes, strict=True)
     zeros = (namespace(p).zeros_like(p, dtype=dtype) for p, dtype in pairs)
-    buffers = [_of_reals("momentum_dtype", m) for m in zeros]
+    buffers = [storage("momentum_dtype", m) for m in zeros]
     paired = rules.inputs_of(factors) is not None
     late = Late.zeros(batch, parameters[0], with_bias=paired) if s.normalized else None
     return LayerState.of(factors, buffers, late, costs)
@@ -204,18 +204,23 @@ def _empty(like: Array, dtype: Any) -> Array:
     if dtype is None:
         return ranged(like[..., :0])
     made = namespace(like).empty((0,), dtype=dtype, device=device(like))
-    return _of_reals("preconditioner_dtype", made)
+    return storage("preconditioner_dtype", made)
 
 
-def _of_reals(setting: str, made: Array) -> Array:
+def storage(setting: str, made: Array) -> Array:
     """An array that was made in the dtype of a setting.
 
     Raises:
-        ValueError: If that holds no real floating-point numbers.
+        ValueError: If that holds no real floating-point numbers, or not those of gradients.
     """
     if not is_inexact(made) or is_complex(made):
         raise ValueError(
             f"{setting} is {made.dtype}: give a dtype of real floating-point numbers, or None"
+        )
+    if ranged(made).dtype != made.dtype:
+        raise ValueError(
+            f"{setting} is {made.dtype}, whose range momenta and factors leave with the scale of "
+            "the loss: give bfloat16, float32 or None"
         )
     return made
 

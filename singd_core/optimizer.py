@@ -234,7 +234,8 @@ class Optimizer:
             params: The current parameters.
             rows: As `curvature` takes them, if `due(state)` or more often. Others keep factors.
             curvature: Instead of rows, the result of `curvature`.
-            refreshed: Instead of both, the result of `refresh`.
+            refreshed: Instead of both, all that is refreshed: the results of `refresh`, and of
+                `refresh_by_gradients` if `due(state)`.
 
         Returns:
             The changes, and the new state. `apply` adds the changes. If a gradient, a row or a rate

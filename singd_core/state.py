@@ -24,6 +24,7 @@ from typing import Any
 from singd_core._array import Array, device, is_complex, is_inexact, namespace, widen
 from singd_core._given import a_state
 from singd_core._layer_state import State
+from singd_core._warnings import warn
 from singd_core.adamw import Moments
 from singd_core.rules import inputs_of
 
@@ -46,6 +47,10 @@ def unflatten(template: State, flat: Mapping[str, Any]) -> State:
     Args:
         template: A state of the same parameters and settings, e.g. a new one from `init`.
         flat: The result of `flatten`, with arrays of any library.
+
+    Warns:
+        UserWarning: Naming the layers that begin anew, since rows or AdamW trained them before and
+            now they learn from gradients.
 
     Raises:
         TypeError: If `template` is no state, or `flat` no dictionary.
@@ -114,7 +119,7 @@ def _fitted(template: State, flat: Mapping[str, Any]) -> dict[str, Any]:
     It begins anew if it had no mean of inputs: AdamW trained its bias or both of them, or the bias
     was a column. The averages of rows begin anew, where factors learn from gradients now.
     """
-    found = dict(flat)
+    found, anew = dict(flat), list[str]()
     for name, layer in template.layers.items():
         was_there = any(f"{name}.{entry}" in flat for entry in ("averages.k", "exp_avg"))
         has_mean = inputs_of(layer.factors) is None or f"{name}.inputs.mean" in flat
@@ -122,6 +127,7 @@ def _fitted(template: State, flat: Mapping[str, Any]) -> dict[str, Any]:
             fresh = ((k.removeprefix(_FACTORS), a) for k, a in layer.named_arrays())
             found |= {f"{name}.{k}": a for k, a in fresh}
             found = {k: a for k, a in found.items() if not _is_left_over(k, template)}
+            anew.append(name)
             continue
         t_U, averages = flat.get(f"{name}.averages.t_U"), layer.factors.averages
         if not layer.factors.has_rows and t_U is not None:
@@ -129,6 +135,11 @@ def _fitted(template: State, flat: Mapping[str, Any]) -> dict[str, Any]:
             if bool(xp.any(xp.asarray(t_U, device=device(averages.t_U)) > 0.0)):
                 zeros = averages.map(xp.zeros_like)
                 found |= dict(zeros.named_arrays(f"{name}.averages."))
+    if anew:
+        warn(
+            "the saved state is of layers with rows, or of AdamW, where these learn from gradients "
+            f"now: {', '.join(anew)}. They begin anew, their momenta too"
+        )
     return found
 
 

@@ -16,6 +16,7 @@ from singd_core._array import (
     cast,
     empty,
     expand,
+    is_inexact,
     is_view,
     multiply_add,
     namespace,
@@ -240,6 +241,8 @@ def largest_rate(largest: Scalar, lr: Scalar) -> Scalar:
     lr = number(lr)
     if isinstance(lr, (int, float)):
         return at_least(largest, lr if lr < math.inf else 0.0)
+    if not is_inexact(lr):  # a schedule of integers may be followed by one of fractions
+        lr = namespace(lr).astype(lr, namespace(lr).float32)
     lr = widen(lr)  # 16 bits would round it
     return at_least(largest, where(namespace(lr).isfinite(lr), lr, 0.0))
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from singd_core import rules
 from singd_core._array import Array, ranged, widen
-from singd_core._layer_state import LayerState, State, begun, no_cost
+from singd_core._layer_state import LayerState, State, begun, no_cost, storage
 from singd_core._settings import Settings
 from singd_core.adamw import Moments
 from singd_jax import _compat
@@ -166,7 +166,9 @@ class Start:
         optimizer, s = self.rates.optimizer, self.rates.settings
         empty = [jnp.zeros((0,), dtypes[leaf]) for leaf in layer.leaves]
         likes = [
-            ranged(empty[0]) if dtype is None else jnp.zeros((0,), dtype)
+            ranged(empty[0])
+            if dtype is None
+            else storage("preconditioner_dtype", jnp.zeros((0,), dtype))
             for dtype in optimizer.preconditioner_dtype
         ]
         factors = rules.start(

@@ -44,7 +44,9 @@ NO_NOTES = "[]"
 _OWN = {"params", "param_names", "steps", "base_lr", "largest_lr"}
 
 # For factors and momenta: nothing can be computed in the floating-point dtypes of 8 bits.
-DTYPES = torch.float64, torch.float32, torch.bfloat16, torch.float16
+# Factors and momenta leave the range of float16 with the scale of the loss.
+_WIDE = torch.float64, torch.float32, torch.bfloat16
+DTYPES = *_WIDE, torch.float16
 
 # What groups have in common whose layers can step as one: each layer has its own rate and decay.
 # Settings that layers ask for one by one, such as structures and dtypes, are compared with layers.
@@ -103,8 +105,8 @@ def check_group(group: dict[str, Any]) -> None:
 
 def _check_dtypes(name: str, given: Any, dtypes: Iterable[Any]) -> None:
     for dtype in dtypes:
-        if dtype is not None and dtype not in DTYPES:
-            raise ValueError(f"{name}={given!r}: give {', '.join(map(str, DTYPES))}, or None")
+        if dtype is not None and dtype not in _WIDE:
+            raise ValueError(f"{name}={given!r}: give {', '.join(map(str, _WIDE))}, or None")
 
 
 def check_counts(group: dict[str, Any]) -> None:

@@ -33,8 +33,8 @@ class OnLastAxis(LayerKind):
         self, x: Array, *, bias: bool, kfac_approx: str, sample: Sample | None = None
     ) -> tuple[Array, int]:
         """The rows `A`, shape `(N, d_in [+ 1])`, of the input `(batch, *shared, d_in)`; and `N`."""
-        expand = is_expand(kfac_approx)
         x = _batched(x, "input x")
+        expand = _expands(kfac_approx, x)
         N = prod(x.shape[:-1]) if expand else x.shape[0]
         x, factor = _some(x, expand, sample)
         if not expand and x.ndim > 2:
@@ -60,8 +60,8 @@ class OnLastAxis(LayerKind):
         sample: Sample | None = None,
     ) -> tuple[Array, int]:
         """The rows `B`, shape `(N, d_out)`, of the gradient `(batch, *shared, d_out)`; and `M`."""
-        expand = is_expand(kfac_approx)
         g = _batched(g, "output gradient g")
+        expand = _expands(kfac_approx, g)
         M = loss_terms(loss_average, g.shape[0], g.shape[1:-1])
         g, factor = _some(g, expand, sample)
         if not expand and g.ndim > 2:
@@ -125,6 +125,11 @@ class Linear(OnLastAxis):
     def has_rows_along(self, axis: int) -> bool | None:
         """Rows come first unless the weight is turned."""
         return axis == int(self.transposed)
+
+
+def _expands(kfac_approx: str, x: Array) -> bool:
+    """Whether each position is a row: also where there are none, which have no mean."""
+    return is_expand(kfac_approx) or 0 in x.shape[:-1]
 
 
 def _batched(x: Array, name: str) -> Array:

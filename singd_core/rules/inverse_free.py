@@ -82,15 +82,10 @@ class InverseFree(Rule):
         """What `measure` needs; the rest is None."""
         return type(self)(self.K, self.C, None, None, None)  # type: ignore[arg-type]
 
-    def precondition(self, gradient: Array, *, balanced: bool = False) -> Array:
-        """The natural gradient C Cᵀ ∇W K Kᵀ of ∇W, shape (..., d_out, d_in), in the dtype of C."""
-        scales = self.scales(balanced=balanced)
-        return Preconditioner.of((None, None), self.sides, scales)(gradient)
-
     def preconditioner(
         self, T: int, *, balanced: bool = False, scales: Sequence[Array] | None = None
     ) -> Preconditioner:
-        """With K Kᵀ and C Cᵀ formed once where that multiplies less."""
+        """C Cᵀ ∇W K Kᵀ, with K Kᵀ and C Cᵀ formed once where that multiplies less."""
         d_in, d_out = self.K.shape[-1], self.C.shape[-1]
         both = self.K.square_for(T, d_out), self.C.square_for(T, d_in)
         return Preconditioner.of(both, self.sides, self.scales(scales, balanced=balanced))

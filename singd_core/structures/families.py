@@ -47,8 +47,11 @@ def check_size(k: int, name: str) -> None:
     """Refuse a side of blocks that is none.
 
     Raises:
+        TypeError: If it is no integer.
         ValueError: If it is below 1.
     """
+    if isinstance(k, bool) or not hasattr(k, "__index__"):  # 2.0 would be cached in place of 2
+        raise TypeError(f"{name} must be an integer, got {k!r}")
     if k < 1:
         raise ValueError(f"{name} must be at least 1, got {k}")
 

@@ -64,7 +64,7 @@ OPERATIONS: dict[str, Operation] = {
     "square": lambda L, R, X, M, c: _product(L, L.square(), X),
     "square_for": lambda L, R, X, M, c: _product(L, L.square_for(*MANY), X),
     "part": lambda L, R, X, M, c: _part(L, X),
-    "scale_rows": lambda L, R, X, M, c: _scale_rows(L, M[..., 0]),
+    "scale_rows": lambda L, R, X, M, c: _scale_rows(L, X[..., 0]),
     "row_norms": lambda L, R, X, M, c: L.row_norms(),
     "identity": lambda L, R, X, M, c: L.identity(L.shape[-1], like=X, batch=L.batch),
     "__add__": lambda L, R, X, M, c: L + R,

@@ -105,6 +105,14 @@ def test_state_is_of_real_floating_point_numbers(name: str, dtype: Any) -> None:
         Optimizer(LAYERS, **{name: given}).init(params())
 
 
+@pytest.mark.parametrize("name", ["preconditioner_dtype", "momentum_dtype"])
+def test_float16_holds_no_state_of_a_layer(name: str) -> None:
+    """Gradients of 1e-4 or of 1e4 left its range: no step, or one without a change."""
+    given = np.float16 if name == "momentum_dtype" else (np.float16, None)
+    with pytest.raises(ValueError, match=f"{name} is float16, .*: give bfloat16, float32 or None"):
+        Optimizer(LAYERS, **{name: given}).init(params())
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_an_entry_without_gradients_stays_where_epsilon_is_0(dtype: Any) -> None:
     """0 / 0 in AdamW. A gradient whose square is 0 moves it by no more than the rate."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from watched import layers
 
-from singd_core import Linear
+from singd_core import Embedding, Linear
 from singd_torch import SINGD, register_layer
 from singd_torch.layers.kinds import _TABLE
 from singd_torch.step.curvatures import curvature as curvature_of
@@ -203,17 +203,25 @@ def test_a_registered_layer_is_preconditioned(monkeypatch: pytest.MonkeyPatch) -
     assert torch.allclose(own.offset, builtin.bias)
 
 
+class Twice(nn.Embedding):
+    """A look-up whose output is twice as wide as its table."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).repeat_interleave(2, -1)
+
+
 @pytest.mark.parametrize(
     ("module", "kind", "given", "sides"),
     [
-        (nn.GRUCell(3, 8), Linear(), {"weight": "weight_ih", "bias": "bias_ih"}, "4 inputs and 8"),
+        (nn.GRUCell(3, 8), Linear(), {"weight": "weight_ih", "bias": "bias_ih"}, "3 inputs and 8"),
+        (Twice(16, 4), Embedding(16), {"weight": "weight"}, "16 inputs and 8"),
         (Scaled(), Linear(transposed=True), {"weight": "matrix"}, "3 inputs and 2"),
     ],
-    ids=["cell", "transposed"],
+    ids=["cell", "table", "transposed"],
 )
 def test_a_module_that_is_no_such_layer_is_named(
     module: nn.Module,
-    kind: Linear,
+    kind: Embedding | Linear,
     given: dict[str, str],
     sides: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -221,8 +229,9 @@ def test_a_module_that_is_no_such_layer_is_named(
     monkeypatch.setattr("singd_torch.layers.kinds._TABLE", dict(_TABLE))
     register_layer(type(module), kind, **given)
     optimizer = SINGD(nn.ModuleDict({"own": module}))
+    x = torch.randint(16, (16, 3)) if isinstance(module, nn.Embedding) else torch.randn(16, 3)
     with pytest.raises(ValueError, match=f"'own.{given['weight']}'.*: its rows have {sides} out"):
-        module(torch.randn(16, 3)).square().mean().backward()
+        module(x).square().mean().backward()
     del optimizer  # it was there until now, and so were its hooks
 
 

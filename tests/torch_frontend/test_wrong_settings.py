@@ -98,12 +98,17 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "one dtype": ({"preconditioner_dtype": torch.float32}, r"dtype=torch\.float32: give two"),
     "dtypes of integers": (
         {"preconditioner_dtype": (None, torch.int32)},
-        r"give torch\.float64, torch\.float32, torch\.bfloat16, torch\.float16, or None",
+        r"give torch\.float64, torch\.float32, torch\.bfloat16, or None",
     ),
     "8 bits": (
         {"preconditioner_dtype": (torch.float8_e4m3fn, None)},
-        r"give torch\.float64, torch\.float32, torch\.bfloat16, torch\.float16, or None",
+        r"give torch\.float64, torch\.float32, torch\.bfloat16, or None",
     ),
+    "factors in float16": (
+        {"preconditioner_dtype": (torch.float16, None)},
+        r"give torch\.float64, torch\.float32, torch\.bfloat16, or None",
+    ),
+    "momenta in float16": ({"momentum_dtype": torch.float16}, "momentum_dtype=torch.float16: give"),
     "momenta of integers": (
         {"momentum_dtype": torch.int32},
         r"momentum_dtype=torch\.int32: give torch\.float64",

@@ -258,7 +258,7 @@ class Watcher:
             if backward != layer.last_pass.number:
                 self._begin_pass(layer, backward)
             for rows in rows_of(layer, source, x, g, mask):
-                if not layer.seen:
+                if not layer.rows_seen:
                     check_sides(layer, source, rows)
                 self.queue.take(Call(layer, key, rows, factors, layer.loss), lent=(x, g))
             if sharded is not None:

@@ -187,7 +187,7 @@ def reasons(model: nn.Module, notes: Notes) -> Iterator[tuple[nn.Parameter, str]
 def _why(module: nn.Module, name: str, p: nn.Parameter) -> str:
     """Why a module gives no rows of one of its matrices, of this name."""
     cls, found = type(module).__name__, _find(module)
-    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+    if found is None and isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         return f"torch's kernel of {cls} gives none"
     if isinstance(module, nn.MultiheadAttention):
         return f"no projection of {cls}"

@@ -78,13 +78,14 @@ def check_sides(layer: Layer, source: Source, rows: Rows) -> None:
     """
     _, d_out, d_in = layer.shape
     sides = rows.A.shape[-1], rows.B.shape[-1]
-    found = sides[::-1] if source.swapped else sides
-    if found != (d_in, d_out) and not layer.kind.diagonal_inputs:
+    inputs, outputs = sides[::-1] if source.swapped else sides
+    if (inputs, outputs) != (d_in, d_out):
+        ones = int(layer.bias is not None)
         raise ValueError(
             f"a call of the module of {layer.name!r} is no product with a weight of shape "
-            f"{tuple(layer.weight.shape)}: its rows have {found[0]} inputs and {found[1]} outputs, "
-            f"and the matrix has {d_in} and {d_out}. Give register_layer another kind for this "
-            "class of modules, or a function that returns None for them"
+            f"{tuple(layer.weight.shape)}: its rows have {inputs - ones} inputs and {outputs} "
+            f"outputs, and the matrix has {d_in - ones} and {d_out}. Give register_layer another "
+            "kind for this class of modules, or a function that returns None for them"
         )
 
 
