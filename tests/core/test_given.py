@@ -237,6 +237,12 @@ X, G = np.ones((8, 3)), np.ones((8, 4))
             ValueError,
             r"'a': the bias has shape \(3,\), but .* 4 outputs",
         ),
+        (
+            (W, B.reshape(2, 2)),
+            None,
+            ValueError,
+            r"'a': the bias has shape \(2, 2\), but .* 4 outputs along one axis",
+        ),
         ((B, B), None, ValueError, r"'a': Linear.* a weight of 2 axes, not of shape \(4,\)"),
         ((W[..., None], B), None, ValueError, r"'a': Linear.* not of shape \(4, 3, 1\)"),
         (B, Linear(), ValueError, r"'a': Linear.* not of shape \(4,\)"),

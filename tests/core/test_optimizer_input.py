@@ -9,7 +9,7 @@ import pytest
 from optimizer_cases import GIVEN, LAYERS, leaves, mapped, params, steps, train
 
 from singd_core import Fallback, Linear, Optimizer, Settings
-from singd_core.layers import Embedding
+from singd_core.layers import Convolution, Embedding, LayerKind, TransposedConvolution
 
 NAN, INF = float("nan"), float("inf")
 
@@ -181,6 +181,36 @@ def broken(g: Any, rows: Any, case: str) -> tuple[Any, Any, str]:
         "unequal batches": (g, {"map": (rows["map"][0][:3], rows["map"][1])}, r"rows of 'map'"),
     }
     return wrong[case]
+
+
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+@pytest.mark.parametrize(
+    ("kind", "weight", "x", "g"),
+    [
+        (Linear(), (4, 3), (8, 5, 3), (8, 7, 4)),
+        (Convolution((3, 3)), (4, 3, 3, 3), (2, 3, 10, 10), (2, 4, 6, 6)),
+        (TransposedConvolution((2, 2), 2), (3, 4, 2, 2), (2, 3, 10, 10), (2, 4, 10, 10)),
+    ],
+    ids=["linear", "convolution", "transposed"],
+)
+def test_positions_of_both_sides_are_as_many(
+    kind: LayerKind, weight: Any, x: Any, g: Any, kfac_approx: str
+) -> None:
+    """As of a kind with another padding or stride than the layer."""
+    optimizer = Optimizer({"map": kind}, kfac_approx=kfac_approx)
+    p = {"map": np.ones(weight)}
+    with pytest.raises(ValueError, match=r"rows of 'map': .* fit a"):
+        optimizer.curvature({"map": (np.ones(x), np.ones(g))}, optimizer.init(p), p)
+
+
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+def test_no_positions_are_no_rows(kfac_approx: str) -> None:
+    """Their mean would be NaN, and every step left out."""
+    optimizer, p = Optimizer({"map": Linear()}, kfac_approx=kfac_approx), {"map": np.ones((4, 3))}
+    rows = {"map": (np.ones((8, 0, 3)), np.ones((8, 0, 4)))}
+    updates, state = optimizer.update({"map": np.ones((4, 3))}, optimizer.init(p), p, rows)
+    assert int(state.skipped) == 0
+    assert np.all(np.isfinite(updates["map"]))
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,15 @@ def test_averages_of_rows_begin_anew_where_gradients_refresh_now() -> None:
     assert not any(np.any(a) for _, a in found.named_arrays())
 
 
+def test_a_layer_that_learns_from_gradients_now_begins_anew_and_is_named() -> None:
+    p, rng = params(), np.random.default_rng(0)
+    flat = flatten(Optimizer(LAYERS).init(p))
+    template = Optimizer({}, structures="dense").init(p)
+    with pytest.warns(UserWarning, match=r"where these learn from gradients now: .*map.*anew"):
+        found = unflatten(template, flat | {"map.momentum_buffer": rng.standard_normal((4, 3))})
+    assert not np.any(found.layers["map"].momenta[0])
+
+
 def test_what_is_missing_else_is_an_error() -> None:
     optimizer = Optimizer(LAYERS)
     flat = flatten(optimizer.init(params()))

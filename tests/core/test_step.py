@@ -167,6 +167,16 @@ def test_the_momentum_forgets_faster_where_the_rate_has_decayed(recipe: str) -> 
     assert higher.update(g, state, p, rows)[1].largest_lr == 0.2
 
 
+def test_a_rate_in_an_array_of_integers_keeps_the_largest_one() -> None:
+    """As the last one of a schedule is."""
+    p, (g, rows) = params(), steps(1)[0]
+    state = Optimizer(LAYERS, lr=0.9).init(p)
+    for lr, skipped in ((0.9, 0), (np.asarray(0), 0), (np.int64(0), 0), (0.9, 0)):
+        _, state = Optimizer(LAYERS, lr=lr).update(g, state, p, rows)
+        assert int(state.skipped) == skipped
+        np.testing.assert_allclose(state.largest_lr, 0.9, rtol=1e-7)
+
+
 @pytest.mark.slow
 def test_a_dead_matrix_does_not_walk() -> None:
     """Its momentum goes on for ever, and would at full size."""

@@ -9,6 +9,7 @@ import pytest
 
 from singd_core import rules, settings, structures
 from singd_core.curvature import Curvature
+from singd_core.rules.factor_step import stepped
 from singd_core.structures import Dense, TrilToeplitz, choose
 
 D_IN, D_OUT, N = 4, 3, 10
@@ -165,6 +166,14 @@ def test_a_factor_whose_curvature_left_the_range_shrinks(rule: str, overflow: fl
 
 
 # ---- what a start and a choice must not do ------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_a_start_of_an_infinite_curvature_is_no_error(order: int) -> None:
+    """It is the number 0 where a frontend has numbers, and the step that follows is left out."""
+    one = Dense(np.eye(3))
+    found = stepped(one, one, 0.0, 0.0, settings("normalized", order=order))
+    assert not np.any(found.dense())
 
 
 def test_auto_blocks_end_where_there_would_be_more_than_sixteen() -> None:

@@ -20,6 +20,16 @@ class Halved(rules.SINGD):
         return tuple(m.scale(0.5) for m in super().directions(curvature, rates, s))
 
 
+@rules.rule
+class Unused(rules.IKFAC):
+    """Factors that precondition nothing."""
+
+    title = "unused"
+
+    def preconditioner(self, T: int, **given: Any) -> Any:
+        return lambda gradient: gradient
+
+
 @pytest.fixture(autouse=True)
 def halved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
@@ -64,6 +74,17 @@ def test_a_registered_rule_learns_in_its_own_way() -> None:
     np.testing.assert_allclose(
         np.eye(4) - ours.K.dense(), (np.eye(4) - theirs.K.dense()) / 2, atol=1e-15
     )
+
+
+def test_a_step_goes_by_the_preconditioner_of_the_rule() -> None:
+    rules.register("unused", Unused)
+    rng, params = np.random.default_rng(0), {"map": np.zeros((3, 4))}
+    x, g = rng.standard_normal((8, 4)), rng.standard_normal((8, 3)) / 8
+    optimizer = Optimizer(recipe="paper", rule="unused")
+    gradient = {"map": g.T @ x}
+    changes, _ = optimizer.update(gradient, optimizer.init(params), params, {"map": (x, g)})
+    ratios = changes["map"] / gradient["map"]
+    np.testing.assert_allclose(ratios, ratios[0, 0], rtol=1e-12)
 
 
 def test_it_is_a_rule_of_torch() -> None:

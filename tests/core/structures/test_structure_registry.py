@@ -61,6 +61,14 @@ def test_a_wrong_name_is_explained(name, message):
     assert "hierarchical:k1,k2" in str(caught.value)
 
 
+@pytest.mark.parametrize("b", [2.0, True, "2"])
+def test_a_size_that_is_no_integer_is_refused(b):
+    """It would be found in place of 2, as an equal number."""
+    with pytest.raises(TypeError, match="b must be an integer, got"):
+        blockdiagonal(b)
+    assert get("blockdiagonal:2").name == "blockdiagonal:2"
+
+
 @pytest.fixture
 def families(monkeypatch):
     monkeypatch.setattr(registry, "_FAMILIES", dict(registry._FAMILIES))

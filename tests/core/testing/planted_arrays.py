@@ -104,6 +104,12 @@ class AppliesDense(Diagonal):
 
 
 @bug("no_dense_intermediate")
+class ScalesRowsOfADense(Diagonal):
+    def scale_rows(self, c):
+        return self.restrict(self.dense() * c[..., None])
+
+
+@bug("no_dense_intermediate")
 class OuterThroughTheProduct(Blocks):
     made_by = None
 
