@@ -7,11 +7,18 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from singd_core._recipes import SWITCHES
-from singd_core._settings import plain
+from singd_core._settings import is_zero, plain
 from singd_torch._groups import NOTES, check_counts, check_group, check_keys, readable
 
 # What layers were found with, and what their state has the form of.
-_FIXED = "rule", "structures", "average_groups", "preconditioner_dtype", "momentum_dtype"
+_FIXED = (
+    "rule",
+    "structures",
+    "average_groups",
+    "preconditioner_dtype",
+    "momentum_dtype",
+    "normalized",
+)
 # What is no setting, or counted.
 _OTHERS = {"params", "param_names", "steps", "largest_lr", NOTES}
 _GONE = object()
@@ -87,9 +94,11 @@ def _is_rate(lr: Any) -> bool:
 
 
 def _refuse_others(group: dict[str, Any], known: dict[str, Any]) -> None:
-    for name in _FIXED:
-        if name in known and group[name] != known[name]:
-            raise ValueError(
-                f"{name}={group[name]!r}: was {known[name]!r} when the layers were found, and "
-                "cannot be changed later: build another optimizer"
-            )
+    changed = [name for name in _FIXED if name in known and group[name] != known[name]]
+    if "alpha1" in known and is_zero(group["alpha1"]) != is_zero(known["alpha1"]):
+        changed.append("alpha1")  # without it factors have no momenta
+    for name in changed:
+        raise ValueError(
+            f"{name}={group[name]!r}: was {known[name]!r} when the layers were found, and cannot "
+            "be changed later: build another optimizer"
+        )

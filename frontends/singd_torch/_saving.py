@@ -149,4 +149,5 @@ class Saving(Training):
             if known is not None and known.has_rows and not layer.refreshes:
                 layer.refreshes = int(known.averages.k.max())
             layer.unused = layer.notes.get("unused", False)
+        self._stepper.stack_up()  # layers are equal that learn from the same
         self._watcher.tell()

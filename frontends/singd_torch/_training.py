@@ -107,7 +107,9 @@ class Training(torch.optim.Optimizer):
         others = [one for one, old in found if old is not None and not old.is_found_as(one)]
         for layer in [*others, *(one for one, old in found if old is None)]:
             layer.refreshes = layer.missed = 0
-            layer.by_gradient = layer.can_do_without()  # its rows come with the next step
+            layer.by_gradient = False
+            if layer.can_do_without():  # its rows come with the next step
+                self._stepper.go_on_by_gradients(layer)
         self._stepper.stack_up()
         names = [one.name for one in others if not one.name.endswith(GONE)]
         if names:

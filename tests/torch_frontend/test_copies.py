@@ -47,6 +47,66 @@ def test_a_copy_of_model_and_optimizer_goes_on_as_they_do(
     assert (own.skipped, optimizer.skipped) == (0, 0)
 
 
+class Twins(nn.Module):
+    """Two equal layers; rows are taken of one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def train_on(self, optimizer: SINGD, numbers: range) -> None:
+        for i in numbers:
+            x = torch.randn(16, 8, generator=torch.Generator().manual_seed(i))
+            optimizer.zero_grad()
+            self.a(x).tanh().sub(x).square().mean().backward()
+            with optimizer.no_rows():
+                self.b(x).tanh().sub(x).square().mean().backward()
+            optimizer.step()
+
+
+def through_a_checkpoint(both: Any) -> Any:
+    model, optimizer = both
+    twin = copy.deepcopy(model)
+    own = SINGD(twin)
+    own.load_state_dict(optimizer.state_dict())
+    return twin, own
+
+
+@pytest.mark.filterwarnings("ignore:no rows of .* have been seen")
+@pytest.mark.parametrize("how", [*HOW.values(), through_a_checkpoint], ids=[*HOW, "checkpoint"])
+@pytest.mark.parametrize("is_last", [False, True])
+def test_equal_layers_that_learn_from_rows_and_from_gradients_go_on_apart(
+    how: Callable[[Any], Any], is_last: bool
+) -> None:
+    model = Twins()
+    if is_last:  # whichever is the first of the model
+        model.a, model.b = model.b, model.a
+        model.register_module("a", model._modules.pop("a"))
+    optimizer = SINGD(model)
+    model.train_on(optimizer, range(6))
+    twin, own = how((model, optimizer))
+    for one, its in ((model, optimizer), (twin, own)):
+        one.train_on(its, range(6, 10))
+    assert_equal(all_numbers(model, optimizer), all_numbers(twin, own))
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_layer_that_was_out_of_its_group_for_a_while_is_copied_as_it_is(how: str) -> None:
+    """Its gradient refreshes factors that rows had made, until there are rows."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(32, 8), nn.Tanh(), nn.Linear(8, 3))
+    data = batches(F32, 9)
+    optimizer = SINGD(model, T=1)
+    group = optimizer.param_groups[0]
+    for i, batch in enumerate(data):
+        if i in (3, 5):
+            group["params"] = [*model.parameters()][: 2 if i == 3 else 4]
+        if i == 6:
+            twin, own = HOW[how]((model, optimizer))
+            train(twin, own, data[i:])
+        train(model, optimizer, [batch])
+    assert_equal(all_numbers(model, optimizer), all_numbers(twin, own))
+
+
 def test_a_copy_has_the_count_of_skipped_steps() -> None:
     model, ((x, y),) = Network(), batches(F32, 1)
     optimizer = SINGD(model)

@@ -162,6 +162,8 @@ CHANGES = {
         r"preconditioner_dtype=\(torch\.float64, torch\.float64\): was \(None, None\) when",
     ),
     "structures": ("dense", r"structures='dense': was \('diagonal', 'dense'\) when the layers"),
+    "normalized": (False, "normalized=False: was True when the layers were found"),
+    "alpha1": (0.5, r"alpha1=0\.5: was 0\.0 when the layers were found"),
 }
 
 

@@ -134,6 +134,13 @@ class Stacker:
         else:  # all processes arrange it anew in the step, when they all know
             self.sharded.turned(layer)
 
+    def go_on_by_gradients(self, layer: Layer) -> None:
+        """Have the same factors, whose averages begin with the next gradient."""
+        layer.by_gradient, layer.refreshes = True, 0
+        own = self.state.get(layer.weight, {})
+        for name in [name for name in own if name.startswith("averages.")]:
+            own[name] = torch.zeros_like(own[name])
+
     def arrange(self) -> None:
         """Let the layers that there are step together, in parts if the parameters are in parts."""
         roster = self.roster
@@ -154,7 +161,7 @@ class Stacker:
         others = [p for p in self.roster.fallback if p.grad is not None]
         lost = [layer for layer in layers if not layer.pending and layer.is_lost()]
         for layer in lost:
-            self._go_on_by_gradients(layer)
+            self.go_on_by_gradients(layer)
         unseen = [layer.name for layer in lost if layer.has_modules and not layer.seen]
         warnings.unseen(unseen, "gradients alone refresh the factors")
         if lost or not all(stack.fits() for stack in self.stacks):
@@ -179,13 +186,6 @@ class Stacker:
                 ready += self._tied(stack, live)
         warnings.unseen(left, "AdamW trains the weights")
         return ready, others
-
-    def _go_on_by_gradients(self, layer: Layer) -> None:
-        """Have the same factors, whose averages begin with the next gradient."""
-        layer.by_gradient, layer.refreshes = True, 0
-        own = self.state.get(layer.weight, {})
-        for name in [name for name in own if name.startswith("averages.")]:
-            own[name] = torch.zeros_like(own[name])
 
     def _tied(self, stack: Stack, live: list[Layer]) -> list[Stack]:
         """The live layers of a stack as stacks that hold what the state has."""

@@ -116,6 +116,9 @@ class Stepper(Stacker):
                 self.is_shown = True
             return
         layers = self.roster.layers
+        for layer in layers:
+            if layer.pending and not may_be_due(layer):  # a script has changed T since
+                layer.pending = {}
         if self.processes is not None:
             due = [one for one in layers if one.is_trained and is_due(one)]
             reduce_rows(due, self.processes, summed=self.summed)

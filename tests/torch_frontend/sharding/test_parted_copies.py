@@ -228,6 +228,31 @@ def test_layers_that_some_processes_do_not_use() -> None:
         assert (p == q).all()
 
 
+def with_a_later_refresh(rank: int, world: int, *, shard: bool) -> Tensor:
+    """The weights, where a refresh is due no more when its step comes."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    optimizer = SINGD(model, T=1, growing_T=False, processes=dist.group.WORLD, shard=shard)
+    generator = torch.Generator().manual_seed(rank)
+    for step in range(6):
+        optimizer.zero_grad()
+        x = torch.randn(8, 6, generator=generator, dtype=torch.float64)
+        model(x).square().sum(1).mean().backward()
+        for p in model.parameters():
+            assert p.grad is not None
+            dist.all_reduce(p.grad)
+            p.grad /= world
+        optimizer.param_groups[0]["T"] = 50 if step == 2 else 1
+        optimizer.step()
+    return nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
+def test_a_refresh_that_a_script_puts_off_leaves_copies_equal() -> None:
+    results = [gloo.run(2, partial(with_a_later_refresh, shard=shard)) for shard in (False, True)]
+    for found in (one for pair in results for one in pair):
+        torch.testing.assert_close(found, results[0][0], rtol=1e-12, atol=1e-12)
+
+
 def by_hand(rank: int, world: int) -> dict[str, Tensor]:
     model = models.new("images")
     given = models.settings("images")
