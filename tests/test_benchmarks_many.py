@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import cases
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,7 +35,9 @@ def kept(tmp_path):
 
 # A weight of which only the signs are used has no rows, which is said.
 @pytest.mark.filterwarnings("ignore:no rows of '0.weight' are taken")
-@pytest.mark.parametrize("method", ["AdamW", "SINGD", "SINGD, diagonal"])
+@pytest.mark.parametrize(
+    "method", cases(["AdamW", "SINGD", "SINGD, diagonal"], fast=["AdamW", "SINGD, diagonal"])
+)
 def test_each_task_trains(method):
     tasks, runs = importlib.import_module("many_tasks"), importlib.import_module("many_runs")
     noisy = importlib.import_module("noisy")

@@ -84,6 +84,7 @@ def test_the_report_of_a_structure_says_that_it_is_one() -> None:
     assert report.errors == []
 
 
+@pytest.mark.slow
 def test_the_command_line_exits_by_what_it_found(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -111,6 +112,7 @@ def test_a_counterexample_is_made_small() -> None:
     assert str(caught.value).endswith("with\nL, the restriction of\n  [[1]]\nX =\n  [[0 0 1]]")
 
 
+@pytest.mark.slow
 def test_many_more_examples_and_sizes_in_the_nightly_profile(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
