@@ -59,11 +59,8 @@ class Measured(Tree):
 
 
 def measure(L: Structure, rows: Array, *, identity: bool = False) -> Measured:
-    """The sums of rows, shape (..., n, d), with L, or with L = I for an `identity`.
-
-    They are in the dtype of L, or in float32 if that is float16.
-    """
-    X = cast(rows, ranged(L.like[..., :0]))
+    """The sums of rows, shape (..., n, d), in the dtype of `L`; `identity` measures with L = I."""
+    X = ranged(cast(rows, L.like))
     if identity:
         return Measured(L.outer(X.mT), sum_of_squares(X, 2))
     return Measured(*L.astype(X).measured(X))
