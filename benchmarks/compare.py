@@ -34,7 +34,7 @@ from pages import ROOT, save_svg, write
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 from run_store import trained
-from tasks import BATCHES, HELD_OUT, SCALES, TASKS, TWELVE
+from tasks import BATCHES, HELD_OUT, SCALES, SHORT, TASKS, TWELVE
 
 PAGE = ROOT / "docs" / "comparison.md"
 ROWS = ROOT / "docs" / "rows.md"
@@ -42,6 +42,7 @@ PICTURE = ROOT / "docs" / "comparison.svg"
 GROUPS = {
     "twelve": list(TWELVE),
     "batches": list(BATCHES),
+    "short": list(SHORT),
     "held-out": list(HELD_OUT),
     "scales": list(SCALES),
 }

@@ -22,7 +22,7 @@ from compare_runs import (
 )
 from compare_tried import costs, tried
 from pages import digits, table
-from tasks import BATCHES, HELD_OUT, SCALES, TASKS, TWELVE
+from tasks import BATCHES, HELD_OUT, SCALES, SHORT, TASKS, TWELVE
 
 TITLES = {
     "linear": "A linear decay",
@@ -32,6 +32,7 @@ TITLES = {
 GROUPS = {
     "the twelve tasks": list(TWELVE),
     "batches of 8 and of 1024": list(BATCHES),
+    "a quarter of the steps": list(SHORT),
     "held out, tasks that no setting was chosen on": list(HELD_OUT),
     "inputs of other scales": list(SCALES),
 }

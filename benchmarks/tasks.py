@@ -206,7 +206,7 @@ TWELVE = {
     ),
 }
 
-# ---- other batches, and tasks that nothing was chosen on ----------------------------------------
+# ---- other batches, fewer steps, and tasks that nothing was chosen on ---------------------------
 
 
 def _resized(name: str, batch: int, steps: int) -> Task:
@@ -220,6 +220,12 @@ BATCHES = {
     "wide-mlp-8": _resized("wide-mlp", 8, 200),
     "mnist-cnn-1024": _resized("mnist-cnn", 1024, 40),
     "wide-mlp-1024": _resized("wide-mlp", 1024, 40),
+}
+SHORT = {
+    f"{name}-short": dataclasses.replace(
+        task, title=f"{task.title}, {task.steps // 4} steps", steps=task.steps // 4
+    )
+    for name, task in TWELVE.items()
 }
 HELD_OUT = {
     "diabetes": _regress(
@@ -245,4 +251,4 @@ def _with_inputs_times(c: float) -> Task:
 
 
 SCALES = {f"digits-mlp-x{c:g}": _with_inputs_times(c) for c in (0.01, 0.1, 30.0, 1000.0)}
-TASKS = TWELVE | BATCHES | HELD_OUT | SCALES
+TASKS = TWELVE | BATCHES | SHORT | HELD_OUT | SCALES
