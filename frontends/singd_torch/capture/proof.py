@@ -316,8 +316,7 @@ def _can_be_proved(layer: Layer, leaf: Tensor) -> bool:
     """Whether autograd tells the gradient of a weight, and rows are those that it is made of."""
     hooks = (leaf._backward_hooks or {}).values()
     changed = any(not isinstance(hook, Proof) for hook in hooks)
-    unknown = leaf.is_meta or (is_in_parts(leaf) and not hasattr(leaf, "full_tensor"))
-    return not (changed or unknown or layer.group["average_groups"])
+    return not (changed or leaf.is_meta or layer.group["average_groups"])
 
 
 def _signs(layer: Layer, device: torch.device) -> Tensor:
@@ -337,7 +336,7 @@ def _drawn(k: int, d_in: int, device: torch.device) -> Tensor:
 
 def _whole(t: Any) -> Tensor:
     """What tensor parallelism has in parts, which all processes ask for at once."""
-    whole: Tensor = t.full_tensor() if hasattr(t, "full_tensor") else t
+    whole: Tensor = t.full_tensor() if is_in_parts(t) else t
     return whole
 
 
