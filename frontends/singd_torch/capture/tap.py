@@ -107,6 +107,8 @@ class Tap:
         x = args[0] if args else kwargs.get("input", kwargs.get("x"))
         if not isinstance(x, Tensor) or not isinstance(output, Tensor):
             return None
+        if output is x:  # the module has not used its weight
+            return None
         if not torch.compiler.is_compiling() and not self._is_unseen(module):
             return None
         if _is_made_by_hooks(module, self) and self.wanted():
@@ -164,7 +166,7 @@ class Tap:
             return None  # the call returned its input, or torch lets nobody see the shape
         x = x.detach() if x.requires_grad else x
         x = x.clone() if x.is_inference() else x  # torch saves none, and autocast a copy
-        if _is_watched() or (not self.source.is_open and _is_kept(output)):
+        if _is_watched() or not self.source.is_open:  # the module may have used it already
             with _disable_current_modes():
                 output = output.clone()
         base = _base(output)
@@ -272,12 +274,6 @@ class Tap:
 def _is_watched() -> bool:
     """Whether somebody sees all operations, who may keep an output, as selective checkpoints do."""
     return torch._C._len_torch_dispatch_stack() > 0
-
-
-def _is_kept(output: Tensor) -> bool:
-    """Whether autograd forbids changes in place, or may have kept an output for what made it."""
-    node: Any = type(output.grad_fn)
-    return output._is_view() or hasattr(node, "_saved_result") or hasattr(node, "_saved_output")
 
 
 def _is_made_by_hooks(module: nn.Module, tap: Tap) -> bool:
