@@ -123,6 +123,10 @@ OTHERS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
         lambda x, W: torch.bmm(torch.bmm(x, W), W.mT),
         "used both plain and transposed",
     ),
+    "einsum that repeats a number": (
+        lambda x, W: torch.einsum("end,edf->enf", x[..., :1], W),
+        "used by torch",
+    ),
     "bag of axes": (lambda x, W: torch.einsum("end,edf->ef", x, W), "used by torch"),
 }
 
