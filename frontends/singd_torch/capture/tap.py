@@ -278,8 +278,8 @@ def _is_watched() -> bool:
 
 def _is_made_by_hooks(module: nn.Module, tap: Tap) -> bool:
     """Whether other hooks have seen the output of a module before a tap, and may have made it."""
-    first = next(iter(module._forward_hooks.values()), tap)
-    return first is not tap or bool(nn.modules.module._global_forward_hooks)
+    first = [*module._forward_hooks.values()][:1]
+    return any(hook is not tap for hook in first) or bool(nn.modules.module._global_forward_hooks)
 
 
 def _is_batched(g: Tensor) -> bool:

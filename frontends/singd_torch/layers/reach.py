@@ -31,7 +31,8 @@ class Reach(enum.Enum):
         with torch.enable_grad():
             view = leaf.view_as(leaf).grad_fn
         node = None if view is None else view.next_functions[0][0]
-        assert node is not None
+        if node is None:  # as inside torch.cond, whose pass runs in a trace without weights
+            return cls.NOT
         try:
             reached = torch._C._will_engine_execute_node(node)
         except RuntimeError:  # torch says so of a leaf that torch.autograd.grad was asked for
