@@ -188,6 +188,29 @@ def test_gradients_by_autograd_grad_accumulate() -> None:
         torch.testing.assert_close(p, q)
 
 
+@pytest.mark.parametrize("wrote", [False, True])
+def test_gradients_beside_a_pass_without_calls_of_the_layers(wrote: bool) -> None:
+    """As of meta-learning to first order, whose loss has other weights, made of the model's.
+
+    They count where they were written to `grad` before.
+    """
+    model = network()
+    optimizer, named = SINGD(model), dict(model.named_parameters())
+    for _ in range(2):  # another task
+        gradients = torch.autograd.grad(loss(model), list(named.values()))
+        pairs = zip(named.items(), gradients, strict=True)
+        fast = {name: p - 0.1 * g for (name, p), g in pairs}
+        if wrote:
+            for p, g in zip(named.values(), gradients, strict=True):
+                p.grad = g if p.grad is None else p.grad + g
+        cross_entropy(torch.func.functional_call(model, fast, (-INPUTS,)), LABELS).backward()
+    assert [bool(layer.pending) for layer in layers(optimizer)] == [wrote, wrote]
+    optimizer.zero_grad()
+    assert all(not p._backward_hooks for p in named.values())
+    loss(model).backward()
+    assert all(layer.pending for layer in layers(optimizer))
+
+
 def test_a_product_with_second_derivatives_of_the_loss_brings_no_rows() -> None:
     """The pass before it, which only makes gradients, is one more pass through the same batch."""
     models, twice = (network().double(), network().double()), (False, True)

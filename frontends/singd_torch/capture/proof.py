@@ -14,6 +14,7 @@ from torch.linalg import vector_norm
 from singd_core._array import widen
 from singd_core.layers import LayerKind
 from singd_torch._uncompiled import uncompiled
+from singd_torch.capture.beside import Beside
 from singd_torch.capture.columns import times, transposed_product, transposed_times
 from singd_torch.capture.tap import backward_pass
 from singd_torch.layers.layer import IN_THE_LOSS, Layer
@@ -317,7 +318,7 @@ class Proofs:
 def _can_be_proved(layer: Layer, leaf: Tensor) -> bool:
     """Whether autograd tells the gradient of a weight, and rows are those that it is made of."""
     hooks = (leaf._backward_hooks or {}).values()
-    changed = any(not isinstance(hook, Proof) for hook in hooks)
+    changed = any(not isinstance(hook, (Proof, Beside)) for hook in hooks)
     return not (changed or leaf.is_meta or layer.group["average_groups"])
 
 
