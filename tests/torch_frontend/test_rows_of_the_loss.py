@@ -61,6 +61,14 @@ def jacobian(model: nn.Module, optimizer: SINGD) -> None:
     torch.autograd.functional.jacobian(model, INPUTS[:2])
 
 
+def jacobian_at_once(model: nn.Module, optimizer: SINGD) -> None:
+    torch.autograd.functional.jacobian(model, INPUTS[:2], vectorize=True)
+
+
+def jacobian_forwards(model: nn.Module, optimizer: SINGD) -> None:
+    torch.autograd.functional.jacobian(model, INPUTS[:2], vectorize=True, strategy="forward-mode")
+
+
 def gradient_of_another_layer(model: nn.Module, optimizer: SINGD) -> None:
     """It reaches that weight, as a pass of the loss would."""
     with optimizer.no_rows():
@@ -100,7 +108,8 @@ def gradients_filled_with_zeros(model: nn.Module, optimizer: SINGD) -> None:
 
 
 OTHERS = [
-    saliency, attack, second_derivatives, jacobian, gradient_of_another_layer,
+    saliency, attack, second_derivatives, jacobian, jacobian_at_once, jacobian_forwards,
+    gradient_of_another_layer,
     hessian_vector_product, gradients_of_another_loss, gradients_of_another_loss_beside_zeros,
     gradients_dropped_by_the_model, gradients_filled_with_zeros,
 ]  # fmt: skip

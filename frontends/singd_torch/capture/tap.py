@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
 from singd_torch._uncompiled import uncompiled
@@ -164,6 +165,9 @@ class Tap:
             return None
         if output.is_leaf or (output.is_nested and output.layout is torch.strided):
             return None  # the call returned its input, or torch lets nobody see the shape
+        if _has_batched_tangent(output):  # which a probe cannot change in place
+            self.differentiate()
+            return None
         x = x.detach() if x.requires_grad else x
         x = x.clone() if x.is_inference() else x  # torch saves none, and autocast a copy
         if _is_watched() or not self.source.is_open:  # the module may have used it already
@@ -286,6 +290,14 @@ def _is_batched(g: Tensor) -> bool:
     """Whether a gradient stands for many, as `is_grads_batched` of `autograd.grad` makes it."""
     functorch: Any = torch._C._functorch
     return bool(functorch.is_batchedtensor(g) or functorch.is_legacy_batchedtensor(g))
+
+
+def _has_batched_tangent(output: Tensor) -> bool:
+    """Whether an output has derivatives along many directions, as a vectorized Jacobian makes."""
+    if forward_ad._current_level < 0:
+        return False
+    tangent = forward_ad.unpack_dual(output).tangent  # type: ignore[no-untyped-call]
+    return tangent is not None and _is_batched(tangent)
 
 
 def _plain(x: Tensor) -> Tensor:
