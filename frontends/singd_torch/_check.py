@@ -58,7 +58,7 @@ def check(
         raise TypeError(f"check wants the model, a torch.nn.Module, not {type(model).__name__}")
     model = _copied(model)
     model.zero_grad()
-    optimizer = _Products(model)
+    optimizer = _Products(model, rows=float("inf"))  # a sample multiplies to another gradient
     watcher = optimizer._watcher
     _differentiate(model, loss)
     found, wrong = {}, []
