@@ -43,6 +43,7 @@ def check(
 
     Raises:
         AssertionError: If the difference of a layer is larger. The message names the layers.
+        RuntimeError: If the model keeps a tensor with a graph, of which torch makes no copy.
         TypeError: If the model is no module, or the loss no number.
         ValueError: If the loss does not depend on the model that its function is handed.
 
@@ -55,9 +56,9 @@ def check(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"check wants the model, a torch.nn.Module, not {type(model).__name__}")
-    model = copy.deepcopy(model)
+    model = _copied(model)
     model.zero_grad()
-    optimizer = _Products(model)
+    optimizer = _Products(model, rows=float("inf"))  # a sample multiplies to another gradient
     watcher = optimizer._watcher
     _differentiate(model, loss)
     found, wrong = {}, []
@@ -79,6 +80,26 @@ def check(
             "that out here; else this is a bug in singd_torch"
         )
     return found
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy of a model, which may keep nothing that a forward pass has computed."""
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:
+        if "deepcopy" not in str(error):
+            raise
+        named = (
+            (f"{path}.{name}".lstrip("."), value)
+            for path, module in model.named_modules()
+            for name, value in {**vars(module), **module._buffers}.items()
+        )
+        kept = [name for name, value in named if isinstance(value, Tensor) and not value.is_leaf]
+        such = f", such as {kept[0]!r}" if kept else ""
+        raise RuntimeError(
+            f"check copies the model, and torch makes no copy of a tensor with a graph{such}: call "
+            "check before the first forward pass, or delete attributes that hold a graph"
+        ) from error
 
 
 def _differentiate(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> None:

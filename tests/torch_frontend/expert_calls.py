@@ -70,6 +70,16 @@ CALLS: dict[str, tuple[tuple[int, ...], Callable[[Tensor, Tensor], Tensor], Tens
         lambda x, W: torch.einsum("edf, bnd -> bnef", W, x),
         draw(2, 6, D),
     ),
+    "einsum of one that all see": (
+        IN_OUT,
+        lambda x, W: torch.einsum("ecd,edf->ecf", x, W),
+        draw(1, 6, D),
+    ),
+    "einsum of examples that all see": (
+        OUT_IN,
+        lambda x, W: torch.einsum("becd,efd->befc", x, W),
+        draw(2, 1, 6, D),
+    ),
     "einsum of a list": (IN_OUT, lambda x, W: torch.einsum("nd,edf->nef", [x, W]), draw(6, D)),
     "loop, linear": (OUT_IN, looped(F.linear), draw(9, D)),
     "loop, transposes": (OUT_IN, looped(lambda x, w: x @ w.T), draw(9, D)),

@@ -3,12 +3,14 @@
 import copy
 import re
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._higher_order_ops.map import map as map_
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 from uses import Does, draw, ids, loss_of
@@ -178,6 +180,30 @@ def test_matrices_of_other_modules_say_why(case: str) -> None:
     make, reason = WITHOUT_ROWS[case]
     lines = [line for line in repr(SINGD(make())).splitlines() if "SINGD without rows" in line]
     assert [reason in line for line in lines] == [True]
+
+
+class Inside(nn.Module):
+    """A layer that an operator calls, which torch traces for it."""
+
+    def __init__(self, operator: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.inner = nn.Linear(4, 5), nn.Linear(5, 5)
+        self.operator = operator
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.operator(self.inner, self.first(x))
+
+
+OPERATORS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "cond": lambda call, x: torch.cond(x.sum() > -100.0, call, torch.tanh, (x,)),
+    "map": lambda call, x: map_(call, x),
+}
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_calls_inside_an_operator_give_no_rows_and_train(operator: str) -> None:
+    model = Inside(OPERATORS[operator])
+    assert_without_rows(model, "inner.weight", operator, draw(6, 4).float())
 
 
 def test_checkpointed_functions_give_no_rows_and_train() -> None:

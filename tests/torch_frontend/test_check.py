@@ -90,6 +90,24 @@ def test_a_loss_of_another_model_is_no_check() -> None:
             check(model, other)
 
 
+@pytest.mark.parametrize("within", ["attribute", "list"])
+def test_a_model_that_keeps_a_graph_is_no_model_to_copy(within: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh())
+
+    def loss(model: nn.Module) -> Tensor:
+        y = model(torch.randn(5, 3))
+        model[1].kept = y if within == "attribute" else [y]
+        return y.square().mean()
+
+    assert check(model, loss)
+    loss(model)
+    such = ", such as '1.kept'" if within == "attribute" else ""
+    with pytest.raises(RuntimeError, match=f"a tensor with a graph{such}: call check before the"):
+        check(model, loss)
+    del model[1].kept
+    assert check(model, loss)
+
+
 def test_what_is_no_loss_is_named() -> None:
     model: Any = nn.Linear(5, 4)
     x = torch.randn(3, 5)

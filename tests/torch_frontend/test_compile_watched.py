@@ -58,6 +58,29 @@ def test_a_graph_of_the_same_model_without_singd_is_not_used(built: str) -> None
         optimizer.step()
 
 
+@pytest.mark.parametrize("old", ["replaced", "kept", "never there"])
+def test_an_optimizer_that_takes_the_place_of_another_has_rows(old: str) -> None:
+    """As in a cell of a notebook that is run again, where the model was compiled before."""
+    model = mlp().double()
+    call, x = torch.compile(model, backend="eager", fullgraph=True), vectors()
+    call(x).sum().backward()
+    first = set().union(*map(vars, model.parameters()))
+    kept, optimizer = None, SINGD(model)
+    if old != "never there":
+        kept, optimizer = optimizer, SINGD(model)
+    if old == "replaced":
+        del kept
+        gc.collect()
+    for _ in range(2):
+        call(x).sum().backward()
+        assert all(layer.pending for layer in layers(optimizer))
+        optimizer.step()
+    kept = None
+    del optimizer
+    gc.collect()
+    assert set().union(*map(vars, model.parameters())) == first
+
+
 def test_nothing_stays_behind_an_optimizer() -> None:
     model = mlp().double()
     graphs = Graphs()

@@ -66,6 +66,22 @@ def test_grouped_products(turned: bool, where: str, monkeypatch: pytest.MonkeyPa
     assert optimizer.skipped == 0
 
 
+@pytest.mark.skipif(not GROUPED, reason="torch has no grouped products")
+def test_grouped_products_of_many_rows_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(singd_torch.tensors.pieces, "on_host", lambda x: False)
+    ends, x = torch.tensor([0, 700, 1024], dtype=torch.int32), torch.randn(1024, 16)
+
+    class Grouped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.W = nn.Parameter(torch.randn(E, 16, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.grouped_mm(x, self.W, offs=ends)
+
+    assert list(check(Grouped(), lambda model: loss_of(model(x)))) == ["W"]
+
+
 def test_rows_of_groups_that_an_accelerator_samples_are_of_each_group(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -122,6 +138,10 @@ OTHERS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
     "both sides by bmm": (
         lambda x, W: torch.bmm(torch.bmm(x, W), W.mT),
         "used both plain and transposed",
+    ),
+    "einsum that repeats a number": (
+        lambda x, W: torch.einsum("end,edf->enf", x[..., :1], W),
+        "used by torch",
     ),
     "bag of axes": (lambda x, W: torch.einsum("end,edf->ef", x, W), "used by torch"),
 }

@@ -203,6 +203,38 @@ def test_a_registered_layer_is_preconditioned(monkeypatch: pytest.MonkeyPatch) -
     assert torch.allclose(own.offset, builtin.bias)
 
 
+class Penalized(nn.Module):
+    """A layer whose forward does more with its output, or returns its input."""
+
+    def __init__(self, does: str) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(4, 4))
+        self.does, self.penalty = does, torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x @ self.matrix.T
+        self.penalty = y.square().mean()
+        return {"uses": y, "skips": x, "shows": x.view_as(x)}[self.does]
+
+
+@pytest.mark.parametrize("does", ["uses", "skips", "shows"])
+def test_a_registered_layer_may_use_its_output_or_return_its_input(
+    does: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("singd_torch.layers.kinds._TABLE", dict(_TABLE))
+    register_layer(Penalized, Linear(), weight="matrix")
+    plain = nn.Sequential(nn.Linear(3, 4), Penalized(does))
+    watched, x = copy.deepcopy(plain), torch.randn(8, 3)
+    optimizer = SINGD(watched)
+    for model in (plain, watched):
+        h = model[0](x)
+        (h.square().mean() + model[1](h).sum() + model[1].penalty).backward()
+    for p, q in zip(plain.parameters(), watched.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+    skipped = not layers(optimizer)[1].pending
+    assert skipped == (does == "skips")
+
+
 class Twice(nn.Embedding):
     """A look-up whose output is twice as wide as its table."""
 

@@ -61,6 +61,14 @@ def jacobian(model: nn.Module, optimizer: SINGD) -> None:
     torch.autograd.functional.jacobian(model, INPUTS[:2])
 
 
+def jacobian_at_once(model: nn.Module, optimizer: SINGD) -> None:
+    torch.autograd.functional.jacobian(model, INPUTS[:2], vectorize=True)
+
+
+def jacobian_forwards(model: nn.Module, optimizer: SINGD) -> None:
+    torch.autograd.functional.jacobian(model, INPUTS[:2], vectorize=True, strategy="forward-mode")
+
+
 def gradient_of_another_layer(model: nn.Module, optimizer: SINGD) -> None:
     """It reaches that weight, as a pass of the loss would."""
     with optimizer.no_rows():
@@ -100,7 +108,8 @@ def gradients_filled_with_zeros(model: nn.Module, optimizer: SINGD) -> None:
 
 
 OTHERS = [
-    saliency, attack, second_derivatives, jacobian, gradient_of_another_layer,
+    saliency, attack, second_derivatives, jacobian, jacobian_at_once, jacobian_forwards,
+    gradient_of_another_layer,
     hessian_vector_product, gradients_of_another_loss, gradients_of_another_loss_beside_zeros,
     gradients_dropped_by_the_model, gradients_filled_with_zeros,
 ]  # fmt: skip
@@ -186,6 +195,29 @@ def test_gradients_by_autograd_grad_accumulate() -> None:
     optimizer.step()
     for p, q in zip(parameters, twin.parameters(), strict=True):
         torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("wrote", [False, True])
+def test_gradients_beside_a_pass_without_calls_of_the_layers(wrote: bool) -> None:
+    """As of meta-learning to first order, whose loss has other weights, made of the model's.
+
+    They count where they were written to `grad` before.
+    """
+    model = network()
+    optimizer, named = SINGD(model), dict(model.named_parameters())
+    for _ in range(2):  # another task
+        gradients = torch.autograd.grad(loss(model), list(named.values()))
+        pairs = zip(named.items(), gradients, strict=True)
+        fast = {name: p - 0.1 * g for (name, p), g in pairs}
+        if wrote:
+            for p, g in zip(named.values(), gradients, strict=True):
+                p.grad = g if p.grad is None else p.grad + g
+        cross_entropy(torch.func.functional_call(model, fast, (-INPUTS,)), LABELS).backward()
+    assert [bool(layer.pending) for layer in layers(optimizer)] == [wrote, wrote]
+    optimizer.zero_grad()
+    assert all(not p._backward_hooks for p in named.values())
+    loss(model).backward()
+    assert all(layer.pending for layer in layers(optimizer))
 
 
 def test_a_product_with_second_derivatives_of_the_loss_brings_no_rows() -> None:

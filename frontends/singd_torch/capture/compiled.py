@@ -84,10 +84,38 @@ def tell_apart(owner: Any, weight: Tensor) -> None:
     Compiled code does not look whether hooks were added, but whether a tensor was marked. The mark
     says that the shape of the weight is fixed, which it is.
     """
-    before = set(vars(weight))
-    torch._dynamo.mark_static(weight)
-    for name in set(vars(weight)) - before:
-        weakref.finalize(owner, vars(weight).pop, name, None)
+    marks = _MARKS.get(id(vars(weight)))
+    if marks is None:
+        marks = _MARKS[id(vars(weight))] = _Marks(weight)
+    marks.taps += 1
+    weakref.finalize(owner, marks.leave)
+
+
+class _Marks:
+    """The attributes of a weight that tell it apart: they go with the last owner of its taps.
+
+    Attributes:
+        taps: For how many taps the weight was marked, whose owners are there.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        """The weight is not kept, and torch swaps no tensor that has a weak reference."""
+        self._attributes, before = vars(weight), set(vars(weight))
+        torch._dynamo.mark_static(weight)
+        self._names = set(self._attributes) - before
+        self.taps = 0
+
+    def leave(self) -> None:
+        """Know that the owner of a tap has ended."""
+        self.taps -= 1
+        if not self.taps:
+            del _MARKS[id(self._attributes)]
+            for name in self._names:
+                self._attributes.pop(name, None)
+
+
+# By the identity of a weight's attributes.
+_MARKS: dict[int, _Marks] = {}
 
 
 def probed(x: Tensor, output: Tensor, handle: Tensor, axis: int | None) -> Tensor:

@@ -14,6 +14,7 @@ from torch.linalg import vector_norm
 from singd_core._array import widen
 from singd_core.layers import LayerKind
 from singd_torch._uncompiled import uncompiled
+from singd_torch.capture.beside import Beside
 from singd_torch.capture.columns import times, transposed_product, transposed_times
 from singd_torch.capture.tap import backward_pass
 from singd_torch.layers.layer import IN_THE_LOSS, Layer
@@ -118,6 +119,8 @@ class Proof:
             product, other = transposed_times(kind, x, right, len(self.layer.weight))
         else:
             right = times(kind, x, self._V)
+            if right.shape[:-1] != B.shape[:-1]:  # its module has other arguments by now
+                return
             product, other = transposed_product(B, right.to(B)), B
         self._eps = max(self._eps, *(torch.finfo(t.dtype).eps for t in (right, other)))
         self._terms = self._terms + _norm(right) * _norm(other)
@@ -315,9 +318,8 @@ class Proofs:
 def _can_be_proved(layer: Layer, leaf: Tensor) -> bool:
     """Whether autograd tells the gradient of a weight, and rows are those that it is made of."""
     hooks = (leaf._backward_hooks or {}).values()
-    changed = any(not isinstance(hook, Proof) for hook in hooks)
-    unknown = leaf.is_meta or (is_in_parts(leaf) and not hasattr(leaf, "full_tensor"))
-    return not (changed or unknown or layer.group["average_groups"])
+    changed = any(not isinstance(hook, (Proof, Beside)) for hook in hooks)
+    return not (changed or leaf.is_meta or layer.group["average_groups"])
 
 
 def _signs(layer: Layer, device: torch.device) -> Tensor:
@@ -337,7 +339,7 @@ def _drawn(k: int, d_in: int, device: torch.device) -> Tensor:
 
 def _whole(t: Any) -> Tensor:
     """What tensor parallelism has in parts, which all processes ask for at once."""
-    whole: Tensor = t.full_tensor() if hasattr(t, "full_tensor") else t
+    whole: Tensor = t.full_tensor() if is_in_parts(t) else t
     return whole
 
 

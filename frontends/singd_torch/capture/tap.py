@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
 from singd_torch._uncompiled import uncompiled
@@ -107,6 +108,8 @@ class Tap:
         x = args[0] if args else kwargs.get("input", kwargs.get("x"))
         if not isinstance(x, Tensor) or not isinstance(output, Tensor):
             return None
+        if output is x:  # the module has not used its weight
+            return None
         if not torch.compiler.is_compiling() and not self._is_unseen(module):
             return None
         if _is_made_by_hooks(module, self) and self.wanted():
@@ -162,9 +165,12 @@ class Tap:
             return None
         if output.is_leaf or (output.is_nested and output.layout is torch.strided):
             return None  # the call returned its input, or torch lets nobody see the shape
+        if _has_batched_tangent(output):  # which a probe cannot change in place
+            self.differentiate()
+            return None
         x = x.detach() if x.requires_grad else x
         x = x.clone() if x.is_inference() else x  # torch saves none, and autocast a copy
-        if _is_watched() or (not self.source.is_open and _is_kept(output)):
+        if _is_watched() or not self.source.is_open:  # the module may have used it already
             with _disable_current_modes():
                 output = output.clone()
         base = _base(output)
@@ -274,22 +280,24 @@ def _is_watched() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0
 
 
-def _is_kept(output: Tensor) -> bool:
-    """Whether autograd forbids changes in place, or may have kept an output for what made it."""
-    node: Any = type(output.grad_fn)
-    return output._is_view() or hasattr(node, "_saved_result") or hasattr(node, "_saved_output")
-
-
 def _is_made_by_hooks(module: nn.Module, tap: Tap) -> bool:
     """Whether other hooks have seen the output of a module before a tap, and may have made it."""
-    first = next(iter(module._forward_hooks.values()), tap)
-    return first is not tap or bool(nn.modules.module._global_forward_hooks)
+    first = [*module._forward_hooks.values()][:1]
+    return any(hook is not tap for hook in first) or bool(nn.modules.module._global_forward_hooks)
 
 
 def _is_batched(g: Tensor) -> bool:
     """Whether a gradient stands for many, as `is_grads_batched` of `autograd.grad` makes it."""
     functorch: Any = torch._C._functorch
     return bool(functorch.is_batchedtensor(g) or functorch.is_legacy_batchedtensor(g))
+
+
+def _has_batched_tangent(output: Tensor) -> bool:
+    """Whether an output has derivatives along many directions, as a vectorized Jacobian makes."""
+    if forward_ad._current_level < 0:
+        return False
+    tangent = forward_ad.unpack_dual(output).tangent  # type: ignore[no-untyped-call]
+    return tangent is not None and _is_batched(tangent)
 
 
 def _plain(x: Tensor) -> Tensor:

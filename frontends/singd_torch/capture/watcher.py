@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from singd_torch._distributed import check_is_there, processes_of_call
 from singd_torch.capture import attention
+from singd_torch.capture.beside import Beside
 from singd_torch.capture.calls import Calls, Hooks
 from singd_torch.capture.calls import modules as modules_that_call
 from singd_torch.capture.copies import leave_hooks_behind
@@ -58,6 +59,7 @@ class Watcher:
         self._hooks = Hooks(self, self._now)
         self._hooked = weakref.WeakSet[nn.Module]()
         self._proofs = Proofs()
+        self._beside: list[Beside] = []
         self._sampled: str | None = None
         self._forgotten: set[Layer] = set()
         self._pass = -1  # the last backward pass that brought rows
@@ -277,6 +279,14 @@ class Watcher:
             reach = Reach.UNKNOWN  # the parts may have no gradient before a later pass
         layer.last_pass = Pass(backward, reach)
         after_pass(partial(layer.last_pass.end, layer.weight))
+        leaf = self.leaf(layer.weight) if reach is Reach.RETURNED else None
+        if leaf is not None:
+            self._beside.append(Beside(self, layer, leaf))
+
+    def drop_returned(self, layer: Layer) -> None:
+        """Drop the rows of `torch.autograd.grad`, as the pass that runs adds to the gradient."""
+        with self._lock:
+            self._drop_earlier(layer, Reach.ADDED)
 
     def _drop_earlier(self, layer: Layer, reach: Reach) -> None:
         """Drop the rows of the last pass of a layer if nobody steps along its gradient."""
@@ -325,6 +335,9 @@ class Watcher:
             self._forgotten.update(told)
         self._sampled = None
         self._proofs.forget()
+        for one in self._beside:
+            one.end()
+        self._beside = []
         self.queue.forget()
         self._roster.forget_rows()
         if self._keeper.sharded is not None:

@@ -149,6 +149,10 @@ def _einsum(equation: Any, operands: Any, is_weight: Callable[[Any], bool]) -> P
     fits = ins in of_x and ins not in output and outs in output and outs not in of_x
     if not fits or set(output) != {*rest, outs, *part}:
         return None
+    of_each = dict(zip(of_weight, weight.shape, strict=True))
+    sizes = {a: n for a, n in zip(of_x, x.shape, strict=True) if a in of_each}
+    if sizes[ins] != of_each[ins] or any(n not in (1, of_each[a]) for a, n in sizes.items()):
+        return None  # torch repeats an axis of size 1, and sums what is repeated here
 
     def rows(x: Tensor, g: Tensor, most: int) -> Iterator[MatrixRows]:
         shared = part not in of_x
@@ -158,6 +162,6 @@ def _einsum(equation: Any, operands: Any, is_weight: Callable[[Any], bool]) -> P
             yield MatrixRows(None, x, g)
             return
         for i, own in enumerate(g):
-            yield MatrixRows(i, x if shared else x[i], own)
+            yield MatrixRows(i, x if shared else x[i if len(x) > 1 else 0], own)
 
     return Product(x, weight, ins == last, rows)

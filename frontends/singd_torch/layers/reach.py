@@ -31,7 +31,8 @@ class Reach(enum.Enum):
         with torch.enable_grad():
             view = leaf.view_as(leaf).grad_fn
         node = None if view is None else view.next_functions[0][0]
-        assert node is not None
+        if node is None:  # as inside torch.cond, whose pass runs in a trace without weights
+            return cls.NOT
         try:
             reached = torch._C._will_engine_execute_node(node)
         except RuntimeError:  # torch says so of a leaf that torch.autograd.grad was asked for
@@ -93,12 +94,19 @@ def _version(weight: Tensor) -> tuple[int, int] | None:
 
 def is_zero(gradient: Tensor) -> bool:
     """Whether a gradient has zeros alone, or the part that is here where processes have parts."""
-    return not bool(getattr(gradient, "_local_tensor", gradient).any())
+    own: Any = gradient
+    return not bool((own.to_local() if is_in_parts(gradient) else gradient).any())
 
 
-def is_in_parts(weight: Tensor) -> bool:
-    """Whether several processes have parts of a weight: then it is a DTensor."""
-    return type(weight) not in (Tensor, nn.Parameter)
+def is_in_parts(tensor: Tensor) -> bool:
+    """Whether several processes have parts of a tensor: then it is a DTensor.
+
+    A parameter of another subclass is as whole as any.
+    """
+    if type(tensor) in (Tensor, nn.Parameter):  # compiled code then does not ask what is imported
+        return False
+    distributed = sys.modules.get("torch.distributed.tensor")  # else there are no parts
+    return distributed is not None and isinstance(tensor, distributed.DTensor)
 
 
 def part_again(model: nn.Module) -> None:
