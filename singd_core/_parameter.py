@@ -106,11 +106,13 @@ def layer_rows(
     if kind.row_parts != (None,):
         raise ValueError(f"each part of {kind} has rows: give each a name and a kind of its own")
     if kfac_approx == "reduce":  # any number of positions makes a row of an example
-        one = {"kfac_approx": "expand", "sample": Sample(1)}
-        seen = kind.inputs(x, bias=False, **one)[1]
-        of_g = kind.outputs(g, loss_average="batch+sequence", **one)[1]
-        if seen != of_g:
-            raise ValueError(f"an input of {seen} positions does not fit a gradient of {of_g}")
+        all_of_x = kind.inputs(x, bias=False, kfac_approx="expand", sample=Sample(1))[1]
+        mean = "batch+sequence"
+        all_of_g = kind.outputs(g, kfac_approx="expand", loss_average=mean, sample=Sample(1))[1]
+        if all_of_x != all_of_g:
+            raise ValueError(
+                f"an input of {all_of_x} positions does not fit a gradient of {all_of_g}"
+            )
     # a batch of one each, without an axis for it
     single, rows = x.ndim <= g.ndim == weight.ndim - 1, B.shape[-2]
     if of_g is not None:  # B has fewer rows: a mean over all of them would have as many terms

@@ -83,12 +83,12 @@ def stepped(K: Structure, m: Structure, start: Scalar, step: Scalar, s: Settings
         s: The settings.
     """
     wide, by = K.astype(m.like), m.scale(step)  # first, since a product with m may overflow
-    beginning = at_least(start, TINY)  # of a curvature that is infinite
     term = wide.matmul(by)  # torch.compile cannot trace `@`
     K_new = term.map(widen).add_scaled(start, wide.map(widen))
     for j in range(2, s.order + 1):
         term = term.matmul(by)
-        K_new = K_new.add_scaled(beginning ** (1 - j) / math.factorial(j), term.map(widen))
+        of_term = at_least(start, TINY) ** (1 - j)  # the start of an infinite curvature is 0
+        K_new = K_new.add_scaled(of_term / math.factorial(j), term.map(widen))
     return K_new
 
 
