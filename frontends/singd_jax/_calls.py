@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from singd_core._array import Array
 from singd_core.layers import Convolution, Linear, Sample
 from singd_jax._axes import Atom, Group, View, merged, reshaped, size
+from singd_jax._reasons import reason
 
 EXPAND, EMBEDDING = "expand", "embedding"
 Cut: TypeAlias = tuple[int, int, int]  # axis, start, length
@@ -103,11 +104,16 @@ class Call:
 
 def dot_general(
     params: Mapping[str, Any], side: int, view: View, x: Sequence[int], batch_size: int | None
-) -> Call:
-    """A `dot_general` whose operand number `side` is the parameter, the other of shape `x`."""
+) -> Call | str:
+    """A `dot_general` whose operand number `side` is the parameter, the other of shape `x`.
+
+    Returns why not if it is no product of matrices.
+    """
     contract, batch = params["dimension_numbers"]
     wc, wb, xc, xb = contract[side], batch[side], contract[1 - side], batch[1 - side]
     wf = [i for i in range(len(view.dims)) if i not in (*wc, *wb)]
+    if not wc and not wf:  # a scale as an einsum has it, and no stack of matrices 1×1
+        return reason("mul")
     xf = [i for i in range(len(x)) if i not in (*xc, *xb)]
     nb, nf, nw = len(xb), len(xf), len(wf)
     as_long = [k for k, i in enumerate(xf) if x[i] == batch_size]

@@ -76,6 +76,39 @@ def test_the_table_says_why_there_are_no_rows_and_what_to_do(loss, said, remedy)
     assert set(singd_jax.find_layers(remedy)(params, X)) == {"w"}
 
 
+@jax.custom_vjp
+def scaled(x, s):
+    return x * s
+
+
+scaled.defvjp(
+    lambda x, s: (x * s, (x, s)),
+    lambda kept, g: (g * kept[1], jnp.einsum("nd,nd->d", kept[0], g)),
+)
+
+
+@pytest.mark.parametrize(
+    ("scale", "shape"),
+    [
+        (lambda x, s: x * s, (4,)),
+        (lambda x, s: jnp.einsum("nd,d->nd", x, s), (4,)),
+        (lambda x, s: jnp.einsum("nhd,hd->nhd", x.reshape(-1, 2, 2), s).reshape(x.shape), (2, 2)),
+        (lambda x, s: jax.vmap(jnp.multiply, (1, 0), 1)(x, s), (4,)),
+        (scaled, (4,)),
+        (lambda x, s: lax.scan(lambda x, s: (jnp.einsum("nd,d->nd", x, s), None), x, s)[0], (3, 4)),
+    ],
+)
+def test_a_scale_is_no_stack_of_matrices(scale, shape):
+    def loss(p, x):
+        return mean_square(jnp.tanh(scale(x, p["s"])) @ p["w"])
+
+    params = {"s": array(*shape), "w": array(4, 3)}
+    layers = singd_jax.find_layers(loss)(params, X)
+    assert set(layers) == {"w"}
+    assert layers.others["s"].endswith("multiplied entry by entry")
+    assert singd_jax.check(loss, layers)(params, X)["w"] < 1e-5
+
+
 def test_a_target_of_the_weight_itself_is_no_further_use():
     def loss(p, x):
         target = jnp.tanh(x @ lax.stop_gradient(p["w"]))
