@@ -218,14 +218,14 @@ class Tracer:
             self.note(origin, "concatenated along an axis of a stack")
             return None
         pieces = []
-        for view, (x_cut, y_cut) in zip(views, parts, strict=True):
+        for k, (view, (x_cut, y_cut)) in enumerate(zip(views, parts, strict=True)):
             call = self._call(eqn, side, view, _calls.shape_of(x, x_cut), _calls.shape_of(y, y_cut))
             if isinstance(call, str):
                 self.note(view, call)
                 return None
             if x_cut or y_cut:
                 call = call.of_part(x_cut, y_cut)
-            path = (*self.within, id(eqn))
+            path = (*self.within, id(eqn), k)  # a concatenation may have a weight twice
             call = self.record(call, path, x, y, self.spread)
             operand = x if call.sizes is None else (x, values[2])
             own = ports
