@@ -225,8 +225,8 @@ def evaluate(
         tracer.spread.follow(closed.jaxpr, closed.consts, differ)
     marks = [*[frozenset([PARAMETERS])] * len(leaves), *[NONE] * len(arrays)]
     tracer.perturbed = Perturbed(closed.jaxpr, closed.consts, marks)
-    value = closed.jaxpr.outvars[:1]  # what else is returned is not differentiated
-    results, _ = tracer.run(closed.jaxpr, closed.consts, args, origins, ports, value)
+    gives = [i == 0 for i in range(len(closed.jaxpr.outvars))]  # the value, and nothing else
+    results, _ = tracer.run(closed.jaxpr, closed.consts, args, origins, ports, gives)
     return jax.tree.unflatten(jax.tree.structure(shape), results)  # type: ignore[no-any-return]
 
 

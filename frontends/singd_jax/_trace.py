@@ -28,8 +28,11 @@ from singd_jax._tap import Ports
 # Takes a product, its operand, itself and the ports; returns the product, tapped or not.
 Visit: TypeAlias = Callable[[Key, Call, Any, Array, Ports], Array]
 Results: TypeAlias = tuple[list[Any], list[Origin]]  # with where they come from
-# Takes the tracer, an equation, the values and origins of its operands, and the ports among them.
-Enter: TypeAlias = "Callable[[Tracer, Any, Sequence[Any], Sequence[Origin], Ports], Results]"
+# Takes the tracer, an equation, the values and origins of its operands, the ports among them, and
+# which of its results a gradient goes back from.
+Enter: TypeAlias = (
+    "Callable[[Tracer, Any, Sequence[Any], Sequence[Origin], Ports, Sequence[bool]], Results]"
+)
 
 
 class Tracer:
@@ -82,9 +85,12 @@ class Tracer:
         args: Sequence[Any],
         origins: Sequence[Origin],
         ports: Ports,
-        differentiated: Sequence[Any] | None = None,
+        gives: Sequence[bool],
     ) -> Results:
-        """The results of a jaxpr, and where they come from; `differentiated` are all or some."""
+        """The results of a jaxpr, and where they come from.
+
+        `gives`: which of them a gradient goes back from.
+        """
         # a constant of NumPy, which jax 0.8 has a class for, has no gradient, and functions with
         # rules of their own want one
         own = [hasattr(c, "__array__") and not isinstance(c, jax.Array) for c in consts]
@@ -108,18 +114,23 @@ class Tracer:
             return None if _compat.is_literal(v) else known.get(v)
 
         learn(jaxpr.invars, origins)
-        trained = _compat.trained(jaxpr, differentiated)
+        trained = _compat.trained(jaxpr, gives)
         for eqn in jaxpr.eqns:
             values = [read(v) for v in eqn.invars]
-            gives = any(v in trained for v in eqn.outvars)
-            found = [origin(v) if gives else None for v in eqn.invars]
-            results, new = self._equation(eqn, values, found, ports)
+            through = [v in trained for v in eqn.outvars]
+            found = [origin(v) if any(through) else None for v in eqn.invars]
+            results, new = self._equation(eqn, values, found, ports, through)
             env |= zip(eqn.outvars, results, strict=True)
             learn(eqn.outvars, new)
         return [read(v) for v in jaxpr.outvars], [origin(v) for v in jaxpr.outvars]
 
     def _equation(
-        self, eqn: Any, values: list[Any], origins: list[Origin], ports: Ports
+        self,
+        eqn: Any,
+        values: list[Any],
+        origins: list[Origin],
+        ports: Ports,
+        gives: Sequence[bool],
     ) -> Results:
         none: list[Origin] = [None] * len(eqn.outvars)
         if all(o is None for o in origins):
@@ -129,7 +140,7 @@ class Tracer:
             within, self.within = self.within, (*self.within, id(eqn))
             try:
                 mine = {k: p for k, p in ports.items() if any(view.holds(k) for view in views)}
-                return enter(self, eqn, values, origins, mine)
+                return enter(self, eqn, values, origins, mine, gives)
             finally:
                 self.within = within
         results = _compat.evaluate(eqn, values)
