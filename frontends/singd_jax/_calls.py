@@ -75,6 +75,7 @@ class Call:
 
     def operands(self, x: Any, g: Array, factor: Any) -> tuple[Any, Any]:
         """What `inputs` and `outputs` take, of a weight that is multiplied by a number or None."""
+        x, g = jax.tree.map(wide, (x, g))
         if factor is not None and self.kind == EMBEDDING:
             g = _times(g, factor)
         elif factor is not None:
@@ -214,6 +215,12 @@ def convolution(params: Mapping[str, Any], view: View, y: Sequence[int]) -> Call
         outputs=outputs,
         overlap=layer.overlap,
     )
+
+
+def wide(x: Array) -> Array:
+    """`x`, in float32 if its numbers have one byte: they cannot be scaled or added up in that."""
+    narrow = x.dtype.itemsize == 1 and jnp.issubdtype(x.dtype, jnp.floating)
+    return x.astype(jnp.float32) if narrow else x
 
 
 def _times(x: Array, factor: Any) -> Array:
