@@ -219,7 +219,8 @@ def evaluate(
         View.of_leaf(i, leaf.shape) if is_followed(leaf) else None for i, leaf in enumerate(leaves)
     ]
     origins = [*views, *[None] * len(arrays)]
-    args = [*leaves, *arrays]
+    # arrays of NumPy are no numbers in the code
+    args = [jnp.asarray(a) if isinstance(a, np.ndarray) else a for a in (*leaves, *arrays)]
     differ = [_compat.varying(a) for a in args]
     if any(differ):  # the loss is inside a shard_map
         tracer.spread.follow(closed.jaxpr, closed.consts, differ)

@@ -49,6 +49,8 @@ class Tracer:
         perturbed: Which values change with the parameters.
         within: The equations that are being entered.
         twins: Calls that were traced, for equal ones.
+        constants: The constants of the jaxprs, by id. Nothing else counts as known, so that a step
+            that is not compiled, where all values are, measures what a compiled one does.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Tracer:
         self.spread, self.perturbed = Spread(), Perturbed()
         self.within: Path = ()
         self.twins: dict[Any, Any] = {}
+        self.constants: dict[int, Any] = {}
         self._kept: list[Any] = []
 
     def keep(self, jaxpr: Any) -> Any:
@@ -99,6 +102,8 @@ class Tracer:
         env |= zip(jaxpr.invars, args, strict=True)
         known: dict[Any, Origin] = {}
         operands = [v for eqn in jaxpr.eqns for v in eqn.invars] + list(jaxpr.outvars)
+        constants = [*arrays, *(v.val for v in operands if _compat.is_literal(v))]
+        self.constants |= {id(c): c for c in constants if not isinstance(c, jax.core.Tracer)}
         readers = collections.Counter(v for v in operands if not _compat.is_literal(v))
 
         def learn(variables: Sequence[Any], origins: Sequence[Origin]) -> None:
@@ -178,9 +183,10 @@ class Tracer:
         if name in ("mul", "div", "neg"):
             new = self._multiple(name, values, origins)
         elif name == "dynamic_slice" and isinstance(first, View):
-            new = first.pick(values[1:], p["slice_sizes"]) or first.cut(
-                values[1:], p["slice_sizes"]
-            )
+            starts, sizes = values[1:], p["slice_sizes"]
+            new = first.pick(starts, sizes)
+            if new is None and all(map(self._is_constant, starts)):
+                new = first.cut(starts, sizes)
         elif isinstance(first, (View, Join)):
             new = first.apply(name, p)
         elif isinstance(first, Product):
@@ -204,7 +210,8 @@ class Tracer:
         if np.size(other) != 1:
             return None
         self.note(origins[1 - side], reason("mul"))
-        number = jnp.reshape(other, ())
+        literal = self._is_constant(other) and not isinstance(other, jax.Array)
+        number = np.asarray(other).reshape(()) if literal else jnp.reshape(other, ())
         return origin.times(1.0 / number if name == "div" else number)
 
     def _product(
@@ -296,13 +303,15 @@ class Tracer:
 
     def closed(self, origin: Origin, name: str) -> Origin:
         """A parameter inside a call that can be given no further values: numbers, indices."""
-        if all(
-            not view.picks and not isinstance(view.factor, jax.core.Tracer)
-            for view in views_of(origin)
-        ):
+        # a factor that is made of numbers in the code alone is no array of jax
+        views = views_of(origin)
+        if all(not view.picks and not isinstance(view.factor, jax.Array) for view in views):
             return origin
         self.note(origin, f"multiplied or indexed by what is computed outside of a `{name}`")
         return None
+
+    def _is_constant(self, value: Any) -> bool:
+        return id(value) in self.constants
 
     def note(self, origin: Origin, reason: str) -> None:
         """Remember how a parameter is read besides."""
