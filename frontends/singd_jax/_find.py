@@ -83,7 +83,7 @@ def find_layers(
         tracer = Tracer(CALLS, n)
         _follow(alone, tracer, leaves, batch, keywords)
         search = Search(tracer.noted, leaves)
-        search.run(kfac_approx)
+        search.run(kfac_approx, loss_average)
         arrays = leaves.named.items()
         return Layers(
             found=search.layers,
