@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax  # type: ignore[import-untyped]
 
 from singd_core._array import Array
+from singd_jax import _compat
 from singd_jax._blind import Curvature
 from singd_jax._curvature import blank
 from singd_jax._gradients import MISSING, parted
@@ -127,7 +128,8 @@ class MultiSteps(optax.MultiSteps):  # type: ignore[misc]
                 )
             own[name] = curvature[name]
         both, n = Both(updates, own), state.mini_step + 1
-        changes, state = super().update(both, state, params, micro_batches=n, **extra)
+        update = _compat.promoting(super().update)  # optax divides float32 by int32
+        changes, state = update(both, state, params, micro_batches=n, **extra)
         # optax empties what it has accumulated by a product with 0, which NaN survives
         begins = state.mini_step == 0
         kept = jax.tree.map(lambda a: jnp.where(begins, 0, a).astype(a.dtype), state.acc_grads)

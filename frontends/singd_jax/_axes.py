@@ -12,7 +12,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
-import jax
 import jax.numpy as jnp
 
 Atom: TypeAlias = tuple[int, int, int]
@@ -234,9 +233,7 @@ class View:
         return dataclasses.replace(self, stack=stack, picks=picks, dims=tuple(dims))
 
     def cut(self, starts: Sequence[Any], sizes: Sequence[int]) -> View | None:
-        """The view of a slice that starts at numbers, as dynamic_slice moves them; else None."""
-        if any(isinstance(start, jax.core.Tracer) for start in starts):
-            return None
+        """The view of a slice that starts there, as dynamic_slice moves it; None as above."""
         each = zip(starts, sizes, self.shape, strict=True)
         return self._part([(min(max(int(i), 0), n - length), length) for i, length, n in each])
 

@@ -180,6 +180,9 @@ class Walk:
         pairs = (tuple(xf), ins), (tuple(xb[k] for k in kept), stack)
         params = {"dimension_numbers": pairs}
         call = _calls.dot_general(params, 1, t.view, x.aval.shape, self.tracer.batch_size)
+        if isinstance(call, str):
+            self.note(t, call)
+            return
         # rows are what is summed, in the order of the axes of x
         rows = [*zip(xc, gc, strict=True), *((xb[k], gb[k]) for k in range(nb) if k not in kept)]
         order = (*(gb[k] for k in kept), *(j for _, j in sorted(rows)), *gf)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from singd_core._array import Array
 from singd_core.layers import Convolution, Linear, Sample
 from singd_jax._axes import Atom, Group, View, merged, reshaped, size
+from singd_jax._reasons import reason
 
 EXPAND, EMBEDDING = "expand", "embedding"
 Cut: TypeAlias = tuple[int, int, int]  # axis, start, length
@@ -74,6 +75,7 @@ class Call:
 
     def operands(self, x: Any, g: Array, factor: Any) -> tuple[Any, Any]:
         """What `inputs` and `outputs` take, of a weight that is multiplied by a number or None."""
+        x, g = jax.tree.map(wide, (x, g))
         if factor is not None and self.kind == EMBEDDING:
             g = _times(g, factor)
         elif factor is not None:
@@ -103,11 +105,16 @@ class Call:
 
 def dot_general(
     params: Mapping[str, Any], side: int, view: View, x: Sequence[int], batch_size: int | None
-) -> Call:
-    """A `dot_general` whose operand number `side` is the parameter, the other of shape `x`."""
+) -> Call | str:
+    """A `dot_general` whose operand number `side` is the parameter, the other of shape `x`.
+
+    Returns why not if it is no product of matrices.
+    """
     contract, batch = params["dimension_numbers"]
     wc, wb, xc, xb = contract[side], batch[side], contract[1 - side], batch[1 - side]
     wf = [i for i in range(len(view.dims)) if i not in (*wc, *wb)]
+    if not wc and not wf:  # a scale as an einsum has it, and no stack of matrices 1×1
+        return reason("mul")
     xf = [i for i in range(len(x)) if i not in (*xc, *xb)]
     nb, nf, nw = len(xb), len(xf), len(wf)
     as_long = [k for k, i in enumerate(xf) if x[i] == batch_size]
@@ -208,6 +215,12 @@ def convolution(params: Mapping[str, Any], view: View, y: Sequence[int]) -> Call
         outputs=outputs,
         overlap=layer.overlap,
     )
+
+
+def wide(x: Array) -> Array:
+    """`x`, in float32 if its numbers have one byte: they cannot be scaled or added up in that."""
+    narrow = x.dtype.itemsize == 1 and jnp.issubdtype(x.dtype, jnp.floating)
+    return x.astype(jnp.float32) if narrow else x
 
 
 def _times(x: Array, factor: Any) -> Array:

@@ -170,8 +170,8 @@ def _product(
 
     def rule(x: Any, g: Any, factors: Any, step: Any, factor: Any) -> tuple[Array, Array]:
         del factors, step
-        x, g = call.operands(x, g, factor)
         seen = [a.dtype for a in jax.tree.leaves((x, g))]
+        x, g = call.operands(x, g, factor)
         dtypes[layer.name] = jnp.dtype(coarsest(dtypes[layer.name], *seen, call.view.rounded))
         if call.product is not None:
             return turned(call.product(x, g)), turned(call.product(x, jnp.abs(g)))

@@ -79,16 +79,41 @@ def without_dead_equations(closed: Any) -> Any:
 FLAT = {"ceil", "floor", "round", "sign", "stop_gradient"}
 
 
-def trained(jaxpr: Jaxpr, results: Sequence[Variable] | None = None) -> set[Variable]:
-    """The variables of a jaxpr through which a gradient goes back from results, or from all."""
-    found = {v for v in (jaxpr.outvars if results is None else results) if not is_literal(v)}
+def trained(jaxpr: Jaxpr, gives: Sequence[bool]) -> set[Variable]:
+    """The variables of a jaxpr through which a gradient goes back from those results."""
+    found = {v for v, own in zip(jaxpr.outvars, gives, strict=True) if own and not is_literal(v)}
     for eqn in reversed(jaxpr.eqns):
-        smooth = any(is_smooth(v) for v in eqn.outvars if v in found)
+        through = [v in found and is_smooth(v) for v in eqn.outvars]
         if eqn.primitive.name in FLAT:
             found -= set(eqn.outvars)
-        elif smooth:
-            found |= {v for v in eqn.invars if not is_literal(v)}
+        elif any(through):
+            takes = zip(eqn.invars, _takes(eqn, through), strict=True)
+            found |= {v for v, own in takes if own and not is_literal(v)}
     return found
+
+
+def _takes(eqn: Equation, gives: Sequence[bool]) -> list[bool]:
+    """Which operands of an equation a gradient may go back to from those results."""
+    if eqn.primitive.name == "scan":
+        jaxpr, gives = eqn.params["jaxpr"].jaxpr, scanned(eqn, gives)
+    elif eqn.primitive.name in (*INLINE, "remat2"):
+        jaxpr, _ = inner_jaxpr(eqn)
+    else:
+        return [True] * len(eqn.invars)
+    found = trained(jaxpr, gives)
+    return [v in found for v in jaxpr.invars]
+
+
+def scanned(eqn: Equation, gives: Sequence[bool]) -> list[bool]:
+    """Which results of a step of a scan a gradient goes back from: what a later step takes too."""
+    jaxpr, (consts, carry) = eqn.params["jaxpr"].jaxpr, scan_counts(eqn.params)
+    old: list[bool] = []
+    new = list(gives)
+    while new != old:
+        old, found = new, trained(jaxpr, new)
+        carried = zip(old, jaxpr.invars[consts : consts + carry], strict=False)
+        new = [own or v in found for own, v in carried] + old[carry:]
+    return new
 
 
 def switch(

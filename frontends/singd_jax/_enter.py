@@ -1,8 +1,8 @@
 """Equations that call other jaxprs, rebuilt so that the products inside are visited.
 
 Each is rebuilt by the public transformation it came from. All take the tracer, the equation, the
-values and origins of its operands and the ports of the weights among them, and return the results
-and their origins.
+values and origins of its operands, the ports of the weights among them, and which of the results a
+gradient goes back from. They return the results and their origins.
 """
 
 from __future__ import annotations
@@ -26,15 +26,25 @@ from singd_jax._trace import Enter, Results, Tracer
 
 
 def inline(
-    tracer: Tracer, eqn: Any, values: Sequence[Any], origins: Sequence[Origin], ports: Ports
+    tracer: Tracer,
+    eqn: Any,
+    values: Sequence[Any],
+    origins: Sequence[Origin],
+    ports: Ports,
+    gives: Sequence[bool],
 ) -> Results:
     """`jit`: its compilation is left to the step around it."""
     jaxpr, consts = _compat.inner_jaxpr(eqn)
-    return tracer.run(jaxpr, consts, values, origins, ports)
+    return tracer.run(jaxpr, consts, values, origins, ports, gives)
 
 
 def remat(
-    tracer: Tracer, eqn: Any, values: Sequence[Any], origins: Sequence[Origin], ports: Ports
+    tracer: Tracer,
+    eqn: Any,
+    values: Sequence[Any],
+    origins: Sequence[Origin],
+    ports: Ports,
+    gives: Sequence[bool],
 ) -> Results:
     """`jax.checkpoint`."""
     jaxpr, consts = _compat.inner_jaxpr(eqn)
@@ -43,13 +53,18 @@ def remat(
     def made(function: Callable[..., Any]) -> Callable[..., Any]:
         return jax.checkpoint(function, policy=p["policy"], prevent_cse=p["prevent_cse"])
 
-    same = None if consts else (id(jaxpr), id(p["policy"]), p["prevent_cse"])
-    body = functools.partial(tracer.run, jaxpr, consts)
+    same = None if consts else (id(jaxpr), id(p["policy"]), p["prevent_cse"], *gives)
+    body = functools.partial(tracer.run, jaxpr, consts, gives=gives)
     return twins.run(tracer, body, made, same, values, origins, ports)
 
 
 def cond(
-    tracer: Tracer, eqn: Any, values: Sequence[Any], origins: Sequence[Origin], ports: Ports
+    tracer: Tracer,
+    eqn: Any,
+    values: Sequence[Any],
+    origins: Sequence[Origin],
+    ports: Ports,
+    gives: Sequence[bool],
 ) -> Results:
     """`lax.cond`, `lax.switch` and `lax.platform_dependent`."""
     # what one branch adds to the output of a layer outside is no bias of it
@@ -57,7 +72,7 @@ def cond(
 
     def branch(closed: Any) -> Callable[..., Any]:
         def body(values: Any, ports: Any) -> Any:
-            results, found = tracer.run(closed.jaxpr, closed.consts, values, inside, ports)
+            results, found = tracer.run(closed.jaxpr, closed.consts, values, inside, ports, gives)
             _note_returned(tracer, found, "cond")
             return results
 
@@ -69,7 +84,12 @@ def cond(
 
 
 def scan(
-    tracer: Tracer, eqn: Any, values: Sequence[Any], origins: Sequence[Origin], ports: Ports
+    tracer: Tracer,
+    eqn: Any,
+    values: Sequence[Any],
+    origins: Sequence[Origin],
+    ports: Ports,
+    gives: Sequence[bool],
 ) -> Results:
     """`lax.scan`: a leaf that is scanned over is a stack of weights, with a port for each."""
     p = eqn.params
@@ -96,6 +116,7 @@ def scan(
     sliced = {k: v for k, v in ports.items() if _stacked(scanned, k, tracer.stacks[k])}
     whole = {k: v for k, v in ports.items() if k not in sliced}
     slots = {k: port.slot for k, port in sliced.items()}
+    of_step = _compat.scanned(eqn, gives)
 
     def step(carry: Any, xs: Any) -> Any:
         xs, slots, i = xs
@@ -104,7 +125,9 @@ def scan(
             for k, port in sliced.items()
         }
         args = [*values[:n_consts], *carry, *xs]
-        results, found = tracer.run(body.jaxpr, body.consts, args, inside, {**whole, **mine})
+        results, found = tracer.run(
+            body.jaxpr, body.consts, args, inside, {**whole, **mine}, of_step
+        )
         _note_returned(tracer, found, "scan")
         return results[:n_carry], results[n_carry:]
 
@@ -120,7 +143,12 @@ def scan(
 
 
 def shard_map(
-    tracer: Tracer, eqn: Any, values: Sequence[Any], origins: Sequence[Origin], ports: Ports
+    tracer: Tracer,
+    eqn: Any,
+    values: Sequence[Any],
+    origins: Sequence[Origin],
+    ports: Ports,
+    gives: Sequence[bool],
 ) -> Results:
     """`jax.shard_map`."""
     specs = eqn.params["in_specs"]
@@ -134,7 +162,7 @@ def shard_map(
         inside.append(tracer.closed(o, "shard_map") if replicated else None)
 
     def body(values: Any, ports: Any) -> Any:
-        return tracer.run(jaxpr, consts, values, inside, ports)[0]
+        return tracer.run(jaxpr, consts, values, inside, ports, gives)[0]
 
     unchecked = tracer.spread.unchecked
     if not eqn.params["check_vma"]:

@@ -16,7 +16,7 @@ from singd_core.layers.base import is_expand, loss_terms
 from singd_core.structures import choose
 from singd_jax._enter import CALLS
 from singd_jax._layers import Layers, pair
-from singd_jax._loss import Leaves, evaluate, size_of_batch
+from singd_jax._loss import Leaves, evaluate, parted, size_of_batch
 from singd_jax._search import Search
 from singd_jax._trace import Tracer
 
@@ -83,7 +83,7 @@ def find_layers(
         tracer = Tracer(CALLS, n)
         _follow(alone, tracer, leaves, batch, keywords)
         search = Search(tracer.noted, leaves)
-        search.run(kfac_approx)
+        search.run(kfac_approx, loss_average)
         arrays = leaves.named.items()
         return Layers(
             found=search.layers,
@@ -147,7 +147,9 @@ def _follow(
     batch: tuple[Any, ...],
     keywords: Mapping[str, Any],
 ) -> None:
+    arrays, join = parted(batch, keywords)  # what a layer is must not depend on their values
     jax.eval_shape(
-        lambda arrays: evaluate(loss, tracer, leaves, arrays, {}, batch, keywords),
+        lambda own, arrays: evaluate(loss, tracer, leaves, own, {}, *join(arrays)),
         list(leaves.arrays),
+        arrays,
     )

@@ -129,7 +129,8 @@ class Layer:
 
     def role(self, call: Call) -> Role | None:
         """As what a product uses it, None if as another matrix."""
-        layouts = {call.layout: UPRIGHT, call.transposed: TRANSPOSED}
+        # a matrix 1×1 is upright, though its transpose has the same layout
+        layouts = {call.transposed: TRANSPOSED, call.layout: UPRIGHT}
         role = layouts.get(self.weight.layout)
         return role if role in self.roles else None
 

@@ -100,7 +100,9 @@ class Layers(Mapping[str, Layer]):
             if name not in arrays:
                 raise ValueError(
                     f"the {what} have no {name!r}, which the layers were found with: find the "
-                    "layers of these parameters, or leave some out by a mask (optax.masked)"
+                    "layers of these parameters, or leave some out by a mask (optax.masked). With "
+                    "nnx.Optimizer(..., wrt=...), find them in a loss of what "
+                    "nnx.split(model, wrt, ...) gives first"
                 )
         for name, array in arrays.items():
             shape = self.shapes.get(name)

@@ -219,14 +219,15 @@ def evaluate(
         View.of_leaf(i, leaf.shape) if is_followed(leaf) else None for i, leaf in enumerate(leaves)
     ]
     origins = [*views, *[None] * len(arrays)]
-    args = [*leaves, *arrays]
+    # arrays of NumPy are no numbers in the code
+    args = [jnp.asarray(a) if isinstance(a, np.ndarray) else a for a in (*leaves, *arrays)]
     differ = [_compat.varying(a) for a in args]
     if any(differ):  # the loss is inside a shard_map
         tracer.spread.follow(closed.jaxpr, closed.consts, differ)
     marks = [*[frozenset([PARAMETERS])] * len(leaves), *[NONE] * len(arrays)]
     tracer.perturbed = Perturbed(closed.jaxpr, closed.consts, marks)
-    value = closed.jaxpr.outvars[:1]  # what else is returned is not differentiated
-    results, _ = tracer.run(closed.jaxpr, closed.consts, args, origins, ports, value)
+    gives = [i == 0 for i in range(len(closed.jaxpr.outvars))]  # the value, and nothing else
+    results, _ = tracer.run(closed.jaxpr, closed.consts, args, origins, ports, gives)
     return jax.tree.unflatten(jax.tree.structure(shape), results)  # type: ignore[no-any-return]
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from singd_core._array import Array
-from singd_jax import _compat
+from singd_jax import _calls, _compat
 from singd_jax._axes import Key
 from singd_jax._backward import Walk, parts
 from singd_jax._tap import Port, Ports, Slice
@@ -75,7 +75,7 @@ def measured(
 @_compat.promoting
 def _visit(walk: Walk, hit: Hit, x: Any, g: Any, port: Port | None) -> Got:
     """What the tap of a product with such rows returns: the gradient of its slot."""
-    view, ports = hit.target.view, {}
+    view, ports, g = hit.target.view, {}, _calls.wide(g)
     if port is not None and port.factor is not None:
         g = (g * port.factor).astype(g.dtype)
     walk.spread.refuse_shared(hit.x, x, g)

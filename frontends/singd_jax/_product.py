@@ -12,7 +12,7 @@ from singd_jax._axes import Atom, Group, Key, View, reshaped, size
 from singd_jax._calls import Call, Cut
 from singd_jax._joins import Join
 
-Path: TypeAlias = tuple[int, ...]  # an equation, and those it lies in
+Path: TypeAlias = tuple[int, ...]  # those it lies in, an equation, which product of it
 
 
 @dataclasses.dataclass(frozen=True)

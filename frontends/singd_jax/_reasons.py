@@ -3,6 +3,10 @@
 STACKED = "stacked inside the loss: keep the stack as one parameter"
 COMPLEX = "of complex numbers"  # no layer, and no matrix without rows either
 VECTORS = "a vector in each step of a scan: "  # no matrix either
+OF_ONE_USE = (
+    "the loss is taken to have the terms of one use: give loss_average=<number of terms> if the "
+    "uses are of parts of the batch"
+)
 NUMBER = "a Python number, not an array: not trained"
 
 # By the equation that reads it.

@@ -27,7 +27,12 @@ SHARED = "its result's gradient, times a number or with others"
 
 
 def custom_jvp(
-    tracer: Tracer, eqn: Any, values: Sequence[Any], origins: Sequence[Origin], ports: Ports
+    tracer: Tracer,
+    eqn: Any,
+    values: Sequence[Any],
+    origins: Sequence[Origin],
+    ports: Ports,
+    gives: Sequence[bool],
 ) -> Results:
     """`jax.custom_jvp`: the gradient is the transpose of its rule, which is linear in tangents.
 
@@ -50,6 +55,7 @@ def custom_jvp(
         tracer.spread.follow(closed.jaxpr, closed.consts, [*spread, *(spread[i] for i in given)])
     inside = [*[None] * len(values), *(tracer.closed(origins[i], "custom_jvp") for i in given)]
     found: list[Origin] = []
+    of_returned = [gives[i] for i in returned]
     within, unchecked = tracer.within, tracer.spread.unchecked
 
     def linear(values: Any, tangents: Any, ports: Any) -> Any:
@@ -57,7 +63,9 @@ def custom_jvp(
         now = tracer.within, tracer.spread.unchecked  # the backward pass enters it once more
         tracer.within, tracer.spread.unchecked = within, unchecked
         try:
-            results, found[:] = tracer.run(closed.jaxpr, closed.consts, args, inside, ports)
+            results, found[:] = tracer.run(
+                closed.jaxpr, closed.consts, args, inside, ports, of_returned
+            )
         finally:
             tracer.within, tracer.spread.unchecked = now
         return results
@@ -82,9 +90,15 @@ def custom_jvp(
 
 
 def custom_vjp(
-    tracer: Tracer, eqn: Any, values: Sequence[Any], origins: Sequence[Origin], ports: Ports
+    tracer: Tracer,
+    eqn: Any,
+    values: Sequence[Any],
+    origins: Sequence[Origin],
+    ports: Ports,
+    gives: Sequence[bool],
 ) -> Results:
     """`jax.custom_vjp`: its backward pass shows what a weight's gradient is the product of."""
+    del gives  # the rule is one for all results
     given = [i for i in _smooth(eqn.invars) if tracer.perturbed(eqn.invars[i])]
     returned = _smooth(eqn.outvars)
     tree: Any = None

@@ -14,7 +14,7 @@ from singd_jax._layer import TRANSPOSED, Layer
 from singd_jax._loss import Leaves, is_followed
 from singd_jax._part import Part
 from singd_jax._product import Bias, Noted, Path
-from singd_jax._reasons import COMPLEX, NUMBER, VECTORS
+from singd_jax._reasons import COMPLEX, NUMBER, OF_ONE_USE, VECTORS
 
 
 class Search:
@@ -25,9 +25,9 @@ class Search:
         self.layers: dict[str, Layer] = {}
         self.reasons: dict[str, str] = {}
 
-    def run(self, kfac_approx: str) -> None:
+    def run(self, kfac_approx: str, loss_average: Any) -> None:
         calls = sorted(self.noted.calls.items())
-        found = [self._layer(key, own, kfac_approx) for key, own in calls]
+        found = [self._layer(key, own, kfac_approx, loss_average) for key, own in calls]
         candidates = self._without_shared_biases([layer for layer in found if layer is not None])
         while True:  # a bias that is let go may leave another leaf uncovered
             kept = self._covered(candidates)
@@ -64,7 +64,9 @@ class Search:
                 others[name] = VECTORS + reason if i in self.noted.vectors else reason
         return others | dict.fromkeys(self.leaves.numbers, NUMBER)
 
-    def _layer(self, key: Key, calls: dict[Path, Call], kfac_approx: str) -> Layer | None:
+    def _layer(
+        self, key: Key, calls: dict[Path, Call], kfac_approx: str, loss_average: Any
+    ) -> Layer | None:
         """The layer of a region of a leaf, or None with a reason."""
         leaf, region = key
         name = self.leaves.names[leaf]
@@ -88,6 +90,8 @@ class Search:
             notes.append("several axes are as long as the batch: the first was taken for it")
         if kfac_approx == "reduce" and key in self.noted.steps:
             notes.append("the steps of a scan are not averaged over")
+        if loss_average == "batch+sequence" and max(len(uses), len(rest)) > 1:
+            notes.append(OF_ONE_USE)
         kind = main.kind if len(uses) == 1 else f"{main.kind}, {len(uses)} uses"
         if embeddings and main.kind != EMBEDDING:
             kind += " and embedding"

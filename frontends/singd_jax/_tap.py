@@ -50,21 +50,17 @@ Ports: TypeAlias = Mapping[Key, Port]  # by weight
 class Slice(NamedTuple):
     """Entry `i` of stacked factors, maybe a slice themselves, in a scan over the stack.
 
-    It is cut out where it is used: `jax.checkpoint` would hold a copy of every layer's for as long
-    as it recomputes a block (dense factors: 8 % of the peak).
+    It is cut out in the backward pass: before, it would be a residual of each step, and
+    `jax.checkpoint` would hold a copy of every layer's for as long as it recomputes a block.
     """
 
     stack: Any
     i: Array
 
-    def cut(self, g: Array) -> Any:
-        """The factors, no sooner than the gradient `g` is there."""
-        i, stack = self.i, self.stack.cut(g) if isinstance(self.stack, Slice) else self.stack
-        if g.size and _compat.is_local(g):  # on several devices, an entry of g is a transfer
-            # A barrier alone does not keep XLA from cutting at once: another 5 % of the peak. An
-            # index that NaN in g changes does, and what NaN measures is lost in any case.
-            i = i + jnp.isnan(g[(0,) * g.ndim]).astype(i.dtype)
-        return jax.tree.map(functools.partial(_entry, i=i), stack)
+    def cut(self) -> Any:
+        """The factors."""
+        stack = self.stack.cut() if isinstance(self.stack, Slice) else self.stack
+        return jax.tree.map(functools.partial(_entry, i=self.i), stack)
 
 
 def _entry(a: Array, i: Array) -> Array:
@@ -94,7 +90,7 @@ def _backward(rule: Rule, residuals: Any, g: Array) -> tuple[Any, ...]:
     x, slot, port = residuals
 
     def measured(x: Any, g: Array, port: Port) -> Any:
-        factors = port.factors.cut(g) if isinstance(port.factors, Slice) else port.factors
+        factors = port.factors.cut() if isinstance(port.factors, Slice) else port.factors
         return jax.tree.map(_like, rule(x, g, factors, port.starts, port.factor), slot)
 
     found = _compat.promoting(_compat.auto_sharded(measured, slot))(x, g, port)

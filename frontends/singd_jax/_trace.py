@@ -28,8 +28,11 @@ from singd_jax._tap import Ports
 # Takes a product, its operand, itself and the ports; returns the product, tapped or not.
 Visit: TypeAlias = Callable[[Key, Call, Any, Array, Ports], Array]
 Results: TypeAlias = tuple[list[Any], list[Origin]]  # with where they come from
-# Takes the tracer, an equation, the values and origins of its operands, and the ports among them.
-Enter: TypeAlias = "Callable[[Tracer, Any, Sequence[Any], Sequence[Origin], Ports], Results]"
+# Takes the tracer, an equation, the values and origins of its operands, the ports among them, and
+# which of its results a gradient goes back from.
+Enter: TypeAlias = (
+    "Callable[[Tracer, Any, Sequence[Any], Sequence[Origin], Ports, Sequence[bool]], Results]"
+)
 
 
 class Tracer:
@@ -46,6 +49,8 @@ class Tracer:
         perturbed: Which values change with the parameters.
         within: The equations that are being entered.
         twins: Calls that were traced, for equal ones.
+        constants: The constants of the jaxprs, by id. Nothing else counts as known, so that a step
+            that is not compiled, where all values are, measures what a compiled one does.
     """
 
     def __init__(
@@ -68,6 +73,7 @@ class Tracer:
         self.spread, self.perturbed = Spread(), Perturbed()
         self.within: Path = ()
         self.twins: dict[Any, Any] = {}
+        self.constants: dict[int, Any] = {}
         self._kept: list[Any] = []
 
     def keep(self, jaxpr: Any) -> Any:
@@ -82,9 +88,12 @@ class Tracer:
         args: Sequence[Any],
         origins: Sequence[Origin],
         ports: Ports,
-        differentiated: Sequence[Any] | None = None,
+        gives: Sequence[bool],
     ) -> Results:
-        """The results of a jaxpr, and where they come from; `differentiated` are all or some."""
+        """The results of a jaxpr, and where they come from.
+
+        `gives`: which of them a gradient goes back from.
+        """
         # a constant of NumPy, which jax 0.8 has a class for, has no gradient, and functions with
         # rules of their own want one
         own = [hasattr(c, "__array__") and not isinstance(c, jax.Array) for c in consts]
@@ -93,6 +102,8 @@ class Tracer:
         env |= zip(jaxpr.invars, args, strict=True)
         known: dict[Any, Origin] = {}
         operands = [v for eqn in jaxpr.eqns for v in eqn.invars] + list(jaxpr.outvars)
+        constants = [*arrays, *(v.val for v in operands if _compat.is_literal(v))]
+        self.constants |= {id(c): c for c in constants if not isinstance(c, jax.core.Tracer)}
         readers = collections.Counter(v for v in operands if not _compat.is_literal(v))
 
         def learn(variables: Sequence[Any], origins: Sequence[Origin]) -> None:
@@ -108,18 +119,23 @@ class Tracer:
             return None if _compat.is_literal(v) else known.get(v)
 
         learn(jaxpr.invars, origins)
-        trained = _compat.trained(jaxpr, differentiated)
+        trained = _compat.trained(jaxpr, gives)
         for eqn in jaxpr.eqns:
             values = [read(v) for v in eqn.invars]
-            gives = any(v in trained for v in eqn.outvars)
-            found = [origin(v) if gives else None for v in eqn.invars]
-            results, new = self._equation(eqn, values, found, ports)
+            through = [v in trained for v in eqn.outvars]
+            found = [origin(v) if any(through) else None for v in eqn.invars]
+            results, new = self._equation(eqn, values, found, ports, through)
             env |= zip(eqn.outvars, results, strict=True)
             learn(eqn.outvars, new)
         return [read(v) for v in jaxpr.outvars], [origin(v) for v in jaxpr.outvars]
 
     def _equation(
-        self, eqn: Any, values: list[Any], origins: list[Origin], ports: Ports
+        self,
+        eqn: Any,
+        values: list[Any],
+        origins: list[Origin],
+        ports: Ports,
+        gives: Sequence[bool],
     ) -> Results:
         none: list[Origin] = [None] * len(eqn.outvars)
         if all(o is None for o in origins):
@@ -129,7 +145,7 @@ class Tracer:
             within, self.within = self.within, (*self.within, id(eqn))
             try:
                 mine = {k: p for k, p in ports.items() if any(view.holds(k) for view in views)}
-                return enter(self, eqn, values, origins, mine)
+                return enter(self, eqn, values, origins, mine, gives)
             finally:
                 self.within = within
         results = _compat.evaluate(eqn, values)
@@ -167,9 +183,10 @@ class Tracer:
         if name in ("mul", "div", "neg"):
             new = self._multiple(name, values, origins)
         elif name == "dynamic_slice" and isinstance(first, View):
-            new = first.pick(values[1:], p["slice_sizes"]) or first.cut(
-                values[1:], p["slice_sizes"]
-            )
+            starts, sizes = values[1:], p["slice_sizes"]
+            new = first.pick(starts, sizes)
+            if new is None and all(map(self._is_constant, starts)):
+                new = first.cut(starts, sizes)
         elif isinstance(first, (View, Join)):
             new = first.apply(name, p)
         elif isinstance(first, Product):
@@ -193,7 +210,8 @@ class Tracer:
         if np.size(other) != 1:
             return None
         self.note(origins[1 - side], reason("mul"))
-        number = jnp.reshape(other, ())
+        literal = self._is_constant(other) and not isinstance(other, jax.Array)
+        number = np.asarray(other).reshape(()) if literal else jnp.reshape(other, ())
         return origin.times(1.0 / number if name == "div" else number)
 
     def _product(
@@ -218,14 +236,14 @@ class Tracer:
             self.note(origin, "concatenated along an axis of a stack")
             return None
         pieces = []
-        for view, (x_cut, y_cut) in zip(views, parts, strict=True):
+        for k, (view, (x_cut, y_cut)) in enumerate(zip(views, parts, strict=True)):
             call = self._call(eqn, side, view, _calls.shape_of(x, x_cut), _calls.shape_of(y, y_cut))
             if isinstance(call, str):
                 self.note(view, call)
                 return None
             if x_cut or y_cut:
                 call = call.of_part(x_cut, y_cut)
-            path = (*self.within, id(eqn))
+            path = (*self.within, id(eqn), k)  # a concatenation may have a weight twice
             call = self.record(call, path, x, y, self.spread)
             operand = x if call.sizes is None else (x, values[2])
             own = ports
@@ -285,13 +303,15 @@ class Tracer:
 
     def closed(self, origin: Origin, name: str) -> Origin:
         """A parameter inside a call that can be given no further values: numbers, indices."""
-        if all(
-            not view.picks and not isinstance(view.factor, jax.core.Tracer)
-            for view in views_of(origin)
-        ):
+        # a factor that is made of numbers in the code alone is no array of jax
+        views = views_of(origin)
+        if all(not view.picks and not isinstance(view.factor, jax.Array) for view in views):
             return origin
         self.note(origin, f"multiplied or indexed by what is computed outside of a `{name}`")
         return None
+
+    def _is_constant(self, value: Any) -> bool:
+        return id(value) in self.constants
 
     def note(self, origin: Origin, reason: str) -> None:
         """Remember how a parameter is read besides."""

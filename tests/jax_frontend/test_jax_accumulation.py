@@ -1,5 +1,6 @@
 """Micro-batches: `optax.MultiSteps` and `singd_jax.MultiSteps`."""
 
+import jax
 import jax.numpy as jnp
 import optax
 import pytest
@@ -96,6 +97,24 @@ def test_a_micro_batch_that_is_not_finite_spoils_one_step_alone():
         params, state, _ = step(params, state, x)
     assert int(state_of(state).core.skipped) == 1
     assert_close(params, run(plain, steps=1)[0])
+
+
+@pytest.mark.parametrize("loss_average", ["batch", None])
+def test_no_rank_and_no_dtype_of_a_user_is_promoted_between_micro_batches(loss_average):
+    def loss(p, x):
+        return mean_square(jnp.tanh(x @ p["w"]))
+
+    params = {"w": array(4, 3)}
+    layers = singd_jax.find_layers(loss, loss_average=loss_average)(params, X)
+    tx = singd_jax.MultiSteps(singd_jax.singd(layers=layers), 2, layers=layers)
+
+    def step(params, x):
+        state, function = tx.init(params), singd_jax.value_and_curvature(loss, layers)
+        _, grads, curvature = function(params, state, x)
+        return tx.update(grads, state, params, curvature=curvature)
+
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        jax.eval_shape(step, params, X)
 
 
 def test_a_named_chain_that_drops_the_curvature_is_an_error():

@@ -82,6 +82,20 @@ def test_a_variable_of_nnx_in_two_places_is_split_first():
     assert [layer.uses for layer in layers.values()] == [2]
 
 
+def test_some_variables_of_nnx_are_layers_of_a_loss_of_them():
+    def loss(model, x):
+        return jnp.mean(jnp.tanh(model(x)) ** 2)
+
+    model = nnx.LoRALinear(4, 3, lora_rank=2, rngs=nnx.Rngs(0))
+    whole = singd_jax.singd(layers=singd_jax.find_layers(loss)(model, X))
+    with pytest.raises(ValueError, match=r"wrt=.*nnx\.split\(model, wrt, \.\.\.\)"):
+        nnx.Optimizer(model, whole, wrt=nnx.LoRAParam)
+    graph, params, rest = nnx.split(model, nnx.LoRAParam, ...)
+    layers = singd_jax.find_layers(lambda p, x: loss(nnx.merge(graph, p, rest), x))(params, X)
+    optimizer = nnx.Optimizer(model, singd_jax.singd(layers=layers), wrt=nnx.LoRAParam)
+    assert set(layers) == set(optimizer.opt_state.layers) == {"lora.lora_a", "lora.lora_b"}
+
+
 @pytest.mark.slow
 def test_variables_of_nnx_are_those_that_are_trained():
     def loss(model, x, y):

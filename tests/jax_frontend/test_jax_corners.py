@@ -236,3 +236,53 @@ def test_steps_that_are_not_compiled_go_on_between_refreshes() -> None:
         updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
     assert int(state.core.step) == 3
+
+
+@jax.custom_jvp
+def with_a_rule(w: Any, x: Any) -> Any:
+    return x @ w
+
+
+with_a_rule.defjvp(lambda given, t: (given[1] @ given[0], t[1] @ given[0] + given[1] @ t[0]))
+
+
+@jax.custom_vjp
+def with_a_backward_pass(w: Any, x: Any) -> Any:
+    return x @ w
+
+
+with_a_backward_pass.defvjp(
+    lambda w, x: (x @ w, (w, x)), lambda kept, g: (kept[1].T @ g, g @ kept[0].T)
+)
+
+
+def in_columns(w: Any, x: Any, start: Any) -> Any:
+    return x @ lax.dynamic_slice(w, (jnp.zeros_like(start), start), (4, 2))
+
+
+@pytest.mark.parametrize("as_array", [jnp.asarray, np.asarray])
+@pytest.mark.parametrize(
+    ("use", "number"),
+    [
+        (lambda w, x, t: with_a_rule(t * w, x), 2.0),
+        (lambda w, x, t: with_a_rule(2.0 * w / 3.0, x) * t, 2.0),
+        (lambda w, x, t: with_a_backward_pass(w / t, x), 2.0),
+        (lambda w, x, t: jax.jit(lambda t: with_a_rule(t * w, x))(3.0) * t, 2.0),
+        (in_columns, 1),
+        (lambda w, x, t: in_columns(w, x, jnp.asarray(1)) * t, 1),
+        (lambda w, x, t: in_columns(w, x, t) + x @ lax.dynamic_slice(w, (0, 1), (4, 2)), 1),
+    ],
+)
+def test_steps_that_are_not_compiled_measure_the_same_uses(
+    use: Any, number: Any, as_array: Any
+) -> None:
+    def loss(p: Any, x: Any, t: Any) -> Any:
+        return mean_square(jnp.tanh(x @ p["w"])) + mean_square(use(p["w"], 3.0 * x, t))
+
+    params, t = {"w": array(4, 3)}, as_array(number)
+    layers = singd_jax.find_layers(loss, batch_size=N)(params, X, t)
+    shapes = jax.eval_shape(lambda *given: given, params, X, t)
+    assert str(singd_jax.find_layers(loss, batch_size=N)(*shapes)) == str(layers)
+    state = singd_jax.singd(layers=layers, kfac=True, T=1).init(params)
+    measured = singd_jax.value_and_curvature(loss, layers)
+    close(measured(params, state, X, t), jax.jit(measured)(params, state, X, t))

@@ -112,6 +112,36 @@ def test_a_sum_and_a_mean_over_positions_are_scaled_as_told():
         close(counted[name][1], G * S)
 
 
+def _in_a_loop(p, x):
+    return (jnp.mean(mlp(p, x[:2])) + 2 * jnp.mean(mlp(p, x[2:]))) / 3
+
+
+def _in_chunks_and_the_rest(p, x):
+    return jnp.mean(lax.map(lambda x: mlp(p, x[None])[0], x, batch_size=4))
+
+
+@pytest.mark.parametrize("loss", [_in_a_loop, _in_chunks_and_the_rest])
+def test_parts_of_a_batch_need_the_number_of_terms_and_the_table_says_so(loss):
+    params, x = mlp_params(), SEQUENCE
+
+    def whole(p, x):
+        return jnp.mean(mlp(p, x))
+
+    terms = x.shape[0] * x.shape[1]
+    _, _, expected = measured(whole, params, x, loss_average="batch+sequence")
+    _, _, found = measured(loss, params, x, loss_average=terms)
+    for name, factors_of in expected.items():
+        for got, own in zip(found[name], factors_of, strict=True):
+            close(got, own)
+    for function, average, told in (
+        (loss, "batch+sequence", True),
+        (loss, terms, False),
+        (whole, "batch+sequence", False),
+    ):
+        table = str(singd_jax.find_layers(function, loss_average=average)(params, x))
+        assert ("give loss_average=<number of terms>" in table) == told
+
+
 def _with_aux(p, x):
     return jnp.mean(mlp(p, x)), (x @ p["v"] + p["a"]).max()
 

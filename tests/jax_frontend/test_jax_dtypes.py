@@ -1,13 +1,15 @@
-"""Parameters in half precision, in float64 and of complex numbers."""
+"""Parameters in half precision, in float64 and of complex numbers; rows of one byte."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from jax_all_cases import CASES
-from jax_cases import X
+from jax_cases import X, array, mean_square
 from jax_runs import LAYERS, assert_close, loss, run, start, stepper
 
 import singd_jax
@@ -55,6 +57,25 @@ def test_half_precision_parameters(dtype):
     assert {a.dtype.name for a in jax.tree.leaves(params)} == {dtype}
     factor = "float32" if dtype == "float16" else dtype
     assert state.core.layers["v"].factors.K.matrix.dtype == factor
+
+
+@pytest.mark.parametrize("rows", [math.inf, 3])
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_rows_of_one_byte_are_measured_in_float32(dtype, rows):
+    def narrow(own, p, x):
+        x, w = (a.astype(dtype).astype(own) for a in (x, p["w"]))
+        y = (x @ (0.5 * w)).astype(dtype).astype(jnp.float32)
+        return mean_square(y + p["b"])
+
+    params, found = {"w": array(4, 3), "b": array(3)}, []
+    for own in (dtype, "float32"):
+        of = functools.partial(narrow, own)
+        layers = singd_jax.find_layers(of)(params, X)
+        assert singd_jax.check(of, layers)(params, X)["w"] < 0.1
+        state = singd_jax.singd(layers=layers, kfac=True, T=1, rows=rows).init(params)
+        found.append(jax.jit(singd_jax.value_and_curvature(of, layers))(params, state, X)[2])
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
 def test_float64():

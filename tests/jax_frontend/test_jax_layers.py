@@ -53,6 +53,41 @@ def test_layers_are_found_and_their_rows_multiply_to_their_gradients(name):
     assert set(gaps) == case.layers
 
 
+def depthwise(x, w):
+    numbers = ("NCW", "OIW", "NCW")
+    return jax.lax.conv_general_dilated(
+        jnp.tile(x[..., None], (1, 4, 3)),
+        w,
+        (1,),
+        "SAME",
+        dimension_numbers=numbers,
+        feature_group_count=4,
+    )
+
+
+ONE_BY_ONE = {
+    "dense": (lambda x, w: x @ w, (1, 1)),
+    "weight_first": (lambda x, w: (w @ x.T).T, (1, 1)),
+    "also_transposed": (lambda x, w: jnp.tanh(x @ w) @ w.T, (1, 1)),
+    "experts": (jax.vmap(jnp.matmul, (None, 0), 1), (3, 1, 1)),
+    "scan": (lambda x, w: jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, w)[0], (3, 1, 1)),
+    "depthwise": (depthwise, (4, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", ONE_BY_ONE)
+def test_matrices_of_one_number_have_their_rows(name):
+    product, shape = ONE_BY_ONE[name]
+
+    def loss(p, x):
+        return mean_square(product(x, p["w"]) + p["b"])
+
+    params, x = {"w": array(*shape), "b": array(1)}, array(N, 1)
+    layers = singd_jax.find_layers(loss)(params, x)
+    assert set(layers) == {"w"}
+    assert singd_jax.check(loss, layers)(params, x)["w"] < 1e-5
+
+
 def test_weights_that_are_stacked_inside_the_loss_are_listed_with_a_remedy():
     def loss(p, x):
         return mean_square(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, jnp.stack(p))[0])

@@ -1,6 +1,7 @@
 """The curvature of weights that are multiplied, indexed, padded or grouped before their product."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,49 @@ def test_a_factor_of_a_weight_is_one_of_its_inputs(multiple):
 
     params = {"w": array(4, 3), "b": array(3)}
     alike(measured(indirect, params, X), measured(direct, params, X))
+
+
+def side_by_side(weights, biases, x):
+    return x @ jnp.concatenate(weights, 1) + jnp.concatenate(biases)
+
+
+def one_by_one(weights, biases, x):
+    return jnp.concatenate([x @ w + b for w, b in zip(weights, biases, strict=True)], 1)
+
+
+def one_above_the_other(weights, biases, x):
+    return jnp.concatenate([x * 0.5, x], 1) @ jnp.concatenate(weights, 0)
+
+
+def summed(weights, biases, x):
+    return (x * 0.5) @ weights[0] + x @ weights[1]
+
+
+@pytest.mark.parametrize(
+    ("joined", "apart"), [(side_by_side, one_by_one), (one_above_the_other, summed)]
+)
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        lambda p: ([p["w"], p["w"]], [p["b"], p["b"]]),
+        lambda p: ([p["w"], p["w"]], [p["b"], p["c"]]),
+        lambda p: ([p["w"], -p["w"]], [p["b"], p["b"]]),
+        lambda p: ([p["w"], p["w"].T], [p["b"], p["c"]]),
+        lambda p: ([p["w"].T, p["v"]], [p["b"], p["c"]]),
+    ],
+    ids=["same", "two_biases", "negated", "transposed", "two_weights"],
+)
+def test_pieces_of_a_concatenation_are_uses_of_their_own(joined, apart, pieces):
+    def loss(product, p, x):
+        return mean_square(jnp.tanh(product(*pieces(p), x)) @ p["u"])
+
+    names = {"u": (8, 3), "v": (4, 4), "w": (4, 4), "b": (4,), "c": (4,)}
+    params = {name: array(*shape, seed=i) for i, (name, shape) in enumerate(names.items())}
+    params["u"] = params["u"] if joined is side_by_side else params["u"][:4]
+    both = [functools.partial(loss, product) for product in (joined, apart)]
+    table, expected = (str(singd_jax.find_layers(f)(params, X)) for f in both)
+    assert table == expected
+    alike(*(measured(f, params, X) for f in both))
 
 
 @pytest.mark.parametrize("reduction", ["batch", "batch+sequence", None])
