@@ -47,7 +47,7 @@ IN_GAPS, KFAC = {"T": 2, "growing_T": False}, {"recipe": "paper", "T": 1, "kfac"
     ("loss_average", "given"),
     [
         ("batch", IN_GAPS),
-        (None, KFAC),
+        pytest.param(None, KFAC, marks=pytest.mark.slow),
         pytest.param("batch", KFAC, marks=pytest.mark.slow),
         pytest.param(None, IN_GAPS, marks=pytest.mark.slow),
     ],

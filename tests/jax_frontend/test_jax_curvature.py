@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import cases
 from jax import lax
 from jax_all_cases import CASES
 from jax_cases import IMAGES, SEQUENCE, N, X, array
@@ -216,8 +217,8 @@ def test_micro_batches_inside_the_loss_are_one_batch():
 @pytest.mark.parametrize(
     "name",
     [
-        "linen_transformer_block",
-        "remat_inside_scan",
+        pytest.param("linen_transformer_block", marks=pytest.mark.slow),
+        pytest.param("remat_inside_scan", marks=pytest.mark.slow),
         "linen_batch_norm",
         "tied_embedding",
         "custom_jvp_inside_remat_and_scan",
@@ -246,7 +247,11 @@ def test_one_hot_rows_have_the_diagonal_of_their_counts():
 
 
 @pytest.mark.parametrize(
-    ("structures", "blind"), [(("dense", "diagonal"), True), ("hierarchical:1,2", False)]
+    ("structures", "blind"),
+    cases(
+        [(("dense", "diagonal"), True), ("hierarchical:1,2", False)],
+        fast=[("hierarchical:1,2", False)],
+    ),
 )
 def test_only_structures_that_keep_too_little_are_measured_with_their_factors(structures, blind):
     params = mlp_params()

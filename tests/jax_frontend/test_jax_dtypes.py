@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import cases
 from jax_all_cases import CASES
 from jax_cases import X, array, mean_square
 from jax_runs import LAYERS, assert_close, loss, run, start, stepper
@@ -40,7 +41,7 @@ def test_complex_parameters_follow_optax_adamw():
         singd_jax.MultiSteps(tx, 2, layers=layers).init(params)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", cases(["bfloat16", "float16"], fast=["float16"]))
 def test_half_precision_parameters(dtype):
     params = jax.tree.map(lambda a: a.astype(dtype), start())
     x = X.astype(dtype)

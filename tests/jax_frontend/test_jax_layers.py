@@ -28,7 +28,9 @@ SLOW = {
     "factor_of_a_table_and_of_joined_weights",  # factors_of_a_weight
     "convolution_1d_depthwise",  # convolution_depthwise
     "convolution_1d_grouped_and_dilated",  # convolution_grouped, convolution_2d_dilated
-    "convolution_1d",  # convolution_2d_strided, convolution_3d
+    "convolution_1d",  # convolution_2d_strided
+    "convolution_2d_dilated",
+    "convolution_3d",  # convolution_2d_strided
     "convolution_3d_depthwise",
     "convolution_3d_grouped_and_dilated",
     "convolution_3d_transposed",  # convolution_transposed

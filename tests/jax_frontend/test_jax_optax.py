@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import cases
 from jax.sharding import PartitionSpec as P
 from jax_cases import X
 from jax_runs import LAYERS, assert_close, loss, start
@@ -122,7 +123,7 @@ def test_extra_arguments_of_others_are_ignored(make):
     step(start(), tx.init(start()))
 
 
-@pytest.mark.parametrize("name", ["normalized", "paper", "scale_by"])
+@pytest.mark.parametrize("name", cases(["normalized", "paper", "scale_by"], fast=["normalized"]))
 def test_injected_hyperparameters_change_nothing(name):
     plain, make = MAKE[name](), MAKE[name]
     given = dict(make.keywords) | ({"learning_rate": 0.05} if make.args else {})
@@ -153,7 +154,7 @@ def test_a_learning_rate_is_got_and_set():
             make,
             dtype,
             id=f"{name}-{dtype}",
-            marks=[] if name == "normalized" or dtype == "bfloat16" else pytest.mark.slow,
+            marks=[] if name == "normalized" and dtype != "float32" else pytest.mark.slow,
         )
         for name, make in MAKE.items()
         for dtype in ("float16", "bfloat16", "float32")

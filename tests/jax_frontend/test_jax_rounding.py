@@ -89,6 +89,7 @@ def test_a_run_that_is_resumed_takes_the_same_bits(mode):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_another_seed_takes_other_bits():
     assert not np.array_equal(
         changes(trained(rounding="stochastic", seed=1)[0]),

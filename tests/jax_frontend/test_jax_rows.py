@@ -60,8 +60,8 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 @pytest.mark.parametrize(
     ("name", "structures", "kfac_approx"),
     [
-        ("dense", "dense", "reduce"),
         ("convolution", "blockdiagonal:2", "expand"),
+        slow("dense", "dense", "reduce"),
         slow("dense", "dense", "expand"),
         slow("dense", "blockdiagonal:2", "reduce"),
         slow("convolution", "dense", "reduce"),
