@@ -37,11 +37,6 @@ def train(model: nn.Module, optimizer: SINGD, n: int = 1) -> list[str]:
 # ---- other uses of the same parameters -----------------------------------------------------------
 
 
-class Turned(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.mT
-
-
 class Low(nn.Module):
     """A weight with a product of low rank, as adapters add it."""
 
@@ -144,64 +139,6 @@ def test_pruning_that_is_made_permanent_gives_rows_again() -> None:
     train(model, optimizer, 2)
     assert table(optimizer)["1.weight"] == "SINGD"
     assert optimizer.skipped == 0
-
-
-def dilated(model: Any) -> None:
-    model[2].dilation, model[2].padding = (2,), (2,)  # as many positions as before
-
-
-def strided(model: Any) -> None:
-    model[2].stride = (2,)
-
-
-def strided_back(model: Any) -> None:
-    model[4].stride = (2,)
-
-
-def padded(model: Any) -> None:
-    model[0].padding_idx = 3
-
-
-# What is done, and the layer that is another one by that.
-ARGUMENTS: dict[str, tuple[Callable[[Any], None], str]] = {
-    "dilation": (dilated, "2.weight"),
-    "stride": (strided, "2.weight"),
-    "stride of the transpose": (strided_back, "4.weight"),
-    "padding index": (padded, "0.weight"),
-}
-
-
-@pytest.mark.parametrize("before", [0, 3])
-@pytest.mark.parametrize("case", ARGUMENTS)
-def test_arguments_of_modules_that_change_are_seen_and_said(case: str, before: int) -> None:
-    change, name = ARGUMENTS[case]
-    convolutions = nn.Conv1d(6, 6, 3, padding=1), nn.Tanh(), nn.ConvTranspose1d(6, 4, 3, padding=1)
-    model = nn.Sequential(nn.Embedding(10, 6), Turned(), *convolutions).double()
-    optimizer = SINGD(model, T=1)
-
-    def step() -> list[str]:
-        with warnings.catch_warnings(record=True) as found:
-            warnings.simplefilter("always")
-            optimizer.zero_grad()
-            model(torch.randint(10, (8, 12))).sin().mean().backward()
-            optimizer.step()
-        return [str(warning.message) for warning in found]
-
-    assert not [said for _ in range(before) for said in step()]
-    change(model)
-    [said] = step()
-    assert f"{name!r} is used in another way" in said
-    assert not step()
-    assert optimizer.skipped == 0
-    found, anew = (
-        [(one.name, source.kind) for one in layers(own) for _, source in one.sources]
-        for own in (optimizer, SINGD(model))
-    )
-    assert found == anew
-    see = Watched(model)
-    model.zero_grad()
-    model(torch.randint(10, (8, 12))).sin().mean().backward()
-    check_products(see)
 
 
 @pytest.mark.slow  # it compiles for seconds

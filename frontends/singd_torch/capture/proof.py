@@ -119,8 +119,6 @@ class Proof:
             product, other = transposed_times(kind, x, right, len(self.layer.weight))
         else:
             right = times(kind, x, self._V)
-            if right.shape[:-1] != B.shape[:-1]:  # its module has other arguments by now
-                return
             product, other = transposed_product(B, right.to(B)), B
         self._eps = max(self._eps, *(torch.finfo(t.dtype).eps for t in (right, other)))
         self._terms = self._terms + _norm(right) * _norm(other)

@@ -8,14 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from singd_torch.layers.kinds import hooks_of_all, is_known, methods, uses
+from singd_torch.layers.kinds import hooks_of_all, is_known, methods
 from singd_torch.layers.reach import is_in_parts
 
 
 class Makeup:
     """What the modules of a model have: modules and parameters, and methods where it is a layer.
-
-    A layer also has its kind, which the arguments of its module tell.
 
     Attributes:
         left_out: Parameters that required a gradient and were given to no group at construction.
@@ -34,7 +32,7 @@ class Makeup:
     def is_other(self) -> bool:
         """Whether a module has others now: pruned, parametrized, replaced, added or patched.
 
-        Or whether its arguments make it a layer of another kind, or all modules have other hooks.
+        Or whether all modules have other hooks.
         """
         if self._hooks != hooks_of_all():
             return True
@@ -53,18 +51,15 @@ class Makeup:
 
 def _made_of(module: nn.Module, known: bool) -> dict[str, Any]:
     """All that is asked about, by name."""
-    made: dict[str, Any] = {**module._parameters, **module._modules}
+    made = {**module._parameters, **module._modules}
     if known:
         made |= methods(type(module)) | {"forward of its own": vars(module).get("forward")}
-        made["layers that it forms"] = tuple(uses(module))
     return made
 
 
 def _same(now: dict[str, Any], before: dict[str, Any]) -> bool:
     """Whether all are the same, but for weights that are gathered from parts, or were then."""
     return now.keys() == before.keys() and all(
-        a is b
-        or (isinstance(a, tuple) and a == b)
-        or any(isinstance(t, Tensor) and is_in_parts(t) for t in (a, b))
+        a is b or any(isinstance(t, Tensor) and is_in_parts(t) for t in (a, b))
         for a, b in zip(now.values(), map(before.__getitem__, now), strict=True)
     )
