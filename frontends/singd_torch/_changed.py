@@ -6,9 +6,17 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from singd_core import rules
 from singd_core._recipes import SWITCHES
-from singd_core._settings import is_zero, plain
-from singd_torch._groups import NOTES, check_counts, check_group, check_keys, readable
+from singd_core._settings import plain
+from singd_torch._groups import (
+    NOTES,
+    check_counts,
+    check_group,
+    check_keys,
+    readable,
+    settings_of,
+)
 
 # What layers were found with, and what their state has the form of.
 _FIXED = (
@@ -95,8 +103,11 @@ def _is_rate(lr: Any) -> bool:
 
 def _refuse_others(group: dict[str, Any], known: dict[str, Any]) -> None:
     changed = [name for name in _FIXED if name in known and group[name] != known[name]]
-    if "alpha1" in known and is_zero(group["alpha1"]) != is_zero(known["alpha1"]):
-        changed.append("alpha1")  # without it factors have no momenta
+    if "alpha1" in known and not changed:
+        keeps = rules.get(group["rule"]).keeps_momentum
+        now, before = (settings_of(group | {"alpha1": own["alpha1"]}) for own in (group, known))
+        if keeps(now) and not keeps(before):  # the factors have no momenta
+            changed.append("alpha1")
     for name in changed:
         raise ValueError(
             f"{name}={group[name]!r}: was {known[name]!r} when the layers were found, and cannot "

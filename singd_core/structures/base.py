@@ -13,6 +13,7 @@ from singd_core._array import (
     cast,
     expand,
     eye,
+    is_half,
     multiply_add,
     namespace,
     norm,
@@ -174,8 +175,11 @@ class Structure(Tree):
         """`square`, if it saves time for T products with so many columns.
 
         For blocks of side b it costs b³ each, and b² a column. Products with L and Lᵀ cost 2 b².
+        One product in 16 bits is better exact: rounding `square` loses what L makes small.
         """
-        return self.square() if T * columns > self.width(self.shape[-1]) else None
+        rounds = T == 1 and is_half(self.like)
+        saves = T * columns > self.width(self.shape[-1])
+        return self.square() if saves and not rounds else None
 
     # ---- the linear space -----------------------------------------------------------------------
 

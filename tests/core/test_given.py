@@ -222,6 +222,21 @@ W, B = np.zeros((4, 3)), np.zeros(4)
 X, G = np.ones((8, 3)), np.ones((8, 4))
 
 
+class Experts(Linear):
+    """Matrices of an own kind, each with a bias."""
+
+    def shape(self, weight_shape: Any, bias: bool) -> Any:
+        experts, d_out, d_in = weight_shape
+        return (experts,), d_out, d_in + bias
+
+
+def test_the_biases_of_several_matrices_have_their_axes() -> None:
+    p = {"a": (np.zeros((2, 4, 3)), np.zeros((2, 4)))}
+    optimizer = Optimizer({"a": Experts()})
+    updates, _ = optimizer.update(p, optimizer.init(p), p)
+    assert [part.shape for part in updates["a"]] == [(2, 4, 3), (2, 4)]
+
+
 @pytest.mark.parametrize(
     ("parameter", "layers", "error", "message"),
     [

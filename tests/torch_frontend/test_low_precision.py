@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from singd_core import Settings
+from singd_core import Settings, rules, settings
 from singd_core.rounding import Place, Rounding
+from singd_core.structures import Dense
 from singd_torch import SINGD, estimate
 from singd_torch.step import equal, rounding
 from singd_torch.tensors import pieces
@@ -228,3 +230,19 @@ def test_parameters_of_16_bits_that_come_in_turns_are_each_their_own() -> None:
         optimizer.step()
         assert not any(map(torch.equal, used.parameters(), before[0].parameters()))
         assert all(map(torch.equal, rests.parameters(), before[1].parameters()))
+
+
+def test_one_product_with_factors_of_16_bits_is_as_exact_as_they_are() -> None:
+    """Their squares would be rounded too, which is more than the smallest eigenvalues of these."""
+    generator = torch.Generator().manual_seed(0)
+    Q, _ = torch.linalg.qr(torch.randn(32, 32, generator=generator))
+    R, _ = torch.linalg.qr(torch.randn(32, 32, generator=generator))
+    K = Dense((Q * torch.logspace(0, -3, 32) @ R).to(torch.bfloat16))
+    C = Dense(torch.eye(64, dtype=torch.bfloat16))
+    start = rules.start((Dense, Dense), ((), 64, 32), settings("paper"), C.like, C.like)
+    factors = dataclasses.replace(start, K=K, C=C)
+    exact = K.matrix.double() @ K.matrix.double().T
+    g = torch.randn(64, 32, generator=generator) @ torch.linalg.inv(exact).float()
+    g /= g.abs().max()
+    found, expected = factors.precondition(g).double(), g.bfloat16().double() @ exact
+    assert torch.linalg.norm(found - expected) < 0.02 * torch.linalg.norm(expected)

@@ -141,6 +141,46 @@ def test_pruning_that_is_made_permanent_gives_rows_again() -> None:
     assert optimizer.skipped == 0
 
 
+class Turned(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mT
+
+
+def dilated(model: Any, step: int) -> None:
+    model[2].dilation = model[2].padding = (1 + step % 2,)  # as many positions
+
+
+def strided(model: Any, step: int) -> None:
+    model[2].stride = (1 + step % 2,)
+
+
+def strided_back(model: Any, step: int) -> None:
+    model[4].stride = (1 + step % 2,)
+
+
+def padded(model: Any, step: int) -> None:
+    model[0].padding_idx = (None, 3)[step % 2]
+
+
+@pytest.mark.parametrize("change", [dilated, strided, strided_back, padded])
+def test_rows_are_those_of_the_arguments_that_a_module_has_now(change: Any) -> None:
+    convolutions = nn.Conv1d(6, 6, 3, padding=1), nn.Tanh(), nn.ConvTranspose1d(6, 4, 3, padding=1)
+    model = nn.Sequential(nn.Embedding(10, 6), Turned(), *convolutions).double()
+    optimizer = SINGD(model, T=1)
+    for step in range(5):
+        change(model, step)
+        optimizer.zero_grad()
+        model(torch.randint(10, (8, 12))).sin().mean().backward()
+        optimizer.step()  # any warning is an error
+    for weight in (model[0].weight, model[2].weight, model[4].weight):
+        assert optimizer.state[weight]["averages.k"] == 5
+    see = Watched(model)
+    change(model, 0)
+    model.zero_grad()
+    model(torch.randint(10, (8, 12))).sin().mean().backward()
+    check_products(see)
+
+
 @pytest.mark.slow  # it compiles for seconds
 @pytest.mark.parametrize("case", ["pruned", "patched"])
 def test_uses_that_change_are_seen_in_compiled_models(case: str) -> None:

@@ -3,6 +3,7 @@
 import math
 import re
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -163,7 +164,6 @@ CHANGES = {
     ),
     "structures": ("dense", r"structures='dense': was \('diagonal', 'dense'\) when the layers"),
     "normalized": (False, "normalized=False: was True when the layers were found"),
-    "alpha1": (0.5, r"alpha1=0\.5: was 0\.0 when the layers were found"),
 }
 
 
@@ -182,6 +182,28 @@ def test_a_wrong_setting_that_a_script_changes_is_named_and_changes_nothing(name
     assert_same(before, everything(model, optimizer))
     group[name] = right
     step(model, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("rule", "before", "after", "error"),
+    [
+        ("singd", 0.0, 0.5, r"alpha1=0\.5: was 0\.0 when the layers were found"),
+        ("singd", 0.9, 0.0, None),
+        ("singd", 0.9, 0.5, None),
+        ("ikfac", 0.0, 0.5, None),
+    ],
+)
+def test_factors_get_no_momenta_later(
+    rule: str, before: float, after: float, error: str | None
+) -> None:
+    model = network()
+    optimizer = SINGD(model, rule=rule, alpha1=before)
+    step(model, optimizer)
+    optimizer.param_groups[0]["alpha1"] = after
+    with nullcontext() if error is None else pytest.raises(ValueError, match=error):
+        step(model, optimizer)
+    optimizer.param_groups[0]["alpha1"] = after if error is None else before
+    optimizer.load_state_dict(optimizer.state_dict())
 
 
 @pytest.mark.parametrize("name", ["lr", "momentum", "fallback_lr"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from singd_torch._uncompiled import uncompiled
 from singd_torch.capture import compiled
-from singd_torch.layers.kinds import methods
+from singd_torch.layers.kinds import kind_of, methods
 from singd_torch.layers.reach import Reach, is_in_parts
 from singd_torch.tensors.exact import without_autocast
 
@@ -168,6 +169,7 @@ class Tap:
         if _has_batched_tangent(output):  # which a probe cannot change in place
             self.differentiate()
             return None
+        self._follow_arguments()
         x = x.detach() if x.requires_grad else x
         x = x.clone() if x.is_inference() else x  # torch saves none, and autocast a copy
         if _is_watched() or not self.source.is_open:  # the module may have used it already
@@ -178,6 +180,17 @@ class Tap:
             return _Probe.apply(output, x, self, output.shape, product)  # type: ignore[no-untyped-call,no-any-return]
         probed = _Probe.apply(base, x, self, output.shape, product)  # type: ignore[no-untyped-call]
         return probed.view(output.shape)  # type: ignore[no-any-return]
+
+    def _follow_arguments(self) -> None:
+        """Have rows as the arguments of the module say by now, such as another stride."""
+        module = None if self._module is None else self._module()
+        if module is None or isinstance(module, nn.Linear):
+            return
+        old, now = self.source.kind, kind_of(module, self.source.name)
+        if getattr(old, "average_groups", False) and now is not None:
+            now = now.with_average_groups()
+        if now != old and type(now) is type(old):
+            self.source = dataclasses.replace(self.source, kind=now)
 
     @uncompiled("a hook of backward passes")
     @torch.no_grad()

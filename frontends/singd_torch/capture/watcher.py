@@ -59,7 +59,7 @@ class Watcher:
         self._hooks = Hooks(self, self._now)
         self._hooked = weakref.WeakSet[nn.Module]()
         self._proofs = Proofs()
-        self._beside: list[Beside] = []
+        self._beside: dict[Layer, Beside] = {}
         self._sampled: str | None = None
         self._forgotten: set[Layer] = set()
         self._pass = -1  # the last backward pass that brought rows
@@ -281,7 +281,9 @@ class Watcher:
         after_pass(partial(layer.last_pass.end, layer.weight))
         leaf = self.leaf(layer.weight) if reach is Reach.RETURNED else None
         if leaf is not None:
-            self._beside.append(Beside(self, layer, leaf))
+            if layer in self._beside:
+                self._beside[layer].end()
+            self._beside[layer] = Beside(self, layer, leaf)
 
     def drop_returned(self, layer: Layer) -> None:
         """Drop the rows of `torch.autograd.grad`, as the pass that runs adds to the gradient."""
@@ -335,9 +337,9 @@ class Watcher:
             self._forgotten.update(told)
         self._sampled = None
         self._proofs.forget()
-        for one in self._beside:
+        for one in self._beside.values():
             one.end()
-        self._beside = []
+        self._beside = {}
         self.queue.forget()
         self._roster.forget_rows()
         if self._keeper.sharded is not None:

@@ -162,6 +162,11 @@ def uses(module: nn.Module) -> Iterator[Use]:
         yield Use(entry.weight, entry.bias, kind, by_output, is_open)
 
 
+def kind_of(module: nn.Module, weight: str) -> LayerKind | None:
+    """The kind of the layer of a module that has this weight, None if there is none."""
+    return next((use.kind for use in uses(module) if use.weight == weight), None)
+
+
 def _find(module: nn.Module) -> tuple[type[nn.Module], Entry] | None:
     """The class of a module, or the nearest that it inherits from, that the table has."""
     for cls in type(module).__mro__:
