@@ -50,7 +50,8 @@ class Tracer:
         within: The equations that are being entered.
         twins: Calls that were traced, for equal ones.
         constants: The constants of the jaxprs, by id. Nothing else counts as known, so that a step
-            that is not compiled, where all values are, measures what a compiled one does.
+            that is not compiled, where all values are, measures what a compiled one does. An array
+            that a loss captures and is also handed counts as a constant there.
     """
 
     def __init__(

@@ -250,7 +250,8 @@ def test_a_state_of_before_begins_anew() -> None:
         before |= {f"{of}.bias.{name.rpartition('.')[2]}": before.pop(name) for name in mine}
     assert "z.kernel.exp_avg" in before
     fresh = tx.init(params)
-    restored = singd_jax.unflatten(fresh, before)
+    with pytest.warns(UserWarning, match=r"now: a\.kernel, z\.kernel\. They begin anew"):
+        restored = singd_jax.unflatten(fresh, before)
     assert int(restored.core.step) == 3
     for kernel in ("a.kernel", "z.kernel"):
         both = (dict(own.core.layers[kernel].named_arrays()) for own in (restored, fresh))
@@ -455,7 +456,8 @@ def test_a_state_of_rows_begins_anew_with_gradients() -> None:
     for name, own in fresh.factors.items():  # the same with a diagonal C
         saved = {k: a for k, a in saved.items() if not k.startswith(f"{name}.C.")}
         saved[f"{name}.C.diag"] = np.ones(own.sides[1].shape[:-1], np.float32)
-    restored = singd_jax.unflatten(fresh, saved)
+    with pytest.warns(UserWarning, match="where these learn from gradients now: .* begin anew"):
+        restored = singd_jax.unflatten(fresh, saved)
     for name, own in restored.factors.items():
         assert bool(jnp.all(own.averages.k == 0.0)) == isinstance(own, Shampoo), name
         has_mean = isinstance(own, Shampoo) and own.inputs is not None
