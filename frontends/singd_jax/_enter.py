@@ -1,8 +1,7 @@
 """Equations that call other jaxprs, rebuilt so that the products inside are visited.
 
-Each is rebuilt by the public transformation it came from. All take the tracer, the equation, the
-values and origins of its operands, the ports of the weights among them, and which of the results a
-gradient goes back from. They return the results and their origins.
+Each is rebuilt by the public transformation it came from. All take the tracer and what is called,
+and return the results and their origins.
 """
 
 from __future__ import annotations
@@ -21,32 +20,20 @@ from singd_jax._joins import Join
 from singd_jax._product import Origin, Product
 from singd_jax._reasons import STACKED
 from singd_jax._rules import custom_jvp, custom_vjp
-from singd_jax._tap import Ports, Slice
-from singd_jax._trace import Enter, Results, Tracer
+from singd_jax._tap import Slice
+from singd_jax._trace import Called, Enter, Results, Tracer
 
 
-def inline(
-    tracer: Tracer,
-    eqn: Any,
-    values: Sequence[Any],
-    origins: Sequence[Origin],
-    ports: Ports,
-    gives: Sequence[bool],
-) -> Results:
+def inline(tracer: Tracer, called: Called) -> Results:
     """`jit`: its compilation is left to the step around it."""
+    eqn, values, origins, ports, gives = called
     jaxpr, consts = _compat.inner_jaxpr(eqn)
     return tracer.run(jaxpr, consts, values, origins, ports, gives)
 
 
-def remat(
-    tracer: Tracer,
-    eqn: Any,
-    values: Sequence[Any],
-    origins: Sequence[Origin],
-    ports: Ports,
-    gives: Sequence[bool],
-) -> Results:
+def remat(tracer: Tracer, called: Called) -> Results:
     """`jax.checkpoint`."""
+    eqn, values, origins, ports, gives = called
     jaxpr, consts = _compat.inner_jaxpr(eqn)
     p = eqn.params
 
@@ -58,15 +45,9 @@ def remat(
     return twins.run(tracer, body, made, same, values, origins, ports)
 
 
-def cond(
-    tracer: Tracer,
-    eqn: Any,
-    values: Sequence[Any],
-    origins: Sequence[Origin],
-    ports: Ports,
-    gives: Sequence[bool],
-) -> Results:
+def cond(tracer: Tracer, called: Called) -> Results:
     """`lax.cond`, `lax.switch` and `lax.platform_dependent`."""
+    eqn, values, origins, ports, gives = called
     # what one branch adds to the output of a layer outside is no bias of it
     inside = [None if isinstance(o, Product) else o for o in origins[1:]]
 
@@ -83,15 +64,9 @@ def cond(
     return list(results), [None] * len(results)
 
 
-def scan(
-    tracer: Tracer,
-    eqn: Any,
-    values: Sequence[Any],
-    origins: Sequence[Origin],
-    ports: Ports,
-    gives: Sequence[bool],
-) -> Results:
+def scan(tracer: Tracer, called: Called) -> Results:
     """`lax.scan`: a leaf that is scanned over is a stack of weights, with a port for each."""
+    eqn, values, origins, ports, gives = called
     p = eqn.params
     body, (n_consts, n_carry) = p["jaxpr"], _compat.scan_counts(p)
     first = n_consts + n_carry
@@ -142,15 +117,9 @@ def scan(
     return [*carry, *ys], [None] * len(eqn.outvars)
 
 
-def shard_map(
-    tracer: Tracer,
-    eqn: Any,
-    values: Sequence[Any],
-    origins: Sequence[Origin],
-    ports: Ports,
-    gives: Sequence[bool],
-) -> Results:
+def shard_map(tracer: Tracer, called: Called) -> Results:
     """`jax.shard_map`."""
+    eqn, values, origins, ports, gives = called
     specs = eqn.params["in_specs"]
     tracer.spread.enter(eqn)
     jaxpr, consts = _compat.inner_jaxpr(eqn)

@@ -19,25 +19,19 @@ from singd_jax._measured import measured
 from singd_jax._product import Origin
 from singd_jax._reasons import made_by
 from singd_jax._spread import GRADIENT, Spread
-from singd_jax._tap import Port, Ports
+from singd_jax._tap import Port
 from singd_jax._targets import Target, are_outside
-from singd_jax._trace import Results, Tracer
+from singd_jax._trace import Called, Results, Tracer
 
 SHARED = "its result's gradient, times a number or with others"
 
 
-def custom_jvp(
-    tracer: Tracer,
-    eqn: Any,
-    values: Sequence[Any],
-    origins: Sequence[Origin],
-    ports: Ports,
-    gives: Sequence[bool],
-) -> Results:
+def custom_jvp(tracer: Tracer, called: Called) -> Results:
     """`jax.custom_jvp`: the gradient is the transpose of its rule, which is linear in tangents.
 
     So the products to visit are a parameter's tangent's, inside the rule.
     """
+    eqn, values, origins, ports, gives = called
     given, returned = _smooth(eqn.invars), _smooth(eqn.outvars)
 
     def rule(values: Any, tangents: Any) -> Any:
@@ -89,16 +83,9 @@ def custom_jvp(
     return call(values, ports), [origin_of.get(i) for i in range(len(eqn.outvars))]
 
 
-def custom_vjp(
-    tracer: Tracer,
-    eqn: Any,
-    values: Sequence[Any],
-    origins: Sequence[Origin],
-    ports: Ports,
-    gives: Sequence[bool],
-) -> Results:
+def custom_vjp(tracer: Tracer, called: Called) -> Results:
     """`jax.custom_vjp`: its backward pass shows what a weight's gradient is the product of."""
-    del gives  # the rule is one for all results
+    eqn, values, origins, ports, _ = called  # the rule is one for all results
     given = [i for i in _smooth(eqn.invars) if tracer.perturbed(eqn.invars[i])]
     returned = _smooth(eqn.outvars)
     tree: Any = None

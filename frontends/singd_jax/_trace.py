@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +28,27 @@ from singd_jax._tap import Ports
 # Takes a product, its operand, itself and the ports; returns the product, tapped or not.
 Visit: TypeAlias = Callable[[Key, Call, Any, Array, Ports], Array]
 Results: TypeAlias = tuple[list[Any], list[Origin]]  # with where they come from
-# Takes the tracer, an equation, the values and origins of its operands, the ports among them, and
-# which of its results a gradient goes back from.
-Enter: TypeAlias = (
-    "Callable[[Tracer, Any, Sequence[Any], Sequence[Origin], Ports, Sequence[bool]], Results]"
-)
+
+
+class Called(NamedTuple):
+    """An equation that calls other jaxprs, which are entered.
+
+    Attributes:
+        eqn: The equation.
+        values: Its operands.
+        origins: Where these come from.
+        ports: The ports of the weights among them.
+        gives: Which of its results a gradient goes back from.
+    """
+
+    eqn: Any
+    values: Sequence[Any]
+    origins: Sequence[Origin]
+    ports: Ports
+    gives: Sequence[bool]
+
+
+Enter: TypeAlias = "Callable[[Tracer, Called], Results]"
 
 
 class Tracer:
@@ -146,7 +162,7 @@ class Tracer:
             within, self.within = self.within, (*self.within, id(eqn))
             try:
                 mine = {k: p for k, p in ports.items() if any(view.holds(k) for view in views)}
-                return enter(self, eqn, values, origins, mine, gives)
+                return enter(self, Called(eqn, values, origins, mine, gives))
             finally:
                 self.within = within
         results = _compat.evaluate(eqn, values)
