@@ -55,9 +55,9 @@ class Kernels:
     fuse: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
 
 
-_KERNELS: dict[type, Kernels] = {}
-_FOUND: dict[type, Kernels] = {}  # of these types, and of others that were asked for
 _STANDARD = Kernels()
+_KERNELS: dict[type, Kernels] = {int: _STANDARD, float: _STANDARD}  # torch.compile finds no others
+_FOUND = dict(_KERNELS)  # of these types, and of others that were asked for
 
 
 def register(kernels: Kernels, *types: type) -> None:

@@ -1,6 +1,8 @@
 """Inside torch.compile rows are as in eager calls, and steps that are not due cost nothing."""
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -255,3 +257,19 @@ def test_a_compiled_step_equals_the_ordinary_one(structure: str) -> None:
     assert len(graphs) == 2 * 3  # the refresh and the step of three stacks
     for p, q in zip(model.parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+
+
+FIRST = """
+import torch, singd_torch
+from singd_core import Optimizer
+optimizer, W, x, g = Optimizer(), torch.ones(3, 2), torch.ones(4, 2), torch.ones(4, 3)
+def step(state, W, x, g):
+    return optimizer.update({"W": g.mT @ x}, state, {"W": W}, {"W": (x, g)})[0]["W"]
+torch.compile(step, backend="eager", fullgraph=True)(optimizer.init({"W": W}), W, x, g)
+"""
+
+
+@pytest.mark.slow
+def test_the_first_step_of_a_process_may_be_compiled() -> None:
+    """Nothing is looked up before that torch.compile cannot look up."""
+    subprocess.run([sys.executable, "-c", FIRST], check=True)

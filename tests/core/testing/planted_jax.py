@@ -49,12 +49,12 @@ class StopsTheGradient(Diagonal):
 
 @bug("jax_step_without_data", "jax")
 class BranchesOnAGradient(Diagonal):
-    def precondition(self, X):
-        return super().precondition(X) if X.shape[-1] <= 3 or X[0, 0] < 1e30 else X
+    def apply(self, X):
+        return super().apply(X) if X.shape[-1] <= 3 or X[0, 0] < 1e30 else X
 
 
 @bug("jax_step", "jax")
 class NoGradientWhenTraced(Diagonal):
-    def precondition(self, X):
+    def apply(self, X):
         traced = X.shape[-1] > 3 and type(X).__name__ == "DynamicJaxprTracer"
-        return X if traced else super().precondition(X)
+        return X if traced else super().apply(X)

@@ -46,9 +46,9 @@ class ListsAGradient(Diagonal):
 
 @bug("torch_step_compiles", "torch")
 class FieldsForAGradient(Diagonal):
-    def precondition(self, X):
+    def apply(self, X):
         assert X.shape[-1] <= 3 or dataclasses.fields(type(self))
-        return super().precondition(X)
+        return super().apply(X)
 
 
 @bug("torch_meta", "torch")

@@ -118,8 +118,8 @@ class NaNAsZero(Tril):
 class BoundsHugeGradients(Diagonal):
     """A gradient has more columns than the three rows of a law."""
 
-    def precondition(self, X):
+    def apply(self, X):
         xp = array_namespace(X)
         if X.shape[-1] > 3 and float(xp.max(xp.abs(X))) > 1e30:
             X = X * 1e-30
-        return super().precondition(X)
+        return super().apply(X)
