@@ -137,5 +137,5 @@ def _slices(n: int, m: int, start: int, stride: int) -> Iterator[slice]:
     while m > 0:
         here = min(m, -(-(n - start) // stride))
         stop = start + here * stride
-        yield slice(start, stop - stride + 1, stride)
+        yield slice(start, stop - stride + 1, stride if here > 1 else 1)
         m, start = m - here, stop - n

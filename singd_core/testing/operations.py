@@ -33,7 +33,7 @@ def _apply_into(L: Any, X: Array) -> Array:
 
 def _scale_rows(L: Any, c: Array) -> Any:
     scaled = L.scale_rows(c)
-    return L.dense() * c[..., None] if scaled is None else scaled
+    return L.apply(c[..., None]) if scaled is None else scaled  # something of c and of L
 
 
 def _part(L: Any, X: Array) -> Any:
