@@ -140,10 +140,12 @@ def _check_parameter(name: str, parameter: Parameter, kind: LayerKind | None) ->
     except ValueError as error:
         raise ValueError(f"{name!r}: {error}") from None
     batch, d_out, _ = kind.shape(tuple(weight.shape), bias is not None)
+    if bias is None:
+        return
     outputs = prod(batch) * d_out
     # it is a column of the matrix, or of each of them
-    flat = not kind.has_rows or bias is None or tuple(bias.shape) in ((outputs,), (*batch, d_out))
-    if bias is not None and (prod(bias.shape) != outputs or not flat):
+    flat = not kind.has_rows or tuple(bias.shape) in ((outputs,), (*batch, d_out))
+    if prod(bias.shape) != outputs or not flat:
         raise ValueError(
             f"{name!r}: the bias has shape {tuple(bias.shape)}, but a weight of shape "
             f"{tuple(weight.shape)} has {outputs} outputs" + ("" if flat else " along one axis")

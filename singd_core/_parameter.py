@@ -105,23 +105,20 @@ def layer_rows(
     B, M = kind.outputs(g, kfac_approx=kfac_approx, loss_average=loss_average, sample=of_g)
     if kind.row_parts != (None,):
         raise ValueError(f"each part of {kind} has rows: give each a name and a kind of its own")
-    if kfac_approx == "reduce":  # any number of positions makes a row of an example
-        all_of_x = kind.inputs(x, bias=False, kfac_approx="expand", sample=Sample(1))[1]
-        mean = "batch+sequence"
-        all_of_g = kind.outputs(g, kfac_approx="expand", loss_average=mean, sample=Sample(1))[1]
-        if all_of_x != all_of_g:
-            raise ValueError(
-                f"an input of {all_of_x} positions does not fit a gradient of {all_of_g}"
-            )
+    # a mean over all positions has as many terms, also where rows are fewer
+    positions = partial(kind.outputs, g, kfac_approx="expand", loss_average="batch+sequence")
+    n_x, n_g = N, B.shape[-2]
+    if kfac_approx == "reduce":
+        n_x = kind.inputs(x, bias=False, kfac_approx="expand", sample=Sample(1))[1]
+        n_g = positions(sample=Sample(1))[1]
+    elif of_g is not None:
+        n_g = positions(sample=of_g)[1]
     # a batch of one each, without an axis for it
-    single, rows = x.ndim <= g.ndim == weight.ndim - 1, B.shape[-2]
-    if of_g is not None:  # B has fewer rows: a mean over all of them would have as many terms
-        count = partial(kind.outputs, kfac_approx=kfac_approx, loss_average="batch+sequence")
-        rows = count(g, sample=of_g)[1] if kfac_approx == "expand" else N
-    alike = (single or x.shape[:1] == g.shape[:1]) and rows == N
+    single = x.ndim <= g.ndim == weight.ndim - 1
+    alike = (single or x.shape[:1] == g.shape[:1]) and n_x == n_g
     if (A.shape[-1], B.shape[-1]) != (d_in, d_out) or not alike:
         raise ValueError(
-            f"{N} of length {A.shape[-1]} and {rows} of length {B.shape[-1]} do not fit a "
+            f"{n_x} of length {A.shape[-1]} and {n_g} of length {B.shape[-1]} do not fit a "
             f"{d_out} × {d_in} matrix and each other"
         )
     return A, N, B, M

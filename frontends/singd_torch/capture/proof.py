@@ -335,10 +335,9 @@ def _drawn(k: int, d_in: int, device: torch.device) -> Tensor:
     return ((2.0 * signs - 1.0) * 2.0 ** -(d_in.bit_length() // 2)).mT
 
 
-def _whole(t: Any) -> Tensor:
+def _whole(t: Tensor) -> Tensor:
     """What tensor parallelism has in parts, which all processes ask for at once."""
-    whole: Tensor = t.full_tensor() if is_in_parts(t) else t
-    return whole
+    return t.full_tensor() if is_in_parts(t) else t
 
 
 def _norm(x: Tensor) -> Tensor:

@@ -7,10 +7,13 @@ import enum
 import sys
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 class Reach(enum.Enum):
@@ -94,11 +97,11 @@ def _version(weight: Tensor) -> tuple[int, int] | None:
 
 def is_zero(gradient: Tensor) -> bool:
     """Whether a gradient has zeros alone, or the part that is here where processes have parts."""
-    own: Any = gradient
-    return not bool((own.to_local() if is_in_parts(gradient) else gradient).any())
+    here = gradient.to_local() if is_in_parts(gradient) else gradient
+    return not bool(here.any())
 
 
-def is_in_parts(tensor: Tensor) -> bool:
+def is_in_parts(tensor: Tensor) -> TypeGuard[DTensor]:
     """Whether several processes have parts of a tensor: then it is a DTensor.
 
     A parameter of another subclass is as whole as any.
