@@ -37,8 +37,8 @@ def pytest_unconfigure() -> None:
 settings.register_profile("default", deadline=None, derandomize=True)
 settings.load_profile("default")
 
-# The tests of these files share a fixture that takes 10 s or more: one process runs them all.
-_TOGETHER = "test_distributed.py", "test_jax_sharding.py"
+# One process runs all tests of such a file: they share what was compiled, or a fixture of 10 s.
+_TOGETHER = "jax_frontend/", "test_distributed.py"
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -48,7 +48,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return file if file.endswith(_TOGETHER) else nodeid
+            return file if any(name in file for name in _TOGETHER) else nodeid
 
     return Scheduling(config, log)
 

@@ -51,7 +51,9 @@ def test_they_are_those_of_value_and_curvature(T):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda grads: jax.tree.map(lambda g: g * 0.37, grads),
+        pytest.param(
+            lambda grads: jax.tree.map(lambda g: g * 0.37, grads), marks=pytest.mark.slow
+        ),
         pytest.param(
             lambda grads: jax.tree.map(lambda g, h: (g + h) / 2, grads, grads),
             marks=pytest.mark.slow,

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from cases import cases
 from jax_cases import X
 from jax_runs import LAYERS, assert_close, loss, run, start, state_of, states_of, stepper
 
@@ -97,7 +96,8 @@ def test_masked_leaves_parameters_out():
     assert_close(updates["v"], grads["v"], 0.0)  # what masked does with the rest
 
 
-@pytest.mark.parametrize("T", cases([1, 2], fast=[2]))
+@pytest.mark.slow
+@pytest.mark.parametrize("T", [1, 2])
 def test_groups_with_settings_of_their_own(T):
     groups = {
         "first": singd_jax.singd(0.02, layers=LAYERS, T=T, growing_T=False, structures="diagonal"),
