@@ -51,9 +51,7 @@ def test_they_are_those_of_value_and_curvature(T):
 @pytest.mark.parametrize(
     "change",
     [
-        pytest.param(
-            lambda grads: jax.tree.map(lambda g: g * 0.37, grads), marks=pytest.mark.slow
-        ),
+        pytest.param(lambda grads: jax.tree.map(lambda g: g * 0.37, grads), marks=pytest.mark.slow),
         pytest.param(
             lambda grads: jax.tree.map(lambda g, h: (g + h) / 2, grads, grads),
             marks=pytest.mark.slow,

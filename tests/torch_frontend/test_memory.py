@@ -92,3 +92,34 @@ def test_with_diagonal_factors_all_memory_is_half_of_adamws_state() -> None:
     optimizer.zero_grad()
     held = sum(n for memory, n in alive().items() if memory not in before)
     assert held <= 0.55 * 2 * sum(p.nbytes for p in model.parameters())
+
+
+class First(nn.Sequential):
+    """Returns the first of several results."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first: torch.Tensor = super().forward(x)[0]
+        return first
+
+
+def test_what_a_run_does_many_times_leaves_no_objects() -> None:
+    by_function = nn.LSTMCell(16, 3)  # calls of functions are watched with it
+    layers = nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 16), by_function
+    model = First(*layers)
+    optimizer, x = SINGD(model, T=5), torch.randn(5, 1, 4, 4)
+
+    def objects(turns: int) -> int:
+        for _ in range(turns):
+            optimizer.load_state_dict(optimizer.state_dict())
+            for _ in range(10):
+                torch.autograd.grad(model(x).square().mean(), list(model.parameters()))
+                model.eval()(x)
+                optimizer.zero_grad()
+                model.train()(x).square().mean().backward()
+                optimizer.step()
+        gc.collect()
+        return len(gc.get_objects())
+
+    objects(8)  # caches are full
+    before = objects(2)
+    assert objects(10) <= before + 10

@@ -87,15 +87,16 @@ def tell_apart(owner: Any, weight: Tensor) -> None:
     marks = _MARKS.get(id(vars(weight)))
     if marks is None:
         marks = _MARKS[id(vars(weight))] = _Marks(weight)
-    marks.taps += 1
-    weakref.finalize(owner, marks.leave)
+    if id(owner) not in marks.owners:
+        marks.owners.add(id(owner))
+        weakref.finalize(owner, marks.leave, id(owner))
 
 
 class _Marks:
     """The attributes of a weight that tell it apart: they go with the last owner of its taps.
 
     Attributes:
-        taps: For how many taps the weight was marked, whose owners are there.
+        owners: The owners that are there, by identity.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -103,12 +104,12 @@ class _Marks:
         self._attributes, before = vars(weight), set(vars(weight))
         torch._dynamo.mark_static(weight)
         self._names = set(self._attributes) - before
-        self.taps = 0
+        self.owners: set[int] = set()
 
-    def leave(self) -> None:
-        """Know that the owner of a tap has ended."""
-        self.taps -= 1
-        if not self.taps:
+    def leave(self, owner: int) -> None:
+        """Know that an owner has ended."""
+        self.owners.remove(owner)
+        if not self.owners:
             del _MARKS[id(self._attributes)]
             for name in self._names:
                 self._attributes.pop(name, None)
