@@ -116,6 +116,34 @@ def scanned(eqn: Equation, gives: Sequence[bool]) -> list[bool]:
     return new
 
 
+def is_traced(*arguments: Any) -> bool:
+    """Whether a program is made of what is done with some of these; else it is done at once."""
+    return any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(arguments))
+
+
+def shared(function: Callable[..., T]) -> Callable[..., T]:
+    """A function that a program has once, however often it calls it.
+
+    A step that is not compiled would compile it anew, and keep it.
+    """
+    once = jax.jit(function)
+
+    @functools.wraps(function)
+    def called(*arguments: Any) -> T:
+        found: T = (once if is_traced(arguments) else function)(*arguments)
+        return found
+
+    return called
+
+
+def cond(condition: Any, function: Callable[[], T], other: Callable[[], T]) -> T:
+    """`jax.lax.cond`, which in a step that is not compiled would compile both, and keep them."""
+    if is_traced(condition):
+        found: T = jax.lax.cond(condition, function, other)
+        return found
+    return function() if condition else other()
+
+
 def switch(
     eqn: Equation, index: Any, branches: Sequence[Callable[..., Any]], *args: Any
 ) -> Sequence[Any]:

@@ -113,10 +113,10 @@ def value_and_curvature(
             zeros = _curvatures(slots, trained, average)
             return *value_and_grad(loss, leaves, batch, keywords, has_aux), zeros
 
-        if always:
-            value, grads, changed, found = measured()
-        else:
-            value, grads, changed, found = jax.lax.cond(jnp.any(jnp.stack(dues)), measured, plain)
+        due = always or jnp.any(jnp.stack(dues))
+        value, grads, changed, found = _compat.cond(due, measured, plain)
+        if not (_compat.is_traced(due) or due):  # nothing was measured, so nobody knows
+            used.update(found)
         if not used:
             raise ValueError(
                 f"the loss uses none of {', '.join(kept)} as in the loss that the layers were "

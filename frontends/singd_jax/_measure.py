@@ -102,7 +102,7 @@ def measure(
     if call.code is None:
         return rule
     same = call.code, layer.shape, transposed, bias, structures, most, counted, M, kfac_approx
-    return known.setdefault(same, jax.jit(rule))
+    return known.setdefault(same, _compat.shared(rule))
 
 
 def _sample(

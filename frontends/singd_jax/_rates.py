@@ -48,8 +48,8 @@ class Stepper(Optimizer):
     def _if(
         self, condition: Any, function: Callable[..., T_Tree], old: T_Tree, *arrays: Array
     ) -> T_Tree:
-        if isinstance(condition, bool):
-            return super()._if(condition, function, old, *arrays)
+        if not _compat.is_traced(condition):
+            return super()._if(bool(condition), function, old, *arrays)
 
         def branch(old: T_Tree, *arrays: Array) -> T_Tree:
             found: T_Tree = jax.lax.cond(condition, function, lambda old, *_: old, old, *arrays)

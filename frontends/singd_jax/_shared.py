@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from singd_core.layers import LayerKind
 from singd_core.rounding import Rounding
+from singd_jax import _compat
 
 
 class Shared:
@@ -25,7 +26,7 @@ class Shared:
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """`function(*arguments)`."""
-        traced = any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(arguments))
+        traced = _compat.is_traced(arguments)
         if not (traced and isinstance(function, partial)) or function.keywords:
             return function(*arguments)
         given, key = function.args, (function.func, *map(_identity, function.args))

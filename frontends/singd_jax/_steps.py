@@ -156,8 +156,7 @@ def _refreshed(
     }
     if not old or state.T is None:
         return refreshed() if old else {}
-    found: dict[str, Factors] = jax.lax.cond(state.due, apart, lambda: old)
-    return found
+    return _compat.cond(state.due, apart, lambda: old)
 
 
 def _owned(layers: Trained) -> list[str]:

@@ -227,19 +227,32 @@ def test_steps_that_are_not_compiled_may_look_for_nan() -> None:
     assert bool(jnp.isfinite(updates["w"]).all())
 
 
-def test_steps_that_are_not_compiled_go_on_between_refreshes() -> None:
-    params = {"w": array(4, 4)}
-
+@pytest.mark.parametrize("structures", cases(["dense", None], fast=["dense"]))
+def test_steps_that_are_not_compiled_equal_compiled_ones_and_compile_nothing(
+    structures: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     def loss(p: Any, x: Any) -> Any:
-        return mean_square(jnp.tanh(x @ p["w"]))
+        return mean_square(jnp.tanh(x @ p["w"] + p["b"]) @ p["u"])
 
-    tx = singd_jax.singd(loss=loss, T=3, growing_T=False)
-    state = tx.init(params, X)
-    for _ in range(3):
+    tx = singd_jax.singd(loss=loss, T=2, growing_T=False, structures=structures, rows=4)
+    params = {"w": array(4, 5), "b": array(5), "u": array(5, 2)}
+    start = params, tx.init(params, X)
+
+    def step(params: Any, state: Any) -> Any:
         _, grads = singd_jax.value_and_grad(loss)(params, state, X)
         updates, state = tx.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
-    assert int(state.core.step) == 3
+        return optax.apply_updates(params, updates), state
+
+    now, compiled, expected = start, jax.jit(step), start
+    for _ in range(4):
+        now, expected = step(*now), compiled(*expected)
+    with jax.log_compiles():
+        for _ in range(2):
+            now = step(*now)
+    assert not [r for r in caplog.records if "Compiling" in r.getMessage()]
+    for _ in range(2):
+        expected = compiled(*expected)
+    close(now, expected)
 
 
 @jax.custom_jvp
