@@ -23,6 +23,10 @@ _NARROWEST = 8
 # A factor that learns from gradients sees as many rows in a refresh as the other side is long, and
 # remembers about twenty refreshes. It is no wider than the rows of this many refreshes.
 _REMEMBERED = 16
+# A layer to many outputs, such as the words of a language: more than four times as many as inputs,
+# of which C would have more than eight blocks. Blocks are no better than a diagonal there.
+_LONG = 4
+_BLOCKS = 8
 # From so many entries on, a table of bags has rare ones (docs/mathematics.md, section 5).
 _RARE = 512
 
@@ -127,7 +131,7 @@ def by_cost(
     numbers than the weight, or than a factor of a small layer. A stack of matrices is one layer.
 
     Blocks of factors that learn from gradients are at most 16 times as wide as the other side is
-    long.
+    long. A layer to many outputs has a diagonal C, and K has blocks of both sides' widths.
     """
     numbers = max(d_out * d_in, _SMALL // max(1, stack))
     sides = min(0.3 * n, _WIDEST) if d_out * d_in else 0.0
@@ -135,9 +139,16 @@ def by_cost(
     rows = (_WIDEST, _WIDEST) if by_rows else (_REMEMBERED * d_out, _REMEMBERED * d_in)
     pairs = zip((d_in, d_out), rows, strict=True)
     most = [min(d, numbers // max(1, d), _WIDEST, seen) for d, seen in pairs]
-    w = [min(m, total / 2) for m in most]
-    w = [min(most[0], total - w[1]), min(most[1], total - w[0])]
+    w = _shared(total, most)
+    if d_out > max(_LONG * d_in, _BLOCKS * w[1]):
+        w = _shared(total, (most[0], 0))
     return fitted(d_in, int(w[0]), (d_in, d_in - 1)), fitted(d_out, int(w[1]), (d_out,))
+
+
+def _shared(total: float, most: Sequence[float]) -> list[float]:
+    """The widths of two sides, at most these, which have a total: half of it each if both can."""
+    w = [min(m, total / 2) for m in most]
+    return [min(most[0], total - w[1]), min(most[1], total - w[0])]
 
 
 def fitted(d: int, w: int, wholes: Sequence[int]) -> type[Structure]:

@@ -30,6 +30,24 @@ def test_factors_that_learn_from_gradients_are_no_wider_than_what_they_remember(
     assert resolve("dense", ((), d_out, d_in), by_rows=False) == (Dense, Dense)
 
 
+@pytest.mark.parametrize("by_rows", [True, False])
+@pytest.mark.parametrize(
+    ("d_out", "d_in", "K", "C"),
+    [
+        (12_641, 64, Dense, Diagonal),
+        (50_257, 768, blockdiagonal(128), Diagonal),  # 128 divides 768, and is at most 152
+        (784, 64, Dense, Diagonal),
+        (700, 64, Dense, blockdiagonal(70)),  # eight blocks
+        (4096, 1024, blockdiagonal(64), blockdiagonal(64)),  # four times as many
+        (64, 7056, blockdiagonal(63), Dense),  # inputs, such as pixels, correlate
+    ],
+)
+def test_a_layer_to_many_outputs_has_a_diagonal_C(
+    d_out: int, d_in: int, K: type, C: type, by_rows: bool
+) -> None:
+    assert resolve(None, ((), d_out, d_in), by_rows=by_rows) == (K, C)
+
+
 @pytest.mark.parametrize("entries", [511, 512, 50_000])
 def test_a_large_table_of_bags_has_diagonal_factors(entries: int) -> None:
     shape, bags = ((), 16, entries), {"entries_of_bags": entries}
