@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import repeat, zip_longest
 from typing import Any
 
@@ -44,8 +45,32 @@ def processes_of_call() -> dist.ProcessGroup | None:
         RuntimeError: If some of them may take fewer steps than others.
     """
     wrapper = DistributedDataParallel._active_ddp_module
-    if wrapper is None:
+    return None if wrapper is None else _processes_of(wrapper)
+
+
+def processes_around(weights: Iterable[Tensor]) -> dist.ProcessGroup | None:
+    """The processes of a DistributedDataParallel wrapper that has one of the weights, if any.
+
+    A call of compiled code does not tell of which wrapper it is part.
+
+    Raises:
+        RuntimeError: If some of them may take fewer steps than others.
+    """
+    own = set(weights)
+    if not any(_wrappers_of(own)):
         return None
+    gc.collect()  # it may be one that is used no more
+    return next(map(_processes_of, _wrappers_of(own)), None)
+
+
+def _wrappers_of(weights: Collection[Tensor]) -> Iterator[DistributedDataParallel]:
+    every = gc.get_objects()  # and `issubclass` asks nothing of them
+    for wrapper in (x for x in every if issubclass(type(x), DistributedDataParallel)):
+        if any(p in weights for p in wrapper.parameters()):
+            yield wrapper
+
+
+def _processes_of(wrapper: DistributedDataParallel) -> dist.ProcessGroup:
     join = wrapper._join_config
     if join.enable and not join.throw_on_early_termination:
         raise RuntimeError(_JOIN)
