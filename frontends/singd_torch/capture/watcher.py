@@ -354,7 +354,7 @@ class Watcher:
         if self._sampled is None:  # else one more micro-batch
             self.forget()
         part_again(self._roster.model)
-        gradients = [(p, p.grad) for p in self._roster.model.parameters()]
+        gradients = [(p, self._kept(p.grad)) for p in self._roster.model.parameters()]
         for p, _ in gradients:
             p.grad = None
         self._sampled = "inside"
@@ -364,6 +364,12 @@ class Watcher:
             self._sampled = "outside"
             for p, gradient in gradients:
                 p.grad = gradient
+
+    def _kept(self, gradient: Tensor | None) -> Tensor | None:
+        """A gradient that no pass writes to: a wrapper may average all passes in one memory."""
+        if gradient is None or self._keeper.processes is None:
+            return gradient
+        return gradient.detach().clone()
 
     @contextlib.contextmanager
     def no_rows(self) -> Iterator[None]:
