@@ -48,6 +48,15 @@ def processes_of_call() -> dist.ProcessGroup | None:
     return None if wrapper is None else _processes_of(wrapper)
 
 
+def is_averaged() -> bool | None:
+    """Whether the wrapper whose forward pass this is part of averages the gradients of it.
+
+    None if this is part of none.
+    """
+    wrapper = DistributedDataParallel._active_ddp_module
+    return None if wrapper is None else wrapper.require_backward_grad_sync
+
+
 def processes_around(weights: Iterable[Tensor]) -> dist.ProcessGroup | None:
     """The processes of a DistributedDataParallel wrapper that has one of the weights, if any.
 

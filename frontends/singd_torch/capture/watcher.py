@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from singd_torch._distributed import check_is_there, processes_of_call
 from singd_torch.capture import attention
+from singd_torch.capture.averaged import Averaged
 from singd_torch.capture.beside import Beside
 from singd_torch.capture.calls import Calls, Hooks
 from singd_torch.capture.calls import modules as modules_that_call
@@ -61,6 +62,7 @@ class Watcher:
         self._proofs = Proofs()
         self._beside: dict[Layer, Beside] = {}
         self._sampled: str | None = None
+        self._averaged = Averaged()
         self._forgotten: set[Layer] = set()
         self._pass = -1  # the last backward pass that brought rows
         self._refused = False
@@ -157,6 +159,7 @@ class Watcher:
         if layer is None or not layer.kind.has_rows:
             return None
         processes = processes_of_call()
+        self._averaged.call()
         if self._keeper.processes is None:  # the model may have been wrapped after it was given
             self._keeper.processes = processes
         return partial(self._take, layer, source) if may_be_due(layer) else None
@@ -199,6 +202,7 @@ class Watcher:
         self, layer: Layer, source: Source, x: Tensor, g: Tensor, product: Any, loss: int | None
     ) -> bool:
         """Take the rows of a call, or of each matrix of a product."""
+        self._averaged.take(self._sampled)
         if layer.without_rows or self._is_for_another_purpose(layer):
             return False
         layer.loss = backward_pass() if loss is None else loss

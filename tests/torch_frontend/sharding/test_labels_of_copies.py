@@ -8,11 +8,31 @@ import models
 import pytest
 from test_fully_shard import check
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from singd_torch import SINGD
 
 NAME = "tied"
+
+
+def of_one_forward_pass(rank: int, world: int) -> str:
+    wrapped: Any = DistributedDataParallel(models.new(NAME))
+    optimizer = SINGD(wrapped)
+    x, y = models.part_of(models.data(NAME)[0], rank, world)
+    logits = wrapped(x).flatten(0, -2)
+    with optimizer.sampled_labels():
+        cross_entropy(logits, (7 * y.flatten()) % 20).backward(retain_graph=True)
+    try:
+        cross_entropy(logits, y.flatten()).backward()
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_wrapper_that_has_averaged_the_pass_of_sampled_labels_is_an_error() -> None:
+    for found in gloo.run(2, of_one_forward_pass):
+        assert "wrapped.no_sync(), optimizer.sampled_labels()" in found
 
 
 def of_two(rank: int, world: int, quiet: bool) -> dict[str, Tensor]:
