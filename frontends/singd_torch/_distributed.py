@@ -24,6 +24,11 @@ _JOIN = (
     "data ends before others' do: give all as many batches, as DistributedSampler does, and call "
     "join(throw_on_early_termination=True), or leave join() out"
 )
+_OTHERS = (
+    "layers of one optimizer are in DistributedDataParallel wrappers of the processes {} and {}, "
+    "and rows of all layers are summed over the same processes: give each wrapper an optimizer of "
+    "its own"
+)
 _DESTROYED = (
     "the process group that this optimizer steps with was destroyed: call state_dict() before "
     "destroy_process_group(), and load it into another optimizer after init_process_group()"
@@ -84,6 +89,18 @@ def _processes_of(wrapper: DistributedDataParallel) -> dist.ProcessGroup:
     if join.enable and not join.throw_on_early_termination:
         raise RuntimeError(_JOIN)
     return wrapper.process_group
+
+
+def check_are_same(one: dist.ProcessGroup, other: dist.ProcessGroup) -> None:
+    """Refuse wrappers of other processes than those that rows are summed over.
+
+    Raises:
+        RuntimeError: Naming both.
+    """
+    if one is not other:
+        ranks = [dist.get_process_group_ranks(group) for group in (one, other)]
+        if ranks[0] != ranks[1]:
+            raise RuntimeError(_OTHERS.format(*ranks))
 
 
 def group_of(processes: Any) -> dist.ProcessGroup:

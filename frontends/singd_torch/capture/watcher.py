@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from singd_torch._distributed import check_is_there, processes_of_call
+from singd_torch._distributed import check_are_same, check_is_there, processes_of_call
 from singd_torch.capture import attention
 from singd_torch.capture.averaged import Averaged
 from singd_torch.capture.beside import Beside
@@ -63,6 +63,7 @@ class Watcher:
         self._beside: dict[Layer, Beside] = {}
         self._sampled: str | None = None
         self._averaged = Averaged()
+        self._found: Any = None  # the processes that a call has told
         self._forgotten: set[Layer] = set()
         self._pass = -1  # the last backward pass that brought rows
         self._refused = False
@@ -161,7 +162,9 @@ class Watcher:
         processes = processes_of_call()
         self._averaged.call()
         if self._keeper.processes is None:  # the model may have been wrapped after it was given
-            self._keeper.processes = processes
+            self._keeper.processes = self._found = processes
+        elif processes is not None and self._found is not None:
+            check_are_same(self._found, processes)
         return partial(self._take, layer, source) if may_be_due(layer) else None
 
     def turn(self, layer: Layer) -> None:
