@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import repeat, zip_longest
 from typing import Any
 
@@ -22,6 +23,11 @@ _JOIN = (
     "SINGD sums rows over all processes in its steps, and would wait for ever for a process whose "
     "data ends before others' do: give all as many batches, as DistributedSampler does, and call "
     "join(throw_on_early_termination=True), or leave join() out"
+)
+_OTHERS = (
+    "layers of one optimizer are in DistributedDataParallel wrappers of the processes {} and {}, "
+    "and rows of all layers are summed over the same processes: give each wrapper an optimizer of "
+    "its own"
 )
 _DESTROYED = (
     "the process group that this optimizer steps with was destroyed: call state_dict() before "
@@ -44,12 +50,57 @@ def processes_of_call() -> dist.ProcessGroup | None:
         RuntimeError: If some of them may take fewer steps than others.
     """
     wrapper = DistributedDataParallel._active_ddp_module
-    if wrapper is None:
+    return None if wrapper is None else _processes_of(wrapper)
+
+
+def is_averaged() -> bool | None:
+    """Whether the wrapper whose forward pass this is part of averages the gradients of it.
+
+    None if this is part of none.
+    """
+    wrapper = DistributedDataParallel._active_ddp_module
+    return None if wrapper is None else wrapper.require_backward_grad_sync
+
+
+def processes_around(weights: Iterable[Tensor]) -> dist.ProcessGroup | None:
+    """The processes of a DistributedDataParallel wrapper that has one of the weights, if any.
+
+    A call of compiled code does not tell of which wrapper it is part.
+
+    Raises:
+        RuntimeError: If some of them may take fewer steps than others.
+    """
+    own = set(weights)
+    if not any(_wrappers_of(own)):
         return None
+    gc.collect()  # it may be one that is used no more
+    return next(map(_processes_of, _wrappers_of(own)), None)
+
+
+def _wrappers_of(weights: Collection[Tensor]) -> Iterator[DistributedDataParallel]:
+    every = gc.get_objects()  # and `issubclass` asks nothing of them
+    for wrapper in (x for x in every if issubclass(type(x), DistributedDataParallel)):
+        if any(p in weights for p in wrapper.parameters()):
+            yield wrapper
+
+
+def _processes_of(wrapper: DistributedDataParallel) -> dist.ProcessGroup:
     join = wrapper._join_config
     if join.enable and not join.throw_on_early_termination:
         raise RuntimeError(_JOIN)
     return wrapper.process_group
+
+
+def check_are_same(one: dist.ProcessGroup, other: dist.ProcessGroup) -> None:
+    """Refuse wrappers of other processes than those that rows are summed over.
+
+    Raises:
+        RuntimeError: Naming both.
+    """
+    if one is not other:
+        ranks = [dist.get_process_group_ranks(group) for group in (one, other)]
+        if ranks[0] != ranks[1]:
+            raise RuntimeError(_OTHERS.format(*ranks))
 
 
 def group_of(processes: Any) -> dist.ProcessGroup:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from singd_torch._distributed import check_is_there, processes_of_call
+from singd_torch._distributed import check_are_same, check_is_there, processes_of_call
 from singd_torch.capture import attention
+from singd_torch.capture.averaged import Averaged
 from singd_torch.capture.beside import Beside
 from singd_torch.capture.calls import Calls, Hooks
 from singd_torch.capture.calls import modules as modules_that_call
@@ -61,6 +62,8 @@ class Watcher:
         self._proofs = Proofs()
         self._beside: dict[Layer, Beside] = {}
         self._sampled: str | None = None
+        self._averaged = Averaged()
+        self._found: Any = None  # the processes that a call has told
         self._forgotten: set[Layer] = set()
         self._pass = -1  # the last backward pass that brought rows
         self._refused = False
@@ -157,8 +160,11 @@ class Watcher:
         if layer is None or not layer.kind.has_rows:
             return None
         processes = processes_of_call()
+        self._averaged.call()
         if self._keeper.processes is None:  # the model may have been wrapped after it was given
-            self._keeper.processes = processes
+            self._keeper.processes = self._found = processes
+        elif processes is not None and self._found is not None:
+            check_are_same(self._found, processes)
         return partial(self._take, layer, source) if may_be_due(layer) else None
 
     def turn(self, layer: Layer) -> None:
@@ -199,6 +205,7 @@ class Watcher:
         self, layer: Layer, source: Source, x: Tensor, g: Tensor, product: Any, loss: int | None
     ) -> bool:
         """Take the rows of a call, or of each matrix of a product."""
+        self._averaged.take(self._sampled)
         if layer.without_rows or self._is_for_another_purpose(layer):
             return False
         layer.loss = backward_pass() if loss is None else loss
@@ -354,7 +361,7 @@ class Watcher:
         if self._sampled is None:  # else one more micro-batch
             self.forget()
         part_again(self._roster.model)
-        gradients = [(p, p.grad) for p in self._roster.model.parameters()]
+        gradients = [(p, self._kept(p.grad)) for p in self._roster.model.parameters()]
         for p, _ in gradients:
             p.grad = None
         self._sampled = "inside"
@@ -364,6 +371,12 @@ class Watcher:
             self._sampled = "outside"
             for p, gradient in gradients:
                 p.grad = gradient
+
+    def _kept(self, gradient: Tensor | None) -> Tensor | None:
+        """A gradient that no pass writes to: a wrapper may average all passes in one memory."""
+        if gradient is None or self._keeper.processes is None:
+            return gradient
+        return gradient.detach().clone()
 
     @contextlib.contextmanager
     def no_rows(self) -> Iterator[None]:

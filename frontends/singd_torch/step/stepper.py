@@ -16,7 +16,13 @@ from singd_core._array import ranged
 from singd_core._settings import StepSettings, arrays_of
 from singd_core.rounding import Place
 from singd_torch import _fallback, _state
-from singd_torch._distributed import agree_on_rows, is_any, of_same, reduce_rows
+from singd_torch._distributed import (
+    agree_on_rows,
+    is_any,
+    of_same,
+    processes_around,
+    reduce_rows,
+)
 from singd_torch._groups import settings_of_step
 from singd_torch._warnings import listed
 from singd_torch.capture.scaling import Scales
@@ -45,11 +51,13 @@ class Stepper(Stacker):
         skipped: How many steps changed nothing.
         places: Where parameters stand that are parts of others.
         is_alike: Whether other processes with copies are known to train the same parameters.
+        has_looked: Whether a wrapper was looked for that no call has told.
     """
 
     skipped: Tensor | int = 0
     bundles: Sequence[Bundle] = ()
     is_alike: bool = False
+    has_looked: bool = False
     places: Mapping[nn.Parameter, Place] = MappingProxyType({})
 
     @property
@@ -83,6 +91,7 @@ class Stepper(Stacker):
 
     def agree_on_rows(self) -> None:
         """Have the same rows on all processes as others have them."""
+        self._look_for_processes()
         group = self.group
         layers = [one for one in self.roster.layers if one.is_trained and one.kind.has_rows]
         asked = [one for one in layers if may_be_due(one)]
@@ -104,6 +113,18 @@ class Stepper(Stacker):
         else:
             for layer in asked:
                 layer.count_missed(called=layer.was_called, missed=layer.misses_rows())
+
+    def _look_for_processes(self) -> None:
+        """Know the processes of a wrapper of the model whose calls were compiled, in a first step.
+
+        All of them look, whatever rows they have.
+        """
+        if self.has_looked or self.group is not None or not is_one_of_several():
+            return
+        self.has_looked = True
+        weights = [one.weight for one in self.roster.layers if one.kind.has_rows]
+        if weights:
+            self.processes = processes_around(weights)
 
     def step(self, scales: Scales) -> None:
         """Take one step, with the rows of all processes."""
