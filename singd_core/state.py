@@ -11,7 +11,8 @@
     step, skipped                             counts of the whole optimizer
     largest_lr                                the largest rate of its steps
 
-Any format that stores named arrays can hold it: `numpy.savez`, safetensors, orbax.
+Any format that stores named arrays can hold it: `numpy.savez`, safetensors, orbax. `step` and
+`largest_lr` may be plain numbers, of which safetensors wants arrays: `numpy.asarray`.
 """
 
 from __future__ import annotations

@@ -47,6 +47,10 @@ class Fixed:
         """The hash of the layers, which is known."""
         return hash((self.layers, self.growing_T, self.rows))
 
+    def __repr__(self) -> str:
+        """The names of the layers: their table does not know what trains them in this state."""
+        return f"{type(self).__name__}({', '.join(self.layers)})"
+
 
 class SingdState(NamedTuple):
     """The state of `singd` and `scale_by_singd`: a pytree of arrays.

@@ -15,6 +15,7 @@ from singd_torch.capture.keeper import Keeper
 from singd_torch.capture.watcher import Watcher
 from singd_torch.layers.layer import Layer
 from singd_torch.layers.roster import Roster
+from singd_torch.layers.rows import check_sides
 from singd_torch.layers.source import Source
 from singd_torch.optimizer import SINGD
 
@@ -45,7 +46,8 @@ def check(
         AssertionError: If the difference of a layer is larger. The message names the layers.
         RuntimeError: If the model keeps a tensor with a graph, of which torch makes no copy.
         TypeError: If the model is no module, or the loss no number.
-        ValueError: If the loss does not depend on the model that its function is handed.
+        ValueError: If the loss does not depend on the model that its function is handed, or a
+            module was registered as a layer that it is not.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2)).double()
@@ -77,7 +79,8 @@ def check(
         raise AssertionError(
             f"the rows of these layers do not multiply to their gradient: {', '.join(wrong)}. If "
             "the loss uses their weights apart from the model's calls, as a penalty does, leave "
-            "that out here; else this is a bug in singd_torch"
+            "that out here. If register_layer was called for their modules, give it another kind. "
+            "Else this is a bug in singd_torch"
         )
     return found
 
@@ -136,7 +139,9 @@ class _Sums:
         A = kind.all_inputs(widen(x.to(B.device)), bias=bias, like=B)
         A = pad(A, (0, int(has_bias and not bias and not source.swapped)))
         product = B.mT @ A
-        if source.swapped:
+        if not source.swapped:
+            check_sides(layer, source, A, B)
+        else:
             product = pad(product.mT, (0, int(has_bias)))
         self._products[source.part] = self._products.get(source.part, 0.0) + product
         self._terms += float(B.norm() * A.norm())

@@ -35,6 +35,11 @@ Entries = dict[str, Any]
 # How entries begin that count, or that squares are summed up in; but one is a logarithm.
 _SQUARES = "exp_avg_sq", "step", "averages.", _state.LATE, "levels."
 _GROWTH = _state.LATE + "growth"
+_OTHERS = (
+    "it was saved with another structure, recipe or model, or one of both optimizers was given the "
+    "model and the other one parameters alone; load what was saved in the same way, or begin with "
+    "a new state and keep the weights"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,9 +264,7 @@ def _check(name: str, template: Mapping[str, Tensor], entries: Mapping[str, Any]
     for key, like in template.items():
         if key not in entries:
             raise ValueError(
-                f"the checkpoint has no {key!r} for {name!r}, it has {sorted(entries)}: it was "
-                "saved with another structure, recipe or model; load the model that was saved, or "
-                "begin with a new state and keep the weights"
+                f"the checkpoint has no {key!r} for {name!r}, it has {sorted(entries)}: {_OTHERS}"
             )
         saved = entries[key]
         if not isinstance(saved, Tensor):
@@ -274,7 +277,7 @@ def _check(name: str, template: Mapping[str, Tensor], entries: Mapping[str, Any]
         if saved.shape != like.shape:
             raise ValueError(
                 f"{key!r} of {name!r} has shape {tuple(saved.shape)} in the checkpoint, "
-                f"but {tuple(like.shape)} is needed"
+                f"but {tuple(like.shape)} is needed: {_OTHERS}"
             )
         if not (saved.is_complex() if like.is_complex() else saved.dtype in DTYPES):
             raise ValueError(

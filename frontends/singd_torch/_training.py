@@ -133,11 +133,12 @@ class Training(torch.optim.Optimizer):
             for layer in lost
             if (layer.has_modules or layer.was_called) and layer.without_rows != IN_THE_LOSS
         ]
-        if expected:
-            first = expected[0]
+        for reason in dict.fromkeys(layer.without_rows for layer in expected):
+            names = [layer.name for layer in expected if layer.without_rows == reason]
+            each, are = ("it", "it is") if len(names) == 1 else ("each", "they are")
             self._roster.warnings.once(
-                f"no rows of {first.name!r} are taken, since it is {first.without_rows}: it is "
-                "trained without; print(optimizer) shows all that is, and why"
+                f"no rows of {listed(names)} are taken, since {each} is {reason}: {are} trained "
+                "without; print(optimizer) shows every such layer, and why"
             )
         if lost:
             self._route()

@@ -7,6 +7,7 @@ from typing import Any
 from singd_core.rules.base import Rule
 from singd_core.rules.inverse_free import IKFAC, SINGD
 from singd_core.rules.kfac import KFAC
+from singd_core.structures.registry import runs_again
 
 _RULES: dict[str, type[Rule]] = {"singd": SINGD, "ikfac": IKFAC, "kfac": KFAC}
 
@@ -25,12 +26,14 @@ def get(name: object) -> type[Rule]:
 def register(name: str, rule: Any) -> None:
     """Add a rule under a name, for the setting `rule` of every frontend.
 
+    A definition that runs again, as in a cell of a notebook, takes the place of the one before.
+
     Raises:
         ValueError: If the name is taken or empty.
         TypeError: If `rule` is no subclass of `Rule`, or leaves out its `title`, what is abstract
             or the decorator `rule`.
     """
-    if not name or name in _RULES:
+    if not name or (name in _RULES and not runs_again(rule, _RULES[name])):
         raise ValueError(f"{name!r} cannot name a rule: it is empty or taken; there are {names()}")
     if not (isinstance(rule, type) and issubclass(rule, Rule)):
         raise TypeError(f"{rule!r} is no subclass of Rule")

@@ -39,6 +39,9 @@ _FAMILIES: dict[str, Family] = {
     "hierarchical15_15": hierarchical(15, 15),
 }
 
+# Where a definition stands.
+_OF_SOURCE = "__module__", "__qualname__"
+
 
 def get(name: object) -> type[Structure]:
     """The structure of a name, which has parameters after a colon. Structures return unchanged.
@@ -90,6 +93,8 @@ def checked(made: object, name: str, function: str) -> type[Structure]:
 def register(name: str, structure: Family) -> None:
     """Add a structure under a name, for `get` and for the `structures=` of every frontend.
 
+    A definition that runs again, as in a cell of a notebook, takes the place of the one before.
+
     Args:
         name: A new name without a colon.
         structure: A subclass of `Structure`, or a function of integers that makes one; its
@@ -101,7 +106,7 @@ def register(name: str, structure: Family) -> None:
     """
     if ":" in name or not name:
         raise ValueError(f"{name!r} cannot name a structure: a name is not empty and has no colon")
-    if name in _FAMILIES:
+    if name in _FAMILIES and not runs_again(structure, _FAMILIES[name]):
         raise ValueError(f'the name "{name}" is taken; there are {_known()}')
     if not (
         issubclass(structure, Structure) if isinstance(structure, type) else callable(structure)
@@ -110,6 +115,12 @@ def register(name: str, structure: Family) -> None:
             f"{structure!r} is neither a subclass of Structure nor a function making one"
         )
     _FAMILIES[name] = structure
+
+
+def runs_again(new: object, known: object) -> bool:
+    """Whether both are of one definition in the source, which has run twice."""
+    both = [[getattr(made, key, "") for key in _OF_SOURCE] for made in (new, known)]
+    return both[0] == both[1] and "<lambda>" not in both[0][1]
 
 
 def names() -> list[str]:

@@ -41,6 +41,14 @@ def test_the_state_is_arrays_alone():
     )
 
 
+def test_every_state_can_be_printed():
+    params = start()
+    assert "Fixed(" in repr(optimizer().init(params))
+    state = singd_jax.singd().init(params)
+    assert f"Fixed({', '.join(state.layers)})" in repr(state)
+    assert "Fixed(" in str(jax.tree.structure(state))  # as in JAX's errors about trees
+
+
 @pytest.mark.parametrize(
     ("dtype", "recipe"),
     [

@@ -26,6 +26,20 @@ class Doubled(nn.Module):
 register_layer(Doubled, Linear())
 
 
+class Turned(nn.Module):
+    """A layer that is registered for what it is not: its weight is stored the other way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+register_layer(Turned, Linear())
+
+
 def loss(model: nn.Module) -> Tensor:
     x = torch.randn(9, 5, generator=torch.Generator().manual_seed(1))
     return model(x).sin().square().mean()
@@ -52,6 +66,11 @@ def test_wrong_rows_are_named() -> None:
     with pytest.raises(AssertionError, match=r"of these layers .*: 0\.weight \(0\.5, where up to"):
         check(model, loss)
     assert check(model, loss, tolerance=0.6)["0.weight"] == pytest.approx(0.5)
+
+
+def test_rows_with_other_sides_are_named() -> None:
+    with pytest.raises(ValueError, match=r"'0\.weight' is no product .* have 5 inputs and 4 out"):
+        check(nn.Sequential(Turned(), nn.Tanh(), nn.Linear(4, 3)), loss)
 
 
 def test_layers_without_rows_or_gradients_are_left_out() -> None:

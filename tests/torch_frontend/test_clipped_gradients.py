@@ -114,6 +114,12 @@ def test_where_gradients_are_cut_by_parts_the_factors_learn_from_them(clip: Clip
     assert found == {"SINGD without rows"}
 
 
+def test_the_warning_names_all_layers() -> None:
+    named = r"no rows of '0\.weight' and '3\.weight' are taken, since each is clipped by value"
+    with pytest.warns(UserWarning, match=named):
+        rules(network(), by_value)
+
+
 def test_a_weight_alone_may_be_scaled_as_a_whole() -> None:
     assert rules(network(bias=False), each_by_itself) == {"SINGD"}  # warnings are errors here
     with pytest.warns(UserWarning, match="clipped by value or by parts"):

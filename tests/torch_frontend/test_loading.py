@@ -83,6 +83,18 @@ def test_load_error_names_the_mismatch_and_changes_nothing(
     assert_equal(all_numbers(model, optimizer), all_numbers(twin, other))
 
 
+@pytest.mark.parametrize("by_model", [False, True])
+def test_a_state_of_parameters_alone_is_not_the_state_of_a_model(by_model: bool) -> None:
+    def started(by_model: bool) -> tuple[nn.Module, SINGD]:
+        model = Network()
+        return model, SINGD(model) if by_model else SINGD(model.named_parameters())
+
+    model, optimizer = started(by_model)
+    train(model, optimizer, batches(F32, 2))
+    with pytest.raises(ValueError, match=r"has shape .* given the model and the other one param"):
+        started(not by_model)[1].load_state_dict(optimizer.state_dict())
+
+
 def test_settings_come_from_the_checkpoint_as_with_any_torch_optimizer() -> None:
     """Structures are settings of a group: the checkpoint's win, with factors that fit."""
     model = Network()
@@ -197,6 +209,18 @@ def test_a_checkpoint_may_be_cast_as_a_whole(dtype: torch.dtype) -> None:
         torch.float32
     }
     assert optimizer.state[model.scale]["step"] == 5
+
+
+@pytest.mark.parametrize("given", [None, torch.float32])
+def test_factors_and_momenta_follow_a_model_in_another_dtype(given: torch.dtype | None) -> None:
+    settings = {"preconditioner_dtype": (given, given), "momentum_dtype": given}
+    model = Network().bfloat16()
+    optimizer = SINGD(model, **settings)
+    optimizer.load_state_dict(saved_by(settings))
+    train(model, optimizer, batches(torch.bfloat16, 1))
+    entries = optimizer.state[model.out.weight]
+    found = {entries[name].dtype for name in ("K.matrix", "C.matrix", "momentum_buffer")}
+    assert found == {given or torch.bfloat16}
 
 
 # ---- hooks and keys of others ------------------------------------------------------------------

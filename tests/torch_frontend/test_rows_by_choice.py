@@ -301,10 +301,12 @@ def test_private_gradients_and_rows_exclude_each_other() -> None:
 
 
 def test_registering_nonsense_is_an_error() -> None:
-    with pytest.raises(TypeError, match="subclass"):
-        register_layer(int, Linear())  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="LayerKind"):
-        register_layer(Scaled, 3)  # type: ignore[arg-type]
+    for module in (int, nn.Linear(2, 2)):
+        with pytest.raises(TypeError, match="subclass"):
+            register_layer(module, Linear())  # type: ignore[arg-type]
+    for rows in (3, Linear):  # the class would take a module for its first setting
+        with pytest.raises(TypeError, match="LayerKind"):
+            register_layer(Scaled, rows)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])

@@ -268,7 +268,7 @@ class Watcher:
                 self._begin_pass(layer, backward)
             for rows in rows_of(layer, source, x, g, mask):
                 if not layer.rows_seen:
-                    check_sides(layer, source, rows)
+                    check_sides(layer, source, rows.A, rows.B)
                 self.queue.take(Call(layer, key, rows, factors, layer.loss), lent=(x, g))
             if sharded is not None:
                 sharded.sums.took(layer, self.queue.flush)

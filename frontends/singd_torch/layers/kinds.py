@@ -119,10 +119,13 @@ def register_layer(
         ...         return x @ self.w.T
         >>> register_layer(MyLinear, Linear(), weight="w")
     """
-    if not issubclass(module, nn.Module):
-        raise TypeError(f"{module!r} is not a subclass of torch.nn.Module")
-    if not (isinstance(rows, LayerKind) or callable(rows)):
-        raise TypeError(f"rows={rows!r}: give a LayerKind or a function from modules to one")
+    given: Any = module
+    if not (isinstance(given, type) and issubclass(given, nn.Module)):
+        raise TypeError(f"module={module!r}: give the class, a subclass of torch.nn.Module")
+    if isinstance(rows, type) or not (isinstance(rows, LayerKind) or callable(rows)):
+        raise TypeError(
+            f"rows={rows!r}: give a LayerKind, such as Linear(), or a function from modules to one"
+        )
     describe = (lambda _: rows) if isinstance(rows, LayerKind) else rows
     _TABLE[module] = Entry(describe, weight, bias, is_open=False)
 

@@ -70,14 +70,14 @@ def rows_of(
         yield Rows(A, N, B, rows.M)
 
 
-def check_sides(layer: Layer, source: Source, rows: Rows) -> None:
+def check_sides(layer: Layer, source: Source, A: Tensor, B: Tensor) -> None:
     """Refuse the rows of a call that is not one of the layer it was taken for.
 
     Raises:
         ValueError: If they have other sides than the matrix of the layer.
     """
     _, d_out, d_in = layer.shape
-    sides = rows.A.shape[-1], rows.B.shape[-1]
+    sides = A.shape[-1], B.shape[-1]
     inputs, outputs = sides[::-1] if source.swapped else sides
     if (inputs, outputs) != (d_in, d_out):
         ones = int(layer.bias is not None)

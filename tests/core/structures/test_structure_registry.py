@@ -88,7 +88,8 @@ def test_a_registered_name_is_found_with_its_parameters():
 @pytest.mark.parametrize(
     ("name", "structure", "error", "message"),
     [
-        ("diagonal", Diagonal, ValueError, 'the name "diagonal" is taken'),
+        ("diagonal", BlockDiagonal, ValueError, 'the name "diagonal" is taken'),
+        ("hierarchical", trilbottomrightdiag, ValueError, 'the name "hierarchical" is taken'),
         ("a:b", Diagonal, ValueError, "'a:b' cannot name a structure"),
         ("", Diagonal, ValueError, "'' cannot name a structure"),
         ("mine", int, TypeError, "is neither a subclass of Structure nor a function"),
@@ -98,6 +99,22 @@ def test_a_registered_name_is_found_with_its_parameters():
 def test_what_cannot_be_registered_is_explained(name, structure, error, message):
     with pytest.raises(error, match=message):
         register(name, structure)
+
+
+@pytest.mark.usefixtures("families")
+def test_a_definition_that_runs_again_takes_the_place_of_the_one_before():
+    def run_a_cell():
+        class Mine(Diagonal):
+            pass
+
+        register("mine", Mine)
+        return Mine
+
+    run_a_cell()
+    assert run_a_cell() is get("mine")
+    register("of a lambda", lambda b: blockdiagonal(b))
+    with pytest.raises(ValueError, match="is taken"):
+        register("of a lambda", lambda b: blockdiagonal(b + 1))
 
 
 def test_equal_parameters_give_the_same_class():
