@@ -119,8 +119,9 @@ def register(name: str, structure: Family) -> None:
 
 def runs_again(new: object, known: object) -> bool:
     """Whether both are of one definition in the source, which has run twice."""
-    both = [[getattr(made, key, "") for key in _OF_SOURCE] for made in (new, known)]
-    return both[0] == both[1] and "<lambda>" not in both[0][1]
+    (own, name), before = ([getattr(x, key, "") for key in _OF_SOURCE] for x in (new, known))
+    # a lambda, or an object such as a partial function, may be any other
+    return [own, name] == before and name != "" and "<lambda>" not in name
 
 
 def names() -> list[str]:
