@@ -23,6 +23,13 @@ from singd_jax._steps import Steps
 P = ParamSpec("P")
 T_Result = TypeVar("T_Result")
 
+# Arguments of `optax.adamw` that only optax has.
+_OF_OPTAX = {
+    "mask": "weight_decay is for matrices alone, and fallback=Fallback(weight_decay=0.0) keeps "
+    "decay from vectors; for groups of matrices take optax.multi_transform",
+    "mu_dtype": "'momentum_dtype' here",
+}
+
 
 def _naming(function: Callable[P, T_Result]) -> Callable[P, T_Result]:
     """The function, which says what was meant by an argument that it does not have."""
@@ -31,7 +38,7 @@ def _naming(function: Callable[P, T_Result]) -> Callable[P, T_Result]:
     @functools.wraps(function)
     def named(*args: P.args, **given: P.kwargs) -> T_Result:
         for name in given:
-            found = "" if name in known else hint(name, known)
+            found = "" if name in known else _OF_OPTAX.get(name) or hint(name, known)
             if found:
                 raise TypeError(f"{function.__name__} has no argument {name!r}: {found}")
         return function(*args, **given)

@@ -31,6 +31,7 @@ from singd_torch._distributed import group_of, unwrapped
 from singd_torch._estimate import automatic
 from singd_torch._groups import bare, check_counts, check_group, check_keys, parameters_of
 from singd_torch._saving import Saving
+from singd_torch.capture.scaling import takes_scale
 from singd_torch.layers.find import by_choice
 from singd_torch.layers.kinds import reasons
 from singd_torch.layers.matrices import without_model
@@ -115,7 +116,10 @@ class SINGD(Saving):
         ...     optimizer.step()
     """
 
-    _step_supports_amp_scaling = True  # torch.amp.GradScaler then hands over its scale
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether torch.amp.GradScaler is to hand over its scale: the one who asks is told."""
+        return takes_scale()
 
     def __init__(
         self,

@@ -150,6 +150,8 @@ SECOND = r"layers must be what .*find_layers\(loss\)\(params, .*; the second cal
         (lambda: singd_jax.singd(layers={}), "layers must be .* not a dict$"),
         (lambda: singd_jax.singd(b1=0.9), "no argument 'b1': b1 is 'momentum' here"),
         (lambda: singd_jax.singd(eps=1e-8), r"'damping' here; .*fallback=Fallback\(eps=...\)"),
+        (lambda: singd_jax.singd(mask=lambda p: p), r"weight_decay=0.0\) keeps decay from vectors"),
+        (lambda: singd_jax.singd(mu_dtype="bfloat16"), "'momentum_dtype' here"),
         (lambda: singd_jax.singd(lr=0.1), "no argument 'lr': was 'learning_rate' meant"),
         (lambda: singd_jax.singd(linen.Dense(3)), "learning_rate must be a number or a schedule"),
         (lambda: singd_jax.singd(damping=lambda t: jnp.ones(2)), "damping must be a number or a"),

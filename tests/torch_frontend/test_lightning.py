@@ -66,6 +66,7 @@ HOW: dict[str, dict[str, Any]] = {
     "plainly": {},
     "with clipping": {"gradient_clip_val": 0.5},
     "in bfloat16 autocast": {"precision": "bf16-mixed"},
+    "in bfloat16 autocast with clipping": {"precision": "bf16-mixed", "gradient_clip_val": 0.5},
 }
 
 
@@ -87,6 +88,33 @@ def test_batches_that_lightning_accumulates_are_one_large_batch(tmp_path: Path) 
     for p, q in zip(module.parameters(), whole.parameters(), strict=True):
         # the rounding of float32, through four steps
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("most", [None, 0.05])
+def test_lightning_scales_and_clips_as_a_loop_of_torch(most: float | None, tmp_path: Path) -> None:
+    module = Module()
+    by_hand = copy.deepcopy(module)
+    # a scaler of CPUs, which a trainer makes for GPUs alone
+    precision = lightning.pytorch.plugins.MixedPrecision(
+        "16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0)
+    )
+    fit(module, tmp_path, 6, plugins=[precision], gradient_clip_val=most)
+
+    optimizer, scaler = SINGD(by_hand, lr=0.05), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2 * STEPS)
+    (batch,) = loader()
+    for _ in range(6):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.float16, cache_enabled=False):
+            loss = by_hand.training_step(batch, 0)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        if most is not None:
+            nn.utils.clip_grad_norm_(by_hand.parameters(), most)
+        scaler.step(optimizer)
+        scaler.update()
+        schedule.step()
+    assert all(map(torch.equal, module.parameters(), by_hand.parameters()))
 
 
 def test_a_run_resumed_from_a_lightning_checkpoint_is_the_uninterrupted_one(tmp_path: Path) -> None:

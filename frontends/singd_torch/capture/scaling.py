@@ -63,6 +63,16 @@ def scales(optimizer: Any, given: Given | None) -> Scales:
     return Scales(None if given.unscaled else given.scale, given.scale)
 
 
+def takes_scale() -> bool:
+    """Whether the step takes gradients with a scale.
+
+    It also takes them without. Lightning, which would not clip others, is told no: it then has them
+    unscaled before.
+    """
+    asks = str(sys._getframe(2).f_globals.get("__name__"))
+    return not asks.startswith(("lightning", "pytorch_lightning"))
+
+
 def _scale_of_caller() -> Any:
     """The scale of the gradient scaler that takes this step, found among the callers."""
     frame: FrameType | None = sys._getframe(1)
