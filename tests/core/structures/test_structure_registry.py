@@ -1,5 +1,7 @@
 """Names of structures, and what is said of a wrong one."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -112,9 +114,14 @@ def test_a_definition_that_runs_again_takes_the_place_of_the_one_before():
 
     run_a_cell()
     assert run_a_cell() is get("mine")
-    register("of a lambda", lambda b: blockdiagonal(b))
+
+
+@pytest.mark.usefixtures("families")
+@pytest.mark.parametrize("more", [lambda n: lambda b: blockdiagonal(b + n), partial(partial, sum)])
+def test_what_has_no_name_in_the_source_takes_no_place(more):
+    register("mine", more(0))
     with pytest.raises(ValueError, match="is taken"):
-        register("of a lambda", lambda b: blockdiagonal(b + 1))
+        register("mine", more(1))
 
 
 def test_equal_parameters_give_the_same_class():
