@@ -173,7 +173,12 @@ class _Multiplier(Watcher):
         self.sums: dict[str, _Sums] = {}
 
     def take_rows(self, layer: Layer, source: Source, x: Tensor, g: Tensor) -> None:
+        self.begin_pass(layer)
         self.sums.setdefault(layer.name, _Sums()).add(layer, source, x, g)
+
+    def forget_rows(self, layer: Layer) -> None:
+        super().forget_rows(layer)
+        self.sums.pop(layer.name, None)
 
     @property
     def differentiated(self) -> set[Layer]:

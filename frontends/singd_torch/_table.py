@@ -11,6 +11,7 @@ from torch import nn
 from singd_core import rules
 from singd_core._layer_state import LayerState, bytes_of
 from singd_core._table import rendered, times
+from singd_core.layers import Tensor
 from singd_torch import _state
 from singd_torch._groups import settings_of
 from singd_torch.layers.layer import Layer
@@ -50,7 +51,7 @@ def table(
     for p, group in fallback.items():
         name, size = names[p], fallback_bytes(p, group)
         lines.append((name, times(p.shape), "AdamW", "", "", f"{size:,}"))
-        why.append(reasons.get(p, ""))
+        why.append(reasons.get(p, "") if Tensor.fits(p.shape) else "")
     if owners is not None:
         places = ["process", *(str(owners.get(layer.weight, "all")) for layer in layers)]
         places += ["its parts" for _ in fallback]

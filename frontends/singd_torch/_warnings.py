@@ -36,7 +36,8 @@ class Warnings:
             self._known.update(f"no rows of {name}" for name in names)
             warn(
                 f"no rows of {listed(names)} have been seen. Until rows are seen, {what}. "
-                "It has one of these causes: the script computes gradients itself (then "
+                "It has one of these causes: the script computes gradients itself, or an "
+                "autograd.Function, such as the adjoint of an ODE solver (then "
                 "SINGD(model.named_parameters()) expects no rows, and does not warn); backward ran "
                 "before this optimizer was built; its zero_grad came between backward and step; "
                 "inputs were empty; weights were used without calls of their modules; a registered "

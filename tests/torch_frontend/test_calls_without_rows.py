@@ -150,6 +150,18 @@ class Positions(nn.Module):
         self.table, self.token = (nn.Parameter(torch.zeros(1, n, 4)) for n in (3, 1))
 
 
+class Own(nn.Module):
+    """A layer of another library, of one input, which may be named as a layer of torch is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 1))
+        self.bias = nn.Parameter(torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
 WITHOUT_ROWS = {
     "weight normalized": (
         lambda: parametrizations.weight_norm(nn.Linear(4, 4)),
@@ -163,6 +175,11 @@ WITHOUT_ROWS = {
     "adapted": (Adapted, "Adapted is a layer of its 'weight', and not of 'down'"),
     "bounded": (lambda: nn.Embedding(4, 4, max_norm=1.0), "gives none with its arguments"),
     "bags": (lambda: nn.EmbeddingBag(4, 4, mode="max"), "gives none with its arguments"),
+    "own": (Own, " Own is not in the table of layers: register_layer"),
+    "as torch's": (
+        type("Linear", (Own,), {}),
+        f" {__name__}.Linear is not in the table of layers: register_layer",
+    ),
     "added": (
         Positions,
         "a parameter of Positions itself; to have rows of a product with it, put it",
@@ -173,6 +190,14 @@ WITHOUT_ROWS = {
 def test_what_is_no_matrix_has_no_reason() -> None:
     line = next(one for one in repr(SINGD(Positions())).splitlines() if one.startswith("token"))
     assert line.split() == ["token", "1×1×4", "AdamW", "32"]
+
+
+def test_complex_numbers_are_the_reason() -> None:
+    lines = repr(SINGD(nn.Linear(4, 3, dtype=torch.complex64))).splitlines()
+    assert [line.split()[2:] for line in lines[2:]] == [
+        ["AdamW", "192", "of", "complex", "numbers"],
+        ["AdamW", "48"],
+    ]
 
 
 @pytest.mark.parametrize("case", WITHOUT_ROWS)

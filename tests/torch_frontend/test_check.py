@@ -96,6 +96,45 @@ def test_layers_whose_derivatives_are_in_the_loss_are_left_out() -> None:
     assert check(model, slope).keys() == {"3.weight"}
 
 
+class Adjoint(torch.autograd.Function):
+    """Steps along a field, whose gradients it takes itself, as adjoints of ODE solvers do."""
+
+    @staticmethod
+    def forward(ctx: Any, field: nn.Module, y: Tensor, *_: Tensor) -> Tensor:
+        ctx.field = field
+        ctx.save_for_backward(y)
+        return y + field(y)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (g,) = gradients
+        with torch.enable_grad():
+            y = ctx.saved_tensors[0].detach().requires_grad_()
+            dy, *own = torch.autograd.grad(ctx.field(y), (y, *ctx.field.parameters()), g)
+        return None, g + dy, *own
+
+
+def test_layers_whose_gradients_a_function_takes_itself_are_left_out() -> None:
+    model = nn.ModuleDict(
+        {
+            "field": nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4)),
+            "head": nn.Linear(4, 3),
+        }
+    )
+
+    def loss(model: Any) -> Tensor:
+        y = torch.randn(9, 4)
+        for _ in range(3):
+            y = Adjoint.apply(model["field"], y, *model["field"].parameters())
+        return model["head"](y).square().mean()
+
+    assert check(model, loss).keys() == {"head.weight"}
+    optimizer = SINGD(model)
+    loss(model).backward()
+    with pytest.warns(UserWarning, match=r"0.weight' and 'field.2.weight' .* autograd\.Function"):
+        optimizer.step()
+
+
 def test_a_penalty_is_told_from_a_bug_by_the_error() -> None:
     model = nn.Linear(5, 4)
     with pytest.raises(AssertionError, match="as a penalty does"):

@@ -263,9 +263,8 @@ class Watcher:
                 fits = mask is not None and is_masked(source, x, mask)
                 self._masks[self.mask.shape] = self._masks.get(self.mask.shape, False) or fits
             layer.tell_autocast(g)
-            key, backward = (source.part, source.swapped), backward_pass()
-            if backward != layer.last_pass.number:
-                self._begin_pass(layer, backward)
+            key = (source.part, source.swapped)
+            self.begin_pass(layer)
             for rows in rows_of(layer, source, x, g, mask):
                 if not layer.rows_seen:
                     check_sides(layer, source, rows.A, rows.B)
@@ -273,8 +272,11 @@ class Watcher:
             if sharded is not None:
                 sharded.sums.took(layer, self.queue.flush)
 
-    def _begin_pass(self, layer: Layer, backward: int) -> None:
+    def begin_pass(self, layer: Layer) -> None:
         """Drop the rows of earlier passes whose gradients are not stepped along."""
+        backward = backward_pass()
+        if backward == layer.last_pass.number:
+            return
         if backward != self._pass:  # which may have no calls of a layer that an earlier one had
             self._pass = backward
             for other in self._roster.layers:
@@ -302,11 +304,15 @@ class Watcher:
         if self._sampled is None and layer.last_pass.is_dropped(layer.weight, reach):
             # `sampled_labels` takes gradients away itself
             self._forgotten.add(layer)
-            self.queue.forget(layer)
-            self._proofs.forget_earlier(layer)
-            layer.pending = {}
-            if self._keeper.sharded is not None:
-                self._keeper.sharded.sums.dropped(layer)
+            self.forget_rows(layer)
+
+    def forget_rows(self, layer: Layer) -> None:
+        """Have no rows of a layer."""
+        self.queue.forget(layer)
+        self._proofs.forget_earlier(layer)
+        layer.pending = {}
+        if self._keeper.sharded is not None:
+            self._keeper.sharded.sums.dropped(layer)
 
     def leave_joined(self) -> None:
         """Take no rows of gradients that were joined by hand, as of several tasks.

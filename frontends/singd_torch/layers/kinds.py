@@ -16,7 +16,6 @@ from singd_core.layers import (
     LayerKind,
     Linear,
     StackedLinear,
-    Tensor,
 )
 from singd_torch._groups import Notes, noted
 from singd_torch.layers.functions import transposed
@@ -186,7 +185,11 @@ def reasons(model: nn.Module, notes: Notes) -> Iterator[tuple[nn.Parameter, str]
     for module in model.modules():
         known = {name for use in uses(module) for name in (use.weight, use.bias)}
         for name, p in module._parameters.items():
-            if p is not None and Tensor.fits(p.shape) and name not in known:
+            if p is None or p.ndim < 2:
+                continue
+            if p.is_complex():
+                yield p, "of complex numbers"
+            elif name not in known:
                 computes = module in computing
                 yield p, "a parametrization computes with it" if computes else _why(module, name, p)
     yield from noted(notes, "without_rows").items()
@@ -206,6 +209,8 @@ def _why(module: nn.Module, name: str, p: nn.Parameter) -> str:
         own = f"a parameter of {cls} itself"
         return f"{own}; to have rows of a product with it, put it into an nn.Linear"
     if found is None:
+        if getattr(nn, cls, type(module)) is not type(module):  # a Linear that is not torch's
+            cls = f"{type(module).__module__}.{cls}"
         return f"{cls} is not in the table of layers: register_layer"
     if name != found[1].weight:  # as of a weight that is normalized, pruned or adapted
         return f"{cls} is a layer of its {found[1].weight!r}, and not of {name!r}"
