@@ -48,7 +48,7 @@ def check(
 
     Raises:
         AssertionError: If a difference is larger. The message names the layers or gradients.
-        ValueError: If the parameters do not fit the layers.
+        ValueError: If the parameters do not fit the layers, or gradients are not finite.
 
     Example:
         >>> from singd_jax import find_layers
@@ -100,6 +100,7 @@ def check(
         rounding = max([1e-4, *(8 * eps(dtype) for dtype in dtypes.values())])
         limit = rounding if tolerance is None else tolerance
         _refuse_another_gradient(got, expected, max(1e-4, limit))
+        _refuse_infinite(*expected)
         found = {name: float(gap) for name, gap in gaps.items()}
         wrong = [
             f"{name} ({gap:.2g} in {dtypes[name]}, where up to {limit:.2g} is rounding)"
@@ -132,6 +133,16 @@ def _refuse_another_gradient(got: Any, plain: Any, limit: float) -> None:
             "the loss as singd_jax evaluates it differs from jax.value_and_grad(loss) by more "
             f"than {limit:.2g}: {', '.join(wrong)}. If it does in float64 as well, this is a bug "
             "in singd_jax"
+        )
+
+
+def _refuse_infinite(value: Any, gradients: Mapping[str, Array]) -> None:
+    """Raise if a loss has gradients of which rows tell nothing."""
+    infinite = [name for name, g in gradients.items() if not bool(jnp.isfinite(g).all())]
+    if infinite:
+        raise ValueError(
+            f"the loss is {float(value):.3g}, and gradients of {', '.join(infinite)} are NaN or "
+            "infinite: give check a loss whose gradients are numbers"
         )
 
 

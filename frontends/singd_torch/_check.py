@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from singd_core._array import widen
+from singd_torch._warnings import listed
 from singd_torch.capture.keeper import Keeper
 from singd_torch.capture.watcher import Watcher
 from singd_torch.layers.layer import Layer
@@ -46,8 +47,8 @@ def check(
         AssertionError: If the difference of a layer is larger. The message names the layers.
         RuntimeError: If the model keeps a tensor with a graph, of which torch makes no copy.
         TypeError: If the model is no module, or the loss no number.
-        ValueError: If the loss does not depend on the model that its function is handed, or a
-            module was registered as a layer that it is not.
+        ValueError: If the loss does not depend on the model that its function is handed, if
+            gradients are not finite, or if a module was registered as a layer that it is not.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2)).double()
@@ -62,8 +63,8 @@ def check(
     model.zero_grad()
     optimizer = _Products(model, rows=float("inf"))  # a sample multiplies to another gradient
     watcher = optimizer._watcher
-    _differentiate(model, loss)
-    found, wrong = {}, []
+    value = _differentiate(model, loss)
+    found, wrong, infinite = {}, [], []
     for layer in optimizer._layers:
         sums = watcher.sums.get(layer.name)
         if sums is None or layer.without_rows or layer.weight.grad is None:
@@ -71,10 +72,18 @@ def check(
         if layer in watcher.differentiated:
             continue
         gap, error = sums.compare(layer)
+        if not all(p.grad is None or bool(p.grad.isfinite().all()) for p in layer.parameters):
+            infinite.append(layer.name)
+            continue
         limit = max(1e-4, 8 * sums.eps) if tolerance is None else tolerance
         found[layer.name] = gap
         if not gap <= limit + error:
             wrong.append(f"{layer.name} ({gap:.2g}, where up to {limit:.2g} is rounding)")
+    if infinite:
+        raise ValueError(
+            f"the loss is {float(value):.3g}, and gradients of {listed(infinite)} are NaN or "
+            "infinite: give check a loss whose gradients are numbers"
+        )
     if wrong:
         raise AssertionError(
             f"the rows of these layers do not multiply to their gradient: {', '.join(wrong)}. If "
@@ -105,8 +114,8 @@ def _copied(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _differentiate(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> None:
-    """One backward pass of the loss of a model, which has no gradients before."""
+def _differentiate(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> Tensor:
+    """The loss of a model, which has no gradients before, after one backward pass."""
     example = "check(model, lambda model: criterion(model(x), y))"
     if not callable(loss):
         raise TypeError(f"loss must be a function of the model, as in {example}")
@@ -122,6 +131,7 @@ def _differentiate(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> Non
             "the loss does not depend on the model that its function is handed, a copy: compute "
             f"it with the argument of the function, as in {example}, and not with a model outside"
         )
+    return value.detach()
 
 
 class _Sums:

@@ -201,3 +201,12 @@ def test_a_loss_that_asks_for_values_is_told_that_it_is_traced(value):
     with pytest.raises((TypeError, IndexError)) as caught:
         singd_jax.singd(loss=asks).init(params, X)
     assert any("Write jnp.where or jax.lax.cond" in note for note in caught.value.__notes__)
+
+
+def test_gradients_that_are_no_numbers_are_no_bug():
+    def distance(p, x):
+        return jnp.linalg.norm(x @ p["w"])  # which has no gradient at 0
+
+    check = singd_jax.check(distance, singd_jax.find_layers(distance)({"w": array(4, 3)}, X))
+    with pytest.raises(ValueError, match="the loss is 0, and gradients of w are NaN or infinite"):
+        check({"w": jnp.zeros((4, 3))}, X)

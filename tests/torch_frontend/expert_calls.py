@@ -80,6 +80,16 @@ CALLS: dict[str, tuple[tuple[int, ...], Callable[[Tensor, Tensor], Tensor], Tens
         lambda x, W: torch.einsum("becd,efd->befc", x, W),
         draw(2, 1, 6, D),
     ),
+    "einsum with dots": (
+        IN_OUT,
+        lambda x, W: torch.einsum("...nd,...df->...nf", x, W),
+        draw(2, E, 6, D),
+    ),
+    "einsum with dots of what all see": (
+        IN_OUT,
+        lambda x, W: torch.einsum("... n d, ... d f -> ... n f", x, W),
+        draw(6, D),
+    ),
     "einsum of a list": (IN_OUT, lambda x, W: torch.einsum("nd,edf->nef", [x, W]), draw(6, D)),
     "loop, linear": (OUT_IN, looped(F.linear), draw(9, D)),
     "loop, transposes": (OUT_IN, looped(lambda x, w: x @ w.T), draw(9, D)),

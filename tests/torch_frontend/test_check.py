@@ -141,6 +141,13 @@ def test_a_penalty_is_told_from_a_bug_by_the_error() -> None:
         check(model, lambda m: loss(m) + m.weight.square().sum())
 
 
+def test_gradients_that_are_no_numbers_are_no_bug() -> None:
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
+    message = r"the loss is nan, and gradients of '0\.weight' and '1\.weight' are NaN or infinite"
+    with pytest.raises(ValueError, match=message):
+        check(model, lambda m: loss(m) + m(torch.full((1, 5), torch.nan)).sum())
+
+
 def test_a_loss_of_another_model_is_no_check() -> None:
     model = nn.Sequential(nn.Linear(5, 4), nn.Tanh())
     for other in (lambda _: loss(model), lambda m: loss(m).detach()):

@@ -133,7 +133,10 @@ OTHERS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
     "masked": (lambda x, W: x @ (W * (W > 0)), "used by torch.Tensor.mul"),
     "part that is scaled": (lambda x, W: x @ (2 * W[0]), "used by torch.Tensor.mul"),
     "gathered": (lambda x, W: torch.bmm(x, W[torch.tensor([0, 1, 1])]), "used by torch.Tensor"),
-    "ellipsis": (lambda x, W: torch.einsum("...nd,...df->...nf", x, W), "used by torch"),
+    "dots that are summed": (
+        lambda x, W: torch.einsum("...nd,...df->nf", x, W),
+        "used by torch",
+    ),
     "both sides": (mixed, "used both plain and transposed"),
     "both sides by bmm": (
         lambda x, W: torch.bmm(torch.bmm(x, W), W.mT),
@@ -272,10 +275,11 @@ def test_weights_of_three_axes_that_are_added_need_no_word() -> None:
     assert table(optimizer)["positions"] == "SINGD without rows"
 
 
-def test_einsum_with_the_weight_of_a_linear_layer() -> None:
+@pytest.mark.parametrize("equation", ["od,bnd->bno", "o d, ... d -> ... o"])
+def test_einsum_with_the_weight_of_a_linear_layer(equation: str) -> None:
     layer = nn.Linear(D, O, bias=False)
     model = nn.Sequential(layer)
-    model.forward = lambda x: torch.einsum("od,bnd->bno", layer.weight, x)  # type: ignore[method-assign]
+    model.forward = lambda x: torch.einsum(equation, layer.weight, x)  # type: ignore[method-assign]
     check_rows(model.double(), lambda m: loss_of(m(draw(2, 6, D))))
 
 

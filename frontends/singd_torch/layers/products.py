@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -129,13 +130,25 @@ class _Grouped:
             yield MatrixRows(part, own, own_g, kept)
 
 
+def _spelled(names: Sequence[str], axes: Sequence[int]) -> list[str]:
+    """The letters of operands, of so many axes, and of the output: letters for what dots say.
+
+    The axes that are dots in several operands are the same ones, from the last of them.
+    """
+    names = [own.replace(" ", "") for own in names]
+    counts = [n - len(own.replace("...", "")) for n, own in zip(axes, names, strict=False)]
+    free = [a for a in string.ascii_letters if all(a not in own for own in names)]
+    letters = ["".join(reversed(free[: max(n, 0)])) for n in (*counts, max(counts))]
+    return [own.replace("...", dots) for own, dots in zip(names, letters, strict=True)]
+
+
 def _einsum(equation: Any, operands: Any, is_weight: Callable[[Any], bool]) -> Product | None:
     """A product of two operands, each letter once in each, that sums over one letter alone."""
-    text = equation.replace(" ", "") if isinstance(equation, str) else ""
-    given, arrow, output = text.partition("->")
+    given, arrow, output = equation.partition("->") if isinstance(equation, str) else ("", "", "")
     names = given.split(",")
-    if not arrow or len(names) != 2 or len(operands) != 2 or "." in text:
+    if not arrow or len(names) != 2 or len(operands) != 2:
         return None
+    *names, output = _spelled([*names, output], [getattr(one, "ndim", 0) for one in operands])
     which = [i for i, operand in enumerate(operands) if is_weight(operand)]
     if len(which) != 1 or any(len(set(own)) < len(own) for own in (*names, output)):
         return None
