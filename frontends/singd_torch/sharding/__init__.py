@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 from torch import nn
-
-from singd_torch.layers.reach import is_in_parts
 
 if TYPE_CHECKING:
     from singd_torch.sharding.sharded import Sharded
@@ -29,7 +28,8 @@ def parted(
     Raises:
         ValueError: If some that have parts are none of the processes.
     """
-    parts = [p for p in params if is_in_parts(p)]
+    tensor = sys.modules.get("torch.distributed.tensor")  # else there are no parts
+    parts = [] if tensor is None else [p for p in params if isinstance(p, tensor.DTensor)]
     if not parts and not copies:
         return None
     from singd_torch.sharding.boxes import check_has_parts, group_of_parts
