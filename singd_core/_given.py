@@ -139,9 +139,9 @@ def _check_parameter(name: str, parameter: Parameter, kind: LayerKind | None) ->
         kind.check_weight(tuple(weight.shape), bias is not None)
     except ValueError as error:
         raise ValueError(f"{name!r}: {error}") from None
-    batch, d_out, _ = kind.shape(tuple(weight.shape), bias is not None)
     if bias is None:
         return
+    batch, d_out, _ = kind.shape(tuple(weight.shape), True)
     outputs = prod(batch) * d_out
     # it is a column of the matrix, or of each of them
     flat = not kind.has_rows or tuple(bias.shape) in ((outputs,), (*batch, d_out))

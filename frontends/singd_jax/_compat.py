@@ -121,21 +121,6 @@ def is_traced(*arguments: Any) -> bool:
     return any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(arguments))
 
 
-def shared(function: Callable[..., T]) -> Callable[..., T]:
-    """A function that a program has once, however often it calls it.
-
-    A step that is not compiled would compile it anew, and keep it.
-    """
-    once = jax.jit(function)
-
-    @functools.wraps(function)
-    def called(*arguments: Any) -> T:
-        found: T = (once if is_traced(arguments) else function)(*arguments)
-        return found
-
-    return called
-
-
 def cond(condition: Any, function: Callable[[], T], other: Callable[[], T]) -> T:
     """`jax.lax.cond`, which in a step that is not compiled would compile both, and keep them."""
     if is_traced(condition):

@@ -20,6 +20,7 @@ from singd_jax import _compat
 from singd_jax._calls import Call
 from singd_jax._layer import TRANSPOSED, Layer
 from singd_jax._sample import Sample
+from singd_jax._shared import shared
 
 
 class Sums(NamedTuple):
@@ -102,7 +103,7 @@ def measure(
     if call.code is None:
         return rule
     same = call.code, layer.shape, transposed, bias, structures, most, counted, M, kfac_approx
-    return known.setdefault(same, _compat.shared(rule))
+    return known.setdefault(same, shared(rule))
 
 
 def _sample(

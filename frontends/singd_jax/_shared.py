@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,23 @@ import jax.numpy as jnp
 from singd_core.layers import LayerKind
 from singd_core.rounding import Rounding
 from singd_jax import _compat
+
+T = TypeVar("T")
+
+
+def shared(function: Callable[..., T]) -> Callable[..., T]:
+    """A function that a program has once, however often it calls it.
+
+    A step that is not compiled would compile it anew, and keep it.
+    """
+    once = jax.jit(function)
+
+    @wraps(function)
+    def called(*arguments: Any) -> T:
+        found: T = (once if _compat.is_traced(arguments) else function)(*arguments)
+        return found
+
+    return called
 
 
 class Shared:

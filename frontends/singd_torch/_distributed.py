@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import repeat, zip_longest
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from singd_torch._groups import plain_name
 from singd_torch.layers.layer import IN_THE_LOSS, Layer
 from singd_torch.layers.source import Source
+from singd_torch.sharding.guards import holders
 
 _JOIN = (
     "SINGD sums rows over all processes in its steps, and would wait for ever for a process whose "
@@ -70,18 +70,8 @@ def processes_around(weights: Iterable[Tensor]) -> dist.ProcessGroup | None:
     Raises:
         RuntimeError: If some of them may take fewer steps than others.
     """
-    own = set(weights)
-    if not any(_wrappers_of(own)):
-        return None
-    gc.collect()  # it may be one that is used no more
-    return next(map(_processes_of, _wrappers_of(own)), None)
-
-
-def _wrappers_of(weights: Collection[Tensor]) -> Iterator[DistributedDataParallel]:
-    every = gc.get_objects()  # and `issubclass` asks nothing of them
-    for wrapper in (x for x in every if issubclass(type(x), DistributedDataParallel)):
-        if any(p in weights for p in wrapper.parameters()):
-            yield wrapper
+    wrappers = holders(weights, DistributedDataParallel, lambda wrapper: wrapper)
+    return next(map(_processes_of, wrappers), None)
 
 
 def _processes_of(wrapper: DistributedDataParallel) -> dist.ProcessGroup:

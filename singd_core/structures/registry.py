@@ -39,9 +39,6 @@ _FAMILIES: dict[str, Family] = {
     "hierarchical15_15": hierarchical(15, 15),
 }
 
-# Where a definition stands.
-_OF_SOURCE = "__module__", "__qualname__"
-
 
 def get(name: object) -> type[Structure]:
     """The structure of a name, which has parameters after a colon. Structures return unchanged.
@@ -119,9 +116,11 @@ def register(name: str, structure: Family) -> None:
 
 def runs_again(new: object, known: object) -> bool:
     """Whether both are of one definition in the source, which has run twice."""
-    (own, name), before = ([getattr(x, key, "") for key in _OF_SOURCE] for x in (new, known))
-    # a lambda, or an object such as a partial function, may be any other
-    return [own, name] == before and name != "" and "<lambda>" not in name
+    name = getattr(new, "__qualname__", "")
+    if not name or "<lambda>" in name:  # such as of a partial function: it may be any other
+        return False
+    places = [(x.__module__, getattr(x, "__qualname__", "")) for x in (new, known)]
+    return places[0] == places[1]
 
 
 def names() -> list[str]:

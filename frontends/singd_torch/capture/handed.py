@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from singd_torch.layers.reach import gathers, is_in_parts
+from singd_torch.layers.reach import gathers
+from singd_torch.sharding import is_in_parts
 
 
 class Homes:

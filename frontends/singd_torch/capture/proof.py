@@ -18,9 +18,9 @@ from singd_torch.capture.beside import Beside
 from singd_torch.capture.columns import times, transposed_product, transposed_times
 from singd_torch.capture.tap import backward_pass
 from singd_torch.layers.layer import IN_THE_LOSS, Layer
-from singd_torch.layers.reach import is_in_parts
 from singd_torch.layers.rows import in_pieces
 from singd_torch.layers.source import Source
+from singd_torch.sharding import is_in_parts
 from singd_torch.tensors.pieces import on_host
 
 # Why rows do not tell the gradient.

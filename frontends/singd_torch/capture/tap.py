@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from singd_torch._uncompiled import uncompiled
 from singd_torch.capture import compiled
 from singd_torch.layers.kinds import kind_of, methods
-from singd_torch.layers.reach import Reach, is_in_parts
+from singd_torch.layers.reach import Reach
+from singd_torch.sharding import is_in_parts
 from singd_torch.tensors.exact import without_autocast
 
 # Takes the input of a call, the gradient of the loss at its output, which product it was, and the

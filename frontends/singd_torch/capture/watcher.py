@@ -31,10 +31,11 @@ from singd_torch.layers.due import is_due, is_refresh, may_be_due, wants_proof
 from singd_torch.layers.layer import IN_THE_LOSS, Layer
 from singd_torch.layers.pending import part_of
 from singd_torch.layers.products import MatrixRows
-from singd_torch.layers.reach import Pass, Reach, is_in_parts, part_again
+from singd_torch.layers.reach import Pass, Reach, part_again
 from singd_torch.layers.roster import Roster
 from singd_torch.layers.rows import check_sides, is_masked, rows_of
 from singd_torch.layers.source import Source
+from singd_torch.sharding import is_in_parts
 from singd_torch.sharding.guards import is_one_of_several
 
 

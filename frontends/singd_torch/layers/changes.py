@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from singd_torch.layers.kinds import hooks_of_all, is_known, methods
-from singd_torch.layers.reach import is_in_parts
+from singd_torch.sharding import is_in_parts
 
 
 class Makeup:

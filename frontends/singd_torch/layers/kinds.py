@@ -19,7 +19,7 @@ from singd_core.layers import (
 )
 from singd_torch._groups import Notes, noted
 from singd_torch.layers.functions import transposed
-from singd_torch.layers.reach import is_in_parts
+from singd_torch.sharding import is_in_parts
 
 # The kind of a module, or None for one that cannot be treated as a layer after all.
 Describe: TypeAlias = Callable[[nn.Module], LayerKind | None]

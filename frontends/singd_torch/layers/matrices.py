@@ -16,7 +16,7 @@ from singd_core.rules import learns_from_gradients
 from singd_torch._groups import Notes, noted, parameters_of, settings_of
 from singd_torch.layers.find import find, tables_of_bags
 from singd_torch.layers.layer import Layer
-from singd_torch.layers.reach import is_in_parts
+from singd_torch.sharding import is_in_parts
 
 
 def find_all(

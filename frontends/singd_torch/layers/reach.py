@@ -7,13 +7,12 @@ import enum
 import sys
 import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
+from singd_torch.sharding import is_in_parts
 
 
 class Reach(enum.Enum):
@@ -99,17 +98,6 @@ def is_zero(gradient: Tensor) -> bool:
     """Whether a gradient has zeros alone, or the part that is here where processes have parts."""
     here = gradient.to_local() if is_in_parts(gradient) else gradient
     return not bool(here.any())
-
-
-def is_in_parts(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Whether several processes have parts of a tensor: then it is a DTensor.
-
-    A parameter of another subclass is as whole as any.
-    """
-    if type(tensor) in (Tensor, nn.Parameter):  # compiled code then does not ask what is imported
-        return False
-    distributed = sys.modules.get("torch.distributed.tensor")  # else there are no parts
-    return distributed is not None and isinstance(tensor, distributed.DTensor)
 
 
 def part_again(model: nn.Module) -> None:

@@ -17,7 +17,8 @@ from singd_torch.layers.changes import Makeup
 from singd_torch.layers.due import is_refresh
 from singd_torch.layers.layer import Layer
 from singd_torch.layers.matrices import find_all, parameter_names
-from singd_torch.layers.reach import Pass, is_in_parts
+from singd_torch.layers.reach import Pass
+from singd_torch.sharding import is_in_parts
 from singd_torch.sharding.guards import refuse_flat
 
 # What the names of parameters have behind them that are not in the model any more.

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
     from singd_torch.sharding.sharded import Sharded
+
+
+def is_in_parts(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether several processes have parts of a tensor: then it is a DTensor.
+
+    A parameter of another subclass is as whole as any.
+    """
+    if type(tensor) in (Tensor, nn.Parameter):  # compiled code then does not ask what is imported
+        return False
+    distributed = sys.modules.get("torch.distributed.tensor")  # else there are no parts
+    return distributed is not None and isinstance(tensor, distributed.DTensor)
 
 
 def parted(
@@ -28,8 +41,7 @@ def parted(
     Raises:
         ValueError: If some that have parts are none of the processes.
     """
-    tensor = sys.modules.get("torch.distributed.tensor")  # else there are no parts
-    parts = [] if tensor is None else [p for p in params if isinstance(p, tensor.DTensor)]
+    parts = [p for p in params if is_in_parts(p)]
     if not parts and not copies:
         return None
     from singd_torch.sharding.boxes import check_has_parts, group_of_parts

@@ -5,10 +5,13 @@ from __future__ import annotations
 import gc
 import sys
 import traceback
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
 
 import torch.distributed as dist
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 ALONE = (
     "this is one of several processes, and nothing tells which of them train one model: each takes "
@@ -125,15 +128,22 @@ def _refuse_stages(params: Iterable[Tensor]) -> None:
     pipelining = sys.modules.get("torch.distributed.pipelining.stage")
     if pipelining is None:
         return
-    own, kind = set(params), pipelining._PipelineStageBase
-    if _is_in_stage(own, kind):
-        gc.collect()  # it may be one that is used no more
-        if _is_in_stage(own, kind):
-            raise RuntimeError(_PIPELINE)
+    if holders(params, pipelining._PipelineStageBase, lambda stage: vars(stage).get("submod")):
+        raise RuntimeError(_PIPELINE)
 
 
-def _is_in_stage(params: Collection[Tensor], kind: type) -> bool:
-    """Whether an object of this kind has a module with one of the parameters."""
-    stages = [x for x in gc.get_objects() if issubclass(type(x), kind)]  # asks nothing of others
-    modules = [vars(stage).get("submod") for stage in stages]
-    return any(p in params for module in modules if module is not None for p in module.parameters())
+def holders(
+    params: Iterable[Tensor], kind: type[T], module_of: Callable[[T], nn.Module | None]
+) -> list[T]:
+    """The objects of a kind that are used, and whose module has one of the parameters."""
+    own = set(params)
+
+    def found() -> list[T]:
+        every = [x for x in gc.get_objects() if issubclass(type(x), kind)]  # asks nothing of others
+        pairs = [(x, module_of(x)) for x in every]
+        return [x for x, m in pairs if m is not None and any(p in own for p in m.parameters())]
+
+    if not found():
+        return []
+    gc.collect()  # it may be one that is used no more
+    return found()
