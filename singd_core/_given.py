@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from math import prod
 from typing import Any
 
+import numpy as np
+
 from singd_core._array import Array, is_complex, is_inexact
 from singd_core._layer_state import Parameter, State, pair, parts
 from singd_core.layers import LayerKind, Linear, Tensor
@@ -173,7 +175,9 @@ def described(x: Any) -> str:
 
 def _library(x: Array) -> str:
     """Whose dtypes an array has: arrays that share them can be computed with each other."""
-    return type(x.dtype).__module__.partition(".")[0]
+    # bfloat16 of JAX is a dtype of NumPy, whose type ml_dtypes defines.
+    of_numpy = isinstance(x.dtype, np.dtype)
+    return "numpy" if of_numpy else type(x.dtype).__module__.partition(".")[0]
 
 
 def check_library(what: str, array: Array, like: Array) -> None:

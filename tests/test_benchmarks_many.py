@@ -33,8 +33,8 @@ def kept(tmp_path):
     return importlib.import_module("many_runs").Store(tmp_path / "runs")
 
 
-# A weight of which only the signs are used has no rows, which is said.
-@pytest.mark.filterwarnings("ignore:no rows of '0.weight' are taken")
+# Weights of which only the signs are used have no rows, which is said.
+@pytest.mark.filterwarnings("ignore:no rows of '0.weight' and '3.weight' are taken")
 @pytest.mark.parametrize(
     "method", cases(["AdamW", "SINGD", "SINGD, diagonal"], fast=["AdamW", "SINGD, diagonal"])
 )
