@@ -19,7 +19,8 @@ from singd_torch._warnings import listed
 from singd_torch.capture.scaling import Scales
 from singd_torch.layers.layer import Layer
 from singd_torch.layers.roster import Roster, matrices_of
-from singd_torch.sharding import saving
+from singd_torch.sharding import is_in_parts, saving
+from singd_torch.sharding.alike import Alike
 from singd_torch.sharding.box import Box
 from singd_torch.sharding.boxes import boxes, local, local_gradient, place_of
 from singd_torch.sharding.exchange import Exchange
@@ -51,6 +52,7 @@ class Sharded:
         self._in_parts = in_parts
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
         self.owners: dict[nn.Parameter, int] = {}
+        self._alike, self._copies = Alike(group), dict[nn.Parameter, str]()
         self.share = Share(group)
         self._layers: list[Layer] = []
         self._kinds: dict[Tensor, LayerKind] = {}
@@ -76,6 +78,7 @@ class Sharded:
         found = self.shares(self._layers)
         self._arrange_own(found, plain)
         self.owners = {p: found.owners[w.weight] for w in found.whole for p in w.parameters}
+        self._copies = {p: names.get(p, "") for p in self.owners if not is_in_parts(p)}
         self.sums.arrange(self._layers, self.owners)
         self._exchange = Exchange(self.owners, self._places, self.group)
         at_rest = [layer for layer in found.whole if layer.weight in found.resting]
@@ -226,8 +229,13 @@ class Sharded:
         self.sums.flags = {layer.weight: flag for layer, flag in zip(layers, flags, strict=True)}
 
     def step(self, scales: Scales) -> Tensor | int:
-        """Take a step, of all processes at once; how many were skipped so far."""
+        """Take a step, of all processes at once; how many were skipped so far.
+
+        Raises:
+            RuntimeError: If gradients differ of which all processes have copies.
+        """
         assert self._resting is not None
+        self._alike.check(self._copies)
         self._resting.visit()
         for layer in self._layers:
             if layer.weight in self._own:

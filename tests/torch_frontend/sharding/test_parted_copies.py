@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from test_fully_shard import STRUCTURES, check, whole
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import post_localSGD_hook as post_localSGD
 from torch.nn.parallel import DistributedDataParallel
 
 from singd_torch import SINGD
@@ -295,3 +296,47 @@ def test_rows_of_all_passes_that_are_accumulated_count() -> None:
 def test_nobody_to_share_with_is_an_error() -> None:
     with pytest.raises(ValueError, match="processes="):
         SINGD(models.new("images"), shard=True)
+
+
+IGNORED = "hidden.weight"
+
+
+def drifting(rank: int, world: int, how: str) -> str:
+    """What is said of gradients that are averaged in no step, or in the first two alone."""
+    model = models.new("images")
+    if how == "ignored":
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [IGNORED])
+    wrapped = DistributedDataParallel(model) if how != "own loop" else model
+    if how == "local":
+        state = post_localSGD.PostLocalSGDState(dist.group.WORLD, alone(rank, world), 2)
+        wrapped.register_comm_hook(state, post_localSGD.post_localSGD_hook)
+    optimizer = SINGD(wrapped, processes=dist.group.WORLD, shard=True)
+
+    def passes(batch: Any) -> None:
+        optimizer.zero_grad()
+        models.loss(wrapped, *models.part_of(batch, rank, world)).backward()
+
+    first, *_ = batches = 2 * models.data("images")
+    for batch in batches[: 3 if how == "local" else 0]:  # the steps 1, 2 and 4 are looked at
+        passes(batch)
+        optimizer.step()
+    before = models.weights(model)
+    passes(first)
+    with pytest.raises(RuntimeError, match=r"leave out shard=True") as said:
+        optimizer.step()
+    for name, p in models.weights(model).items():
+        torch.testing.assert_close(p, before[name], rtol=0.0, atol=0.0)
+    return str(said.value)
+
+
+def alone(rank: int, world: int) -> dist.ProcessGroup:
+    """The group of this process alone."""
+    groups = [dist.new_group([one]) for one in range(world)]
+    return groups[rank]
+
+
+@pytest.mark.parametrize("how", ["own loop", "ignored", "local"])
+def test_gradients_that_differ_are_an_error_where_one_process_steps_for_all(how: str) -> None:
+    first, second = gloo.run(2, drifting, how)
+    assert first == second
+    assert (f"gradients of '{IGNORED}', and" in first) == (how == "ignored")
