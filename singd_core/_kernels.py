@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kernels:
@@ -56,7 +58,12 @@ class Kernels:
 
 
 _STANDARD = Kernels()
-_KERNELS: dict[type, Kernels] = {int: _STANDARD, float: _STANDARD}  # torch.compile finds no others
+_KERNELS: dict[type, Kernels] = {
+    int: _STANDARD,  # torch.compile finds no others
+    float: _STANDARD,
+    # the clip of NumPy does not know bfloat16
+    np.ndarray: Kernels(maximum=np.maximum, minimum=np.minimum),
+}
 _FOUND = dict(_KERNELS)  # of these types, and of others that were asked for
 
 
