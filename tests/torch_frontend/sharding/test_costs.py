@@ -101,14 +101,16 @@ def test_a_step_sends_gradients_and_changes_once_and_the_backward_pass_sums(how:
     found = gloo.run(world, steps, how)
     for step in range(1, models.STEPS):  # before the first, nobody knows who has rows
         refresh = step % 2 == 0
+        compared = how == "copies" and step + 1 in (2, 4)  # gradients, by their norms
         for early, now in (each[step] for each in found):
             sums = {"reduce": 2, "all_reduce": len(local)} if refresh else {}
             exchanges = 2 if how == "parts" else 1  # each owner has the gradients of a copy
-            calls = {"all_to_all": exchanges, "all_reduce": 1 + len(local) + refresh}
+            calls = {"all_to_all": exchanges, "all_reduce": 1 + len(local) + refresh + compared}
             assert early.calls == +Counter(sums)
             assert now.calls == Counter(calls)
             # whether all is finite, norms, and what each layer has met: rows of both kinds or none
             numbers = 1 + 3 * len(local) + 6 * len(layers) * refresh
+            numbers += 2 * sum(len(layer.parameters) for layer in layers) * compared
             assert now.numbers["all_reduce"] == numbers
             assert early.numbers["all_reduce"] == sums_of(local) * refresh
             assert early.numbers["reduce"] == sums_of(owned) * refresh
