@@ -36,6 +36,9 @@ LONGEST = 4.0  # and the shortest are as much shorter
 # Gradients that vanish agree, as of a network that fits its data, and longer steps would carry the
 # weights away: e^h is at most e^VANISHED √v, and 1 where this is less.
 VANISHED = 8.0
+# Gradients of which the last is at most this share of the sum of squares say nothing: their average
+# is of earlier ones that agreed, and longer steps would follow it away from data that are fitted.
+FADED = 1e-4
 # Where they agree so little, the weights swing to and fro, and steps as they are are too long.
 TURN = 0.05
 # A rate is constant if it is this share of the largest, but for rounding. At a constant rate this
@@ -120,19 +123,19 @@ class Late(Tree):
         """The mean square of late gradients over the mean of about the last thousand."""
         return self.squares / at_least(self.weights * self.mean, TINY)
 
-    def grown(self, ratio: Scalar, smaller: Scalar, moves: Array | bool, s: StepSettings) -> Self:
+    def grown(self, ratio: Scalar, smaller: Scalar, squares: Scalar, s: StepSettings) -> Self:
         """With steps that are longer or shorter, after this step.
 
         Args:
             ratio: How much late gradients agree, over noise: what `over_noise` returns.
             smaller: What `smaller` returns.
-            moves: Whether the gradient of this step is not zero.
+            squares: ‖∇W‖² of this step.
             s: The settings.
         """
         longer = at_least(self.growth, 0.0)
-        sure = at_most(longer * (1.0 / SURE), 1.0)
+        sure = at_most(longer, SURE)
         # how far it is above and below what is asked for, up and down by at most 1
-        above, below = (multiply_add(sure, a - b, ratio) for a, b in (AGREE, OPPOSE))
+        above, below = (multiply_add(sure, (a - b) / SURE, ratio) for a, b in (AGREE, OPPOSE))
         low, high = AGREE[0], OPPOSE[0]
         less = (low + high) - (clip(above, low, low + 1.0) + at_most(below, high))
         less = at_most(less * GROWTH, longer)
@@ -144,7 +147,8 @@ class Late(Tree):
         begun = self.weights > _FORGOTTEN / (1.0 - s.momentum)
         most = clip(multiply_add(log(at_least(smaller, TINY)), 0.5, VANISHED), 0.0, LONGEST)
         growth = at_least(at_most(self.growth - less, most), -LONGEST)
-        growth = where(begun & moves, growth, self.growth)
+        tells = squares > FADED * self.squares
+        growth = where(begun & tells, growth, self.growth)
         return type(self)(self.squares, self.weights, self.noise, growth, self.mean, self.steps)
 
     def longer(self, smaller: Scalar, share: Scalar = 1.0) -> Scalar:

@@ -36,3 +36,34 @@ def test_the_loss_stays_where_it_is(seed: int) -> None:
         schedule.step()
         losses.append(loss.item())
     assert max(losses[STEPS // 3 :]) < 1e-3
+
+
+def residual(side: int = 64) -> nn.Module:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(side, side), nn.ReLU(), nn.Linear(side, side))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = x + self.inner(x)
+            return y
+
+    return nn.Sequential(
+        nn.Linear(side, side), *(Residual() for _ in range(3)), nn.Linear(side, 10)
+    )
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_few_examples_that_are_fitted_at_once_stay_fitted(seed: int) -> None:
+    """The momentum is of the first gradients for long, and longer steps would follow it away."""
+    torch.manual_seed(seed)
+    x, y = torch.randn(64, 64), torch.randint(10, (64,))
+    model = residual()
+    optimizer, losses = SINGD(model), []
+    for _ in range(70):
+        optimizer.zero_grad()
+        loss = cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert max(losses[15:]) < 1e-3
