@@ -36,8 +36,8 @@ LONGEST = 4.0  # and the shortest are as much shorter
 # Gradients that vanish agree, as of a network that fits its data, and longer steps would carry the
 # weights away: e^h is at most e^VANISHED √v, and 1 where this is less.
 VANISHED = 8.0
-# Gradients of which the last is at most this share of the sum of squares say nothing: their average
-# is of earlier ones that agreed, and longer steps would follow it away from data that are fitted.
+# Steps become no longer where the last gradient is at most this share of the sum of squares: the
+# average is of earlier gradients that agreed, and leads away from data that are fitted by now.
 FADED = 1e-4
 # Where they agree so little, the weights swing to and fro, and steps as they are are too long.
 TURN = 0.05
@@ -123,13 +123,21 @@ class Late(Tree):
         """The mean square of late gradients over the mean of about the last thousand."""
         return self.squares / at_least(self.weights * self.mean, TINY)
 
-    def grown(self, ratio: Scalar, smaller: Scalar, squares: Scalar, s: StepSettings) -> Self:
+    def grown(
+        self,
+        ratio: Scalar,
+        smaller: Scalar,
+        squares: Scalar,
+        moves: Array | bool,
+        s: StepSettings,
+    ) -> Self:
         """With steps that are longer or shorter, after this step.
 
         Args:
             ratio: How much late gradients agree, over noise: what `over_noise` returns.
             smaller: What `smaller` returns.
             squares: ‖∇W‖² of this step.
+            moves: Whether that is not zero.
             s: The settings.
         """
         longer = at_least(self.growth, 0.0)
@@ -146,9 +154,9 @@ class Late(Tree):
             less = less + where(s.share > CONSTANT, settled, 0.0)
         begun = self.weights > _FORGOTTEN / (1.0 - s.momentum)
         most = clip(multiply_add(log(at_least(smaller, TINY)), 0.5, VANISHED), 0.0, LONGEST)
+        most = where(squares > FADED * self.squares, most, self.growth)
         growth = at_least(at_most(self.growth - less, most), -LONGEST)
-        tells = squares > FADED * self.squares
-        growth = where(begun & tells, growth, self.growth)
+        growth = where(begun & moves, growth, self.growth)
         return type(self)(self.squares, self.weights, self.noise, growth, self.mean, self.steps)
 
     def longer(self, smaller: Scalar, share: Scalar = 1.0) -> Scalar:

@@ -104,7 +104,7 @@ def scaled(
         late = late.update(squares, s)
         agreement = late.agreement(ahead, squares, s)
         ratio, smaller = late.over_noise(ahead, squares, s), late.smaller()
-        late = late.grown(ratio, smaller, squares, s)
+        late = late.grown(ratio, smaller, squares, moves, s)
         longer = late.longer(smaller, s.share)
     scale = longer * (agreement * size) / at_least(natural, LEAST)
     return where(moves, scale, 0.0), late, agreement

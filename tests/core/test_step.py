@@ -227,7 +227,7 @@ def test_steps_grow_while_gradients_agree_and_shrink_where_they_oppose() -> None
     late = nothing_late()
     growths = []
     for ratio in [13.0] * 60 + [0.0] * 60:
-        late = late.update(1.0, s).grown(ratio, 1.0, 1.0, s)
+        late = late.update(1.0, s).grown(ratio, 1.0, 1.0, True, s)
         growths.append(late.growth)
     assert growths[:15] == [0.0] * 15  # sums that have just begun say little
     assert growths[59] == LONGEST
@@ -239,7 +239,7 @@ def test_steps_are_no_longer_where_gradients_vanish() -> None:
     s, late, found = decayed(), nothing_late(), {}
     for t in range(1, 901):
         late = late.update(10.0 ** (-2 * t / 100), s)  # ‖∇W‖ is a tenth after 100 steps
-        late = late.grown(13.0, late.smaller(), late.squares, s)
+        late = late.grown(13.0, late.smaller(), late.squares, True, s)
         found[t] = late.growth, late.smaller()
     assert found[100][0] == LONGEST
     for t in (260, 320):
@@ -248,7 +248,7 @@ def test_steps_are_no_longer_where_gradients_vanish() -> None:
         assert growth == pytest.approx(VANISHED + 0.5 * np.log(smaller))
     assert found[900][0] == 0.0
     short = dataclasses.replace(late, growth=-1.0)
-    assert short.grown(1.0, 0.0, 1.0, s).growth == -1.0  # which is no longer than it was
+    assert short.grown(1.0, 0.0, 1.0, True, s).growth == -1.0  # which is no longer than it was
 
 
 def test_longer_steps_take_clearer_signs() -> None:
@@ -257,7 +257,7 @@ def test_longer_steps_take_clearer_signs() -> None:
 
     def after(ratio: float, late: Late) -> Late:
         for _ in range(300):
-            late = late.update(1.0, s).grown(ratio, 1.0, 1.0, s)
+            late = late.update(1.0, s).grown(ratio, 1.0, 1.0, True, s)
         return late
 
     assert float(after(1.7, late).growth) == float(after(0.7, late).growth) == 0.0
@@ -273,7 +273,7 @@ def test_steps_become_shorter_where_gradients_turn() -> None:
 
     def after(ratio: float, steps: int, late: Late) -> Late:
         for _ in range(steps):
-            late = late.update(1.0, s).grown(ratio, 1.0, 1.0, s)
+            late = late.update(1.0, s).grown(ratio, 1.0, 1.0, True, s)
         return late
 
     late = after(1.0, 30, late)
@@ -289,38 +289,48 @@ def test_at_a_constant_rate_steps_settle_in_noise() -> None:
     s, late = StepSettings(**vars(settings("normalized"))), nothing_late()
     found = {}
     for t in range(1, 4001):
-        late = late.update(1.0, s).grown(0.3, 1.0, 1.0, s)
+        late = late.update(1.0, s).grown(0.3, 1.0, 1.0, True, s)
         found[t] = late.growth
     for t in (100, 400, 2000):
         assert found[2 * t] - found[t] == pytest.approx(-SETTLE * np.log(2.0), rel=0.01)
     before, smaller = late.growth, late
     for _ in range(100):
-        smaller = smaller.update(1.0, s).grown(0.3, 0.1, 1.0, s)
-        late = late.update(1.0, s).grown(0.3, 1.0, 1.0, s)
+        smaller = smaller.update(1.0, s).grown(0.3, 0.1, 1.0, True, s)
+        late = late.update(1.0, s).grown(0.3, 1.0, 1.0, True, s)
     assert before - smaller.growth == pytest.approx(0.1 * (before - late.growth))
-    assert late.grown(NOISE, 1.0, 1.0, s).growth == late.growth
+    assert late.grown(NOISE, 1.0, 1.0, True, s).growth == late.growth
 
 
-@pytest.mark.parametrize("share", [0.0, 0.9 * FADED, 1.1 * FADED])
-def test_gradients_that_have_faded_say_nothing_of_the_size(share: float) -> None:
-    """Their average is of earlier ones that agreed, as where a network fits its data at once."""
+def test_a_gradient_that_is_zero_says_nothing_of_the_size() -> None:
     s, late = StepSettings(**vars(settings("normalized"))), nothing_late()
     for ratio in (13.0, 0.0):
         for _ in range(25):
-            late = late.update(1.0, s).grown(ratio, 1.0, 1.0, s)
-        found = late.grown(0.0, 1.0, share * late.squares, s)
-        assert (found.growth == late.growth) == (share < FADED)
-        assert late.growth != 0.0
+            late = late.update(1.0, s).grown(ratio, 1.0, 1.0, True, s)
+        same = late.update(0.0, s).grown(0.0, 1.0, 0.0, False, s)
+        assert same.growth == late.growth != 0.0
+
+
+@pytest.mark.parametrize("share", [0.9 * FADED, 1.1 * FADED])
+def test_gradients_that_have_faded_make_no_step_longer(share: float) -> None:
+    """Their average is of earlier ones that agreed, as where a network fits its data at once."""
+    s, late = StepSettings(**vars(settings("normalized"))), nothing_late()
+    for ratio in (*(1.0,) * 25, *(2.3,) * 3):
+        late = late.update(1.0, s).grown(ratio, 1.0, 1.0, True, s)
+    longer, shorter = (
+        late.grown(ratio, 1.0, share * late.squares, True, s) for ratio in (13.0, 0.0)
+    )
+    assert shorter.growth < late.growth
+    assert (longer.growth > late.growth) == (share > FADED)
 
 
 def test_at_a_constant_rate_noise_forgets_that_steps_were_longer() -> None:
     s, late = StepSettings(**vars(settings("normalized"))), nothing_late()
     for _ in range(200):
-        late = late.update(1.0, s).grown(13.0, 1.0, 1.0, s)
+        late = late.update(1.0, s).grown(13.0, 1.0, 1.0, True, s)
     assert late.growth == LONGEST  # while gradients agree
     grown = []
     for _ in range(100):
-        late = late.update(1.0, s).grown(NOISE, 1.0, 1.0, s)
+        late = late.update(1.0, s).grown(NOISE, 1.0, 1.0, True, s)
         grown.append(late.growth)
     ratios = np.divide(grown[51:], grown[50:-1])
     np.testing.assert_allclose(ratios, 1.0 - FORGET, rtol=1e-6)
@@ -330,7 +340,7 @@ def test_at_a_constant_rate_noise_forgets_that_steps_were_longer() -> None:
 def test_noise_does_not_change_the_size() -> None:
     s, late = decayed(), nothing_late()
     for _ in range(60):
-        late = late.update(1.0, s).grown(1.0, 1.0, 1.0, s)
+        late = late.update(1.0, s).grown(1.0, 1.0, 1.0, True, s)
     assert late.growth == 0.0
 
 

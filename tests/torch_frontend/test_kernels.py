@@ -106,13 +106,13 @@ def layer_wise(model: Transformer) -> tuple[nn.Module, list[dict[str, Any]]]:
 # The whole of a step: 4-layer transformer, 19 layers in 7 stacks, and the norms by AdamW.
 DIAGONAL = {"structures": ("diagonal", "diagonal")}
 LIMITS: dict[str, tuple[Callable[[nn.Module], Any], dict[str, Any], int, int, int]] = {
-    "default": (lambda model: model, {}, 146, 189, 447),
-    "diagonal": (lambda model: model, DIAGONAL, 245, 288, 654),  # tables have rows
-    "decay": (lambda model: model, {"weight_decay": 0.01}, 150, 193, 451),
-    "rates of layers": (layer_wise, {}, 189, 232, 490),
-    "parameters": (nn.Module.parameters, {}, 129, 175, 445),
-    "names": (nn.Module.named_parameters, {}, 161, 210, 545),
-    "names, diagonal": (nn.Module.named_parameters, DIAGONAL, 153, 202, 430),
+    "default": (lambda model: model, {}, 147, 190, 448),
+    "diagonal": (lambda model: model, DIAGONAL, 247, 290, 656),  # tables have rows
+    "decay": (lambda model: model, {"weight_decay": 0.01}, 151, 194, 452),
+    "rates of layers": (layer_wise, {}, 190, 233, 491),
+    "parameters": (nn.Module.parameters, {}, 130, 176, 446),
+    "names": (nn.Module.named_parameters, {}, 162, 211, 546),
+    "names, diagonal": (nn.Module.named_parameters, DIAGONAL, 154, 203, 431),
 }
 
 
